@@ -1,0 +1,115 @@
+"""A hundred seeded kills: runner, kernel, at a chosen rename, two runners at once. What comes out is what an undisturbed run gives."""
+import os
+import random
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from toyhouse import ToyHouse
+from toyhouse import machine_json  # noqa: F401  (a fixture)
+
+KILLS_EACH, SCENARIOS = 10, 10
+WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, machine_json):  # noqa: F811
+    house = ToyHouse(tmp_path_factory.mktemp("undisturbed")/"house", machine_json)
+    house.run()
+    return house.artifacts()
+
+
+def kernels(house):
+    "Living processes, other than runners of ours, that work for this house."
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.pid != os.getpid() and p.environ().get("LLMECO_RUNS") == str(house.runs) and any("ipykernel" in w for w in p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
+        except (psutil.Error, OSError): pass
+    return found
+
+
+def wait_for_kernel(house, runner, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and runner.poll() is None:
+        if found := kernels(house): return found[0]
+        time.sleep(0.02)
+
+
+def end(process):
+    process.kill()
+    process.communicate()
+
+
+def kill_once(house, way, rng):
+    "Start the run and kill it in one of the ways, at a seeded moment. A run that ends first was quicker than its killer."
+    if way == "rename":
+        p = house.start("run", "--profile", "toy", DIE_AT=f"{rng.randint(1, 40)}{rng.choice(['', '+'])}")
+        p.communicate(timeout=120)
+        return p.returncode == -signal.SIGKILL
+    p = house.start("run", "--profile", "toy")
+    if way == "kernel":
+        kernel = wait_for_kernel(house, p, 10)
+        time.sleep(rng.uniform(0, 1.2))
+        if kernel and kernel.is_running():
+            try: kernel.kill()
+            except psutil.Error: pass
+        out, err = p.communicate(timeout=120)
+        assert p.returncode in (0, 5), (p.returncode, out, err)
+        if p.returncode == 5: assert "kernel died" in err and "Traceback" not in err, err
+        return p.returncode == 5
+    if way == "runner":
+        time.sleep(rng.uniform(0.2, 4))
+        end(p)
+        return p.returncode == -signal.SIGKILL
+    q = house.start("run", "--profile", "toy")
+    time.sleep(rng.uniform(0.5, 4))
+    end(p)
+    if way == "both runners":
+        time.sleep(rng.uniform(0, 0.5))
+        end(q)
+        return True
+    out, err = q.communicate(timeout=120)                  # the other one waits for the lock, or works, and finishes
+    assert q.returncode == 0, (out, err)
+    return True
+
+
+def only_whole_entries(house):
+    "Every entry under a final name is whole, whatever happened."
+    from llmeco_nb.store import Store
+    store = Store(house.runs)
+    for entry in house.entries():
+        if entry.suffix in (".partial", ".page"): continue
+        assert (entry/"manifest.json").is_file(), entry
+        assert store.damage(entry) == [], entry
+
+
+@pytest.mark.parametrize("seed", range(SCENARIOS))
+def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # noqa: F811
+    rng, house = random.Random(seed), ToyHouse(tmp_path/"house", machine_json)
+    ways = [WAYS[(seed + k) % len(WAYS)] for k in range(KILLS_EACH)]
+    for way in ways:
+        kill_once(house, way, rng)
+        only_whole_entries(house)
+        deadline = time.monotonic() + 2
+        while (left := kernels(house)) and time.monotonic() < deadline: time.sleep(0.05)
+        assert not left, f"{way}: an orphan kernel is still at work: {left}"
+        if rng.random() < 0.4:                             # come back to an unfinished house half of the time, to a fresh one otherwise
+            subprocess.run(["rm", "-rf", *map(str, house.runs.glob("toy-*")), str(house.runs/"store")], check=True)
+    start = time.monotonic()
+    house.run()
+    assert time.monotonic() - start < 60, "a stale lock?"
+    assert set(house.run().values()) == {"current"}
+    assert house.artifacts(max(p.name for p in house.runs.glob("toy-?"))) == undisturbed
+    assert not list((house.runs/"store"/".locks").glob("*")), "a lock was left behind"
+
+
+def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
+    "The crash tests would prove nothing if nobody died: a runner told to die at a rename does, before and after it."
+    house = ToyHouse(tmp_path/"house", machine_json)
+    for at in ("2", "2+", "6"):
+        p = house.start("run", "--profile", "toy", DIE_AT=at)
+        p.communicate(timeout=120)
+        assert p.returncode == -signal.SIGKILL

