@@ -79,8 +79,11 @@ def prune(runs: Path,
     for entry in sorted(store.glob("*-*")):
         key = entry.name.removesuffix(".partial").removesuffix(".page").removesuffix(".plan.json").rpartition("-")[2]
         if key not in needed or entry.name.endswith((".partial", ".page")): gone.append(entry)
+    hour_ago = time.time() - 3600
+    gone += [f for folder in (runs, store, *(r.path for r in known)) for f in sorted(folder.glob(".*.tmp")) if f.lstat().st_mtime < hour_ago]   # half-written files of killed processes
     sizes = [(p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink())) for p in gone]
     for p in gone if not pretend else []:
+        if p.name.endswith(".tmp"): p.unlink(missing_ok=True); continue
         if p.parent != store: shutil.rmtree(p); continue
         with lock(store/".locks"/p.name.split(".")[0]): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
     latest = runs/"latest"

@@ -8,7 +8,6 @@ __all__ = ['Store', 'Run', 'link']
 # %% ../nbs/00e_store.ipynb #c95a6b20
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
 
@@ -92,7 +91,8 @@ class Run:
 
 def link(at: Path, to: Path):
     "Point the symbolic link `at` to `to`, replacing it in one step."
-    beside = at.with_name(f".{at.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(os.path.relpath(to, at.parent))
-    os.replace(beside, at)
+    with lock(at.with_name(f".{at.name}.lock")):
+        beside = at.with_name(f".{at.name}.tmp")
+        beside.unlink(missing_ok=True)                          # left by a runner that was killed between the next two lines
+        beside.symlink_to(os.path.relpath(to, at.parent))
+        os.replace(beside, at)
