@@ -151,8 +151,9 @@ def run(profile: str = profile_option, run: str = run_option, given: list[str] =
     for one in pipe.instances:
         summary = pipe.run.path/one.name/"summary.txt"
         if summary.is_file(): display.say("\n" + summary.read_text().rstrip())
-    made = [n for n, p in board.items() if p.state in ("done", "page")]
-    display.say(f"\n{len(made)} made, {len(board) - len(made)} current, in {duration(time.monotonic() - begun)}. Records: {os.path.relpath(pipe.run.path)}")
+    states = [p.state for p in board.values()]
+    made, left = states.count("done") + states.count("page"), states.count("left")
+    display.say(f"\n{made} made, {len(board) - made - left} current{f', {left} left out' if left else ''}, in {duration(time.monotonic() - begun)}. Records: {os.path.relpath(pipe.run.path)}")
 
 def chosen_stages(pipe, only: list[str], start: str | None) -> set[str] | None:
     "Names of the instances that --only and --from leave in play; None for all."

@@ -271,7 +271,7 @@ def run_pipeline(pipe: Pipeline,
     names = set(pipe.by_name) if only is None else only
     for o in pipe.instances:                                   # what was left out must be there to stand on
         if o.name not in names: board[o.name].state = "left"
-        elif missing := [n for n in needs(o) if n not in names and not pipe.run.key(n)]: raise UsageError(f"{o.name} needs {', '.join(missing)}, which this run does not have yet. Leave --only/--from out.")
+        elif missing := sorted(n for n in needs(o) if n not in names and not pipe.run.key(n)): raise UsageError(f"{o.name} needs {', '.join(missing)}, which this run does not have yet. Leave --only/--from out.")
     capacity = max(1, machine(pipe.run.path.parent/"machine.json")["cores"])
     todo, running, free = [o for o in pipe.instances if o.name in names], {}, capacity
     try:
