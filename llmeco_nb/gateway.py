@@ -240,6 +240,8 @@ def serve(bundle: str | Path | None = None,    # A bundle's folder; None for the
             say(f"""curl -s {at}/v1/predict -H 'Content-Type: application/json' -d '{{"text": "A wonderful film, moving and funny."}}'""")
             sys.stdout.flush()
         config.ready = ready
-        Server(config).run(sockets=[s])
+        try: Server(config).run(sockets=[s])
+        except KeyboardInterrupt: pass                    # the web server raises it again after its graceful end, but not always
+        say("Stopped.")
     except KeyboardInterrupt: say("Stopped.")
     finally: s.close()
