@@ -32,14 +32,14 @@ def die_with(parent: int):
     if os.getppid() != parent: os._exit(1)              # it had died before we asked
 
 def kernel_class(env: dict[str, str], sockets: Path, started):
-    "A kernel manager whose kernels speak through Unix sockets in the folder `sockets`, with extra environment; `started(pid)` is called."
+    "A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and complain into its file `stderr`; `started(pid)` is called."
     from jupyter_client import AsyncKernelManager
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             self.transport, self.connection_file = "ipc", str(sockets/"kernel.json")
         async def _async_start_kernel(self, **kwargs):
-            await super()._async_start_kernel(**{**kwargs, "env": {**os.environ, **env}})
+            with open(sockets/"stderr", "ab") as complaints: await super()._async_start_kernel(**{**kwargs, "env": {**os.environ, **env}, "stderr": complaints})
             started(self.provisioner.pid)
         start_kernel = _async_start_kernel
     return Kernel
@@ -71,14 +71,18 @@ def execute(notebook,                  # Path, or a notebook node
     source = nbformat.read(notebook, 4) if isinstance(notebook, Path) else notebook
     name = notebook.name if isinstance(notebook, Path) else output.parent.name
     follow = f"--IPKernelApp.exec_lines=from llmeco_nb.pipeline import die_with; die_with({os.getpid()})"
-    try:
-        with socket_folder() as sockets:
-            papermill.execute_notebook(source, str(output), parameters=parameters, progress_bar=False, kernel_name="python3", start_timeout=120,
-                                       kernel_manager_class=kernel_class(env or {}, sockets, started), extra_arguments=[follow])
-    except papermill.PapermillExecutionError as e: raise _said_by_cell(e, name, output) from None
-    except (DeadKernelError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "ernel" not in str(e): raise
-        raise CellError(f"{name}: its kernel died (killed, or out of memory?). What was executed is kept: {output}\nRun again to carry on.") from None
+    with socket_folder() as sockets:
+        try: papermill.execute_notebook(source, str(output), parameters=parameters, progress_bar=False, kernel_name="python3", start_timeout=120,
+                                        kernel_manager_class=kernel_class(env or {}, sockets, started), extra_arguments=[follow])
+        except papermill.PapermillExecutionError as e: raise _said_by_cell(e, name, output) from None
+        except (DeadKernelError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "ernel" not in str(e): raise
+            raise CellError(f"{name}: its kernel died ({_last_words(sockets/'stderr') or 'killed, or out of memory?'}). What was executed is kept: {output}\nRun again to carry on.") from None
+
+def _last_words(stderr: Path) -> str:
+    "The last line of what the kernel complained of; empty if it had no time to."
+    said = stderr.read_text(errors="replace").strip() if stderr.exists() else ""
+    return said.rpartition("\n")[2]
 
 def _said_by_cell(error, name: str, output: Path) -> LlmecoError:
     "The error a cell raised, as the exception people should see."
