@@ -8,6 +8,7 @@ __all__ = ['parameter_groups', 'orthogonal', 'Muon', 'lying', 'Optimiser', 'warm
 # %% ../nbs/14_optim.ipynb #3337b0a3
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
@@ -112,6 +113,7 @@ class Optimiser:
                  rate: Callable[[str], float] | None = None,  # Name -> factor on the learning rate
                  muon: float = 0.0,                           # Learning rate of Muon for hidden matrices; 0: AdamW for all
                  muon_options: dict | None = None,            # Of `Muon`: momentum, nesterov, iterations, scale, dtype
+                 ema: float = 0.0,                            # Decay of a running average of the masters, such as 0.999; 0: none is kept
                  head: Callable[[str], bool] = lambda name: "classifier" in name or "predictions" in name or "lm_head" in name,  # Matrices Muon leaves alone
                 ):
         if precision not in ("bf16", "fp32"): raise UsageError(f"precision is {precision!r}; it is bf16 or fp32.")
@@ -123,6 +125,9 @@ class Optimiser:
         self.masters = {n: p.detach().clone() if precision == "bf16" else p for n, p in self.weights.items()}
         if precision == "bf16":
             for p in model.parameters(): p.data = p.data.bfloat16()
+        if not 0 <= ema < 1: raise UsageError(f"ema is {ema}; it is from 0 (none) to below 1.")
+        self.ema, self.updates = ema, torch.zeros((), dtype=torch.int64)
+        self.average = {n: m.detach().clone() for n, m in self.masters.items()} if ema else {}
         adam, hidden = [], []
         for g in groups:
             mine = [n for n in g["names"] if muon and g["matrix"] and not head(n)]
@@ -161,7 +166,23 @@ class Optimiser:
             o.step()
         self.clear()
         self.sync()
+        if self.ema:
+            self.updates += 1
+            decay = min(self.ema, (1 + self.updates.item()) / (10 + self.updates.item()))     # a young average forgets its random beginning sooner
+            torch._foreach_lerp_(list(self.average.values()), [m.detach() for m in self.masters.values()], 1 - decay)
         return norm
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self):
+        "The model with its averaged weights for the length of a `with` block; without `ema`, as it is."
+        if not self.ema: yield self.model; return
+        kept = {n: p.detach().clone() for n, p in self.weights.items()}
+        try:
+            for n, p in self.weights.items(): p.data.copy_(self.average[n])
+            yield self.model
+        finally:
+            for n, p in self.weights.items(): p.data.copy_(kept[n])
 
     @torch.no_grad()
     def sync(self):
@@ -172,7 +193,8 @@ class Optimiser:
         "Masters and moments under `<kind>/<parameter>`; the tensors are the optimiser's own, not copies."
         name = {id(m): n for n, m in self.masters.items()}
         moments = {f"{key}/{name[id(m)]}": v for o in self.inner for m, s in o.state.items() for key, v in s.items()}
-        return {**{f"master/{n}": m.detach() for n, m in self.masters.items()}, **moments}
+        average = {**{f"ema/{n}": t for n, t in self.average.items()}, "updates/ema": self.updates} if self.ema else {}
+        return {**{f"master/{n}": m.detach() for n, m in self.masters.items()}, **moments, **average}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]):
@@ -182,7 +204,9 @@ class Optimiser:
         for o in self.inner: o.state.clear()
         for key, v in state.items():
             kind, name = key.split("/", 1)
-            if kind != "master": of[id(self.masters[name])].state[self.masters[name]][kind] = v.to(self.masters[name].device, copy=True)
+            if kind == "updates": self.updates.copy_(v)
+            elif kind == "ema": self.average[name].copy_(v)
+            elif kind != "master": of[id(self.masters[name])].state[self.masters[name]][kind] = v.to(self.masters[name].device, copy=True)
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, torch.Tensor]):
