@@ -55,6 +55,7 @@ class Optimiser:
         self.masters = {n: p.detach().clone() if precision == "bf16" else p for n, p in self.weights.items()}
         if precision == "bf16":
             for p in model.parameters(): p.data = p.data.bfloat16()
+        self.room = {}                                        # for the masters' gradients: fresh memory each step would cost more than the copy
         adam, hidden = [], []
         for g in groups:
             mine = [n for n in g["names"] if muon and g["matrix"] and not head(n)]
@@ -69,7 +70,8 @@ class Optimiser:
         for n, p in self.weights.items():
             if p.grad is None: continue
             m = self.masters[n]
-            m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+            if n not in self.room: self.room[n] = torch.empty_like(m)
+            m.grad = self.room[n].copy_(p.grad) if m.grad is None else m.grad.add_(p.grad)
             p.grad = None
 
     def clear(self):
