@@ -105,3 +105,27 @@ def test_nothing_of_it_is_saved(tmp_path):
     assert "products" not in (tmp_path/"config.json").read_text()
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path)
     with torch.no_grad(): assert np.allclose(plain(some()[0]).logits, ours(some()[0]).logits, atol=1e-5)
+
+
+def test_kept_memory_changes_no_number_and_ends_with_its_block():
+    import resource
+    def faults(work):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        work()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    x = torch.ones(64 * 2**18)                                                  # 64 MiB, more than any threshold
+    work = lambda: x + 1
+    outside = min(faults(work) for _ in range(3))
+    with pytest.raises(ZeroDivisionError):
+        with fast.kept_memory():
+            assert work().sum() == 2 * len(x)
+            inside = min(faults(work) for _ in range(3))
+            1 / 0
+    after = min(faults(work) for _ in range(3))
+    if outside > 1000: assert inside < outside / 10 and after > outside / 2        # glibc gives back, keeps, gives back
+
+
+def test_without_glibc_it_does_nothing(monkeypatch):
+    class Library: pass
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: Library())
+    with fast.kept_memory(): assert (torch.ones(3) + 1).sum() == 6
