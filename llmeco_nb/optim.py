@@ -125,6 +125,7 @@ class Optimiser:
         self.masters = {n: p.detach().clone() if precision == "bf16" else p for n, p in self.weights.items()}
         if precision == "bf16":
             for p in model.parameters(): p.data = p.data.bfloat16()
+        self.room = {}                                        # for the masters' gradients: fresh memory each step would cost more than the copy
         if not 0 <= ema < 1: raise UsageError(f"ema is {ema}; it is from 0 (none) to below 1.")
         self.ema, self.updates = ema, torch.zeros((), dtype=torch.int64)
         self.average = {n: m.detach().clone() for n, m in self.masters.items()} if ema else {}
@@ -142,7 +143,8 @@ class Optimiser:
         for n, p in self.weights.items():
             if p.grad is None: continue
             m = self.masters[n]
-            m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+            if n not in self.room: self.room[n] = torch.empty_like(m)
+            m.grad = self.room[n].copy_(p.grad) if m.grad is None else m.grad.add_(p.grad)
             p.grad = None
 
     def clear(self):
