@@ -264,7 +264,8 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
         p = predict(model, few, pad)
         return dict(validation_loss=-np.log(np.maximum(p[np.arange(len(few)), few_labels], 1e-9)).mean(), validation_accuracy=(p.argmax(1) == few_labels).mean())
     with kept_memory():
-        result = train(model, step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="finetune")
+        result = train(model, step, batches, optimiser, plan, record, evaluate, watch="validation_accuracy", higher=True, size=lambda b: b["input_ids"].numel(),
+                       identity=dict(asked=plan["asked"]), name="finetune")
         started = time.monotonic()
         table = pd.concat([predictions_table(s, splits[s], predict(model, coded[s], pad, record=record), name, len(target)) for s in ("validation", "test") if len(splits[s])])
     predicting = time.monotonic() - started
