@@ -42,10 +42,11 @@ def set_random_states(states: dict):
 def identity_of(optimiser: Optimiser, plan: dict,
                 **more            # Whatever else must be the same: seed, hash of the data
                ) -> dict:
-    "What a checkpoint belongs to: names and shapes of the model's parameters, precision, plan, and more; plain values."
+    "What a checkpoint belongs to: names and shapes of the model's parameters, precision, rates, options of Muon, plan, and more; plain values."
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
     return {"model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}", "trained": len(optimiser.masters), "precision": optimiser.precision,
-            "lr": optimiser.lr, **({"ema": optimiser.ema} if optimiser.ema else {}), **{f"plan.{k}": v for k, v in plan.items()}, **more}
+            "lr": optimiser.lr, **({"ema": optimiser.ema} if optimiser.ema else {}),
+            **({"muon": optimiser.muon, **{f"muon.{k}": v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in optimiser.muon_options.items()}} if optimiser.muon else {}), **{f"plan.{k}": v for k, v in plan.items()}, **more}
 
 def compare(stored: dict, here: dict, file: Path):
     "Raise `DataError` naming every entry in which two identities differ."

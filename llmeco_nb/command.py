@@ -77,8 +77,11 @@ def table(pipe, board):
         state = p.watch.state if p.watch and p.state == "running" else {}
         spent = time.monotonic() - p.watch.started if p.watch and p.state == "running" else p.seconds
         done, total = state.get("done"), state.get("total")
-        speed = f"{done / spent:,.0f} {state.get('unit', '')}/s  " if done and spent > 1 else ""
-        row = "  ".join(f"{k} {v:.4g}" for k, v in (state.get("row") or {}).items() if isinstance(v, float) and k != "seconds")
+        row = state.get("row") or {}
+        rate = row.get("tokens_per_s") or (done / spent if done and spent > 1 else 0)      # a run that goes on measures its own speed; done counts what was there before
+        speed = f"{rate:,.0f} {state.get('unit', '')}/s  " if done and rate else ""
+        if row.get("roof_share"): speed += f"{row['roof_share']:.0%} of the roof  "
+        row = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("seconds", "tokens_per_s", "roof_share"))
         t.add_row(one.name, f"[{colours[p.state]}]{words[p.state]}" if p.state in colours else f"[dim]{words[p.state]}", duration(spent) if spent else "", duration(remaining(done, total, spent)),
                   ProgressBar(total or 1, done, width=16) if total else "", speed + row if p.state == "running" else headline(one, p.metrics))
     return t

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, begin  # noqa: E402
+from llmeco_nb.core import DataError, UsageError, begin  # noqa: E402
 from llmeco_nb.optim import Optimiser  # noqa: E402
 from llmeco_nb.train import drawn, train  # noqa: E402
 
@@ -68,10 +68,10 @@ def judge(model):
     return {"validation_loss": float(loss / weight)}
 
 
-def run(out, step=step, precision="fp32", muon=0.0, ema=0.0, poison=None, workers=0, **plan):
+def run(out, step=step, precision="fp32", muon=0.0, ema=0.0, muon_options=None, poison=None, workers=0, **plan):
     torch.manual_seed(1)
     record = begin(out, "toy")
-    optimiser = Optimiser(Tiny(), 3e-3, precision=precision, muon=muon, ema=ema)
+    optimiser = Optimiser(Tiny(), 3e-3, precision=precision, muon=muon, ema=ema, muon_options=muon_options)
     plan = dict(steps=STEPS, accumulation=ACCUMULATION, warmup=2, schedule="wsd", decay=4, evaluate_every=5, checkpoint_every=2, log_every=1) | plan
     result = train(optimiser.model, step, batches(poison), optimiser, plan, record, judge, identity=dict(seed=1), workers=workers)
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()]
@@ -146,3 +146,16 @@ def test_the_guard_gives_up(tmp_path):
     with pytest.raises(DataError, match="gone back 2 times already"): run(tmp_path, always, guard=2)
     rates = [r["rate"] for r in begin(tmp_path, "toy").rows() if "rewind" in r]
     assert rates[-1] == 0.5      # the second time, the rate was halved
+
+
+@pytest.mark.parametrize("changed,named", [(dict(muon=0.01), "muon is 0.02 there and 0.01 here"), (dict(muon=0.0), "muon is 0.02 there and None here"), (dict(ema=0.5), "ema is 0.9 there and 0.5 here"),
+                                           (dict(muon_options=dict(momentum=0.9)), "muon.momentum is 0.95 there and 0.9 here"), (dict(muon_options=dict(dtype=torch.float32)), "muon.dtype is 'torch.bfloat16' there and")])
+def test_another_optimiser_is_refused_by_name(tmp_path, changed, named):
+    "The shapes would fit, and the run would not be the one that was begun."
+    with pytest.raises(Died): run(tmp_path, dying(19, die_here), muon=0.02, ema=0.9)
+    with pytest.raises(DataError, match=named): run(tmp_path, **(dict(muon=0.02, ema=0.9) | changed))
+    run(tmp_path, muon=0.02, ema=0.9, muon_options=dict(momentum=0.95))       # a default, spelt out, is no other run
+
+
+def test_unknown_option_of_muon_is_named():
+    with pytest.raises(UsageError, match="'momentun'.*momentum, nesterov, iterations, scale"): Optimiser(Tiny(), muon=0.02, muon_options=dict(momentun=0.9))
