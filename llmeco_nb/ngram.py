@@ -77,13 +77,19 @@ class Ngram:
             before = np.concatenate([[-1], np.where(found, at, -1)[:-1]])      # the next order's context ends one place earlier
         return p
 
-    def nats(self, documents: Iterable[np.ndarray], chunk: int = 2000) -> tuple[float, int]:
-        "Summed surprise in nats of the documents, each token and each end predicted once, and their number."
-        documents, nats, n = list(documents), 0.0, 0
+    def surprises(self, documents: Iterable[np.ndarray], chunk: int = 2000) -> np.ndarray:
+        "Surprise in nats of each document, summed over its tokens and its end."
+        documents, found = list(documents), []
         for i in range(0, len(documents), chunk):
             stream, asked = stream_of(documents[i:i + chunk], self.order, self.end)
-            nats, n = nats - float(np.log(self.probabilities(stream)[asked]).sum()), n + int(asked.sum())
-        return nats, n
+            starts = np.cumsum([0, *(len(d) + 1 for d in documents[i:i + chunk])])[:-1]
+            found.append(np.add.reduceat(-np.log(self.probabilities(stream)[asked]), starts))
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def nats(self, documents: Iterable[np.ndarray]) -> tuple[float, int]:
+        "Summed surprise in nats of all documents, each token and each end predicted once, and their number."
+        documents = list(documents)
+        return float(self.surprises(documents).sum()), sum(len(d) + 1 for d in documents)
 
     def distribution(self, context: list[int]) -> np.ndarray:
         "p (vocabulary,) of the token after `context`, which is filled up with end tokens on the left."
