@@ -21,7 +21,6 @@ from .core import DataError
 from .core import MissingError
 from .core import Record
 from .core import UsageError
-from .core import begin
 from .core import lock
 from .core import read_json
 from .core import scratch
