@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slice_bytes', 'base', 'powers', 'inverse_powers', 'in_word', 'between', 'mix', 'as_bytes', 'word_hashes', 'shingles',
            'donors', 'signatures', 'meets', 'choose_bands', 'band_keys', 'Plan', 'digest', 'Shelf', 'sign',
-           'equal_keys', 'Groups', 'compare', 'Duplicates', 'group', 'find_duplicates']
+           'equal_keys', 'Groups', 'Shingles', 'Duplicates', 'group', 'find_duplicates']
 
 # %% ../nbs/10b_dedup.ipynb #28593191
 import hashlib
@@ -225,16 +225,20 @@ class Groups:
         a, b = self.root(a), self.root(b)
         self.parent[max(a, b)] = min(a, b)
 
-def compare(shelf: Shelf):
-    "A function (i, j) -> exact Jaccard similarity of two documents' shingles, read from disk."
-    ends = np.memmap(shelf.path("ends"), "<i8", "r")
-    store = np.memmap(shelf.path("shingles"), "<u4", "r") if shelf.state["shingles"] else np.zeros(0, np.uint32)
-    own = lambda i: np.unique(store[(ends[i - 1] if i else 0):ends[i]])
-    def similarity(i: int, j: int) -> float:
-        a, b = own(i), own(j)
+class Shingles:
+    "The shingles of single documents, read from disk when they are asked for. (A mapped file would be counted as memory of the process, page by page.)"
+    def __init__(self, shelf: Shelf): self.ends, self.store = (os.open(shelf.path(name), os.O_RDONLY) for name in ("ends", "shingles"))
+    def close(self): os.close(self.ends); os.close(self.store)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        begin, end = np.frombuffer(os.pread(self.ends, 16, 8*i - 8), "<i8") if i else (0, int.from_bytes(os.pread(self.ends, 8, 0), "little"))
+        return np.unique(np.frombuffer(os.pread(self.store, 4*int(end - begin), 4*int(begin)), "<u4"))
+
+    def similarity(self, i: int, j: int) -> float:
+        "The exact Jaccard similarity of two documents; 0 if neither has words."
+        a, b = self[i], self[j]
         both = len(np.intersect1d(a, b, assume_unique=True))
         return both/max(1, len(a) + len(b) - both)
-    return similarity
 
 # %% ../nbs/10b_dedup.ipynb #cf1c15f4
 @dataclass(frozen=True)
@@ -259,19 +263,20 @@ class Duplicates:
 
 def group(shelf: Shelf, parent: np.ndarray, memory: int) -> dict:
     "Join what is alike in `parent`, and make every pointer lead to the root. Returns the counts and a few pairs."
-    count, groups, similarity, samples = shelf.state["documents"], Groups(parent), compare(shelf), []
-    digests = np.memmap(shelf.path("digests"), "<u8", "r").reshape(-1, 2)
-    for pairs in equal_keys(shelf.path("digests"), count, 2, memory):
-        for i, j in pairs.tolist():
-            if digests[i, 1] == digests[j, 1]: groups.join(i, j)
+    count, groups, store, samples = shelf.state["documents"], Groups(parent), Shingles(shelf), []
+    with open(shelf.path("digests"), "rb", buffering=0) as digests:
+        for pairs in equal_keys(shelf.path("digests"), count, 2, memory):
+            for i, j in pairs.tolist():
+                if os.pread(digests.fileno(), 16, 16*i) == os.pread(digests.fileno(), 16, 16*j): groups.join(i, j)
     flat = lambda: sum(int((parent[a:a + 65536] != np.arange(a, min(a + 65536, count))).sum()) for a in range(0, count, 65536))
     exact = flat()
     for b in range(shelf.plan.bands):
         for pairs in equal_keys(shelf.path(f"keys{b:02}"), count, 1, memory):
             for i, j in pairs.tolist():
-                if groups.root(i) == groups.root(j) or (alike := similarity(i, j)) < shelf.plan.threshold: continue
+                if groups.root(i) == groups.root(j) or (alike := store.similarity(i, j)) < shelf.plan.threshold: continue
                 if len(samples) < 10: samples.append({"first": i, "second": j, "similarity": round(alike, 4)})
                 groups.join(i, j)
+    store.close()
     for a in range(0, count, 65536):
         part = parent[a:a + 65536]
         while not np.array_equal(up := parent[part], part): part[:] = up
