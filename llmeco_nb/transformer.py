@@ -6,10 +6,9 @@
 __all__ = ['activations', 'Attention', 'allowed_pairs', 'Shape', 'FeedForward', 'Block', 'waves', 'Embed', 'Stack', 'initialise',
            'Bert', 'bert_loss', 'Gpt', 'Seq2Seq', 'write']
 
-# %% ../nbs/13a_transformer.ipynb #07bcc94e
+# %% ../nbs/13a_transformer.ipynb #e28de34b
 import math
 from dataclasses import dataclass
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
