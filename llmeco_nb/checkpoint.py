@@ -45,7 +45,7 @@ def identity_of(optimiser: Optimiser, plan: dict,
     "What a checkpoint belongs to: names and shapes of the model's parameters, precision, plan, and more; plain values."
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
     return {"model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}", "trained": len(optimiser.masters), "precision": optimiser.precision,
-            "lr": optimiser.lr, **{f"plan.{k}": v for k, v in plan.items()}, **more}
+            "lr": optimiser.lr, **({"ema": optimiser.ema} if optimiser.ema else {}), **{f"plan.{k}": v for k, v in plan.items()}, **more}
 
 def compare(stored: dict, here: dict, file: Path):
     "Raise `DataError` naming every entry in which two identities differ."
@@ -105,8 +105,8 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
 
 # %% ../nbs/15_checkpoint.ipynb #725a7dc4
 def save_best(folder: str | Path, optimiser: Optimiser, step: int) -> str:
-    "Store the masters as the best so far; returns the file's SHA-256. `forget_best` removes those that are no longer referred to."
-    return write_tensors(Path(folder)/f"best-{step}.safetensors", {n: m.detach() for n, m in optimiser.masters.items()})
+    "Store the masters, or their average where one is kept, as the best so far; returns the file's SHA-256. `forget_best` removes those that are no longer referred to."
+    return write_tensors(Path(folder)/f"best-{step}.safetensors", {n: m.detach() for n, m in (optimiser.average or optimiser.masters).items()})
 
 def load_best(folder: str | Path, optimiser: Optimiser, step: int, sha256: str):
     "Put the best weights back into masters and model. Raises `DataError` when the file is damaged."

@@ -222,8 +222,8 @@ def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
 
 def mlm_step(model, batch: dict, backward) -> tuple:
     "One micro-batch for the training loop: summed loss of the hidden tokens, and their number."
-    from llmeco_nb.model import mlm_loss
-    loss = mlm_loss(model, **batch)
+    from llmeco_nb.fast import fast_mlm_loss
+    loss = fast_mlm_loss(model, **batch)
     backward(loss)
     return loss.detach(), len(batch["targets"])
 
@@ -234,6 +234,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
              judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0) -> Path:
     "Pretrain an encoder (the parameters are those of the chapter) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
+    from llmeco_nb.fast import hasten, kept_memory
     from llmeco_nb.model import count_parameters, flops_per_token
     from llmeco_nb.optim import Optimiser
     from llmeco_nb.train import pace, settle, train
@@ -247,7 +248,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
         if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
     rows, held = pack(encode_texts(cutter, read_split(corpus, "train").text), length), pack(encode_texts(cutter, unseen), length)[:judged]
     seed_everything(seed)
-    model, batches = started(rows, vocabulary, size, positions, start, seed), batches_of(rows, batch, seed, mask, vocabulary)
+    model, batches = hasten(started(rows, vocabulary, size, positions, start, seed)), batches_of(rows, batch, seed, mask, vocabulary)
     optimiser = Optimiser(model, lr, betas=(0.9, 0.98), eps=1e-6, precision=precision)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
     def evaluate(m):
@@ -256,11 +257,11 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     peak = roof(getattr(torch, "bfloat16" if precision == "bf16" else "float32"))
     def make() -> dict:
         if not minutes: return pretrain_plan(steps, 0, 0, 1, 1, evaluations, warmup, decay, batch, torch.get_num_threads())
-        a_step, before = pace(model, mlm_step, batches, optimiser, tries=5), time.monotonic()
+        with kept_memory(): a_step, before = pace(model, mlm_step, batches, optimiser, tries=5), time.monotonic()
         evaluate(model)
         return pretrain_plan(0, minutes, time.monotonic() - begun, a_step, time.monotonic() - before, evaluations, warmup, decay, batch, torch.get_num_threads())
     plan = settle(record, asked, make)
-    result = train(model, mlm_step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="pretrain")
+    with kept_memory(): result = train(model, mlm_step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="pretrain")
     optimiser.finish().eval()
     final, logp = judge(model), unigram(rows, vocabulary)
     guess = np.array([-logp[held[i][mask_row(held[i], (seed, 0, i), mask, vocabulary)[1]]].sum() for i in range(len(held))])
