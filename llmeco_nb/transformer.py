@@ -119,7 +119,8 @@ class Embed(nn.Module):
 
     def forward(self, ids, segments=None):
         if ids.shape[1] > len(self.places): raise UsageError(f"A text has {ids.shape[1]} tokens; this model reads {len(self.places)}.")
-        x = self.words(ids) * self.factor + self.places[:ids.shape[1]]
+        x = self.words(ids) * self.factor
+        x = x + self.places[:ids.shape[1]].to(x.dtype)
         if self.segments is not None: x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
         return self.drop(self.norm(x))
 
