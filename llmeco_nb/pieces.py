@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, MissingError, UsageError, write_bytes, write_json
+from .core import DataError, UsageError, write_bytes, write_json
+from .tokenizer import open_tokenizer
 
 # %% ../nbs/12a_pieces.ipynb #6a55c35c
 chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]   # their ids are 0 to 3
@@ -101,10 +102,4 @@ def save_pieces(tokenizer,                   # From `train_bpe` and its kin
 
 def open_pieces(folder: str | Path):
     "The `tokenizers.Tokenizer` of a folder, without padding or truncation. Raises `MissingError`."
-    from tokenizers import Tokenizer
-    file = Path(folder)/"tokenizer.json"
-    if not file.is_file(): raise MissingError(f"{folder} is not a tokenizer: tokenizer.json is not in it. The stages tokenizer and pieces make one.")
-    made = Tokenizer.from_file(str(file))
-    made.no_padding()
-    made.no_truncation()
-    return made
+    return open_tokenizer(folder)

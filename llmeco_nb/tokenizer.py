@@ -110,7 +110,7 @@ def open_tokenizer(folder: str | Path):
     "The `tokenizers.Tokenizer` of a folder, without padding or truncation. Raises `MissingError`."
     from tokenizers import Tokenizer
     file = Path(folder)/"tokenizer.json"
-    if not file.is_file(): raise MissingError(f"{folder} is not a tokenizer: tokenizer.json is not in it. The stage tokenizer makes one.")
+    if not file.is_file(): raise MissingError(f"{folder} is not a tokenizer: tokenizer.json is not in it. The stages tokenizer and pieces make one.")
     made = Tokenizer.from_file(str(file))
     made.no_padding()
     made.no_truncation()
