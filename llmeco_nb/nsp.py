@@ -145,7 +145,7 @@ def held_pairs(model, docs, where, n: int, seed: int, length: int, share: float,
         b = pair_batch(docs, where, which, [0] * len(which), seed, length, share, vocabulary, follows=[k % 2 == 0 for k in range(s, s + len(which))])
         with torch.inference_mode(): logits, tokens = pair_losses(model, **b)
         loss = torch.nn.functional.cross_entropy(logits, b["next_sentence"], reduction="none")
-        found.append(torch.stack([loss, (logits.argmax(-1) == b["next_sentence"]).float(), tokens / len(b["targets"]) * torch.ones_like(loss)], 1).numpy())
+        found.append(torch.stack([loss, (logits.argmax(-1) == b["next_sentence"]).float(), tokens / len(b["targets"]) * torch.ones_like(loss)], 1).double().numpy())
     return np.concatenate(found)
 
 def shared_words(rows: np.ndarray, rarity: np.ndarray, length: int) -> np.ndarray:
