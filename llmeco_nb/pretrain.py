@@ -201,6 +201,7 @@ def examples(model, tokenizer, texts: list[str], prompts: list[str], seed: int, 
         if len(found) >= n + len(prompts) or len(words) < 12 or not plain: continue
         i = int(draw.choice(plain))
         shown = " ".join([*words[:i], "[MASK]", *words[i + 1:]])
+        if MASK not in tokenizer.encode(shown).ids[:model.config.max_position_embeddings]: continue      # beyond what the encoder reads
         found.append(dict(text=shown, truth=words[i].lower(), guesses=fill(model, tokenizer, shown)))
     return found
 

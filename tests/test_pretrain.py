@@ -202,3 +202,9 @@ def test_refusals(inputs, tmp_path):
     folder = tmp_path/"corpus"
     write_corpus(folder, {s: pd.DataFrame({"id": list("ab"), "text": ["x y", "z"], "label": [0, 0]}).head(2 * (s == "train")) for s in ("train", "validation", "test")}, [], {})
     with pytest.raises(DataError, match="no validation texts"): pretrain(begin(tmp_path/"run", "pretrain"), folder, inputs[1], **QUICK)
+
+
+def test_an_encoder_too_short_for_the_examples_still_ends(inputs, tmp_path):
+    "The word hidden in an unseen text may stand beyond what the encoder reads; such a text is not shown."
+    pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK | dict(positions=16, steps=2, evaluations=1))
+    assert all(e["text"].count("[MASK]") == 1 for e in read_json(tmp_path/"run"/"examples.json"))

@@ -1,0 +1,176 @@
+"Next sentences: pairs are pure, balanced and tell nothing by their shape; the losses are the stock class's; a killed run ends with the same bytes; what can be learned is learned."
+import os
+import random
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+import llmeco_nb.train  # noqa: E402
+from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.data import read_split, write_corpus  # noqa: E402
+from llmeco_nb.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
+                           with_pairs)
+from llmeco_nb.pretrain import pretrain  # noqa: E402
+from llmeco_nb.tokenizer import build_tokenizer, open_tokenizer  # noqa: E402
+
+QUICK = dict(length=24, steps=10, batch=8, judged=20, evaluations=2)
+NAMES = ["anna", "boris", "clara", "david", "emma", "felix", "greta", "hugo", "irene", "jakob", "karin", "lukas", "mara", "nils", "olga", "peter"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    "Texts that speak of one person each, so that a pair can be told by the name; their tokenizer, and an encoder of a few steps."
+    torch.set_num_threads(1)
+    folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
+    def said():
+        name = r.choice(NAMES)
+        return " ".join(f"{name} {r.choice(['saw', 'liked', 'left'])} the {r.choice(['film', 'plot', 'cast'])} ." for _ in range(12))
+    parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 60), ("validation", 20), ("test", 2))}
+    write_corpus(folder/"corpus", parts, [], {})
+    tokenizer = build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 120)
+    encoder = pretrain(begin(folder/"e", "pretrain"), folder/"corpus", tokenizer, size="1x32", length=24, positions=32, steps=4, batch=4, judged=4, evaluations=1)
+    return folder/"corpus", tokenizer, encoder
+
+
+@pytest.fixture(scope="module")
+def docs(inputs):
+    return documents(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text)
+
+
+# -- pairs
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(alphabet="ab.!? \n\"')", max_size=60))
+def test_cutting_sentences_loses_nothing_but_space(text):
+    found = sentences_of(text)
+    assert "".join("".join(found).split()) == "".join(text.split()) and all(s == s.strip() and s for s in found)
+
+
+def test_borders_are_where_sentences_end(docs):
+    for ids, borders in docs: assert len(borders) == 11 and (np.diff(np.r_[0, borders, len(ids)]) > 0).all()
+
+
+def test_a_pair_fills_its_row_and_is_pure(docs):
+    where = places(docs, 24)
+    a, b = sides(24)
+    labels = []
+    for i in range(len(where)):
+        row, label = pair(docs, where, i, (5, 0, i), 24)
+        d, at = where[i]
+        labels.append(label)
+        assert len(row) == 24 and row[0] == 2 and row[1 + a] == row[-1] == 3 and (row != 0).all()
+        assert row[1:1 + a].tolist() == docs[d][0][at - a:at].tolist()
+        if not label: assert row[2 + a:-1].tolist() == docs[d][0][at:at + b].tolist()
+    np.random.seed(1)
+    assert all(np.array_equal(pair(docs, where, i, (5, 0, i), 24)[0], pair(docs, where, i, (5, 0, i), 24)[0]) for i in range(20))
+    assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / len(labels) ** 0.5
+    changed = [pair(docs, where, i, (5, 1, i), 24) for i in range(len(where))]
+    assert [c[1] for c in changed] != labels                                              # another epoch, other coins
+
+
+def test_a_false_b_comes_from_another_document(docs):
+    marked = [(np.full_like(ids, 10 + d), borders) for d, (ids, borders) in enumerate(docs)]   # every document of one token
+    where, (a, _) = places(marked, 24), sides(24)
+    for i in range(len(where)):
+        for follows in (True, False):
+            row, label = pair(marked, where, i, (0, 0, i), 24, follows)
+            assert label == int(not follows) and (row[1] == row[a + 2]) == follows
+
+
+def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
+    where = places(docs, 24)
+    batches, fresh = pair_batches(docs, where, 7, 3, 24, 0.15, 100), pair_batches(docs, where.copy(), 7, 3, 24, 0.15, 100)
+    edge = len(where) // 7                                                                 # this batch crosses an epoch
+    expected = {i: batches(i) for i in (0, edge, 500)}
+    for i in (500, edge, 0): assert all(fresh(i)[k].equal(expected[i][k]) for k in expected[i])
+    b = expected[edge]
+    assert len(b["positions"]) == 7 * round(0.15 * 21) and b["token_type_ids"].sum(1).eq(sides(24)[1] + 1).all()
+    shown = pair_batch(docs, where, [0, 1], [0, 0], 3, 24, 0.15, 100)
+    plain = torch.from_numpy(np.concatenate([pair(docs, where, i, (3, 0, i), 24)[0] for i in (0, 1)])).long()
+    assert plain[shown["positions"]].equal(shown["targets"]) and (shown["targets"] >= 5).all()
+    kept = torch.ones(48, dtype=torch.bool)
+    kept[shown["positions"]] = False
+    assert shown["input_ids"].flatten()[kept].equal(plain[kept])
+
+
+def test_too_little_text_is_refused(docs):
+    with pytest.raises(DataError, match="fewer than two"): places(docs[:1], 24)
+    with pytest.raises(DataError, match="lower length"): places(docs, 400)
+    with pytest.raises(UsageError, match="at least 11"): places(docs, 8)
+
+
+# -- losses
+
+def test_losses_are_the_stock_class_s(inputs, docs):
+    model, where = with_pairs(inputs[2], 1), places(docs, 24)
+    b = pair_batch(docs, where, range(9), [0] * 9, 0, 24, 0.2, 100)
+    labels = torch.full((9 * 24,), -100)
+    labels[b["positions"]] = b["targets"]
+    out = model(b["input_ids"], token_type_ids=b["token_type_ids"], labels=labels.view(9, 24), next_sentence_label=b["next_sentence"])
+    out.loss.backward()
+    theirs = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss, n = pair_step(1.0)(model, b, lambda loss: loss.backward())
+    assert abs(loss / n - out.loss) < 1e-5 and (pair_losses(model, **b)[0] - out.seq_relationship_logits).abs().max() < 1e-5
+    for p, g in zip(model.parameters(), theirs): assert (p.grad / n - g).abs().max() < 1e-5
+
+
+def test_held_pairs_are_balanced_and_do_not_depend_on_the_batch(inputs, docs):
+    model, where = with_pairs(inputs[2], 1).eval(), places(docs, 24)
+    a, b = (held_pairs(model, docs, where, 31, 0, 24, 0.15, 100, batch) for batch in (4, 30))
+    assert len(a) == 30 and np.allclose(a[:, :2], b[:, :2], atol=1e-4)
+
+
+# -- the stage
+
+def what_stays(folder):
+    record = open_record(folder, "nsp")
+    rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()]
+    return sha256_of(record.artifact("paired")), rows, {k: v for k, v in record.metrics.items() if k != "seconds"}, read_json(record.path/"pairs.json")
+
+
+def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch):
+    learn_pairs(begin(tmp_path/"calm", "nsp"), *inputs, **QUICK)
+    one_step = llmeco_nb.train.one_step
+    for at in (1, 7):
+        def dying(model, step, batches, optimiser, schedule, s, *more):
+            if s == at: os.kill(os.getpid(), signal.SIGKILL)
+            return one_step(model, step, batches, optimiser, schedule, s, *more)
+        monkeypatch.setattr(llmeco_nb.train, "one_step", dying)
+        pid = os.fork()
+        if pid == 0:
+            try: learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK)
+            finally: os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    monkeypatch.setattr(llmeco_nb.train, "one_step", one_step)
+    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK)
+    assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
+
+
+def test_what_can_be_told_is_told(inputs, tmp_path):
+    "Each text speaks of one person: counting shared words solves most pairs, and the model, trained on, is above chance beyond its interval."
+    from llmeco_nb.stats import wilson
+    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, length=24, steps=400, batch=32, judged=120, evaluations=2, lr=3e-3)
+    n = open_record(tmp_path/"run", "nsp").metrics
+    assert n["overlap_accuracy"] > 0.85 and wilson(n["right"], n["pairs"]).low > 0.5 and n["pair_loss"] < 0.69
+
+
+def test_counting_shared_words_knows_nothing_without_topics(docs):
+    r = np.random.default_rng(0)
+    noise = [(r.integers(5, 120, len(ids)).astype(np.int32), borders) for ids, borders in docs]
+    where = places(noise, 24)
+    assert 0.35 < overlap_right(noise, where, noise[30:], places(noise[30:], 24), 200, 0, 24, 120).mean() < 0.65
+
+
+def test_refusals(inputs, tmp_path):
+    corpus, tokenizer, encoder = inputs
+    for words, more in (("mask is 1", dict(mask=1.0)), ("mlm is -1", dict(mlm=-1.0)), ("at most 32", dict(length=64)), ("judged is 1", dict(judged=1))):
+        with pytest.raises(UsageError, match=words): learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | more)
+    with pytest.raises(MissingError, match="not an encoder"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, **QUICK)
+    other = build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus, 60)
+    with pytest.raises(DataError, match="do not belong together"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, other, encoder, **QUICK)
