@@ -130,6 +130,7 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
                      seed: int = 0):
     "A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its tokenizer. Raises `DataError`."
     import torch
+    from llmeco_nb.fast import hasten
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(seed)
     try:
@@ -137,7 +138,7 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
             config = AutoConfig.from_pretrained(folder)
             none = {k: 0.0 for k in dropouts if hasattr(config, k)}
             model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                                                                       label2id={l: i for i, l in enumerate(labels)}, dtype=torch.float32, attn_implementation="sdpa" if torch.cuda.is_available() else "eager", **none)
+                                                                       label2id={l: i for i, l in enumerate(labels)}, dtype=torch.float32, **none)
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as e: raise DataError(f"{folder} does not hold an encoder and a tokenizer that transformers can open: {str(e).splitlines()[0]}") from None
     pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
@@ -145,6 +146,7 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
         with torch.no_grad():
             torch.nn.init.eye_(pooler.weight)
             pooler.bias.zero_()
+    if not torch.cuda.is_available() and model._supports_attention_backend: hasten(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 # %% ../nbs/20_finetune.ipynb #c3563717
@@ -233,6 +235,7 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
     import pandas as pd
     import torch
+    from llmeco_nb.fast import kept_memory
     from llmeco_nb.metrics import report
     from llmeco_nb.optim import Optimiser
     from llmeco_nb.train import pace, settle, train
@@ -260,9 +263,11 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     def evaluate(model):
         p = predict(model, few, pad)
         return dict(validation_loss=-np.log(np.maximum(p[np.arange(len(few)), few_labels], 1e-9)).mean(), validation_accuracy=(p.argmax(1) == few_labels).mean())
-    result = train(model, step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="finetune")
-    started = time.monotonic()
-    table = pd.concat([predictions_table(s, splits[s], predict(model, coded[s], pad, record=record), name, len(target)) for s in ("validation", "test") if len(splits[s])])
+    with kept_memory():
+        result = train(model, step, batches, optimiser, plan, record, evaluate, watch="validation_accuracy", higher=True, size=lambda b: b["input_ids"].numel(),
+                       identity=dict(asked=plan["asked"]), name="finetune")
+        started = time.monotonic()
+        table = pd.concat([predictions_table(s, splits[s], predict(model, coded[s], pad, record=record), name, len(target)) for s in ("validation", "test") if len(splits[s])])
     predicting = time.monotonic() - started
     table.to_parquet(record.artifact("predictions"), index=False)
     save_classifier(optimiser.finish(), tokenizer, record.artifact("classifier"), tokens, head)

@@ -8,6 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)    # how long an example takes says more of the neighbours than of the code
+settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="llmeco-tests-"))
