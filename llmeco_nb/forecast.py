@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['taken_back', 'storages', 'saved_bytes', 'Ledger', 'resident_bytes', 'step_course', 'step_bytes', 'group_memory',
-           'available', 'memory_law', 'bytes_at', 'largest_batch', 'mib', 'must_fit', 'power_law', 'loss_at',
-           'expected_loss', 'forecast', 'compile_choice']
+           'available', 'allowance', 'memory_law', 'bytes_at', 'largest_batch', 'mib', 'must_fit', 'law_in_parts',
+           'power_law', 'loss_at', 'expected_loss', 'forecast', 'compile_choice']
 
 # %% ../nbs/17a_forecast.ipynb #b1a3dcdb
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -122,6 +123,11 @@ def available(device: str | torch.device = "cpu") -> tuple[int, str]:
     machine = psutil.virtual_memory().available, "free memory of the machine"
     return min(machine, group_memory() or machine)
 
+def allowance(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, str]:
+    "Bytes training may have in all, and who says so: of what is available a tenth is left free; what is resident already is no longer among it."
+    free, who = available(next(model.parameters()).device)
+    return 0.9 * free + resident_bytes(model, optimiser), who
+
 # %% ../nbs/17a_forecast.ipynb #673e1e72
 def memory_law(model: torch.nn.Module, step: Callable, make: Callable, optimiser: Optimiser,
                sizes: tuple[int, int] = (2, 4)  # Rows of the two batches that are measured
@@ -134,30 +140,51 @@ def memory_law(model: torch.nn.Module, step: Callable, make: Callable, optimiser
     for fixed, row in zip(one - rows * sizes[0], rows): lines[float(row)] = max(float(fixed), lines.get(float(row), -np.inf))
     return [(fixed, row) for row, fixed in lines.items()]
 
-def bytes_at(law: list, rows: int) -> float:
-    "Peak bytes with this many rows."
-    return max(fixed + row * rows for fixed, row in law)
+def bytes_at(law: list | Callable, rows: int) -> float:
+    "Peak bytes with this many rows; `law` is what `memory_law` gives, or `law_in_parts`."
+    return max(fixed + row * rows for fixed, row in (law(rows) if callable(law) else law))
 
-def largest_batch(law: list, limit: float) -> int:
-    "The most rows whose peak is not above `limit`; 0 when not even one fits."
-    if bytes_at(law, 1) > limit: return 0
-    return int(min((limit - fixed) // row for fixed, row in law if row > 0))
+def largest_batch(law: list | Callable, limit: float, most: int) -> int:
+    "The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks for small batches first, so that nothing large is measured before it is known to fit."
+    low, high = 0, 1
+    while low < most and bytes_at(law, high) <= limit: low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_at(law, middle) <= limit else (low, middle)
+    return low
 
 def mib(n: float) -> str: return f"{n / 2**20:,.1f} MiB"
 
 def must_fit(batch: int,              # Rows of a micro-batch
              accumulation: int,       # Micro-batches a step
-             law: list,               # From `memory_law`
+             law: list | Callable,    # From `memory_law` or `law_in_parts`
              limit: float,            # Bytes training may have in all
              says: str = "the limit"  # Who set it
             ) -> int:
     "Bytes of training with this batch. Raises `UsageError` when they are above the limit, naming what would fit."
-    need, effective, largest = bytes_at(law, batch), batch * accumulation, largest_batch(law, limit)
-    if need <= limit: return round(need)
-    why = f"A batch of {batch} rows needs {mib(need)} and there are {mib(limit)} ({says})."
+    effective, largest = batch * accumulation, largest_batch(law, limit, batch)
+    if largest == batch: return round(bytes_at(law, batch))
+    why = f"A batch of {batch} rows needs about {mib(bytes_at(law(largest + 1) if callable(law) else law, batch))} and there are {mib(limit)} ({says})."
     if largest < 1: raise UsageError(f"{why} Not even one row fits, which needs {mib(bytes_at(law, 1))}; take a smaller model, shorter texts, or another optimiser.")
     divisor = max(d for d in range(1, largest + 1) if effective % d == 0)
     raise UsageError(f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch {divisor} with accumulation {effective // divisor}.")
+
+# %% ../nbs/17a_forecast.ipynb #ef046bcd
+def law_in_parts(model: torch.nn.Module,
+                 step: Callable,    # number of parts -> a step that makes so many of whatever batch it gets
+                 parts: Callable,   # rows -> parts the real step would make
+                 tokens: float,     # Of a row, that the loss is asked about
+                 make: Callable, optimiser: Optimiser) -> Callable:
+    "For `must_fit` and `bytes_at`: rows -> the lines of a step whose loss is made in parts. Each number of parts is measured once."
+    @functools.cache
+    def lines(n: int) -> list:
+        rows = max(2, -(-n * (n - 1) // int(tokens)))      # so few tokens in so many parts would leave some parts empty
+        return memory_law(model, step(n), make, optimiser, (rows, 2 * rows))
+    def law(rows: int) -> list:
+        n = parts(rows)
+        while n > 1 and 4 * n * (n - 1) > max(8, rows) * tokens: n -= 1     # larger parts than there will be, rather than batches as large as the one that is in question
+        return lines(n)
+    return law
 
 # %% ../nbs/17a_forecast.ipynb #90ae31f3
 def power_law(points: list[tuple[float, float]]  # (compute or tokens, loss) of earlier runs
@@ -192,19 +219,21 @@ def forecast(model: torch.nn.Module, step: Callable,
              batch: int,                                 # Rows of a micro-batch
              earlier: list[tuple[float, float]] = (),    # (compute or tokens, loss) of earlier runs
              compute: float | None = None,               # Of this run, in the same unit
-             limit: float | None = None                  # Bytes training may have in all; None: what is available, a tenth left free
+             limit: float | None = None,                 # Bytes training may have in all; None: what is available, a tenth left free
+             law: list | Callable | None = None,         # Of memory, where it is known already or the loss is made in parts
+             seconds: float | None = None,               # Of a step, where measured already
+             evaluations: tuple[int, float] = (0, 0.0)   # How many, and seconds of one
             ) -> dict:
     "Seconds, bytes and loss of the run that `plan` describes, and `says`, a sentence for each. Raises `UsageError` when the batch cannot fit, before any batch of that size is made."
-    accumulation, device = plan.get("accumulation", 1), next(model.parameters()).device
-    law = memory_law(model, step, make, optimiser)
-    free, who = available(device) if limit is None else (limit, "the given limit")
-    most = 0.9 * free + resident_bytes(model, optimiser) if limit is None else limit        # what is resident is no longer among the free
-    need = must_fit(batch, accumulation, law, most, who)
-    with taken_back(model, optimiser): seconds = pace(model, step, lambda i: make(batch, i), optimiser, accumulation)
+    accumulation, (most, who) = plan.get("accumulation", 1), allowance(model, optimiser) if limit is None else (limit, "the given limit")
+    need = must_fit(batch, accumulation, law or memory_law(model, step, make, optimiser), most, who)
+    if seconds is None:
+        with taken_back(model, optimiser): seconds = pace(model, step, lambda i: make(batch, i), optimiser, accumulation)
+    whole, beside = seconds * plan["steps"] + evaluations[0] * evaluations[1], f"{evaluations[0]} evaluations of {evaluations[1]:.3g} s" if evaluations[0] else "without evaluations"
     loss = expected_loss(list(earlier), compute) if compute else dict(loss=None, error=None, why="unknown: this run's compute was not given")
-    says = [f"time: {seconds * plan['steps']:,.0f} s, {plan['steps']} steps of {seconds:.3g} s (without evaluations)", f"memory: {mib(need)} of {mib(most)} ({who})",
+    says = [f"time: {whole:,.0f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})", f"memory: {mib(need)} of {mib(most)} ({who})",
             f"loss: {loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}"]
-    return dict(seconds=seconds * plan["steps"], seconds_a_step=seconds, bytes=need, limit=round(most), loss=loss["loss"], error=loss["error"], says=says)
+    return dict(seconds=whole, seconds_a_step=seconds, bytes=need, limit=round(most), loss=loss["loss"], error=loss["error"], says=says)
 
 # %% ../nbs/17a_forecast.ipynb #ba2e2b77
 def compile_choice(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser,

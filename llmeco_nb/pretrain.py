@@ -221,24 +221,28 @@ def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
         if bar: logging.enable_progress_bar()
     for f in sorted(Path(tokenizer_folder).iterdir()): shutil.copy(f, folder/f.name)
 
-def mlm_step(model, batch: dict, backward) -> tuple:
-    "One micro-batch for the training loop: summed loss of the hidden tokens, and their number."
+def mlm_step(model, batch: dict, backward, parts: int = 0) -> tuple:
+    "One micro-batch for the training loop: summed loss of the hidden tokens, and their number. `parts` the loss is made in; 0: as few as its memory allows."
     from llmeco_nb.fast import fast_mlm_loss
-    loss = fast_mlm_loss(model, **batch)
+    room = dict(room=-(-len(batch["targets"]) // parts) * model.config.vocab_size) if parts else {}
+    loss = fast_mlm_loss(model, **batch, **room)
     backward(loss)
     return loss.detach(), len(batch["targets"])
 
 def pretrain(record: Record,               # Where the encoder goes: its artifact `encoder`
              corpus: str | Path, tokenizer: str | Path,
-             size: str = "2x64", length: int = 64, positions: int = 512, minutes: float = 0.0, steps: int = 60, batch: int = 16,
-             mask: float = 0.2, start: str = "counts", lr: float = 3e-3, warmup: int = 5, decay: int = 40,
-             judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0) -> Path:
-    "Pretrain an encoder (the parameters are those of the chapter) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+             size: str = "2x64", length: int = 64, positions: int = 512, minutes: float = 0.0, steps: int = 60, batch: int | None = 16,
+             mask: float = 0.2, start: str = "counts", lr: float | None = 3e-3, warmup: int = 5, decay: int = 40,
+             judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
+             accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
+    "Pretrain an encoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
-    from llmeco_nb.fast import hasten, kept_memory
+    from llmeco_nb.fast import hasten, kept_memory, parts_of
+    from llmeco_nb.forecast import law_in_parts
     from llmeco_nb.model import count_parameters, flops_per_token
     from llmeco_nb.optim import Optimiser
-    from llmeco_nb.train import pace, settle, train
+    from llmeco_nb.start import outcome, start as begin_with
+    from llmeco_nb.train import train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
     if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads.")
@@ -249,20 +253,22 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
         if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
     rows, held = pack(encode_texts(cutter, read_split(corpus, "train").text), length), pack(encode_texts(cutter, unseen), length)[:judged]
     seed_everything(seed)
-    model, batches = hasten(started(rows, vocabulary, size, positions, start, seed)), batches_of(rows, batch, seed, mask, vocabulary)
-    optimiser = Optimiser(model, lr, betas=(0.9, 0.98), eps=1e-6, precision=precision)
+    model, hidden = hasten(started(rows, vocabulary, size, positions, start, seed)), len(mask_row(rows[0], (seed, 0, 0), mask, vocabulary)[1])
+    optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=precision)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
     def evaluate(m):
         loss, right, n = judge(m).sum(0)
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
     peak = roof(getattr(torch, "bfloat16" if precision == "bf16" else "float32"))
-    def make() -> dict:
-        if not minutes: return pretrain_plan(steps, 0, 0, 1, 1, evaluations, warmup, decay, batch, torch.get_num_threads())
-        with kept_memory(): a_step, before = pace(model, mlm_step, batches, optimiser, tries=5), time.monotonic()
-        evaluate(model)
-        return pretrain_plan(0, minutes, time.monotonic() - begun, a_step, time.monotonic() - before, evaluations, warmup, decay, batch, torch.get_num_threads())
-    plan = settle(record, asked, make)
-    with kept_memory(): result = train(model, mlm_step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="pretrain")
+    make, tokens = lambda n, index: batches_of(rows, n, seed, mask, vocabulary)(index), lambda b: b["input_ids"].numel()
+    law = law_in_parts(model, lambda parts: lambda m, b, backward: mlm_step(m, b, backward, parts), lambda n: parts_of(n * hidden, vocabulary), hidden, make, optimiser)
+    def plan_of(n, a_step, an_evaluation):
+        return pretrain_plan(steps, minutes, time.monotonic() - begun, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
+    with kept_memory():
+        plan = begin_with(record, asked, model, mlm_step, make, optimiser, plan_of, batch, lr, tokens, evaluate, accumulation, law, earlier=earlier)
+        result = train(model, mlm_step, batches_of(rows, plan["batch"], seed, mask, vocabulary), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="pretrain",
+                       flops=flops_per_token(model.config, length, hidden / length), roof=peak * 1e9)
+        foretold = outcome(record, model, mlm_step, make, optimiser, plan, result, result["best"])
     optimiser.finish().eval()
     final, logp = judge(model), unigram(rows, vocabulary)
     guess = np.array([-logp[held[i][mask_row(held[i], (seed, 0, i), mask, vocabulary)[1]]].sum() for i in range(len(held))])
@@ -276,5 +282,5 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     record.save_metrics(validation_loss=final[:, 0].sum() / n, validation_accuracy=final[:, 1].sum() / n, unigram_loss=guess.sum() / n, best_step=result["best_step"],
                         steps=result["steps"], tokens=result["tokens"], epochs=result["tokens"] / rows.size, seconds=result["seconds"], tokens_per_s=speed,
                         gflops=speed * work / 1e9, roof_gflops=peak, roof_share=speed * work / 1e9 / peak, rows=len(rows), held_rows=len(held),
-                        parameters=parts["total"], parameters_layers=parts["layers"], vocabulary=vocabulary, flops_per_token=work)
+                        parameters=parts["total"], parameters_layers=parts["layers"], vocabulary=vocabulary, flops_per_token=work, batch=plan["batch"], lr=optimiser.lr, **foretold)
     return record.artifact("encoder")

@@ -49,7 +49,7 @@ def what_stays(folder) -> tuple:
     "Everything about a finished run that must not depend on how often it was killed."
     record = open_record(folder, "causal")
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "roof_share")} for row in record.rows()]
-    timed = ("seconds", "tokens_per_s", "gflops", "roof_gflops", "roof_share")
+    timed = ("seconds", "tokens_per_s", "gflops", "roof_gflops", "roof_share", "forecast_seconds")
     return sha256_of(record.artifact("decoder")), rows, {k: v for k, v in record.metrics.items() if k not in timed}, read_json(record.path/"domains.json"), read_json(record.path/"samples.json")
 
 

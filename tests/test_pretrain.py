@@ -34,8 +34,8 @@ def inputs(tmp_path_factory):
 def what_stays(folder) -> tuple:
     "Everything about a finished run that must not depend on how often it was killed."
     record = open_record(folder, "pretrain")
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in record.rows()]
-    timed = ("seconds", "tokens_per_s", "gflops", "roof_gflops", "roof_share")
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "roof_share")} for row in record.rows()]
+    timed = ("seconds", "tokens_per_s", "gflops", "roof_gflops", "roof_share", "forecast_seconds")
     return sha256_of(record.artifact("encoder")), rows, {k: v for k, v in record.metrics.items() if k not in timed}, read_json(record.path/"held.json"), read_json(record.path/"examples.json")
 
 
