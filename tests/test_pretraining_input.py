@@ -43,7 +43,7 @@ def house(tmp_path_factory):
     build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 60)
     (folder/"prose").mkdir()
     for s in ("train", "validation"): pd.read_parquet(folder/"corpus"/f"{s}.parquet")[["id", "text"]].assign(domain="reviews").to_parquet(folder/"prose"/f"{s}.parquet")
-    save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 300), folder/"pieces")
+    save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
     pretrain(begin(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", **QUICK, length=24, positions=24, batch=4)
     return folder
 
