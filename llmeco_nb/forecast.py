@@ -178,7 +178,9 @@ def law_in_parts(model: torch.nn.Module,
     "For `must_fit` and `bytes_at`: rows -> the lines of a step whose loss is made in parts. Each number of parts is measured once."
     @functools.cache
     def lines(n: int) -> list:
-        rows = max(2, -(-n * (n - 1) // int(tokens)))      # so few tokens in so many parts would leave some parts empty
+        least = max(2, -(-n * (n - 1) // int(tokens)))                                       # fewer tokens in so many parts would leave some parts empty
+        short = lambda some: (n * -(-int(tokens * some) // n) - int(tokens * some)) / (tokens * some)    # by how much the last part is smaller than the others: its slope would be wrong
+        rows = min(range(least, 2 * least + 1), key=lambda some: short(some) + short(2 * some))
         return memory_law(model, step(n), make, optimiser, (rows, 2 * rows))
     def law(rows: int) -> list:
         n = parts(rows)

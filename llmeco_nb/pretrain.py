@@ -256,7 +256,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     from llmeco_nb.train import train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
-    if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads.")
+    if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads. Lower length, or raise positions.")
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
     if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation=0.1.")
