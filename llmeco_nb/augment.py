@@ -119,12 +119,12 @@ class Judge:
 def replace_words(text: str, net, key: tuple,   # `net` gives `synonyms(word)`; `key`: whole numbers that decide
                   share: float = 0.15, judge: Judge | None = None, slack: float = 1.0) -> str:
     "The text with up to `share` of its words replaced by synonyms; a function of the arguments alone."
-    draw, words = np.random.default_rng(key), list(re.finditer(r"[A-Za-z]+", text))
+    draw, words = np.random.default_rng(key), list(re.finditer(r"[A-Za-z]+(?:['’][A-Za-z]+)*", text))
     wanted, swaps = round(share * len(words)), {}
     for i in draw.permutation(len(words)):
         if len(swaps) >= wanted: break
         m = words[i]
-        options = net.synonyms(m[0]) if m[0].islower() else []
+        options = net.synonyms(m[0]) if len(m[0]) > 2 and m[0].islower() else []
         if judge and options:
             gaps = judge.gaps(text[:m.start()], m[0], text[m.end():], options)
             options = [o for o, g in zip(options, gaps) if g >= -slack]
