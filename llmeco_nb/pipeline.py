@@ -136,7 +136,7 @@ class Pipeline:
 
     def revisions(self, one: Instance) -> dict[str, str]:
         "Revision of each outside source that a parameter of `one` names."
-        return {p: named(f)(one.values[p]) if one.values.get(p) else "" for p, f in one.notebook.contract.get("sources", {}).items()}
+        return {p: "" if one.values.get(p) in (None, "") else named(f)(one.values[p]) for p, f in one.notebook.contract.get("sources", {}).items()}    # an empty list may mean "what is here"
 
     def look(self, one: Instance, revisions: dict[str, str] | None = None) -> Look:
         "Work out an instance's state without running anything."
