@@ -34,10 +34,14 @@ from .decoder import decoder_parameters
 from .decoder import new_decoder
 from .decoder import save_decoder
 from .fast import SummedCrossEntropy
+from .forecast import compiled_layers
+from .memory import recomputing
 from .ngram import Ngram
 from .ngram import bits_per_byte
 from .ngram import compressed
 from .optim import Optimiser
+from .parallel import here
+from .parallel import place
 from .pieces import encode_pieces
 from .pieces import open_pieces
 from .pieces import save_pieces
@@ -45,6 +49,7 @@ from .pieces import train_bpe
 from .pretrain import pretrain_plan
 from .pretrain import roof
 from .train import drawn
+from .train import onto
 from .train import pace
 from .train import settle
 from .train import train
@@ -135,7 +140,7 @@ def held_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[float, int
     "Summed surprise of all rows in nats, and the number of tokens predicted. Call it without gradients."
     nats = 0.0
     for s in range(0, len(packed["targets"]), batch):
-        b = rows_of(packed, slice(s, s + batch))
+        b = onto(rows_of(packed, slice(s, s + batch)), model.lm_head.weight.device)
         asked = b["targets"] != -100
         nats += F.cross_entropy(model.logits(model.hidden(b["input_ids"], b["documents"])[asked]), b["targets"][asked], reduction="sum").item()
     return nats, int((packed["targets"] != -100).sum())
@@ -155,7 +160,7 @@ def write(model: Decoder, tokenizer, prompt: str,
     end, g = end_of(tokenizer), torch.Generator().manual_seed(seed)
     ids = [end, *encode_pieces(tokenizer, [prompt])[0].tolist()]
     for _ in range(tokens):
-        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]]))[0, -1])
+        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]], device=model.lm_head.weight.device))[0, -1]).cpu()
         ids.append(int(logits.argmax()) if temperature == 0 else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == end: break
     return tokenizer.decode([i for i in ids if i != end])
@@ -183,10 +188,10 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
                     prose: str | Path, pieces: str | Path,
                     size: str = "2x64", context: int = 64, minutes: float = 0.0, steps: int = 60, batch: int = 16, lr: float = 3e-3, muon: float = 1e-2, weight_decay: float = 0.1,
                     warmup: int = 2, decay: int = 50, judged: int = 64, evaluations: int = 6, precision: str = "bf16", counted: int = 2_000_000,
-                    prompts: list[str] = (), written: int = 40, temperature: float = 0.8, seed: int = 0) -> Path:
+                    prompts: list[str] = (), written: int = 40, temperature: float = 0.8, seed: int = 0, recompute: int = 0, compiled: bool = False, device: str = "cpu") -> Path:
     "Pretrain a decoder (the parameters are those of the chapter) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     begun = time.monotonic()
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k != "begun"} | dict(prose=sha256_of(prose), pieces=sha256_of(pieces), prompts=sha256_text("\n".join(prompts)))
+    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("begun", "recompute", "device", "compiled")} | dict(prose=sha256_of(prose), pieces=sha256_of(pieces), prompts=sha256_text("\n".join(prompts)), **(dict(compiled=True) if compiled else {}))
     if batch < 1 or judged < 1: raise UsageError(f"batch is {batch} and judged {judged}; both are at least 1.")
     tokenizer = open_pieces(pieces)
     vocabulary, end, held_texts = tokenizer.get_vocab_size(), end_of(tokenizer), read_texts(prose, "validation")
@@ -197,9 +202,10 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
     train_ids, held_ids = encode_pieces(tokenizer, train_texts), {d: encode_pieces(tokenizer, texts) for d, texts in held_texts.items()}
     rows, held = pack(train_ids, context, end), {d: pack(ids, context, end) for d, ids in held_ids.items()}
     seed_everything(seed)
-    model = new_decoder(vocabulary, size, context, seed=seed, zero_init=True)
+    model = new_decoder(vocabulary, size, context, seed=seed, zero_init=True).to(place(device))
+    recomputing(compiled_layers(model) if compiled else model, recompute)
     optimiser = Optimiser(model, lr, decay=weight_decay, betas=(0.9, 0.98), muon=muon, precision=precision)
-    batches = lambda i: rows_of(rows, drawn(i, batch, len(rows["targets"]), seed))
+    batches = lambda i: rows_of(rows, drawn(i, batch, len(rows["targets"]), seed, here().size, here().rank))
     few, samples = {d: head_of(p, judged) for d, p in held.items()}, record.resume/"samples"
     samples.mkdir(exist_ok=True)
     def evaluate(m):
@@ -218,7 +224,7 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
     samples.mkdir(exist_ok=True)                                                    # another plan than last time clears what was begun
     result = train(model, causal_step, batches, optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
                    flops=decoder_flops(model.config, context), roof=peak * 1e9)
-    optimiser.finish().eval()
+    optimiser.finish().eval().cpu()
     with torch.no_grad(): sums = {d: held_nats(model, p) for d, p in held.items()}
     bytes_of = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     nats, n, total = sum(s for s, _ in sums.values()), sum(k for _, k in sums.values()), sum(bytes_of.values())

@@ -82,11 +82,14 @@ def masked_batch(rows: np.ndarray, # (n, length)
                 targets=torch.from_numpy(rows[np.asarray(which)].ravel()[positions].astype(np.int64)))
 
 # %% ../nbs/18_pretrain.ipynb #e8eeb443
-def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, vocabulary: int):
+def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, vocabulary: int,
+               world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+              ):
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
+    from llmeco_nb.parallel import shares
     from llmeco_nb.train import drawn
     def batches(index: int) -> dict:
-        return masked_batch(rows, drawn(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, vocabulary)
+        return masked_batch(rows, drawn(index, batch, len(rows), seed, world, rank), np.array(shares(index, batch, world, rank)) // len(rows), seed, share, vocabulary)
     return batches
 
 # %% ../nbs/18_pretrain.ipynb #b4769ae7
@@ -164,7 +167,7 @@ def held_losses(model, rows: np.ndarray, seed: int, share: float, vocabulary: in
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
         b = masked_batch(rows, which, [0] * len(which), seed, share, vocabulary)
-        with torch.inference_mode(): logits = mlm_logits(model, b["input_ids"], b["positions"])
+        with torch.inference_mode(): logits = mlm_logits(model, b["input_ids"].to(model.device), b["positions"].to(model.device)).cpu()
         loss, right = torch.nn.functional.cross_entropy(logits, b["targets"], reduction="none"), logits.argmax(-1) == b["targets"]
         owner = s + b["positions"].numpy() // rows.shape[1]
         for k, column in enumerate((loss.numpy(), right.numpy(), np.ones(len(owner)))): np.add.at(found[:, k], owner, column)
@@ -243,14 +246,16 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
              corpus: str | Path, tokenizer: str | Path,
              size: str = "2x64", length: int = 64, positions: int = 512, minutes: float = 0.0, steps: int = 60, batch: int = 16,
              mask: float = 0.2, start: str = "counts", lr: float = 3e-3, warmup: int = 5, decay: int = 40,
-             judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0) -> Path:
+             judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0, recompute: int = 0, device: str = "cpu") -> Path:
     "Pretrain an encoder (the parameters are those of the chapter) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
     from llmeco_nb.fast import hasten, kept_memory
+    from llmeco_nb.memory import recomputing
     from llmeco_nb.model import count_parameters, flops_per_token
     from llmeco_nb.optim import Optimiser
+    from llmeco_nb.parallel import here, place
     from llmeco_nb.train import pace, settle, train
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
+    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("recompute", "device")} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
     if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads.")
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
@@ -260,7 +265,8 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
         if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
     rows, held = pack(encode_texts(cutter, read_split(corpus, "train").text), length), pack(encode_texts(cutter, unseen), length)[:judged]
     seed_everything(seed)
-    model, batches = hasten(started(rows, vocabulary, size, positions, start, seed)), batches_of(rows, batch, seed, mask, vocabulary)
+    model, batches = hasten(started(rows, vocabulary, size, positions, start, seed)), batches_of(rows, batch, seed, mask, vocabulary, here().size, here().rank)
+    recomputing(model, recompute).to(place(device))
     optimiser = Optimiser(model, lr, betas=(0.9, 0.98), eps=1e-6, precision=precision)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
     def evaluate(m):
@@ -274,7 +280,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
         return pretrain_plan(0, minutes, time.monotonic() - begun, a_step, time.monotonic() - before, evaluations, warmup, decay, batch, torch.get_num_threads())
     plan = settle(record, asked, make)
     with kept_memory(): result = train(model, mlm_step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="pretrain")
-    optimiser.finish().eval()
+    optimiser.finish().eval().cpu()
     final, logp = judge(model), unigram(rows, vocabulary)
     guess = np.array([-logp[held[i][mask_row(held[i], (seed, 0, i), mask, vocabulary)[1]]].sum() for i in range(len(held))])
     write_json(record.path/"held.json", [dict(model=m / n, unigram=g / n, hidden=int(n)) for (m, _, n), g in zip(final.tolist(), guess.tolist())])
