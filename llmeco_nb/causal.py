@@ -35,11 +35,15 @@ from .decoder import new_decoder
 from .decoder import save_decoder
 from .fast import SummedCrossEntropy
 from .fast import parts_of
+from .forecast import compiled_layers
 from .forecast import law_in_parts
+from .memory import recomputing
 from .ngram import Ngram
 from .ngram import bits_per_byte
 from .ngram import compressed
 from .optim import Optimiser
+from .parallel import here
+from .parallel import place
 from .pieces import encode_pieces
 from .pieces import open_pieces
 from .pieces import save_pieces
@@ -49,6 +53,7 @@ from .pretrain import roof
 from .start import outcome
 from .start import start
 from .train import drawn
+from .train import onto
 from .train import train
 
 # %% ../nbs/18a_causal.ipynb #6288abcc
@@ -141,7 +146,7 @@ def held_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[float, int
     "Summed surprise of all rows in nats, and the number of tokens predicted. Call it without gradients."
     nats = 0.0
     for s in range(0, len(packed["targets"]), batch):
-        b = rows_of(packed, slice(s, s + batch))
+        b = onto(rows_of(packed, slice(s, s + batch)), model.lm_head.weight.device)
         asked = b["targets"] != -100
         nats += F.cross_entropy(model.logits(model.hidden(b["input_ids"], b["documents"])[asked]), b["targets"][asked], reduction="sum").item()
     return nats, int((packed["targets"] != -100).sum())
@@ -161,7 +166,7 @@ def write(model: Decoder, tokenizer, prompt: str,
     end, g = end_of(tokenizer), torch.Generator().manual_seed(seed)
     ids = [end, *encode_pieces(tokenizer, [prompt])[0].tolist()]
     for _ in range(tokens):
-        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]]))[0, -1])
+        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]], device=model.lm_head.weight.device))[0, -1]).cpu()
         ids.append(int(logits.argmax()) if temperature == 0 else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == end: break
     return tokenizer.decode([i for i in ids if i != end])
@@ -190,10 +195,10 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
                     size: str = "2x64", context: int = 64, minutes: float = 0.0, steps: int = 60, batch: int | None = 16, lr: float | None = 3e-3, muon: float = 1e-2, weight_decay: float = 0.1,
                     warmup: int = 2, decay: int = 50, judged: int = 64, evaluations: int = 6, precision: str = "bf16", counted: int = 2_000_000,
                     prompts: list[str] = (), written: int = 40, temperature: float = 0.8, seed: int = 0,
-                    accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
+                    accumulation: int = 1, patience: int = 0, earlier: list[str] = (), recompute: int = 0, compiled: bool = False, device: str = "cpu") -> Path:
     "Pretrain a decoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     begun = time.monotonic()
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k != "begun"} | dict(prose=sha256_of(prose), pieces=sha256_of(pieces), prompts=sha256_text("\n".join(prompts)))
+    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("begun", "recompute", "device", "compiled")} | dict(prose=sha256_of(prose), pieces=sha256_of(pieces), prompts=sha256_text("\n".join(prompts)), **(dict(compiled=True) if compiled else {}))
     if batch is not None and batch < 1 or judged < 1: raise UsageError(f"batch is {batch} and judged {judged}; both are at least 1.")
     tokenizer = open_pieces(pieces)
     vocabulary, end, held_texts = tokenizer.get_vocab_size(), end_of(tokenizer), read_texts(prose, "validation")
@@ -204,9 +209,10 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
     train_ids, held_ids = encode_pieces(tokenizer, train_texts), {d: encode_pieces(tokenizer, texts) for d, texts in held_texts.items()}
     rows, held = pack(train_ids, context, end), {d: pack(ids, context, end) for d, ids in held_ids.items()}
     seed_everything(seed)
-    model = new_decoder(vocabulary, size, context, seed=seed, zero_init=True)
+    model = new_decoder(vocabulary, size, context, seed=seed, zero_init=True).to(place(device))
+    recomputing(compiled_layers(model) if compiled else model, recompute)
     optimiser = Optimiser(model, lr or 3e-3, decay=weight_decay, betas=(0.9, 0.98), muon=muon, precision=precision)
-    make, a_row = lambda n, i: rows_of(rows, drawn(i, n, len(rows["targets"]), seed)), asked_of(rows) / len(rows["targets"])
+    make, a_row = lambda n, i: onto(rows_of(rows, drawn(i, n, len(rows["targets"]), seed)), model.lm_head.weight.device), asked_of(rows) / len(rows["targets"])
     few, samples = {d: head_of(p, judged) for d, p in held.items()}, record.resume/"samples"
     def evaluate(m):
         samples.mkdir(parents=True, exist_ok=True)                                  # another plan than last time clears what was begun
@@ -219,10 +225,10 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
         rest = an_evaluation * sum(len(p["targets"]) for p in held.values()) / sum(len(p["targets"]) for p in few.values())      # at the end all validation rows are asked
         return pretrain_plan(steps, minutes, time.monotonic() - begun + rest, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
     plan = start(record, asked, model, causal_step, make, optimiser, plan_of, batch, lr, asked_of, evaluate, accumulation, law, earlier=earlier)
-    result = train(model, causal_step, lambda i: make(plan["batch"], i), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
+    result = train(model, causal_step, lambda i: rows_of(rows, drawn(i, plan["batch"], len(rows["targets"]), seed, here().size, here().rank)), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
                    flops=decoder_flops(model.config, context), roof=peak * 1e9)
     foretold = outcome(record, model, causal_step, make, optimiser, plan, result, result["best"])
-    optimiser.finish().eval()
+    optimiser.finish().eval().cpu()
     with torch.no_grad(): sums = {d: held_nats(model, p) for d, p in held.items()}
     bytes_of = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     nats, n, total = sum(s for s, _ in sums.values()), sum(k for _, k in sums.values()), sum(bytes_of.values())

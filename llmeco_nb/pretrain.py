@@ -82,11 +82,14 @@ def masked_batch(rows: np.ndarray, # (n, length)
                 targets=torch.from_numpy(rows[np.asarray(which)].ravel()[positions].astype(np.int64)))
 
 # %% ../nbs/18_pretrain.ipynb #e8eeb443
-def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, vocabulary: int):
+def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, vocabulary: int,
+               world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+              ):
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
+    from llmeco_nb.parallel import shares
     from llmeco_nb.train import drawn
     def batches(index: int) -> dict:
-        return masked_batch(rows, drawn(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, vocabulary)
+        return masked_batch(rows, drawn(index, batch, len(rows), seed, world, rank), np.array(shares(index, batch, world, rank)) // len(rows), seed, share, vocabulary)
     return batches
 
 # %% ../nbs/18_pretrain.ipynb #b4769ae7
@@ -164,7 +167,7 @@ def held_losses(model, rows: np.ndarray, seed: int, share: float, vocabulary: in
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
         b = masked_batch(rows, which, [0] * len(which), seed, share, vocabulary)
-        with torch.inference_mode(): logits = mlm_logits(model, b["input_ids"], b["positions"])
+        with torch.inference_mode(): logits = mlm_logits(model, b["input_ids"].to(model.device), b["positions"].to(model.device)).cpu()
         loss, right = torch.nn.functional.cross_entropy(logits, b["targets"], reduction="none"), logits.argmax(-1) == b["targets"]
         owner = s + b["positions"].numpy() // rows.shape[1]
         for k, column in enumerate((loss.numpy(), right.numpy(), np.ones(len(owner)))): np.add.at(found[:, k], owner, column)
@@ -245,16 +248,18 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
              size: str = "2x64", length: int = 64, positions: int = 512, minutes: float = 0.0, steps: int = 60, batch: int | None = 16,
              mask: float = 0.2, start: str = "counts", lr: float | None = 3e-3, warmup: int = 5, decay: int = 40,
              judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
-             accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
+             accumulation: int = 1, patience: int = 0, earlier: list[str] = (), recompute: int = 0, device: str = "cpu") -> Path:
     "Pretrain an encoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
     from llmeco_nb.fast import hasten, kept_memory, parts_of
     from llmeco_nb.forecast import law_in_parts
+    from llmeco_nb.memory import recomputing
     from llmeco_nb.model import count_parameters, flops_per_token
     from llmeco_nb.optim import Optimiser
+    from llmeco_nb.parallel import here, place
     from llmeco_nb.start import outcome, start as begin_with
-    from llmeco_nb.train import train
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
+    from llmeco_nb.train import onto, train
+    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("recompute", "device")} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
     if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads. Lower length, or raise positions.")
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
@@ -265,22 +270,23 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     rows, held = pack(encode_texts(cutter, read_split(corpus, "train").text), length), pack(encode_texts(cutter, unseen), length)[:judged]
     seed_everything(seed)
     model, hidden = hasten(started(rows, vocabulary, size, positions, start, seed)), len(mask_row(rows[0], (seed, 0, 0), mask, vocabulary)[1])
+    recomputing(model, recompute).to(place(device))
     optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=precision)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
     def evaluate(m):
         loss, right, n = judge(m).sum(0)
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
     peak = roof(getattr(torch, "bfloat16" if precision == "bf16" else "float32"))
-    make, tokens = lambda n, index: batches_of(rows, n, seed, mask, vocabulary)(index), lambda b: b["input_ids"].numel()
+    make, tokens = lambda n, index: onto(batches_of(rows, n, seed, mask, vocabulary)(index), model.device), lambda b: b["input_ids"].numel()
     law = law_in_parts(model, lambda parts: lambda m, b, backward: mlm_step(m, b, backward, parts), lambda n: parts_of(n * hidden, vocabulary), hidden, make, optimiser)
     def plan_of(n, a_step, an_evaluation):
         return pretrain_plan(steps, minutes, time.monotonic() - begun, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
     with kept_memory():
         plan = begin_with(record, asked, model, mlm_step, make, optimiser, plan_of, batch, lr, tokens, evaluate, accumulation, law, earlier=earlier)
-        result = train(model, mlm_step, batches_of(rows, plan["batch"], seed, mask, vocabulary), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="pretrain",
+        result = train(model, mlm_step, batches_of(rows, plan["batch"], seed, mask, vocabulary, here().size, here().rank), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="pretrain",
                        flops=flops_per_token(model.config, length, hidden / length), roof=peak * 1e9)
         foretold = outcome(record, model, mlm_step, make, optimiser, plan, result, result["best"])
-    optimiser.finish().eval()
+    optimiser.finish().eval().cpu()
     final, logp = judge(model), unigram(rows, vocabulary)
     guess = np.array([-logp[held[i][mask_row(held[i], (seed, 0, i), mask, vocabulary)[1]]].sum() for i in range(len(held))])
     write_json(record.path/"held.json", [dict(model=m / n, unigram=g / n, hidden=int(n)) for (m, _, n), g in zip(final.tolist(), guess.tolist())])

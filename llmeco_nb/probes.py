@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .core import UsageError
+from .core import DataError, UsageError
 from .forecast import taken_back
 from .guard import Unsound
 from .optim import Optimiser
@@ -24,10 +24,15 @@ def trial(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: 
     with taken_back(model, optimiser):
         model.train()
         for s in range(steps):
-            factor = lr / optimiser.lr * min(1.0, (s + 1) / warm)
-            try: loss, weight, _, _ = one_step(model, step, batches, optimiser, factor, s, accumulation, None, lambda loss: True, s)
-            except Unsound: return math.inf
+            loss, weight, factor = 0.0, 0.0, lr / optimiser.lr * min(1.0, (s + 1) / warm)
+            for index in range(s * accumulation, (s + 1) * accumulation):        # one process by itself, where several train
+                part, count = step(model, batches(index), lambda loss: loss.backward())
+                optimiser.collect()
+                loss, weight = loss + float(part), weight + float(count)
             losses.append(loss / weight)
+            try: optimiser.step(factor, weight)
+            except DataError: return math.inf                                  # a gradient that is no number
+            if not math.isfinite(loss): return math.inf
     late = losses[len(losses) // 2:]
     return sum(late) / len(late) if max(late) <= 2 * losses[0] else math.inf
 

@@ -18,6 +18,7 @@ import torch
 from .core import DataError, MissingError, Record, UsageError, read_json, write_json
 from .forecast import allowance, bytes_at, forecast, memory_law, must_fit, step_bytes, taken_back
 from .optim import Optimiser
+from .parallel import by_first, here
 from .probes import fastest_batch, halving, take_rate
 from .train import pace, settle
 
@@ -61,13 +62,13 @@ def start(record: Record,
           rates: tuple = RATES, sizes: tuple = SIZES) -> dict:
     "The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that cannot fit, before one of that size is made."
     if batch is not None and batch < 1 or accumulation < 1: raise UsageError(f"batch is {batch} and accumulation {accumulation}; both are at least 1.")
-    lines = cache(lambda: memory_law(model, step, make, optimiser))
+    lines, mine = cache(lambda: memory_law(model, step, make, optimiser)), lambda rows: -(-rows // here().size)      # of several processes, each has its share of the rows
     law = law or (lambda rows: lines())
     @cache
     def measured(rows: int) -> tuple[float, float]:
         "Seconds of a step and of an evaluation."
         with taken_back(model, optimiser):
-            a_step, before = pace(model, step, lambda i: make(rows, i), optimiser, accumulation, tries=5), time.monotonic()
+            a_step, before = pace(model, step, lambda i: make(mine(rows), i), optimiser, accumulation, tries=5), time.monotonic()
             model.eval()
             with torch.no_grad():
                 if evaluate: evaluate(model)
@@ -75,8 +76,8 @@ def start(record: Record,
     def plan() -> dict:
         (most, who), rows, found, probes = allowance(model, optimiser) if limit is None else (limit, "the given limit"), batch, {}, []
         if rows is None:
-            fitting = list(takewhile(lambda n: bytes_at(law, n) <= most, sorted(sizes))) or [min(sizes)]
-        must_fit(fitting[0] if rows is None else rows, accumulation, law, most, who)
+            fitting = list(takewhile(lambda n: bytes_at(law, mine(n)) <= most, sorted(sizes))) or [min(sizes)]
+        must_fit(mine(fitting[0] if rows is None else rows), accumulation, law, most, who)
         if rows is None:
             tried = fastest_batch(model, step, make, optimiser, fitting, size)
             rows = tried["batch"]
@@ -90,13 +91,16 @@ def start(record: Record,
     settled = settle(record, asked, plan)
     if "lr" in settled: take_rate(optimiser, float(settled["lr"]))
     file, rows = record.resume/"forecast.json", settled["batch"]
-    if not file.exists():
+    def told() -> list[str]:
+        if file.exists(): return read_json(file)["says"]
         tokens, recipe, probes = settled["steps"] * accumulation * int(size(make(rows, 0))), recipe_of(asked, settled, optimiser), record.resume/"probes.json"
         evaluations = math.ceil(settled["steps"] / settled.get("evaluate_every", settled["steps"])) if evaluate else 0
-        told = forecast(model, step, make, optimiser, settled, rows, earlier_losses(earlier, recipe), tokens, limit, law, measured(rows)[0], (evaluations, measured(rows)[1]))
-        told["says"] = [*(read_json(probes) if probes.exists() else []), *told["says"]]
-        write_json(file, {**told, "tokens": tokens, "recipe": recipe})
-    print(*read_json(file)["says"], sep="\n")
+        found = forecast(model, step, make, optimiser, settled, mine(rows), earlier_losses(earlier, recipe), tokens, limit, law, measured(rows)[0], (evaluations, measured(rows)[1]))
+        found["says"] = [*(read_json(probes) if probes.exists() else []), *found["says"]]
+        write_json(file, {**found, "tokens": tokens, "recipe": recipe})
+        return found["says"]
+    says = by_first(told)
+    if here().rank == 0: print(*says, sep="\n")
     return settled
 
 # %% ../nbs/17d_start.ipynb #9584297f
@@ -104,10 +108,12 @@ def outcome(record: Record, model: torch.nn.Module, step: Callable, make: Callab
             plan: dict, result: dict,        # From `start`, from `train`
             loss: float) -> dict:
     "Keep what came beside what was foretold, as forecast.json; returns both as numbers for the metrics. Call it before `optimiser.finish`."
-    told, peak = read_json(record.resume/"forecast.json"), step_bytes(model, step, make(plan["batch"], 0), optimiser)
-    write_json(record.path/"forecast.json", {**told, "came": dict(seconds=result["seconds"], bytes=peak, loss=float(loss), tokens=result["tokens"], steps=result["steps"])})
-    known = {} if told["loss"] is None else dict(forecast_loss=told["loss"])
-    return dict(forecast_seconds=told["seconds"], forecast_mib=told["bytes"] / 2**20, peak_mib=peak / 2**20, **known)
+    def work() -> dict:
+        told, peak = read_json(record.resume/"forecast.json"), step_bytes(model, step, make(-(-plan["batch"] // here().size), 0), optimiser)
+        write_json(record.path/"forecast.json", {**told, "came": dict(seconds=result["seconds"], bytes=peak, loss=float(loss), tokens=result["tokens"], steps=result["steps"])})
+        known = {} if told["loss"] is None else dict(forecast_loss=told["loss"])
+        return dict(forecast_seconds=told["seconds"], forecast_mib=told["bytes"] / 2**20, peak_mib=peak / 2**20, **known)
+    return by_first(work)
 
 def told_and_come(record: Record) -> str:
     "The forecast of a finished record beside what came, as Markdown."
