@@ -208,7 +208,7 @@ def forecast(model: torch.nn.Module, step: Callable,
         with taken_back(model, optimiser): seconds = pace(model, step, lambda i: make(batch, i), optimiser, accumulation)
     whole, beside = seconds * plan["steps"] + evaluations[0] * evaluations[1], f"{evaluations[0]} evaluations of {evaluations[1]:.3g} s" if evaluations[0] else "without evaluations"
     loss = expected_loss(list(earlier), compute) if compute else dict(loss=None, error=None, why="unknown: this run's compute was not given")
-    says = [f"time: {whole:,.0f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})", f"memory: {mib(need)} of {mib(most)} ({who})",
+    says = [f"time: {whole:,.1f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})", f"memory: {mib(need)} of {mib(most)} ({who})",
             f"loss: {loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}"]
     return dict(seconds=whole, seconds_a_step=seconds, bytes=need, limit=round(most), loss=loss["loss"], error=loss["error"], says=says)
 

@@ -68,7 +68,7 @@ def prose_of(texts: list[str], **more):
 def leaking(house, tmp):
     held = pd.read_parquet(house/"corpus"/"validation.parquet").text.tolist()
     words = [" ".join(random.Random(i).choice("amber basalt cedar delta ember fjord garnet harbour iris jasper".split()) for _ in range(60)) for i in range(30)]
-    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", validation=0, test=0)(house, tmp)
+    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality=["mine=none"], english=0.0, validation=0, test=0)(house, tmp)
 
 
 def another_model(house, tmp):

@@ -107,7 +107,7 @@ def test_earlier_runs_give_a_loss_and_others_are_refused(inputs, tmp_path):
     losses = [read_json(f"{f}/forecast.json")["came"]["loss"] for f in shorter]
     assert record.metrics["forecast_loss"] == told["loss"] and losses[0] > losses[-1] and 0.3 * losses[-1] < told["loss"] < losses[0]
     assert "from 4 earlier runs, 1.2 times beyond the longest" in told["says"][-1]
-    for more in (dict(lr=1e-3), dict(batch=4), dict(size="1x16"), dict(mask=0.3)):
+    for more in (dict(lr=1e-3), dict(mask=0.3)):
         with pytest.raises(UsageError, match="says nothing of this run: " + dict(lr="rate", batch="rows").get(*more, next(iter(more)))): run("encoder", inputs, tmp_path/"odd", steps=60, evaluations=1, earlier=shorter[:1], **{**given, **more})
 
 
