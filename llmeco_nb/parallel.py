@@ -156,6 +156,8 @@ def child(function: str, arguments: str, folder: str, device: str):
             (Path(folder)/f"{world.rank}.said").write_text(json.dumps([type(e).__name__, str(e)]))
             raise
         (Path(folder)/f"{world.rank}.json").write_text(json.dumps(result))
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0)      # the result is on the disk; torch's threads can abort the process while the interpreter is taken apart, now and then on a busy machine
 
 # %% ../nbs/16_parallel.ipynb #2423b679
 @torch.no_grad()
