@@ -105,10 +105,10 @@ def compare(world, folder):
 
 
 def halved(world, mine, folder):
-    "bf16 weights with fp32 masters, sharded, AdamW and Muon: gradient, three steps, and a checkpoint that one process can go on from, and back."
+    "bf16 weights with fp32 masters, sharded, AdamW and Muon: gradient, two steps, and a checkpoint that one process can go on from, and back."
     nets = model().to(world.device), shard(model().to(world.device), world.device.type)
     (net, o), (cut, p), found = *((n, Optimiser(n, 1e-2, muon=1e-2)) for n in nets), {}
-    for i in range(3):
+    for i in range(2):
         weight, total = backward(net, shares(1, BATCH), world.device), reduce_gradients(p, backward(cut, mine, world.device))
         o.collect()
         if i == 0:
@@ -120,7 +120,7 @@ def halved(world, mine, folder):
     start = [m.detach() for m in Optimiser(model().to(world.device)).masters.values()]
     moved = [[whole(m) - s for m, s in zip(x.masters.values(), start)] for x in (p, o)]
     found.update(moved=apart(*moved), rounded=all(torch.equal(whole(w), whole(m).bfloat16()) for w, m in zip(p.weights.values(), p.masters.values())))
-    save_checkpoint(folder, p, dict(step=3), dict(made="here"), writes=world.rank == 0)
+    save_checkpoint(folder, p, dict(step=2), dict(made="here"), writes=world.rank == 0)
     torch.distributed.barrier()
     alone, again = Optimiser(model().to(world.device), 1e-2, muon=1e-2), Optimiser(shard(model().to(world.device), world.device.type), 1e-2, muon=1e-2)
     for x in (alone, again): load_checkpoint(folder, x, dict(made="here"))

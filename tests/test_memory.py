@@ -123,3 +123,18 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
     run("both", 2)
     assert sha256_of(tmp_path/"both"/"decoder") == sha256_of(tmp_path/"remembers"/"decoder") == sha256_of(tmp_path/"forgets"/"decoder")
     assert rows("both") == rows("remembers") == rows("forgets")
+
+
+def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
+    "Up to rounding what the plain ones learn; the same bytes each time, and with layers that forget."
+    from llmeco_nb.causal import pretrain_causal, small_pieces
+    from llmeco_nb.core import MissingError
+    from llmeco_nb.forecast import compiler_of_torch
+    from llmeco_nb.prose import small_prose
+    try: compiler_of_torch()
+    except MissingError as e: pytest.skip(str(e))
+    prose, toy, made = small_prose(), dict(size="2x32", context=32, steps=6, batch=4, judged=8, evaluations=2, counted=0, precision="fp32", muon=0.0), {}
+    for name, how in dict(plain={}, compiled=dict(compiled=True), forgetful=dict(compiled=True, recompute=1)).items():
+        pretrain_causal(begin(tmp_path/name, "causal"), prose, small_pieces(prose), **toy, **how)
+        made[name] = open_record(tmp_path/name, "causal").metrics["validation_loss"], sha256_of(tmp_path/name/"decoder")
+    assert made["compiled"] == made["forgetful"] and made["compiled"][0] == pytest.approx(made["plain"][0], rel=1e-4)

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 import parallel_cases as cases  # noqa: E402
 
 from llmeco_nb.core import CellError, MissingError, UsageError, begin, open_record  # noqa: E402
-from llmeco_nb.parallel import join, launch, place, run_notebook, spread  # noqa: E402
+from llmeco_nb.parallel import child, join, launch, place, raise_said, run_notebook, spread  # noqa: E402
 
 CASES = str(Path(__file__).with_name("parallel_cases.py"))
 
@@ -157,12 +157,11 @@ def test_the_loop_through_ddp(tmp_path, alone):
 
 
 def test_a_stage_in_two_processes(tmp_path, alone):
-    "By torchrun, from the call that stands in a stage's notebook; and its errors are those of the stage."
+    "By torchrun, from the call that stands in a stage's notebook."
     assert spread(cases.training, 1) is cases.training
     record = begin(tmp_path/"run", "toy")
     assert spread(cases.training, 2)(record, steps=10) == tmp_path/"run"/"masters.pt"
     close(tmp_path/"run", alone/"run")
-    with pytest.raises(UsageError, match="1 of 1, and this is said in plain words"): launch(f"{CASES}:refuses", 1)
 
 
 def test_a_real_stage_in_two_processes(tmp_path):
@@ -185,6 +184,13 @@ def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert open_record(tmp_path/"run", "causal").metrics["steps"] == 3
+
+
+def test_a_refusal_comes_out_as_itself(tmp_path):
+    def refusing():
+        with pytest.raises(UsageError): child(f"{CASES}:refuses", "{}", str(tmp_path), "cpu")
+    forked(refusing, 1, tmp_path, joined=False)
+    with pytest.raises(UsageError, match="1 of 1, and this is said in plain words"): raise_said(tmp_path)
 
 
 def gone(folder, processes):
