@@ -36,10 +36,10 @@ def apertium(mode: str) -> Callable[[list[str]], list[str]]:
     if mode not in modes: raise MissingError(f"Apertium has no mode {mode!r}; here it has {', '.join(modes) or 'none'}. Packages: apertium-eo-en for en-eo, apertium-eng-spa for eng-spa.")
     def through(lines: list[str]) -> list[str]:
         "As many lines as given. Should a rule reach over a line's end all the same, the halves go apart."
-        given = "".join(f"{line}.\n" if line else "\n" for line in lines)
+        given = ".\n" + "".join(f"{line}.\n" if line else "\n" for line in lines)
         done = subprocess.run(["apertium", "-f", "line", "-u", mode], input=given, capture_output=True, text=True, encoding="utf-8")
         if done.returncode: raise DataError(f"Apertium ended with status {done.returncode}: {done.stderr.strip()[:300]}")
-        back = done.stdout.split("\n")[:-1]
+        back = done.stdout.split("\n")[1:-1]
         if len(back) == len(lines): return back
         return [" ".join(back)] if len(lines) == 1 else through(lines[:len(lines) // 2]) + through(lines[len(lines) // 2:])
     def translate(texts: list[str]) -> list[str]:
