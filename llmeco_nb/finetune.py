@@ -217,6 +217,7 @@ def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
     "Write a stock Hugging Face folder; how texts are shortened stands in its config under `llmeco`."
     model.config.llmeco = dict(tokens=tokens, head=head)
     tokenizer.model_max_length = tokens
+    tokenizer.init_kwargs.pop("local_files_only", None)       # says whether the hub was allowed when it was opened; the same training has the same bytes
     with quietly():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

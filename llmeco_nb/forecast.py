@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .checkpoint import random_states, set_random_states, tensors_of
 from .core import UsageError
@@ -61,6 +62,8 @@ class Ledger(TorchDispatchMode):
     @property
     def peak(self) -> int: return max(self.course)
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, torch.Tensor): self.known.add(t.untyped_storage())      # what goes in was there before: a view of it is no new memory
         made = function(*args, **(kwargs or {}))
         for t in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(t, torch.Tensor): self.note(t.untyped_storage())
