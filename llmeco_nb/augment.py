@@ -34,15 +34,18 @@ def apertium(mode: str) -> Callable[[list[str]], list[str]]:
         raise MissingError("Apertium is not installed. On Debian and Ubuntu: apt-get install apertium apertium-eo-en apertium-eng-spa")
     modes = subprocess.run(["apertium", "-l"], capture_output=True, text=True).stdout.split()
     if mode not in modes: raise MissingError(f"Apertium has no mode {mode!r}; here it has {', '.join(modes) or 'none'}. Packages: apertium-eo-en for en-eo, apertium-eng-spa for eng-spa.")
+    def through(lines: list[str]) -> list[str]:
+        "As many lines as given. Should a rule reach over a line's end all the same, the halves go apart."
+        given = ".\n" + "".join(f"{line}.\n" if line else "\n" for line in lines)
+        done = subprocess.run(["apertium", "-f", "line", "-u", mode], input=given, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode: raise DataError(f"Apertium ended with status {done.returncode}: {done.stderr.strip()[:300]}")
+        back = done.stdout.split("\n")[1:-1]
+        if len(back) == len(lines): return back
+        return [" ".join(back)] if len(lines) == 1 else through(lines[:len(lines) // 2]) + through(lines[len(lines) // 2:])
     def translate(texts: list[str]) -> list[str]:
         lines = [text.splitlines() or [""] for text in texts]
-        flat = [" ".join(line.replace("\0", " ").split()) for group in lines for line in group]
-        done = subprocess.run(["apertium", "-f", "line", "-u", mode], input="\n".join(flat) + "\n", capture_output=True, text=True, encoding="utf-8")
-        if done.returncode: raise DataError(f"Apertium ended with status {done.returncode}: {done.stderr.strip()[:300]}")
-        back = done.stdout.split("\n")[:-1]
-        if len(back) != len(flat): raise DataError(f"Apertium was given {len(flat)} lines and returned {len(back)}.")
-        given = iter(back)
-        return ["\n".join(next(given).strip() for _ in group) for group in lines]
+        back = iter(through([" ".join(line.replace("\0", " ").split()) for group in lines for line in group]))
+        return ["\n".join(next(back).strip() for _ in group) for group in lines]
     return translate
 
 def marian(name: str, batch: int = 16, longest: int = 256) -> Callable[[list[str]], list[str]]:

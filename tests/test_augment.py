@@ -188,3 +188,11 @@ def test_a_translator_is_known_by_its_content(tmp_path, monkeypatch):
 @needs_apertium
 def test_the_modes_are_where_apertium_looks():
     assert not pivot_revision("en-eo eo-en").endswith("absent") and "absent" not in pivot_revision("en-eo")
+
+
+@needs_apertium
+def test_lines_do_not_touch_each_other():
+    "Apertium's rules reach over the end of a line: these two came back as three."
+    translate, lines = apertium("eo-en"), ["povus peti pli", "ruza virina empowerment filmo , kvankam ne en vojo iu ajn atendus"]
+    assert len(translate(lines)) == 2 and translate(lines) == [translate([line])[0] for line in lines] and translate(["\n".join(lines)])[0].count("\n") == 1
+    assert apertium("en-eo")(["The house is big.", "The house is big", ""]) == ["La domo estas granda.", "La domo estas granda", ""]
