@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dropouts', 'labelled_subset', 'shorten', 'encode', 'collate', 'batches_of', 'quietly', 'packaged', 'weights_revision',
-           'small_encoder', 'encoder_folder', 'build_classifier', 'add_mean_layer', 'layer_rates',
+           'small_encoder', 'encoder_folder', 'build_classifier', 'add_mean_layer', 'centre_mean_layer', 'layer_rates',
            'classification_step', 'predict', 'fine_plan', 'predictions_table', 'save_classifier', 'mistakes',
            'fine_tune', 'reopened']
 
@@ -175,6 +175,19 @@ def add_mean_layer(model,           # A classifier of the BERT family, its norma
     layers.append(new)
     model.config.num_hidden_layers += 1
 
+def centre_mean_layer(model, rows: list[list[int]],  # Token ids of texts
+                      pad: int, batch: int = 32):
+    "Let what the mean layer says at [CLS] be 0 on average over these texts, before its normalisation; what they have in common tells nothing, and would drown the rest."
+    import torch
+    new, seen = model.base_model.encoder.layer[-1].attention.output, []
+    hook = new.LayerNorm.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 0].float()))
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            model(**{k: v if v is None else v.to(model.device) for k, v in collate(rows[start:start + batch], pad).items()})
+    hook.remove()
+    with torch.no_grad(): new.dense.bias.sub_(torch.cat(seen).mean(0))
+
 # %% ../nbs/20_finetune.ipynb #c3563717
 def layer_rates(layers: int,   # Of the encoder
                 decay: float   # Factor from each layer to the one below
@@ -279,6 +292,7 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     coded, lengths = {}, {}
     for s, rows in splits.items(): coded[s], lengths[s] = encode(tokenizer, rows.text.tolist(), tokens, head)
     target, pad = splits["train"].label.tolist(), tokenizer.pad_token_id
+    if pool == "mean": centre_mean_layer(model, coded["train"][:256], pad)
     batches, an_epoch = batches_of(coded["train"], target, pad, batch, seed)
     optimiser = Optimiser(model, lr, rate=layer_rates(getattr(model.config, "num_hidden_layers", 0), layer_decay))
     step, few = classification_step(smoothing), coded["validation"][:judged]

@@ -138,9 +138,9 @@ def text_embeddings(encoded: list,        # Token ids of every text
                     vocabulary: int,
                     width: int,           # Of the embeddings
                     contexts: int = 2000, # Tokens in most texts, to count as company
-                    spread: float = 0.04  # Standard deviation of the result
+                    spread: float = 0.04  # Root mean square of every vector
                    ) -> np.ndarray:
-    "Word embeddings as `count_embeddings` makes them, with all tokens of a text as the company of each, however often they occur; float32 (vocabulary, width)."
+    "Word embeddings from the same factorisation, with all tokens of a text as the company of each, however often they occur; all of one length; float32 (vocabulary, width)."
     import torch
     from scipy.sparse import csr_matrix
     flat, owner = np.concatenate(encoded), np.repeat(np.arange(len(encoded)), [len(e) for e in encoded])
@@ -149,7 +149,9 @@ def text_embeddings(encoded: list,        # Token ids of every text
     texts_with = inside.getnnz(axis=0)
     texts_with[:len(special_tokens)] = 0
     top = np.argsort(-texts_with, kind="stable")[:min(contexts, int((texts_with > 0).sum()))]
-    return factored(torch.from_numpy((inside.T @ inside[:, top]).toarray()), width, spread)
+    found = factored(torch.from_numpy((inside.T @ inside[:, top]).toarray()), width, spread)
+    length = np.linalg.norm(found, axis=1, keepdims=True)            # rare tokens have vectors ten times as long as frequent ones, which says how rare they are and no more
+    return spread * width**0.5 * found / np.where(length > 0, length, 1)
 
 # %% ../nbs/18_pretrain.ipynb #fb880147
 def started(rows: np.ndarray, vocabulary: int, size: str, positions: int, start: str, seed: int,
