@@ -111,7 +111,7 @@ def test_frequencies_and_company():
     assert cosine(10, 11) > 0.99 and cosine(10, 12) < 0.5 and (e[:5] == 0).all() and (e[14:] == 0).all() and np.isfinite(e).all()
     model = started(ROWS, 500, "1x32", 64, "counts", 0)
     assert model.bert.embeddings.word_embeddings.weight[4].abs().sum() > 0         # [MASK] keeps a vector of its own
-    with pytest.raises(UsageError, match="counts or random"): started(ROWS, 500, "1x32", 64, "zero", 0)
+    with pytest.raises(UsageError, match="counts, texts or random"): started(ROWS, 500, "1x32", 64, "zero", 0)
 
 
 def test_validation_sums_do_not_depend_on_the_batch():
