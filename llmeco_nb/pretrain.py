@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLS', 'SEP', 'MASK', 'small_tokenizer', 'pack', 'mask_row', 'masked_batch', 'batches_of', 'unigram', 'one_thread',
-           'count_embeddings', 'started', 'held_losses', 'pretrain_plan', 'repeat_positions', 'fill', 'examples',
-           'roof', 'save_encoder', 'mlm_step', 'pretrain']
+           'count_embeddings', 'factored', 'text_embeddings', 'started', 'held_losses', 'pretrain_plan',
+           'repeat_positions', 'fill', 'examples', 'roof', 'save_encoder', 'mlm_step', 'pretrain']
 
 # %% ../nbs/18_pretrain.ipynb #041af3f2
 import math
@@ -109,7 +109,6 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
-@one_thread()
 def count_embeddings(rows: np.ndarray,   # (n, length)
                      vocabulary: int,
                      width: int,         # Of the embeddings
@@ -130,30 +129,59 @@ def count_embeddings(rows: np.ndarray,   # (n, length)
             c = column[c].ravel()
             met += np.bincount(a.ravel()[c >= 0].astype(np.int64) * len(top) + c[c >= 0], minlength=len(met)).astype(np.float32)
     met = torch.from_numpy(met.reshape(vocabulary, len(top)))
+    return factored(met, width, spread)
+
+@one_thread()
+def factored(met, width: int, spread: float) -> np.ndarray:
+    "Word vectors (vocabulary, width), mean 0 and standard deviation `spread`, from how often each token met each context: `met`, float32 (vocabulary, contexts). Who met nobody gets 0."
+    import torch
     met[:len(special_tokens)] = 0
     common = met.sum(0).pow(0.75)                              # the power keeps rare company from dominating (Levy et al. 2015)
     ppmi = (met / met.sum(1, keepdim=True).clamp(min=1) / (common / common.sum()).clamp(min=1e-12)).clamp(min=1).log()
     values, vectors = torch.linalg.eigh(ppmi.T @ ppmi)         # singular values squared, ascending
     values, vectors = values.flip(0)[:width].clamp(min=1e-6), vectors.flip(1)[:, :width]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()   # a sign is free; fix it
-    found = torch.zeros(vocabulary, width)
+    found = torch.zeros(len(met), width)
     found[:, :vectors.shape[1]] = ppmi @ vectors * values.pow(-0.25)
     seen = met.sum(1) > 0
     found[seen] -= found[seen].mean(0)
     return (found / found[seen].std() * spread).numpy()
 
+# %% ../nbs/18_pretrain.ipynb #d55d067c
+def text_embeddings(encoded: list,        # Token ids of every text
+                    vocabulary: int,
+                    width: int,           # Of the embeddings
+                    contexts: int = 2000, # Tokens in most texts, to count as company
+                    spread: float = 0.04  # Root mean square of every vector
+                   ) -> np.ndarray:
+    "Word embeddings from the same factorisation, with all tokens of a text as the company of each, however often they occur; all of one length; float32 (vocabulary, width)."
+    import torch
+    from scipy.sparse import csr_matrix
+    flat, owner = np.concatenate(encoded), np.repeat(np.arange(len(encoded)), [len(e) for e in encoded])
+    inside = csr_matrix((np.ones(len(flat), np.float32), (owner, flat)), shape=(len(encoded), vocabulary))
+    inside.data[:] = 1
+    texts_with = inside.getnnz(axis=0)
+    texts_with[:len(special_tokens)] = 0
+    top = np.argsort(-texts_with, kind="stable")[:min(contexts, int((texts_with > 0).sum()))]
+    found = factored(torch.from_numpy((inside.T @ inside[:, top]).toarray()), width, spread)
+    length = np.linalg.norm(found, axis=1, keepdims=True)            # rare tokens have vectors ten times as long as frequent ones, which says how rare they are and no more
+    return spread * width**0.5 * found / np.where(length > 0, length, 1)
+
 # %% ../nbs/18_pretrain.ipynb #fb880147
-def started(rows: np.ndarray, vocabulary: int, size: str, positions: int, start: str, seed: int):
-    "A new BertForMaskedLM that knows the tokens' frequencies and, with `start` 'counts', their company. Raises `UsageError`."
+def started(rows: np.ndarray, vocabulary: int, size: str, positions: int, start: str, seed: int,
+            encoded: list = ()  # Token ids of every text, for `start` 'texts'
+           ):
+    "A new BertForMaskedLM that knows the tokens' frequencies and, with `start` 'counts' or 'texts', their company. Raises `UsageError`."
     import torch
     from llmeco_nb.model import new_encoder
-    if start not in ("counts", "random"): raise UsageError(f"start is {start!r}; it is counts or random.")
+    if start not in ("counts", "texts", "random"): raise UsageError(f"start is {start!r}; it is counts, texts or random.")
     model = new_encoder(vocabulary, size, positions, seed=seed)
     with torch.no_grad():
         model.cls.predictions.bias.copy_(torch.from_numpy(unigram(rows, vocabulary)))
         table = model.bert.embeddings.word_embeddings.weight
-        if start == "counts":
-            found = torch.from_numpy(count_embeddings(rows, vocabulary, table.shape[1]))
+        if start != "random":
+            width = table.shape[1]
+            found = torch.from_numpy(count_embeddings(rows, vocabulary, width) if start == "counts" else text_embeddings(encoded, vocabulary, width))
             seen = found.abs().sum(1) > 0                          # special tokens and what was never met keep their random vectors
             table[seen] = found[seen]
     return model
@@ -267,9 +295,10 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation=0.1.")
     for p in prompts:
         if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
-    rows, held = pack(encode_texts(cutter, read_split(corpus, "train").text), length), pack(encode_texts(cutter, unseen), length)[:judged]
+    encoded = encode_texts(cutter, read_split(corpus, "train").text)
+    rows, held = pack(encoded, length), pack(encode_texts(cutter, unseen), length)[:judged]
     seed_everything(seed)
-    model, hidden = hasten(started(rows, vocabulary, size, positions, start, seed)), len(mask_row(rows[0], (seed, 0, 0), mask, vocabulary)[1])
+    model, hidden = hasten(started(rows, vocabulary, size, positions, start, seed, encoded)), len(mask_row(rows[0], (seed, 0, 0), mask, vocabulary)[1])
     recomputing(model, recompute).to(place(device))
     optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=precision)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
