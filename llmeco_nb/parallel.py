@@ -139,7 +139,7 @@ def raise_said(folder: Path):
     "Raise the foreseen error that a process wrote down in the folder before it ended, if one did."
     for said in sorted(folder.glob("*.said")):
         kind, message = json.loads(said.read_text())
-        raise {c.__name__: c for c in LlmecoError.__subclasses__()}[kind](message)
+        raise {c.__name__: c for c in LlmecoError.__subclasses__()}.get(kind, LlmecoError)(message)
 
 def found(function: str) -> Callable:
     "The function called 'module:function' or 'file.py:function'."
@@ -157,7 +157,8 @@ def child(function: str, arguments: str, folder: str, device: str):
     with join(device) as world:
         try: result = work(world, **json.loads(arguments))
         except LlmecoError as e:
-            (Path(folder)/f"{world.rank}.said").write_text(json.dumps([type(e).__name__, str(e)]))
+            kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "LlmecoError")       # an `Unsound` loss is a `DataError` to whoever started this
+            (Path(folder)/f"{world.rank}.said").write_text(json.dumps([kind, str(e)]))
             raise
         (Path(folder)/f"{world.rank}.json").write_text(json.dumps(result))
     sys.stdout.flush(); sys.stderr.flush()

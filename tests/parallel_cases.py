@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from llmeco_nb.checkpoint import load_checkpoint, save_checkpoint
 from llmeco_nb.core import Record, UsageError, begin
+from llmeco_nb.guard import Unsound
 from llmeco_nb.memory import recomputing
 from llmeco_nb.optim import Optimiser
 from llmeco_nb.parallel import Loss, here, overlapped, reduce_gradients, shard, shares, split_tensors
@@ -183,6 +184,9 @@ def attempt(world, out, aside, **how):
 
 
 def refuses(world): raise UsageError(f"{world.rank + 1} of {world.size}, and this is said in plain words.")
+
+
+def diverges(world): raise Unsound("The loss is nan at step 3.")
 
 
 def dies(world, folder):

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import parallel_cases as cases  # noqa: E402
 
-from llmeco_nb.core import CellError, MissingError, UsageError, begin, open_record  # noqa: E402
+from llmeco_nb.core import CellError, DataError, MissingError, UsageError, begin, open_record  # noqa: E402
 from llmeco_nb.parallel import child, join, launch, place, raise_said, run_notebook, spread  # noqa: E402
 
 CASES = str(Path(__file__).with_name("parallel_cases.py"))
@@ -186,11 +186,13 @@ def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     assert open_record(tmp_path/"run", "causal").metrics["steps"] == 3
 
 
-def test_a_refusal_comes_out_as_itself(tmp_path):
+@pytest.mark.parametrize("name,kind,says", [("refuses", UsageError, "1 of 1, and this is said in plain words"), ("diverges", DataError, "The loss is nan")])
+def test_a_refusal_comes_out_as_itself(tmp_path, name, kind, says):
+    "What is a kind of `DataError`, such as `Unsound`, comes out as that."
     def refusing():
-        with pytest.raises(UsageError): child(f"{CASES}:refuses", "{}", str(tmp_path), "cpu")
+        with pytest.raises(kind): child(f"{CASES}:{name}", "{}", str(tmp_path), "cpu")
     forked(refusing, 1, tmp_path, joined=False)
-    with pytest.raises(UsageError, match="1 of 1, and this is said in plain words"): raise_said(tmp_path)
+    with pytest.raises(kind, match=says): raise_said(tmp_path)
 
 
 def gone(folder, processes):
