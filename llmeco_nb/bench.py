@@ -51,17 +51,21 @@ def run_benchmark(house: House, name: str,
     partial, former = final.with_name(name + ".partial"), final.with_name(name + ".former")
     with lock(final.with_name(f".{name}.lock")):
         if former.exists() and not final.exists(): former.rename(final)       # a runner died between the two renames below
+        plan, asked, key = final.with_name(name + ".plan.json"), final.with_name(name + ".asked.json"), code_key(house, one.notebook)      # the key of the code that runs, whatever is edited meanwhile
+        if asked.exists() and read_json(asked) != one.values:                 # an interrupted run with other parameters left parts that are none of this one
+            shutil.rmtree(partial, ignore_errors=True)
+            plan.unlink(missing_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
+        write_json(asked, one.values)
         begun, probe = time.time(), machine(runs_dir()/"machine.json")
         with Watch(partial) as watch:
             watching(watch)
             execute(one.notebook.path, partial/"notebook.ipynb", {**one.values, "out": str(partial)}, {"OMP_WAIT_POLICY": "PASSIVE"}, lambda pid: setattr(watch, "pid", pid))
         if not (partial/"metrics.json").exists(): raise CellError(f"The benchmark {name} wrote no metrics. The executed notebook is kept: {partial/'notebook.ipynb'}")
         for rest in ("resume", "progress.json"): shutil.rmtree(partial/rest) if (partial/rest).is_dir() else (partial/rest).unlink(missing_ok=True)
-        plan = final.with_name(name + ".plan.json")
-        write_json(partial/"manifest.json", dict(benchmark=name, key=code_key(house, one.notebook), parameters=one.values, plan=read_json(plan) if plan.exists() else None,
+        write_json(partial/"manifest.json", dict(benchmark=name, key=key, parameters=one.values, plan=read_json(plan) if plan.exists() else None,
                                                  started=begun, seconds=round(time.time() - begun, 1), peak_memory_mib=round(watch.peak_mib, 1), versions=versions(), machine=probe))
-        plan.unlink(missing_ok=True)
+        for file in (plan, asked): file.unlink(missing_ok=True)
         shutil.rmtree(former, ignore_errors=True)
         if final.exists(): final.rename(former)
         partial.rename(final)
