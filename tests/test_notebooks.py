@@ -148,6 +148,7 @@ def test_contract_fits_the_parameters(chapter):
         file = ROOT/PACKAGE/f"{module}.py"
         if not file.is_file() or function_name not in definitions(file): found.append(f"{chapter.name}: the source {name} names {function}, which the package does not define")
     if not isinstance(chapter.contract.get("cores", 1), int): found.append(f"{chapter.name}: cores is {chapter.contract['cores']!r}")
+    if not isinstance(chapter.contract.get("headline", ""), str): found.append(f"{chapter.name}: headline is {chapter.contract['headline']!r}; the terminal shows one metric, given by its name")
     fail_with(found)
 
 def definitions(file: Path) -> set[str]:
@@ -320,8 +321,8 @@ well, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.spl
 sys.exit(0 if well else 1)
 """
 
-def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str]:
-    "Run a notebook in a process and a runs folder of its own; (exit status or None for stuck, what it said)."
+def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str, Path]:
+    "Run a notebook in a process and a runs folder of its own; (exit status or None for stuck, what it said, the runs folder)."
     log = folder/"log"
     with open(log, "wb") as said:
         process = subprocess.Popen([sys.executable, "-c", RUN, str(path), *flags], cwd=ROOT, env={**os.environ, "LLMECO_RUNS": str(folder/"runs")},
@@ -332,7 +333,7 @@ def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str
             try: os.killpg(process.pid, signal.SIGKILL)    # whatever it started and left behind
             except ProcessLookupError: pass
             process.wait()
-    return status, log.read_text(errors="replace")
+    return status, log.read_text(errors="replace"), folder/"runs"
 
 @pytest.fixture(scope="module")
 def executions(request, flags, tmp_path_factory):
@@ -347,7 +348,10 @@ def executions(request, flags, tmp_path_factory):
 
 @every
 def test_runs_from_top_to_bottom(chapter, executions):
-    status, said = executions(chapter)
+    status, said, runs = executions(chapter)
+    if status == 0 and (headline := chapter.contract.get("headline")):
+        metrics = json.loads((runs/"scratch"/chapter.contract["stage"]/"metrics.json").read_text(encoding="utf-8"))
+        assert headline in metrics, f"{chapter.name}: the headline {headline} is not among the metrics that the stage saves: {', '.join(metrics)}"
     if status == 0: return
     if chapter.bench and (absent := re.findall(r"MissingError: (.*)", re.sub(r"\x1b\[[\d;]*m", "", said))): pytest.skip(f"{chapter.name}: {absent[-1]}")
     what = f"did not end within {SECONDS} s" if status is None else f"was ended by signal {-status}" if status < 0 else "failed"
