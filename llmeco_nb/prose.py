@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['explained', 'packaged_domains', 'rule_sets', 'splits', 'entry', 'installed', 'docstrings', 'technical', 'chapters',
-           'literature', 'decoded', 'news', 'reviews', 'begun', 'read_domains', 'rules_of', 'sifted', 'Pile', 'lot',
-           'side', 'shares_of', 'mixture', 'places_of', 'spread', 'write_split', 'check_left', 'build_prose',
-           'read_prose', 'small_prose']
+           'literature', 'decoded', 'news', 'reviews', 'begun', 'read_domains', 'own_revision', 'rules_of', 'sifted',
+           'Pile', 'lot', 'side', 'shares_of', 'mixture', 'places_of', 'spread', 'write_split', 'check_left',
+           'build_prose', 'read_prose', 'small_prose']
 
 # %% ../nbs/10d_prose.ipynb #de3c41ee
 import ast
@@ -27,7 +27,7 @@ from .data import small_corpus
 from .dedup import find_duplicates
 from .filters import Rules, account, filter_documents, new_report
 from .leaks import LeakIndex, corpus_sets, policies, without_leaks
-from .sources import local_path, near as like, text_ids
+from .sources import kind_of, local_path, near as like, revision, text_ids
 from .stream import stream_texts
 
 # %% ../nbs/10d_prose.ipynb #cdd55410
@@ -107,6 +107,12 @@ def read_domains(domains: list[str], own: list[str] = (), corpus: str | Path = "
         found[name] = begun(stream_texts(source, column))
     if len(found) < len(domains) + len(own) or not found: raise UsageError(f"domains is {domains}: name each once, and at least one.")
     return found
+
+# %% ../nbs/10d_prose.ipynb #6b1e94f2
+def own_revision(own: list[str]) -> str:
+    "What stands behind each source of `own`: a text that changes when one of them does. Raises `MissingError`, `UsageError`."
+    one = lambda source: sha256_of(local_path(source)) if kind_of(source) == "folder" else revision(source)      # of a folder all files, at any depth
+    return sha256_text("\n".join(f"{name} {one(source)}" for name, _, source in (each.partition("=") for each in own))) if own else ""
 
 # %% ../nbs/10d_prose.ipynb #86019703
 rule_sets = ("gopher", "verse", "web", "none")
