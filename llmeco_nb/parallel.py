@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['met', 'shares', 'World', 'here', 'tpu', 'join', 'place', 'by_first', 'added', 'gathered', 'launch', 'raise_said',
-           'found', 'child', 'reduce_gradients', 'Loss', 'overlapped', 'shard', 'split_tensors', 'spread', 'take_part',
-           'run_notebook', 'carried_out', 'own_noise']
+           'found', 'child', 'reduce_gradients', 'Loss', 'overlapped', 'shard', 'split_tensors', 'spread', 'beside',
+           'take_part', 'run_notebook', 'carried_out', 'own_noise']
 
 # %% ../nbs/16_parallel.ipynb #2c1f706a
 import ctypes
@@ -13,19 +13,20 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from .core import CellError, LlmecoError, MissingError, Record, UsageError, begin
+from .core import CellError, LlmecoError, MissingError, Record, UsageError, begin, scratch
 from .house import House
 from .identity import Notebook, read_parameters
 
@@ -253,10 +254,18 @@ def spread(stage: Callable,        # stage(record, ...) -> a path; of a module
                            given=[plain(v) for v in given], named={k: plain(v) for k, v in named.items()})[0])
     return run
 
+def beside(folder: str, first: str | Path, name: str) -> Record:
+    "A record to throw away, for a process that is not the first. It has the first one's log: a training that was done before a kill writes no rows, and the stage still reads them."
+    record = begin(folder, name)
+    with suppress(FileNotFoundError):
+        shutil.copy(Path(first)/"log.jsonl", record.path)
+        (record.resume/"begun").touch()          # `begin` keeps the log of what was begun
+    return record
+
 def take_part(world: World, work: str, record: str, name: str, given: list, named: dict) -> str:
     "What each process of `spread` does."
     with tempfile.TemporaryDirectory() as aside:
-        return str(found(work)(begin(aside, name) if world.rank else Record(record, name), *given, **named))
+        return str(found(work)(beside(aside, record, name) if world.rank else Record(record, name), *given, **named))
 
 # %% ../nbs/16_parallel.ipynb #0bef6c8b
 def run_notebook(arguments: list[str]   # NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times
@@ -271,7 +280,8 @@ def run_notebook(arguments: list[str]   # NOTEBOOK or the name of a stage, then 
         if name not in known: raise UsageError(f"{notebook.path.name} has no parameter {name}; it has {', '.join(known)}.")
         values[name] = known[name].coerce(value)
     with tempfile.TemporaryDirectory() as aside, join(str(values.get("device", "auto"))) as world:
-        names = {"__name__": notebook.path.stem}
+        names, stage = {"__name__": notebook.path.stem}, notebook.contract.get("stage", notebook.path.stem)
+        if world.rank: beside(aside, values.get("out") or scratch(stage), stage)
         for cell in notebook.role("parameters", "imports", "run"):
             exec(compile(cell.tree, f"{notebook.path.name}, cell {cell.id}", "exec"), names)
             if cell.role == "parameters": names.update(values | (dict(out=aside) if world.rank else {}))

@@ -175,6 +175,8 @@ def test_a_real_stage_in_two_processes(tmp_path):
     for a, b in zip(runs[1].rows(), runs[2].rows(), strict=True):
         for k in {"loss", "norm", "validation_loss", "tokens"} & a.keys(): assert a[k] == pytest.approx(b[k], rel=1e-4), k
     assert (tmp_path/"2"/"decoder"/"model.safetensors").exists() and runs[2].metrics["validation_loss"] == pytest.approx(runs[1].metrics["validation_loss"], rel=1e-4)
+    before = runs[2].rows()                               # killed after its last step, before the stage is whole: nobody trains any more
+    assert forked(lambda: run_notebook([*args, "-p", f"out={tmp_path/'2'}"]), 2, tmp_path, joined=False) and runs[2].rows() == before
 
 
 @pytest.mark.gpu
