@@ -164,7 +164,7 @@ def text_embeddings(encoded: list,        # Token ids of every text
     texts_with[:len(special_tokens)] = 0
     top = np.argsort(-texts_with, kind="stable")[:min(contexts, int((texts_with > 0).sum()))]
     found = factored(torch.from_numpy((inside.T @ inside[:, top]).toarray()), width, spread)
-    length = np.linalg.norm(found, axis=1, keepdims=True)            # rare tokens have vectors ten times as long as frequent ones, which says how rare they are and no more
+    length = np.linalg.norm(found, axis=1, keepdims=True)            # the rarer a token, the longer its vector, which says how rare it is and no more
     return spread * width**0.5 * found / np.where(length > 0, length, 1)
 
 # %% ../nbs/18_pretrain.ipynb #fb880147
