@@ -154,14 +154,16 @@ def found(function: str) -> Callable:
 def child(function: str, arguments: str, folder: str, device: str):
     "What every process of `launch` does: find the function, meet the others, call it, write its result."
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
-    work = found(function)
-    with join(device) as world:
-        try: result = work(world, **json.loads(arguments))
-        except LlmecoError as e:
-            kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "LlmecoError")       # an `Unsound` loss is a `DataError` to whoever started this
-            (Path(folder)/f"{world.rank}.said").write_text(json.dumps([kind, str(e)]))
-            raise
-        (Path(folder)/f"{world.rank}.json").write_text(json.dumps(result))
+    work, rank = found(function), os.environ["RANK"]
+    def say(e: LlmecoError):
+        kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "LlmecoError")       # an `Unsound` loss is a `DataError` to whoever started this
+        (Path(folder)/f"{rank}.said").write_text(json.dumps([kind, str(e)]))
+    try:
+        with join(device) as world:
+            try: result = work(world, **json.loads(arguments))
+            except LlmecoError as e: say(e); raise        # before the others notice that this one has left
+            (Path(folder)/f"{rank}.json").write_text(json.dumps(result))
+    except LlmecoError as e: say(e); raise                # nor may `join` fail unheard
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(0)      # the result is on the disk; torch's threads can abort the process while the interpreter is taken apart, now and then on a busy machine
 

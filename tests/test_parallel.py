@@ -188,11 +188,11 @@ def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     assert open_record(tmp_path/"run", "causal").metrics["steps"] == 3
 
 
-@pytest.mark.parametrize("name,kind,says", [("refuses", UsageError, "1 of 1, and this is said in plain words"), ("diverges", DataError, "The loss is nan")])
-def test_a_refusal_comes_out_as_itself(tmp_path, name, kind, says):
-    "What is a kind of `DataError`, such as `Unsound`, comes out as that."
+@pytest.mark.parametrize("name,device,kind,says", [("refuses", "cpu", UsageError, "1 of 1, and this is said in plain words"), ("diverges", "cpu", DataError, "The loss is nan"), ("refuses", "abacus", UsageError, "device is 'abacus'")])
+def test_a_refusal_comes_out_as_itself(tmp_path, name, device, kind, says):
+    "Of the function as of `join`. What is a kind of `DataError`, such as `Unsound`, comes out as that."
     def refusing():
-        with pytest.raises(kind): child(f"{CASES}:{name}", "{}", str(tmp_path), "cpu")
+        with pytest.raises(kind): child(f"{CASES}:{name}", "{}", str(tmp_path), device)
     forked(refusing, 1, tmp_path, joined=False)
     with pytest.raises(kind, match=says): raise_said(tmp_path)
 
