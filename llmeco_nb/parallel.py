@@ -140,7 +140,7 @@ def raise_said(folder: Path):
     "Raise the foreseen error that a process wrote down in the folder before it ended, if one did."
     for said in sorted(folder.glob("*.said")):
         kind, message = json.loads(said.read_text())
-        raise {c.__name__: c for c in LlmecoError.__subclasses__()}.get(kind, LlmecoError)(message)
+        raise {c.__name__: c for c in LlmecoError.__subclasses__()}[kind](message)
 
 def found(function: str) -> Callable:
     "The function called 'module:function' or 'file.py:function'."
@@ -156,7 +156,7 @@ def child(function: str, arguments: str, folder: str, device: str):
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
     work, rank = found(function), os.environ["RANK"]
     def say(e: LlmecoError):
-        kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "LlmecoError")       # an `Unsound` loss is a `DataError` to whoever started this
+        kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "CellError")       # an `Unsound` loss is a `DataError` to whoever started this
         (Path(folder)/f"{rank}.said").write_text(json.dumps([kind, str(e)]))
     try:
         with join(device) as world:
