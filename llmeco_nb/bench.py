@@ -85,13 +85,13 @@ def keep_record(house: House, result: Path) -> Path:
                             machine=m["machine"], versions=m["versions"], single_values=[json.loads(row) for row in rows[:200]]))
     return target
 
-def quote(name: str, metric: str, digits: int = 3, house: House | None = None) -> str:
-    "A metric of a kept record as text, '(stale)' behind it when the benchmark has changed since; 'not measured' if there is none."
+def quote(name: str, metric: str, digits: int = 3, house: House | None = None, times: float = 1) -> str:
+    "A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark has changed since; 'not measured' if there is none."
     house = house or House.find()
     file = house.nbs/"records"/f"{name}.json"
     if not file.exists() or metric not in read_json(file)["metrics"]: return "not measured"
     record, value = read_json(file), read_json(file)["metrics"][metric]
-    shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    shown = f"{times * value:.{digits}f}" if isinstance(value, float) else str(value)
     notebook = benchmarks(house).get(name)
     fresh = notebook and record["key"] == code_key(house, Notebook.read(notebook))
     return shown if fresh else f"{shown} (stale)"
