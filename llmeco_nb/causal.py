@@ -219,7 +219,7 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
         sums = {d: held_nats(m, p) for d, p in few.items()}
         write_json(samples/f"{updates(optimiser):07d}.json", [dict(step=updates(optimiser), text=write(m, tokenizer, p, written, temperature, seed)) for p in prompts])
         return dict(validation_loss=sum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()), **{f"validation_loss_{d}": s / n for d, (s, n) in sums.items()})
-    peak = roof(torch.bfloat16 if precision == "bf16" else torch.float32)
+    peak = here().size * roof(torch.bfloat16 if precision == "bf16" else torch.float32)
     law = law_in_parts(model, lambda parts: lambda m, b, backward: causal_step(m, b, backward, parts), lambda n: parts_of(round(n * a_row), vocabulary), a_row, make, optimiser)
     def plan_of(n, a_step, an_evaluation):
         rest = an_evaluation * sum(len(p["targets"]) for p in held.values()) / sum(len(p["targets"]) for p in few.values())      # at the end all validation rows are asked

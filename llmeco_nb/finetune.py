@@ -161,7 +161,7 @@ def add_mean_layer(model,           # A classifier of the BERT family, its norma
     "One more layer on top, which begins as the mean over a text's tokens; changes the model in place. Raises `UsageError` for encoders that are built otherwise."
     import torch
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
-    if not layers or not hasattr(getattr(layers[-1], "attention", None), "self"):
+    if not layers or not hasattr(getattr(getattr(layers[-1], "attention", None), "self", None), "query"):
         raise UsageError(f"pool is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pool=first.")
     new = copy.deepcopy(layers[-1])
     attention, width = new.attention, model.config.hidden_size

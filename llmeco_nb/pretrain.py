@@ -175,6 +175,7 @@ def started(rows: np.ndarray, vocabulary: int, size: str, positions: int, start:
     import torch
     from llmeco_nb.model import new_encoder
     if start not in ("counts", "texts", "random"): raise UsageError(f"start is {start!r}; it is counts, texts or random.")
+    if start == "texts" and not len(encoded): raise UsageError("start is 'texts', and no texts are given as encoded. Give the token ids of every text.")
     model = new_encoder(vocabulary, size, positions, seed=seed)
     with torch.no_grad():
         model.cls.predictions.bias.copy_(torch.from_numpy(unigram(rows, vocabulary)))
@@ -305,7 +306,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     def evaluate(m):
         loss, right, n = judge(m).sum(0)
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
-    peak = roof(getattr(torch, "bfloat16" if precision == "bf16" else "float32"))
+    peak = here().size * roof(getattr(torch, "bfloat16" if precision == "bf16" else "float32"))
     make, tokens = lambda n, index: onto(batches_of(rows, n, seed, mask, vocabulary)(index), model.device), lambda b: b["input_ids"].numel()
     law = law_in_parts(model, lambda parts: lambda m, b, backward: mlm_step(m, b, backward, parts), lambda n: parts_of(n * hidden, vocabulary), hidden, make, optimiser)
     def plan_of(n, a_step, an_evaluation):

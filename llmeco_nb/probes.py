@@ -29,6 +29,7 @@ def trial(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: 
                 part, count = step(model, batches(index), lambda loss: loss.backward())
                 optimiser.collect()
                 loss, weight = loss + float(part), weight + float(count)
+            if not weight: raise DataError("A probe's batch holds nothing that counts: all its targets are masked out. Look at what the batches are made of.")
             losses.append(loss / weight)
             try: optimiser.step(factor, weight)
             except DataError: return math.inf                                  # a gradient that is no number

@@ -24,8 +24,8 @@ from .train import pace, settle
 
 # %% ../nbs/17d_start.ipynb #ac2025ad
 def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
-    "What runs must share for their losses to lie on one curve: all that was asked but length, budget and seed."
-    length = ("minutes", "steps", "seed", "evaluations", "patience", "batch", "lr")
+    "What runs must share for their losses to lie on one curve: all that was asked but length, budget, seed and what is only looked at."
+    length = ("minutes", "steps", "seed", "evaluations", "patience", "batch", "lr", "accumulation", "counted", "prompts", "written", "temperature")
     return {k: v for k, v in asked.items() if k not in length} | dict(rows=plan["batch"] * plan.get("accumulation", 1), rate=optimiser.lr)
 
 def earlier_losses(folders, recipe: dict) -> list[tuple[float, float]]:
@@ -62,6 +62,7 @@ def start(record: Record,
           rates: tuple = RATES, sizes: tuple = SIZES) -> dict:
     "The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that cannot fit, before one of that size is made."
     if batch is not None and batch < 1 or accumulation < 1: raise UsageError(f"batch is {batch} and accumulation {accumulation}; both are at least 1.")
+    if lr is not None and not lr > 0: raise UsageError(f"lr is {lr}; a learning rate is positive.")
     lines, mine = cache(lambda: memory_law(model, step, make, optimiser)), lambda rows: -(-rows // here().size)      # of several processes, each has its share of the rows
     law = law or (lambda rows: lines())
     @cache
@@ -73,11 +74,11 @@ def start(record: Record,
             with torch.no_grad():
                 if evaluate: evaluate(model)
         return a_step, time.monotonic() - before
-    def plan() -> dict:
+    def plan() -> dict:      # probes are run by one process, with the whole batch
         (most, who), rows, found, probes = allowance(model, optimiser) if limit is None else (limit, "the given limit"), batch, {}, []
         if rows is None:
-            fitting = list(takewhile(lambda n: bytes_at(law, mine(n)) <= most, sorted(sizes))) or [min(sizes)]
-        must_fit(mine(fitting[0] if rows is None else rows), accumulation, law, most, who)
+            fitting = list(takewhile(lambda n: bytes_at(law, n) <= most, sorted(sizes))) or [min(sizes)]
+        must_fit((mine if batch and lr else int)(fitting[0] if rows is None else rows), accumulation, law, most, who)
         if rows is None:
             tried = fastest_batch(model, step, make, optimiser, fitting, size)
             rows = tried["batch"]

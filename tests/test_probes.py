@@ -4,7 +4,7 @@ import math
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import UsageError  # noqa: E402
+from llmeco_nb.core import DataError, UsageError  # noqa: E402
 from llmeco_nb.optim import Optimiser  # noqa: E402
 from llmeco_nb.probes import fastest_batch, halving, range_curve, smallest_near_best  # noqa: E402
 
@@ -48,6 +48,10 @@ def test_says_when_the_best_is_at_the_edge(pair):
 def test_all_diverge_or_too_few(pair):
     for rates, said in (([1e3, 1e4, 1e5], "Every learning rate diverged"), ([0.1, 0.2], "three to five")):
         with pytest.raises(UsageError, match=said): halving(pair[0], step, lambda i: make(16, i), pair[1], rates)
+
+
+def test_batches_without_anything_that_counts(pair):
+    with pytest.raises(DataError, match="masked out"): halving(pair[0], lambda m, x, backward: (step(m, x, backward)[0], 0), lambda i: make(16, i), pair[1], [1e-3, 1e-2, 1e-1])
 
 
 def test_smallest_within_five_per_cent():

@@ -77,6 +77,11 @@ def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_rate_of_nothing_is_refused(kind, inputs, tmp_path):
+    with pytest.raises(UsageError, match="lr is 0"): run(kind, inputs, tmp_path/"r", lr=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path/"told", batch=4, lr=2e-3)
