@@ -27,7 +27,7 @@ from .optim import Optimiser
 from .pretrain import CLS, MASK, SEP, count_embeddings, pack, pretrain_plan
 from .tokenizer import encode_texts, open_tokenizer
 from .train import drawn, pace, settle, train
-from .transformer import Attention, Seq2Seq, Shape
+from .transformer import Attention, Seq2Seq, Shape, initialise
 
 # %% ../nbs/18b_denoise.ipynb #e7fede61
 def parts(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
@@ -37,21 +37,22 @@ def parts(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
     return np.diff(np.r_[-1, cuts, free + k - 1]) - 1 + least
 
 def hole_counts(length: int, share: float, mean: float) -> tuple[int, int]:
-    "Tokens cut out of a row of `length` tokens, the two at its ends left alone, and the holes they make. Raises `UsageError` for numbers that leave no room."
+    "Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and the holes they make. Raises `UsageError` for numbers that leave no room."
     if not 0 < share < 1: raise UsageError(f"share is {share}; it is a share of the tokens between 0 and 1.")
     if mean < 1: raise UsageError(f"mean is {mean}; a hole has at least one token.")
-    inner, hidden = length - 2, max(1, round(share * (length - 2)))
-    holes = max(1, round(hidden / mean))
-    if inner - hidden < holes - 1: raise UsageError(f"share {share} and mean {mean} make {holes} holes of {hidden} of {inner} tokens; between holes at least one token must stay. Lower share, or raise mean or length.")
+    inner, holes = length - 2, max(1, round(share * (length - 2) / mean))
+    hidden = round(holes * mean)
+    if 1.5 * hidden + holes > inner: raise UsageError(f"share {share} and mean {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower share, or raise length.")
     return hidden, holes
 
 def holes_of(length: int,  # Tokens of the row
              key: tuple,   # Whole numbers that decide: seed, epoch, index of the row
              share: float, mean: float) -> np.ndarray:
     "First place and end of each hole, (holes, 2), in order, never touching. A function of the arguments alone. Raises `UsageError`."
-    (hidden, holes), draw = hole_counts(length, share, mean), np.random.default_rng(key)
-    sizes = parts(draw, hidden, holes, 1)
-    gaps = parts(draw, length - 2 - hidden - (holes - 1), holes + 1, 0) + np.r_[0, np.ones(holes - 1, np.int64), 0]
+    (_, holes), draw = hole_counts(length, share, mean), np.random.default_rng(key)
+    sizes = draw.geometric(1 / mean, holes)
+    while sizes.sum() > length - 2 - holes: sizes = draw.geometric(1 / mean, holes)              # at least one token stays between two holes, and one more
+    gaps = parts(draw, length - 2 - sizes.sum() - (holes - 1), holes + 1, 0) + np.r_[0, np.ones(holes - 1, np.int64), 0]
     ends = 1 + np.cumsum(gaps[:-1] + sizes)
     return np.stack([ends - sizes, ends], 1)
 
@@ -62,32 +63,38 @@ def corrupt(row: np.ndarray,    # (length,) token ids, from `pack`
             answer: str = "missing") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "What is read, what the decoder has before it, what it is to write there, and which of that was cut out. Raises `UsageError`."
     if answer not in ("missing", "whole"): raise UsageError(f"answer is {answer!r}; it is missing or whole.")
-    seen, said, at = [], [], 0
+    seen, said, at, new = [], [], 0, []
     for k, (a, b) in enumerate(holes):
         seen += [row[at:a], [first + k]]
-        said += [[first + k], row[a:b]]
+        said += [[first + k], row[a - 1:b]]
+        new += [[False, False], np.ones(b - a, bool)]
         at = b
     seen, said = np.concatenate([*seen, row[at:]]), np.concatenate([*said, [first + len(holes)]])
-    if answer == "missing": return seen, said[:-1], said[1:], said[1:] < first
+    if answer == "missing": return seen, said[:-1], said[1:], np.concatenate([*new, [False]])[1:]
     cut = np.zeros(len(row), bool)
     for a, b in holes: cut[a:b] = True
     return seen, row[:-1], row[1:], cut[1:]
 
 def restore(seen: np.ndarray, said: np.ndarray, first: int, answer: str = "missing") -> np.ndarray:
-    "The text, from what was read and what was written: each mark gives way to what was written after it. The mark after the last hole, or one written before, ends the answer."
+    "The text, from what was read and what was written: each mark gives way to what was written after it and the repeated token. The mark after the last hole, or one written before, ends the answer."
     if answer == "whole": return np.concatenate([seen[:1], said]).astype(seen.dtype)
     found, k, marks = {0: []}, 0, int((seen >= first).sum())
     for t in said.tolist():
         if t < first: found[k].append(t)
         elif t - first in found or t - first >= marks: break
         else: k = t - first; found[k] = []
-    return np.concatenate([[t] if t < first else found.get(t - first, []) for t in seen.tolist()]).astype(seen.dtype)
+    return np.concatenate([[t] if t < first else found.get(t - first, [])[1:] for t in seen.tolist()]).astype(seen.dtype)
 
-# %% ../nbs/18b_denoise.ipynb #73200c0d
+# %% ../nbs/18b_denoise.ipynb #dbdbd821
 def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean: float, first: int, answer: str = "missing") -> dict:
-    "Tensors input_ids (n, m), written and targets (n, t), and cut (n, t), True where a target was cut out of the text."
+    "Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a target was cut out of the text; padded with 0, targets with -100."
     made = [corrupt(rows[i], holes_of(rows.shape[1], (seed, int(e), int(i)), share, mean), first, answer) for i, e in zip(which, epochs)]
-    return {name: torch.from_numpy(np.stack(part).astype(bool if name == "cut" else np.int64)) for name, part in zip(("input_ids", "written", "targets", "cut"), zip(*made))}
+    def table(k, empty, kind=np.int64):
+        found = np.full((len(made), max(len(m[k]) for m in made)), empty, kind)
+        for line, m in zip(found, made): line[:len(m[k])] = m[k]
+        return torch.from_numpy(found)
+    seen = table(0, 0)
+    return dict(input_ids=seen, keep=(seen != 0).long(), written=table(1, 0), targets=table(2, -100), cut=table(3, False, bool))
 
 def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int, answer: str = "missing"):
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
@@ -97,7 +104,7 @@ def frequencies(rows: np.ndarray, vocabulary: int, share: float, mean: float, an
     "Log-probability (vocabulary + marks,) of each token in an answer by its frequency in `rows`, half an occurrence added to each."
     hidden, holes = hole_counts(rows.shape[1], share, mean)
     counts = np.bincount(rows[:, 1:].ravel() if answer == "whole" else rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
-    marks = np.r_[0.5, np.full(holes, 0.5 if answer == "whole" else counts.sum() / hidden)]     # for every `hidden` tokens each mark but the first stands once in the answers
+    marks = np.r_[0.5, np.full(holes, 0.5 if answer == "whole" else counts.sum() / (hidden + holes))]     # for every row each mark but the first stands once in the answers
     return np.log(np.r_[counts, marks] / (counts.sum() + marks.sum())).astype(np.float32)
 
 def text_frequencies(rows: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -120,6 +127,7 @@ def new_writer(rows: np.ndarray, vocabulary: int, size: str, positions: int, sha
     if start not in ("counts", "random"): raise UsageError(f"start is {start!r}; it is counts or random.")
     c, holes = encoder_config(vocabulary, size, positions), hole_counts(rows.shape[1], share, mean)[1]
     model = Seq2Seq(Shape(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, layers=c.num_hidden_layers, positions=positions, norm="pre"), seed)
+    initialise(model, seed, 0.5 / math.sqrt(c.hidden_size))           # the usual 0.02 is meant for widths near 768
     for m in model.modules():
         if type(m) is Attention: m.__class__ = QuickAttention
     with torch.no_grad():
@@ -128,7 +136,8 @@ def new_writer(rows: np.ndarray, vocabulary: int, size: str, positions: int, sha
             found = torch.from_numpy(count_embeddings(rows, vocabulary, c.hidden_size))
             met = found.abs().sum(1) > 0
             model.words.weight[:vocabulary][met] = found[met]
-        model.words.weight[vocabulary:].normal_(0, 0.04, generator=torch.Generator().manual_seed(seed))
+        model.words.weight[vocabulary:].normal_(0, 0.06, generator=torch.Generator().manual_seed(seed))
+        for table in (model.reading.places, model.writing.places): table.mul_(0.02 / table.std())
         for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
             for part in (block.across.query, block.across.key): part.weight.copy_(torch.eye(c.hidden_size))
     return model
@@ -141,7 +150,7 @@ def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None):
 
 def denoise_step(model, batch: dict, backward) -> tuple:
     "One micro-batch for the training loop: summed loss of the answers, and the number of tokens in them that count."
-    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"])
+    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"])
     backward(loss)
     return loss.detach(), int((batch["targets"] != -100).sum())
 
@@ -217,26 +226,28 @@ def held_answers(model: Seq2Seq, rows: np.ndarray, seed: int, share: float, mean
         which = range(s, min(s + batch, len(rows)))
         b = denoise_batch(rows, which, [0] * len(which), seed, share, mean, first, answer)
         with torch.inference_mode():
-            logits, targets = model(b["input_ids"], b["written"]).float(), b["targets"]
+            logits, targets, asked = model(b["input_ids"], b["written"], b["keep"]).float(), b["targets"].clamp(min=0), (b["targets"] != -100).float()
             chosen = logits.gather(-1, targets[..., None])[..., 0]
             every, hidden = logits.logsumexp(-1) - chosen, logits[..., :first].logsumexp(-1) - chosen
         cut, right = b["cut"].float(), (logits[..., :first].argmax(-1) == targets).float()
-        found.append(torch.stack([(hidden * cut).sum(1), (right * cut).sum(1), cut.sum(1), every.sum(1), torch.full((len(which),), float(targets.shape[1]))], 1).double().numpy())
+        found.append(torch.stack([(hidden * cut).sum(1), (right * cut).sum(1), cut.sum(1), (every * asked).sum(1), asked.sum(1)], 1).double().numpy())
     return np.concatenate(found)
 
 @torch.no_grad()
 def fill(model: Seq2Seq, ids: torch.Tensor,  # (rows, m), the same number of marks in each
          first: int, longest: int) -> torch.Tensor:
-    "Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further one only where it is likelier right than too much; no mark can follow but the next."
+    "Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further one only where it is likelier right than too much; no mark but the next can follow, and the token before a hole is known."
     memory, written, marks = model.encode(ids), torch.full((len(ids), 1), first), int((ids[0] >= first).sum())
-    at, open_ = torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids))         # the hole that is being filled; the probability that it has not ended yet
+    before = torch.cat([ids[:, :-1][ids[:, 1:] >= first].view(len(ids), marks), ids[:, :1]], 1)
+    at, inside, open_ = torch.zeros(len(ids), dtype=torch.long), torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids))     # hole, tokens in it, the probability that it has not ended yet
     while written.shape[1] <= longest and (at < marks).any():
         p = model.decode(written, memory)[:, -1].float().softmax(-1)
-        (right, word), begun = p[:, :first].max(-1), written[:, -1] < first
-        still = torch.where(begun, open_ * (1 - p[:, first:].sum(-1)), 1.0)
-        on = begun & (1 - still > open_ * right) | (at == marks)
-        at, open_ = (at + on).clamp(max=marks), torch.where(on, 1.0, still)
-        written = torch.cat([written, torch.where(on, first + at, word)[:, None]], 1)
+        (right, word), known = p[:, :first].max(-1), written[:, -1] >= first
+        still = torch.where(inside > 0, open_ * (1 - p[:, first:].sum(-1)), 1.0)
+        on = ~known & (inside > 0) & (1 - still > open_ * right) | (at == marks)
+        at = (at + on).clamp(max=marks)
+        inside, open_ = torch.where(on | known, 0, inside + 1), torch.where(on | known, 1.0, still)
+        written = torch.cat([written, torch.where(on, first + at, torch.where(known, before.gather(1, at[:, None])[:, 0], word))[:, None]], 1)
     return written[:, 1:]
 
 @torch.no_grad()
@@ -281,7 +292,7 @@ def with_marks(ids: list[int], first: int, holes: int) -> np.ndarray:
 def denoise(record: Record,               # Where the model goes: its artifact `writer`
             corpus: str | Path, tokenizer: str | Path,
             size: str = "2x64", length: int = 64, positions: int = 128, share: float = 0.3, mean: float = 3.0, answer: str = "missing", start: str = "counts",
-            minutes: float = 0.0, steps: int = 120, batch: int = 32, lr: float = 5e-3, muon: float = 0.0, warmup: int = 2, decay: int = 50,
+            minutes: float = 0.0, steps: int = 120, batch: int = 32, lr: float = 3e-3, muon: float = 1e-2, warmup: int = 2, decay: int = 50,
             judged: int = 64, evaluations: int = 5, compared: int = 300, counted: int = 2_000_000, precision: str = "bf16", prompts: list[str] = (), seed: int = 0) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     begun = time.monotonic()
@@ -311,7 +322,7 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     plan = settle(record, asked, make)
     with kept_memory(): result = train(model, denoise_step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel() + b["written"].numel(), identity=dict(asked=plan["asked"]), name="denoise")
     optimiser.finish().eval()
-    longest = length - 1 if answer == "whole" else 2 * hidden + holes                     # a hole may be filled with more than was cut out
+    longest = length - 1 if answer == "whole" else min(positions, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
     where = [holes_of(length, (seed, 0, i), share, mean) for i in range(len(held))]
     broken = [corrupt(row, h, V)[0] for row, h in zip(held, where)]
     name, way, follower = best_copier(rows, V, seed, share, mean)
@@ -322,7 +333,8 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     copy_nats, unigram_nats = copying_nats(held, where, logp, [best_share, 0]).T
     enough = int(np.searchsorted(np.cumsum([len(e) + 1 for e in train_ids]), counted)) + 1
     count_nats = counted_nats(Ngram(train_ids[:enough], V, 5, SEP), held, where)
-    write_json(record.path/"held.json", [dict(edits=e / hidden, copy_edits=c / hidden, accuracy=r / hidden, bits=n / hidden / math.log(2), copy_bits=q / hidden / math.log(2), fivegram_bits=f / hidden / math.log(2))
+    hidden = float(final[:, 2].mean())                                                 # per row; all numbers are given for each of these
+    write_json(record.path/"held.json", [dict(edits=e / hidden, copy_edits=c / hidden, right=r / hidden, bits=n / hidden / math.log(2), copy_bits=q / hidden / math.log(2), fivegram_bits=f / hidden / math.log(2))
                                          for e, c, r, n, q, f in zip(wrong.tolist(), copy_wrong.tolist(), final[:, 1].tolist(), final[:, 0].tolist(), copy_nats.tolist(), count_nats.tolist())])
     words = lambda ids: cutter.decode([int(t) for t in ids])
     with_blanks = lambda ids: " ____ ".join(words(part[part < V]) for part in np.split(ids, np.flatnonzero(ids >= V)))
