@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from .core import DataError, fsync_folder, read_json, sha256_text, write_bytes, write_json
-from .optim import Optimiser
+from .optim import Optimiser, whole
 
 # %% ../nbs/15_checkpoint.ipynb #2d688f8d
 def random_states() -> dict:
@@ -60,7 +60,8 @@ def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
     "Optimiser state, and under `model/` what of the model is not trained: frozen weights and buffers."
     model, kept = optimiser.model, optimiser.model.state_dict()
     rest = {n: p for n, p in model.named_parameters() if n not in optimiser.masters} | {n: b for n, b in model.named_buffers() if n in kept}
-    return {**optimiser.state_dict(), **{f"model/{n}": t.detach() for n, t in rest.items()}}
+    found = {**optimiser.state_dict(), **{f"model/{n}": t.detach() for n, t in rest.items()}}
+    return {k: whole(found[k]) for k in sorted(found)}       # sorted, because processes that put tensors together must do so in one order, and a file is read in any
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     "Write a safetensors file that is whole or absent; returns its SHA-256."
@@ -81,14 +82,16 @@ def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 def save_checkpoint(folder: str | Path, # Where; usually record.resume
                     optimiser: Optimiser,
                     state: dict,        # The loop's own numbers: plain JSON values
-                    identity: dict      # From `identity_of`
+                    identity: dict,     # From `identity_of`
+                    writes: bool = True # Of several processes, one does; all of them call, because sharded tensors are put together
                    ):
     "Store everything, so that a kill at any moment leaves this checkpoint or the former one."
-    folder = Path(folder)
+    folder, tensors = Path(folder), tensors_of(optimiser)
+    if not writes: return
     folder.mkdir(parents=True, exist_ok=True)
     pointer = folder/"checkpoint.json"
     slot = "b" if pointer.exists() and read_json(pointer)["slot"] == "a" else "a"
-    sha256 = write_tensors(folder/f"{slot}.safetensors", tensors_of(optimiser))
+    sha256 = write_tensors(folder/f"{slot}.safetensors", tensors)
     write_json(pointer, dict(slot=slot, sha256=sha256, identity=identity, state=state, random=random_states()))
 
 def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) -> dict | None:
@@ -105,9 +108,10 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
     return stored["state"]
 
 # %% ../nbs/15_checkpoint.ipynb #725a7dc4
-def save_best(folder: str | Path, optimiser: Optimiser, step: int) -> str:
-    "Store the masters, or their average where one is kept, as the best so far; returns the file's SHA-256. `forget_best` removes those that are no longer referred to."
-    return write_tensors(Path(folder)/f"best-{step}.safetensors", {n: m.detach() for n, m in (optimiser.average or optimiser.masters).items()})
+def save_best(folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True) -> str | None:
+    "Store the masters, or their average where one is kept, as the best so far; returns the file's SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."
+    best = {n: whole(m.detach()) for n, m in (optimiser.average or optimiser.masters).items()}
+    return write_tensors(Path(folder)/f"best-{step}.safetensors", best) if writes else None
 
 def load_best(folder: str | Path, optimiser: Optimiser, step: int, sha256: str):
     "Put the best weights back into masters and model. Raises `DataError` when the file is damaged."

@@ -78,14 +78,18 @@ def table(pipe, board):
         spent = time.monotonic() - p.watch.started if p.watch and p.state == "running" else p.seconds
         done, total = state.get("done"), state.get("total")
         row = state.get("row") or {}
-        rate = row.get("tokens_per_s") or (done / spent if done and spent > 1 else 0)      # a run that goes on measures its own speed; done counts what was there before
+        first, pace = state.get("first", 0), time.monotonic() - state.get("since", time.monotonic())      # of what was seen to be done; before that it prepared, or another attempt did it
+        rate = row.get("tokens_per_s") if state.get("unit") == "tokens" else None                     # a training measures its own speed
+        if not rate: rate = (done - first) / pace if done and pace > 1 else 0
+        left = remaining(done - first, total - first, pace) if done and total else None
         speed = f"{rate:,.0f} {state.get('unit', '')}/s  " if done and rate else ""
         if row.get("roof_share"): speed += f"{row['roof_share']:.0%} of the roof  "
         row = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("seconds", "tokens_per_s", "roof_share"))
-        t.add_row(one.name, f"[{colours[p.state]}]{words[p.state]}" if p.state in colours else f"[dim]{words[p.state]}", duration(spent) if spent else "", duration(remaining(done, total, spent)),
+        t.add_row(one.name, f"[{colours[p.state]}]{words[p.state]}" if p.state in colours else f"[dim]{words[p.state]}", duration(spent) if spent else "", duration(left),
                   ProgressBar(total or 1, done, width=16) if total else "", speed + row if p.state == "running" else headline(one, p.metrics))
     return t
 
+# %% ../nbs/01c_command.ipynb #cf2cbec0
 class Display:
     "Shows the board while a `with` block runs."
     def __init__(self, pipe, board):

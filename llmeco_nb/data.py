@@ -269,7 +269,9 @@ def build_corpus(record: Record,            # Where the corpus goes: its artifac
         table, leaks = yield_to(table, official)
     removed = {"null_texts": read["null_texts"], "null_labels": read["null_labels"], "empty": empty,
                "duplicates": copies["duplicates"], "conflicts": copies["conflicts"], "leaks": leaks}
-    if not len(table): raise DataError(f"Nothing of {source} is left. Of {read['rows_read']} rows were removed: {removed}.")
+    if not len(table):
+        took = ", ".join(f"{rule} took {n}" for rule, n in sorted(removed.items(), key=lambda r: -r[1]) if n)
+        raise DataError(f"Nothing of {source} is left of {read['rows_read']} rows: {took}. Look at some of them in the file, and whether `{text}` is the column of the texts.")
     parts = split_rows(table, validation, 0 if test_source else test, seed, labels)
     if test_source: parts["test"] = by_lot(official, seed)
     if rows is not None: parts = take(parts, rows, validation, test)

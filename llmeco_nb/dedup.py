@@ -20,6 +20,7 @@ import numpy as np
 
 from .core import DataError, UsageError, lock, read_json, write_json
 from .data import fold
+from .filters import note
 
 # %% ../nbs/10b_dedup.ipynb #cd50c84a
 def mix(x: np.ndarray) -> np.ndarray:
@@ -243,22 +244,18 @@ class Shingles:
 # %% ../nbs/10b_dedup.ipynb #cf1c15f4
 @dataclass(frozen=True)
 class Duplicates:
-    "For every document the number of the first one that says the same: `leaders` (its own when it is the first); and how many are `exact` and `near` copies."
-    leaders: np.ndarray; exact: int; near: int; samples: list
+    "For every document the number of the first one that says the same: `leaders` (its own when it is the first); whether it is `equal` to an earlier one; and how many are `exact` and `near` copies."
+    leaders: np.ndarray; equal: np.ndarray; exact: int; near: int; samples: list
 
     def __len__(self): return len(self.leaders)
 
     def kept(self, documents: Iterable[dict], report: dict | None = None) -> Iterator[dict]:
-        "The documents that stay. `report` counts the others by domain, with samples. Raises `DataError` if the corpus has another length."
+        "The documents that stay. `report` (see `new_report`) counts exact and near copies as removed. Raises `DataError` if the corpus has another length."
         n = 0
         for n, document in enumerate(documents, 1):
             if n > len(self): raise DataError(f"The corpus has more than the {len(self)} documents that were looked at. Call find_duplicates again.")
             if self.leaders[n - 1] == n - 1: yield document
-            elif report is not None:
-                entry = report.setdefault("duplicates", {"documents": 0, "domains": {}, "samples": []})
-                entry["documents"] += 1
-                entry["domains"][document.get("domain", "")] = entry["domains"].get(document.get("domain", ""), 0) + 1
-                if len(entry["samples"]) < 3: entry["samples"].append({"id": document["id"], "text": document["text"][:200], "like": int(self.leaders[n - 1])})
+            elif report is not None: note(report, "removed", "exact copy" if self.equal[n - 1] else "near copy", document, document["text"], like=int(self.leaders[n - 1]))
         if n < len(self): raise DataError(f"The corpus has {n} documents, and {len(self)} were looked at. Call find_duplicates again.")
 
 def group(shelf: Shelf, parent: np.ndarray, memory: int) -> dict:
@@ -268,8 +265,10 @@ def group(shelf: Shelf, parent: np.ndarray, memory: int) -> dict:
         for pairs in equal_keys(shelf.path("digests"), count, 2, memory):
             for i, j in pairs.tolist():
                 if os.pread(digests.fileno(), 16, 16*i) == os.pread(digests.fileno(), 16, 16*j): groups.join(i, j)
-    flat = lambda: sum(int((parent[a:a + 65536] != np.arange(a, min(a + 65536, count))).sum()) for a in range(0, count, 65536))
-    exact = flat()
+    copies = lambda: (parent[a:a + 65536] != np.arange(a, min(a + 65536, count)) for a in range(0, count, 65536))
+    with open(shelf.path("equal"), "wb") as equal:
+        for part in copies(): part.tofile(equal)
+    exact = sum(int(part.sum()) for part in copies())
     for b in range(shelf.plan.bands):
         for pairs in equal_keys(shelf.path(f"keys{b:02}"), count, 1, memory):
             for i, j in pairs.tolist():
@@ -280,7 +279,7 @@ def group(shelf: Shelf, parent: np.ndarray, memory: int) -> dict:
     for a in range(0, count, 65536):
         part = parent[a:a + 65536]
         while not np.array_equal(up := parent[part], part): part[:] = up
-    return {"documents": count, "exact": exact, "near": flat() - exact, "samples": samples}
+    return {"documents": count, "exact": exact, "near": sum(int(part.sum()) for part in copies()) - exact, "samples": samples}
 
 def find_duplicates(documents: Iterable[dict],          # {"id", "text", ...}; read once here, and once by `kept`
                     folder: str | Path,                 # Signatures, about as large as the text; also where an ended call goes on
@@ -307,8 +306,9 @@ def find_duplicates(documents: Iterable[dict],          # {"id", "text", ...}; r
                 counts = group(shelf, parent, memory_mib << 20)
                 parent.flush()
                 del parent
-            else: partial.touch(); counts = {"documents": 0, "exact": 0, "near": 0, "samples": []}
+            else: partial.touch(); shelf.path("equal").touch(); counts = {"documents": 0, "exact": 0, "near": 0, "samples": []}
             partial.replace(result)
             write_json(done, counts)
     counts = read_json(done)
-    return Duplicates(np.memmap(result, "<i8", "r") if count else np.zeros(0, np.int64), counts["exact"], counts["near"], counts["samples"])
+    opened = lambda file, kind: np.memmap(file, kind, "r") if count else np.zeros(0, kind)
+    return Duplicates(opened(result, "<i8"), opened(shelf.path("equal"), "?"), counts["exact"], counts["near"], counts["samples"])

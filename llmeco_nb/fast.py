@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'AttentionByProducts', 'attention_by_products', 'attention_where_it_pays', 'hasten', 'SummedCrossEntropy',
-           'fast_mlm_loss', 'kept_memory']
+           'parts_of', 'fast_mlm_loss', 'kept_memory']
 
 # %% ../nbs/13d_fast.ipynb #bcf82b14
 import ctypes
@@ -97,16 +97,21 @@ class SummedCrossEntropy(torch.autograd.Function):
         return (*(found if grad == 1 else [g * grad.to(g) for g in found]), None, None)
 
 # %% ../nbs/13d_fast.ipynb #6186045f
+def parts_of(tokens: int, vocabulary: int, room: int = 2**24) -> int:
+    "Parts in which `SummedCrossEntropy` goes through so many targets."
+    return -(-tokens // max(1, room // vocabulary))
+
 def fast_mlm_loss(model,               # BertForMaskedLM
                   input_ids,           # (rows, tokens)
                   positions,           # (n,) asked positions, as indices into the flattened input_ids
                   targets,             # (n,) the tokens that stood there
-                  attention_mask=None  # (rows, tokens), 0 for padding; None: no padding
+                  attention_mask=None, # (rows, tokens), 0 for padding; None: no padding
+                  room: int = 2**24    # Logits worked through at a time
                  ):
     "What `model.mlm_loss` gives, value and gradients; the logits are not kept. Summed nats; divide by the number of targets for the mean."
     hidden, head = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, model.cls.predictions
     asked = head.transform(hidden.flatten(0, 1).index_select(0, positions))
-    return SummedCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets)
+    return SummedCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets, room)
 
 # %% ../nbs/13d_fast.ipynb #9846ea69
 @contextmanager

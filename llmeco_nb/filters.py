@@ -7,7 +7,7 @@ __all__ = ['stop_words', 'letter', 'sentence_end', 'policies', 'function_words',
            'iban', 'card', 'octet', 'ip4', 'ip6', 'phone', 'kinds', 'digit_run', 'Rules', 'shape_rule', 'line_rule',
            'repeated', 'grams', 'top_gram', 'in_repeated_grams', 'repetition_rule', 'quality_rule', 'terminal_lines',
            'once_lines', 'english_signs', 'is_english', 'english_share', 'luhn', 'mod97', 'an_iban', 'a_card', 'an_ip6',
-           'a_phone', 'mask_personal', 'new_report', 'note', 'filter_documents']
+           'a_phone', 'mask_personal', 'new_report', 'note', 'account', 'filter_documents']
 
 # %% ../nbs/10a_filter.ipynb #92163786
 import re
@@ -225,32 +225,39 @@ def mask_personal(text: str) -> tuple[str, dict[str, int]]:
 
 # %% ../nbs/10a_filter.ipynb #6b76d254
 def new_report() -> dict:
-    "An empty report for `filter_documents`."
-    return {"read": 0, "kept": 0, "removed": {}, "changed": {}, "masked": {}}
+    "An empty report: documents read by domain; removed and changed by step, each with a count by domain and samples; personal data masked by kind."
+    return {"read": {}, "removed": {}, "changed": {}, "masked": {}}
 
-def note(report: dict, part: str, what: str, document: dict, text: str, samples: int = 3):
-    "Count `what` under `part`, and keep the beginning of the first few texts as samples."
-    entry = report[part].setdefault(what, {"documents": 0, "samples": []})
+def note(report: dict, part: str, what: str, document: dict, text: str, **more):
+    "Count `what` under `part` for the document's domain, and keep the beginning of the first three texts as samples, with `more` beside them."
+    entry, domain = report[part].setdefault(what, {"documents": 0, "domains": {}, "samples": []}), document.get("domain", "")
     entry["documents"] += 1
-    if len(entry["samples"]) < samples: entry["samples"].append({"id": document["id"], "text": text[:200].encode("utf-8", "replace").decode()})
+    entry["domains"][domain] = entry["domains"].get(domain, 0) + 1
+    if len(entry["samples"]) < 3: entry["samples"].append({"id": document["id"], "domain": domain, "text": text[:200].encode("utf-8", "replace").decode(), **more})
+
+def account(report: dict) -> dict[str, dict[str, int]]:
+    "For each domain how many documents were read, what each step removed, and how many are left."
+    removed = {domain: {step: entry["domains"].get(domain, 0) for step, entry in report["removed"].items()} for domain in report["read"]}
+    return {domain: {"read": n, **removed[domain], "kept": n - sum(removed[domain].values())} for domain, n in report["read"].items()}
 
 def filter_documents(documents: Iterable[dict],  # Each {"id", "text", "domain"}; read once
                      report: dict,               # From `new_report`, or of an earlier part of the stream; filled as the stream is read
-                     rules: Rules = Rules(),     # Thresholds
+                     rules: Rules | None = Rules(),  # Thresholds; None to take any quality
                      english: float = .5,        # Smallest `english_share`; 0 to take any language
                      terminal: bool = False,     # Keep only lines that end a sentence (C4); for web pages
                      once: bool = True,          # Drop lines that stood in the document before
                      mask: bool = True,          # Mask personal data
                      clean: bool = True) -> Iterator[dict]:
-    "Yield the documents that stay, cleaned; `report` counts for each rule the documents it removed or changed, with samples."
+    "Yield the documents that stay, cleaned; `report` counts what was read, and for each rule the documents it removed or changed."
     for document in documents:
-        report["read"] += 1
+        domain = document.get("domain", "")
+        report["read"][domain] = report["read"].get(domain, 0) + 1
         text = before = document["text"]
         if clean: text = clean_text(text, lines=True)
         if terminal:
             before, text = text, terminal_lines(text)
             if text != before: note(report, "changed", "terminal lines", document, before)
-        rule = "empty" if not text.strip() else "language" if english and english_share(text) < english else quality_rule(text, rules)
+        rule = "empty" if not text.strip() else "language" if english and english_share(text) < english else rules and quality_rule(text, rules)
         if rule:
             note(report, "removed", rule, document, text or before)
             continue
@@ -261,5 +268,4 @@ def filter_documents(documents: Iterable[dict],  # Each {"id", "text", "domain"}
             text, counts = mask_personal(text)
             for kind, k in counts.items(): report["masked"][kind] = report["masked"].get(kind, 0) + k
             if counts: note(report, "changed", "personal data", document, text)
-        report["kept"] += 1
         yield {**document, "text": text}

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['dropouts', 'labelled_subset', 'shorten', 'encode', 'collate', 'batches_of', 'quietly', 'packaged', 'weights_revision',
-           'small_encoder', 'encoder_folder', 'build_classifier', 'layer_rates', 'classification_step', 'predict',
-           'fine_plan', 'predictions_table', 'save_classifier', 'mistakes', 'fine_tune', 'reopened']
+           'small_encoder', 'encoder_folder', 'build_classifier', 'add_mean_layer', 'centre_mean_layer', 'layer_rates',
+           'classification_step', 'predict', 'fine_plan', 'predictions_table', 'save_classifier', 'mistakes',
+           'fine_tune', 'reopened']
 
 # %% ../nbs/20_finetune.ipynb #1ee904d3
+import copy
 import importlib.metadata
 import importlib.util
 import math
@@ -127,8 +129,9 @@ dropouts = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout 
 
 def build_classifier(folder: str,       # Encoder: a folder or hub name
                      labels: list[str], # Class names
-                     seed: int = 0):
-    "A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its tokenizer. Raises `DataError`."
+                     seed: int = 0,
+                     pool: str = "first"): # What the classifier reads: first, or mean
+    "A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its tokenizer. Raises `DataError`, `UsageError`."
     import torch
     from llmeco_nb.fast import hasten
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -146,8 +149,44 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
         with torch.no_grad():
             torch.nn.init.eye_(pooler.weight)
             pooler.bias.zero_()
+    if pool not in ("first", "mean"): raise UsageError(f"pool is {pool!r}; it is first or mean.")
+    if pool == "mean": add_mean_layer(model)
     if not torch.cuda.is_available() and model._supports_attention_backend: hasten(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+# %% ../nbs/20_finetune.ipynb #1b68a4fc
+def add_mean_layer(model,           # A classifier of the BERT family, its normalisation after the residual
+                   gain: float = 8.0 # Of the mean, against what stands at a token itself
+                  ):
+    "One more layer on top, which begins as the mean over a text's tokens; changes the model in place. Raises `UsageError` for encoders that are built otherwise."
+    import torch
+    layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
+    if not layers or not hasattr(getattr(layers[-1], "attention", None), "self"):
+        raise UsageError(f"pool is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pool=first.")
+    new = copy.deepcopy(layers[-1])
+    attention, width = new.attention, model.config.hidden_size
+    with torch.no_grad():
+        for part, weight in ((attention.self.query, 0.0), (attention.self.value, torch.eye(width)), (attention.output.dense, gain * torch.eye(width)), (new.output.dense, 0.0)):
+            part.weight.copy_(torch.as_tensor(weight))
+            part.bias.zero_()
+        for norm in (attention.output.LayerNorm, new.output.LayerNorm):
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+    layers.append(new)
+    model.config.num_hidden_layers += 1
+
+def centre_mean_layer(model, rows: list[list[int]],  # Token ids of texts
+                      pad: int, batch: int = 32):
+    "Let what the mean layer says at [CLS] be 0 on average over these texts, before its normalisation; what they have in common tells nothing, and would drown the rest."
+    import torch
+    new, seen = model.base_model.encoder.layer[-1].attention.output, []
+    hook = new.LayerNorm.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 0].float()))
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch):
+            model(**{k: v if v is None else v.to(model.device) for k, v in collate(rows[start:start + batch], pad).items()})
+    hook.remove()
+    with torch.no_grad(): new.dense.bias.sub_(torch.cat(seen).mean(0))
 
 # %% ../nbs/20_finetune.ipynb #c3563717
 def layer_rates(layers: int,   # Of the encoder
@@ -217,6 +256,7 @@ def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
     "Write a stock Hugging Face folder; how texts are shortened stands in its config under `llmeco`."
     model.config.llmeco = dict(tokens=tokens, head=head)
     tokenizer.model_max_length = tokens
+    tokenizer.init_kwargs.pop("local_files_only", None)       # says whether the hub was allowed when it was opened; the same training has the same bytes
     with quietly():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -229,7 +269,7 @@ def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
 
 # %% ../nbs/20_finetune.ipynb #5be69220
 def fine_tune(record: Record,         # Gets the artifacts classifier and predictions
-              corpus: str, encoder: str = "", weights: str = "", name: str = "own", labels: int = 0, tokens: int = 64, head: int = 25, epochs: int = 3,
+              corpus: str, encoder: str = "", weights: str = "", name: str = "own", labels: int = 0, tokens: int = 64, head: int = 25, pool: str = "first", epochs: int = 3,
               minutes: float = 0.0, batch: int = 16, lr: float = 1e-3, layer_decay: float = 1.0, warmup: int = 10, smoothing: float = 0.0,
               judged: int = 500, evaluations: int = 6, patience: int = 3, seed: int = 0) -> Path:
     "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
@@ -247,12 +287,13 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation=0.1.")
     splits["train"], splits["validation"] = labelled_subset(splits["train"], labels, seed), by_lot(splits["validation"], seed)
     seed_everything(seed)
-    model, tokenizer = build_classifier(folder, names, seed)
+    model, tokenizer = build_classifier(folder, names, seed, pool)
     longest = getattr(model.config, "max_position_embeddings", tokens)
     if not 2 <= tokens <= longest: raise UsageError(f"tokens is {tokens}; this encoder reads from 2 to {longest}.")
     coded, lengths = {}, {}
     for s, rows in splits.items(): coded[s], lengths[s] = encode(tokenizer, rows.text.tolist(), tokens, head)
     target, pad = splits["train"].label.tolist(), tokenizer.pad_token_id
+    if pool == "mean": centre_mean_layer(model, coded["train"][:256], pad)
     batches, an_epoch = batches_of(coded["train"], target, pad, batch, seed)
     optimiser = Optimiser(model, lr, rate=layer_rates(getattr(model.config, "num_hidden_layers", 0), layer_decay))
     step, few = classification_step(smoothing), coded["validation"][:judged]

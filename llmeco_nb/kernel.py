@@ -100,7 +100,8 @@ def _said_by_cell(error, name: str, output: Path) -> LlmecoError:
 class Watch:
     "Looks at a kernel and its record a few times a second; `state` is for the display, `peak_mib` for the manifest."
     def __init__(self, record: Path):
-        self.record, self.pid, self.peak_mib, self.state, self._stop = record, None, 0.0, {}, threading.Event()
+        self.record, self.pid, self.peak_mib, self.state, self._stop, self._speed = record, None, 0.0, {}, threading.Event(), {}
+        self._began = {}
         self.started, self._thread = time.monotonic(), threading.Thread(target=self._look, daemon=True)
     def __enter__(self):
         self._thread.start()
@@ -113,10 +114,22 @@ class Watch:
         while not self._stop.wait(0.2):
             try: self.peak_mib = max(self.peak_mib, psutil.Process(self.pid).memory_info().rss / 2**20) if self.pid else 0.0
             except psutil.Error: pass
-            try: self.state = json_or({}, self.record/"progress.json")
+            try: self.state = self._progress()
             except OSError: pass
             row = last_row(self.record/"log.jsonl")
-            if row: self.state = {**self.state, "row": row}
+            if row:
+                self._speed |= {k: row[k] for k in ("tokens_per_s", "roof_share") if k in row}      # an evaluation's row has none; the last one still holds
+                self.state = {**self.state, "row": {**self._speed, **row}}
+
+    def _progress(self) -> dict:
+        "The record's progress, with `first`, what was done when this work was first seen, and `since`, when that was: preparation, and what an earlier attempt did, say nothing of the pace."
+        file = self.record/"progress.json"
+        if not file.exists(): self._began = {}; return {}
+        now = json_or({}, file)
+        if "done" not in now: return self.state                                          # half written
+        same = self._began and all(self.state.get(k) == now.get(k) for k in ("total", "unit")) and now["done"] >= self.state["done"]
+        if not same: self._began = dict(first=now["done"], since=time.monotonic())
+        return {**now, **self._began}
 
 def json_or(default, path: Path):
     "The JSON in `path`, or `default` while it is absent or half written."

@@ -19,6 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+from .diagram import flow_svg
 from .template import number_text
 
 # %% ../nbs/04d_markup.ipynb #2a8bf68e
@@ -158,8 +159,11 @@ class Scribe:
         "Markdown as HTML; with `listed` its headings join the list."
         formulas = []
         def out(m):
-            if m["code"] is not None: return m[0]
-            formulas.append(mathml(m["block"] or m["line"], m["block"] is not None))
+            if m["code"] is not None and not (flow := re.fullmatch(r"```mermaid\n([\s\S]*?)```", m[0])): return m[0]
+            if m["code"] is not None:
+                try: formulas.append(f'<div class="scroll">{flow_svg(flow[1])}</div>')
+                except ValueError: return m[0]                               # what cannot be drawn stays code
+            else: formulas.append(mathml(m["block"] or m["line"], m["block"] is not None))
             return f"\ue000{len(formulas) - 1}\ue001"
         tokens = reader().parse(formula.sub(out, text))
         for k, t in enumerate(tokens):
@@ -167,7 +171,7 @@ class Scribe:
             plain = "".join(c.content for c in tokens[k + 1].children if c.type in ("text", "code_inline", "softbreak"))
             t.attrSet("id", re.search(r'id="([^"]*)"', self.heading(int(t.tag[1]), re.sub("\ue000\\d+\ue001", "", plain).strip() or "section"))[1])
         markup = tidied(reader().renderer.render(tokens, reader().options, {}), self.link, self.picture)
-        markup = re.sub("<p>(\ue000(\\d+)\ue001)</p>", lambda m: m[1] if formulas[int(m[2])].startswith("<span class") else m[0], markup)
+        markup = re.sub("<p>(\ue000(\\d+)\ue001)</p>", lambda m: m[1] if formulas[int(m[2])].startswith(("<span class", "<div")) else m[0], markup)
         return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], markup)
 
     def picture(self, source: str) -> dict | None:

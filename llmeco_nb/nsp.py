@@ -182,7 +182,7 @@ def learn_pairs(record: Record,               # Where the model goes: its artifa
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     model, vocabulary = with_pairs(encoder, seed), cutter.get_vocab_size()
     if model.config.vocab_size != vocabulary: raise DataError(f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they do not belong together.")
-    if length > model.config.max_position_embeddings: raise UsageError(f"length is {length}, and the encoder reads at most {model.config.max_position_embeddings} tokens.")
+    if length > model.config.max_position_embeddings: raise UsageError(f"length is {length}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower length, or pretrain the encoder with more positions.")
     docs, held = (documents(cutter, read_split(corpus, split).text) for split in ("train", "validation"))
     where, held_where = places(docs, length), places(held, length)
     seed_everything(seed)

@@ -54,21 +54,27 @@ from .store import link
 def open_run(house: House, profile: str, path: str | None = None, next_round: bool = False, fresh: bool = False, create: bool = True) -> Run:
     "The run to work on: the given one, else the newest of the profile, else a new one. Raises `UsageError`."
     runs = Path(path).absolute().parent if path else runs_dir()
-    known = [r for r in Run.all(runs) if r["profile"] == profile]
-    current = Run(Path(path).absolute()) if path and (Path(path)/"run.json").exists() else known[-1] if known and not path else None
-    if current and current["profile"] != profile: raise UsageError(f"{current.path} is a run of the profile {current['profile']}, not {profile}.")
-    if current and not (next_round or fresh): return current
+    def newest() -> Run | None:
+        known = [r for r in Run.all(runs) if r["profile"] == profile]
+        found = Run(Path(path).absolute()) if path and (Path(path)/"run.json").exists() else known[-1] if known and not path else None
+        if found and found["profile"] != profile: raise UsageError(f"{found.path} is a run of the profile {found['profile']}, not {profile}.")
+        return found
+    current, another = newest(), next_round or fresh
+    if current and not another: return current
     if not create and not next_round: raise MissingError(f"There is no run of the profile {profile} in {runs}. Start one with `llmeco run --profile {profile}`.")
     instances, spec = read_profile(house, profile)
-    if next_round:
-        if not current: raise UsageError(f"There is no run of the profile {profile} to follow. Start with `llmeco run --profile {profile}`.")
-        unfinished = [o.name for o in instances if not current.key(o.name)]
-        if unfinished: raise UsageError(f"The run {current.path.name} is not finished ({', '.join(unfinished)}). Finish it with `llmeco run` first.")
     def freeze(folder: Path):
         for name, function in (spec.get("snapshots") or {}).items(): named(function)(runs, folder/name)
-    taken = [int(m[1]) for f in runs.glob(f"{Path(profile).name}-*") if (m := re.fullmatch(r".*-(\d+)(\.partial)?", f.name))]
-    target = Path(path).absolute() if path and not current else runs/f"{Path(profile).name}-{max(taken, default=0) + 1}"
-    with lock(runs/".new.lock"): return Run.create(target, profile, current if next_round else None, freeze if next_round else lambda folder: None)
+    with lock(runs/".new.lock"):
+        current = newest()                   # while we waited for the lock, another runner may have made it: two that start together share a run
+        if current and not another: return current
+        if next_round:
+            if not current: raise UsageError(f"There is no run of the profile {profile} to follow. Start with `llmeco run --profile {profile}`.")
+            unfinished = [o.name for o in instances if not current.key(o.name)]
+            if unfinished: raise UsageError(f"The run {current.path.name} is not finished ({', '.join(unfinished)}). Finish it with `llmeco run` first.")
+        taken = [int(m[1]) for f in runs.glob(f"{Path(profile).name}-*") if (m := re.fullmatch(r".*-(\d+)(\.partial)?", f.name))]
+        target = Path(path).absolute() if path and not current else runs/f"{Path(profile).name}-{max(taken, default=0) + 1}"
+        return Run.create(target, profile, current if next_round else None, freeze if next_round else lambda folder: None)
 
 # %% ../nbs/01_pipeline.ipynb #cc965075
 @dataclass
@@ -136,7 +142,7 @@ class Pipeline:
 
     def revisions(self, one: Instance) -> dict[str, str]:
         "Revision of each outside source that a parameter of `one` names."
-        return {p: named(f)(one.values[p]) if one.values.get(p) else "" for p, f in one.notebook.contract.get("sources", {}).items()}
+        return {p: "" if one.values.get(p) in (None, "") else named(f)(one.values[p]) for p, f in one.notebook.contract.get("sources", {}).items()}    # an empty list may mean "what is here"
 
     def look(self, one: Instance, revisions: dict[str, str] | None = None) -> Look:
         "Work out an instance's state without running anything."

@@ -7,6 +7,7 @@ __all__ = ['special_tokens', 'bert_rules', 'word_counts', 'letters_of', 'train_w
            'save_tokenizer', 'open_tokenizer', 'encode_texts', 'zipf_rows', 'build_tokenizer']
 
 # %% ../nbs/12_tokenizer.ipynb #52af5c65
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,7 +50,7 @@ def train_wordpiece(texts: list[str],         # What to learn from
                     minimum: int = 2,         # A pair must occur this often to be merged
                     characters: int = 1000,   # Distinct characters to know
                     lower: bool = True) -> list[str]:
-    "WordPiece vocabulary in the order of its ids: special tokens, letters, merges. Equal texts give equal lists. Raises `DataError`, `UsageError`."
+    "WordPiece vocabulary in the order of its ids: special tokens, letters, merges. Equal texts give equal lists. Warns when the texts give fewer pieces. Raises `DataError`, `UsageError`."
     from tokenizers import Tokenizer, models, trainers
     letters = letters_of(word_counts(texts, lower), characters)
     if not letters: raise DataError(f"A vocabulary cannot be learned from {len(texts)} texts without a single character.")
@@ -62,6 +63,8 @@ def train_wordpiece(texts: list[str],         # What to learn from
     raw.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocabulary, min_frequency=minimum, special_tokens=start,
                                                              limit_alphabet=characters, show_progress=False))
     ids = raw.get_vocab()
+    if len(ids) < vocabulary: warnings.warn(f"The texts give {len(ids):,} pieces, not the {vocabulary:,} asked for: nothing further occurs often enough. Take more texts, "
+                                            "or a lower `minimum`, or a smaller vocabulary.", stacklevel=2)
     return sorted(ids, key=ids.get)
 
 # %% ../nbs/12_tokenizer.ipynb #3c717aa7

@@ -7,9 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.augment import (Judge, WordNet, apertium, back_translate, build_augmented, change, distinct, marian, mix, replace_words, translator, wordnet_place)
-from llmeco_nb.core import MissingError, UsageError, begin, open_record, sha256_of
+from llmeco_nb import augment
+from llmeco_nb.augment import Judge, WordNet, apertium, back_translate, build_augmented, change, distinct, engines, engines_revision, marian, mix, pivot_revision, replace_words, translator, wordnet_place
+from llmeco_nb.core import ChangedSourceError, MissingError, UsageError, begin, open_record, sha256_of
 from llmeco_nb.data import fold, read_split, write_corpus
+from llmeco_nb.house import House
+from llmeco_nb.identity import key_of, work_parts
+from llmeco_nb.pipeline import Pipeline
+from llmeco_nb.store import Run
 
 needs_apertium = pytest.mark.skipif(not shutil.which("apertium"), reason="needs Apertium: apt-get install apertium apertium-eo-en")
 needs_wordnet = pytest.mark.skipif(not (Path(wordnet_place)/"index.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base")
@@ -131,3 +136,63 @@ def test_mixing_loses_no_original_and_lets_nothing_in_twice(old, new, taken, see
 
 def test_measures_by_hand():
     assert distinct(["a b a b", "a b"]) == 2/4 and change("a b c d", "a b c d") == 0 and change("a b", "c d") == 1
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    "The stages data and augment as a profile wires them, in a run of their own."
+    (tmp_path/"profile").mkdir()
+    (tmp_path/"profile"/"pipeline.yaml").write_text("stages:\n  data:\n  augment:\n")
+    (tmp_path/"runs").mkdir()
+    return Pipeline(House.find(), Run.create(tmp_path/"runs"/"profile-1", str(tmp_path/"profile")))
+
+
+def key(pipe, **values):
+    "The key of the stage augment on this machine as it is now."
+    one = pipe.by_name["augment"]
+    one.set(values, "test")
+    return key_of(work_parts(one.notebook, pipe.house.package, one.values, {"corpus": "a corpus"}, pipe.revisions(one)))
+
+
+def test_what_is_made_with_other_engines_is_another_stage(pipe, tmp_path, small_wordnet, monkeypatch):
+    "Without `kinds` the engines of the machine decide, so they are in the key; the same engines give the same key, whoever names them."
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(augment, "wordnet_place", tmp_path/"nowhere")
+    assert engines() == [] and engines_revision([]) == "none"
+    bare = key(pipe)
+    pipe.check_sources(pipe.by_name["augment"])
+    monkeypatch.setattr(augment, "wordnet_place", small_wordnet)
+    assert engines() == ["synonyms"] and engines_revision([]) == engines_revision(["synonyms"])
+    with_words = key(pipe)
+    assert bare != with_words == key(pipe)
+    with pytest.raises(ChangedSourceError, match="augment.kinds"): pipe.check_sources(pipe.by_name["augment"])
+    with open(small_wordnet/"data.verb", "a") as file: file.write("  another release\n")
+    assert key(pipe) not in (bare, with_words)
+
+
+def test_a_translator_is_known_by_its_content(tmp_path, monkeypatch):
+    share = tmp_path/"share"/"apertium"/"modes"
+    share.mkdir(parents=True); (tmp_path/"bin").mkdir(); (tmp_path/"m").mkdir()
+    (tmp_path/"bin"/"apertium").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path/"bin"))
+    (tmp_path/"rules.bin").write_text("one")
+    (share/"en-eo.mode").write_text(f"lt-proc '{tmp_path}/rules.bin' | apertium-tagger -g $2")
+    seen = [pivot_revision(f"en-eo {tmp_path}/m")]
+    (tmp_path/"rules.bin").write_text("two")
+    seen.append(pivot_revision(f"en-eo {tmp_path}/m"))
+    (tmp_path/"m"/"weights").write_text("x")
+    seen.append(pivot_revision(f"en-eo {tmp_path}/m"))
+    assert len(set(seen)) == 3 and pivot_revision("eo-en org/name") == "eo-en absent, org/name"
+
+
+@needs_apertium
+def test_the_modes_are_where_apertium_looks():
+    assert not pivot_revision("en-eo eo-en").endswith("absent") and "absent" not in pivot_revision("en-eo")
+
+
+@needs_apertium
+def test_lines_do_not_touch_each_other():
+    "Apertium's rules reach over the end of a line: these two came back as three."
+    translate, lines = apertium("eo-en"), ["povus peti pli", "ruza virina empowerment filmo , kvankam ne en vojo iu ajn atendus"]
+    assert len(translate(lines)) == 2 and translate(lines) == [translate([line])[0] for line in lines] and translate(["\n".join(lines)])[0].count("\n") == 1
+    assert apertium("en-eo")(["The house is big.", "The house is big", ""]) == ["La domo estas granda.", "La domo estas granda", ""]

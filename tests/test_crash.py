@@ -106,6 +106,22 @@ def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # n
     assert not list((house.runs/"store"/".locks").glob("*")), "a lock was left behind"
 
 
+def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F811
+    "Both find no run and want to make one; the second must take what the first has made in the meantime."
+    from llmeco_nb.core import lock
+    house = ToyHouse(tmp_path/"house", machine_json)
+    house.runs.mkdir(parents=True, exist_ok=True)
+    with lock(house.runs/".new.lock"):                     # held until both stand before it
+        started, deadline = [house.start("run", "--profile", "toy") for _ in range(2)], time.monotonic() + 60
+        before = lambda p: any(f.path.endswith(".new.lock") for f in psutil.Process(p.pid).open_files())
+        while not all(before(p) for p in started) and time.monotonic() < deadline: time.sleep(0.05)
+        assert all(before(p) for p in started)
+    for p in started:
+        out, err = p.communicate(timeout=120)
+        assert p.returncode == 0, (out, err)
+    assert [f.name for f in house.runs.glob("toy-*")] == ["toy-1"]
+
+
 def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
     "The crash tests would prove nothing if nobody died: a runner told to die at a rename does, before and after it."
     house = ToyHouse(tmp_path/"house", machine_json)

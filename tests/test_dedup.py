@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.dedup import (Groups, as_bytes, band_keys, choose_bands, equal_keys, find_duplicates, meets, mix, shingles, signatures, slice_bytes, word_hashes)
+from llmeco_nb.filters import new_report
 
 
 def shingle_set(text, n=5):
@@ -153,10 +154,11 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path):
     assert not caught[truth < .8].any() and (truth < .8).sum() > 50 and (truth >= .8).sum() > 100
     assert caught[truth >= .8].mean() >= .99
     assert found.exact == sum(a == originals[i] for i, a in copies) and found.exact + found.near == caught.sum()
-    report = {}
+    report = new_report()
     kept = list(found.kept(corpus, report))
     assert [d["id"] for d in kept] == [d["id"] for d, leader, n in zip(corpus, found.leaders, range(10**6)) if leader == n]
-    assert report["duplicates"]["documents"] == caught.sum() and len(report["duplicates"]["samples"]) == 3
+    assert {step: r["documents"] for step, r in report["removed"].items()} == {"exact copy": found.exact, "near copy": found.near} and all(len(r["samples"]) == 3 for r in report["removed"].values())
+    assert found.equal.tolist() == [n >= 800 and corpus[n]["text"] == originals[copies[n - 800][0]] for n in range(len(corpus))]
 
 
 @given(st.lists(st.sampled_from(["", " ", "!!", "one", "One!", "two words", "TWO  words", "two, words", "é", "the same five words or more", "The same five words, or more"]), max_size=25))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.filters import (Rules, english_share, filter_documents, iban_lengths, in_repeated_grams, luhn, mask_personal, mod97, new_report, once_lines, quality_rule, repeated,
+from llmeco_nb.filters import (Rules, account, english_share, filter_documents, iban_lengths, in_repeated_grams, luhn, mask_personal, mod97, new_report, once_lines, quality_rule, repeated,
                                repetition_rule, terminal_lines, top_gram)
 
 PROSE = ("When the ship came into the harbour that evening, nobody of the crew would have said that the voyage had been easy. They had lost two sails in the storm and most of the water "
@@ -199,7 +199,8 @@ texts = st.sampled_from([PROSE, PROSE + "\nWrite to jane@example.org.", "short",
 def test_every_document_is_accounted_for(texts):
     report, documents = new_report(), [{"id": str(i), "text": t, "domain": "d", "more": i} for i, t in enumerate(texts)]
     kept = list(filter_documents(iter(documents), report))
-    assert report["read"] == len(documents) == report["kept"] + sum(r["documents"] for r in report["removed"].values()) and report["kept"] == len(kept)
+    row = account(report).get("d", {"read": 0, "kept": 0})
+    assert row["read"] == len(documents) == row["kept"] + sum(r["documents"] for r in report["removed"].values()) and row["kept"] == len(kept)
     assert [d["more"] for d in kept] == [i for i, t in enumerate(texts) if PROSE in t or t == TWICE]
     assert not any("@" in d["text"] or "<" in d["text"] or d["text"].count("said twice") > 1 for d in kept)
     assert all(len(r["samples"]) == min(3, r["documents"]) for part in ("removed", "changed") for r in report[part].values())
@@ -218,3 +219,12 @@ def test_steps_can_be_left_out():
     document = {"id": "x", "text": "Ein kurzer Satz, an jane@example.org.", "domain": "d"}
     (kept,) = filter_documents([document], new_report(), Rules(words=(1, 100), stop_words=0), english=0, mask=False, clean=False, once=False)
     assert kept == document
+    (kept,) = filter_documents([document], new_report(), None, english=0, mask=False, clean=False, once=False)
+    assert kept == document
+
+
+def test_the_account_is_by_domain_and_step():
+    report, texts = new_report(), {"a": [PROSE, "short", "short", ""], "b": [PROSE, FOREIGN["german"]]}
+    assert len(list(filter_documents([{"id": f"{d}{i}", "text": t, "domain": d} for d, some in texts.items() for i, t in enumerate(some)], report))) == 2
+    assert account(report) == {"a": {"read": 4, "language": 2, "empty": 1, "kept": 1}, "b": {"read": 2, "language": 1, "empty": 0, "kept": 1}}
+    assert [s["id"] for s in report["removed"]["language"]["samples"]] == ["a1", "a2", "b1"] and account(new_report()) == {}

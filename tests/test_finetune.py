@@ -108,6 +108,33 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
     assert losses(record) == losses(done)
 
 
+def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
+    "It learns, opens in plain transformers with one layer more, and a killed run ends with the same bytes."
+    from transformers import BertForSequenceClassification
+    calm, hit = begin(tmp_path/"calm", "finetune"), tmp_path/"hit"
+    few = {**SMALL, "epochs": 3, "pool": "mean"}
+    fine_tune(calm, corpus, **few)
+    assert calm.metrics["accuracy_test"] > 0.8 and calm.metrics["reopened_agrees"] == 1
+    model = BertForSequenceClassification.from_pretrained(calm.artifact("classifier"))
+    assert model.config.num_hidden_layers == 3 and len(model.bert.encoder.layer) == 3
+    pid = os.fork()
+    if pid == 0:
+        plan, predict, asked = finetune.fine_plan, finetune.predict, []
+        finetune.fine_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
+        def dying(*a, **k):
+            asked.append(1)
+            if len(asked) == 3: os.kill(os.getpid(), signal.SIGKILL)       # at the third look at validation texts
+            return predict(*a, **k)
+        finetune.predict = dying
+        try: fine_tune(begin(hit, "finetune"), corpus, **few)
+        finally: os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL and not (hit/"classifier").exists()
+    record = begin(hit, "finetune")
+    fine_tune(record, corpus, **few)
+    assert record.artifact("predictions").read_bytes() == calm.artifact("predictions").read_bytes()
+    assert (record.artifact("classifier")/"model.safetensors").read_bytes() == (calm.artifact("classifier")/"model.safetensors").read_bytes()
+
+
 def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     rows = pd.read_parquet(f"{corpus}/train.parquet")
     few, more = labelled_subset(rows, 10, 3), labelled_subset(rows, 31, 3)
@@ -147,6 +174,7 @@ def test_another_family_works_too(corpus, tmp_path):
     record = begin(tmp_path/"r", "finetune")
     fine_tune(record, corpus, encoder=str(tmp_path/"distil"), layer_decay=0.9, **{**SMALL, "epochs": 2})
     assert json.loads((record.artifact("classifier")/"config.json").read_text())["architectures"] == ["DistilBertForSequenceClassification"]
+    with pytest.raises(UsageError, match="built like BERT.*Take pool=first"): fine_tune(begin(tmp_path/"r", "finetune"), corpus, encoder=str(tmp_path/"distil"), pool="mean", **SMALL)
     rates = layer_rates(2, 0.5)
     assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
 
@@ -154,6 +182,7 @@ def test_another_family_works_too(corpus, tmp_path):
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     def attempt(corpus=corpus, **more): return fine_tune(begin(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
     with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
+    with pytest.raises(UsageError, match="pool is 'middle'; it is first or mean"): attempt(pool="middle")
     with pytest.raises(UsageError, match="labels is 2, and there are 3 classes"): attempt(labels=2)
     with pytest.raises(UsageError, match="minutes is"): attempt(minutes=1e-6)
     with pytest.raises(MissingError, match="There is no encoder in"): attempt(encoder=str(tmp_path/"nowhere"))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data import read_split, small_corpus
+from llmeco_nb.filters import new_report
 from llmeco_nb.leaks import LeakIndex, corpus_sets, windows, without_leaks, words_of
 
 rng = random.Random(5)
@@ -90,19 +91,19 @@ def test_hashes_are_the_same_in_every_process():
 
 def test_drop_counts_and_stop_names_set_and_count():
     mixed = documents([*[" ".join(rng.choices(vocabulary, k=50)) for _ in range(20)], texts[0], texts[1].upper(), texts[150]])
-    kept = list(without_leaks(mixed, index, report := {}))
+    kept = list(without_leaks(mixed, index, report := new_report()))
     assert [d["id"] for d in kept] == [f"d{i}" for i in range(20)]
-    assert report["leaks"] == {"one": {"exact": 2}, "two": {"exact": 1}} and report["documents"] == 23 and report["domains"] == {"d": 3} and len(report["samples"]) == 3
+    assert report["leaks"] == {"one": {"exact": 2}, "two": {"exact": 1}} and report["removed"]["leak"]["domains"] == {"d": 3} and len(report["removed"]["leak"]["samples"]) == 3
     with pytest.raises(DataError, match=r"of 23 documents 2 of the evaluation set one \(2 exact\); 1 of the evaluation set two \(1 exact\).*d20.*on_leak"):
-        list(without_leaks(mixed, index, {}, "stop"))
-    assert len(list(without_leaks(mixed[:20], index, {}, "stop"))) == 20 and len(list(without_leaks(mixed, None, {}))) == 23
+        list(without_leaks(mixed, index, new_report(), "stop"))
+    assert len(list(without_leaks(mixed[:20], index, new_report(), "stop"))) == 20 and len(list(without_leaks(mixed, None, new_report()))) == 23
 
 
 def test_a_stream_is_read_one_document_at_a_time():
     taken = []
     def endless():
         for i in range(10**9): taken.append(i); yield dict(id=str(i), text=f"document number {i}", domain="d")
-    stream = without_leaks(endless(), index, {})
+    stream = without_leaks(endless(), index, new_report())
     assert [next(stream)["id"] for _ in range(5)] == list("01234") and len(taken) == 5
 
 
@@ -110,7 +111,7 @@ def test_bad_input():
     for share in (0, -1, 1.5):
         with pytest.raises(UsageError, match="share is"): LeakIndex({"a": ["x"]}, share=share)
     with pytest.raises(DataError, match="evaluation set empty holds no text"): LeakIndex({"a": ["x"], "empty": []})
-    with pytest.raises(UsageError, match="on_leak is 'ignore'"): without_leaks([], index, {}, "ignore")
+    with pytest.raises(UsageError, match="on_leak is 'ignore'"): without_leaks([], index, new_report(), "ignore")
     odd = LeakIndex({"odd": ["", "...", "\ud800 x", "a"]})
     assert odd.check("") is None and odd.check("!!!") is None and odd.check("A.").kind == "exact" and LeakIndex({}).check("anything at all") is None
 

@@ -141,17 +141,34 @@ def test_workflows_are_valid():
     done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *map(str, workflows)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
+def ci(tmp_path, command: str, **fakes: str) -> subprocess.CompletedProcess:
+    "`.ci/run` in a clone whose second command is `command`, on a machine that has the usual tools, and what `fakes` gives: name -> shell script."
+    clone, tools = tmp_path/"clone", tmp_path/"tools"
+    (clone/".ci").mkdir(parents=True); tools.mkdir()
+    shutil.copy(ROOT/".ci"/"run", clone/".ci"/"run")
+    (clone/"README.md").write_text(f"# x\n```python\n1\n```\n```sh\nexit 9\n```\nwords\n```sh\n{command}\n```\n```sh\nexit 8\n```\n")
+    python = '[ "$1" = -m ] || exit 0\nmkdir -p "$3/bin"\necho "export VIRTUAL_ENV=$3" > "$3/bin/activate"'   # a Python that can make environments, and nothing else
+    for name, script in {"python3.11": python, **fakes}.items():
+        (tools/name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n")
+        (tools/name.replace("_", "-")).chmod(0o755)
+    for name in "awk bash cat dirname env git grep id mkdir mktemp rm sed sh tail tee".split(): (tools/name).symlink_to(shutil.which(name))
+    return subprocess.run([clone/".ci"/"run"], cwd=tmp_path, env={**os.environ, "PATH": str(tools)}, input="asked", capture_output=True, text=True, timeout=60)
+
 @pytest.mark.parametrize("said,status,last", [
     ("===== 3 passed, 1 skipped in 0.10s =====", 0, "===== 3 passed, 1 skipped in 0.10s ====="), ("=== 1 failed, 2 passed in 61.00s (0:01:01) ===", 1, "=== 1 failed, 2 passed in 61.00s (0:01:01) ==="),
     ("nothing was tested", 0, None)])
 def test_ci_runs_the_second_command(tmp_path, said, status, last):
     "`.ci/run` passes on the second block's status and ends with pytest's closing line; silence from pytest is a failure."
-    clone, tools = tmp_path/"clone", tmp_path/"tools"
-    (clone/".ci").mkdir(parents=True); tools.mkdir()
-    shutil.copy(ROOT/".ci"/"run", clone/".ci"/"run")
-    (clone/"README.md").write_text(f"# x\n```python\n1\n```\n```sh\nexit 9\n```\nwords\n```sh\necho first; echo '{said}'\n[ -z \"$(cat)\" ] && [ -n \"$VIRTUAL_ENV\" ] && exit {status}\n```\n```sh\nexit 8\n```\n")
-    (tools/"python3.11").write_text('#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p "$3/bin"\necho "export VIRTUAL_ENV=$3" > "$3/bin/activate"\n')   # a Python that can make environments, and nothing else
-    (tools/"python3.11").chmod(0o755)
-    done = subprocess.run([clone/".ci"/"run"], cwd=tmp_path, env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}, input="asked", capture_output=True, text=True, timeout=60)
+    done = ci(tmp_path, f"echo first; echo '{said}'\n[ -z \"$(cat)\" ] && [ -n \"$VIRTUAL_ENV\" ] && exit {status}")
     if last is None: assert done.returncode == 1 and "pytest said nothing" in done.stderr
     else: assert (done.returncode, done.stdout.splitlines()[-1]) == (status, last), done.stdout + done.stderr
+
+@pytest.mark.parametrize("works", [True, False])
+def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
+    "Apertium and WordNet are fetched where they are not; where that fails, everything else is tested all the same."
+    note = f'echo "$*" >> "{tmp_path}/asked"; exit {0 if works else 100}'
+    done = ci(tmp_path, "echo '= 1 passed in 0.10s ='", apt_get=note, sudo='[ "$1" = -n ] && shift; "$@"')
+    asked = (tmp_path/"asked").read_text().splitlines()
+    assert asked[0] == "update -q" and (len(asked) == 2) == works and done.returncode == 0, done.stdout + done.stderr
+    if works: assert asked[1].startswith("install -qy") and {"apertium", "apertium-eo-en", "wordnet-base"} <= set(asked[1].split())
+    else: assert "could not be installed" in done.stderr

@@ -1,4 +1,5 @@
-"Prose: splits are disjoint, weights are respected, equal input gives equal bytes, a kill leaves nothing half-done, errors name what was found."
+"Prose: every document passes every step and is accounted for, splits are disjoint, weights are respected, equal input gives equal bytes, memory is bounded, a kill leaves nothing half-done, errors name what was found."
+import json
 import random
 import signal
 import subprocess
@@ -11,15 +12,20 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
 from llmeco_nb.data import read_split, small_corpus
-from llmeco_nb.prose import build_prose, mixture, packaged_domains, read_prose, shares_of, side, small_prose, splits, spread
+from llmeco_nb.filters import english_share, mask_personal, quality_rule
+from llmeco_nb.prose import build_prose, mixture, packaged_domains, read_domains, read_prose, shares_of, side, small_prose, splits, spread
 
 vocabulary = [f"word{i}" for i in range(3000)]
+common = "the of and to a in that is was it for with be have on by".split()
+
+def english(rng, words=60):
+    "A document that no rule takes: every second word is one of the frequent ones."
+    return " ".join(rng.choice(common if i % 2 else vocabulary) for i in range(words))
 
 def write(folder, name, n, words=60, seed=1):
     "A JSONL source of n random documents."
-    import json
     rng = random.Random(f"{name}{seed}")
-    (folder/f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choices(vocabulary, k=words))}) + "\n" for _ in range(n)))
+    (folder/f"{name}.jsonl").write_text("".join(json.dumps({"text": english(rng, words)}) + "\n" for _ in range(n)))
     return f"{name}={folder/name}.jsonl"
 
 def build(folder, name, own, **more): return build_prose(begin(folder/name, "prose"), domains=[], own=own, **more)
@@ -36,7 +42,31 @@ def test_no_evaluation_text_is_left():
     held = {t for s in ("validation", "test") for t in read_split(small_corpus(), s).text}
     assert not held & {" ".join(d["text"].split()) for s in splits for d in read_prose(small_prose(), s, ["reviews"])}
     sheet = read_json(small_prose()/"datasheet.json")
-    assert sheet["checked"] and sum(n for kinds in sheet["leaks"].values() for n in kinds.values()) == sum(t["leak"] for t in sheet["domains"].values())
+    assert sheet["checked"] and sum(n for kinds in sheet["leaks"].values() for n in kinds.values()) == sum(t.get("leak", 0) for t in sheet["domains"].values())
+
+
+def test_what_is_left_would_pass_again():
+    "The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and no text twice."
+    found = [d for s in splits for d in read_prose(small_prose(), s)]
+    texts = [d["text"] for d in found]
+    assert len(texts) == len({" ".join(t.casefold().split()) for t in texts}) > 250
+    assert all(english_share(t) >= .5 and mask_personal(t)[1] == {} for t in texts)
+    assert {quality_rule(d["text"]) for d in found if d["domain"] != "literature"} <= {None, "words"}       # Gopher's fifty words are twenty here
+    assert any(quality_rule(d["text"]) for d in found if d["domain"] == "literature")                       # "and God said, and God said": its rules are those of verse
+
+
+def test_the_labelled_corpus_is_a_domain(tmp_path):
+    "Short rows that Gopher's rules would take stay, what says the same as an evaluation text goes, and the stages that read a corpus read the prose."
+    build = lambda name, **more: build_prose(begin(tmp_path/name, "prose"), small_corpus(), domains=["corpus", "literature"], documents=100, **more)
+    folder = build("all", scarce="fill", weights=["corpus=4"], characters=200_000)
+    rows, sheet = read_split(small_corpus(), "train"), read_json(folder/"datasheet.json")["domains"]
+    assert sheet["corpus"]["read"] == 100 and "words" not in [k for k, n in sheet["corpus"].items() if n]
+    texts = set(rows.text)
+    assert all(mask_personal(t)[1] or t in texts for t in read_split(folder, "train").query("domain == 'corpus'").text)
+    sizes = {d: t["characters"] for d, t in sheet.items()}
+    assert sizes["literature"] == pytest.approx(40_000, abs=12_000) and sizes["corpus"] > sizes["literature"]
+    with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"): build_prose(begin(tmp_path/"no", "prose"), domains=["corpus"])
+    with pytest.raises(MissingError, match="train.parquet"): read_domains(["corpus"], corpus=tmp_path)
 
 
 def test_splits_are_disjoint_complete_and_stable(tmp_path):
@@ -94,13 +124,56 @@ def test_each_stretch_has_the_same_mixture():
     assert all(line[i:i + 40].count("b") in (9, 10, 11) for i in range(0, 400, 40))
 
 
-def test_every_document_is_accounted_for(tmp_path):
-    texts = [" ".join(random.Random(i).choices(vocabulary, k=50)) for i in range(60)]
-    dirty = [*texts, texts[0].upper(), texts[1].replace(" ", "  "), "too short", "<br />"]
-    import json
-    (tmp_path/"d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in dirty))
-    table = read_json(build(tmp_path, "r", [f"d={tmp_path/'d.jsonl'}"])/"datasheet.json")["domains"]["d"]
-    assert (table["read"], table["duplicate"], table["too short"], table["empty"], table["leak"]) == (64, 2, 1, 1, 0) and sum(table[s] for s in splits) == 60
+pieces = st.sampled_from(["good", "loud", "edited", "short", "empty", "german", "list", "mail", "leak"])
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(pieces, min_size=1, max_size=25), st.integers(0, 9))
+def test_every_document_is_accounted_for(tmp_path_factory, kinds, seed):
+    "Each kind of dirt is taken by the step that is there for it, and read = removed + kept, by domain."
+    tmp, rng = tmp_path_factory.mktemp("p"), random.Random(seed)
+    base, leaked = [english(rng, 80) for _ in range(40)], read_split(small_corpus(), "test").text[0]
+    half = lambda t: t.split()[:-1] + ["changed"]
+    made = {"good": lambda: english(rng, 80), "loud": lambda: rng.choice(base).upper(), "edited": lambda: " ".join(half(rng.choice(base))), "short": lambda: "the cat of that", "empty": lambda: "<br />",
+            "german": lambda: "Der Mann ging nach Hause, weil es regnete und er seinen Schirm vergessen hatte. " * 5, "list": lambda: " ".join(rng.choices(vocabulary, k=60)), "mail": lambda: english(rng, 80) + " Write to jo@example.org.",
+            "leak": lambda: leaked}
+    texts = base + [made[k]() for k in kinds]
+    (tmp/"d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    folder = build_prose(begin(tmp/"r", "prose"), small_corpus(), domains=[], own=[f"d={tmp/'d.jsonl'}"], validation=0.0, test=0.0)
+    sheet, n = read_json(folder/"datasheet.json"), {k: kinds.count(k) for k in set(kinds)}
+    row, got = sheet["domains"]["d"], lambda k: n.get(k, 0)
+    assert row["read"] == len(texts) and row["kept"] == row["train"] == sum(1 for _ in read_prose(folder, "train"))
+    assert row["read"] == row["kept"] + sum(r["domains"]["d"] for r in sheet["removed"].values())
+    taken = {step: r["documents"] for step, r in sheet["removed"].items()}
+    assert taken.get("empty", 0) == got("empty") and taken.get("words", 0) == got("short") and taken.get("language", 0) == got("german") + got("list")
+    assert taken.get("exact copy", 0) + taken.get("near copy", 0) == got("loud") + got("edited") + max(0, got("leak") - 1) and taken.get("leak", 0) == min(1, got("leak"))
+    assert sheet["masked"] == ({"email": got("mail")} if got("mail") else {}) and not any("@" in d["text"] for d in read_prose(folder, "train"))
+    assert all(len(r["samples"]) == min(3, r["documents"]) for part in ("removed", "changed") for r in sheet[part].values())
+
+
+def test_rules_are_chosen_by_domain(tmp_path):
+    (tmp_path/"w.jsonl").write_text("".join(json.dumps({"text": english(random.Random(i), 40) + ".\nRead more\n" + english(random.Random(-i - 1), 40) + "."}) + "\n" for i in range(40)))
+    (tmp_path/"t.jsonl").write_text("".join(json.dumps({"text": f"number {i} is fine"}) + "\n" for i in range(40)))
+    own = [f"w={tmp_path}/w.jsonl", f"t={tmp_path}/t.jsonl"]
+    rows = lambda name, *quality: {d: {k: v for k, v in t.items() if v} for d, t in read_json(build(tmp_path, name, own, quality=[*quality])/"datasheet.json")["domains"].items()}
+    assert rows("a", "t=none")["t"]["kept"] == 40 == rows("b", "t=none", "w=gopher")["w"]["kept"]
+    with pytest.raises(DataError, match=r"domain w .*40 documents read, the rules took 40 \(sentences\)"): rows("c", "t=none", "w=web")       # without "Read more" two sentences are left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_memory_is_bounded(tmp_path):
+    "The peak does not grow with the corpus, whether it comes as JSON lines or as Parquet."
+    import pandas as pd
+    code = """import json, sys
+from llmeco_nb.prose import build_prose
+from llmeco_nb.core import begin
+build_prose(begin(sys.argv[1], "prose"), domains=[], own=[f"d={sys.argv[2]}"], quality=["d=none"])
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
+    def peak(n, kind):
+        rng, file = random.Random(n), tmp_path/f"{n}.{kind}"
+        rows = pd.DataFrame(dict(text=[" ".join(rng.choices(vocabulary, k=400)) for _ in range(n)]))
+        rows.to_json(file, orient="records", lines=True) if kind == "jsonl" else rows.to_parquet(file, row_group_size=200)
+        return float(subprocess.run([sys.executable, "-c", code, str(tmp_path/f"r{n}{kind}"), str(file)], capture_output=True, text=True, check=True).stdout)
+    for kind in ("jsonl", "parquet"): assert peak(4500, kind) < peak(1000, kind) + 8, kind        # 3 and 14 MB of text
 
 
 def test_killed_anywhere_it_begins_cleanly(tmp_path):
@@ -119,7 +192,7 @@ def dying(function):
 p.lot, p.write_split, p.write_json = dying(p.lot), dying(p.write_split), dying(p.write_json)
 p.build_prose(begin(sys.argv[1], "prose"), domains=[], own=[{own!r}])"""
     attempt = lambda at: subprocess.run([sys.executable, "-c", code, str(tmp_path/"hit"), str(at)], capture_output=True, text=True)
-    for at in (120, 202, 204):                # while reading, between two splits, before the datasheet
+    for at in (120, 202, 204):                # while the sides are drawn, between two splits, before the datasheet
         done = attempt(at)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path/"hit"/"metrics.json").exists()
@@ -133,12 +206,15 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path/"latin.txt").write_bytes("Café".encode("cp1252"))
     with pytest.raises(DataError, match="latin.txt.*not UTF-8"): build(tmp_path, "2", [f"x={tmp_path}/latin.txt"])
     (tmp_path/"dust.txt").write_text("a b\n\nc d\n")
-    with pytest.raises(DataError, match=r"domain dust.*2 documents read.*'too short': 2"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
+    with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\).*dust=none"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
+    with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 2 \(words\)"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"], english=0)
     with pytest.raises(UsageError, match="no packaged domain 'review'.*Did you mean `reviews`"): build_prose(begin(tmp_path/"4", "prose"), domains=["review"])
     with pytest.raises(UsageError, match="weights names 'b'"): build(tmp_path, "5", [good], weights=["b=1"])
     for wrong in ("a=x", "a=0", "a=-1", "a=nan", "a"):
         with pytest.raises(UsageError): build(tmp_path, "6", [good], weights=[wrong])
-    for more in (dict(order="long"), dict(epochs=0), dict(validation=0.6, test=0.5), dict(documents=0), dict(on_leak="no")):
+    for wrong in ("b=none", "a=c4", "a"):
+        with pytest.raises(UsageError, match="quality"): build(tmp_path, "6", [good], quality=[wrong])
+    for more in (dict(order="long"), dict(scarce="x"), dict(near=0), dict(characters=0), dict(epochs=0), dict(validation=0.6, test=0.5), dict(documents=0), dict(on_leak="no")):
         with pytest.raises(UsageError): build(tmp_path, "7", [good], **more)
     with pytest.raises(UsageError, match="name=source"): build(tmp_path, "8", ["only-a-name"])
     with pytest.raises(UsageError, match="given twice"): build(tmp_path, "9", [good, good])
@@ -147,9 +223,8 @@ def test_bad_input_is_named(tmp_path):
 
 
 def test_stop_names_set_and_count(tmp_path):
-    import json
     leaked = read_split(small_corpus(), "test").text.tolist()[:3]
-    (tmp_path/"web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*leaked, *(" ".join(random.Random(i).choices(vocabulary, k=50)) for i in range(30))]))
+    (tmp_path/"web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*leaked, *(english(random.Random(i), 50) for i in range(30))]))
     with pytest.raises(DataError, match=r"of 33 documents 3 of the evaluation set test of the corpus \(3 exact\)"):
         build_prose(begin(tmp_path/"s", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="stop")
     folder = build_prose(begin(tmp_path/"d", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="drop")

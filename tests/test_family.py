@@ -1,0 +1,116 @@
+"One block, eight stock classes: the same logits and gradients both ways, through memory and through a folder, and refusals that name what no class has."
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from llmeco_nb.core import DataError, UsageError  # noqa: E402
+from llmeco_nb.family import families, family_of, from_stock, names_of, save_folder, shape_of, stock_class, stock_config, to_stock  # noqa: E402
+from llmeco_nb.transformer import Bert, Gpt, Seq2Seq, Shape  # noqa: E402
+
+EIGHT = [name for name in families if name != "BertForMaskedLM"]
+
+
+def shape(name: str) -> Shape:
+    "Sizes that are all different, so that no mixed-up dimension fits by chance."
+    ours, options = families[name]
+    more = dict(segments=2, eps=1e-12) if ours is Bert else dict(activation="gelu_new", layers=2) if ours is Gpt else dict(decoder_layers=3, scale=name.startswith(("Marian", "Pegasus")))
+    return Shape(**dict(vocabulary=37, width=12, heads=3, inner=48 if name.startswith("OpenAI") else 20, layers=2, positions=11) | options | more)
+
+
+def wild(model, seed=0, spread=0.4):
+    "Every parameter and the constant row random, norms and biases, too: at their first values a missing one would not show."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n, p in [*model.named_parameters(), *model.named_buffers()]:
+            if p.requires_grad or n in ("bias", "final_logits_bias"): p.copy_(torch.randn(p.shape, generator=g) * spread + (0.6 if p.ndim == 1 and n.endswith("weight") else 0))
+    return model.eval()
+
+
+G = torch.Generator().manual_seed(3)
+IDS, WRITTEN, SEGMENTS, KEEP = torch.randint(4, 37, (3, 9), generator=G), torch.randint(4, 37, (3, 6), generator=G), torch.randint(0, 2, (3, 9), generator=G), torch.ones(3, 9, dtype=torch.long)
+KEEP[1, 6:], KEEP[2, 2:] = 0, 0
+
+
+def outputs(model) -> list:
+    "All logits at places that are no padding, of ours or of a stock model."
+    kind = type(model).__name__
+    if kind == "Bert": tokens, pair = model(IDS, KEEP, SEGMENTS); return [tokens[KEEP == 1], pair]
+    if kind == "Gpt": return [model(IDS, KEEP)[KEEP == 1]]
+    if kind == "Seq2Seq": return [model(IDS, WRITTEN, KEEP)]
+    if kind == "BertForMaskedLM": return [model(IDS, attention_mask=KEEP, token_type_ids=SEGMENTS).logits[KEEP == 1]]
+    if "Bert" in kind: found = model(IDS, attention_mask=KEEP, token_type_ids=SEGMENTS); return [found.prediction_logits[KEEP == 1], found.seq_relationship_logits]
+    if "GPT" in kind: return [model(IDS, attention_mask=KEEP).logits[KEEP == 1]]
+    return [model(input_ids=IDS, attention_mask=KEEP, decoder_input_ids=WRITTEN).logits]
+
+
+def near(a, b): return all(x.shape == y.shape and (x - y).abs().max() < 1e-5 for x, y in zip(outputs(a), outputs(b), strict=True))
+
+
+def test_there_are_eight_networks(): assert len(EIGHT) == 8 and {ours for ours, _ in families.values()} == {Bert, Gpt, Seq2Seq}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_our_weights_in_their_class(name):
+    ours = wild(families[name][0](shape(name)))
+    theirs = to_stock(ours)
+    assert type(theirs) is stock_class(name) and family_of(ours) == name
+    assert near(ours, theirs)
+    sum(o.square().sum() for o in outputs(ours)).backward()
+    sum(o.square().sum() for o in outputs(theirs)).backward()
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    for t, o, how in names_of(name, ours.shape):
+        if t not in other or not other[t].requires_grad: continue
+        expected, found = other[t].grad, torch.cat([mine[n].grad for n in o])
+        if how == "flip" and found.ndim == 2: found = found.mT
+        if how == "two unused": expected = expected[2:]
+        if expected is not None: torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4, msg=lambda m: f"{t}: {m}")
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_their_weights_in_ours_and_back(name):
+    theirs = wild(stock_class(name)(stock_config(name, shape(name))), seed=7)
+    if families[name][1].get("places") == "waves":
+        plain = stock_class(name)(stock_config(name, shape(name))).state_dict()
+        theirs.load_state_dict({k: v for k, v in plain.items() if k.endswith("embed_positions.weight")}, strict=False)        # computed there, not learned
+    theirs.tie_weights()
+    ours = from_stock(theirs)
+    assert type(ours) is families[name][0] and ours.shape == shape(name) and near(ours, theirs)
+    again = to_stock(ours, name)
+    read = lambda k, v: v[2:] if families[name][1].get("places") == "learned" and families[name][0] is Seq2Seq and "embed_positions" in k else v      # two rows there are read by nobody
+    assert near(again, theirs) and all(torch.equal(read(k, v), read(k, again.state_dict()[k])) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name,stock,opener", [("BertForPreTraining", "", "AutoModelForPreTraining"), ("BertForPreTraining", "BertForMaskedLM", "AutoModelForMaskedLM"), ("GPT2LMHeadModel", "", "AutoModelForCausalLM"),
+                                               ("MarianMTModel", "", "AutoModelForSeq2SeqLM"), ("BartForConditionalGeneration", "", "AutoModelForSeq2SeqLM")])
+def test_a_folder_opens_in_plain_transformers(name, stock, opener, tmp_path):
+    (tmp_path/"tokenizer").mkdir(); (tmp_path/"tokenizer"/"tokenizer.json").write_text("{}")
+    ours = wild(families[name][0](shape(name)))
+    folder = save_folder(ours, tmp_path/"model", tmp_path/"tokenizer", stock, start=1, end=2)
+    plain = stock_class(opener).from_pretrained(folder).eval()
+    assert type(plain).__name__ == json.loads((folder/"config.json").read_text())["architectures"][0] == (stock or name) and (folder/"tokenizer.json").read_text() == "{}"
+    for a, b in zip(outputs(ours), outputs(plain)): assert (a - b).abs().max() < 1e-5
+    if stock: return
+    again = from_stock(plain)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("kind,options,named", [
+    (Gpt, dict(places="waves", norm="pre", first_norm=False), "places='waves'"), (Gpt, dict(norm="pre", first_norm=True), "first_norm=True"), (Gpt, dict(norm="pre", first_norm=False, scale=True), "scale=True"),
+    (Gpt, dict(norm="post", first_norm=False, inner=20, activation="gelu_new"), "inner=20"), (Bert, dict(norm="pre", segments=2), "norm='pre'"), (Bert, dict(segments=0), "segments=0"),
+    (Bert, dict(places="waves", segments=2), "places='waves'"), (Seq2Seq, dict(eps=1e-6), "eps=1e-06"), (Seq2Seq, dict(norm="pre", places="waves", first_norm=True), "places='waves'")])
+def test_what_no_stock_class_has_is_refused_by_name(kind, options, named, tmp_path):
+    with pytest.raises(UsageError, match="No stock class has this network") as e: save_folder(kind(Shape(37, 12, 3, positions=11, **options)), tmp_path/"model")
+    assert named in str(e.value) and not (tmp_path/"model").exists()
+
+
+def test_stock_options_that_are_not_ours_are_refused():
+    gpt2 = stock_class("GPT2LMHeadModel")
+    with pytest.raises(UsageError, match="scale_attn_by_inverse_layer_idx=True"): from_stock(gpt2(gpt2.config_class(vocab_size=9, n_embd=8, n_head=2, n_layer=1, scale_attn_by_inverse_layer_idx=True)))
+    with pytest.raises(UsageError, match="'tanh'"): shape_of("GPT2LMHeadModel", gpt2.config_class(vocab_size=9, n_embd=8, n_head=2, n_layer=1, activation_function="tanh"))
+    with pytest.raises(UsageError, match="Linear is none of"): from_stock(torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="none of Bert, Gpt and Seq2Seq"): to_stock(torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="name is 'MarianMTModel'; this network is a GPT2LMHeadModel"): to_stock(Gpt(shape("GPT2LMHeadModel")), "MarianMTModel")
+    odd = to_stock(Gpt(shape("GPT2LMHeadModel")))
+    odd.transformer.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(DataError, match="transformer.extra"): from_stock(odd)

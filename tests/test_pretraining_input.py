@@ -1,0 +1,164 @@
+"""Bad input to pretraining, in one table: every error is one of ours, names the file or the field, says what was found there and what to do."""
+import os
+import random
+import re
+import signal
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+torch = pytest.importorskip("torch")
+import llmeco_nb.pretrain  # noqa: E402
+import llmeco_nb.start  # noqa: E402
+import llmeco_nb.train  # noqa: E402
+from llmeco_nb.causal import pretrain_causal  # noqa: E402
+from llmeco_nb.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
+from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError, begin, read_json  # noqa: E402
+from llmeco_nb.data import build_corpus, write_corpus  # noqa: E402
+from llmeco_nb.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.model import new_encoder  # noqa: E402
+from llmeco_nb.nsp import learn_pairs  # noqa: E402
+from llmeco_nb.optim import Optimiser  # noqa: E402
+from llmeco_nb.pieces import save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.pretrain import pretrain  # noqa: E402
+from llmeco_nb.prose import build_prose  # noqa: E402
+from llmeco_nb.tokenizer import build_tokenizer, train_wordpiece  # noqa: E402
+from llmeco_nb.unigrams import train_kind  # noqa: E402
+
+QUICK = dict(size="1x32", steps=6, judged=6, evaluations=1)
+
+
+def said(seed: int, n: int = 8) -> str:
+    r = random.Random(seed)
+    return " ".join(f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ." for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    "What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24 tokens."
+    folder = tmp_path_factory.mktemp("house")
+    write_corpus(folder/"corpus", {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=[said(100 * n + i) for i in range(n)], label=[0] * n)) for s, n in (("train", 30), ("validation", 8), ("test", 2))}, [], {})
+    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 60)
+    (folder/"prose").mkdir()
+    for s in ("train", "validation"): pd.read_parquet(folder/"corpus"/f"{s}.parquet")[["id", "text"]].assign(domain="reviews").to_parquet(folder/"prose"/f"{s}.parquet")
+    save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
+    pretrain(begin(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", **QUICK, length=24, positions=24, batch=4)
+    return folder
+
+
+def encoder(house, tmp, **more): pretrain(begin(tmp/"run", "pretrain"), house/"corpus", house/"t"/"tokenizer", **QUICK | dict(length=24, positions=32, batch=4) | more)
+
+
+def decoder(house, tmp, **more): pretrain_causal(begin(tmp/"run", "causal"), house/"prose", house/"pieces", **QUICK | dict(context=24, batch=4, counted=0) | more)
+
+
+def corpus_of(text: bytes, name: str): return lambda house, tmp: ((tmp/name).write_bytes(text), build_corpus(begin(tmp/"run", "data"), source=str(tmp/name)))
+
+
+def prose_of(texts: list[str], **more):
+    def work(house, tmp):
+        (tmp/"own").mkdir()
+        for i, t in enumerate(texts): (tmp/"own"/f"{i}.txt").write_text(t)
+        build_prose(begin(tmp/"run", "prose"), domains=[], own=[f"mine={tmp/'own'}"], **more)
+    return work
+
+
+def leaking(house, tmp):
+    held = pd.read_parquet(house/"corpus"/"validation.parquet").text.tolist()
+    words = [" ".join(random.Random(i).choice("amber basalt cedar delta ember fjord garnet harbour iris jasper".split()) for _ in range(60)) for i in range(30)]
+    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality=["mine=none"], english=0.0, validation=0, test=0)(house, tmp)
+
+
+def another_model(house, tmp):
+    one, other = Optimiser(new_encoder(50, "1x32", 16)), Optimiser(new_encoder(50, "2x32", 16))
+    save_checkpoint(tmp/"resume", one, dict(step=1), identity_of(one, dict(steps=9)))
+    load_checkpoint(tmp/"resume", other, identity_of(other, dict(steps=9)))
+
+
+def foreign_folder(house, tmp): load_decoder(house/"e"/"encoder")
+
+
+def no_tokenizer(house, tmp): save_decoder(new_decoder(60, "1x32", 16), tmp/"nowhere", tmp/"model")
+
+
+BAD = [
+    # what, how, error, and what its message must say: the place, what was found, what to do
+    ("no such source", lambda house, tmp: build_corpus(begin(tmp/"run", "data"), source=str(tmp/"absent.csv")), MissingError, ["absent.csv", "no file or folder"]),
+    ("not UTF-8", corpus_of(b"text,label\nfine,a\nna\xefve,b\n", "latin.csv"), DataError, ["latin.csv", "line 3", "0xef is not UTF-8", "save it as UTF-8"]),
+    ("no Parquet file", corpus_of(b"PAR1 and then nothing", "torn.parquet"), DataError, ["torn.parquet", "not a readable Parquet file", "Fetch or write it again"]),
+    ("no JSON", corpus_of(b'{"text": "fine", "label": "a"}\n{"text": \n', "torn.jsonl"), DataError, ["torn.jsonl", "not JSON", "line"]),
+    ("another column", corpus_of(b"body,label\nfine,a\nbad,b\n", "odd.csv"), DataError, ["odd.csv", "no column `text`", "body"]),
+    ("an unknown kind of file", corpus_of(b"x", "corpus.docx"), UsageError, ["corpus.docx", "ends in .docx", ".parquet"]),
+    ("nothing left of a corpus", corpus_of(b'text,label\n<br/>,a\n"<i> </i>",b\n<hr>,a\n', "tags.csv"), DataError, ["tags.csv", "Nothing of .* is left of 3 rows", "empty took 3", "Look at some of them"]),
+    ("nothing left of a prose", prose_of(["no", "too short", "also"]), DataError, ["domain mine", "Of 3 documents", "3", "Loosen the rule|give the domain more text"]),
+    ("a vocabulary too small", lambda house, tmp: train_wordpiece([said(1)], 9), UsageError, ["vocabulary is 9", "letters", "Raise vocabulary"]),
+    ("pieces too few", lambda house, tmp: train_kind("bpe", [said(1)], 100), UsageError, ["vocabulary is 100", "260", "Give more"]),
+    ("an encoder's rows too long", lambda house, tmp: encoder(house, tmp, length=64), UsageError, ["length is 64", "positions 32", "Lower length, or raise positions"]),
+    ("a next-sentence row too long", lambda house, tmp: learn_pairs(begin(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", length=32, steps=2), UsageError, ["length is 32", "at most 24", "Lower length"]),
+    ("a decoder's row too long", lambda house, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)), DataError, ["17 tokens", "context is 16", "Cut the rows, or make it with a longer context"]),
+    ("a row longer than all text", lambda house, tmp: encoder(house, tmp, length=4000, positions=4000), DataError, ["do not fill a single row of 4000", "Take more texts, or lower length"]),
+    ("a batch of nothing", lambda house, tmp: encoder(house, tmp, batch=0), UsageError, ["batch is 0", "at least 1"]),
+    ("an encoder's batch too large", lambda house, tmp: encoder(house, tmp, batch=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch \d+ with accumulation \d+"]),
+    ("a decoder's batch too large", lambda house, tmp: decoder(house, tmp, batch=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch \d+ with accumulation \d+"]),
+    ("a checkpoint of another model", another_model, DataError, ["checkpoint.json", "belongs to another run", "model is 'BertForMaskedLM .*' there and 'BertForMaskedLM .*' here", "to begin anew"]),
+    ("an encoder where a decoder belongs", foreign_folder, DataError, ["encoder", "bert"]),
+    ("a model without its tokenizer", no_tokenizer, MissingError, ["no tokenizer folder", "nowhere"]),
+    ("a folder that is no corpus", lambda house, tmp: pretrain(begin(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", **QUICK), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
+    ("an earlier run that is none", lambda house, tmp: encoder(house, tmp, earlier=[str(tmp/"old")]), MissingError, ["earlier names", "old", "forecast.json"]),
+    ("an earlier run of another recipe", lambda house, tmp: encoder(house, tmp, earlier=[str(house/"e")]), UsageError, ["earlier names", "positions is 24 there and 32 here", "Leave it out"]),
+    ("evaluation texts in the training text", leaking, DataError, ["The training text leaks", "3 of the evaluation set validation of the corpus", "3 exact", "on_leak to drop"]),
+]
+
+
+@pytest.mark.parametrize("work,error,parts", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input_is_a_clear_error(work, error, parts, house, tmp_path, monkeypatch):
+    monkeypatch.setattr(llmeco_nb.start, "allowance", lambda model, optimiser: (2**24, "set for this test"))     # 16 MiB: enough for batches of four
+    with pytest.raises(LlmecoError) as e: work(house, tmp_path)
+    assert type(e.value) is error
+    for part in parts: assert re.search(part, str(e.value)), f"{part!r} is not in: {e.value}"
+
+
+@pytest.mark.parametrize("train,enough", [(train_wordpiece, 45), (lambda t, n: train_kind("bpe", t, n), 270), (lambda t, n: train_kind("fallback", t, n), 290), (lambda t, n: train_kind("unigram", t, n), 290)],
+                         ids=["wordpiece", "bpe", "fallback", "unigram"])
+def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
+    "Not refused: what there is serves. But what was asked, what came, and what to do stand there."
+    with pytest.warns(UserWarning, match=r"The texts give [\d,]+ pieces, not the 50,000 asked for.*Take more texts.*smaller vocabulary"): train([said(i) for i in range(20)], 50_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train([said(i) for i in range(20)], enough)
+
+
+def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
+    "The refusal names a batch that was within the limit, and nothing larger than a few rows was made before it."
+    made, masked = [], llmeco_nb.pretrain.masked_batch
+    monkeypatch.setattr(llmeco_nb.pretrain, "masked_batch", lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more))
+    monkeypatch.setattr(llmeco_nb.start, "allowance", lambda model, optimiser: (2**23, "set for this test"))
+    with pytest.raises(UsageError) as e: encoder(house, tmp_path, batch=512)
+    largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
+    assert max(made) <= 4 < largest < 512 == rows == instead * times and not (tmp_path/"run.plan.json").exists()
+    encoder(house, tmp_path, batch=instead, accumulation=times, steps=1)                         # the advice can be followed
+    assert read_json(tmp_path/"run"/"forecast.json")["came"]["bytes"] <= 2**23
+
+
+def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, monkeypatch):
+    "Killed in the middle, one byte of its checkpoint turned: the next attempt says which file, and what to remove."
+    one_step = llmeco_nb.train.one_step
+    def dying(model, step, batches, optimiser, factor, s, *more):
+        if s == 4: os.kill(os.getpid(), signal.SIGKILL)
+        return one_step(model, step, batches, optimiser, factor, s, *more)
+    pid = os.fork()
+    if pid == 0:
+        try: llmeco_nb.train.one_step = dying; encoder(house, tmp_path)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    folder = tmp_path/"run"/"resume"/"pretrain"
+    file = folder/f"{read_json(folder/'checkpoint.json')['slot']}.safetensors"
+    data = bytearray(file.read_bytes()); data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=f"{file.name} is damaged: its content is not what was written there. Remove .*pretrain to begin anew"): encoder(house, tmp_path)
+    for f in folder.iterdir(): f.unlink()
+    folder.rmdir()
+    encoder(house, tmp_path)                                                                      # what was advised works
+    assert np.isfinite(read_json(tmp_path/"run"/"metrics.json")["validation_loss"])
