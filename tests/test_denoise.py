@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 import llmeco_nb.train  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
 from llmeco_nb.data import read_split, write_corpus  # noqa: E402
-from llmeco_nb.denoise import (batches_of, best_copier, copied, copying_nats, corrupt, counted_nats, denoise, denoise_batch, denoise_loss, denoise_step, edits, fill, held_answers, hole_counts,  # noqa: E402
-                               holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
+from llmeco_nb.denoise import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
+                               edits, fill, followers, held_answers, hole_counts, holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
 from llmeco_nb.family import from_stock  # noqa: E402
 from llmeco_nb.ngram import Ngram  # noqa: E402
 from llmeco_nb.pretrain import SEP, pack  # noqa: E402
@@ -61,14 +61,14 @@ def room(length, share, mean):
 def test_nothing_is_lost(size, seed, index, answer):
     "What is read and what is to be written give back the row, and neither says the same twice."
     if (found := room(*size)) is None: return
-    (length, share, mean), (hidden, holes) = size, found
+    (length, share, mean), (_, holes) = size, found
     row = np.random.default_rng(seed).integers(5, 50, length).astype(np.int32)
     where = holes_of(length, (seed, 0, index), share, mean)
     np.random.seed(index % 1000)                                                             # whatever the process' own generator does
     assert (where == holes_of(length, (seed, 0, index), share, mean)).all()
-    assert where.shape == (holes, 2) and np.diff(where, axis=1).sum() == hidden and where.min() >= 1 and where.max() < length and (where[1:, 0] > where[:-1, 1]).all()
+    assert where.shape == (holes, 2) and np.diff(where, axis=1).min() >= 1 and where.min() >= 1 and where.max() < length and (where[1:, 0] > where[:-1, 1]).all()
     seen, written, targets, cut = corrupt(row, where, 50, answer)
-    assert (restore(seen, targets, 50, answer) == row).all() and (written[1:] == targets[:-1]).all() and cut.sum() == hidden
+    assert (restore(seen, targets, 50, answer) == row).all() and (written[1:] == targets[:-1]).all() and cut.sum() == np.diff(where, axis=1).sum()
     assert sorted(np.r_[seen[seen < 50], targets[cut]]) == sorted(row) and (seen >= 50).sum() == holes
     assert targets[cut].tolist() == np.concatenate([row[a:b] for a, b in where]).tolist()
 
@@ -83,6 +83,11 @@ def test_any_answer_can_be_restored(said):
     assert (back < 50).all()
     left = iter(back.tolist())
     assert all(t in left for t in seen[seen < 50].tolist())
+
+
+def test_holes_are_as_large_as_asked_on_average_wherever_they_stand():
+    many = np.diff([holes_of(64, (1, 0, i), 0.3, 3.0) for i in range(3000)], axis=2)[..., 0]
+    assert np.abs(many.mean(0) - 3).max() < 0.25 and np.abs((many == 1).mean(0) - 1 / 3).max() < 0.04       # every one geometric, the last like the first
 
 
 def test_holes_differ_by_epoch_row_and_seed():
@@ -113,31 +118,73 @@ def gradients(model, loss):
     model.zero_grad(); loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
+def shaken(model, spread=0.1):
+    "Every weight, norm and bias moved a little, so that no part hides behind a one or a zero."
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn(p.shape, generator=draw) * spread)
+    return model
+
 def test_what_is_masked_counts_nothing(rows, first):
-    "Targets of -100, padding in what is read, and how rows are batched change neither loss nor gradient."
-    model = new_writer(rows, first, "1x32", 48, 0.3, 3.0)
-    b = denoise_batch(rows, range(4), [0] * 4, 0, 0.3, 3.0, first)
-    plain = torch.nn.functional.cross_entropy(Seq2Seq.forward(model, b["input_ids"], b["written"]).flatten(0, 1), b["targets"].flatten(), reduction="sum")
-    ours = denoise_loss(model, b["input_ids"], b["written"], b["targets"])
+    "Targets of -100, padding in what is read, the parts a loss is made in, and how rows are batched change neither loss nor gradient."
+    model = shaken(new_writer(rows, first, "1x32", 48, 0.3, 3.0))
+    asked = lambda b: (b["input_ids"], b["written"], b["targets"], b["keep"])
+    b, alone = denoise_batch(rows, range(4), [0] * 4, 0, 0.3, 3.0, first), [denoise_batch(rows, [i], [0], 0, 0.3, 3.0, first) for i in range(4)]
+    assert (b["keep"] == 0).any() and (b["targets"] == -100).any() and all(a["keep"].all() and (a["targets"] != -100).all() for a in alone)
+    plain = sum(torch.nn.functional.cross_entropy(Seq2Seq.forward(model, a["input_ids"], a["written"]).flatten(0, 1), a["targets"].flatten(), reduction="sum") for a in alone)
+    ours = denoise_loss(model, *asked(b))
     whole = gradients(model, ours)
     assert abs(ours - plain) / plain < 1e-6
     near = lambda other: (other - whole).norm() / whole.norm() < 1e-6
-    keep = torch.ones(4, b["input_ids"].shape[1] + 5)
-    keep[:, -5:] = 0
-    padded = torch.cat([b["input_ids"], torch.randint(5, 20, (4, 5))], 1)
-    assert near(gradients(model, denoise_loss(model, padded, b["written"], b["targets"], keep)))
+    assert near(gradients(model, plain))
+    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.shape.vocabulary)))
+    padded, keep = torch.cat([b["input_ids"], torch.randint(5, 20, (4, 5))], 1), torch.cat([b["keep"], torch.zeros(4, 5, dtype=torch.long)], 1)
     more = torch.cat([b["written"], torch.randint(5, 20, (4, 3))], 1)
-    assert near(gradients(model, denoise_loss(model, b["input_ids"], more, torch.cat([b["targets"], torch.full((4, 3), -100)], 1))))
-    assert near(gradients(model, sum(denoise_loss(model, *(b[k][i:i + 1] for k in ("input_ids", "written", "targets"))) for i in range(4))))
+    assert near(gradients(model, denoise_loss(model, padded, more, torch.cat([b["targets"], torch.full((4, 3), -100)], 1), keep)))
+    assert not near(gradients(model, denoise_loss(model, padded, b["written"], b["targets"])))                # without `keep` the padding is read
     loss, n = denoise_step(model, b | dict(targets=b["targets"].masked_fill(b["cut"], -100)), lambda loss: None)
-    assert n == (~b["cut"]).sum() and loss < ours
+    assert n == (~b["cut"] & (b["targets"] != -100)).sum() and loss < ours
+    in_parts, n = denoise_step(model, b, lambda loss: None, parts=3)
+    assert n == (b["targets"] != -100).sum() and abs(in_parts - ours) / ours < 1e-6
 
 
 def test_held_answers_do_not_depend_on_the_batch(rows, first):
-    model = new_writer(rows, first, "1x32", 48, 0.3, 3.0).eval()
+    model = shaken(new_writer(rows, first, "1x32", 48, 0.3, 3.0)).eval()
     for answer in ("missing", "whole"):
         one, two = (held_answers(model, rows[:11], 0, 0.3, 3.0, first, answer, batch) for batch in (3, 11))
-        assert np.allclose(one, two, atol=1e-3) and (one[:, 2] == 9).all() and (one[:, 0] > 0).all()
+        assert np.allclose(one, two, atol=1e-3) and (one[:, 2] == [np.diff(holes_of(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(11)]).all() and (one[:, 0] > 0).all()
+
+
+# -- what is counted before the first step
+
+def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
+    "With as many columns as there are tokens, after · before gives back the direction of each row of the table; by another way, numpy's own decomposition."
+    draw = np.random.default_rng(0)
+    table = np.array([[2, *draw.choice(np.arange(5, 13), 40, p=np.arange(1, 9) / 36), 3] for _ in range(200)])
+    table[:, 3::7], table[:, 4::7] = 6, 9                                                    # something that follows something
+    e = count_neighbours(table, 13, 16)
+    met = np.zeros((13, 13))
+    np.add.at(met, (table[:, 1:-2], table[:, 2:-1]), 1)
+    share, p = np.bincount(table[:, 1:-1].ravel(), minlength=13) / table.size, met.sum(0) / met.sum()      # special tokens are part of a row
+    with np.errstate(all="ignore"): surprising = np.log(np.nan_to_num(met / met.sum(1, keepdims=True) / p).clip(1))
+    core = (np.sqrt(share)[:, None] * surprising * np.sqrt(share))[5:, 5:]
+    left, values, right = np.linalg.svd(core)
+    expected = [half / np.linalg.norm(half, axis=1, keepdims=True) for half in (left * np.sqrt(values), right.T * np.sqrt(values))]
+    for half, ours in zip(expected, (e[5:, :8], e[5:, 8:])): assert np.allclose(half @ half.T, ours @ ours.T, atol=1e-3)       # signs are free
+    assert np.allclose(expected[0] @ expected[1].T, e[5:, :8] @ e[5:, 8:].T, atol=1e-3) and (e[:5] == 0).all()
+    assert (e[6, :8] @ e[5:, 8:].T).argmax() == 9 - 5
+
+
+def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
+    "Before its first step it already finds unseen hidden tokens less surprising than their frequencies do, and the parts that only training can fill add nothing."
+    model = new_writer(rows, first, "2x64", 48, 0.3, 3.0).eval()
+    held = pack(encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "validation").text), 32)[:30]
+    nats, _, hidden, *_ = held_answers(model, held, 0, 0.3, 3.0, first).sum(0)
+    guess = copying_nats(held, [holes_of(32, (0, 0, i), 0.3, 3.0) for i in range(len(held))], text_frequencies(rows, first), [0]).sum()
+    assert nats < guess - 0.5 * hidden
+    seen = denoise_batch(rows, [0], [0], 0, 0.3, 3.0, first)["input_ids"]
+    with torch.no_grad(): assert torch.allclose(model.encode(seen), model.encoder.norm(model.reading(seen)), atol=1e-5)
+    with pytest.raises(UsageError, match="start is 'warm'"): new_writer(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
 
 
 # -- copying
@@ -164,9 +211,12 @@ def test_copying_is_a_distribution_and_the_best_way_is_found(rows, first):
     visible = [int(t) for t in corrupt(rows[0], where, first)[0][1:-1] if t < first]
     seven = 0.2 * visible.count(7) / len(visible) + 0.8 * np.exp(logp[7])                     # by hand; the other hidden tokens cancel out below
     assert abs(sum(np.exp(nats(7) - nats(t)) for t in range(first)) * seven - 1) < 1e-6        # the probabilities of what may stand there add up to one
-    name, way, follower = best_copier(rows, first, 0, 0.3, 3.0)
-    broken = [corrupt(r, holes_of(32, (0, 0, i), 0.3, 3.0), first)[0] for i, r in enumerate(rows[:50])]
-    assert edits([copied(b, way, follower, first) for b in broken], list(rows[:50])).mean() < edits([copied(b, ((), 0), follower, first) for b in broken], list(rows[:50])).mean() == 9
+    broken, follower = [corrupt(r, holes_of(32, (0, 0, i), 0.3, 3.0), first)[0] for i, r in enumerate(rows)], followers(rows, first)
+    cost = lambda way: edits([copied(b, way, follower, first) for b in broken], list(rows)).sum()
+    ways = copiers(rows, first) | counters
+    name, way = best_way(ways, rows, first, follower, 0, 0.3, 3.0, tried=10**6)
+    assert cost(way) == min(map(cost, ways.values())) < cost(("fixed", ())) == sum(np.diff(holes_of(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(len(rows)))
+    assert ways[name] == way and way[0] == "after"                                            # in this language the next word is nearly certain
     ngram = Ngram([r[1:-1] for r in rows], first, 3, SEP)
     assert counted_nats(ngram, rows[:5], [holes_of(32, (0, 0, i), 0.3, 3.0) for i in range(5)]).shape == (5,)
 
@@ -176,7 +226,7 @@ def test_copying_is_a_distribution_and_the_best_way_is_found(rows, first):
 def what_stays(folder):
     record = open_record(folder, "denoise")
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()]
-    timed = ("seconds", "tokens_per_s")
+    timed = ("seconds", "tokens_per_s", "forecast_seconds")
     return sha256_of(record.artifact("writer")), rows, {k: v for k, v in record.metrics.items() if k not in timed}, read_json(record.path/"held.json"), read_json(record.path/"examples.json")
 
 
@@ -202,9 +252,7 @@ def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch, answe
 def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(rows, first, inputs, tmp_path):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     model = new_writer(rows, first, "2x32", 48, 0.3, 3.0, seed=4)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(torch.randn(p.shape, generator=draw) * 0.1)      # every norm and bias, so that none hides behind a one or a zero
+    shaken(model)
     save_writer(model.eval(), inputs[1], tmp_path/"writer")
     plain, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"writer").eval(), AutoTokenizer.from_pretrained(tmp_path/"writer")
     b = denoise_batch(rows, range(5), [0] * 5, 0, 0.3, 3.0, first)
@@ -219,12 +267,12 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
 
 
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
-    "A network that reads to both sides beats a copier who goes on from the left neighbour, in edits and in bits, beyond the interval."
+    "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
     from llmeco_nb.stats import compare
-    denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=250, batch=16, judged=10, evaluations=2, compared=50)
+    denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=150, batch=16, judged=10, evaluations=2, compared=50)
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
-    assert compare(held.copy_edits, held.edits).interval.low > 0 and compare(held.copy_bits, held.bits).interval.low > 0
-    assert n["edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5
+    for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
+    assert n["edits"] < n["counter_edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5
 
 
 def test_answers_fill_every_hole_in_order(rows, first):
@@ -240,7 +288,7 @@ def test_answers_fill_every_hole_in_order(rows, first):
 
 def test_refusals(inputs, tmp_path):
     corpus, tokenizer = inputs
-    for words, more in (("share is 1", dict(share=1.0)), ("mean is 0.5", dict(mean=0.5)), ("between holes", dict(share=0.9, mean=1.0)), ("positions 16", dict(positions=16)), ("answer is 'half'", dict(answer="half")),
+    for words, more in (("share is 1", dict(share=1.0)), ("mean is 0.5", dict(mean=0.5)), ("too few between them", dict(share=0.9, mean=1.0)), ("positions 16", dict(positions=16)), ("answer is 'half'", dict(answer="half")),
                         ("start is 'warm'", dict(start="warm")), ("batch is 0", dict(batch=0)), (r"0 \[MASK\]", dict(prompts=["no hole"])), ("size is", dict(size="huge"))):
         with pytest.raises(UsageError, match=words): denoise(begin(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | more)
     with pytest.raises(DataError, match="none are left"): denoise(begin(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | dict(judged=10_000))
