@@ -103,11 +103,11 @@ def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, mean: floa
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
     return lambda index: denoise_batch(rows, drawn(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, mean, first, answer)
 
-# %% ../nbs/18b_denoise.ipynb #19065609
+# %% ../nbs/18b_denoise.ipynb #c3ee7a1d
 @one_thread()
 def count_neighbours(rows: np.ndarray, vocabulary: int,
                      width: int,           # Of both halves together
-                     contexts: int = 2000  # Most frequent tokens to count as neighbours
+                     contexts: int = 1000  # Most frequent tokens to count as neighbours
                     ) -> np.ndarray:
     "Word vectors (vocabulary, width), float32: what comes after a token in the first half, before what it comes in the second, each of length 1. The half of a token without neighbours is 0."
     frequency = np.bincount(rows.ravel(), minlength=vocabulary)
@@ -173,13 +173,14 @@ def new_writer(rows: np.ndarray, vocabulary: int, size: str, positions: int, sha
         for name, p in model.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")): p.zero_()
         model.bias.copy_(torch.from_numpy(frequencies(rows, vocabulary, share, mean, answer)))
-        model.words.weight.mul_((0.1 if start == "counts" else 0.03) / model.words.weight.std())
+        spread = (6.4 if start == "counts" else 2) / c.hidden_size     # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
+        model.words.weight.mul_(spread / model.words.weight.std())
         if start == "counts":
             found = torch.from_numpy(count_neighbours(rows, vocabulary, c.hidden_size))
             met = found.abs().sum(1) > 0
-            model.words.weight[:vocabulary][met] = found[met] * (0.1 * math.sqrt(c.hidden_size / 2))
+            model.words.weight[:vocabulary][met] = found[met] * (spread * math.sqrt(c.hidden_size / 2))
             passing_on(model)
-        for table in (model.reading.places, model.writing.places): table.copy_(0.8 * model.words.weight.std() * waves(*table.shape))
+        for table in (model.reading.places, model.writing.places): table.copy_(0.8 * spread * waves(*table.shape))
         for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
             for part in (block.across.query, block.across.key): part.weight.copy_(torch.eye(c.hidden_size))
     return model
@@ -352,7 +353,7 @@ def without_learning(rows: np.ndarray, held: np.ndarray, train_ids: list, vocabu
 def denoise(record: Record,               # Where the model goes: its artifact `writer`
             corpus: str | Path, tokenizer: str | Path,
             size: str = "2x64", length: int = 64, positions: int = 128, share: float = 0.3, mean: float = 3.0, answer: str = "missing", start: str = "counts",
-            minutes: float = 0.0, steps: int = 120, batch: int | None = 32, lr: float | None = 5e-3, muon: float = 1e-2, warmup: int = 2, decay: int = 50,
+            minutes: float = 0.0, steps: int = 60, batch: int | None = 32, lr: float | None = 5e-3, muon: float = 1e-2, warmup: int = 2, decay: int = 50,
             judged: int = 64, evaluations: int = 5, compared: int = 300, counted: int = 2_000_000, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
             accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
