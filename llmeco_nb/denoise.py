@@ -381,8 +381,8 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     def plan_of(n, a_step, an_evaluation):
         rest = 10 * an_evaluation * len(held) / len(few)                                    # at the end it writes, token by token
         return pretrain_plan(steps, minutes, time.monotonic() - begun + rest, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
-    a_row = length - 1 if answer == "whole" else hidden + 2 * holes
-    law = law_in_parts(model, lambda parts: lambda m, b, backward: denoise_step(m, b, backward, parts), lambda n: parts_of(n * a_row, V), a_row, make, optimiser)
+    a_row, padded = length - 1 if answer == "whole" else hidden + 2 * holes, lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()}      # rows of a large batch are as long as its longest
+    law = law_in_parts(model, lambda parts: lambda m, b, backward: denoise_step(m, b, backward, parts), lambda n: parts_of(n * a_row, V), a_row, padded, optimiser)
     with kept_memory():
         plan = begin_with(record, asked, model, denoise_step, make, optimiser, plan_of, batch, lr, tokens, evaluate, accumulation, law, earlier=earlier)
         result = train(model, denoise_step, batches_of(rows, plan["batch"], *kind), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
