@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['counters', 'parts', 'hole_counts', 'holes_of', 'corrupt', 'restore', 'denoise_batch', 'batches_of',
-           'count_neighbours', 'frequencies', 'text_frequencies', 'QuickAttention', 'passing_on', 'new_writer',
-           'denoise_loss', 'denoise_step', 'edits', 'followers', 'copiers', 'copied', 'best_way', 'copying_nats',
-           'counted_nats', 'held_answers', 'fill', 'rewrite', 'rewritten', 'save_writer', 'with_marks',
+           'text_frequencies', 'count_neighbours', 'fit_neighbours', 'frequencies', 'QuickAttention', 'passing_on',
+           'new_writer', 'denoise_loss', 'denoise_step', 'edits', 'followers', 'copiers', 'copied', 'best_way',
+           'copying_nats', 'counted_nats', 'held_answers', 'fill', 'rewrite', 'rewritten', 'save_writer', 'with_marks',
            'without_learning', 'denoise']
 
 # %% ../nbs/18b_denoise.ipynb #c151ff78
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 
 from .core import DataError, Record, UsageError, seed_everything, sha256_of, sha256_text, write_bytes, write_json
 from .data import read_split
@@ -103,7 +104,12 @@ def batches_of(rows: np.ndarray, batch: int, seed: int, share: float, mean: floa
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
     return lambda index: denoise_batch(rows, drawn(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, mean, first, answer)
 
-# %% ../nbs/18b_denoise.ipynb #c3ee7a1d
+# %% ../nbs/18b_denoise.ipynb #fbc2edcf
+def text_frequencies(rows: np.ndarray, vocabulary: int) -> np.ndarray:
+    "Log-probability (vocabulary,) of each token of text, half an occurrence added to each."
+    counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
+    return np.log(counts / counts.sum())
+
 @one_thread()
 def count_neighbours(rows: np.ndarray, vocabulary: int,
                      width: int,           # Of both halves together
@@ -129,18 +135,38 @@ def count_neighbours(rows: np.ndarray, vocabulary: int,
     for table, half in zip(found, halves): table[:, :half.shape[1]] = half / half.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return torch.cat([*found], 1).numpy()
 
-# %% ../nbs/18b_denoise.ipynb #43cb6fad
+# %% ../nbs/18b_denoise.ipynb #13a73476
+@one_thread()
+def fit_neighbours(rows: np.ndarray, vocabulary: int, width: int,
+                   passes: int = 8,     # Over all tokens
+                   rate: float = 0.03,  # Of AdamW at the beginning; it falls to 0
+                   most: int = 512,     # Tokens at a time
+                   seed: int = 0        # Decides their order
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    "The halves (vocabulary, width / 2) of `count_neighbours`, fitted as a softmax to the counted pairs: what comes after a token, of length 1, and before what it comes, of any length."
+    left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
+    pairs, logp = csr_matrix((np.ones(len(left), np.float32), (left, right)), (vocabulary, vocabulary)), torch.from_numpy(text_frequencies(rows, vocabulary)).float()
+    after, before = (half.clone().requires_grad_() for half in torch.from_numpy(count_neighbours(rows, vocabulary, width)).chunk(2, 1))
+    with torch.no_grad(): before *= 6.4 / width * math.sqrt(width / 2)
+    size = min(most, -(-vocabulary // 8))
+    optimiser, draw, total = torch.optim.AdamW([after, before], rate, betas=(0.9, 0.98), weight_decay=0), np.random.default_rng([seed, 23]), passes * -(-vocabulary // size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / total, total)
+    for _ in range(passes):
+        for which in np.array_split(draw.permutation(vocabulary), -(-vocabulary // size)):
+            n, logits = torch.from_numpy(pairs[which].toarray()), math.sqrt(width) * torch.nn.functional.normalize(after[which], dim=1) @ before.T + logp
+            optimiser.zero_grad()
+            ((n.sum(1) * logits.logsumexp(1) - (n * logits).sum(1)).sum() / n.sum().clamp(min=1)).backward()
+            optimiser.step()
+            schedule.step()
+    return torch.nn.functional.normalize(after, dim=1).detach().numpy(), before.detach().numpy()
+
+# %% ../nbs/18b_denoise.ipynb #4830e345
 def frequencies(rows: np.ndarray, vocabulary: int, share: float, mean: float, answer: str = "missing") -> np.ndarray:
     "Log-probability (vocabulary + marks,) of each token in an answer by its frequency in `rows`, half an occurrence added to each."
     hidden, holes = hole_counts(rows.shape[1], share, mean)
     counts = np.bincount(rows[:, 1:].ravel() if answer == "whole" else rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
     marks = np.r_[0.5, np.full(holes, 0.5 if answer == "whole" else counts.sum() / (hidden + holes))]     # for every row each mark but the first stands once in the answers
     return np.log(np.r_[counts, marks] / (counts.sum() + marks.sum())).astype(np.float32)
-
-def text_frequencies(rows: np.ndarray, vocabulary: int) -> np.ndarray:
-    "Log-probability (vocabulary,) of each token of text, half an occurrence added to each."
-    counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
-    return np.log(counts / counts.sum())
 
 class QuickAttention(Attention):
     "The same attention by plain products, which for short rows are faster on a CPU than torch's fused kernel; the scores are kept, not computed twice."
@@ -166,6 +192,8 @@ def new_writer(rows: np.ndarray, vocabulary: int, size: str, positions: int, sha
     if start not in ("counts", "random"): raise UsageError(f"start is {start!r}; it is counts or random.")
     c, holes = encoder_config(vocabulary, size, positions), hole_counts(rows.shape[1], share, mean)[1]
     model = Seq2Seq(Shape(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, layers=c.num_hidden_layers, positions=positions, norm="pre"), seed)
+    if start == "counts": after, before = map(torch.from_numpy, fit_neighbours(rows, vocabulary, c.hidden_size, seed=seed))
+    spread = float(before.std()) if start == "counts" else 2 / c.hidden_size         # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
     initialise(model, seed, 0.5 / math.sqrt(c.hidden_size))           # the usual 0.02 is meant for widths near 768
     for m in model.modules():
         if type(m) is Attention: m.__class__ = QuickAttention
@@ -173,14 +201,12 @@ def new_writer(rows: np.ndarray, vocabulary: int, size: str, positions: int, sha
         for name, p in model.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")): p.zero_()
         model.bias.copy_(torch.from_numpy(frequencies(rows, vocabulary, share, mean, answer)))
-        spread = (6.4 if start == "counts" else 2) / c.hidden_size     # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
         model.words.weight.mul_(spread / model.words.weight.std())
         if start == "counts":
-            found = torch.from_numpy(count_neighbours(rows, vocabulary, c.hidden_size))
-            met = found.abs().sum(1) > 0
-            model.words.weight[:vocabulary][met] = found[met] * (spread * math.sqrt(c.hidden_size / 2))
+            met = after.abs().sum(1) > 0
+            model.words.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
             passing_on(model)
-        for table in (model.reading.places, model.writing.places): table.copy_(0.8 * spread * waves(*table.shape))
+        for table in (model.reading.places, model.writing.places): table.copy_(0.3 * spread * waves(*table.shape))
         for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
             for part in (block.across.query, block.across.key): part.weight.copy_(torch.eye(c.hidden_size))
     return model
