@@ -379,7 +379,7 @@ def without_learning(rows: np.ndarray, held: np.ndarray, train_ids: list, vocabu
 def denoise(record: Record,               # Where the model goes: its artifact `writer`
             corpus: str | Path, tokenizer: str | Path,
             size: str = "2x64", length: int = 64, positions: int = 128, share: float = 0.3, mean: float = 3.0, answer: str = "missing", start: str = "counts",
-            minutes: float = 0.0, steps: int = 60, batch: int | None = 32, lr: float | None = 5e-3, muon: float = 1e-2, warmup: int = 2, decay: int = 50,
+            minutes: float = 0.0, steps: int = 60, batch: int | None = 32, lr: float | None = 1.5e-3, muon: float = 2e-3, warmup: int = 10, decay: int = 50,
             judged: int = 64, evaluations: int = 5, compared: int = 300, counted: int = 2_000_000, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
             accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
