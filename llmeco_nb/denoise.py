@@ -399,6 +399,7 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     beside = without_learning(rows, held, train_ids, V, seed, share, mean, counted)         # before the plan, so that its time is in the budget
     seed_everything(seed)
     model, kind = new_writer(rows, V, size, positions, share, mean, answer, start, seed), (seed, share, mean, V, answer)
+    before = held_answers(model.eval(), held, *kind)[:, 0]
     optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), muon=muon, precision=precision)
     make, tokens = lambda n, index: batches_of(rows, n, *kind)(index), lambda b: b["input_ids"].numel() + b["written"].numel()
     def evaluate(m):
@@ -428,7 +429,7 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     copier, way = beside["copier"]
     speed, per_hidden, bits = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), lambda x: float(x.mean() / hidden), lambda nats: float(nats.mean() / hidden / math.log(2))
     record.save_metrics(edits=per_hidden(wrong), copy_edits=per_hidden(beside["copy_edits"]), counter_edits=per_hidden(beside["counter_edits"]), hidden_accuracy=per_hidden(final[:, 1]),
-                        hidden_bits=bits(final[:, 0]), copy_bits=bits(beside["copy_nats"]), unigram_bits=bits(beside["unigram_nats"]), fivegram_bits=bits(beside["fivegram_nats"]),
+                        hidden_bits=bits(final[:, 0]), start_bits=bits(before), copy_bits=bits(beside["copy_nats"]), unigram_bits=bits(beside["unigram_nats"]), fivegram_bits=bits(beside["fivegram_nats"]),
                         copier=f"always “{words(way[1])}”" if way[0] == "fixed" and way[1] else copier, counter=beside["counter"][0], copy_share=beside["copy_share"],
                         validation_loss=final[:, 3].sum() / final[:, 4].sum(), best_step=result["best_step"], steps=result["steps"],
                         tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed, epochs=result["steps"] * plan["batch"] * accumulation / len(rows), rows=len(rows), held_rows=len(held), hidden=hidden, holes=holes, vocabulary=V,

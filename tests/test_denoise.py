@@ -16,7 +16,7 @@ import llmeco_nb.train  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
 from llmeco_nb.data import read_split, write_corpus  # noqa: E402
 from llmeco_nb.denoise import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
-                               edits, fill, followers, held_answers, hole_counts, holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
+                               edits, fill, fit_neighbours, followers, held_answers, hole_counts, holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
 from llmeco_nb.family import from_stock  # noqa: E402
 from llmeco_nb.ngram import Ngram  # noqa: E402
 from llmeco_nb.pretrain import SEP, pack  # noqa: E402
@@ -178,6 +178,19 @@ def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
     assert (e[6, :8] @ e[5:, 8:].T).argmax() == 9 - 5
 
 
+def test_the_fit_comes_near_the_counted_probabilities(rows, first):
+    "With vectors wide enough and passes enough, the softmax gives back p(b | a) of every token that has a successor; the same arguments, the same bits."
+    after, before = fit_neighbours(rows, first, 96, passes=120)
+    met = np.zeros((first, first))
+    np.add.at(met, (rows[:, 1:-2], rows[:, 2:-1]), 1)
+    logits = np.sqrt(96) * after @ before.T + text_frequencies(rows, first)
+    ours = np.exp(logits - logits.max(1, keepdims=True))
+    ours, often = ours / ours.sum(1, keepdims=True), met.sum(1) >= 20
+    assert np.abs(ours[often] - met[often] / met[often].sum(1, keepdims=True)).sum(1).mean() < 0.1
+    assert np.allclose(np.linalg.norm(after[often], axis=1), 1, atol=1e-5)
+    assert all((a == b).all() for a, b in zip(fit_neighbours(rows, first, 32), fit_neighbours(rows.copy(), first, 32)))
+
+
 def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
     "Before its first step it already finds unseen hidden tokens less surprising than their frequencies do, and the parts that only training can fill add nothing."
     model = new_writer(rows, first, "2x64", 48, 0.3, 3.0).eval()
@@ -272,7 +285,7 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
     "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
     from llmeco_nb.stats import compare
-    denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=150, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
+    denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=100, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
     for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
     assert n["edits"] < n["counter_edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5
