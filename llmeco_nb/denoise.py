@@ -309,8 +309,9 @@ def held_answers(model: Seq2Seq, rows: np.ndarray, seed: int, share: float, mean
 
 @torch.no_grad()
 def fill(model: Seq2Seq, ids: torch.Tensor,  # (rows, m), the same number of marks in each
-         first: int, longest: int) -> torch.Tensor:
+         first: int, longest: int, mean: float) -> torch.Tensor:
     "Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further one only where all so far are likelier right than one too many; no mark but the next can follow, and the token before a hole is known."
+    # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole ends as holes of this `mean` do
     memory, written, marks = model.encode(ids), torch.full((len(ids), 1), first), int((ids[0] >= first).sum())
     before = torch.cat([ids[:, :-1][ids[:, 1:] >= first].view(len(ids), marks), ids[:, :1]], 1)
     at, inside, open_, sure = torch.zeros(len(ids), dtype=torch.long), torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids)), torch.ones(len(ids))
@@ -318,7 +319,8 @@ def fill(model: Seq2Seq, ids: torch.Tensor,  # (rows, m), the same number of mar
         p = model.decode(written, memory)[:, -1].float().softmax(-1)
         (right, word), known = p[:, :first].max(-1), written[:, -1] >= first
         still = torch.where(inside > 0, open_ * (1 - p[:, first:].sum(-1)), 1.0)
-        on = ~known & (inside > 0) & (1 - still > sure * right) | (at == marks)
+        ended = sure * (1 - still) + (1 - sure) * (1 - (1 - 1 / mean)**inside)
+        on = ~known & (inside > 0) & (ended > sure * right) | (at == marks)
         at = (at + on).clamp(max=marks)
         inside, open_, sure = (torch.where(on | known, new, kept) for new, kept in ((0, inside + 1), (1.0, still), (1.0, sure * right)))
         written = torch.cat([written, torch.where(on, first + at, torch.where(known, before.gather(1, at[:, None])[:, 0], word))[:, None]], 1)
@@ -331,14 +333,14 @@ def rewrite(model: Seq2Seq, ids: torch.Tensor, longest: int) -> torch.Tensor:
     while written.shape[1] <= longest: written = torch.cat([written, model.decode(written, memory)[:, -1:].argmax(-1)], 1)
     return written[:, 1:]
 
-def rewritten(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: int, answer: str = "missing", batch: int = 50) -> list[np.ndarray]:
+def rewritten(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: int, mean: float, answer: str = "missing", batch: int = 50) -> list[np.ndarray]:
     "Texts with their holes filled by the model; those of one length and number of holes at a time."
     found, kind = {}, lambda t: (len(t), int((t >= first).sum()))
     for k in sorted({kind(t) for t in texts}):
         same = [i for i, t in enumerate(texts) if kind(t) == k]
         for s in range(0, len(same), batch):
             ids = torch.from_numpy(np.stack([texts[i] for i in same[s:s + batch]]).astype(np.int64))
-            said = (rewrite(model, ids, longest) if answer == "whole" else fill(model, ids, first, longest)).numpy()
+            said = (rewrite(model, ids, longest) if answer == "whole" else fill(model, ids, first, longest, mean)).numpy()
             for i, row in zip(same[s:s + batch], said): found[i] = restore(texts[i], row, first, answer)
     return [found[i] for i in range(len(texts))]
 
@@ -416,14 +418,14 @@ def denoise(record: Record,               # Where the model goes: its artifact `
         foretold = outcome(record, model, denoise_step, make, optimiser, plan, result, result["best"])
     optimiser.finish().eval()
     longest = length - 1 if answer == "whole" else min(positions, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
-    ours, final = rewritten(model, beside["broken"], V, longest, answer), held_answers(model, held, *kind)
+    ours, final = rewritten(model, beside["broken"], V, longest, mean, answer), held_answers(model, held, *kind)
     wrong, hidden = edits(ours, list(held)), float(final[:, 2].mean())                        # all numbers are given for each hidden token of an average row
     write_json(record.path/"held.json", [dict(edits=e / hidden, copy_edits=c / hidden, counter_edits=k / hidden, right=r / hidden, bits=n / hidden / math.log(2), copy_bits=q / hidden / math.log(2), fivegram_bits=f / hidden / math.log(2))
                                          for e, c, k, r, n, q, f in zip(*(a.tolist() for a in (wrong, beside["copy_edits"], beside["counter_edits"], final[:, 1], final[:, 0], beside["copy_nats"], beside["fivegram_nats"])))])
     words = lambda ids: cutter.decode([int(t) for t in ids])
     with_blanks = lambda ids: " ____ ".join(words(part[part < V]) for part in np.split(ids, np.flatnonzero(ids >= V)))
     first_text = lambda ids: ids[:ids.tolist().index(SEP)] if SEP in ids else ids                     # a prompt is one text; what `whole` writes after it is another
-    write_json(record.path/"examples.json", [dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="") for m, f in zip(marked, rewritten(model, marked, V, longest, answer))] +
+    write_json(record.path/"examples.json", [dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="") for m, f in zip(marked, rewritten(model, marked, V, longest, mean, answer))] +
                [dict(text=with_blanks(b), truth=words(t), ours=words(o), copied=words(c)) for b, t, o, c in list(zip(beside["broken"], held, ours, beside["copies"]))[:4]])
     save_writer(model, tokenizer, record.artifact("writer"), answer)
     copier, way = beside["copier"]

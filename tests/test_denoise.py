@@ -294,12 +294,12 @@ def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
 def test_answers_fill_every_hole_in_order(rows, first):
     "Even a network that knows nothing writes a hole after the other, and ends."
     model = new_writer(rows, first, "1x32", 48, 0.3, 3.0).eval()
-    said = fill(model, denoise_batch(rows, range(6), [0] * 6, 0, 0.3, 3.0, first)["input_ids"], first, 40)
+    said = fill(model, denoise_batch(rows, range(6), [0] * 6, 0, 0.3, 3.0, first)["input_ids"], first, 40, 3.0)
     for answer in said.tolist():
         marks = [t - first for t in answer if t >= first]
         assert marks[:3] == [1, 2, 3][:len(marks[:3])] and set(marks[3:]) <= {3} and (not marks or answer[0] < first)
     texts = [with_marks([2, 7, 4, 8, 4, 3], first, 3), with_marks([2, 7, 4, 8, 9, 3], first, 3), with_marks([2, 4, 3], first, 3)]
-    for text, back in zip(texts, rewritten(model, texts, first, 20)): assert back[0] == 2 and back[-1] == 3 and (back < first).all() and len(back) >= len(text)
+    for text, back in zip(texts, rewritten(model, texts, first, 20, 3.0)): assert back[0] == 2 and back[-1] == 3 and (back < first).all() and len(back) >= len(text)
 
 
 def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_path, capsys):
