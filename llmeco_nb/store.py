@@ -64,8 +64,8 @@ class Run:
 
     @classmethod
     def all(cls, runs: Path) -> list["Run"]:
-        "Every run below the folder `runs`, oldest first."
-        return sorted((cls(f.parent) for f in runs.glob("*/run.json") if not f.parent.is_symlink()), key=lambda r: (r["created"], r.path.name))
+        "Every run below the folder `runs`, oldest first; one that is still being made is none yet."
+        return sorted((cls(f.parent) for f in runs.glob("*/run.json") if f.parent.suffix != ".partial" and not f.parent.is_symlink()), key=lambda r: (r["created"], r.path.name))
 
     @classmethod
     def create(cls, path: Path, profile: str, parent: "Run | None" = None, freeze=lambda folder: None) -> "Run":

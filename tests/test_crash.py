@@ -122,6 +122,17 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F
     assert [f.name for f in house.runs.glob("toy-*")] == ["toy-1"]
 
 
+def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # noqa: F811
+    "A runner that looks in the moment before the folder gets its name, or after one died then, must not take the unfinished one for the newest run."
+    from llmeco_nb.store import Run
+    house = ToyHouse(tmp_path/"house", machine_json)
+    house.runs.mkdir(parents=True, exist_ok=True)
+    Run.create(house.runs/"toy-1", "toy").path.rename(house.runs/"toy-1.partial")
+    assert Run.all(house.runs) == []
+    house.run()
+    assert [r.path.name for r in Run.all(house.runs)] == ["toy-2"]
+
+
 def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
     "The crash tests would prove nothing if nobody died: a runner told to die at a rename does, before and after it."
     house = ToyHouse(tmp_path/"house", machine_json)
