@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'endings', 'near', 'kind_of', 'local_path', 'packaged', 'parse_hub', 'text_files',
-           'hub_commit', 'reading', 'remote', 'fetch', 'revision', 'decode', 'cells', 'read_csv', 'read_json',
-           'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_null', 'class_of', 'order', 'check_classes',
-           'encode', 'text_ids', 'is_blank', 'column_of', 'read_table']
+           'hub_commit', 'reading', 'remote', 'fetch', 'revision', 'decode', 'cells', 'tsv_quoting', 'read_csv',
+           'read_json', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_null', 'class_of', 'order',
+           'check_classes', 'encode', 'text_ids', 'is_blank', 'column_of', 'read_table']
 
 # %% ../nbs/04_sources.ipynb #2efe6a95
 import csv
@@ -179,18 +179,24 @@ def cells(text: str, name: str, sep: str, quoting: int = csv.QUOTE_MINIMAL) -> l
         raise DataError(f"{name}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice.") from None
     return rows
 
+def tsv_quoting(rows) -> int:
+    "Which custom a tab-separated table follows, `csv.QUOTE_MINIMAL` or `csv.QUOTE_NONE`; `rows(quoting)` gives its rows by one of them, header first."
+    try: tabs = any("\t" in cell for row in rows(csv.QUOTE_MINIMAL) for cell in row)
+    except DataError: return csv.QUOTE_NONE
+    if not tabs: return csv.QUOTE_MINIMAL
+    try:
+        bare = iter(rows(csv.QUOTE_NONE))
+        if all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in next(bare)): return csv.QUOTE_MINIMAL
+        for _ in bare: pass
+    except DataError: return csv.QUOTE_MINIMAL                 # it is a table only if the marks are quotes
+    return csv.QUOTE_NONE
+
 def read_csv(text: str, name: str, tabs: bool = False):
     "A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null. Raises `DataError`."
     import pandas as pd
     header = text.split("\n", 1)[0]
     sep = "\t" if tabs else next((c for c in ",;\t" if c in header), ",")
-    try:
-        rows = cells(text, name, sep)
-        swallowed = tabs and any("\t" in cell for row in rows for cell in row)
-    except DataError:
-        if not tabs: raise
-        swallowed = True
-    if swallowed: rows = cells(text, name, sep, csv.QUOTE_NONE)
+    rows = cells(text, name, sep, tsv_quoting(lambda quoting: cells(text, name, sep, quoting)) if tabs else csv.QUOTE_MINIMAL)
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
 
 # %% ../nbs/04_sources.ipynb #0c97436b

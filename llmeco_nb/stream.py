@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .core import DataError, UsageError
-from .sources import column_of, decode, endings, is_blank, kind_of, local_path, near, packaged, read_table, reading, remote
+from .sources import column_of, decode, endings, is_blank, kind_of, local_path, near, packaged, read_table, reading, remote, tsv_quoting
 
 # %% ../nbs/04f_stream.ipynb #fcc12a68
 @contextmanager
@@ -79,9 +79,7 @@ def csv_rows(source: str, sep: str | None = None, quoting: int = csv.QUOTE_MINIM
 
 def tsv_rows(source: str) -> Iterator[list[str]]:
     "The rows of a tab-separated source, header first, whether or not it uses quotes. Raises `DataError`."
-    try: quotes = not any("\t" in cell for row in csv_rows(source, "\t") for cell in row)
-    except DataError: quotes = False
-    yield from csv_rows(source, "\t", csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
+    yield from csv_rows(source, "\t", tsv_quoting(lambda quoting: csv_rows(source, "\t", quoting)))
 
 def column_texts(rows: Iterator[list[str]], source: str, column: str, where: dict[str, str] | None = None) -> Iterator[str]:
     "The texts of a column of rows with a header; `where`: only rows with these values in other columns. Raises `DataError`."

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
@@ -33,6 +33,7 @@ def test_plain_text_is_cut_as_read_table_cuts_it(place, text, unit):
 
 @drawn
 @given(st.lists(anything, min_size=1, max_size=8), st.sampled_from([".csv", ".csv.gz", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"]))
+@example(["\t", "\n1\t"], ".tsv")
 def test_tables_give_the_same_texts(place, texts, ending):
     texts = [*texts, "at least one"]
     table, file = pd.DataFrame(dict(id=range(len(texts)), text=texts)), place/f"t{ending}"
