@@ -55,15 +55,17 @@ def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
 
 def step_course(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> np.ndarray:
     "Bytes of tensors after each operation of two steps on this batch: what is resident and what the steps add. Library workspaces and the interpreter are not in it."
-    start = resident_bytes(model, optimiser)
+    start, clip = resident_bytes(model, optimiser), optimiser.clip
     with taken_back(model, optimiser):
-        optimiser.room = {}
+        optimiser.room, optimiser.clip = {}, 0            # clipping takes no memory, but is an operation more where the gradient is large
         model.train()
-        with Ledger() as ledger:
-            for _ in range(2):
-                step(model, batch, lambda loss: loss.backward())
-                optimiser.collect()
-                optimiser.step(factor=1e-6)
+        try:
+            with Ledger() as ledger:
+                for _ in range(2):
+                    step(model, batch, lambda loss: loss.backward())
+                    optimiser.collect()
+                    optimiser.step(factor=1e-6)
+        finally: optimiser.clip = clip
     return start + np.array(ledger.course)
 
 def step_bytes(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> int:

@@ -57,6 +57,16 @@ def test_two_small_batches_tell_the_large_ones(pair, rows):
     assert bytes_at(memory_law(model, step, make, optimiser), rows) == pytest.approx(step_bytes(model, step, make(rows), optimiser), rel=0.02)
 
 
+def test_clipping_one_of_the_small_batches_alone_spoils_nothing(pair):
+    "The larger of the two has the larger gradient; a limit between them clips one step and not the other."
+    model, optimiser = pair
+    def pushed(model, x, backward):
+        loss, n = step(model, x, lambda loss: backward(loss * (1e-6 if len(x) < 100 else 100)))
+        return loss, n
+    law = memory_law(model, pushed, wide, optimiser)
+    assert bytes_at(law, 64) == pytest.approx(bytes_at(memory_law(model, step, wide, optimiser), 64), rel=1e-3) and optimiser.clip == 1.0
+
+
 @pytest.mark.parametrize("batch,accumulation", [(64, 1), (48, 2), (37, 1)])
 def test_what_is_advised_would_fit(pair, batch, accumulation):
     model, optimiser = pair
