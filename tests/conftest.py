@@ -1,6 +1,7 @@
 """What every test finds: a home of its own, no network, the outside data, and markers for what this machine may lack."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,22 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("LLMECO_DATA") or ROOT.parent/"shared"/"data")
     if not folder.is_dir(): pytest.skip(f"needs the data sets of the tests: there is no folder {folder}; name another in LLMECO_DATA")
     return folder
+
+@pytest.fixture
+def killed_at():
+    "`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its training begins that step."
+    def killed(at: int, work):
+        import llmeco_nb.train
+        one_step = llmeco_nb.train.one_step
+        def dying(*given):
+            if given[5] == at: os.kill(os.getpid(), signal.SIGKILL)
+            return one_step(*given)
+        pid = os.fork()
+        if pid == 0:
+            try: llmeco_nb.train.one_step = dying; work()
+            finally: os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    return killed
 
 @pytest.fixture(scope="session")
 def flags() -> list[str]:

@@ -2,7 +2,6 @@
 import math
 import os
 import random
-import signal
 
 import numpy as np
 import pandas as pd
@@ -120,16 +119,12 @@ def in_child(work) -> int:
     try: work(); code = 0
     finally: os._exit(code)
 
-def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch):
+def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, after one, and in the last step."
     whole, one_step = what_stays(calm), llmeco_nb.train.one_step
     for at in (1, 7, 13):
-        def dying(model, step, batches, optimiser, factor, s, *more):
-            if s == at: os.kill(os.getpid(), signal.SIGKILL)
-            return one_step(model, step, batches, optimiser, factor, s, *more)
-        monkeypatch.setattr(llmeco_nb.train, "one_step", dying)
-        pid = in_child(lambda: pretrain_causal(begin(tmp_path/"run", "causal"), *inputs, **QUICK))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL and not (tmp_path/"run"/"decoder").exists()
+        killed_at(at, lambda: pretrain_causal(begin(tmp_path/"run", "causal"), *inputs, **QUICK))
+        assert not (tmp_path/"run"/"decoder").exists()
     taken = []
     monkeypatch.setattr(llmeco_nb.train, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
     pretrain_causal(begin(tmp_path/"run", "causal"), *inputs, **QUICK)

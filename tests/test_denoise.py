@@ -1,7 +1,5 @@
 "Denoising: holes are pure and lose nothing, distances are the textbook's, a killed run ends with the same bytes, plain transformers opens what it leaves, and what can be filled in is filled in."
-import os
 import random
-import signal
 
 import numpy as np
 import pandas as pd
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 import llmeco_nb.denoise  # noqa: E402
 import llmeco_nb.start  # noqa: E402
-import llmeco_nb.train  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
 from llmeco_nb.data import read_split, write_corpus  # noqa: E402
 from llmeco_nb.denoise import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
@@ -247,20 +244,10 @@ def what_stays(folder):
 
 
 @pytest.mark.parametrize("answer", ["missing", "whole"])
-def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch, answer):
+def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at, answer):
     denoise(begin(tmp_path/"calm", "denoise"), *inputs, **QUICK, answer=answer)
-    one_step = llmeco_nb.train.one_step
     for at in (1, 7) if answer == "missing" else (7,):
-        def dying(model, step, batches, optimiser, factor, s, *more):
-            if s == at: os.kill(os.getpid(), signal.SIGKILL)
-            return one_step(model, step, batches, optimiser, factor, s, *more)
-        monkeypatch.setattr(llmeco_nb.train, "one_step", dying)
-        pid = os.fork()
-        if pid == 0:
-            try: denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer)
-            finally: os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr(llmeco_nb.train, "one_step", one_step)
+        killed_at(at, lambda: denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer))
     denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer)
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
 

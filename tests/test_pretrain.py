@@ -179,16 +179,11 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
     with pytest.raises(UsageError, match="no .MASK."): fill(model, open_tokenizer(folder), "nothing hidden")
 
 
-def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch):
+def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, right after one, and in the last step."
     whole, one_step = what_stays(calm), llmeco_nb.train.one_step
     for at in (1, 6, 13):
-        def dying(model, step, batches, optimiser, schedule, s, *more):
-            if s == at: os.kill(os.getpid(), signal.SIGKILL)
-            return one_step(model, step, batches, optimiser, schedule, s, *more)
-        monkeypatch.setattr(llmeco_nb.train, "one_step", dying)
-        pid = in_child(lambda: pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        killed_at(at, lambda: pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK))
         assert not (tmp_path/"run"/"encoder").exists()
     taken = []
     monkeypatch.setattr(llmeco_nb.train, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))

@@ -1,8 +1,6 @@
 """Bad input to pretraining, in one table: every error is one of ours, names the file or the field, says what was found there and what to do."""
-import os
 import random
 import re
-import signal
 import warnings
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.pretrain  # noqa: E402
 import llmeco_nb.start  # noqa: E402
-import llmeco_nb.train  # noqa: E402
 from llmeco_nb.causal import pretrain_causal  # noqa: E402
 from llmeco_nb.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError, begin, read_json  # noqa: E402
@@ -142,17 +139,9 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
     assert read_json(tmp_path/"run"/"forecast.json")["came"]["bytes"] <= 2**23
 
 
-def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, killed_at):
     "Killed in the middle, one byte of its checkpoint turned: the next attempt says which file, and what to remove."
-    one_step = llmeco_nb.train.one_step
-    def dying(model, step, batches, optimiser, factor, s, *more):
-        if s == 4: os.kill(os.getpid(), signal.SIGKILL)
-        return one_step(model, step, batches, optimiser, factor, s, *more)
-    pid = os.fork()
-    if pid == 0:
-        try: llmeco_nb.train.one_step = dying; encoder(house, tmp_path)
-        finally: os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed_at(4, lambda: encoder(house, tmp_path))
     folder = tmp_path/"run"/"resume"/"pretrain"
     file = folder/f"{read_json(folder/'checkpoint.json')['slot']}.safetensors"
     data = bytearray(file.read_bytes()); data[len(data) // 2] ^= 1

@@ -1,8 +1,6 @@
 "Before the first step: what is probed goes into the plan, a killed run takes it from there and ends with the same bytes, and what was foretold stands beside what came."
 import json
-import os
 import random
-import signal
 
 import pandas as pd
 import pytest
@@ -51,7 +49,7 @@ def what_stays(record):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_path, monkeypatch, capsys):
+def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_path, monkeypatch, capsys, killed_at):
     whole = run(kind, inputs, tmp_path/"whole", batch=None, lr=None)
     plan, printed = read_json(tmp_path/"whole.plan.json"), capsys.readouterr().out
     assert plan["batch"] in SIZES and float(plan["lr"]) in RATES and whole.metrics["batch"] == plan["batch"] and whole.metrics["lr"] == float(plan["lr"])
@@ -61,15 +59,7 @@ def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_p
     (tmp_path/"hit.plan.json").write_text((tmp_path/"whole.plan.json").read_text())                    # as after a kill before the first step
     monkeypatch.setattr(llmeco_nb.start, "halving", lambda *a, **k: pytest.fail("probed a second time"))
     monkeypatch.setattr(llmeco_nb.start, "fastest_batch", lambda *a, **k: pytest.fail("probed a second time"))
-    one_step = llmeco_nb.train.one_step
-    def dying(model, step, batches, optimiser, factor, s, *more):
-        if s == 5: os.kill(os.getpid(), signal.SIGKILL)
-        return one_step(model, step, batches, optimiser, factor, s, *more)
-    pid = os.fork()
-    if pid == 0:
-        try: llmeco_nb.train.one_step = dying; run(kind, inputs, tmp_path/"hit", batch=None, lr=None)
-        finally: os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed_at(5, lambda: run(kind, inputs, tmp_path/"hit", batch=None, lr=None))
     assert what_stays(run(kind, inputs, tmp_path/"hit", batch=None, lr=None)) == what_stays(whole)
     other = run(kind, inputs, tmp_path/"other", batch=plan["batch"], lr=float(plan["lr"]), **({"muon": 1e-2 * float(plan["lr"]) / 3e-3} if kind == "decoder" else {}))
     assert what_stays(other)[0] == what_stays(whole)[0] or kind == "decoder"                           # given by hand they make the same model (Muon's rate may differ in its last bit)
