@@ -84,18 +84,21 @@ def pair_batches(docs, where, batch: int, seed: int, length: int, share: float, 
 
 # %% ../nbs/18c_nsp.ipynb #849cb160
 def pair_losses(model,              # transformers.BertForPreTraining
-                input_ids, token_type_ids, next_sentence, positions, targets):
+                input_ids, token_type_ids, next_sentence, positions, targets,
+                parts: int = 0      # The loss of the tokens is made in; 0: as few as its memory allows
+               ):
     "(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one forward pass."
     from llmeco_nb.fast import SummedCrossEntropy
     read, head = model.bert(input_ids=input_ids, token_type_ids=token_type_ids), model.cls.predictions
     asked = head.transform(read.last_hidden_state.flatten(0, 1).index_select(0, positions))
-    return model.cls.seq_relationship(read.pooler_output).float(), SummedCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets)
+    room = [-(-len(targets) // parts) * model.config.vocab_size] if parts else []
+    return model.cls.seq_relationship(read.pooler_output).float(), SummedCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets, *room)
 
-def pair_step(mlm: float):
-    "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens."
+def pair_step(mlm: float, parts: int = 0):
+    "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens, whose loss is made in `parts`."
     import torch.nn.functional as F
     def step(model, batch, backward):
-        logits, tokens = pair_losses(model, **batch)
+        logits, tokens = pair_losses(model, **batch, parts=parts)
         pairs = len(batch["next_sentence"])
         loss = F.cross_entropy(logits, batch["next_sentence"], reduction="sum") + mlm * tokens * (pairs / len(batch["targets"]))
         backward(loss)
@@ -168,13 +171,15 @@ def overlap_right(train_docs, train_where, docs, where, n: int, seed: int, lengt
 # %% ../nbs/18c_nsp.ipynb #66e07dcb
 def learn_pairs(record: Record,               # Where the model goes: its artifact `paired`
                 corpus: str | Path, tokenizer: str | Path, encoder: str | Path,
-                length: int = 64, minutes: float = 0.0, steps: int = 60, batch: int = 32, mask: float = 0.15, mlm: float = 0.1, lr: float = 3e-4,
+                length: int = 64, minutes: float = 0.0, steps: int = 60, batch: int | None = 32, mask: float = 0.15, mlm: float = 0.1, lr: float | None = 3e-4,
                 warmup: int = 5, decay: int = 40, judged: int = 200, evaluations: int = 4, precision: str = "bf16", seed: int = 0) -> Path:
-    "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
-    from llmeco_nb.fast import hasten, kept_memory
+    from llmeco_nb.fast import hasten, kept_memory, parts_of
+    from llmeco_nb.forecast import law_in_parts
     from llmeco_nb.optim import Optimiser
-    from llmeco_nb.train import pace, settle, train
+    from llmeco_nb.start import outcome, start as begin_with
+    from llmeco_nb.train import train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | {k: sha256_of(v) for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()}
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
     if mlm < 0: raise UsageError(f"mlm is {mlm}; a weight is not negative.")
@@ -187,22 +192,23 @@ def learn_pairs(record: Record,               # Where the model goes: its artifa
     where, held_where = places(docs, length), places(held, length)
     seed_everything(seed)
     hasten(model)
-    batches, step, optimiser = pair_batches(docs, where, batch, seed, length, mask, vocabulary), pair_step(mlm), Optimiser(model, lr, betas=(0.9, 0.98), eps=1e-6, precision=precision)
+    step, optimiser = pair_step(mlm), Optimiser(model, lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=precision)
+    make, tokens_of = lambda n, i: pair_batches(docs, where, n, seed, length, mask, vocabulary)(i), lambda b: b["input_ids"].numel()
+    hidden = len(make(1, 0)["targets"])
+    law = law_in_parts(model, lambda parts: pair_step(mlm, parts), lambda n: parts_of(n * hidden, vocabulary), hidden, make, optimiser)
     judge = lambda m: held_pairs(m, held, held_where, judged, seed, length, mask, vocabulary)
     def evaluate(m):
         loss, right, tokens = judge(m).mean(0)
         return dict(validation_loss=loss + mlm * tokens, pair_loss=loss, accuracy=right, token_loss=tokens)
-    def make() -> dict:
-        if not minutes: return pretrain_plan(steps, 0, 0, 1, 1, evaluations, warmup, decay, batch, torch.get_num_threads())
-        with kept_memory(): a_step, before = pace(model, step, batches, optimiser, tries=5), time.monotonic()
-        evaluate(model)
-        return pretrain_plan(0, minutes, time.monotonic() - begun, a_step, time.monotonic() - before, evaluations, warmup, decay, batch, torch.get_num_threads())
-    plan = settle(record, asked, make)
-    with kept_memory(): result = train(model, step, batches, optimiser, plan, record, evaluate, size=lambda b: b["input_ids"].numel(), identity=dict(asked=plan["asked"]), name="nsp")
+    def plan_of(n, a_step, an_evaluation): return pretrain_plan(steps, minutes, time.monotonic() - begun, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads())
+    with kept_memory():
+        plan = begin_with(record, asked, model, step, make, optimiser, plan_of, batch, lr, tokens_of, evaluate, law=law)
+        result = train(model, step, lambda i: make(plan["batch"], i), optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
+        foretold = outcome(record, model, step, make, optimiser, plan, result, result["best"])
     optimiser.finish().eval()
     final, counted = judge(model), overlap_right(docs, where, held, held_where, judged, seed, length, vocabulary)
     write_json(record.path/"pairs.json", [dict(loss=loss, right=int(r), overlap=int(c)) for (loss, r, _), c in zip(final.astype(float).tolist(), counted)])
     save_encoder(model, tokenizer, record.artifact("paired"))
     record.save_metrics(accuracy=final[:, 1].mean(), pair_loss=final[:, 0].mean(), token_loss=final[:, 2].mean(), overlap_accuracy=counted.mean(), right=int(final[:, 1].sum()), pairs=len(final),
-                        places=len(where), held_places=len(held_where), best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], length=length)
+                        places=len(where), held_places=len(held_where), best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], length=length, batch=plan["batch"], lr=optimiser.lr, **foretold)
     return record.artifact("paired")

@@ -1,6 +1,5 @@
 "Causal pretraining: packed is padded, a killed run ends with the same bytes, and plain transformers opens what it leaves."
 import math
-import os
 import random
 
 import numpy as np
@@ -110,14 +109,6 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
     assert [s["step"] for s in samples] == [5, 10, 14, "best", "best", "best"] and all(s["text"].startswith("the good") for s in samples)
     assert write(load_decoder(calm/"decoder"), tok, "the good", 6, 0.8, 0) == samples[3]["text"]
 
-
-def in_child(work) -> int:
-    "Run `work()` in a forked process and return its process id."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try: work(); code = 0
-    finally: os._exit(code)
 
 def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, after one, and in the last step."

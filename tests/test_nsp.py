@@ -1,7 +1,5 @@
 "Next sentences: pairs are pure, balanced and tell nothing by their shape; the losses are the stock class's; a killed run ends with the same bytes; what can be learned is learned."
-import os
 import random
-import signal
 
 import numpy as np
 import pandas as pd
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.train  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
 from llmeco_nb.data import read_split, write_corpus  # noqa: E402
 from llmeco_nb.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
@@ -131,25 +128,23 @@ def test_held_pairs_are_balanced_and_do_not_depend_on_the_batch(inputs, docs):
 def what_stays(folder):
     record = open_record(folder, "nsp")
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()]
-    return sha256_of(record.artifact("paired")), rows, {k: v for k, v in record.metrics.items() if k != "seconds"}, read_json(record.path/"pairs.json")
+    return sha256_of(record.artifact("paired")), rows, {k: v for k, v in record.metrics.items() if k not in ("seconds", "forecast_seconds")}, read_json(record.path/"pairs.json")
 
 
-def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch):
+def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at):
     learn_pairs(begin(tmp_path/"calm", "nsp"), *inputs, **QUICK)
-    one_step = llmeco_nb.train.one_step
-    for at in (1, 7):
-        def dying(model, step, batches, optimiser, schedule, s, *more):
-            if s == at: os.kill(os.getpid(), signal.SIGKILL)
-            return one_step(model, step, batches, optimiser, schedule, s, *more)
-        monkeypatch.setattr(llmeco_nb.train, "one_step", dying)
-        pid = os.fork()
-        if pid == 0:
-            try: learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK)
-            finally: os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr(llmeco_nb.train, "one_step", one_step)
+    for at in (1, 7): killed_at(at, lambda: learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK))
     learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
+
+
+def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
+    "Probes choose; what was foretold from two small batches lies within a tenth of what came."
+    from llmeco_nb.start import RATES, SIZES
+    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | dict(batch=None, lr=None))
+    n = open_record(tmp_path/"run", "nsp").metrics
+    assert n["batch"] in SIZES and n["lr"] in RATES and n["forecast_mib"] == pytest.approx(n["peak_mib"], rel=0.1)
+    with pytest.raises(UsageError, match="lr is 0"): learn_pairs(begin(tmp_path/"zero", "nsp"), *inputs, **QUICK | dict(lr=0.0))
 
 
 def test_what_can_be_told_is_told(inputs, tmp_path):
