@@ -162,10 +162,10 @@ def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
 # %% ../nbs/05a_docs.ipynb #6d7e1ab9
 def reference(found: list[Entry], scribe: Scribe, module: str) -> str:
     "Entries as HTML; each is a heading that the search knows."
-    parts = []
+    parts, inline = [], lambda text: re.sub("^<p>|</p>$", "", scribe.prose(text, listed=False).strip())
     for e in found:
         scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
-        rows = "".join(f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{html.escape(c)}</td></tr>" for n, t, c in e.parameters)
+        rows = "".join(f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{inline(c)}</td></tr>" for n, t, c in e.parameters)
         rows = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>' if rows else ""
         inner = "".join(f'<h3>{html.escape(e.name)}.{html.escape(m.name)}<span class="sig">{html.escape(m.signature)}</span></h3>{scribe.prose(m.doc, listed=False)}' for m in e.inner)
         parts.append(f'<section class="api" id="api-{e.name}"><h3>{"class " if e.kind == "class" else ""}{html.escape(e.name)}<span class="sig">{html.escape(e.signature)}</span></h3>{scribe.prose(e.doc, listed=False)}{rows}{inner}</section>')

@@ -112,6 +112,7 @@ code,pre,samp{font-family:var(--mono);font-size:.83em;font-variant-ligatures:non
 a>code{color:inherit}
 pre{background:var(--wash);border-radius:8px;padding:.8rem 1rem;overflow-x:auto;line-height:1.5;font-size:.75rem;scrollbar-width:thin;tab-size:4}
 pre code{font-size:inherit;background:none;padding:0}
+pre .line{--by:4ch;display:inline-block;width:100%;white-space:pre-wrap;overflow-wrap:anywhere;padding-left:var(--by);text-indent:calc(-1*var(--by));vertical-align:top}
 .out{margin:0 0 1.2em}
 .out pre{background:none;border-left:3px solid var(--line);border-radius:0;padding:.1rem 0 .1rem 1rem;max-height:32rem;overflow:auto}
 .out pre.wrong{border-color:var(--bad)}
@@ -128,6 +129,7 @@ summary code{white-space:nowrap;overflow:hidden;text-overflow:ellipsis;backgroun
 details[open]>summary{margin-bottom:.5rem}
 .code{position:relative}
 .code .from{position:absolute;right:.7rem;top:.35rem;font:.68rem var(--sans);color:var(--faint);background:var(--wash);padding-left:.6em}
+@media (min-width:52rem){.code .from+pre{padding-top:1.7rem}}
 .note{font:.82rem/1.5 var(--sans);color:var(--soft);border-left:3px solid var(--warn);padding-left:.9rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20.5rem),1fr));gap:1.6rem 2rem;margin:0 0 1.4em}
 .grid>*{min-width:0;margin:0}
