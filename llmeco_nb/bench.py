@@ -84,7 +84,7 @@ def keep_record(house: House, result: Path) -> Path:
     target = house.nbs/"records"/f"{m['benchmark']}.json"
     beside = {f.name: read_json(f) for f in sorted(result.glob("*.json")) if f.name not in ("metrics.json", "manifest.json", "record.json", "page.json") and f.stat().st_size < 2**16}
     write_json(target, dict(metrics=read_json(result/"metrics.json"), level=m["parameters"].get("level"), key=m["key"], plan=m["plan"], seconds=m["seconds"],
-                            machine=m["machine"], versions=m["versions"], single_values=[json.loads(row) for row in rows[:200]], **({"artifacts": beside} if beside else {})))
+                            machine=m["machine"], versions=m["versions"], single_values=[json.loads(row) for row in rows], **({"artifacts": beside} if beside else {})))
     return target
 
 def kept_record(house: House, notebook: Path) -> Path | None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from functools import cache
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def killed_at():
         pid = os.fork()
         if pid == 0:
             try: llmeco_nb.train.one_step = dying; work()
+            except BaseException: traceback.print_exc()
             finally: os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     return killed

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pandas as pd
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
@@ -32,16 +32,18 @@ def test_plain_text_is_cut_as_read_table_cuts_it(place, text, unit):
 
 
 @drawn
-@given(st.lists(anything, min_size=1, max_size=8), st.sampled_from([".csv", ".csv.gz", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"]))
-@example(["\t", "\n1\t"], ".tsv")
-def test_tables_give_the_same_texts(place, texts, ending):
+@given(st.lists(anything, min_size=1, max_size=8), st.sampled_from([".csv", ".csv.gz", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"]), st.sampled_from([0, 1]))
+@example(["\t", "\n1\t"], ".tsv", 1)
+def test_tables_give_the_same_texts(place, texts, ending, quoting):
+    "`quoting` 1 is around all cells; 0 only where one needs it, and then a tab inside a text says nothing of the custom."
+    assume(quoting or ending != ".tsv" or not any("\t" in t for t in texts))
     texts = [*texts, "at least one"]
     table, file = pd.DataFrame(dict(id=range(len(texts)), text=texts)), place/f"t{ending}"
     if ending == ".parquet": table.to_parquet(file, row_group_size=3)
     elif ending.startswith(".jsonl"):
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_dict("records")).encode()
         file.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
-    else: table.to_csv(file, index=False, sep="\t" if ending == ".tsv" else ",", quoting=1)
+    else: table.to_csv(file, index=False, sep="\t" if ending == ".tsv" else ",", quoting=quoting)
     assert streamed(file) == whole(file) == [t for t in texts if t.strip()]
 
 
