@@ -111,7 +111,7 @@ def joined(today: dict,                # The notebook as it is now
                 one.outputs, one.origin = ran[one.id].get("outputs", []), "run"
             else: one.changed = True
         elif one.role not in ("markdown", "parameters") and one.id in taught and text_of(taught[one.id]) == one.source:
-            one.outputs, one.origin = taught[one.id].get("outputs", []), "lesson"
+            one.outputs, one.origin = [o for o in taught[one.id].get("outputs", []) if o.get("name") != "stderr"], "lesson"    # what libraries complain of is no part of a chapter
         found.append(one)
     return found
 

@@ -105,7 +105,7 @@ thead th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--faint);
 thead th:empty{padding:0}thead:not(:has(th:not(:empty))){display:none}
 tr.total td{border-bottom:0;font-weight:600}
 th.num,td.num{text-align:right}
-td.nowrap,th.nowrap{white-space:nowrap}td.long{min-width:13rem}td:first-child>strong:only-child{white-space:nowrap}
+td.nowrap,th.nowrap{white-space:nowrap}td.long{min-width:13rem;overflow-wrap:anywhere}td:first-child>strong:only-child{white-space:nowrap}
 table code{font-size:.92em;overflow-wrap:anywhere}
 code,pre,samp{font-family:var(--mono);font-size:.83em;font-variant-ligatures:none}
 :not(pre)>code{background:var(--wash);border-radius:4px;padding:.1em .3em;overflow-wrap:break-word}
