@@ -277,7 +277,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
              size: str = "2x64", length: int = 64, positions: int = 512, minutes: float = 0.0, steps: int = 60, batch: int | None = 16,
              mask: float = 0.2, start: str = "counts", lr: float | None = 3e-3, warmup: int = 5, decay: int = 40,
              judged: int = 64, evaluations: int = 6, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
-             accumulation: int = 1, patience: int = 0, earlier: list[str] = (), recompute: int = 0, device: str = "cpu") -> Path:
+             accumulation: int = 1, patience: int = 0, earlier: list[str] = (), recompute: int = 0, device: str = "cpu", embeddings: float = 1.0) -> Path:
     "Pretrain an encoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
     from llmeco_nb.fast import hasten, kept_memory, parts_of
@@ -290,6 +290,8 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     from llmeco_nb.train import onto, train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("recompute", "device")} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
+    if not 0 <= embeddings <= 1: raise UsageError(f"embeddings is {embeddings}; it is a share of the learning rate, from 0 to 1.")
+    if not embeddings and start == "random": raise UsageError("embeddings is 0 and start is random: random vectors would be held. Let start be counts or texts.")
     if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the encoder reads. Lower length, or raise positions.")
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
@@ -301,7 +303,9 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     seed_everything(seed)
     model, hidden = hasten(started(rows, vocabulary, size, positions, start, seed, encoded)), len(mask_row(rows[0], (seed, 0, 0), mask, vocabulary)[1])
     recomputing(model, recompute).to(place(device))
-    optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=precision)
+    counted = model.get_input_embeddings().weight.requires_grad_(embeddings > 0)
+    exact, slower = counted.detach().cpu().clone(), (lambda name: embeddings if "word_embeddings" in name else 1.0) if embeddings < 1 else None
+    optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=precision, rate=slower)
     judge = lambda m: held_losses(m, held, seed, mask, vocabulary)
     def evaluate(m):
         loss, right, n = judge(m).sum(0)
@@ -317,6 +321,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
                        flops=flops_per_token(model.config, length, hidden / length), roof=peak * 1e9)
         foretold = outcome(record, model, mlm_step, make, optimiser, plan, result, result["best"])
     optimiser.finish().eval().cpu()
+    if not embeddings: model.get_input_embeddings().weight.data.copy_(exact)         # what is not trained has been rounded to 16 bits
     final, logp = judge(model), unigram(rows, vocabulary)
     guess = np.array([-logp[held[i][mask_row(held[i], (seed, 0, i), mask, vocabulary)[1]]].sum() for i in range(len(held))])
     write_json(record.path/"held.json", [dict(model=m / n, unigram=g / n, hidden=int(n)) for (m, _, n), g in zip(final.tolist(), guess.tolist())])

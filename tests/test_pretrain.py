@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.train  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import write_corpus  # noqa: E402
+from llmeco_nb.data import read_split, write_corpus  # noqa: E402
 from llmeco_nb.pretrain import (MASK, batches_of, count_embeddings, fill, held_losses, mask_row, masked_batch, pack, pretrain, pretrain_plan,  # noqa: E402
                                 repeat_positions, started, text_embeddings, unigram)
-from llmeco_nb.tokenizer import build_tokenizer, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenizer import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", length=16, positions=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the [MASK] film"])
 ROWS = np.random.default_rng(0).integers(5, 500, (300, 64)).astype(np.int32)
@@ -216,11 +216,30 @@ def test_a_budget_is_planned_once(inputs, tmp_path):
 
 
 def test_refusals(inputs, tmp_path):
-    for words, more in (("mask is 1", dict(mask=1.0)), ("a row cannot be longer", dict(length=64)), ("holds no", dict(prompts=["no gap"])), ("layers x width", dict(size="big"))):
+    for words, more in (("mask is 1", dict(mask=1.0)), ("a row cannot be longer", dict(length=64)), ("holds no", dict(prompts=["no gap"])), ("layers x width", dict(size="big")), ("embeddings is 2", dict(embeddings=2.0)),
+                        ("random vectors would be held", dict(embeddings=0.0, start="random"))):
         with pytest.raises(UsageError, match=words): pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK | more)
     folder = tmp_path/"corpus"
     write_corpus(folder, {s: pd.DataFrame({"id": list("ab"), "text": ["x y", "z"], "label": [0, 0]}).head(2 * (s == "train")) for s in ("train", "validation", "test")}, [], {})
     with pytest.raises(DataError, match="no validation texts"): pretrain(begin(tmp_path/"run", "pretrain"), folder, inputs[1], **QUICK)
+
+
+@pytest.mark.parametrize("lr", [3e-3, None])
+def test_what_was_counted_is_held(inputs, tmp_path, lr):
+    "With no share of the rate word embeddings end as they began, to the last bit, and all else has moved; with a tenth they have moved less than with all of it."
+    from transformers import AutoModelForMaskedLM
+    def vectors(share):
+        record = begin(tmp_path/f"{share}", "pretrain")
+        pretrain(record, *inputs, **QUICK | dict(embeddings=share, lr=lr))
+        model = AutoModelForMaskedLM.from_pretrained(record.artifact("encoder"))
+        return model.bert.embeddings.word_embeddings.weight.detach(), model.bert.encoder.layer[0].output.dense.weight.detach()
+    cutter = open_tokenizer(inputs[1])
+    encoded = encode_texts(cutter, read_split(inputs[0], "train").text)
+    begun = started(pack(encoded, QUICK["length"]), cutter.get_vocab_size(), QUICK["size"], QUICK["positions"], "counts", 0)
+    first, layer = begun.bert.embeddings.word_embeddings.weight.detach(), begun.bert.encoder.layer[0].output.dense.weight.detach()
+    held, moved = vectors(0.0)
+    assert torch.equal(held, first) and not torch.equal(moved, layer)
+    assert 0 < (vectors(0.1)[0] - first).norm() < 0.5 * (vectors(1.0)[0] - first).norm()
 
 
 def test_an_encoder_too_short_for_the_examples_still_ends(inputs, tmp_path):
