@@ -92,7 +92,7 @@ def kept_record(house: House, notebook: Path) -> Path | None:
     return next((file for name, p in benchmarks(house).items() if p == notebook and (file := house.nbs/"records"/f"{name}.json").exists()), None)
 
 def restore_record(file: Path, folder: Path):
-    "Make an empty `folder` what `open_record` opens, from a kept record: all that a benchmark's show cells may ask for."
+    "Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the JSON artifacts that were kept."
     kept = read_json(file)
     write_json(folder/"record.json", {"stage": file.stem})
     write_json(folder/"metrics.json", kept["metrics"])

@@ -169,7 +169,7 @@ def overlap_right(train_docs, train_where, docs, where, n: int, seed: int, lengt
     return (s > cut) == y
 
 # %% ../nbs/18c_nsp.ipynb #66e07dcb
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)     # tried where no learning rate is given: an encoder that knows something needs smaller ones than new weights
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)     # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
 
 def learn_pairs(record: Record,               # Where the model goes: its artifact `paired`
                 corpus: str | Path, tokenizer: str | Path, encoder: str | Path,
