@@ -6,7 +6,7 @@
 __all__ = ['short_names', 'citations', 'endings', 'near', 'kind_of', 'local_path', 'packaged', 'parse_hub', 'text_files',
            'hub_commit', 'reading', 'remote', 'fetch', 'revision', 'decode', 'cells', 'tsv_quoting', 'read_csv',
            'read_json', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_null', 'class_of', 'order',
-           'check_classes', 'encode', 'text_ids', 'is_blank', 'column_of', 'read_table']
+           'check_classes', 'declared', 'encode', 'text_ids', 'is_blank', 'column_of', 'read_table']
 
 # %% ../nbs/04_sources.ipynb #2efe6a95
 import csv
@@ -262,7 +262,9 @@ def read_frame(source: str, unit: str = "line"):
     if kind == "folder": return read_folder(local_path(source)), {}, False
     if kind == "short":
         frame = read_csv(decode(packaged().read_bytes(), str(packaged())), str(packaged()))
-        return frame[frame.source == source].reset_index(drop=True), {"label": short_names[source]}, True
+        chosen = frame[frame.source == source].reset_index(drop=True)
+        chosen["label"] = chosen.label.map(int)  # the file holds indices; `short_names` names them
+        return chosen, {"label": short_names[source]}, True
     packed = ending.suffix.lower() == ".gz"
     suffix = Path(ending.stem if packed else ending).suffix.lower()
     if suffix not in endings:
@@ -305,22 +307,44 @@ def check_classes(names: list[str], where: str, max_labels: int = 50):
         raise DataError(f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; for text without labels "
                         "set label to nothing.")
 
+def declared(values: list,             # Values of a column with declared names, nulls among them
+             names: list[str],         # What the integers 0, 1, … mean
+             where: str                # How to name the column in an error
+            ) -> list[str | None]:
+    """The declared name behind each value: that of an index, and a name itself. None for a null and
+    for -1, which is how a `ClassLabel` marks a row without a label. Raises `DataError`."""
+    found = {None: None, -1: None}
+    for value in {v for v in values if not is_null(v)} - {-1}:
+        indexed = not isinstance(value, (str, bool)) and value in range(len(names))
+        if not indexed and value not in names:
+            raise DataError(
+                f"{where} holds {value!r}, and the source declares {len(names)} classes for it: "
+                f"{', '.join(names)[:200]}. Allowed are these names, the integers from 0 to "
+                f"{len(names) - 1}, and -1 for no label. Mend the column or its declaration.")
+        found[value] = names[int(value)] if indexed else value
+    return [found[None if is_null(v) else v] for v in values]
+
 def encode(values: list,               # Label values, none of them null
            where: str,                 # How to name the column in an error
            known: list[str] | None = None, # Classes fixed beforehand, such as those of the training set
            max_labels: int = 50        # More distinct values than this are refused
           ) -> tuple[list[int], list[str]]:
-    "Label values as class numbers, and the classes' names. Numbers of `known` classes are taken as such. Raises `DataError`."
+    """Label values as class numbers, and the classes' names; a class number is an index into them.
+    A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks."""
     given = [class_of(v) for v in values]
     names = order(given)
     if known is None:
         check_classes(names, where, max_labels)
         known = names
-    strange = [n for n in names if n not in known]
-    if strange and all(n.isdigit() and int(n) < len(known) for n in names): return [int(n) for n in given], known
-    if strange:
-        raise DataError(f"{where} has classes that are not known here: {', '.join(strange)[:200]}. Known are {', '.join(known)[:200]}.")
     number = {n: i for i, n in enumerate(known)}
+    strange = [n for n in names if n not in number]
+    if strange:
+        bare = all(n.isdigit() for n in strange) and not any(n.isdigit() for n in known)
+        cure = ("An integer is not taken as an index into them: write the names into the column."
+                if bare else "Give these rows a known class, remove them, or add rows of "
+                "these classes to the training data.")
+        raise DataError(f"{where} has classes that are not known here: {', '.join(strange)[:200]}. "
+                        f"Known are {', '.join(known)[:200]}. {cure}")
     return [number[g] for g in given], known
 
 # %% ../nbs/04_sources.ipynb #631ee3a5
@@ -366,8 +390,7 @@ def read_table(source: str,               # Short name, hf:org/name, path, URL o
     texts = column_of(frame, source, "text", text)
     values = column_of(frame, source, "label", label) if label else [-1] * len(texts)
     if label in names:
-        known = dict(enumerate(names[label]))  # the hub writes -1 where there is no label
-        values = [None if is_null(v) else known.get(int(v)) for v in values]
+        values = declared(values, names[label], f"The column `{label}` of {source}")
     usable = [(str(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_null(v)]
     blank = sum(map(is_blank, texts))
     report = {"source": source, "rows_read": len(texts), "null_texts": blank, "null_labels": len(texts) - blank - len(usable)}

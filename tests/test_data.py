@@ -229,6 +229,24 @@ def test_an_official_test_set(tmp_path):
     with pytest.raises(DataError, match="Nothing of .* is left of .*leaks took 60"): build(tmp_path, source, test_source=str(source))
 
 
+def test_a_class_that_training_lacks(tmp_path):
+    "Training has classes 0, 1, 2 and 4. Class 3 of the test set must not become index 3, class 4."
+    def table(name, classes, n):
+        chosen = [classes[i % len(classes)] for i in range(n)]
+        bodies = [f"{name}: thing {i} of kind {c}" for i, c in enumerate(chosen)]
+        pd.DataFrame(dict(body=bodies, stars=chosen)).to_csv(tmp_path/name, index=False)
+        return str(tmp_path/name)
+    train = table("train.csv", [0, 1, 2, 4], 80)
+    said = ("`stars` of .*strange.csv has classes that are not known here: 3. "
+            "Known are 0, 1, 2, 4. .*training data")
+    with pytest.raises(DataError, match=said):
+        build(tmp_path, train, test_source=table("strange.csv", [0, 1, 2, 3], 20))
+    corpus = build(tmp_path, train, test_source=table("fine.csv", [0, 1, 4], 21))
+    names, tested = label_names(corpus), read_split(corpus, "test")
+    assert names == ["0", "1", "2", "4"] and sorted(set(tested.label)) == [0, 1, 3]
+    for text, c in zip(tested.text, tested.label): assert text.endswith(f"of kind {names[c]}")
+
+
 def test_text_without_labels(tmp_path):
     (tmp_path/"prose.txt").write_text("\n".join(f"Sentence number {i}." for i in range(40)))
     corpus = build_corpus(begin(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))

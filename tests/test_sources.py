@@ -140,9 +140,65 @@ def test_order_of_classes(values, names): assert encode(values, "x")[1] == names
 
 def test_known_classes():
     known = ["negative", "positive"]
-    assert encode(["positive"], "x", known) == ([1], known) and encode([1, 0, 1], "x", known) == ([1, 0, 1], known)
-    assert encode(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]      # a name goes before a number
+    assert encode(["positive"], "x", known) == ([1], known)
+    assert encode(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]
     with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"): encode([1, 2], "x", known)
+
+
+@pytest.mark.parametrize("value, known", [
+    ("3", ["0", "1", "2", "4"]), (3, ["0", "1", "2", "4"]), (3.0, ["0", "1", "2", "4"]),
+    ("0", ["1", "2"]), ("1", ["-1", "0"]), ("2", ["1.5", "2.5", "3.5"]),
+    (1, ["negative", "positive"]), (0, ["a", "b"]), (True, ["0", "1"])])
+def test_a_class_is_a_name_and_never_an_index(value, known):
+    "Each of these values is an index into the list of names, and none of them is in the list."
+    shown = str(value).removesuffix(".0")
+    with pytest.raises(DataError, match=f"not known here: {shown}. Known are {', '.join(known)}"):
+        encode([value], "x", known)
+
+
+def class_label_file(path: Path, labels: list, names: list, dtype="int64") -> Path:
+    "A Parquet file whose metadata declare a `ClassLabel`, as Hugging Face's tools write it."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    features = {"label": {"names": names, "_type": "ClassLabel"},
+                "text": {"dtype": "string", "_type": "Value"}}
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    texts = [f"text {i}" for i in range(len(labels))]
+    table = pa.table({"text": texts, "label": pa.array(labels, dtype)})
+    pq.write_table(table.replace_schema_metadata(said), path)
+    return path
+
+
+@pytest.mark.parametrize("labels, dtype", [
+    ([1, 0, None], "int64"), ([1.0, 0.0, None], "float64"), ([1, 0, -1], "int8"),
+    (["glad", "sad", None], "string")])
+def test_declared_names_replace_indices(tmp_path, labels, dtype):
+    file = class_label_file(tmp_path/"a.parquet", labels, ["sad", "glad"], dtype)
+    table = read_table(str(file))
+    assert content(table) == [("text 0", 1), ("text 1", 0)]
+    assert table.attrs["labels"] == ["sad", "glad"] and table.attrs["report"]["null_labels"] == 1
+
+
+@pytest.mark.parametrize("odd, dtype, shown", [
+    (3, "int64", "3"), (-2, "int64", "-2"), (0.5, "float64", "0.5"), ("angry", "string", "'angry'"),
+    ("0", "string", "'0'"), (True, "bool", "True")])
+def test_a_value_outside_the_declaration(tmp_path, odd, dtype, shown):
+    "It is not dropped as if it had no label, not rounded, and a text is not taken for an index."
+    usual = {"string": ["sad", "glad"], "bool": [True, True]}.get(dtype, [0, 1])
+    names = ["sad", "glad", "never"]
+    file = class_label_file(tmp_path/"a.parquet", [*usual, odd], names, dtype)
+    said = f"`label` of .*a.parquet holds {shown}, .*3 classes.*sad, glad, never.*from 0 to 2"
+    with pytest.raises(DataError, match=said): read_table(str(file))
+
+
+def test_a_test_set_without_names(tmp_path):
+    "The packaged reviews declare names; a file of integers does not say what they mean."
+    (tmp_path/"test.csv").write_text("text,label\ngood,1\nbad,0\n")
+    names = read_table("imdb").attrs["labels"]
+    said = "test.csv has .* not known here: 0, 1. Known are negative, .*into the column"
+    with pytest.raises(DataError, match=said): read_table(str(tmp_path/"test.csv"), labels=names)
+    other = class_label_file(tmp_path/"test.parquet", [0, 1], ["positive", "negative"])
+    assert read_table(str(other), labels=names).label.tolist() == [1, 0]      # by name, not index
 
 
 def test_how_many_classes():
