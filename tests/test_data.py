@@ -247,6 +247,28 @@ def test_a_class_that_training_lacks(tmp_path):
     for text, c in zip(tested.text, tested.label): assert text.endswith(f"of kind {names[c]}")
 
 
+def test_declared_names_in_training_and_test(tmp_path):
+    "Training declares such names as 1.0; a test set declares another order, or writes 1."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    def table(name, declared, values):
+        bodies = [f"{name} {i}: {v} stars" for i, v in enumerate(values)]
+        rows = pa.table({"body": bodies, "stars": [declared.index(v) for v in values]})
+        features = {"stars": {"names": declared, "_type": "ClassLabel"}}
+        said = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(rows.replace_schema_metadata(said), tmp_path/name)
+        return str(tmp_path/name)
+    train = table("train.parquet", ["3.0", "1.0", "2.0"], ["1.0", "2.0", "3.0"] * 20)
+    other = table("other.parquet", ["2.0", "3.0", "1.0"], ["1.0", "3.0", "2.0"] * 3)
+    (tmp_path/"plain.csv").write_text("body,stars\nplain: 3,3\nplain: 2,2\nplain: 1,1\n")
+    for k, test in enumerate([other, str(tmp_path/"plain.csv")]):
+        corpus = build(tmp_path, train, f"run-{k}", test_source=test)
+        assert label_names(corpus) == ["3.0", "1.0", "2.0"]
+        for rows in splits(corpus).values():
+            for text, c in zip(rows.text, rows.label):
+                assert f": {label_names(corpus)[c].removesuffix('.0')}" in text
+
+
 def test_text_without_labels(tmp_path):
     (tmp_path/"prose.txt").write_text("\n".join(f"Sentence number {i}." for i in range(40)))
     corpus = build_corpus(begin(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from llmeco_nb import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.sources import encode, parse_hub, read_csv, read_json, read_table, revision, text_ids
+from llmeco_nb.sources import as_text, class_of, encode, parse_hub, read_csv, read_json, read_table
+from llmeco_nb.sources import revision, text_ids
 
 frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
 expected = [("A “fine” film, really", 1), ("poor\nfilm", 0), ('so "so"', 0), ("naïve café", 1)]
@@ -189,6 +190,57 @@ def test_a_value_outside_the_declaration(tmp_path, odd, dtype, shown):
     file = class_label_file(tmp_path/"a.parquet", [*usual, odd], names, dtype)
     said = f"`label` of .*a.parquet holds {shown}, .*3 classes.*sad, glad, never.*from 0 to 2"
     with pytest.raises(DataError, match=said): read_table(str(file))
+
+
+@pytest.mark.parametrize("names", [
+    ["1.0", "2.0", "3.0", "4.0", "5.0"], ["5.0", "4.0", "3.0", "2.0", "1.0"], ["1.0", "0.0"],
+    ["2.0", "0.0", "1.0"], [" b", "a "], ["01", "1"], ["1.0", "1"], ["True", "False"]])
+def test_declared_names_are_kept_as_declared(tmp_path, names):
+    "Whatever the names look like: each row keeps the name at its index, and the order stays."
+    labels = [i % len(names) for i in range(20)]
+    table = read_table(str(class_label_file(tmp_path/"a.parquet", labels, names)))
+    assert table.attrs["labels"] == names and table.label.tolist() == labels
+
+
+def written_as(folder: Path, kind: str) -> str:
+    "A table of the classes 2, 0 and 1, in this order, in a file that writes them its own way."
+    if kind == "declared":
+        return str(class_label_file(folder/"a.parquet", [1, 0, 2], ["0", "2", "1.0"]))
+    frame = pd.DataFrame(dict(text=["a", "b", "c"], label=[2, 0, 1]))
+    if kind == "csv": frame.to_csv(folder/"a.csv", index=False)
+    elif kind == "csv with points":
+        frame.astype({"label": float}).to_csv(folder/"a.csv", index=False)
+    elif kind == "json": frame.to_json(folder/"a.json", orient="records")
+    elif kind == "mixed":
+        rows = [json.dumps(dict(text="t", label=v)) for v in [2.0, "0", 1, "2", 2, "2.0"]]
+        (folder/"a.jsonl").write_text("\n".join(rows))
+    else: frame.astype({"label": kind}).to_parquet(folder/"a.parquet")
+    return str(next(folder.glob("a.*")))
+
+
+@pytest.mark.parametrize("kind", [
+    "csv", "csv with points", "json", "mixed", "declared", "int8", "uint64", "float32", "float64",
+    "Int64", "Float64", "category", "str"])
+def test_one_class_in_every_type(tmp_path, kind):
+    "The value 1 means the class named 1.0, or 1, however a file writes it."
+    file = written_as(tmp_path, kind)
+    for known in (["2.0", "0.0", "1.0"], ["2", "0", "1"]):
+        table = read_table(file, labels=known)
+        assert table.label.tolist() == [0, 1, 2, 0, 0, 0][:len(table)]
+        assert table.attrs["labels"] == known
+    alone = read_table(file)
+    found = [class_of(alone.attrs["labels"][c]) for c in alone.label]
+    assert found == ["2", "0", "1", "2", "2", "2"][:len(alone)]
+
+
+@pytest.mark.parametrize("value, text", [
+    (1, "1"), (1.0, "1"), (1.5, "1.5"), (-3.0, "-3"), ("1.0", "1.0"), (" a ", " a "),
+    (True, "True"), (10043.0, "10043"), (2**53 + 1, "9007199254740993"), (1e300, "1e+300"),
+    (float("inf"), "inf")])
+def test_a_value_as_text(value, text):
+    "The same for Python's types and for numpy's scalars."
+    numpy_scalar = pd.Series([value]).to_numpy()[0]
+    assert as_text(value) == as_text(numpy_scalar) == text
 
 
 def test_a_test_set_without_names(tmp_path):
