@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['short_names', 'citations', 'endings', 'number_text', 'near', 'kind_of', 'local_path', 'packaged', 'parse_hub',
            'text_files', 'hub_commit', 'reading', 'remote', 'fetch', 'revision', 'decode', 'cells', 'tsv_quoting',
-           'read_csv', 'read_json', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_null', 'as_text',
-           'class_of', 'order', 'check_classes', 'class_numbers', 'declared', 'encode', 'text_ids', 'is_blank',
+           'read_csv', 'read_json', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_blank', 'is_null',
+           'as_text', 'class_of', 'order', 'check_classes', 'class_numbers', 'declared', 'encode', 'text_ids',
            'column_of', 'read_table']
 
 # %% ../nbs/04_sources.ipynb #2efe6a95
@@ -284,9 +284,16 @@ def read_frame(source: str, unit: str = "line"):
     return (read_json(text, source) if suffix.startswith(".json") else read_csv(text, source, tabs=suffix == ".tsv")), {}, True
 
 # %% ../nbs/04_sources.ipynb #2af090e5
+def is_blank(value) -> bool:
+    """True for a missing value of any type (None, NaN, NaT, pandas' NA) and for a text of nothing
+    but white space. The word "nan" is a text."""
+    if isinstance(value, str): return not value.strip()
+    import pandas as pd
+    return bool(pd.isna(value))
+
 def is_null(value) -> bool:
-    "True for None, NaN (also when written out) and blank texts."
-    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
+    "True for what `is_blank` finds blank, and for the word nan."
+    return is_blank(value) or isinstance(value, str) and value.strip().lower() == "nan"
 
 def as_text(value) -> str:
     "A cell as text: a text as it stands, a number of any type without a point if it is whole."
@@ -380,10 +387,6 @@ def text_ids(texts) -> list[str]:
     return ids
 
 # %% ../nbs/04_sources.ipynb #2c376c1a
-def is_blank(text) -> bool:
-    "True for a text that is None, NaN or nothing but spaces. The word \"nan\" is a text."
-    return text is None or text != text or not str(text).strip()
-
 def column_of(frame, source: str, role: str, name: str) -> list:
     "The values of the column `name`, which plays `role` (text or label). Raises `DataError` if it is absent, there twice, or holds lists."
     if not len(frame.columns): return []

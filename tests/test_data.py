@@ -247,6 +247,29 @@ def test_a_class_that_training_lacks(tmp_path):
     for text, c in zip(tested.text, tested.label): assert text.endswith(f"of kind {names[c]}")
 
 
+def test_missing_values_are_counted_on_both_sides(tmp_path):
+    "Nullable columns, as pandas writes them; the test set's rows have an account of their own."
+    def table(name, n):
+        stars, bodies = [i % 2 for i in range(n)], [f"{name} {i}" for i in range(n)]
+        stars[3::10] = [None] * (n // 10)
+        bodies[5::10] = ["<br>"] * (n // 10)
+        bodies[7::10] = [None] * (n // 10)
+        rows = pd.DataFrame(dict(body=bodies, stars=stars))
+        rows.astype({"body": "string", "stars": "Int64"}).to_parquet(tmp_path/name)
+        return str(tmp_path/name)
+    run = begin(tmp_path/"run", "data")
+    corpus = build_corpus(run, table("train.parquet", 100), "body", "stars",
+                          test_source=table("test.parquet", 30))
+    counts = read_json(corpus/"datasheet.json")["counts"]
+    keys = ("read", "null_texts", "null_labels", "empty")
+    assert [counts[k] for k in keys] == [100, 10, 10, 10] and counts["usable"] == 70
+    assert [counts[f"test_{k}"] for k in keys] == [30, 3, 3, 3]
+    assert counts["test"] == len(read_split(corpus, "test")) == 21
+    assert run.metrics["test_null_labels"] == 3
+    alone = build(tmp_path, tmp_path/"train.parquet", "alone")
+    assert "test_read" not in read_json(alone/"datasheet.json")["counts"]
+
+
 def test_declared_names_in_training_and_test(tmp_path):
     "Training declares such names as 1.0; a test set declares another order, or writes 1."
     import pyarrow as pa

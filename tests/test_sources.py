@@ -10,6 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 
 from llmeco_nb import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.sources import as_text, class_of, encode, parse_hub, read_csv, read_json, read_table
-from llmeco_nb.sources import revision, text_ids
+from llmeco_nb.sources import as_text, class_of, encode, is_blank, parse_hub, read_csv, read_json
+from llmeco_nb.sources import read_table, revision, text_ids
 
 frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
 expected = [("A “fine” film, really", 1), ("poor\nfilm", 0), ('so "so"', 0), ("naïve café", 1)]
@@ -119,6 +120,31 @@ def test_nulls_are_dropped_and_counted(tmp_path):
     table = read_table(str(tmp_path/"a.jsonl"))
     assert content(table) == [("a", 1), ("d", 0)]
     assert table.attrs["report"] == {"source": str(tmp_path/"a.jsonl"), "rows_read": 7, "null_texts": 3, "null_labels": 2}
+
+
+@pytest.mark.parametrize("text_type, label_type, labels", [
+    ("string", "Int64", [0, 1, None]), ("string", "boolean", [False, True, None]),
+    ("str", "Float64", [0, 1, None]), ("object", "float64", [0, 1, None]),
+    ("category", "category", ["a", "b", None]), ("string", "string", ["a", "b", None]),
+    ("str", "datetime64[s]", ["2026-01-01", "2026-01-02", None]),
+    ("object", "object", ["a", "b", None])])
+def test_missing_values_of_every_type(tmp_path, text_type, label_type, labels):
+    "Whatever a column's type calls missing is missing, and is counted for its reason."
+    texts = ["one", "two", "three", None, None]
+    frame = pd.DataFrame(dict(text=texts, label=[*labels, labels[0], None]))
+    frame = frame.astype({"text": text_type, "label": label_type})
+    frame.to_parquet(tmp_path/"a.parquet")
+    table = read_table(str(tmp_path/"a.parquet"))
+    assert content(table) == [("one", 0), ("two", 1)] and len(table.attrs["labels"]) == 2
+    counts = table.attrs["report"]
+    assert (counts["rows_read"], counts["null_texts"], counts["null_labels"]) == (5, 2, 1)
+
+
+@pytest.mark.parametrize("value, blank", [
+    (None, True), (pd.NA, True), (pd.NaT, True), (float("nan"), True), (np.float32("nan"), True),
+    (np.datetime64("NaT"), True), ("", True), (" \t\n\u2003", True), ("nan", False), ("NA", False),
+    (0, False), (0.0, False), (False, False), (np.False_, False), ("\u200b", False)])
+def test_what_is_blank(value, blank): assert is_blank(value) is blank
 
 
 def test_class_names_in_parquet(tmp_path):
