@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['short_names', 'citations', 'endings', 'number_text', 'near', 'kind_of', 'local_path', 'packaged', 'parse_hub',
            'text_files', 'hub_commit', 'reading', 'remote', 'fetch', 'revision', 'decode', 'cells', 'tsv_quoting',
-           'read_csv', 'read_json', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_blank', 'is_null',
+           'read_csv', 'read_json', 'frame_of', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_blank',
            'as_text', 'class_of', 'order', 'check_classes', 'class_numbers', 'declared', 'encode', 'text_ids',
            'column_of', 'read_table']
 
@@ -218,6 +218,10 @@ def read_json(text: str, name: str):
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../nbs/04_sources.ipynb #dbb55668
+def frame_of(table):
+    "An Arrow table as a DataFrame; integers beside a null stay integers and become no floats."
+    return table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+
 def read_parquet(data: bytes, name: str):
     "A Parquet file as a DataFrame and its class names by column (`{}` when it carries none). Raises `DataError` when broken."
     import pyarrow as pa
@@ -227,7 +231,7 @@ def read_parquet(data: bytes, name: str):
         raise DataError(f"{name} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again.") from None
     features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = {k: f["names"] for k, f in features.items() if isinstance(f, dict) and f.get("names")}
-    return table.to_pandas(), {k: [str(n) for n in of] for k, of in names.items()}
+    return frame_of(table), {k: [str(n) for n in of] for k, of in names.items()}
 
 def read_hub(source: str):
     "A hub data set as a DataFrame and its class names by column. Raises `MissingError`, or `UsageError` for an unknown split or config."
@@ -241,7 +245,8 @@ def read_hub(source: str):
         except ValueError as e: raise UsageError(f"{source}: {str(e)[:300]}") from None
     if constants.HF_HUB_OFFLINE and any(commit not in f["filename"] for f in data.cache_files):  # offline, any cached version may be served
         raise MissingError(f"{source}: the local cache holds another commit than {commit}. Unset HF_HUB_OFFLINE, or pin the one it holds.")
-    return data.to_pandas(), {k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    names = {k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    return frame_of(data.with_format("arrow")[:]), names
 
 def read_folder(folder: Path):
     "A folder of text files as a DataFrame with `text` and, if it has subfolders of texts, `label`. Raises `DataError` when there are none."
@@ -286,14 +291,10 @@ def read_frame(source: str, unit: str = "line"):
 # %% ../nbs/04_sources.ipynb #2af090e5
 def is_blank(value) -> bool:
     """True for a missing value of any type (None, NaN, NaT, pandas' NA) and for a text of nothing
-    but white space. The word "nan" is a text."""
+    but white space. Words such as "nan", "NA" or "None" are texts."""
     if isinstance(value, str): return not value.strip()
     import pandas as pd
     return bool(pd.isna(value))
-
-def is_null(value) -> bool:
-    "True for what `is_blank` finds blank, and for the word nan."
-    return is_blank(value) or isinstance(value, str) and value.strip().lower() == "nan"
 
 def as_text(value) -> str:
     "A cell as text: a text as it stands, a number of any type without a point if it is whole."
@@ -343,7 +344,7 @@ def declared(values: list,             # Values of a column with declared names,
     """The declared name behind each value: that of an index, and a name itself. None for a null and
     for -1, which is how a `ClassLabel` marks a row without a label. Raises `DataError`."""
     found = {None: None, -1: None}
-    for value in {v for v in values if not is_null(v)} - {-1}:
+    for value in {v for v in values if not is_blank(v)} - {-1}:
         indexed = not isinstance(value, (str, bool)) and value in range(len(names))
         number = int(value) if indexed else None
         if isinstance(value, str): number = class_numbers([value], names)[0]
@@ -353,7 +354,7 @@ def declared(values: list,             # Values of a column with declared names,
                 f"{', '.join(names)[:200]}. Allowed are these names, the integers from 0 to "
                 f"{len(names) - 1}, and -1 for no label. Mend the column or its declaration.")
         found[value] = names[number]
-    return [found[None if is_null(v) else v] for v in values]
+    return [found[None if is_blank(v) else v] for v in values]
 
 def encode(values: list,               # Label values, none of them null
            where: str,                 # How to name the column in an error
@@ -416,7 +417,7 @@ def read_table(source: str,               # Short name, hf:org/name, path, URL o
     values = column_of(frame, source, "label", label) if label else [-1] * len(texts)
     if label in names:
         values = declared(values, names[label], f"The column `{label}` of {source}")
-    usable = [(str(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_null(v)]
+    usable = [(as_text(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_blank(v)]
     blank = sum(map(is_blank, texts))
     report = {"source": source, "rows_read": len(texts), "null_texts": blank, "null_labels": len(texts) - blank - len(usable)}
     if not usable:

@@ -103,6 +103,54 @@ def test_text_is_kept_as_it_stands(tmp_path):
     assert read_table(str(tmp_path/"a.csv")).text.tolist() == ["NA", "null", "007", " 1.50 "]
 
 
+null_words = ["None", "NULL", "<NA>", "NA", "nan", "NaN", "null", "N/A", "-", "inf"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+def test_words_for_nothing_are_words(tmp_path, ending):
+    "As texts and as classes alike; what is missing is an empty cell, and nothing else."
+    rows = pd.DataFrame(dict(text=[*null_words, "", "rest"], label=[*null_words, "a", ""]))
+    path = tmp_path/f"a{ending}"
+    if ending == ".parquet": rows.to_parquet(path)
+    elif ending.startswith(".json"): rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    else: rows.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    table = read_table(str(path))
+    assert table.text.tolist() == [table.attrs["labels"][c] for c in table.label] == null_words
+    assert table.attrs["labels"] == sorted(null_words)
+    counts = table.attrs["report"]
+    assert (counts["rows_read"], counts["null_texts"], counts["null_labels"]) == (12, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "float64", "Float64", "object", "category", "string"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".json", ".parquet"])
+def test_a_missing_value_leaves_the_numbers_as_they_are(tmp_path, ending, dtype):
+    "10043 stays 10043 beside a missing text, whatever a column with a gap is turned into."
+    from llmeco_nb.stream import stream_texts
+    numbers = [10043, None, 7, 2**53 - 1]
+    if dtype == "string": numbers = [None if n is None else str(n) for n in numbers]
+    rows = pd.DataFrame(dict(text=pd.Series(numbers, dtype=dtype), label=["a", "b", "a", "b"]))
+    path = tmp_path/f"a{ending}"
+    if ending == ".parquet": rows.to_parquet(path)
+    elif ending == ".csv": rows.to_csv(path, index=False)
+    else: rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    table, streamed = read_table(str(path)), [t for t in stream_texts(str(path)) if t]
+    pointed = ending == ".csv" and dtype in ("float64", "Float64")   # as the file says
+    assert table.text.tolist() == streamed
+    assert streamed == [f"{n}{'.0' * pointed}" for n in numbers if n is not None]
+    assert table.attrs["report"]["null_texts"] == 1
+
+
+def test_integers_beside_nulls_in_parquet(tmp_path):
+    "Plain Arrow columns, without what pandas writes of types; a float could not hold the first."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    numbers = pa.array([2**53 + 1, None, 10043], "int64")
+    pq.write_table(pa.table(dict(text=numbers, label=numbers)), tmp_path/"a.parquet")
+    table = read_table(str(tmp_path/"a.parquet"))
+    assert table.text.tolist() == ["9007199254740993", "10043"]
+    assert table.attrs["labels"] == ["10043", "9007199254740993"]
+
+
 def test_semicolons_and_other_columns(tmp_path):
     (tmp_path/"a.csv").write_text("id;stars;body\n1;5;Lovely, warm\n2;1;Dull, cold\n")
     assert content(read_table(str(tmp_path/"a.csv"), text="body", label="stars")) == [("Lovely, warm", 1), ("Dull, cold", 0)]
@@ -220,7 +268,8 @@ def test_a_value_outside_the_declaration(tmp_path, odd, dtype, shown):
 
 @pytest.mark.parametrize("names", [
     ["1.0", "2.0", "3.0", "4.0", "5.0"], ["5.0", "4.0", "3.0", "2.0", "1.0"], ["1.0", "0.0"],
-    ["2.0", "0.0", "1.0"], [" b", "a "], ["01", "1"], ["1.0", "1"], ["True", "False"]])
+    ["2.0", "0.0", "1.0"], [" b", "a "], ["01", "1"], ["1.0", "1"], ["True", "False"],
+    ["nan", "None"]])
 def test_declared_names_are_kept_as_declared(tmp_path, names):
     "Whatever the names look like: each row keeps the name at its index, and the order stays."
     labels = [i % len(names) for i in range(20)]
@@ -494,6 +543,11 @@ def test_class_names_of_the_hub(hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, revision: answer)
     table = read_table("hf:org/films")
     assert content(table) == [("a", 1), ("b", 0)] and table.attrs["labels"] == ["sad", "glad"]
+    gaps = {"text": [10043, None, 7], "label": [1, 0, None]}
+    features["text"] = datasets.Value("int64")
+    answer = datasets.Dataset.from_dict(gaps, features=features)
+    with pytest.raises(DataError, match="single value, 'glad'"): read_table("hf:org/films")
+    assert read_table("hf:org/films", label="").text.tolist() == ["10043", "7"]
     assert parse_hub("hf:imdb") == {"name": "imdb", "revision": "", "split": "", "config": ""}
 
 
