@@ -265,7 +265,10 @@ def build_corpus(record: Record,            # Where the corpus goes: its artifac
     table, copies = drop_duplicates(table)
     official, leaks = None, 0
     if test_source:
-        official, _ = clean_table(read_table(test_source, text, label if labels else "", labels or None), lines)
+        official = read_table(test_source, text, label if labels else "", labels or None)
+        tested, filled = official.attrs["report"], len(official)
+        official, _ = clean_table(official, lines)
+        tested["empty"] = filled - len(official)
         table, leaks = yield_to(table, official)
     removed = {"null_texts": read["null_texts"], "null_labels": read["null_labels"], "empty": empty,
                "duplicates": copies["duplicates"], "conflicts": copies["conflicts"], "leaks": leaks}
@@ -277,6 +280,9 @@ def build_corpus(record: Record,            # Where the corpus goes: its artifac
     if rows is not None: parts = take(parts, rows, validation, test)
     counts = {"read": read["rows_read"], **removed, "usable": len(table), **{s: len(p) for s, p in parts.items()},
               "classes": len(labels), "overlap": overlap(parts)}
+    if test_source:
+        counts["test_read"] = tested["rows_read"]
+        counts |= {f"test_{why}": tested[why] for why in ("null_texts", "null_labels", "empty")}
     balance = {s: {str(c): int(n) for c, n in p.label.value_counts().sort_index().items()} for s, p in parts.items()}
     datasheet = {"source": public_name(source), "revision": revision(source), "about": citations.get(source, ""),
                  "test_source": public_name(test_source), "test_revision": revision(test_source), "text": text, "label": label, "lines": lines,

@@ -114,9 +114,16 @@ class Instance:
 
 # %% ../nbs/00c_house.ipynb #af01c26f
 def read_yaml(path: Path) -> dict:
-    "A YAML file that holds a mapping (or nothing). Raises `MissingError` or `UsageError` naming file and line."
+    """A YAML file that holds a mapping (or nothing). Keys and values are the texts as written, also
+    where they look like numbers, dates or truth values; only an empty value, `~` and `null` are
+    None. Raises `MissingError` or `UsageError` naming file and line."""
     import yaml
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kept = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
+    class AsWritten(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, form) for tag, form in known if tag in kept]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    try: found = yaml.load(path.read_text(encoding="utf-8"), AsWritten)
     except FileNotFoundError: raise MissingError(f"There is no file {path}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}.") from None
     if found is None: return {}

@@ -160,6 +160,7 @@ def _to_bool(v):
 
 def _to_str(v):
     if v is None or isinstance(v, (list, dict)): raise ValueError("a text is wanted")
+    if isinstance(v, bool): raise ValueError("a text is wanted; put it in quotes")
     return str(v)
 
 _scalars = dict(int=_to_int, float=_to_float, bool=_to_bool, str=_to_str)

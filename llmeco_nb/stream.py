@@ -21,7 +21,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .core import DataError, UsageError
-from .sources import column_of, decode, endings, is_blank, kind_of, local_path, near, packaged, read_table, reading, remote, tsv_quoting
+from .sources import as_text, column_of, decode, endings, is_blank, kind_of, local_path
+from .sources import near, packaged, read_table, reading, remote, tsv_quoting
 
 # %% ../nbs/04f_stream.ipynb #fcc12a68
 @contextmanager
@@ -94,7 +95,7 @@ def column_texts(rows: Iterator[list[str]], source: str, column: str, where: dic
 def one_text(value, source: str, column: str) -> str:
     "A cell as text; '' for nothing. Raises `DataError` for a list or an object."
     if value is not None and hasattr(value, "__len__") and not isinstance(value, str): raise DataError(f"The column `{column}` of {source} holds such values as {str(value)[:60]}; each row needs one text.")
-    return "" if is_blank(value) else str(value)
+    return "" if is_blank(value) else as_text(value)
 
 def json_texts(source: str, column: str) -> Iterator[str]:
     "The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read whole."

@@ -229,6 +229,69 @@ def test_an_official_test_set(tmp_path):
     with pytest.raises(DataError, match="Nothing of .* is left of .*leaks took 60"): build(tmp_path, source, test_source=str(source))
 
 
+def test_a_class_that_training_lacks(tmp_path):
+    "Training has classes 0, 1, 2 and 4. Class 3 of the test set must not become index 3, class 4."
+    def table(name, classes, n):
+        chosen = [classes[i % len(classes)] for i in range(n)]
+        bodies = [f"{name}: thing {i} of kind {c}" for i, c in enumerate(chosen)]
+        pd.DataFrame(dict(body=bodies, stars=chosen)).to_csv(tmp_path/name, index=False)
+        return str(tmp_path/name)
+    train = table("train.csv", [0, 1, 2, 4], 80)
+    said = ("`stars` of .*strange.csv has classes that are not known here: 3. "
+            "Known are 0, 1, 2, 4. .*training data")
+    with pytest.raises(DataError, match=said):
+        build(tmp_path, train, test_source=table("strange.csv", [0, 1, 2, 3], 20))
+    corpus = build(tmp_path, train, test_source=table("fine.csv", [0, 1, 4], 21))
+    names, tested = label_names(corpus), read_split(corpus, "test")
+    assert names == ["0", "1", "2", "4"] and sorted(set(tested.label)) == [0, 1, 3]
+    for text, c in zip(tested.text, tested.label): assert text.endswith(f"of kind {names[c]}")
+
+
+def test_missing_values_are_counted_on_both_sides(tmp_path):
+    "Nullable columns, as pandas writes them; the test set's rows have an account of their own."
+    def table(name, n):
+        stars, bodies = [i % 2 for i in range(n)], [f"{name} {i}" for i in range(n)]
+        stars[3::10] = [None] * (n // 10)
+        bodies[5::10] = ["<br>"] * (n // 10)
+        bodies[7::10] = [None] * (n // 10)
+        rows = pd.DataFrame(dict(body=bodies, stars=stars))
+        rows.astype({"body": "string", "stars": "Int64"}).to_parquet(tmp_path/name)
+        return str(tmp_path/name)
+    run = begin(tmp_path/"run", "data")
+    corpus = build_corpus(run, table("train.parquet", 100), "body", "stars",
+                          test_source=table("test.parquet", 30))
+    counts = read_json(corpus/"datasheet.json")["counts"]
+    keys = ("read", "null_texts", "null_labels", "empty")
+    assert [counts[k] for k in keys] == [100, 10, 10, 10] and counts["usable"] == 70
+    assert [counts[f"test_{k}"] for k in keys] == [30, 3, 3, 3]
+    assert counts["test"] == len(read_split(corpus, "test")) == 21
+    assert run.metrics["test_null_labels"] == 3
+    alone = build(tmp_path, tmp_path/"train.parquet", "alone")
+    assert "test_read" not in read_json(alone/"datasheet.json")["counts"]
+
+
+def test_declared_names_in_training_and_test(tmp_path):
+    "Training declares such names as 1.0; a test set declares another order, or writes 1."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    def table(name, declared, values):
+        bodies = [f"{name} {i}: {v} stars" for i, v in enumerate(values)]
+        rows = pa.table({"body": bodies, "stars": [declared.index(v) for v in values]})
+        features = {"stars": {"names": declared, "_type": "ClassLabel"}}
+        said = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(rows.replace_schema_metadata(said), tmp_path/name)
+        return str(tmp_path/name)
+    train = table("train.parquet", ["3.0", "1.0", "2.0"], ["1.0", "2.0", "3.0"] * 20)
+    other = table("other.parquet", ["2.0", "3.0", "1.0"], ["1.0", "3.0", "2.0"] * 3)
+    (tmp_path/"plain.csv").write_text("body,stars\nplain: 3,3\nplain: 2,2\nplain: 1,1\n")
+    for k, test in enumerate([other, str(tmp_path/"plain.csv")]):
+        corpus = build(tmp_path, train, f"run-{k}", test_source=test)
+        assert label_names(corpus) == ["3.0", "1.0", "2.0"]
+        for rows in splits(corpus).values():
+            for text, c in zip(rows.text, rows.label):
+                assert f": {label_names(corpus)[c].removesuffix('.0')}" in text
+
+
 def test_text_without_labels(tmp_path):
     (tmp_path/"prose.txt").write_text("\n".join(f"Sentence number {i}." for i in range(40)))
     corpus = build_corpus(begin(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))

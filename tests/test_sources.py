@@ -10,6 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from llmeco_nb import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.sources import encode, parse_hub, read_csv, read_json, read_table, revision, text_ids
+from llmeco_nb.sources import as_text, class_of, encode, is_blank, parse_hub, read_csv, read_json
+from llmeco_nb.sources import read_table, revision, text_ids
 
 frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
 expected = [("A “fine” film, really", 1), ("poor\nfilm", 0), ('so "so"', 0), ("naïve café", 1)]
@@ -101,6 +103,54 @@ def test_text_is_kept_as_it_stands(tmp_path):
     assert read_table(str(tmp_path/"a.csv")).text.tolist() == ["NA", "null", "007", " 1.50 "]
 
 
+null_words = ["None", "NULL", "<NA>", "NA", "nan", "NaN", "null", "N/A", "-", "inf"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+def test_words_for_nothing_are_words(tmp_path, ending):
+    "As texts and as classes alike; what is missing is an empty cell, and nothing else."
+    rows = pd.DataFrame(dict(text=[*null_words, "", "rest"], label=[*null_words, "a", ""]))
+    path = tmp_path/f"a{ending}"
+    if ending == ".parquet": rows.to_parquet(path)
+    elif ending.startswith(".json"): rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    else: rows.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    table = read_table(str(path))
+    assert table.text.tolist() == [table.attrs["labels"][c] for c in table.label] == null_words
+    assert table.attrs["labels"] == sorted(null_words)
+    counts = table.attrs["report"]
+    assert (counts["rows_read"], counts["null_texts"], counts["null_labels"]) == (12, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "float64", "Float64", "object", "category", "string"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".json", ".parquet"])
+def test_a_missing_value_leaves_the_numbers_as_they_are(tmp_path, ending, dtype):
+    "10043 stays 10043 beside a missing text, whatever a column with a gap is turned into."
+    from llmeco_nb.stream import stream_texts
+    numbers = [10043, None, 7, 2**53 - 1]
+    if dtype == "string": numbers = [None if n is None else str(n) for n in numbers]
+    rows = pd.DataFrame(dict(text=pd.Series(numbers, dtype=dtype), label=["a", "b", "a", "b"]))
+    path = tmp_path/f"a{ending}"
+    if ending == ".parquet": rows.to_parquet(path)
+    elif ending == ".csv": rows.to_csv(path, index=False)
+    else: rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    table, streamed = read_table(str(path)), [t for t in stream_texts(str(path)) if t]
+    pointed = ending == ".csv" and dtype in ("float64", "Float64")   # as the file says
+    assert table.text.tolist() == streamed
+    assert streamed == [f"{n}{'.0' * pointed}" for n in numbers if n is not None]
+    assert table.attrs["report"]["null_texts"] == 1
+
+
+def test_integers_beside_nulls_in_parquet(tmp_path):
+    "Plain Arrow columns, without what pandas writes of types; a float could not hold the first."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    numbers = pa.array([2**53 + 1, None, 10043], "int64")
+    pq.write_table(pa.table(dict(text=numbers, label=numbers)), tmp_path/"a.parquet")
+    table = read_table(str(tmp_path/"a.parquet"))
+    assert table.text.tolist() == ["9007199254740993", "10043"]
+    assert table.attrs["labels"] == ["10043", "9007199254740993"]
+
+
 def test_semicolons_and_other_columns(tmp_path):
     (tmp_path/"a.csv").write_text("id;stars;body\n1;5;Lovely, warm\n2;1;Dull, cold\n")
     assert content(read_table(str(tmp_path/"a.csv"), text="body", label="stars")) == [("Lovely, warm", 1), ("Dull, cold", 0)]
@@ -118,6 +168,31 @@ def test_nulls_are_dropped_and_counted(tmp_path):
     table = read_table(str(tmp_path/"a.jsonl"))
     assert content(table) == [("a", 1), ("d", 0)]
     assert table.attrs["report"] == {"source": str(tmp_path/"a.jsonl"), "rows_read": 7, "null_texts": 3, "null_labels": 2}
+
+
+@pytest.mark.parametrize("text_type, label_type, labels", [
+    ("string", "Int64", [0, 1, None]), ("string", "boolean", [False, True, None]),
+    ("str", "Float64", [0, 1, None]), ("object", "float64", [0, 1, None]),
+    ("category", "category", ["a", "b", None]), ("string", "string", ["a", "b", None]),
+    ("str", "datetime64[s]", ["2026-01-01", "2026-01-02", None]),
+    ("object", "object", ["a", "b", None])])
+def test_missing_values_of_every_type(tmp_path, text_type, label_type, labels):
+    "Whatever a column's type calls missing is missing, and is counted for its reason."
+    texts = ["one", "two", "three", None, None]
+    frame = pd.DataFrame(dict(text=texts, label=[*labels, labels[0], None]))
+    frame = frame.astype({"text": text_type, "label": label_type})
+    frame.to_parquet(tmp_path/"a.parquet")
+    table = read_table(str(tmp_path/"a.parquet"))
+    assert content(table) == [("one", 0), ("two", 1)] and len(table.attrs["labels"]) == 2
+    counts = table.attrs["report"]
+    assert (counts["rows_read"], counts["null_texts"], counts["null_labels"]) == (5, 2, 1)
+
+
+@pytest.mark.parametrize("value, blank", [
+    (None, True), (pd.NA, True), (pd.NaT, True), (float("nan"), True), (np.float32("nan"), True),
+    (np.datetime64("NaT"), True), ("", True), (" \t\n\u2003", True), ("nan", False), ("NA", False),
+    (0, False), (0.0, False), (False, False), (np.False_, False), ("\u200b", False)])
+def test_what_is_blank(value, blank): assert is_blank(value) is blank
 
 
 def test_class_names_in_parquet(tmp_path):
@@ -140,9 +215,117 @@ def test_order_of_classes(values, names): assert encode(values, "x")[1] == names
 
 def test_known_classes():
     known = ["negative", "positive"]
-    assert encode(["positive"], "x", known) == ([1], known) and encode([1, 0, 1], "x", known) == ([1, 0, 1], known)
-    assert encode(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]      # a name goes before a number
+    assert encode(["positive"], "x", known) == ([1], known)
+    assert encode(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]
     with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"): encode([1, 2], "x", known)
+
+
+@pytest.mark.parametrize("value, known", [
+    ("3", ["0", "1", "2", "4"]), (3, ["0", "1", "2", "4"]), (3.0, ["0", "1", "2", "4"]),
+    ("0", ["1", "2"]), ("1", ["-1", "0"]), ("2", ["1.5", "2.5", "3.5"]),
+    (1, ["negative", "positive"]), (0, ["a", "b"]), (True, ["0", "1"])])
+def test_a_class_is_a_name_and_never_an_index(value, known):
+    "Each of these values is an index into the list of names, and none of them is in the list."
+    shown = str(value).removesuffix(".0")
+    with pytest.raises(DataError, match=f"not known here: {shown}. Known are {', '.join(known)}"):
+        encode([value], "x", known)
+
+
+def class_label_file(path: Path, labels: list, names: list, dtype="int64") -> Path:
+    "A Parquet file whose metadata declare a `ClassLabel`, as Hugging Face's tools write it."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    features = {"label": {"names": names, "_type": "ClassLabel"},
+                "text": {"dtype": "string", "_type": "Value"}}
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    texts = [f"text {i}" for i in range(len(labels))]
+    table = pa.table({"text": texts, "label": pa.array(labels, dtype)})
+    pq.write_table(table.replace_schema_metadata(said), path)
+    return path
+
+
+@pytest.mark.parametrize("labels, dtype", [
+    ([1, 0, None], "int64"), ([1.0, 0.0, None], "float64"), ([1, 0, -1], "int8"),
+    (["glad", "sad", None], "string")])
+def test_declared_names_replace_indices(tmp_path, labels, dtype):
+    file = class_label_file(tmp_path/"a.parquet", labels, ["sad", "glad"], dtype)
+    table = read_table(str(file))
+    assert content(table) == [("text 0", 1), ("text 1", 0)]
+    assert table.attrs["labels"] == ["sad", "glad"] and table.attrs["report"]["null_labels"] == 1
+
+
+@pytest.mark.parametrize("odd, dtype, shown", [
+    (3, "int64", "3"), (-2, "int64", "-2"), (0.5, "float64", "0.5"), ("angry", "string", "'angry'"),
+    ("0", "string", "'0'"), (True, "bool", "True")])
+def test_a_value_outside_the_declaration(tmp_path, odd, dtype, shown):
+    "It is not dropped as if it had no label, not rounded, and a text is not taken for an index."
+    usual = {"string": ["sad", "glad"], "bool": [True, True]}.get(dtype, [0, 1])
+    names = ["sad", "glad", "never"]
+    file = class_label_file(tmp_path/"a.parquet", [*usual, odd], names, dtype)
+    said = f"`label` of .*a.parquet holds {shown}, .*3 classes.*sad, glad, never.*from 0 to 2"
+    with pytest.raises(DataError, match=said): read_table(str(file))
+
+
+@pytest.mark.parametrize("names", [
+    ["1.0", "2.0", "3.0", "4.0", "5.0"], ["5.0", "4.0", "3.0", "2.0", "1.0"], ["1.0", "0.0"],
+    ["2.0", "0.0", "1.0"], [" b", "a "], ["01", "1"], ["1.0", "1"], ["True", "False"],
+    ["nan", "None"]])
+def test_declared_names_are_kept_as_declared(tmp_path, names):
+    "Whatever the names look like: each row keeps the name at its index, and the order stays."
+    labels = [i % len(names) for i in range(20)]
+    table = read_table(str(class_label_file(tmp_path/"a.parquet", labels, names)))
+    assert table.attrs["labels"] == names and table.label.tolist() == labels
+
+
+def written_as(folder: Path, kind: str) -> str:
+    "A table of the classes 2, 0 and 1, in this order, in a file that writes them its own way."
+    if kind == "declared":
+        return str(class_label_file(folder/"a.parquet", [1, 0, 2], ["0", "2", "1.0"]))
+    frame = pd.DataFrame(dict(text=["a", "b", "c"], label=[2, 0, 1]))
+    if kind == "csv": frame.to_csv(folder/"a.csv", index=False)
+    elif kind == "csv with points":
+        frame.astype({"label": float}).to_csv(folder/"a.csv", index=False)
+    elif kind == "json": frame.to_json(folder/"a.json", orient="records")
+    elif kind == "mixed":
+        rows = [json.dumps(dict(text="t", label=v)) for v in [2.0, "0", 1, "2", 2, "2.0"]]
+        (folder/"a.jsonl").write_text("\n".join(rows))
+    else: frame.astype({"label": kind}).to_parquet(folder/"a.parquet")
+    return str(next(folder.glob("a.*")))
+
+
+@pytest.mark.parametrize("kind", [
+    "csv", "csv with points", "json", "mixed", "declared", "int8", "uint64", "float32", "float64",
+    "Int64", "Float64", "category", "str"])
+def test_one_class_in_every_type(tmp_path, kind):
+    "The value 1 means the class named 1.0, or 1, however a file writes it."
+    file = written_as(tmp_path, kind)
+    for known in (["2.0", "0.0", "1.0"], ["2", "0", "1"]):
+        table = read_table(file, labels=known)
+        assert table.label.tolist() == [0, 1, 2, 0, 0, 0][:len(table)]
+        assert table.attrs["labels"] == known
+    alone = read_table(file)
+    found = [class_of(alone.attrs["labels"][c]) for c in alone.label]
+    assert found == ["2", "0", "1", "2", "2", "2"][:len(alone)]
+
+
+@pytest.mark.parametrize("value, text", [
+    (1, "1"), (1.0, "1"), (1.5, "1.5"), (-3.0, "-3"), ("1.0", "1.0"), (" a ", " a "),
+    (True, "True"), (10043.0, "10043"), (2**53 + 1, "9007199254740993"), (1e300, "1e+300"),
+    (float("inf"), "inf")])
+def test_a_value_as_text(value, text):
+    "The same for Python's types and for numpy's scalars."
+    numpy_scalar = pd.Series([value]).to_numpy()[0]
+    assert as_text(value) == as_text(numpy_scalar) == text
+
+
+def test_a_test_set_without_names(tmp_path):
+    "The packaged reviews declare names; a file of integers does not say what they mean."
+    (tmp_path/"test.csv").write_text("text,label\ngood,1\nbad,0\n")
+    names = read_table("imdb").attrs["labels"]
+    said = "test.csv has .* not known here: 0, 1. Known are negative, .*into the column"
+    with pytest.raises(DataError, match=said): read_table(str(tmp_path/"test.csv"), labels=names)
+    other = class_label_file(tmp_path/"test.parquet", [0, 1], ["positive", "negative"])
+    assert read_table(str(other), labels=names).label.tolist() == [1, 0]      # by name, not index
 
 
 def test_how_many_classes():
@@ -360,6 +543,11 @@ def test_class_names_of_the_hub(hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, revision: answer)
     table = read_table("hf:org/films")
     assert content(table) == [("a", 1), ("b", 0)] and table.attrs["labels"] == ["sad", "glad"]
+    gaps = {"text": [10043, None, 7], "label": [1, 0, None]}
+    features["text"] = datasets.Value("int64")
+    answer = datasets.Dataset.from_dict(gaps, features=features)
+    with pytest.raises(DataError, match="single value, 'glad'"): read_table("hf:org/films")
+    assert read_table("hf:org/films", label="").text.tolist() == ["10043", "7"]
     assert parse_hub("hf:imdb") == {"name": "imdb", "revision": "", "split": "", "config": ""}
 
 
