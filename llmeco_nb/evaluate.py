@@ -25,6 +25,7 @@ from .core import write_json
 from .data import label_names
 from .data import read_split
 from .data import small_corpus
+from .data import split_names
 from .finetune import labelled_subset
 from .finetune import predictions_table
 from .linear import LinearText
@@ -120,15 +121,17 @@ def fit_baselines(record: Record,       # Told progress and seconds
     import pandas as pd
     unknown = [m for m in models if m not in recipes]
     if unknown or not models: raise UsageError(f"There is no baseline {', '.join(unknown) or 'in an empty list'}; there are {', '.join(recipes)}.")
-    everything, begun = pd.concat([splits[s] for s in ("train", "validation", "test")], ignore_index=True), time.perf_counter()
-    texts, y, n = everything.text.tolist(), everything.label.to_numpy(), [len(splits[s]) for s in ("train", "validation")]
+    begun = time.perf_counter()
+    everything = pd.concat([splits[s] for s in split_names], ignore_index=True)
+    split = np.repeat(split_names, [len(splits[s]) for s in split_names])    # of every row
+    texts, y = everything.text.tolist(), everything.label.to_numpy()
     counted = {}
     for i, analyzer in enumerate(sorted({b.analyzer for m in models for b in recipes[m][1]})):
         counted[analyzer] = count(texts, next(b for m in models for b in recipes[m][1] if b.analyzer == analyzer))
         record.progress(i + 1, 2 + len(sizes)*len(models), "steps")
     record.log(model="counting n-grams", labels=len(everything), seconds=time.perf_counter() - begun)
-    place = dict(zip(splits["train"].id, range(n[0])))
-    validation, others = np.arange(n[0], sum(n)), np.arange(n[0], len(everything))
+    place = dict(zip(splits["train"].id, np.flatnonzero(split == "train")))
+    validation, others = np.flatnonzero(split == "validation"), np.flatnonzero(split != "train")
     for i, (size, name) in enumerate((s, m) for s in sizes for m in models):
         begun = time.perf_counter()
         train = np.array([place[one] for one in labelled_subset(splits["train"], size, seed).id])
@@ -136,7 +139,9 @@ def fit_baselines(record: Record,       # Told progress and seconds
         p = softmax(model.scale*scores).astype(np.float32)
         record.log(model=name, labels=size, seconds=time.perf_counter() - begun, **model.about["settings"])
         record.progress(3 + i, 2 + len(sizes)*len(models), "steps")
-        yield model, pd.concat([predictions_table("validation", splits["validation"], p[:n[1]], name, size), predictions_table("test", splits["test"], p[n[1]:], name, size)], ignore_index=True)
+        answers = {s: p[split[others] == s] for s in ("validation", "test")}
+        tables = [predictions_table(s, splits[s], q, name, size) for s, q in answers.items()]
+        yield model, pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/30_evaluate.ipynb #6a400ecc
 def summary_text(rows: list[dict], sizes: list[int], items: int, best: dict) -> str:
@@ -192,7 +197,8 @@ def evaluate_models(record: Record,              # Gets the artifacts table and 
         if size not in sizes: continue
         name = f"{model.name}-{size}"
         model.save(saved/name)
-        probe, expected = splits["validation"].text.tolist()[:50], answered.filter(like="score_").to_numpy()[:len(splits["validation"])][:50]
+        expected = answered[answered.split == "validation"].head(50).filter(like="score_").to_numpy()
+        probe = splits["validation"].text.tolist()[:len(expected)]
         difference = max(difference, float(np.abs(LinearText.load(saved/name).probabilities(probe) - expected).max()))
         index.append(dict(folder=name, model=model.name, labels=size, validation_accuracy=model.about["validation_accuracy"]))
     if not difference < 1e-4: raise DataError(f"A saved baseline gives probabilities that differ by {difference:.2g} from those that were measured.")

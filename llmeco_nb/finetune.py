@@ -48,6 +48,7 @@ def shorten(ids: list[int],  # Token ids of a text, special tokens included
 
 def encode(tokenizer, texts: list[str], tokens: int, head: int = 25) -> tuple[list[list[int]], list[int]]:
     "Token ids of each text, shortened; and the lengths before that."
+    if not texts: return [], []    # the tokenizer refuses an empty list
     full = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     return [shorten(ids, tokens, head) for ids in full], [len(ids) for ids in full]
 
@@ -313,7 +314,8 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     table.to_parquet(record.artifact("predictions"), index=False)
     save_classifier(optimiser.finish(), tokenizer, record.artifact("classifier"), tokens, head)
     scores = {s: report(t.label, t.predicted, len(names)) for s, t in table.groupby("split")}
-    agreement = reopened(record.artifact("classifier"), coded["validation"][:32], table.iloc[:32])
+    sample = table[table.split == "validation"].head(32)
+    agreement = reopened(record.artifact("classifier"), coded["validation"][:len(sample)], sample)
     record.save_metrics(accuracy_test=scores.get("test", scores["validation"])["accuracy"], accuracy_validation=scores["validation"]["accuracy"], macro_f1=scores.get("test", scores["validation"])["macro_f1"],
                         labels=len(target), seconds=round(time.monotonic() - begun, 1), training_s=round(result["seconds"], 1), predicting_s=round(predicting, 1), parameters=sum(p.numel() for p in model.parameters()),
                         examples_per_s=round(result["steps"] * batch / result["seconds"], 2), predicted_per_s=round(len(table) / predicting, 1), steps=result["steps"], best_step=result["best_step"], stopped_early=result["stopped"],

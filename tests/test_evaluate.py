@@ -190,11 +190,14 @@ def test_record_says_what_was_measured(compared):
         model = LinearText.load(record.artifact("baselines")/entry["folder"])
         assert (model.name, model.about["labels"]) == (entry["model"], entry["labels"]) and model.parameters == by[entry["model"], entry["labels"]]["parameters"]
 
-def test_saved_baselines_give_the_stored_answers(compared, stars):
-    answers, tests = pd.read_parquet(compared[0].artifact("table")/"predictions.parquet"), read_split(stars, "test")
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_saved_baselines_give_the_stored_answers(compared, stars, split):
+    answers, rows = pd.read_parquet(compared[0].artifact("table")/"predictions.parquet"), read_split(stars, split)
     for name in recipes:
-        stored = answers[(answers.split == "test") & (answers.model == name) & (answers.labels == 100)].set_index("id").loc[tests.id].filter(like="score_").to_numpy()
-        assert np.abs(LinearText.load(compared[0].artifact("baselines")/f"{name}-100").probabilities(tests.text.tolist()) - stored).max() < 1e-5
+        mine = answers[(answers.split == split) & (answers.model == name) & (answers.labels == 100)]
+        stored = mine.set_index("id").loc[rows.id].filter(like="score_").to_numpy()
+        model = LinearText.load(compared[0].artifact("baselines")/f"{name}-100")
+        assert np.abs(model.probabilities(rows.text.tolist()) - stored).max() < 1e-5
 
 def test_two_runs_give_the_same_bytes(compared):
     for artifact in ("table", "baselines"): assert sha256_of(compared[0].artifact(artifact)) == sha256_of(compared[1].artifact(artifact))

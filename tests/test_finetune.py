@@ -179,6 +179,23 @@ def test_another_family_works_too(corpus, tmp_path):
     assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
 
 
+@pytest.mark.parametrize("texts", [1, 6, 31, 32, 33])
+def test_few_validation_texts_are_enough(tmp_path, texts):
+    "What is read back is held against the validation answers alone, however few there are."
+    corpus, record = made(tmp_path/"small", train=12, validation=texts, test=40), begin(tmp_path/"r", "finetune")
+    fine_tune(record, corpus, **{**SMALL, "epochs": 1, "evaluations": 1})
+    assert record.metrics["reopened_agrees"] == 1 and record.metrics["reopened_difference"] < 0.05
+    table = pd.read_parquet(record.artifact("predictions"))
+    assert table.split.value_counts().to_dict() == {"validation": texts, "test": 40}
+
+
+def test_a_corpus_without_test_texts_is_enough(tmp_path):
+    record = begin(tmp_path/"r", "finetune")
+    fine_tune(record, made(tmp_path/"small", train=12, validation=6, test=0), **{**SMALL, "epochs": 1})
+    assert record.metrics["accuracy_test"] == record.metrics["accuracy_validation"]
+    assert set(pd.read_parquet(record.artifact("predictions")).split) == {"validation"}
+
+
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     def attempt(corpus=corpus, **more): return fine_tune(begin(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
     with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
