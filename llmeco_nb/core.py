@@ -6,7 +6,7 @@
 __all__ = ['keep', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError', 'ExportError',
            'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of', 'sha256_text',
            'lock', 'runs_dir', 'scratch', 'Record', 'begin', 'open_record', 'seed_everything', 'figure_style',
-           'keep_figure']
+           'keep_figure', 'plain_text']
 
 # %% ../nbs/00_core.ipynb #e6726ea3
 import errno
@@ -268,3 +268,11 @@ def keep_figure(fig, record: Record, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder/f"{name}.png", metadata={"Software": None})
     return folder/f"{name}.png"
+
+# %% ../nbs/00_core.ipynb #4f275dd2
+def plain_text(label) -> str:
+    """A label for matplotlib that is drawn as the text it is, whatever a user put into it.
+
+    Without it `$` begins a formula, and a line whose label begins with `_` has no place in a legend."""
+    text = str(label).replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text      # a space of zero width

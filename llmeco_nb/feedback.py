@@ -149,6 +149,9 @@ def interact(record: Record, corpus: str, champion: str, corrections: int = 20, 
         champion = str(small_bundle())
     names, rows = label_names(corpus), read_split(corpus, "validation")
     rows = rows[rows.text.str.len().between(1, 20_000)]
+    if not len(rows):
+        raise DataError(f"{corpus} has no validation text of 1 to 20,000 characters, and the server takes "
+                        "no other. Build the corpus with validation=0.1, or from shorter texts.")
     question, begun = rows.text.iloc[0], time.monotonic()
     with serving(champion, database) as address:
         client = Client(address, author)

@@ -81,11 +81,19 @@ def refit_linear(model: LinearText, corpus: str | Path, corrections, seed: int =
     corrected = set(corrections.text.map(fold))
     known = labelled_subset(read_split(corpus, "train"), model.about["labels"], model.about.get("seed", seed))
     validation = read_split(corpus, "validation")
-    validation = validation[~validation.text.map(fold).isin(corrected)]
+    left = validation[~validation.text.map(fold).isin(corrected)]
+    settings = None if len(left) else model.about["settings"]
+    validation = left if len(left) else validation
     every = pd.concat([known, corrections, validation], ignore_index=True)
     n, texts = len(known) + len(corrections), every.text.tolist()
     counted = {bag.analyzer: count(texts, bag) for bag in recipes[model.name][1]}
-    return fit(model.name, counted, every.label.to_numpy(), np.arange(n), np.arange(n, len(every)), np.arange(0), model.classes, model.about.get("seed", seed))[0]
+    y, train, chosen_by = every.label.to_numpy(), np.arange(n), np.arange(n, len(every))
+    seed = model.about.get("seed", seed)
+    refitted, _ = fit(model.name, counted, y, train, chosen_by, np.arange(0), model.classes, seed, settings)
+    if not len(left):    # what it was trained on can neither choose nor measure
+        refitted.scale = model.scale
+        refitted.about |= dict(validation_accuracy=None, validation_loss=None, validation_items=0)
+    return refitted
 
 # %% ../nbs/51_improve.ipynb #e1ce4f3b
 def refit_encoder(record: Record, source: str | Path, corpus: str | Path, corrections, labels: int, at: Path,

@@ -230,7 +230,8 @@ recipes = {  # name -> title, bags, values of C, values of beta
 }
 
 def solve(name: str, x, positive, C: float, seed: int) -> tuple[np.ndarray, float]:
-    "Weights (features,) and bias of one class against the rest."
+    "Weights (features,) and bias of one class against the rest; zeros for a class without texts."
+    if not positive.any(): return np.zeros(x.shape[1]), 0.
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import LinearSVC
     if name == "tfidf_lr": model = LogisticRegression(C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=seed)
@@ -244,12 +245,17 @@ def candidates(name: str, x, y, classes: int, seed: int, settings: dict | None =
     if settings: Cs, betas = [settings["C"]], [settings.get("beta", 1.)]
     if not bags: return (yield {}, np.zeros((0, classes)), np.log(np.maximum(np.bincount(y, minlength=classes), .5)/len(y)))
     sides = [y == 1] if classes == 2 else [y == c for c in range(classes)]
+    unseen = np.array([not side.any() for side in sides])
     ratios = [log_count_ratio(x, side) if name == "nbsvm" else 1. for side in sides]
     scaled = lambda r: x if name != "nbsvm" else type(x)((x.data*r[x.indices], x.indices, x.indptr), shape=x.shape)
     for C in Cs:
         solved = [solve(name, scaled(r), side, C, seed) for r, side in zip(ratios, sides)]
         for beta in betas:
-            yield {"C": C, **({"beta": beta} if name == "nbsvm" else {})}, np.stack([r*interpolate(w, beta) for r, (w, _) in zip(ratios, solved)], 1), np.array([b for _, b in solved])
+            weights = np.stack([r*interpolate(w, beta) for r, (w, _) in zip(ratios, solved)], 1)
+            bias = np.array([b for _, b in solved])
+            # A class that no text has gets the lowest score that any other got.
+            if unseen.any(): bias[unseen] = (x @ weights + bias)[:, ~unseen].min()
+            yield {"C": C, **({"beta": beta} if name == "nbsvm" else {})}, weights, bias
 
 # %% ../nbs/29_linear.ipynb #9f4d0767
 def temperature(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -11,6 +11,7 @@ __all__ = ['whole', 'by_class', 'check_labels', 'confusion', 'ratio', 'class_sco
 import numpy as np
 from .core import DataError
 from .core import UsageError
+from .core import plain_text
 
 # %% ../nbs/02_metrics.ipynb #abc9a895
 def check_labels(labels,                      # True classes, 1-d, whole numbers in [0, n_classes)
@@ -158,6 +159,7 @@ def confusion_figure(matrix,           # Confusion matrix, shape (n, n)
     import matplotlib.pyplot as plt
     m = np.asarray(matrix)
     check_names(m, names)
+    names = [plain_text(name) for name in names]
     n, shares = len(m), ratio(m, m.sum(1, keepdims=True))
     size = min(3 + .45*n, 9)
     fig, ax = plt.subplots(figsize=(size + .8, size))

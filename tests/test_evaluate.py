@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmeco_nb.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data import build_corpus, read_split
-from llmeco_nb.evaluate import evaluate_models
+from llmeco_nb.data import build_corpus, read_split, split_rows, write_corpus
+from llmeco_nb.evaluate import evaluate_models, label_sizes
 from llmeco_nb.finetune import labelled_subset
 from llmeco_nb.linear import Bag, LinearText, count, fit, interpolate, log_count_ratio, recipes, token
 
@@ -190,11 +192,14 @@ def test_record_says_what_was_measured(compared):
         model = LinearText.load(record.artifact("baselines")/entry["folder"])
         assert (model.name, model.about["labels"]) == (entry["model"], entry["labels"]) and model.parameters == by[entry["model"], entry["labels"]]["parameters"]
 
-def test_saved_baselines_give_the_stored_answers(compared, stars):
-    answers, tests = pd.read_parquet(compared[0].artifact("table")/"predictions.parquet"), read_split(stars, "test")
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_saved_baselines_give_the_stored_answers(compared, stars, split):
+    answers, rows = pd.read_parquet(compared[0].artifact("table")/"predictions.parquet"), read_split(stars, split)
     for name in recipes:
-        stored = answers[(answers.split == "test") & (answers.model == name) & (answers.labels == 100)].set_index("id").loc[tests.id].filter(like="score_").to_numpy()
-        assert np.abs(LinearText.load(compared[0].artifact("baselines")/f"{name}-100").probabilities(tests.text.tolist()) - stored).max() < 1e-5
+        mine = answers[(answers.split == split) & (answers.model == name) & (answers.labels == 100)]
+        stored = mine.set_index("id").loc[rows.id].filter(like="score_").to_numpy()
+        model = LinearText.load(compared[0].artifact("baselines")/f"{name}-100")
+        assert np.abs(model.probabilities(rows.text.tolist()) - stored).max() < 1e-5
 
 def test_two_runs_give_the_same_bytes(compared):
     for artifact in ("table", "baselines"): assert sha256_of(compared[0].artifact(artifact)) == sha256_of(compared[1].artifact(artifact))
@@ -216,8 +221,82 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
     with pytest.raises(DataError, match="Parquet"): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"predictions")])
     with pytest.raises(MissingError): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"nowhere")])
 
+# -- the sizes follow the data
+
+@settings(max_examples=200, deadline=None)
+@given(asked=st.lists(st.integers(0, 3000), max_size=6), classes=st.integers(2, 1000),
+       more=st.integers(0, 2000))
+def test_whatever_size_is_kept_can_be_drawn(asked, classes, more):
+    total = classes + more
+    drawn, left_out = label_sizes(asked, total, classes)
+    assert all(classes <= n <= total for n in drawn) and all(0 < n < classes for n in left_out)
+    assert {n if 0 < n < total else total for n in asked} == {*drawn, *left_out}
+    assert len({*drawn, *left_out}) == len(drawn) + len(left_out)
+    labels = [i % classes for i in range(total)]
+    rows = pd.DataFrame(dict(id=[str(i) for i in range(total)], text="", label=labels))
+    for n in drawn[:1]:
+        subset = labelled_subset(rows, n)
+        assert len(subset) == n and subset.label.nunique() == classes
+
+def corpus_of(folder, rows: int, classes: int, absent: tuple[int, ...] = ()) -> str:
+    "A corpus of so many rows and classes; no training text has one of the `absent` classes."
+    labels = [i % classes for i in range(rows)]
+    texts = [f"text {i} says word{l} and word{l}" for i, l in enumerate(labels)]
+    table = pd.DataFrame(dict(id=[f"{i:05}" for i in range(rows)], text=texts, label=labels))
+    parts = split_rows(table, .1, .2)
+    parts["train"] = parts["train"][~parts["train"].label.isin(absent)]
+    write_corpus(folder, parts, [f"class {c}" for c in range(classes)], {})
+    return str(folder)
+
+@pytest.mark.parametrize("rows,classes,curve", [(30, 2, [25, 50]), (30, 10, [5, 25]),
+                                                (450, 150, [25, 100, 500]), (1500, 500, [100, 500])])
+def test_the_curve_follows_the_data(tmp_path, rows, classes, curve):
+    "From thirty rows on, and for more classes than a point of the curve has labels."
+    record = begin(tmp_path/"r", "evaluate")
+    models = ["majority", "tfidf_lr"] if classes < 100 else ["majority"]
+    evaluate_models(record, corpus_of(tmp_path/"c", rows, classes), [100, 0], curve, models)
+    table = read_json(record.artifact("table")/"table.json")
+    total = table["train_items"]
+    small = sorted({n for n in [100, *curve] if n < min(classes, total)})
+    assert table["left_out"] == small and table["least"] == classes
+    wanted = {min(n, total) or total for n in (100, 0, *curve)} - {*small}
+    assert {*table["sizes"], *table["curve"]} == {r["labels"] for r in table["rows"]} == wanted
+    summary = (record.path/"summary.txt").read_text()
+    assert record.metrics.get("labels_left_out", "") == ", ".join(map(str, small))
+    assert all(str(n) in summary.splitlines()[-1] for n in small)
+    assert ("left out" in summary) == bool(small)
+
+def test_nothing_that_can_be_drawn_means_everything(tmp_path):
+    record = begin(tmp_path/"r", "evaluate")
+    evaluate_models(record, corpus_of(tmp_path/"c", 60, 12), [3], [2], ["majority", "nbsvm"])
+    table = read_json(record.artifact("table")/"table.json")
+    assert table["sizes"] == [table["train_items"]] and table["curve"] == []
+    assert table["left_out"] == [2, 3]
+
+def test_a_class_without_training_texts_is_never_predicted(tmp_path):
+    corpus = corpus_of(tmp_path/"c", 120, 4, absent=(2,))
+    evaluate_models(record := begin(tmp_path/"r", "evaluate"), corpus, [3, 0], [2])
+    answers = pd.read_parquet(record.artifact("table")/"predictions.parquet")
+    known = answers[(answers.label != 2) & (answers.model != "majority")]
+    known = known[known.labels == known.labels.max()]
+    assert (known.predicted == known.label).all() and not (answers.predicted == 2).any()
+    assert record.metrics["labels_left_out"] == "2"
+
+@pytest.mark.parametrize("labels", [0, 3, 5000])
+def test_predictions_keep_their_number_of_labels(stars, outside, tmp_path, labels):
+    "Where no baseline can learn from as many, a model stands alone, and nothing is claimed of it."
+    file, record = tmp_path/"predictions", begin(tmp_path/"r", "evaluate")
+    outside[1]["sharp"].assign(labels=labels).to_parquet(file, index=False)
+    evaluate_models(record, str(stars), [0], models=["majority", "tfidf_lr"], predictions=[str(file)])
+    table = read_json(record.artifact("table")/"table.json")
+    assert table["sizes"] == [table["train_items"], labels]
+    assert table["best"] == dict(model="sharp", labels=labels)
+    (alone,) = [r for r in table["rows"] if r["labels"] == labels]
+    assert alone["model"] == "sharp" and "p" not in alone
+    assert f"{labels:,} labels" in (record.path/"summary.txt").read_text()
+
 def test_wrong_parameters_are_named(stars, tmp_path):
-    for wrong, message in ((dict(labels=[3]), "5 classes"), (dict(labels=[-1]), "-1"), (dict(models=["nbsvn"]), "nbsvn"), (dict(models=[]), "empty")):
+    for wrong, message in ((dict(curve=[-3]), "-3"), (dict(labels=[-1]), "-1"), (dict(models=["nbsvn"]), "nbsvn"), (dict(models=[]), "empty")):
         with pytest.raises(UsageError, match=message): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), **{"labels": [0], **wrong})
 
 def test_a_corpus_without_validation_is_refused(tmp_path):

@@ -205,3 +205,19 @@ def test_refitting_on_nothing_new_changes_nothing(world):
     base = LinearText.load(place/"bundle")
     again = refit_linear(base, place/"corpus", more[["text", "label"]][:0])
     assert np.allclose(again.probabilities(more.text.tolist()[:50]), base.probabilities(more.text.tolist()[:50]), atol=1e-5)
+
+def test_a_model_is_refitted_though_every_validation_text_was_corrected(world):
+    "There is nothing left to choose by, so hyperparameters and temperature stay what they were."
+    place, _ = world
+    base, validation = LinearText.load(place/"bundle"), texts_of(200, 2)[["text", "label"]]
+    again = refit_linear(base, place/"corpus", validation)
+    assert again.about["settings"] == base.about["settings"] and again.scale == base.scale
+    assert again.about["labels"] == 280 and again.about["validation_items"] == 0
+    right = again.probabilities(validation.text.tolist()).argmax(1) == validation.label
+    assert right.mean() > .95                                       # it has learned them
+
+def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
+    rows = pd.DataFrame(dict(id=["a"], text=["x"*20_001], label=[0]))
+    write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
+    with pytest.raises(DataError, match="no validation text of 1 to 20,000 characters"):
+        interact(begin(tmp_path/"r", "interact"), str(tmp_path/"corpus"), str(tmp_path/"bundle"))

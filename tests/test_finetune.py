@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 from llmeco_nb import finetune  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, begin  # noqa: E402
 from llmeco_nb.data import write_corpus  # noqa: E402
-from llmeco_nb.finetune import collate, encode, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
+from llmeco_nb.finetune import collate, encode, enough_labels, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {0: "money back refund charge invoice", 1: "parcel late courier address package", 2: "thanks great lovely helpful friendly"}
@@ -179,11 +179,37 @@ def test_another_family_works_too(corpus, tmp_path):
     assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
 
 
+def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
+    record = begin(tmp_path/"r", "finetune")
+    fine_tune(record, corpus, **{**SMALL, "labels": 2, "epochs": 1})
+    assert (record.metrics["labels_asked"], record.metrics["labels"]) == (2, 3)
+    assert set(pd.read_parquet(record.artifact("predictions")).labels) == {3}
+    rows = pd.read_parquet(f"{corpus}/train.parquet")
+    assert [enough_labels(rows, n) for n in (0, 1, 3, 4, 500)] == [0, 3, 3, 4, 500]
+
+
+@pytest.mark.parametrize("texts", [1, 6, 31, 32, 33])
+def test_few_validation_texts_are_enough(tmp_path, texts):
+    "What is read back is held against the validation answers alone, however few there are."
+    corpus, record = made(tmp_path/"small", train=12, validation=texts, test=40), begin(tmp_path/"r", "finetune")
+    fine_tune(record, corpus, **{**SMALL, "epochs": 1, "evaluations": 1})
+    assert record.metrics["reopened_agrees"] == 1 and record.metrics["reopened_difference"] < 0.05
+    table = pd.read_parquet(record.artifact("predictions"))
+    assert table.split.value_counts().to_dict() == {"validation": texts, "test": 40}
+
+
+def test_a_corpus_without_test_texts_is_enough(tmp_path):
+    record = begin(tmp_path/"r", "finetune")
+    fine_tune(record, made(tmp_path/"small", train=12, validation=6, test=0), **{**SMALL, "epochs": 1})
+    assert record.metrics["accuracy_test"] == record.metrics["accuracy_validation"]
+    assert set(pd.read_parquet(record.artifact("predictions")).split) == {"validation"}
+
+
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     def attempt(corpus=corpus, **more): return fine_tune(begin(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
     with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
     with pytest.raises(UsageError, match="pool is 'middle'; it is first or mean"): attempt(pool="middle")
-    with pytest.raises(UsageError, match="labels is 2, and there are 3 classes"): attempt(labels=2)
+    with pytest.raises(UsageError, match="labels is -1, and there are 3 classes"): attempt(labels=-1)
     with pytest.raises(UsageError, match="minutes is"): attempt(minutes=1e-6)
     with pytest.raises(MissingError, match="There is no encoder in"): attempt(encoder=str(tmp_path/"nowhere"))
     with pytest.raises(MissingError, match="There is no encoder in no such thing"): attempt(weights="no such thing")
