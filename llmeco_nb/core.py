@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['keep', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError', 'ExportError',
            'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of', 'sha256_text',
-           'lock', 'runs_dir', 'scratch', 'Record', 'begin', 'open_record', 'seed_everything', 'figure_style',
-           'keep_figure']
+           'lock', 'runs_dir', 'scratch', 'source_digest', 'cached_fixture', 'Record', 'begin', 'open_record',
+           'seed_everything', 'figure_style', 'keep_figure']
 
 # %% ../nbs/00_core.ipynb #e6726ea3
 import errno
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -145,6 +146,30 @@ def scratch(name: str) -> Path:
     path = runs_dir()/"scratch"/name
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #77116da5
+def source_digest(function: Callable) -> str:
+    "SHA-256 in hex of the file a function stands in, wherever that is; of its bytecode where it was typed into a notebook."
+    code = inspect.unwrap(function).__code__
+    file = Path(code.co_filename)
+    return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
+
+def cached_fixture(name: str,                    # Of its folder under runs/scratch
+                   make: Callable[[Path], None], # Fills the folder it is given, which does not exist yet
+                   *depends: object              # Functions count by the file they stand in, paths by content, all else as text
+                  ) -> Path:
+    "The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash leaves none."
+    def digest(one) -> str:
+        if isinstance(one, Path): return sha256_of(one)
+        return source_digest(one) if callable(one) else repr(one)
+    place = scratch(name)/sha256_text("\n".join(map(digest, depends)))[:8]
+    with lock(place.with_name(place.name + ".lock")):
+        if place.exists(): return place
+        partial = place.with_name(place.name + ".partial")
+        if partial.exists(): shutil.rmtree(partial)
+        make(partial)
+        partial.rename(place)
+    return place
 
 # %% ../nbs/00_core.ipynb #5f88a0fa
 class Record:
