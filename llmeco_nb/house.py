@@ -42,14 +42,20 @@ class House:
         return cls(nbs, Package(folder), beside)
 
     @cached_property
+    def notebooks(self) -> list[Path]:
+        "All notebooks: those of `nbs` and of its numbered folders, in the order of their own numbers."
+        found = [*self.nbs.glob("*.ipynb"), *self.nbs.glob("[0-9]*_*/*.ipynb")]
+        return sorted(found, key=lambda p: p.name)
+
+    @cached_property
     def stages(self) -> dict[str, Notebook]:
         "Stage name -> its notebook, in the order of the notebooks' numbers."
-        notebooks = [Notebook.read(p) for p in sorted(self.nbs.glob("*.ipynb"))]
+        notebooks = [Notebook.read(p) for p in self.notebooks]
         return {n.contract["stage"]: n for n in notebooks if n.contract.get("stage")}
 
     def out_of_step(self) -> list[str]:
         "Names of notebooks whose export cells do not mean what the package's module does. Always empty for an installed wheel."
-        return [p.name for p in sorted(self.nbs.glob("*.ipynb")) if not in_step(p, self.package.folder)] if self.checkout else []
+        return [p.name for p in self.notebooks if not in_step(p, self.package.folder)] if self.checkout else []
 
 # %% ../nbs/00c_house.ipynb #8fb27119
 def in_step(notebook: Path, package: Path) -> bool:
@@ -60,29 +66,30 @@ def in_step(notebook: Path, package: Path) -> bool:
     module = package/(name.replace(".", "/") + ".py")
     exported = [c for c in cells if re.search(r"^#\s*\|\s*(export|exporti|exports)\s*$", c, re.M)]
     if not module.exists(): return not exported
-    text = module.read_text(encoding="utf-8")
-    return _same_text(exported, text, package.name) or _relative("\n".join(exported), package.name) == _relative(text, package.name)
+    text = _absolute(module.read_text(encoding="utf-8"), [package.name, *name.split(".")[:-1]])
+    return _same_text(exported, text) or _bare("\n".join(exported)) == _bare(text)
 
-def _same_text(exported: list[str], text: str, package: str) -> bool:
+def _absolute(text: str, folders: list[str]) -> str:
+    "A module's text with its relative imports written out, as its notebook has them; `folders` is where it stands."
+    def whole(m): return m[1] + ".".join([*folders[:len(folders) - len(m[2]) + 1], *filter(None, [m[3]])])
+    return re.sub(r"^(\s*from )(\.+)([\w.]*)(?= import\b)", whole, text, flags=re.M)
+
+def _same_text(exported: list[str], text: str) -> bool:
     "Whether the module holds the cells letter by letter and nothing else that acts: the usual case, found out without much parsing."
     at, rest = 0, []
     for cell in exported:
         code = "\n".join(line for line in cell.splitlines() if not line.lstrip().startswith("#|")).strip()
-        code = re.sub(rf"^(\s*from ){package}(?:\.| (?=import ))", r"\1.", code, flags=re.M).replace("from .import", "from . import")
         start = text.find(code, at)
         if start < 0: return False
         rest.append(text[at:start]); at = start + len(code)
     return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) or isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
                for n in ast.parse("\n".join([*rest, text[at:]])).body)
 
-def _relative(code: str, package: str) -> str:
-    "Code as a comparable text: its meaning, with imports from the package made relative and `__all__` left out."
-    tree = ast.parse(meaning(code))
+def _bare(code: str) -> str:
+    "Code as a comparable text: its meaning, with `__all__` left out."
+    tree = ast.parse(code)
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")]
-    for n in ast.walk(tree):
-        if isinstance(n, ast.ImportFrom) and n.level == 0 and (n.module or "").split(".")[0] == package:
-            n.level, n.module = 1, n.module.removeprefix(package).removeprefix(".") or None
-    return ast.unparse(tree)
+    return meaning(tree)
 
 # %% ../nbs/00c_house.ipynb #40071eb8
 @dataclass
