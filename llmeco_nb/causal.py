@@ -8,7 +8,6 @@ __all__ = ['read_texts', 'end_of', 'small_pieces', 'best_fit', 'pack', 'rows_of'
 
 # %% ../nbs/18a_causal.ipynb #27a4e067
 import math
-import shutil
 import statistics
 import time
 from pathlib import Path

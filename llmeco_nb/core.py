@@ -6,7 +6,7 @@
 __all__ = ['keep', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError', 'ExportError',
            'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of', 'sha256_text',
            'lock', 'runs_dir', 'scratch', 'source_digest', 'cached_fixture', 'Record', 'begin', 'open_record',
-           'seed_everything', 'figure_style', 'keep_figure']
+           'duration', 'seed_everything', 'figure_style', 'keep_figure']
 
 # %% ../nbs/00_core.ipynb #e6726ea3
 import errno
@@ -264,6 +264,14 @@ def open_record(out: str | Path, stage: str) -> Record:
     path = Path(out) if str(out) else runs_dir()/"scratch"/stage
     if not (path/"record.json").exists(): raise MissingError(f"There is no record of the stage {stage} in {path}. Run the stage first.")
     return Record(path, stage)
+
+# %% ../nbs/00_core.ipynb #a122c525
+def duration(seconds: float | None) -> str:
+    "Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None."
+    if seconds is None: return ""
+    if seconds < 60: return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 # %% ../nbs/00_core.ipynb #9bc2785f
 def seed_everything(seed: int):

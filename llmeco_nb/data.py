@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .core import DataError, MissingError, Record, UsageError, begin, cached_fixture
-from .core import read_json, sha256_of, write_json
+from .core import read_json, write_json
 from .sources import citations, is_blank, kind_of, local_path, read_table, revision
 
 # %% ../nbs/10_data.ipynb #95cea8b5

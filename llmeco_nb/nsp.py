@@ -8,7 +8,6 @@ __all__ = ['RATES', 'sentences_of', 'documents', 'sides', 'places', 'pair', 'pai
 
 # %% ../nbs/18c_nsp.ipynb #bd928773
 import re
-import shutil
 import time
 from pathlib import Path
 
