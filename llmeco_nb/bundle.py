@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['form', 'openers', 'digest_of', 'seal', 'verify', 'Encoder', 'open_classifier', 'export_onnx', 'pack_encoder',
-           'pack_linear', 'original_encoder', 'open_model', 'parity', 'once', 'small_key', 'small_table',
-           'small_bundle', 'packable', 'measured', 'recognise', 'build_bundle']
+           'pack_linear', 'original_encoder', 'open_model', 'parity', 'small_table', 'small_bundle', 'packable',
+           'measured', 'recognise', 'build_bundle']
 
 # %% ../nbs/40_bundle.ipynb #e8e3cd74
-import importlib.util
 import json
 import logging
 import shutil
@@ -18,20 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError
-from .core import MissingError
-from .core import Record
-from .core import begin
-from .core import lock
-from .core import read_json
-from .core import scratch
-from .core import sha256_of
-from .core import sha256_text
-from .core import write_bytes
-from .core import write_json
-from .data import label_names
-from .data import read_split
-from .data import small_corpus
+from .core import DataError, MissingError, Record, begin, cached_fixture, read_json
+from .core import sha256_of, sha256_text, write_bytes, write_json
+from .data import label_names, read_split, small_corpus
 from .finetune import shorten
 from .linear import LinearText
 
@@ -166,25 +154,11 @@ def parity(original: np.ndarray, packed: np.ndarray, tolerance: float) -> dict:
     return found
 
 # %% ../nbs/40_bundle.ipynb #f962d62f
-def once(name: str, make) -> Path:
-    "The folder runs/scratch/bundle-small/<name>, filled by `make(folder)` the first time; the name should say what it depends on."
-    place = scratch("bundle-small")/name
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
-            partial.rename(place)
-    return place
-
-def small_key(corpus: str | Path) -> str:
-    "Eight digits over the code and the corpus that the small models come from."
-    return sha256_text(" ".join([*(sha256_of(importlib.util.find_spec(f"llmeco_nb.{m}").origin) for m in ("bundle", "finetune", "linear")), sha256_of(corpus)]))[:8]
-
 def small_table(corpus: str | Path) -> tuple[Path, Path]:
     "The folders `baselines` and `table` of a quick evaluation of linear models."
     from llmeco_nb.evaluate import evaluate_models
-    place = once(f"table-{small_key(corpus)}", lambda folder: evaluate_models(begin(folder, "evaluate"), str(corpus), [0], [], ["majority", "nbsvm"]))
+    def make(folder): evaluate_models(begin(folder, "evaluate"), str(corpus), [0], [], ["majority", "nbsvm"])
+    place = cached_fixture("table-small", make, evaluate_models, LinearText.load, Path(corpus))
     return place/"baselines", place/"table"
 
 def small_bundle(kind: str = "linear") -> Path:
@@ -199,8 +173,9 @@ def small_bundle(kind: str = "linear") -> Path:
         (folder/"bundle").mkdir(parents=True)
         save_classifier(*build_classifier(str(small_encoder(corpus)), label_names(corpus)), folder/"classifier", 64, 25)
         seal(folder/"bundle", name="small encoder", **pack_encoder(folder/"classifier", folder/"bundle"), accuracy={}, origin=dict(model="tiny", title="tiny encoder", labels=0, artifact=sha256_of(folder/"classifier")))
-    if kind == "linear": return once(f"linear-{small_key(corpus)}", linear)
-    return once(f"onnx-{small_key(corpus)}", onnx)/"bundle"
+    code = (small_bundle, build_classifier, LinearText.load, Path(corpus))
+    if kind == "linear": return cached_fixture("bundle-small", linear, kind, *code)
+    return cached_fixture("bundle-small", onnx, kind, *code)/"bundle"
 
 # %% ../nbs/40_bundle.ipynb #1ee00819
 def packable(classifier: list[str], baselines: str | Path, table: str | Path) -> list[dict]:

@@ -8,7 +8,6 @@ __all__ = ['read_texts', 'end_of', 'small_pieces', 'best_fit', 'pack', 'rows_of'
 
 # %% ../nbs/18a_causal.ipynb #27a4e067
 import math
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -17,44 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import DataError
-from .core import MissingError
-from .core import Record
-from .core import UsageError
-from .core import lock
-from .core import read_json
-from .core import scratch
-from .core import seed_everything
-from .core import sha256_of
-from .core import sha256_text
-from .core import write_json
-from .decoder import Decoder
-from .decoder import decoder_flops
-from .decoder import decoder_parameters
-from .decoder import new_decoder
-from .decoder import save_decoder
-from .fast import SummedCrossEntropy
-from .fast import parts_of
-from .forecast import compiled_layers
-from .forecast import law_in_parts
+from .core import DataError, MissingError, Record, UsageError, cached_fixture, read_json
+from .core import seed_everything, sha256_of, sha256_text, write_json
+from .decoder import Decoder, decoder_flops, decoder_parameters, new_decoder, save_decoder
+from .fast import SummedCrossEntropy, parts_of
+from .forecast import compiled_layers, law_in_parts
 from .memory import recomputing
-from .ngram import Ngram
-from .ngram import bits_per_byte
-from .ngram import compressed
+from .ngram import Ngram, bits_per_byte, compressed
 from .optim import Optimiser
-from .parallel import here
-from .parallel import place
-from .pieces import encode_pieces
-from .pieces import open_pieces
-from .pieces import save_pieces
-from .pieces import train_bpe
-from .pretrain import pretrain_plan
-from .pretrain import roof
-from .start import outcome
-from .start import start
-from .train import drawn
-from .train import onto
-from .train import train
+from .parallel import here, place
+from .pieces import encode_pieces, open_pieces, save_pieces, train_bpe
+from .pretrain import pretrain_plan, roof
+from .start import outcome, start
+from .train import drawn, onto, train
 
 # %% ../nbs/18a_causal.ipynb #6288abcc
 def read_texts(folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
@@ -78,14 +52,8 @@ def end_of(tokenizer) -> int:
 
 def small_pieces(prose: str | Path, vocabulary: int = 1024) -> Path:
     "The folder of a small tokenizer for a small corpus, made at the first call under runs/scratch."
-    place = scratch("pieces-small")/f"{vocabulary}-{sha256_of(prose)[:8]}"
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            if partial.exists(): shutil.rmtree(partial)
-            save_pieces(train_bpe((t for texts in read_texts(prose, "train").values() for t in texts), vocabulary), partial)
-            partial.rename(place)
-    return place
+    def make(folder): save_pieces(train_bpe((t for texts in read_texts(prose, "train").values() for t in texts), vocabulary), folder)
+    return cached_fixture("pieces-small", make, vocabulary, train_bpe, Path(prose))
 
 # %% ../nbs/18a_causal.ipynb #c46c9321
 def best_fit(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, int]:

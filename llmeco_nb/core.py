@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['keep', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError', 'ExportError',
            'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of', 'sha256_text',
-           'lock', 'runs_dir', 'scratch', 'Record', 'begin', 'open_record', 'seed_everything', 'figure_style',
-           'keep_figure', 'plain_text']
+           'lock', 'runs_dir', 'scratch', 'source_digest', 'cached_fixture', 'Record', 'begin', 'open_record',
+           'duration', 'seed_everything', 'figure_style', 'keep_figure', 'plain_text']
 
 # %% ../nbs/00_core.ipynb #e6726ea3
 import errno
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -146,6 +147,30 @@ def scratch(name: str) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
+# %% ../nbs/00_core.ipynb #77116da5
+def source_digest(function: Callable) -> str:
+    "SHA-256 in hex of the file a function stands in, wherever that is; of its bytecode where it was typed into a notebook."
+    code = inspect.unwrap(function).__code__
+    file = Path(code.co_filename)
+    return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
+
+def cached_fixture(name: str,                    # Of its folder under runs/scratch
+                   make: Callable[[Path], None], # Fills the folder it is given, which does not exist yet
+                   *depends: object              # Functions count by the file they stand in, paths by content, all else as text
+                  ) -> Path:
+    "The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash leaves none."
+    def digest(one) -> str:
+        if isinstance(one, Path): return sha256_of(one)
+        return source_digest(one) if callable(one) else repr(one)
+    place = scratch(name)/sha256_text("\n".join(map(digest, depends)))[:8]
+    with lock(place.with_name(place.name + ".lock")):
+        if place.exists(): return place
+        partial = place.with_name(place.name + ".partial")
+        if partial.exists(): shutil.rmtree(partial)
+        make(partial)
+        partial.rename(place)
+    return place
+
 # %% ../nbs/00_core.ipynb #5f88a0fa
 class Record:
     "One stage's folder: artifacts, metrics, log, plan, progress. Made by `begin`, read by `open_record`."
@@ -239,6 +264,14 @@ def open_record(out: str | Path, stage: str) -> Record:
     path = Path(out) if str(out) else runs_dir()/"scratch"/stage
     if not (path/"record.json").exists(): raise MissingError(f"There is no record of the stage {stage} in {path}. Run the stage first.")
     return Record(path, stage)
+
+# %% ../nbs/00_core.ipynb #a122c525
+def duration(seconds: float | None) -> str:
+    "Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None."
+    if seconds is None: return ""
+    if seconds < 60: return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 # %% ../nbs/00_core.ipynb #9bc2785f
 def seed_everything(seed: int):

@@ -11,15 +11,13 @@ __all__ = ['breaking', 'inline', 'break_tag', 'inline_tag', 'entity', 'suspects'
 # %% ../nbs/10_data.ipynb #a745475e
 import hashlib
 import html
-import importlib.util
 import math
 import re
-import shutil
 from functools import lru_cache
 from pathlib import Path
 
-from .core import DataError, MissingError, Record, UsageError, begin, lock, read_json, scratch
-from .core import sha256_of, sha256_text, write_json
+from .core import DataError, MissingError, Record, UsageError, begin, cached_fixture
+from .core import read_json, write_json
 from .sources import citations, is_blank, kind_of, local_path, read_table, revision
 
 # %% ../nbs/10_data.ipynb #95cea8b5
@@ -297,12 +295,5 @@ def build_corpus(record: Record,            # Where the corpus goes: its artifac
 # %% ../nbs/10_data.ipynb #d5777ee5
 def small_corpus(rows: int = 400) -> Path:
     "The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts all three splits."
-    code = [sha256_of(importlib.util.find_spec(f"llmeco_nb.{m}").origin) for m in ("sources", "data")]
-    place = scratch("corpus-small")/f"{rows}-{sha256_text(' '.join([*code, revision('imdb')]))[:8]}"
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            if partial.exists(): shutil.rmtree(partial)
-            build_corpus(begin(partial, "data"), rows=rows)
-            partial.rename(place)
-    return place/"corpus"
+    def make(folder): build_corpus(begin(folder, "data"), rows=rows)
+    return cached_fixture("corpus-small", make, rows, build_corpus, read_table, revision("imdb"))/"corpus"

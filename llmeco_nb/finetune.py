@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, MissingError, Record, UsageError, lock, scratch, seed_everything
-from .core import sha256_of, sha256_text, write_json
+from .core import DataError, MissingError, Record, UsageError, cached_fixture
+from .core import seed_everything, sha256_of, write_json
 from .data import by_lot, label_names, quotas, read_split, small_corpus
 
 # %% ../nbs/20_finetune.ipynb #e98222a7
@@ -111,14 +111,12 @@ def small_encoder(corpus: str | Path, seed: int = 0) -> Path:
     from llmeco_nb.tokenizer import save_tokenizer, train_wordpiece, wordpiece
     from transformers import BertConfig, BertModel
     pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, characters=100)
-    place = scratch("encoder-small")/sha256_text(" ".join([str(seed), *pieces]))[:8]
-    with lock(place.with_name(place.name + ".lock")):
-        if (place/"model.safetensors").exists(): return place
-        save_tokenizer(wordpiece(pieces), place)
+    def make(folder):
+        save_tokenizer(wordpiece(pieces), folder)
         torch.manual_seed(seed)
         config = BertConfig(vocab_size=len(pieces), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=512)
-        with quietly(): BertModel(config).save_pretrained(place)
-    return place
+        with quietly(): BertModel(config).save_pretrained(folder)
+    return cached_fixture("encoder-small", make, seed, small_encoder, *pieces)
 
 def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) -> str:
     "Where the weights come from, given the parameters. Raises `MissingError`."

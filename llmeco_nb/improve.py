@@ -14,31 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import open_classifier
-from .bundle import open_model
-from .bundle import original_encoder
-from .bundle import pack_encoder
-from .bundle import pack_linear
-from .bundle import parity
-from .bundle import seal
-from .bundle import small_bundle
-from .bundle import verify
-from .core import MissingError
-from .core import Record
-from .core import read_json
-from .core import scratch
-from .core import sha256_of
-from .core import sha256_text
-from .core import write_bytes
-from .core import write_json
-from .data import by_lot
-from .data import clean_text
-from .data import fold
-from .data import label_names
-from .data import read_split
-from .data import small_corpus
-from .feedback import freeze
-from .feedback import read_frozen
+from .bundle import open_classifier, open_model, original_encoder, pack_encoder
+from .bundle import pack_linear, parity, seal, small_bundle, verify
+from .core import MissingError, Record, cached_fixture, read_json, sha256_of, sha256_text
+from .core import write_bytes, write_json
+from .data import by_lot, clean_text, fold, label_names, read_split, small_corpus
+from .feedback import freeze, read_frozen
 from .finetune import labelled_subset
 from .linear import LinearText
 from .stats import compare
@@ -147,16 +128,14 @@ def make_candidate(record: Record, corpus: str | Path, champion: str | Path, cla
 def small_feedback(corpus: str | Path) -> Path:
     "Frozen feedback on a few validation texts, as if their readers had corrected a model, under runs/scratch."
     from llmeco_nb.ledger import Ledger, keep_feedback, keep_predictions
-    place = scratch("improve-feedback")/sha256_of(corpus)[:8]
-    if not (place/"frozen").exists():
-        shutil.rmtree(place, ignore_errors=True)
+    def make(place):
         ledger, names = Ledger(place/"feedback.sqlite"), label_names(corpus)
         for i, r in enumerate(read_split(corpus, "validation").head(12).itertuples()):
             keep_predictions(ledger, f"{i:04}", "0"*64, [r.text], [dict(label=names[1 - r.label], probabilities=dict.fromkeys(names, .5))]).result()
             keep_feedback(ledger, f"{i:04}", 0, names[r.label], author="simulated").result()
         ledger.close()
         freeze(place, place/"frozen")
-    return place/"frozen"
+    return cached_fixture("improve-feedback", make, freeze, keep_predictions, Path(corpus))/"frozen"
 
 def improve(record: Record,            # Gets the artifacts champion and history.json
             corpus: str = "", champion: str = "", classifier: list[str] = (), feedback: str = "", previous: str = "", history: str = "",

@@ -8,16 +8,16 @@ __all__ = ['RATES', 'sentences_of', 'documents', 'sides', 'places', 'pair', 'pai
 
 # %% ../nbs/18c_nsp.ipynb #bd928773
 import re
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, Record, UsageError, begin, lock, scratch, seed_everything
-from .core import sha256_of, sha256_text, write_json
+from .core import DataError, Record, UsageError, begin, cached_fixture, seed_everything
+from .core import sha256_of, write_json
 from .data import read_split
-from .pretrain import CLS, SEP, mask_row, pretrain, pretrain_plan, save_encoder, small_tokenizer
+from .pretrain import CLS, SEP, mask_row, pretrain, pretrain_plan, save_encoder
+from .pretrain import small_tokenizer
 from .tokenizer import encode_texts, open_tokenizer
 
 # %% ../nbs/18c_nsp.ipynb #a7a59b11
@@ -129,14 +129,8 @@ def small_encoder() -> Path:
     "The folder of an encoder for the small corpus, pretrained for a few seconds at the first call, under runs/scratch."
     from llmeco_nb.data import small_corpus
     corpus, tokenizer = small_corpus(), small_tokenizer()
-    place = scratch("encoder-small")/sha256_text(sha256_of(corpus) + sha256_of(tokenizer))[:8]
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            if partial.exists(): shutil.rmtree(partial)
-            pretrain(begin(partial, "pretrain"), corpus, tokenizer, judged=8, evaluations=1, steps=40)
-            partial.rename(place)
-    return place/"encoder"
+    def make(folder): pretrain(begin(folder, "pretrain"), corpus, tokenizer, judged=8, evaluations=1, steps=40)
+    return cached_fixture("encoder-pretrained", make, pretrain, corpus, tokenizer)/"encoder"
 
 # %% ../nbs/18c_nsp.ipynb #5a2f8e1f
 def held_pairs(model, docs, where, n: int, seed: int, length: int, share: float, vocabulary: int, batch: int = 50) -> np.ndarray:

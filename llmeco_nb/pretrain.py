@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, Record, UsageError, begin, lock, scratch, seed_everything
-from .core import sha256_of, sha256_text, write_json
+from .core import DataError, Record, UsageError, begin, cached_fixture, seed_everything
+from .core import sha256_of, write_json
 from .data import read_split
 from .tokenizer import build_tokenizer, encode_texts, open_tokenizer, special_tokens
 
@@ -27,14 +27,8 @@ def small_tokenizer(vocabulary: int = 2000) -> Path:
     "The folder of a tokenizer for the small corpus, made at the first call under runs/scratch."
     from llmeco_nb.data import small_corpus
     corpus = small_corpus()
-    place = scratch("tokenizer-small")/f"{vocabulary}-{sha256_text(sha256_of(corpus))[:8]}"
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            if partial.exists(): shutil.rmtree(partial)
-            build_tokenizer(begin(partial, "tokenizer"), corpus, vocabulary)
-            partial.rename(place)
-    return place/"tokenizer"
+    def make(folder): build_tokenizer(begin(folder, "tokenizer"), corpus, vocabulary)
+    return cached_fixture("tokenizer-small", make, vocabulary, build_tokenizer, corpus)/"tokenizer"
 
 # %% ../nbs/18_pretrain.ipynb #6c3139ad
 CLS, SEP, MASK = (special_tokens.index(f"[{name}]") for name in ("CLS", "SEP", "MASK"))

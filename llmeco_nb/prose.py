@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import DataError, MissingError, Record, UsageError, begin, lock, read_json, scratch
-from .core import sha256_of, sha256_text, write_json
+from .core import DataError, MissingError, Record, UsageError, begin, cached_fixture
+from .core import read_json, sha256_of, sha256_text, write_json
 from .data import small_corpus
 from .dedup import find_duplicates
 from .filters import Rules, account, filter_documents, new_report
@@ -295,12 +295,6 @@ def read_prose(folder: str | Path, split: str, domains: list[str] | None = None)
 # %% ../nbs/10d_prose.ipynb #901d2cd7
 def small_prose(documents: int = 120) -> Path:
     "The folder of a small four-domain corpus under runs/scratch, made at the first call; `documents` are read of each domain."
-    code = [sha256_of(importlib.util.find_spec(f"llmeco_nb.{m}").origin) for m in ("sources", "stream", "data", "filters", "dedup", "leaks", "prose")]
-    place = scratch("prose-small")/f"{documents}-{sha256_text(' '.join(code))[:8]}"
-    with lock(place.with_name(place.name + ".lock")):
-        if not place.exists():
-            partial = place.with_name(place.name + ".partial")
-            if partial.exists(): shutil.rmtree(partial)
-            build_prose(begin(partial, "prose"), small_corpus(), documents=documents)
-            partial.rename(place)
-    return place/"prose"
+    def make(folder): build_prose(begin(folder, "prose"), small_corpus(), documents=documents)
+    code = (build_prose, small_corpus, revision, stream_texts, filter_documents, find_duplicates, without_leaks)
+    return cached_fixture("prose-small", make, documents, *code, small_corpus())/"prose"

@@ -12,38 +12,19 @@ import html
 import json
 import math
 import time
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from .command import duration
-from .command import headline
-from .core import LlmecoError
-from .core import Record
-from .core import read_json
-from .diagram import Box
-from .diagram import curves_svg
-from .diagram import lineage_svg
-from .house import Instance
-from .house import needs
+from .core import LlmecoError, Record, duration, read_json
+from .diagram import Box, curves_svg, lineage_svg
+from .house import Instance, headline, needs
 from .kernel import json_or
-from .markup import Scribe
-from .markup import slug
-from .page import chapter
-from .page import joined
-from .page import kept_lessons
-from .page import titled
+from .markup import Scribe, slug
+from .page import chapter, joined, kept_lessons, titled
 from .pipeline import Pipeline
 from .store import Run
-from .template import Page
-from .template import chips
-from .template import facts
-from .template import is_number
-from .template import renewed
-from .template import shown
-from .template import table
-from .template import write_pages
+from .template import Page, chips, facts, is_number, renewed, shown, table, write_pages
 
 # %% ../nbs/05_report.ipynb #53711638
 @dataclass

@@ -1,11 +1,16 @@
 """Exactly the right stages run again, or only their show cells, and `llmeco stages` says why."""
+import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from toyhouse import ToyHouse
 from toyhouse import machine_json  # noqa: F401  (a fixture)
 
+ROOT = Path(__file__).resolve().parent.parent
 ALL = ["make", "train@a", "train@b", "compare"]
 
 
@@ -143,3 +148,40 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
     assert done.returncode == 0, done.stderr
     from llmeco_nb.core import read_json
     assert read_json(tmp_path/"record"/"model") == read_json(house.runs/"toy-1"/"train@b"/"model")
+
+# -- the same under every Python
+
+KEYS = """
+import json
+from llmeco_nb.house import House
+from llmeco_nb.identity import Notebook, key_of, show_parts, work_parts
+house, found = House.find(), {}
+for path in house.notebooks:
+    notebook = Notebook.read(path)
+    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), key_of(show_parts(notebook, house.package))]
+print(json.dumps(found))
+"""
+
+def interpreter(name: str) -> str | None:
+    "The path of `python3.12`, say: on the path, or among the versions of a pyenv whose shim is on the path."
+    shim = shutil.which(name)
+    if shim is None: return None
+    installed = sorted(Path(shim).parent.parent.glob(f"versions/*/bin/{name}"))
+    return str(installed[0]) if installed else None if Path(shim).parent.name == "shims" else shim
+
+def keys_under(python: str) -> dict:
+    "The keys of all notebooks as the interpreter `python` computes them, without any library."
+    env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
+    done = subprocess.run([python, "-B", "-c", KEYS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+@pytest.fixture(scope="module")
+def keys_here() -> dict: return keys_under(sys.executable)
+
+@pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13", "python3.14"])
+def test_keys_are_the_same_under_every_python(python, keys_here):
+    "A result must not read as stale because the interpreter was upgraded."
+    other = interpreter(python)
+    if other is None: pytest.skip(f"there is no {python} here")
+    assert len(keys_here) > 30 and keys_under(other) == keys_here
