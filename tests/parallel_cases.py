@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from llmeco_nb.checkpoint import load_checkpoint, save_checkpoint
+from llmeco_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from llmeco_nb.core import Record, UsageError, begin
-from llmeco_nb.guard import Unsound
-from llmeco_nb.memory import recomputing
-from llmeco_nb.optim import Optimiser
-from llmeco_nb.parallel import Loss, here, overlapped, reduce_gradients, shard, shares, split_tensors
-from llmeco_nb.train import drawn, train
+from llmeco_nb.training.loss_spikes import Unsound
+from llmeco_nb.training.activation_checkpointing import recomputing
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.parallel import Loss, here, overlapped, reduce_gradients, shard, shares, split_tensors
+from llmeco_nb.training.loop import drawn, train
 
 BATCH = 6
 

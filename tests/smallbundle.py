@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import numpy as np
-from llmeco_nb.bundle import seal
+from llmeco_nb.deployment.bundle import seal
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb import augment
-from llmeco_nb.augment import Judge, WordNet, apertium, back_translate, build_augmented, change, distinct, engines, engines_revision, marian, mix, pivot_revision, replace_words, translator, wordnet_place
+from llmeco_nb.data import augment
+from llmeco_nb.data.augment import Judge, WordNet, apertium, back_translate, build_augmented, change, distinct, engines, engines_revision, marian, mix, pivot_revision, replace_words, translator, wordnet_place
 from llmeco_nb.core import ChangedSourceError, MissingError, UsageError, begin, open_record, sha256_of
-from llmeco_nb.data import fold, read_split, write_corpus
-from llmeco_nb.house import House
-from llmeco_nb.identity import key_of, work_parts
-from llmeco_nb.pipeline import Pipeline
-from llmeco_nb.store import Run
+from llmeco_nb.data.corpus import fold, read_split, write_corpus
+from llmeco_nb.runner.stages import House
+from llmeco_nb.runner.identity import key_of, work_parts
+from llmeco_nb.runner.pipeline import Pipeline
+from llmeco_nb.runner.store import Run
 
 needs_apertium = pytest.mark.skipif(not shutil.which("apertium"), reason="needs Apertium: apt-get install apertium apertium-eo-en")
 needs_wordnet = pytest.mark.skipif(not (Path(wordnet_place)/"index.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base")

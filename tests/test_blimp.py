@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.blimp import blimp_figure, by_set, data_folder, judged, read_blimp, read_published, sentence_scores  # noqa: E402
-from llmeco_nb.causal import end_of  # noqa: E402
+from llmeco_nb.evaluation.blimp import blimp_figure, by_set, data_folder, judged, read_blimp, read_published, sentence_scores  # noqa: E402
+from llmeco_nb.pretraining.causal import end_of  # noqa: E402
 from llmeco_nb.core import DataError, MissingError  # noqa: E402
-from llmeco_nb.decoder import new_decoder, save_decoder  # noqa: E402
-from llmeco_nb.ngram import Ngram  # noqa: E402
-from llmeco_nb.pieces import encode_pieces, open_pieces, save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.ngram import Ngram  # noqa: E402
+from llmeco_nb.tokenization.bpe import encode_pieces, open_pieces, save_pieces, train_bpe  # noqa: E402
 
 SAID = [("a", "The cats sleep.", "The cats sleeps."), ("a", "The cat sleeps.", "The cat sleep."), ("b", "He saw it.", "He it saw."), ("b", "They see him there.", "They see he there.")]
 

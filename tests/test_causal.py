@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.train  # noqa: E402
-from llmeco_nb.causal import best_fit, end_of, fast_causal_loss, held_nats, pack, pretrain_causal, read_texts, rows_of, write  # noqa: E402
+import llmeco_nb.training.loop  # noqa: E402
+from llmeco_nb.pretraining.causal import best_fit, end_of, fast_causal_loss, held_nats, pack, pretrain_causal, read_texts, rows_of, write  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import write_corpus  # noqa: E402
-from llmeco_nb.decoder import causal_loss, load_decoder, new_decoder  # noqa: E402
-from llmeco_nb.pieces import encode_pieces, open_pieces, save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.data.corpus import write_corpus  # noqa: E402
+from llmeco_nb.models.decoder import causal_loss, load_decoder, new_decoder  # noqa: E402
+from llmeco_nb.tokenization.bpe import encode_pieces, open_pieces, save_pieces, train_bpe  # noqa: E402
 
 QUICK = dict(size="1x32", context=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the good"], written=6, counted=10_000)
 
@@ -112,12 +112,12 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
 
 def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, after one, and in the last step."
-    whole, one_step = what_stays(calm), llmeco_nb.train.one_step
+    whole, one_step = what_stays(calm), llmeco_nb.training.loop.one_step
     for at in (1, 7, 13):
         killed_at(at, lambda: pretrain_causal(begin(tmp_path/"run", "causal"), *inputs, **QUICK))
         assert not (tmp_path/"run"/"decoder").exists()
     taken = []
-    monkeypatch.setattr(llmeco_nb.train, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
+    monkeypatch.setattr(llmeco_nb.training.loop, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
     pretrain_causal(begin(tmp_path/"run", "causal"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == whole and taken == [12, 13]
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llmeco_nb.claims import Claim, claim, claims_table, judge, read_claims, write_claims
+from llmeco_nb.stats.claims import Claim, claim, claims_table, judge, read_claims, write_claims
 from llmeco_nb.core import DataError, MissingError, UsageError
-from llmeco_nb.stats import bootstrap, average, compare, holm, wilson
+from llmeco_nb.stats.significance import bootstrap, average, compare, holm, wilson
 
 fast = settings(max_examples=80, deadline=None)
 probability = st.floats(0, 1)

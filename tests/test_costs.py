@@ -8,11 +8,11 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.costs import activations_of, cost_row, extra_parameters, flops_of, parameters_of, published, published_config, training_bytes  # noqa: E402
-from llmeco_nb.family import families, shape_of, stock_class, stock_config  # noqa: E402
-from llmeco_nb.forecast import saved_bytes, step_bytes  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.transformer import Bert, Gpt, Seq2Seq, Shape, bert_loss  # noqa: E402
+from llmeco_nb.models.costs import activations_of, cost_row, extra_parameters, flops_of, parameters_of, published, published_config, training_bytes  # noqa: E402
+from llmeco_nb.models.conversion import families, shape_of, stock_class, stock_config  # noqa: E402
+from llmeco_nb.training.forecast import saved_bytes, step_bytes  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, Shape, bert_loss  # noqa: E402
 
 shapes = st.builds(lambda heads, part, **more: Shape(width=2 * heads * part, heads=heads, positions=24, **more), heads=st.integers(1, 3), part=st.integers(1, 4), vocabulary=st.integers(5, 60),
                    inner=st.integers(0, 40), layers=st.integers(1, 3), decoder_layers=st.integers(1, 3), norm=st.sampled_from(["post", "pre"]), places=st.sampled_from(["learned", "waves"]),

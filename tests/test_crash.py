@@ -78,7 +78,7 @@ def kill_once(house, way, rng):
 
 def only_whole_entries(house):
     "Every entry under a final name is whole, whatever happened."
-    from llmeco_nb.store import Store
+    from llmeco_nb.runner.store import Store
     store = Store(house.runs)
     for entry in house.entries():
         if entry.suffix in (".partial", ".page"): continue
@@ -124,7 +124,7 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F
 
 def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # noqa: F811
     "A runner that looks in the moment before the folder gets its name, or after one died then, must not take the unfinished one for the newest run."
-    from llmeco_nb.store import Run
+    from llmeco_nb.runner.store import Run
     house = ToyHouse(tmp_path/"house", machine_json)
     house.runs.mkdir(parents=True, exist_ok=True)
     Run.create(house.runs/"toy-1", "toy").path.rename(house.runs/"toy-1.partial")

@@ -13,9 +13,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data import (build_corpus, clean_table, clean_text, drop_duplicates, fold, label_names, overlap, quotas, read_split, sizes_of,
+from llmeco_nb.data.corpus import (build_corpus, clean_table, clean_text, drop_duplicates, fold, label_names, overlap, quotas, read_split, sizes_of,
                             small_corpus, split_names, split_rows, take)
-from llmeco_nb.sources import text_ids
+from llmeco_nb.data.sources import text_ids
 
 
 def table(texts, labels=None) -> pd.DataFrame:
@@ -192,7 +192,7 @@ def test_own_data(tmp_path):
 def test_equal_input_gives_equal_bytes(tmp_path):
     source = own(tmp_path/"reviews.csv")
     first = build(tmp_path, source, "a", rows=30)
-    code = (f"from llmeco_nb.data import *; from llmeco_nb.core import *\n"
+    code = (f"from llmeco_nb.data.corpus import *; from llmeco_nb.core import *\n"
             f"print(sha256_of(build_corpus(begin({str(tmp_path/'b')!r}, 'data'), {str(source)!r}, 'body', 'stars', rows=30)))")
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings, strategies as st  # noqa: E402
 
 from llmeco_nb.core import DataError, MissingError, UsageError  # noqa: E402
-from llmeco_nb.decoder import (cache_bytes, causal_attention, causal_loss, decoder_config, decoder_flops, decoder_parameters, load_decoder,  # noqa: E402
+from llmeco_nb.models.decoder import (cache_bytes, causal_attention, causal_loss, decoder_config, decoder_flops, decoder_parameters, load_decoder,  # noqa: E402
                                new_decoder, qwen3, runs_of, save_decoder, stock_config)
 
 VOCABULARY = 120

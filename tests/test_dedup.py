@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.dedup import (Groups, as_bytes, band_keys, choose_bands, equal_keys, find_duplicates, meets, mix, shingles, signatures, slice_bytes, word_hashes)
-from llmeco_nb.filters import new_report
+from llmeco_nb.data.dedup import (Groups, as_bytes, band_keys, choose_bands, equal_keys, find_duplicates, meets, mix, shingles, signatures, slice_bytes, word_hashes)
+from llmeco_nb.data.filters import new_report
 
 
 def shingle_set(text, n=5):
@@ -214,7 +214,7 @@ def corpus(n, words=120, slow=0.):
 
 
 def test_killed_and_started_again(tmp_path):
-    code = CORPUS + "from llmeco_nb.dedup import find_duplicates\nfind_duplicates(corpus(3000, slow=float(sys.argv[2])), sys.argv[1], memory_mib=8)"
+    code = CORPUS + "from llmeco_nb.data.dedup import find_duplicates\nfind_duplicates(corpus(3000, slow=float(sys.argv[2])), sys.argv[1], memory_mib=8)"
     run = lambda folder, slow: subprocess.Popen([sys.executable, "-c", code, str(folder), slow])
     assert run(tmp_path/"whole", "0").wait() == 0
     kills, chance = 0, random.Random(1)
@@ -237,7 +237,7 @@ def test_memory_is_bounded(tmp_path):
     "A corpus several times the memory limit goes through; the limit is the kernel's (RLIMIT_DATA), and the peak does not grow with the corpus."
     code = CORPUS + """
 import resource, json
-from llmeco_nb.dedup import find_duplicates
+from llmeco_nb.data.dedup import find_duplicates
 resource.setrlimit(resource.RLIMIT_DATA, (96 << 20, 96 << 20))
 documents = lambda: corpus(int(sys.argv[2]), 400)
 found = find_duplicates(documents(), sys.argv[1], memory_mib=8)

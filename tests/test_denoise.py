@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.denoise  # noqa: E402
-import llmeco_nb.start  # noqa: E402
+import llmeco_nb.pretraining.denoising  # noqa: E402
+import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import read_split, write_corpus  # noqa: E402
-from llmeco_nb.denoise import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
+from llmeco_nb.pretraining.denoising import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
                                edits, fill, fit_neighbours, followers, held_answers, hole_counts, holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
-from llmeco_nb.family import from_stock  # noqa: E402
-from llmeco_nb.ngram import Ngram  # noqa: E402
-from llmeco_nb.pretrain import SEP, pack  # noqa: E402
-from llmeco_nb.start import RATES  # noqa: E402
-from llmeco_nb.tokenizer import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
-from llmeco_nb.transformer import Seq2Seq, Shape  # noqa: E402
+from llmeco_nb.models.conversion import from_stock  # noqa: E402
+from llmeco_nb.models.ngram import Ngram  # noqa: E402
+from llmeco_nb.pretraining.mlm import SEP, pack  # noqa: E402
+from llmeco_nb.training.plan import RATES  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
+from llmeco_nb.models.transformer import Seq2Seq, Shape  # noqa: E402
 
 QUICK = dict(size="1x32", length=32, positions=48, steps=12, batch=4, judged=4, evaluations=3, compared=8, prompts=["anna [MASK] the film ."])
 V = 120
@@ -271,7 +271,7 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
 
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
     "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
-    from llmeco_nb.stats import compare
+    from llmeco_nb.stats.significance import compare
     denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=100, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
     for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
@@ -298,9 +298,9 @@ def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_p
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_it_is_made(inputs, tmp_path, monkeypatch):
-    made, batch = [], llmeco_nb.denoise.denoise_batch
-    monkeypatch.setattr(llmeco_nb.denoise, "denoise_batch", lambda rows, which, *more: made.append(len(which)) or batch(rows, which, *more))
-    monkeypatch.setattr(llmeco_nb.start, "allowance", lambda model, optimiser: (2**24, "set for this test"))
+    made, batch = [], llmeco_nb.pretraining.denoising.denoise_batch
+    monkeypatch.setattr(llmeco_nb.pretraining.denoising, "denoise_batch", lambda rows, which, *more: made.append(len(which)) or batch(rows, which, *more))
+    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**24, "set for this test"))
     with pytest.raises(UsageError, match="batch of 4096 rows.*largest batch that fits is"): denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(batch=4096))
     assert max(made) <= 64
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
-from llmeco_nb.bundle import digest_of, seal, verify
+from llmeco_nb.deployment.bundle import digest_of, seal, verify
 from llmeco_nb.core import DataError, MissingError
-from llmeco_nb.engine import Busy, Expired, InProcess, Predictor
+from llmeco_nb.deployment.engine import Busy, Expired, InProcess, Predictor
 from smallbundle import WORDS, make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_closing_answers_what_was_admitted():
 def test_answering_loads_no_heavy_library(bundle):
     code = f"""
 import sys
-from llmeco_nb.engine import Predictor
+from llmeco_nb.deployment.engine import Predictor
 print(Predictor.load({str(bundle)!r}).predict_batch(["good"])[0]["label"], *sorted({{"torch", "transformers", "nbdev", "sklearn", "pandas", "scipy", "onnx"}} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["positive"], done.stdout + done.stderr

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.claims import read_claims
+from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data import build_corpus, read_split, split_rows, write_corpus
-from llmeco_nb.evaluate import evaluate_models, label_sizes
-from llmeco_nb.finetune import labelled_subset
-from llmeco_nb.linear import Bag, LinearText, count, fit, interpolate, log_count_ratio, recipes, token
+from llmeco_nb.data.corpus import build_corpus, read_split, split_rows, write_corpus
+from llmeco_nb.evaluation.comparison import evaluate_models, label_sizes
+from llmeco_nb.finetuning.classifier import labelled_subset
+from llmeco_nb.finetuning.linear import Bag, LinearText, count, fit, interpolate, log_count_ratio, recipes, token
 
 WORDS = {1: "awful terrible worst", 2: "poor weak dull", 3: "average okay middling", 4: "good solid pleasant", 5: "superb wonderful best"}
 pytestmark = pytest.mark.filterwarnings("ignore:The parameter 'token_pattern'")
@@ -128,7 +128,7 @@ def test_nbsvm_is_the_papers_equation(tmp_path):
 def test_answers_with_numpy_alone(compared):
     "Loading and scoring import neither scikit-learn nor scipy, pandas or torch, even where they are installed."
     folder = compared[0].artifact("baselines")/"wordchar_svc-100"
-    code = "import sys; from llmeco_nb.linear import LinearText; m = LinearText.load(sys.argv[1]); print(m.classes[m.probabilities(['superb and wonderful']).argmax()]); m.why('superb', 0); " \
+    code = "import sys; from llmeco_nb.finetuning.linear import LinearText; m = LinearText.load(sys.argv[1]); print(m.classes[m.probabilities(['superb and wonderful']).argmax()]); m.why('superb', 0); " \
            "print(sorted({n.split('.')[0] for n in sys.modules} & {'sklearn', 'scipy', 'torch', 'pandas', 'pyarrow', 'matplotlib'}))"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split("\n")[:2] == ["5", "[]"], done.stdout + done.stderr

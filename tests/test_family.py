@@ -5,8 +5,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError  # noqa: E402
-from llmeco_nb.family import families, family_of, from_stock, names_of, save_folder, shape_of, stock_class, stock_config, to_stock  # noqa: E402
-from llmeco_nb.transformer import Bert, Gpt, Seq2Seq, Shape  # noqa: E402
+from llmeco_nb.models.conversion import families, family_of, from_stock, names_of, save_folder, shape_of, stock_class, stock_config, to_stock  # noqa: E402
+from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, Shape  # noqa: E402
 
 EIGHT = [name for name in families if name != "BertForMaskedLM"]
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-import llmeco_nb.fast as fast  # noqa: E402
-from llmeco_nb.fast import AttentionByProducts, SummedCrossEntropy, fast_mlm_loss, hasten  # noqa: E402
-from llmeco_nb.model import mlm_loss, new_encoder  # noqa: E402
+import llmeco_nb.models.speedups as fast  # noqa: E402
+from llmeco_nb.models.speedups import AttentionByProducts, SummedCrossEntropy, fast_mlm_loss, hasten  # noqa: E402
+from llmeco_nb.models.encoder import mlm_loss, new_encoder  # noqa: E402
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
@@ -112,7 +112,7 @@ def test_nothing_of_it_is_saved(tmp_path):
 
 kept_and_given_back = """
 import resource, torch
-from llmeco_nb.fast import kept_memory
+from llmeco_nb.models.speedups import kept_memory
 def faults(work):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     work()

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"): pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
-from llmeco_nb.bundle import seal, verify
+from llmeco_nb.deployment.bundle import seal, verify
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data import write_corpus
-from llmeco_nb.feedback import Client, ask_by_curl, freeze, interact, read_frozen, serving
-from llmeco_nb.finetune import labelled_subset
-from llmeco_nb.improve import gate, improve, refit_linear, usable
-from llmeco_nb.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
-from llmeco_nb.linear import LinearText, count, fit, recipes
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.interaction.feedback import Client, ask_by_curl, freeze, interact, read_frozen, serving
+from llmeco_nb.finetuning.classifier import labelled_subset
+from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable
+from llmeco_nb.deployment.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
+from llmeco_nb.finetuning.linear import LinearText, count, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
 
 WRITER = """
 import sys
-from llmeco_nb.ledger import *
+from llmeco_nb.deployment.ledger import *
 ledger = Ledger(sys.argv[1])
 for i in range(60): keep_predictions(ledger, f"{sys.argv[2]}-{i}", "0"*64, ["t"], [dict(label="a", probabilities={"a": 1.})]).result(); keep_feedback(ledger, f"{sys.argv[2]}-{i}", correct=True).result()
 ledger.close()

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import begin, plain_text
-from llmeco_nb.data import build_corpus, read_split
-from llmeco_nb.evaluate import evaluate_models
-from llmeco_nb.finetune import predictions_table
-from llmeco_nb.metrics import confusion_figure
+from llmeco_nb.data.corpus import build_corpus, read_split
+from llmeco_nb.evaluation.comparison import evaluate_models
+from llmeco_nb.finetuning.classifier import predictions_table
+from llmeco_nb.stats.metrics import confusion_figure
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
 NAMES = ["$", "$$", "$5 to $9", "_x", r"a\$b"]
@@ -105,7 +105,7 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
 
 
 def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
-    prose = pytest.importorskip("llmeco_nb.prose")
+    prose = pytest.importorskip("llmeco_nb.data.mixture")
     own = []
     for k, name in enumerate(("_mine", "$$")):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]

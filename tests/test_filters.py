@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.filters import (Rules, account, english_share, filter_documents, iban_lengths, in_repeated_grams, luhn, mask_personal, mod97, new_report, once_lines, quality_rule, repeated,
+from llmeco_nb.data.filters import (Rules, account, english_share, filter_documents, iban_lengths, in_repeated_grams, luhn, mask_personal, mod97, new_report, once_lines, quality_rule, repeated,
                                repetition_rule, terminal_lines, top_gram)
 
 PROSE = ("When the ship came into the harbour that evening, nobody of the crew would have said that the voyage had been easy. They had lost two sails in the storm and most of the water "

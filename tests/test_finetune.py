@@ -10,10 +10,10 @@ import pytest
 pd = pytest.importorskip("pandas")
 pytest.importorskip("transformers")
 import numpy as np  # noqa: E402
-from llmeco_nb import finetune  # noqa: E402
+from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, begin  # noqa: E402
-from llmeco_nb.data import write_corpus  # noqa: E402
-from llmeco_nb.finetune import collate, encode, enough_labels, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
+from llmeco_nb.data.corpus import write_corpus  # noqa: E402
+from llmeco_nb.finetuning.classifier import collate, encode, enough_labels, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {0: "money back refund charge invoice", 1: "parcel late courier address package", 2: "thanks great lovely helpful friendly"}

@@ -5,8 +5,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.forecast import bytes_at, compile_choice, expected_loss, forecast, group_memory, memory_law, must_fit, power_law, saved_bytes, step_bytes  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.forecast import bytes_at, compile_choice, expected_loss, forecast, group_memory, memory_law, must_fit, power_law, saved_bytes, step_bytes  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
 
 
 class Net(torch.nn.Module):

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"): pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
-from llmeco_nb.bundle import verify
+from llmeco_nb.deployment.bundle import verify
 from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.feedback import start
-from llmeco_nb.gateway import limits, listen, make_app, newest_bundle
-from llmeco_nb.ledger import read_feedback
+from llmeco_nb.interaction.feedback import start
+from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
+from llmeco_nb.deployment.ledger import read_feedback
 from smallbundle import make_bundle
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")                # of the test client about its HTTP library
@@ -174,7 +174,7 @@ def test_the_printed_line_works_and_ctrl_c_ends_politely(bundle, tmp_path):
 def test_a_port_in_use_is_told(bundle, tmp_path):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-c", "from llmeco_nb.command import main; main()", "serve", "--bundle", str(bundle), "--database", str(tmp_path/"f.sqlite"), "--port", str(port)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", "from llmeco_nb.cli import main; main()", "serve", "--bundle", str(bundle), "--database", str(tmp_path/"f.sqlite"), "--port", str(port)], capture_output=True, text=True, timeout=60)
     assert done.returncode == UsageError.code and f"Port {port} is in use" in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
 
 def test_the_newest_champion_is_served(tmp_path):

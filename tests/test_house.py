@@ -1,11 +1,11 @@
 "Profiles and files of parameters: what is written is what a parameter gets."
 import pytest
 
-from llmeco_nb.command import settings
+from llmeco_nb.cli import settings
 from llmeco_nb.core import UsageError, begin
-from llmeco_nb.data import build_corpus, label_names
-from llmeco_nb.house import House, read_profile, read_yaml
-from llmeco_nb.identity import Parameter
+from llmeco_nb.data.corpus import build_corpus, label_names
+from llmeco_nb.runner.stages import House, read_profile, read_yaml
+from llmeco_nb.runner.identity import Parameter
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_a_parameter_on_the_command_line(house):
 
 
 def test_a_library_version_is_recorded_and_changes_nothing(house):
-    site = house.folder/"llmeco_nb"/"machine.py"
+    site = house.folder/"llmeco_nb"/"runner"/"machine.py"
     # versions() reads installed metadata; a newer papermill is played by a metadata folder that comes first on the path
     fake = house.folder/"papermill-99.0.dist-info"
     fake.mkdir()
@@ -153,8 +153,8 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
 
 KEYS = """
 import json
-from llmeco_nb.house import House
-from llmeco_nb.identity import Notebook, key_of, show_parts, work_parts
+from llmeco_nb.runner.stages import House
+from llmeco_nb.runner.identity import Notebook, key_of, show_parts, work_parts
 house, found = House.find(), {}
 for path in house.notebooks:
     notebook = Notebook.read(path)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.data import read_split, small_corpus
-from llmeco_nb.filters import new_report
-from llmeco_nb.leaks import LeakIndex, corpus_sets, windows, without_leaks, words_of
+from llmeco_nb.data.corpus import read_split, small_corpus
+from llmeco_nb.data.filters import new_report
+from llmeco_nb.data.decontamination import LeakIndex, corpus_sets, windows, without_leaks, words_of
 
 rng = random.Random(5)
 vocabulary = [f"word{i}" for i in range(5000)]
@@ -84,7 +84,7 @@ def test_it_agrees_with_a_slow_and_obvious_check(a, b):
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from llmeco_nb.leaks import windows; print(windows('to be or not'.split(), 3).tolist())"
+    code = "from llmeco_nb.data.decontamination import windows; print(windows('to be or not'.split(), 3).tolist())"
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "PYTHONHASHSEED": s}).stdout for s in "12"}
     assert said == {f"{windows('to be or not'.split(), 3).tolist()}\n"}
 

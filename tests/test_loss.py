@@ -4,9 +4,9 @@ import pytest
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 from llmeco_nb.core import begin  # noqa: E402
-from llmeco_nb.model import new_encoder  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.train import train  # noqa: E402
+from llmeco_nb.models.encoder import new_encoder  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.loop import train  # noqa: E402
 
 WORDS, IGNORED = 60, -100
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError, begin, open_record, sha256_of  # noqa: E402
-from llmeco_nb.decoder import causal_loss, new_decoder  # noqa: E402
-from llmeco_nb.memory import Ledger, forgetful, kept, layers_of, recomputing  # noqa: E402
+from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
+from llmeco_nb.training.activation_checkpointing import Ledger, forgetful, kept, layers_of, recomputing  # noqa: E402
 
 IDS = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -106,9 +106,9 @@ def test_mistakes_are_named():
 
 def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
     "Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the same bytes as a run that never did, or always."
-    from llmeco_nb import train
-    from llmeco_nb.causal import pretrain_causal, small_pieces
-    from llmeco_nb.prose import small_prose
+    from llmeco_nb.training import loop as train
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
+    from llmeco_nb.data.mixture import small_prose
     prose, toy = small_prose(), dict(size="2x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0)
     def run(name, every): return pretrain_causal(begin(tmp_path/name, "causal"), prose, small_pieces(prose), recompute=every, **toy)
     def rows(name): return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s", "roof_share")} for r in open_record(tmp_path/name, "causal").rows()]
@@ -127,10 +127,10 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
 
 def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     "Up to rounding what the plain ones learn; the same bytes each time, and with layers that forget."
-    from llmeco_nb.causal import pretrain_causal, small_pieces
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
     from llmeco_nb.core import MissingError
-    from llmeco_nb.forecast import compiler_of_torch
-    from llmeco_nb.prose import small_prose
+    from llmeco_nb.training.forecast import compiler_of_torch
+    from llmeco_nb.data.mixture import small_prose
     try: compiler_of_torch()
     except MissingError as e: pytest.skip(str(e))
     prose, toy, made = small_prose(), dict(size="2x32", context=32, steps=6, batch=4, judged=8, evaluations=2, counted=0, precision="fp32", muon=0.0), {}

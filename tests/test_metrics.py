@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.metrics import (accuracy, averaged, balanced_accuracy, class_scores, class_table, confused_pairs, confusion, confusion_figure, mcc, metric,
+from llmeco_nb.stats.metrics import (accuracy, averaged, balanced_accuracy, class_scores, class_table, confused_pairs, confusion, confusion_figure, mcc, metric,
                                precision_recall_f1, report, score)
 
 fast = settings(max_examples=60, deadline=None)
@@ -145,5 +145,5 @@ def test_evaluate_metrics_take_batches_and_combine():
 
 def test_ground_floor_imports_stay_light():
     heavy = "torch transformers datasets evaluate sklearn scipy statsmodels pandas matplotlib".split()
-    code = f"import sys, llmeco_nb.metrics, llmeco_nb.stats, llmeco_nb.claims; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, llmeco_nb.stats.metrics, llmeco_nb.stats.significance, llmeco_nb.stats.claims; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

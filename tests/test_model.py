@@ -3,7 +3,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.model import count_parameters, encoder_config, flops_per_token, mlm_logits, mlm_loss, new_encoder, sizes  # noqa: E402
+from llmeco_nb.models.encoder import count_parameters, encoder_config, flops_per_token, mlm_logits, mlm_loss, new_encoder, sizes  # noqa: E402
 
 VOCABULARY = 300
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.ngram import Ngram, bits_per_byte, compressed, discounts, stream_of
+from llmeco_nb.models.ngram import Ngram, bits_per_byte, compressed, discounts, stream_of
 
 documents = st.lists(st.lists(st.integers(1, 5), max_size=8).map(lambda d: np.array(d, dtype=np.int32)), min_size=1, max_size=8)
 ids = lambda *d: np.array(d, dtype=np.int32)

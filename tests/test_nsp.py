@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import read_split, write_corpus  # noqa: E402
-from llmeco_nb.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
+from llmeco_nb.pretraining.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
                            with_pairs)
-from llmeco_nb.pretrain import pretrain  # noqa: E402
-from llmeco_nb.tokenizer import build_tokenizer, open_tokenizer  # noqa: E402
+from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import build_tokenizer, open_tokenizer  # noqa: E402
 
 QUICK = dict(length=24, steps=10, batch=8, judged=20, evaluations=2)
 NAMES = ["anna", "boris", "clara", "david", "emma", "felix", "greta", "hugo", "irene", "jakob", "karin", "lukas", "mara", "nils", "olga", "peter"]
@@ -140,7 +140,7 @@ def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at):
 
 def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
     "Probes choose; what was foretold from two small batches lies within a tenth of what came."
-    from llmeco_nb.start import RATES, SIZES
+    from llmeco_nb.training.plan import RATES, SIZES
     learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | dict(batch=None, lr=None))
     n = open_record(tmp_path/"run", "nsp").metrics
     assert n["batch"] in SIZES and n["lr"] in RATES and n["forecast_mib"] == pytest.approx(n["peak_mib"], rel=0.1)
@@ -149,7 +149,7 @@ def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
 
 def test_what_can_be_told_is_told(inputs, tmp_path):
     "Each text speaks of one person: counting shared words solves most pairs, and the model, trained on, is above chance beyond its interval."
-    from llmeco_nb.stats import wilson
+    from llmeco_nb.stats.significance import wilson
     learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, length=24, steps=400, batch=32, judged=120, evaluations=2, lr=3e-3)
     n = open_record(tmp_path/"run", "nsp").metrics
     assert n["overlap_accuracy"] > 0.85 and wilson(n["right"], n["pairs"]).low > 0.5 and n["pair_loss"] < 0.69

@@ -53,7 +53,7 @@ def test_every_import_is_declared():
 
 def test_named_extras_exist():
     "`pip install` with an extra nobody defines goes through with a warning and installs too little."
-    texts = [*ROOT.glob("*.md"), *(ROOT/".github").rglob("*.yaml"), *(ROOT/"nbs").glob("*.ipynb"), *(ROOT/"nbs").rglob("*.yaml")]
+    texts = [*ROOT.glob("*.md"), *(ROOT/".github").rglob("*.yaml"), *(ROOT/"nbs").rglob("*.ipynb"), *(ROOT/"nbs").rglob("*.yaml")]
     named = [(p.name, extra) for p in texts for m in re.finditer(r"(?:\bllmeco|[\s'\"]\.)\[([a-z]+(?:,\s*[a-z]+)*)\]", p.read_text(encoding="utf-8")) for extra in re.split(r",\s*", m[1])]
     assert named, "no installation with extras is written anywhere"
     unknown = [f"{file}: [{extra}]" for file, extra in named if extra not in requirements]
@@ -73,7 +73,7 @@ def wheel(tmp_path_factory) -> zipfile.Path:
 
 def test_wheel_carries_notebooks_profiles_and_licence(wheel):
     names, nbs = set(zipfile.ZipFile(wheel).namelist()), ROOT/"nbs"
-    wanted = {f"llmeco_nb/nbs/{p.relative_to(nbs).as_posix()}" for pattern in ("*.ipynb", "profiles/*/*.yaml", "records/*.json") for p in nbs.glob(pattern)}
+    wanted = {f"llmeco_nb/nbs/{p.relative_to(nbs).as_posix()}" for pattern in ("*.ipynb", "[0-9]*_*/*.ipynb", "profiles/*/*.yaml", "records/*.json") for p in nbs.glob(pattern)}
     wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT/"llmeco_nb").rglob("*.py") if p.name != "_modidx.py"}
     assert any(n.endswith(".ipynb") for n in wanted) and any(n.endswith(".yaml") for n in wanted), "no notebooks or no profiles to carry"
     assert not wanted - names, f"missing from the wheel: {sorted(wanted - names)}"
@@ -88,7 +88,7 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
     script = re.search(r"llmeco *= *([\w.]+):(\w+)", settings["console_scripts"])
     code = f"""
 import sys, llmeco_nb
-from llmeco_nb.house import House, read_profile
+from llmeco_nb.runner.stages import House, read_profile
 house = House.find()
 print(llmeco_nb.__file__, llmeco_nb.__version__, house.checkout, len(house.stages))
 for folder in sorted((house.nbs/"profiles").iterdir()): print(folder.name, len(read_profile(house, folder.name)[0]))
@@ -128,8 +128,8 @@ def test_readme_opens_with_two_plain_commands():
     assert not [line for block in found[:2] for line in block.splitlines() if line.startswith(("$", ">", "%"))], "a prompt cannot be pasted"
 
 def test_readme_is_the_index():
-    from llmeco_nb.docs import readme
-    from llmeco_nb.house import House
+    from llmeco_nb.site.docs import readme
+    from llmeco_nb.runner.stages import House
     assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(House.find()), "README.md is not what nbs/index.ipynb gives; run `llmeco docs --readme`"
 
 # -- machines elsewhere

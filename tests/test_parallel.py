@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 import parallel_cases as cases  # noqa: E402
 
 from llmeco_nb.core import CellError, DataError, MissingError, UsageError, begin, open_record  # noqa: E402
-from llmeco_nb.parallel import child, join, launch, place, raise_said, run_notebook, spread  # noqa: E402
+from llmeco_nb.training.parallel import child, join, launch, place, raise_said, run_notebook, spread  # noqa: E402
 
 CASES = str(Path(__file__).with_name("parallel_cases.py"))
 
@@ -81,8 +81,8 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
-    from llmeco_nb.causal import pretrain_causal, small_pieces
-    from llmeco_nb.prose import small_prose
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
+    from llmeco_nb.data.mixture import small_prose
     toy, prose, losses = dict(size="1x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0, precision="fp32", muon=0.0), small_prose(), []
     for where in ("cpu", device):
         pretrain_causal(begin(tmp_path/where, "causal"), prose, small_pieces(prose), device=where, **toy)
@@ -166,9 +166,9 @@ def test_a_stage_in_two_processes(tmp_path, alone):
 
 def test_a_real_stage_in_two_processes(tmp_path):
     "The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up to rounding."
-    from llmeco_nb.causal import small_pieces
-    from llmeco_nb.decoder import qwen3
-    from llmeco_nb.prose import small_prose
+    from llmeco_nb.pretraining.causal import small_pieces
+    from llmeco_nb.models.decoder import qwen3
+    from llmeco_nb.data.mixture import small_prose
     qwen3(), small_pieces(small_prose())                  # before the fork, once for all
     args = ["causal", "-p", "size=1x32", "-p", "context=32", "-p", "steps=6", "-p", "batch=6", "-p", "judged=8", "-p", "evaluations=2", "-p", "counted=0", "-p", "precision=fp32", "-p", "written=2", "-p", "recompute=1", "-p", "muon=0"]      # Muon rounds to bf16 inside, and a last bit becomes a third digit
     runs = {n: forked(lambda: run_notebook([*args, "-p", f"out={tmp_path/str(n)}"]), n, tmp_path, joined=False) and open_record(tmp_path/str(n), "causal") for n in (1, 2)}
@@ -182,7 +182,7 @@ def test_a_real_stage_in_two_processes(tmp_path):
 @pytest.mark.gpu
 def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2: pytest.skip("needs two CUDA devices")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "llmeco_nb.parallel", "causal", "-p", "steps=3", "-p", "counted=0", "-p", f"out={tmp_path/'run'}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "llmeco_nb.training.parallel", "causal", "-p", "steps=3", "-p", "counted=0", "-p", f"out={tmp_path/'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert open_record(tmp_path/"run", "causal").metrics["steps"] == 3

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, write_json
-from llmeco_nb.data import read_split, small_corpus
-from llmeco_nb.pieces import chat_tokens, encode_pieces, open_pieces, save_pieces
-from llmeco_nb.unigrams import Lattice, build_pieces, byte_tokens, kinds, learn_unigram, train_kind
+from llmeco_nb.data.corpus import read_split, small_corpus
+from llmeco_nb.tokenization.bpe import chat_tokens, encode_pieces, open_pieces, save_pieces
+from llmeco_nb.tokenization.unigram import Lattice, build_pieces, byte_tokens, kinds, learn_unigram, train_kind
 
 @pytest.fixture(scope="module")
 def texts(): return read_split(small_corpus(), "train").text.tolist()[:150]
@@ -43,7 +43,7 @@ def test_bytes_cannot_be_spelled(made, kind):
 
 @pytest.mark.parametrize("kind", kinds)
 def test_same_texts_same_bytes_in_another_process(made, texts, kind):
-    code = ("import sys, json, hashlib\nfrom llmeco_nb.unigrams import train_kind\n"
+    code = ("import sys, json, hashlib\nfrom llmeco_nb.tokenization.unigram import train_kind\n"
             "print(hashlib.sha256(train_kind(sys.argv[1], json.load(sys.stdin), 900).to_str().encode()).hexdigest())")
     here = hashlib.sha256(made[kind].to_str().encode()).hexdigest()
     for salt in ("1", "2"):

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.train  # noqa: E402
+import llmeco_nb.training.loop  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretrain import (MASK, batches_of, count_embeddings, fill, held_losses, mask_row, masked_batch, pack, pretrain, pretrain_plan,  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
+from llmeco_nb.pretraining.mlm import (MASK, batches_of, count_embeddings, fill, held_losses, mask_row, masked_batch, pack, pretrain, pretrain_plan,  # noqa: E402
                                 repeat_positions, started, text_embeddings, unigram)
-from llmeco_nb.tokenizer import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", length=16, positions=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the [MASK] film"])
 ROWS = np.random.default_rng(0).integers(5, 500, (300, 64)).astype(np.int32)
@@ -181,12 +181,12 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
 
 def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, right after one, and in the last step."
-    whole, one_step = what_stays(calm), llmeco_nb.train.one_step
+    whole, one_step = what_stays(calm), llmeco_nb.training.loop.one_step
     for at in (1, 6, 13):
         killed_at(at, lambda: pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK))
         assert not (tmp_path/"run"/"encoder").exists()
     taken = []
-    monkeypatch.setattr(llmeco_nb.train, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
+    monkeypatch.setattr(llmeco_nb.training.loop, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
     pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == whole
     assert taken == [12, 13]                                                       # it went on from its last checkpoint and did not start anew

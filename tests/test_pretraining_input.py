@@ -8,21 +8,21 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretrain  # noqa: E402
-import llmeco_nb.start  # noqa: E402
-from llmeco_nb.causal import pretrain_causal  # noqa: E402
-from llmeco_nb.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
+import llmeco_nb.pretraining.mlm  # noqa: E402
+import llmeco_nb.training.plan  # noqa: E402
+from llmeco_nb.pretraining.causal import pretrain_causal  # noqa: E402
+from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError, begin, read_json  # noqa: E402
-from llmeco_nb.data import build_corpus, write_corpus  # noqa: E402
-from llmeco_nb.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
-from llmeco_nb.model import new_encoder  # noqa: E402
-from llmeco_nb.nsp import learn_pairs  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.pieces import save_pieces, train_bpe  # noqa: E402
-from llmeco_nb.pretrain import pretrain  # noqa: E402
-from llmeco_nb.prose import build_prose  # noqa: E402
-from llmeco_nb.tokenizer import build_tokenizer, train_wordpiece  # noqa: E402
-from llmeco_nb.unigrams import train_kind  # noqa: E402
+from llmeco_nb.data.corpus import build_corpus, write_corpus  # noqa: E402
+from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.encoder import new_encoder  # noqa: E402
+from llmeco_nb.pretraining.nsp import learn_pairs  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
+from llmeco_nb.data.mixture import build_prose  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import build_tokenizer, train_wordpiece  # noqa: E402
+from llmeco_nb.tokenization.unigram import train_kind  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, judged=6, evaluations=1)
 
@@ -111,7 +111,7 @@ BAD = [
 
 @pytest.mark.parametrize("work,error,parts", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_input_is_a_clear_error(work, error, parts, house, tmp_path, monkeypatch):
-    monkeypatch.setattr(llmeco_nb.start, "allowance", lambda model, optimiser: (2**24, "set for this test"))     # 16 MiB: enough for batches of four
+    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**24, "set for this test"))     # 16 MiB: enough for batches of four
     with pytest.raises(LlmecoError) as e: work(house, tmp_path)
     assert type(e.value) is error
     for part in parts: assert re.search(part, str(e.value)), f"{part!r} is not in: {e.value}"
@@ -129,9 +129,9 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
 
 def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
     "The refusal names a batch that was within the limit, and nothing larger than a few rows was made before it."
-    made, masked = [], llmeco_nb.pretrain.masked_batch
-    monkeypatch.setattr(llmeco_nb.pretrain, "masked_batch", lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more))
-    monkeypatch.setattr(llmeco_nb.start, "allowance", lambda model, optimiser: (2**23, "set for this test"))
+    made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
+    monkeypatch.setattr(llmeco_nb.pretraining.mlm, "masked_batch", lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more))
+    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**23, "set for this test"))
     with pytest.raises(UsageError) as e: encoder(house, tmp_path, batch=512)
     largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
     assert max(made) <= 4 < largest < 512 == rows == instead * times and not (tmp_path/"run.plan.json").exists()

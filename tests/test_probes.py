@@ -5,8 +5,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.probes import fastest_batch, halving, range_curve, smallest_near_best  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.lr_finder import fastest_batch, halving, range_curve, smallest_near_best  # noqa: E402
 
 
 def make(rows, index): return torch.randn(rows, 8, generator=torch.Generator().manual_seed(index))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data import read_split, small_corpus
-from llmeco_nb.filters import english_share, mask_personal, quality_rule
-from llmeco_nb.prose import build_prose, mixture, packaged_domains, read_domains, read_prose, shares_of, side, small_prose, splits, spread
+from llmeco_nb.data.corpus import read_split, small_corpus
+from llmeco_nb.data.filters import english_share, mask_personal, quality_rule
+from llmeco_nb.data.mixture import build_prose, mixture, packaged_domains, read_domains, read_prose, shares_of, side, small_prose, splits, spread
 
 vocabulary = [f"word{i}" for i in range(3000)]
 common = "the of and to a in that is was it for with be have on by".split()
@@ -164,7 +164,7 @@ def test_memory_is_bounded(tmp_path):
     "The peak does not grow with the corpus, whether it comes as JSON lines or as Parquet."
     import pandas as pd
     code = """import json, sys
-from llmeco_nb.prose import build_prose
+from llmeco_nb.data.mixture import build_prose
 from llmeco_nb.core import begin
 build_prose(begin(sys.argv[1], "prose"), domains=[], own=[f"d={sys.argv[2]}"], quality=["d=none"])
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
@@ -179,7 +179,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 def test_killed_anywhere_it_begins_cleanly(tmp_path):
     own = write(tmp_path, "a", 200)
     code = f"""import os, signal, sys
-import llmeco_nb.prose as p
+import llmeco_nb.data.mixture as p
 from llmeco_nb.core import begin
 at, seen = int(sys.argv[2]), 0
 def dying(function):

@@ -12,13 +12,13 @@ import pytest
 from toyhouse import ToyHouse
 from toyhouse import machine_json  # noqa: F401  (a fixture)
 
-from llmeco_nb.docs import chapter_map, readme, render_site
-from llmeco_nb.diagram import ring_svg
-from llmeco_nb.house import House
-from llmeco_nb.identity import Package
-from llmeco_nb.pipeline import Pipeline
-from llmeco_nb.report import render_report
-from llmeco_nb.store import Run
+from llmeco_nb.site.docs import chapter_map, readme, render_site
+from llmeco_nb.site.diagram import ring_svg
+from llmeco_nb.runner.stages import House
+from llmeco_nb.runner.identity import Package
+from llmeco_nb.runner.pipeline import Pipeline
+from llmeco_nb.site.report import render_report
+from llmeco_nb.runner.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = set("area base br col embed hr img input link meta source track wbr".split())
@@ -191,8 +191,7 @@ def test_an_unfinished_run_has_a_report_too(house):
 
 def test_the_command_says_where_the_report_is(house):
     "From the terminal, in a checkout that has the report's chapter."
-    for module in ("style", "template", "diagram", "markup", "page", "report", "claims", "stats", "metrics"):
-        if (ROOT/"llmeco_nb"/f"{module}.py").exists(): shutil.copy(ROOT/"llmeco_nb"/f"{module}.py", house.folder/"llmeco_nb")
+    for module in ("site.style", "site.template", "site.diagram", "site.markup", "site.page", "site.report", "stats.claims", "stats.significance", "stats.metrics"): house.bring(module)
     code, out, err = house.llmeco("report", "--profile", "toy")
     assert code == 0 and "Report: runs/toy-2/report/index.html" in out, err
 
@@ -214,7 +213,7 @@ def site(tmp_path_factory):
 
 def test_site_is_whole_and_needs_no_network(site):
     pages = check_pages(site)
-    assert set(pages) == {f"{p.stem}.html" for p in (ROOT/"nbs").glob("*.ipynb")} | {"api.html"}
+    assert set(pages) == {f"{p.stem}.html" for p in House.find().notebooks} | {"api.html"}
     for name, page in pages.items():
         if m := re.search(r"\\(frac|sum|text|sqrt|log)\b", re.sub(r"<pre>.*?</pre>|<code>.*?</code>", "", (site/name).read_text(encoding="utf-8"), flags=re.S)): pytest.fail(f"{name}: a formula was not translated: {m[0]}")
 
@@ -228,9 +227,10 @@ def test_site_documents_what_is_exported(site):
 
 def test_links_between_chapters_lead_somewhere():
     "A link to a notebook that does not exist yet is allowed only where its number is still free."
-    names = {p.name for p in (ROOT/"nbs").glob("*.ipynb")}
-    wrong = [f"{p.name}: {target}" for p in (ROOT/"nbs").glob("*.ipynb") for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown"
-             for target in re.findall(r"\]\(([\w.@-]+\.ipynb)", "".join(c["source"])) if target not in names and any(n.split("_")[0] == target.split("_")[0] for n in names)]
+    notebooks = House.find().notebooks
+    numbers = {p.name.split("_")[0] for p in notebooks}
+    wrong = [f"{p.name}: {target}" for p in notebooks for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown"
+             for target in re.findall(r"\]\(([\w./@-]+\.ipynb)", "".join(c["source"])) if not (p.parent/target).is_file() and target.rpartition("/")[2].split("_")[0] in numbers]
     assert not wrong, wrong
 
 

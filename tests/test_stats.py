@@ -9,8 +9,8 @@ from statsmodels.stats.power import normal_sample_size_one_tail
 from statsmodels.stats.proportion import proportion_confint
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.metrics import score, confusion
-from llmeco_nb.stats import (Interval, average, bootstrap, compare, compare_metric, detectable, difference, holm, mcnemar, of_confusion, paired_difference,
+from llmeco_nb.stats.metrics import score, confusion
+from llmeco_nb.stats.significance import (Interval, average, bootstrap, compare, compare_metric, detectable, difference, holm, mcnemar, of_confusion, paired_difference,
                              permutation, tango_z, wilson)
 
 fast = settings(max_examples=40, deadline=None)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, sha256_of
-from llmeco_nb.data import write_corpus
-from llmeco_nb.tokenizer import (build_tokenizer, encode_texts, letters_of, measure, open_tokenizer, save_tokenizer, special_tokens, train_wordpiece,
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.tokenization.wordpiece import (build_tokenizer, encode_texts, letters_of, measure, open_tokenizer, save_tokenizer, special_tokens, train_wordpiece,
                                  word_counts, wordpiece)
 
 TEXTS = [f"{a} {b}, {c} the film's ending. Café number {n}!" for n, (a, b, c) in enumerate(
@@ -27,7 +27,7 @@ def corpus(folder, train=TEXTS[8:], validation=TEXTS[:8]):
 
 def test_two_processes_find_the_same_vocabulary():
     "The library's own trainer does not: the order of a hash table becomes ids, and ids break ties."
-    code = "import sys, json; from llmeco_nb.tokenizer import train_wordpiece; print(json.dumps(train_wordpiece(json.load(sys.stdin), 120)))"
+    code = "import sys, json; from llmeco_nb.tokenization.wordpiece import train_wordpiece; print(json.dumps(train_wordpiece(json.load(sys.stdin), 120)))"
     runs = [subprocess.run([sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert runs[0] == runs[1] and json.loads(runs[0]) == train_wordpiece(TEXTS, 120)
 

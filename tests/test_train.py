@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
+from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
 from llmeco_nb.core import DataError, UsageError, begin, open_record  # noqa: E402
-from llmeco_nb.optim import Optimiser, schedule_of  # noqa: E402
-from llmeco_nb.train import bucketed, drawn, pace, settle, train  # noqa: E402
+from llmeco_nb.training.optim import Optimiser, schedule_of  # noqa: E402
+from llmeco_nb.training.loop import bucketed, drawn, pace, settle, train  # noqa: E402
 
 IGNORED, PAD, WORDS = -100, 0, 40
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.decoder import angles, rotate  # noqa: E402
-from llmeco_nb.transformer import Attention, Bert, Block, Embed, Gpt, Seq2Seq, Shape, Stack, allowed_pairs, bert_loss, waves, write  # noqa: E402
+from llmeco_nb.models.decoder import angles, rotate  # noqa: E402
+from llmeco_nb.models.transformer import Attention, Bert, Block, Embed, Gpt, Seq2Seq, Shape, Stack, allowed_pairs, bert_loss, waves, write  # noqa: E402
 
 
 def wild(model, seed=0, spread=0.4):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RUNNER = "import sys; sys.argv[0] = 'llmeco'; from llmeco_nb.command import main; main()"
+RUNNER = "import sys; sys.argv[0] = 'llmeco'; from llmeco_nb.cli import main; main()"
 
 TOYS = {
     "70_toys": (None, [
@@ -77,7 +77,7 @@ def cell(kind, source, name):
 @pytest.fixture(scope="session")
 def machine_json(tmp_path_factory):
     "This machine measured once for all toy houses."
-    from llmeco_nb.machine import machine
+    from llmeco_nb.runner.machine import machine
     file = tmp_path_factory.mktemp("machine")/"machine.json"
     machine(file)
     return file
@@ -89,10 +89,10 @@ class ToyHouse:
         (folder/"nbs"/"profiles"/"toy").mkdir(parents=True)
         shutil.copy(ROOT/"settings.ini", folder)
         (folder/"llmeco_nb").mkdir()
-        for nb in sorted((ROOT/"nbs").glob("0[01]*.ipynb")):
-            shutil.copy(nb, folder/"nbs")
-            module = re.search(r"default_exp (\w+)", nb.read_text())[1]
-            shutil.copy(ROOT/"llmeco_nb"/f"{module}.py", folder/"llmeco_nb")
+        (folder/"nbs"/"0_ground").mkdir()
+        for nb in sorted((ROOT/"nbs"/"0_ground").glob("0[01]*.ipynb")):
+            shutil.copy(nb, folder/"nbs"/"0_ground")
+            self.bring(re.search(r"default_exp ([\w.]+)", nb.read_text())[1])
         shutil.copy(ROOT/"llmeco_nb"/"__init__.py", folder/"llmeco_nb")
         (folder/"nbs"/"profiles"/"toy"/"pipeline.yaml").write_text(PIPELINE)
         (folder/"nbs"/"profiles"/"toy"/"train@b.yaml").write_text("factor: 5\n")
@@ -103,6 +103,12 @@ class ToyHouse:
         self.export()
         self.runs.mkdir()
         shutil.copy(machine, self.runs/"machine.json")
+
+    def bring(self, module):
+        "Copy a module of the package, and the `__init__.py` of its room."
+        file = Path("llmeco_nb", *module.split(".")).with_suffix(".py")
+        (self.folder/file.parent).mkdir(parents=True, exist_ok=True)
+        for one in (file, file.with_name("__init__.py")): shutil.copy(ROOT/one, self.folder/one)
 
     def export(self):
         cells = json.loads((self.folder/"nbs"/"70_toys.ipynb").read_text())["cells"]
@@ -121,7 +127,7 @@ class ToyHouse:
 
     def edit_core(self, old, new):
         "Replace text in 00_core, in the notebook and in the module."
-        for file in (self.folder/"nbs"/"00_core.ipynb", self.folder/"llmeco_nb"/"core.py"):
+        for file in (self.folder/"nbs"/"0_ground"/"00_core.ipynb", self.folder/"llmeco_nb"/"core.py"):
             text = file.read_text()
             a, b = (json.dumps(old)[1:-1], json.dumps(new)[1:-1]) if file.suffix == ".ipynb" else (old, new)
             assert text.count(a) == 1, (file, old, text.count(a))

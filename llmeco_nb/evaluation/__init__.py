@@ -1,0 +1,1 @@
+"""What a model is worth: comparison beside baselines, tests of behaviour."""

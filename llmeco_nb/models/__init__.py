@@ -1,0 +1,1 @@
+"""Architectures: encoder, decoder, encoder-decoder, n-gram model; their conversion, speed and costs."""

@@ -1,0 +1,1 @@
+"""Runs notebooks as stages: identity, registry, kernel, store, pipeline, benchmarks, doctor."""

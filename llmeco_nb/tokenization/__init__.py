@@ -1,0 +1,1 @@
+"""From text to tokens: WordPiece, byte-pair encoding, unigram."""

@@ -1,0 +1,1 @@
+"""One loop for every model: optimiser, checkpoints, parallel processes, forecast, plan."""
