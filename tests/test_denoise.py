@@ -18,7 +18,7 @@ from llmeco_nb.models.conversion import from_stock  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
 from llmeco_nb.pretraining.mlm import SEP, pack  # noqa: E402
 from llmeco_nb.training.plan import RATES  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 from llmeco_nb.models.transformer import Seq2Seq, Shape  # noqa: E402
 
 QUICK = dict(size="1x32", length=32, positions=48, steps=12, batch=4, judged=4, evaluations=3, compared=8, prompts=["anna [MASK] the film ."])
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
         return " ".join(f"{names[k]} {did[k]} the {things[k]} ." for k in found)
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 80), ("validation", 30), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", V)
+    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=V))
 
 
 @pytest.fixture(scope="module")

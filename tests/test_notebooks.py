@@ -124,7 +124,7 @@ def test_parameters_are_typed_and_explained(chapter):
             continue
         try: ast.literal_eval(n.value)
         except ValueError: found.append(f"{chapter.name}: the default of {n.target.id} is not a plain value")
-        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\]|Literal\[.*\])( \| None)?"
+        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\])|Optional\[(int|float|str)\]"     # what papermill can read
         if not re.fullmatch(allowed, ast.unparse(n.annotation)): found.append(f"{chapter.name}: {n.target.id} has the type {ast.unparse(n.annotation)}")
         if not re.search(r"#\s*\w", lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode()): found.append(f"{chapter.name}: {n.target.id} has no comment")
     fail_with(found)
@@ -150,6 +150,40 @@ def test_contract_fits_the_parameters(chapter):
     if not isinstance(chapter.contract.get("cores", 1), int): found.append(f"{chapter.name}: cores is {chapter.contract['cores']!r}")
     if not isinstance(chapter.contract.get("headline", ""), str): found.append(f"{chapter.name}: headline is {chapter.contract['headline']!r}; the terminal shows one metric, given by its name")
     fail_with(found)
+
+def config_fields(chapter: Chapter) -> dict[str, tuple[object, str, str]]:
+    "A config's fields from its module's source: name -> (default, comment, type as declared)."
+    module, _, name = chapter.contract["config"].rpartition(".")
+    source = ROOT.joinpath(PACKAGE, *module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+    lines, found = source.splitlines(), {}
+    body = next(n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    for n in body:
+        if not isinstance(n, ast.AnnAssign): continue
+        value = n.value
+        if isinstance(value, ast.Call): value = next(k.value.body for k in value.keywords if k.arg == "default_factory")
+        comment = lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode().partition("#")[2].strip()
+        found[n.target.id] = (ast.literal_eval(value), comment, ast.unparse(n.annotation))
+    return found
+
+@pytest.mark.parametrize("chapter", [c for c in chapters if c.contract.get("config")], ids=lambda c: c.name)
+def test_parameter_cell_equals_the_config(chapter):
+    "One source of defaults: names, defaults and comments of the cell are those of the config's fields, in their order."
+    lines = chapter.role("parameters")[0].source.splitlines()
+    told = chapter.parameters.keys() - {"out"} - {re.sub(r"[?\[\]]+$", "", i) for i in chapter.contract.get("inputs", [])}
+    comment = lambda n: lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode().partition("#")[2].strip()
+    cell = {name: (ast.literal_eval(n.value), comment(n)) for name, n in chapter.parameters.items() if name in told}
+    fields = config_fields(chapter)
+    assert list(cell) == list(fields)
+    fail_with([f"{chapter.name}: {name} is {cell[name]} in the cell and {fields[name][:2]} in the config" for name in cell if cell[name] != fields[name][:2]])
+    marked = {name for name, (_, _, kind) in fields.items() if "EXECUTION_ONLY" in kind}
+    assert marked == set(chapter.contract.get("execution_only", [])), "the contract's execution_only names the fields that the config marks so"
+
+@pytest.mark.parametrize("chapter", [c for c in chapters if c.contract.get("stage")], ids=lambda c: c.name)
+def test_papermill_says_nothing_about_valid_parameters(chapter):
+    "papermill reads a parameter cell line by line, and warns of every name it has not understood."
+    from papermill import inspect_notebook
+    understood = inspect_notebook(str(chapter.path)).keys()
+    assert chapter.parameters.keys() <= understood, chapter.parameters.keys() - understood
 
 def definitions(file: Path) -> set[str]:
     return {n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}

@@ -13,7 +13,7 @@ from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
 from llmeco_nb.pretraining.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
                            with_pairs)
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import build_tokenizer, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, open_tokenizer  # noqa: E402
 
 QUICK = dict(length=24, steps=10, batch=8, judged=20, evaluations=2)
 NAMES = ["anna", "boris", "clara", "david", "emma", "felix", "greta", "hugo", "irene", "jakob", "karin", "lukas", "mara", "nils", "olga", "peter"]
@@ -29,7 +29,7 @@ def inputs(tmp_path_factory):
         return " ".join(f"{name} {r.choice(['saw', 'liked', 'left'])} the {r.choice(['film', 'plot', 'cast'])} ." for _ in range(12))
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 60), ("validation", 20), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    tokenizer = build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 120)
+    tokenizer = build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=120))
     encoder = pretrain(begin(folder/"e", "pretrain"), folder/"corpus", tokenizer, size="1x32", length=24, positions=32, steps=4, batch=4, judged=4, evaluations=1)
     return folder/"corpus", tokenizer, encoder
 
@@ -167,5 +167,5 @@ def test_refusals(inputs, tmp_path):
     for words, more in (("mask is 1", dict(mask=1.0)), ("mlm is -1", dict(mlm=-1.0)), ("at most 32", dict(length=64)), ("judged is 1", dict(judged=1))):
         with pytest.raises(UsageError, match=words): learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | more)
     with pytest.raises(MissingError, match="not an encoder"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, **QUICK)
-    other = build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus, 60)
+    other = build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus, TokenizerConfig(vocab_size=60))
     with pytest.raises(DataError, match="do not belong together"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, other, encoder, **QUICK)

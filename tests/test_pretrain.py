@@ -14,7 +14,7 @@ from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json,
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
 from llmeco_nb.pretraining.mlm import (MASK, batches_of, count_embeddings, fill, held_losses, mask_row, masked_batch, pack, pretrain, pretrain_plan,  # noqa: E402
                                 repeat_positions, started, text_embeddings, unigram)
-from llmeco_nb.tokenization.wordpiece import build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", length=16, positions=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the [MASK] film"])
 ROWS = np.random.default_rng(0).integers(5, 500, (300, 64)).astype(np.int32)
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
     said = lambda: " ".join(f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ." for _ in range(8))
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 30), ("validation", 8), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 80)
+    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=80))
 
 
 def what_stays(folder) -> tuple:

@@ -21,7 +21,7 @@ from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
 from llmeco_nb.data.mixture import build_prose  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import build_tokenizer, train_wordpiece  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, train_wordpiece  # noqa: E402
 from llmeco_nb.tokenization.unigram import train_kind  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, judged=6, evaluations=1)
@@ -37,7 +37,7 @@ def house(tmp_path_factory):
     "What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24 tokens."
     folder = tmp_path_factory.mktemp("house")
     write_corpus(folder/"corpus", {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=[said(100 * n + i) for i in range(n)], label=[0] * n)) for s, n in (("train", 30), ("validation", 8), ("test", 2))}, [], {})
-    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 60)
+    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
     (folder/"prose").mkdir()
     for s in ("train", "validation"): pd.read_parquet(folder/"corpus"/f"{s}.parquet")[["id", "text"]].assign(domain="reviews").to_parquet(folder/"prose"/f"{s}.parquet")
     save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")

@@ -19,7 +19,7 @@ from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
 from llmeco_nb.training.lr_finder import take_rate  # noqa: E402
 from llmeco_nb.training.plan import RATES, SIZES, told_and_come  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import build_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", steps=8, judged=6, evaluations=2)
 KINDS = ("encoder", "decoder")
@@ -30,7 +30,7 @@ def inputs(tmp_path_factory):
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     said = lambda: " ".join(f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ." for _ in range(8))
     write_corpus(folder/"corpus", {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=[said() for _ in range(n)], label=[0] * n)) for s, n in (("train", 30), ("validation", 8), ("test", 2))}, [], {})
-    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", 60)
+    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
     save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
     return folder
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.tokenization.wordpiece import (build_tokenizer, encode_texts, letters_of, measure, open_tokenizer, save_tokenizer, special_tokens, train_wordpiece,
+from llmeco_nb.tokenization.wordpiece import (TokenizerConfig, build_tokenizer, encode_texts, letters_of, measure, open_tokenizer, save_tokenizer, special_tokens, train_wordpiece,
                                  word_counts, wordpiece)
 
 TEXTS = [f"{a} {b}, {c} the film's ending. Café number {n}!" for n, (a, b, c) in enumerate(
@@ -27,7 +27,7 @@ def corpus(folder, train=TEXTS[8:], validation=TEXTS[:8]):
 
 def test_two_processes_find_the_same_vocabulary():
     "The library's own trainer does not: the order of a hash table becomes ids, and ids break ties."
-    code = "import sys, json; from llmeco_nb.tokenization.wordpiece import train_wordpiece; print(json.dumps(train_wordpiece(json.load(sys.stdin), 120)))"
+    code = "import sys, json; from llmeco_nb.tokenization.wordpiece import TokenizerConfig, train_wordpiece; print(json.dumps(train_wordpiece(json.load(sys.stdin), 120)))"
     runs = [subprocess.run([sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert runs[0] == runs[1] and json.loads(runs[0]) == train_wordpiece(TEXTS, 120)
 
@@ -43,7 +43,7 @@ def test_special_tokens_come_first():
 def test_stage_gives_equal_bytes_and_opens_in_transformers(tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     place = corpus(tmp_path/"corpus")
-    a, b = (build_tokenizer(begin(tmp_path/name, "tokenizer"), place, 110) for name in "ab")
+    a, b = (build_tokenizer(begin(tmp_path/name, "tokenizer"), place, TokenizerConfig(vocab_size=110)) for name in "ab")
     assert sha256_of(a) == sha256_of(b)
     for opened in (AutoTokenizer.from_pretrained(a), PreTrainedTokenizerFast.from_pretrained(a)):
         assert opened("Café acting")["input_ids"] == open_tokenizer(a).encode("cafe ACTING").ids and len(opened) == 110
@@ -56,20 +56,20 @@ def test_stage_gives_equal_bytes_and_opens_in_transformers(tmp_path):
 
 def test_more_than_the_texts_offer_gives_what_there_is(tmp_path):
     place = corpus(tmp_path/"corpus", train=["abc abc abd"] * 3)
-    build_tokenizer(begin(tmp_path/"t", "tokenizer"), place, 8192)
+    build_tokenizer(begin(tmp_path/"t", "tokenizer"), place, TokenizerConfig(vocab_size=8192))
     metrics = open_record(tmp_path/"t", "tokenizer").metrics
     assert metrics["asked"] == 8192 and metrics["vocabulary"] < 20
 
 
 def test_without_validation_texts_it_says_what_it_measured(tmp_path):
-    build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus", validation=[]), 100)
+    build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus", validation=[]), TokenizerConfig(vocab_size=100))
     assert open_record(tmp_path/"t", "tokenizer").metrics["measured_on"] == "train"
 
 
 def test_refusals(tmp_path):
     with pytest.raises(UsageError, match="need at least"): train_wordpiece(TEXTS, 20)
     with pytest.raises(DataError, match="without a single character"): train_wordpiece(["", " "], 100)
-    with pytest.raises(UsageError, match="texts is 0"): build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus"), 100, texts=0)
+    with pytest.raises(UsageError, match="max_texts is 0"): build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus"), TokenizerConfig(vocab_size=100, max_texts=0))
     with pytest.raises(MissingError, match="tokenizer.json"): open_tokenizer(tmp_path)
     with pytest.raises(DataError): measure(wordpiece(train_wordpiece(TEXTS, 90)), [])
 

@@ -20,14 +20,15 @@ import numpy as np
 from ..core import DataError, Record, UsageError, begin, cached_fixture, seed_everything
 from ..core import sha256_of, write_json
 from ..data.corpus import read_split
-from ..tokenization.wordpiece import build_tokenizer, encode_texts, open_tokenizer, special_tokens
+from ..tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts
+from ..tokenization.wordpiece import open_tokenizer, special_tokens
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #c0219f90
 def small_tokenizer(vocabulary: int = 2000) -> Path:
     "The folder of a tokenizer for the small corpus, made at the first call under runs/scratch."
     from llmeco_nb.data.corpus import small_corpus
     corpus = small_corpus()
-    def make(folder): build_tokenizer(begin(folder, "tokenizer"), corpus, vocabulary)
+    def make(folder): build_tokenizer(begin(folder, "tokenizer"), corpus, TokenizerConfig(vocab_size=vocabulary))
     return cached_fixture("tokenizer-small", make, vocabulary, build_tokenizer, corpus)/"tokenizer"
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #6c3139ad

@@ -150,7 +150,7 @@ class Pipeline:
         inputs = self.inputs(one)
         if isinstance(inputs, str): return Look("waiting", [f"{inputs} must be made first"])
         hashes = {i: [self.store.sha(p) for _, p in found] if one.inputs[i] == "[]" else self.store.sha(found[0][1]) if found else "" for i, found in inputs.items()}
-        parts = work_parts(one.notebook, self.house.package, one.values, hashes, self.revisions(one) if revisions is None else revisions)
+        parts = work_parts(one.notebook, self.house.package, one.result_values, hashes, self.revisions(one) if revisions is None else revisions)
         look = Look("missing", ["never run"], parts, show_parts(one.notebook, self.house.package), key_of(parts), self.store.find(one.stage, key_of(parts)), inputs)
         if look.entry:
             if not known or known["key"] != look.key: look.state, look.reasons = "current", ["another run has made it"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['special_tokens', 'bert_rules', 'word_counts', 'letters_of', 'train_wordpiece', 'wordpiece', 'measure',
-           'save_tokenizer', 'open_tokenizer', 'encode_texts', 'zipf_rows', 'build_tokenizer']
+           'save_tokenizer', 'open_tokenizer', 'encode_texts', 'zipf_rows', 'TokenizerConfig', 'build_tokenizer']
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #52af5c65
 import warnings
@@ -12,9 +12,13 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..core import DataError, MissingError, Record, UsageError
-from ..core import write_bytes, write_json
+from ..core import DataError, MissingError, Record, UsageError, write_bytes, write_json
 from ..data.corpus import read_split
+from ..config import StageConfig, stage_config
+
+from pydantic import PositiveInt
+
+
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #cf460676
 special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]   # their ids are 0 to 4
@@ -143,30 +147,35 @@ def zipf_rows(words: Counter, tokenizer) -> list[dict]:
     at = lambda counts, r: counts[r - 1] if r <= len(counts) else None
     return [dict(kind="rank", rank=r, word=at(by_rank[0], r), token=at(by_rank[1], r)) for r in ranks]
 
-def build_tokenizer(record: Record,               # Where the tokenizer goes: its artifact `tokenizer`
-                    corpus: str | Path,           # Folder of a corpus
-                    vocabulary: int = 8192,       # Pieces to learn
-                    texts: int | None = None,     # Training texts to learn from; None for all
-                    minimum: int = 2,             # A pair must occur this often
-                    characters: int = 1000,       # Distinct characters to know
-                    lower: bool = True) -> Path:
+@stage_config
+class TokenizerConfig(StageConfig):
+    "What a WordPiece tokenizer is learned with."
+    vocab_size: PositiveInt = 8192           # tokens to learn, special ones included; texts that offer fewer give fewer
+    max_texts: PositiveInt | None = None     # training texts to learn from, taken from the front; none for all
+    min_frequency: PositiveInt = 2           # a pair must occur this often to be merged
+    limit_alphabet: PositiveInt = 1000       # distinct characters to know; rarer ones become [UNK]
+    lowercase: bool = True                   # fold case and strip accents
+
+def build_tokenizer(record: Record,      # Gets the artifact `tokenizer`
+                    corpus: str | Path,  # Folder of a corpus
+                    config: TokenizerConfig = TokenizerConfig()
+                   ) -> Path:
     "Learn a WordPiece vocabulary from a corpus' training texts, measure it on its validation texts, return the folder. Raises `UsageError`, `DataError`."
-    if texts is not None and texts < 1: raise UsageError(f"texts is {texts}; give a positive number, or none for all training texts.")
-    train = read_split(corpus, "train").text.tolist()[:texts]
+    train = read_split(corpus, "train").text.tolist()[:config.max_texts]
     held = read_split(corpus, "validation").text.tolist()
     record.progress(0, 3, "parts")
-    pieces = train_wordpiece(train, vocabulary, minimum, characters, lower)
+    pieces = train_wordpiece(train, config.vocab_size, config.min_frequency, config.limit_alphabet, config.lowercase)
     record.progress(1, 3, "parts")
-    made = wordpiece(pieces, lower)
+    made = wordpiece(pieces, config.lowercase)
     save_tokenizer(made, record.artifact("tokenizer"))
     on = "validation" if held else "train"                  # a corpus without a validation set is measured on what it was learned from, and says so
     if not held: held = train
-    words, letters = word_counts(held, lower), sum(p in special_tokens or len(p.removeprefix("##")) == 1 for p in pieces)
+    words, letters = word_counts(held, config.lowercase), sum(p in special_tokens or len(p.removeprefix("##")) == 1 for p in pieces)
     record.progress(2, 3, "parts")
     sizes = sorted({letters, *(2**k for k in range(8, 30) if letters < 2**k < len(pieces)), len(pieces)})
-    rows = {n: measure(wordpiece(pieces[:n], lower), held, words) for n in sizes}
+    rows = {n: measure(wordpiece(pieces[:n], config.lowercase), held, words) for n in sizes}
     for n, found in rows.items(): record.log(kind="size", vocabulary=n, **found)
     for row in zipf_rows(words, made): record.log(**row)
-    record.save_metrics(vocabulary=len(pieces), asked=vocabulary, letters=letters, texts=len(train), measured_on=on, **rows[len(pieces)])
+    record.save_metrics(vocabulary=len(pieces), asked=config.vocab_size, letters=letters, texts=len(train), measured_on=on, **rows[len(pieces)])
     record.progress(3, 3, "parts")
     return record.artifact("tokenizer")
