@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Self, Union, dataclass_transform, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, dataclass_transform, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,7 @@ def _read(value: Any, kind: Any) -> Any:
         choices = get_args(kind)
         if NoneType in choices and isinstance(value, str) and value.strip().lower() in ("none", "null"): return None
         return value if value is None else _read(value, next(c for c in choices if c is not NoneType))
+    if get_origin(kind) is Literal: return next((c for c in get_args(kind) if str(c) == str(value)), value)
     if kind in (int, float) and isinstance(value, bool): raise ValueError("a number is wanted")
     if kind is str and isinstance(value, bool): raise ValueError("a text is wanted; put it in quotes")
     if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+e\+?\d+", value.strip().lower()): return float(value)
