@@ -109,7 +109,7 @@ def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
     own = []
     for k, name in enumerate(("_mine", "$$")):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]
-        (tmp_path/f"{k}.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path/f"{k}.txt").write_text("\n\n".join(lines) + "\n")
         own.append(f"{name}={tmp_path/f'{k}.txt'}")
     record = begin(tmp_path/"r", "prose")
     prose.build_prose(record, "", [], own, quality=["_mine=none", "$$=none"], near=1.0)
