@@ -1,4 +1,4 @@
-"""Names that people bring are drawn as they are: dollar signs, underscores and backslashes in the figures of the stages."""
+"""Names that people bring are drawn as they are: dollar signs, underscores and backslashes."""
 import json
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
         parts.append(predictions_table(split, rows, scores, model, 50))
     pd.concat(parts).to_parquet(tmp_path/"predictions")
     record = begin(tmp_path/"r", "evaluate")
-    evaluate_models(record, str(corpus[1]), [0], [], ["majority", "tfidf_lr"], [str(tmp_path/"predictions")])
+    models, given = ["majority", "tfidf_lr"], [str(tmp_path/"predictions")]
+    evaluate_models(record, str(corpus[1]), [0], [], models, given)
     texts = show("30_evaluate.ipynb", record.path, corpus=str(corpus[1]))
     assert {plain_text(model), f"{plain_text(model)}, 50"} <= texts        # a legend, and an axis
     assert {plain_text(name) for name in NAMES} <= texts
