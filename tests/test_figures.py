@@ -1,4 +1,4 @@
-"""Names that people bring are drawn as they are: dollar signs, underscores and backslashes in the figures of the stages."""
+"""Names that people bring are drawn as they are: dollar signs, underscores and backslashes."""
 import json
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_the_confusion_matrix_shows_its_names(tmp_path):
 
 def show(notebook: str, out: Path, **parameters) -> set[str]:
     "Run the imports and the `show` cells of a notebook on a record; every text in its figures."
-    cells = json.loads((NBS/notebook).read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(next(NBS.glob(f"*/{notebook}")).read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     tags = lambda c: c["metadata"].get("tags", [])
     names = {}
@@ -85,7 +85,7 @@ def corpus(tmp_path_factory):
 
 
 def test_figures_of_the_data_stage(corpus):
-    texts = show("10_data.ipynb", corpus[0].path)
+    texts = show("10_corpus.ipynb", corpus[0].path)
     assert {plain_text(name) for name in NAMES} <= texts
 
 
@@ -98,8 +98,9 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
         parts.append(predictions_table(split, rows, scores, model, 50))
     pd.concat(parts).to_parquet(tmp_path/"predictions")
     record = begin(tmp_path/"r", "evaluate")
-    evaluate_models(record, str(corpus[1]), [0], [], ["majority", "tfidf_lr"], [str(tmp_path/"predictions")])
-    texts = show("30_evaluate.ipynb", record.path, corpus=str(corpus[1]))
+    models, given = ["majority", "tfidf_lr"], [str(tmp_path/"predictions")]
+    evaluate_models(record, str(corpus[1]), [0], [], models, given)
+    texts = show("30_comparison.ipynb", record.path, corpus=str(corpus[1]))
     assert {plain_text(model), f"{plain_text(model)}, 50"} <= texts        # a legend, and an axis
     assert {plain_text(name) for name in NAMES} <= texts
 
@@ -109,9 +110,9 @@ def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
     own = []
     for k, name in enumerate(("_mine", "$$")):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]
-        (tmp_path/f"{k}.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path/f"{k}.txt").write_text("\n\n".join(lines) + "\n")
         own.append(f"{name}={tmp_path/f'{k}.txt'}")
     record = begin(tmp_path/"r", "prose")
     prose.build_prose(record, "", [], own, quality=["_mine=none", "$$=none"], near=1.0)
-    texts = show("10d_prose.ipynb", record.path)
+    texts = show("10d_mixture.ipynb", record.path)
     assert {plain_text("_mine"), plain_text("$$")} <= texts

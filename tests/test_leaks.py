@@ -99,6 +99,23 @@ def test_drop_counts_and_stop_names_set_and_count():
     assert len(list(without_leaks(mixed[:20], index, new_report(), "stop"))) == 20 and len(list(without_leaks(mixed, None, new_report()))) == 23
 
 
+def test_of_texts_trained_on_with_labels_only_exact_copies_leak():
+    "What resembles an evaluation text stays and is counted, under stop as well; elsewhere it leaks."
+    words = texts[0].split()
+    near = " ".join(["another", *words[1:]])
+    assert index.check(near).kind in ("13-gram", "near")
+    mixed = [dict(id=str(i), text=t, domain=d) for i, (t, d) in enumerate(
+        [(near, "corpus"), (texts[1].upper(), "corpus"), (near, "web")])]
+    kept = list(without_leaks(mixed, index, report := new_report(), exact_only=["corpus"]))
+    assert [d["id"] for d in kept] == ["0"]
+    assert report["resembling"] == {"one": {index.check(near).kind: 1}}
+    assert report["removed"]["leak"]["domains"] == {"corpus": 1, "web": 1}
+    alone = list(without_leaks(mixed[:1], index, new_report(), "stop", exact_only=["corpus"]))
+    assert len(alone) == 1
+    with pytest.raises(DataError, match="1 exact"):
+        list(without_leaks(mixed[:2], index, new_report(), "stop", exact_only=["corpus"]))
+
+
 def test_a_stream_is_read_one_document_at_a_time():
     taken = []
     def endless():

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data.corpus import read_split, small_corpus
+from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
 from llmeco_nb.data.filters import english_share, mask_personal, quality_rule
 from llmeco_nb.data.mixture import build_prose, mixture, packaged_domains, read_domains, read_prose, shares_of, side, small_prose, splits, spread
 
@@ -67,6 +68,28 @@ def test_the_labelled_corpus_is_a_domain(tmp_path):
     assert sizes["literature"] == pytest.approx(40_000, abs=12_000) and sizes["corpus"] > sizes["literature"]
     with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"): build_prose(begin(tmp_path/"no", "prose"), domains=["corpus"])
     with pytest.raises(MissingError, match="train.parquet"): read_domains(["corpus"], corpus=tmp_path)
+
+
+def test_a_labelled_table_written_from_templates_is_kept(tmp_path):
+    "Each training text resembles a test text; that is said, and the texts are pretrained on."
+    texts = [f"Where is {thing}? It should have arrived {day}."
+             for thing in ("the lamp", "my coat", "a box", "it")
+             for day in ("Monday", "yesterday", "last week", "on the 3rd", "in May")]
+    labels = [i % 2 for i in range(20)]
+    rows = pd.DataFrame(dict(id=[f"{i:02}" for i in range(20)], text=texts, label=labels))
+    parts = dict(train=rows[:14], validation=rows[14:16], test=rows[16:])
+    write_corpus(tmp_path/"corpus", parts, ["no", "yes"], {})
+    record = begin(tmp_path/"r", "prose")
+    folder = build_prose(record, tmp_path/"corpus", ["corpus"], near=1.0, validation=0, test=0)
+    assert {d["text"] for d in read_prose(folder, "train")} == set(texts[:14])
+    sheet = read_json(folder/"datasheet.json")
+    assert record.metrics["resembling"] == 14 and record.metrics["leaks"] == 0
+    assert sum(n for kinds in sheet["resembling"].values() for n in kinds.values()) == 14
+    (tmp_path/"web.txt").write_text("\n\n".join(texts[:14]) + "\n")
+    own = [f"web={tmp_path}/web.txt"]
+    with pytest.raises(DataError, match=r"14 \(leak\)"):      # from elsewhere they are leaks
+        build_prose(begin(tmp_path/"w", "prose"), tmp_path/"corpus", [], own, quality=["web=none"],
+                    near=1.0, validation=0, test=0)
 
 
 def test_splits_are_disjoint_complete_and_stable(tmp_path):

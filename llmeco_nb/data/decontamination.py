@@ -141,14 +141,15 @@ policies = ("stop", "drop")
 def without_leaks(documents: Iterable[dict], # Documents with id, text, domain
                   index: LeakIndex | None,   # None: nothing is held against them
                   report: dict,              # From `new_report`; counts leaks as removed, and under "leaks" by set and kind
-                  on_leak: str = "drop"      # drop: leave them out; stop: raise DataError after the last document
+                  on_leak: str = "drop",     # drop: leave them out; stop: raise DataError after the last document
+                  exact_only: Iterable[str] = () # Domains of which only exact copies leak; the rest are "resembling"
                   ) -> Iterator[dict]:
     "The documents that leak no evaluation text. One document is held at a time. Raises `UsageError`, `DataError`."
     if on_leak not in policies: raise UsageError(f"on_leak is {on_leak!r}; choose {' or '.join(policies)}.")
-    report["leaks"] = {}
-    return leak_filter(documents, index, report, on_leak)
+    report |= {"leaks": {}, "resembling": {}}
+    return leak_filter(documents, index, report, on_leak, frozenset(exact_only))
 
-def leak_filter(documents, index, report, on_leak):
+def leak_filter(documents, index, report, on_leak, exact_only):
     "The generator behind `without_leaks`, which checks its arguments before the first document is asked for."
     asked = 0
     for asked, d in enumerate(documents, 1):
@@ -156,8 +157,12 @@ def leak_filter(documents, index, report, on_leak):
         if leak is None:
             yield d
             continue
-        kinds = report["leaks"].setdefault(leak.set, {})
+        stays = leak.kind != "exact" and d["domain"] in exact_only
+        kinds = report["resembling" if stays else "leaks"].setdefault(leak.set, {})
         kinds[leak.kind] = kinds.get(leak.kind, 0) + 1
+        if stays:
+            yield d
+            continue
         note(report, "removed", "leak", d, d["text"], set=leak.set, kind=leak.kind, share=round(leak.share, 3))
     if on_leak == "stop" and report["leaks"]:
         said = "; ".join(f"{sum(k.values())} of the evaluation set {s} ({', '.join(f'{n} {kind}' for kind, n in k.items())})" for s, k in report["leaks"].items())

@@ -259,7 +259,8 @@ def build_prose(record: Record, corpus: str | Path = "", domains: list[str] = ("
     with Pile(record.path/"kept.bytes") as pile:
         passed = chain.from_iterable(sifted(d, texts, report, told[d], documents, enough[d]) for d, texts in sources.items())
         found = find_duplicates(pile.passing(record.track(passed, unit="documents")), signatures, near)
-        places = places_of(without_leaks(found.kept(pile, report), index, report, on_leak), seed, validation, test)
+        safe = without_leaks(found.kept(pile, report), index, report, on_leak, exact_only=["corpus"])
+        places = places_of(safe, seed, validation, test)
         check_left(places, report, list(sources))
         sizes = {d: places[d, "train"]["size"].astype(np.int64) for d in sources}
         used = mixture(sizes, shares, epochs, characters, scarce)
@@ -269,13 +270,16 @@ def build_prose(record: Record, corpus: str | Path = "", domains: list[str] = ("
             write_split(folder/f"{s}.parquet", (pile.at(places[d, s]["place"][i]) for d, i in spread(every, {}, "mixed")) if every else ())
     shutil.rmtree(signatures)
     table = {d: dict(**account(report)[d], **{s: len(places.get((d, s), ())) for s in splits}, used=len(used[d]), characters=int(sizes[d][used[d]].sum()), weight=shares[d], epochs=len(used[d]) / len(sizes[d])) for d in sources}
-    write_json(folder/"datasheet.json", dict(domains=table, removed=report["removed"], changed=report["changed"], masked=report["masked"], leaks=report["leaks"], on_leak=on_leak, checked=index is not None, order=order, seed=seed,
+    write_json(folder/"datasheet.json", dict(domains=table, removed=report["removed"], changed=report["changed"], masked=report["masked"],
+                                             leaks=report["leaks"], resembling=report["resembling"], on_leak=on_leak, checked=index is not None, order=order, seed=seed,
                                              shortest=shortest, english=english, near=near, scarce=scarce, quality=list(quality), own={o.partition("=")[0]: local_path(o.partition("=")[2]).name for o in own}))
     total = lambda what: sum(t[what] for t in table.values())
     took = {step: r["documents"] for step, r in report["removed"].items()}
     apart = {name: took.pop(name, 0) for name in ("empty", "language", "exact copy", "near copy", "leak")}
+    resembling = sum(n for kinds in report["resembling"].values() for n in kinds.values())
     record.save_metrics(domains=len(sources), read=total("read"), removed_quality=sum(took.values()), **{f"removed_{name.replace(' ', '_')}": n for name, n in apart.items()}, masked=sum(report["masked"].values()), kept=total("kept"),
-                        documents=total("used"), characters=total("characters"), leaks=apart["leak"], validation=total("validation"), test=total("test"))
+                        documents=total("used"), characters=total("characters"), leaks=apart["leak"],
+                        resembling=resembling, validation=total("validation"), test=total("test"))
     return folder
 
 def read_prose(folder: str | Path, split: str, domains: list[str] | None = None) -> Iterator[dict]:
