@@ -58,13 +58,13 @@ def killed_at():
     "`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its training begins that step."
     def killed(at: int, work):
         import llmeco_nb.training.loop
-        one_step = llmeco_nb.training.loop.one_step
+        one_step = llmeco_nb.training.loop.train_step
         def dying(*given):
             if given[5] == at: os.kill(os.getpid(), signal.SIGKILL)
             return one_step(*given)
         pid = os.fork()
         if pid == 0:
-            try: llmeco_nb.training.loop.one_step = dying; work()
+            try: llmeco_nb.training.loop.train_step = dying; work()
             except BaseException: traceback.print_exc()
             finally: os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

@@ -9,12 +9,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from llmeco_nb.training.checkpoint import load_checkpoint, save_checkpoint
-from llmeco_nb.core import Record, UsageError, begin
-from llmeco_nb.training.loss_spikes import Unsound
-from llmeco_nb.training.activation_checkpointing import recomputing
+from llmeco_nb.core import Record, UsageError, create_record
+from llmeco_nb.training.loss_spikes import UnstableStep
+from llmeco_nb.training.activation_checkpointing import enable_activation_checkpointing
 from llmeco_nb.training.optim import Optimiser
-from llmeco_nb.training.parallel import Loss, here, overlapped, reduce_gradients, shard, shares, split_tensors
-from llmeco_nb.training.loop import drawn, train
+from llmeco_nb.training.parallel import (LossModule, current_world, ddp_loss_step, rank_slice,
+                                         reduce_gradients, shard, tensor_parallel)
+from llmeco_nb.training.loop import batch_indices, train
 
 BATCH = 6
 
@@ -65,7 +66,7 @@ def distance(net, reference, scale=1.0):
 
 def one(device):
     net = model().to(device)
-    tokens = backward(net, shares(1, BATCH), device)
+    tokens = backward(net, rank_slice(1, BATCH), device)
     for p in net.parameters(): p.grad /= tokens
     return net, tokens
 
@@ -73,7 +74,7 @@ def one(device):
 def compare(world, folder):
     "Every way to share a step, each beside one process that makes it alone."
     reference, tokens = one(world.device)
-    mine = list(shares(1, BATCH, world.size, world.rank))
+    mine = list(rank_slice(1, BATCH, world.size, world.rank))
     found = dict(mine=mine, tokens=tokens)
     net = model().to(world.device)
     o = Optimiser(net, precision="fp32")
@@ -81,11 +82,11 @@ def compare(world, folder):
     total = reduce_gradients(o, found["counted"])
     found.update(total=total, data=distance(net, reference, total))
     net = model().to(world.device)                                   # torch's DDP, in two micro-batches
-    stepping, o = overlapped(net, step), Optimiser(net, precision="fp32")
+    stepping, o = ddp_loss_step(net, step), Optimiser(net, precision="fp32")
     for part in (mine[:1], mine[1:]): stepping(net, batch(part, world.device), lambda loss: loss.backward())
     found.update(ddp=distance(net, reference, tokens))
     net = model().to(world.device)
-    shard(Loss(net, step), world.device.type)
+    shard(LossModule(net, step), world.device.type)
     found["sharded"] = all(type(p).__name__ == "DTensor" for p in net.parameters())
     found["local"] = sum(p.to_local().numel() for p in net.parameters()) / sum(p.numel() for p in net.parameters())
     net = shard(model().to(world.device), world.device.type)
@@ -94,14 +95,14 @@ def compare(world, folder):
     found["fully"] = distance(net, reference, total)
     found["norm"] = o.step(weight=total)
     found["true_norm"] = torch.stack([p.grad.norm() for p in reference.parameters()]).norm().item()
-    net = shard(recomputing(model().to(world.device).train()), world.device.type)
+    net = shard(enable_activation_checkpointing(model().to(world.device).train()), world.device.type)
     found["forgetful"] = distance(net, reference, reduce_gradients(Optimiser(net, precision="fp32"), backward(net, mine, world.device)))
     found["bf16"] = halved(world, mine, folder)
     if world.size == 2:
-        net = split_tensors(model().to(world.device), init_device_mesh(world.device.type, (2,)))
+        net = tensor_parallel(model().to(world.device), init_device_mesh(world.device.type, (2,)))
         weight = net.bert.encoder.layer[0].intermediate.dense.weight
         found["split"] = weight.to_local().numel() / weight.numel()
-        found["tensor"] = distance(net, reference, backward(net, shares(1, BATCH), world.device))
+        found["tensor"] = distance(net, reference, backward(net, rank_slice(1, BATCH), world.device))
     return found
 
 
@@ -110,7 +111,7 @@ def halved(world, mine, folder):
     nets = model().to(world.device), shard(model().to(world.device), world.device.type)
     (net, o), (cut, p), found = *((n, Optimiser(n, 1e-2, muon=1e-2)) for n in nets), {}
     for i in range(2):
-        weight, total = backward(net, shares(1, BATCH), world.device), reduce_gradients(p, backward(cut, mine, world.device))
+        weight, total = backward(net, rank_slice(1, BATCH), world.device), reduce_gradients(p, backward(cut, mine, world.device))
         o.collect()
         if i == 0:
             exact, _ = one(world.device)
@@ -152,13 +153,13 @@ def tiny_step(net, batch, backward):
 
 def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0.0, steps: int = 10, guard: int = 0, ddp: bool = False) -> Path:
     "A stage: ten steps of five rows in two micro-batches. Writes which rows it drew to `seen`; dies at micro-batch `fatal` of this attempt."
-    world, count, rows = here(), [0], torch.randint(0, 30, (23, 8), generator=torch.Generator().manual_seed(0))
+    world, count, rows = current_world(), [0], torch.randint(0, 30, (23, 8), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     net = Tiny()
     net.drop.p = dropout
     optimiser = Optimiser(net, 3e-3, precision="fp32")
     def batches(index):
-        which = drawn(index, 5, len(rows), 3, world.size, world.rank)
+        which = batch_indices(index, 5, len(rows), 3, world.size, world.rank)
         if seen:
             with open(f"{seen}.{world.rank}", "a") as f: f.write(f"{index} {' '.join(map(str, which))}\n")
         poison = guard and index == 8 and world.rank == world.size - 1                # in one process only
@@ -168,7 +169,7 @@ def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0
         count[0] += 1
         loss, weight = tiny_step(net, batch, backward)
         return (loss * float("nan") if guard and not batch.any() else loss), weight
-    if ddp: stepping = overlapped(net, stepping)
+    if ddp: stepping = ddp_loss_step(net, stepping)
     def judge(net): return dict(validation_loss=float(tiny_step(net, rows[:5], lambda loss: None)[0]) / 40)
     plan = dict(steps=steps, accumulation=2, warmup=2, evaluate_every=3, checkpoint_every=2, guard=guard)
     train(net, stepping, batches, optimiser, plan, record, judge, identity=dict(seed=1))
@@ -178,7 +179,7 @@ def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0
 
 def attempt(world, out, aside, **how):
     "One process's part of `training` in the folder `out`; says whether it died."
-    try: training(begin(out, "toy") if world.rank == 0 else begin(f"{aside}{world.rank}", "toy"), **how)
+    try: training(create_record(out, "toy") if world.rank == 0 else create_record(f"{aside}{world.rank}", "toy"), **how)
     except Died: return True
     return False
 
@@ -186,7 +187,7 @@ def attempt(world, out, aside, **how):
 def refuses(world): raise UsageError(f"{world.rank + 1} of {world.size}, and this is said in plain words.")
 
 
-def diverges(world): raise Unsound("The loss is nan at step 3.")
+def diverges(world): raise UnstableStep("The loss is nan at step 3.")
 
 
 def dies(world, folder):

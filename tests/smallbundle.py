@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import numpy as np
-from llmeco_nb.deployment.bundle import seal
+from llmeco_nb.deployment.bundle import write_manifest
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()
 
@@ -25,5 +25,5 @@ def make_bundle(folder: Path, name: str = "words", **facts) -> Path:
     t.normalizer, t.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     t.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     t.save(str(folder/"tokenizer.json"))
-    seal(folder, name=name, **{**dict(kind="onnx", labels=["negative", "positive"], tokens=16, head=25, pad=0, accuracy={}), **facts})
+    write_manifest(folder, name=name, **{**dict(kind="onnx", labels=["negative", "positive"], tokens=16, head=25, pad=0, accuracy={}), **facts})
     return folder

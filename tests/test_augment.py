@@ -8,16 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.data import augment
-from llmeco_nb.data.augment import Judge, WordNet, apertium, back_translate, build_augmented, change, distinct, engines, engines_revision, marian, mix, pivot_revision, replace_words, translator, wordnet_place
-from llmeco_nb.core import ChangedSourceError, MissingError, UsageError, begin, open_record, sha256_of
-from llmeco_nb.data.corpus import fold, read_split, write_corpus
-from llmeco_nb.runner.stages import House
+from llmeco_nb.data.augment import (MaskedLMScorer, WordNet, apertium, available_engines,
+                                    back_translate, build_augmented, change_ratio, distinct_n,
+                                    engines_revision, marian, mix_augmented, pivot_revision,
+                                    replace_words, translator, wordnet_folder)
+from llmeco_nb.core import (ChangedSourceError, MissingError, UsageError, create_record,
+                            open_record, sha256_of)
+from llmeco_nb.data.corpus import normalized_key, read_split, write_corpus
+from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.identity import key_of, work_parts
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.store import Run
 
 needs_apertium = pytest.mark.skipif(not shutil.which("apertium"), reason="needs Apertium: apt-get install apertium apertium-eo-en")
-needs_wordnet = pytest.mark.skipif(not (Path(wordnet_place)/"index.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base")
+needs_wordnet = pytest.mark.skipif(not (Path(wordnet_folder)/"index.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base")
 
 # The files of a WordNet of two meanings, in the format of wndb(5WN): words, and at which byte of the data file their meanings stand.
 LINE = "{:08d} 06 n 02 film 0 movie 0 000 | a story in pictures  \n"
@@ -49,7 +53,7 @@ def test_synonyms_come_from_the_files(small_wordnet):
 def test_absent_engines_are_named(tmp_path, monkeypatch):
     with pytest.raises(MissingError, match="apt-get install wordnet-base"): WordNet(tmp_path)
     with pytest.raises(MissingError, match="does not open as a translation model"): marian(str(tmp_path))
-    with pytest.raises(MissingError, match="masked language model"): Judge(str(tmp_path))
+    with pytest.raises(MissingError, match="masked language model"): MaskedLMScorer(str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingError, match="apt-get install apertium"): apertium("en-eo")
 
@@ -57,7 +61,7 @@ def test_absent_engines_are_named(tmp_path, monkeypatch):
 def test_refusals(tmp_path):
     place = corpus(tmp_path/"corpus")
     for wrong, said in ((dict(kinds=["magic"]), "magic"), (dict(share=-1), "share is -1"), (dict(pivot="en-eo"), "there and back")):
-        with pytest.raises(UsageError, match=said): build_augmented(begin(tmp_path/"a", "augment"), place, **wrong)
+        with pytest.raises(UsageError, match=said): build_augmented(create_record(tmp_path/"a", "augment"), place, **wrong)
 
 
 @needs_apertium
@@ -77,7 +81,7 @@ def test_back_translation_keeps_texts_and_lines_apart():
 @needs_wordnet
 def test_stage_keeps_labels_and_repeats_itself(tmp_path):
     place = corpus(tmp_path/"corpus")
-    a, b = (build_augmented(begin(tmp_path/name, "augment"), place, ["translation", "synonyms"], share=1.0, seed=5) for name in "ab")
+    a, b = (build_augmented(create_record(tmp_path/name, "augment"), place, ["translation", "synonyms"], share=1.0, seed=5) for name in "ab")
     assert sha256_of(a) == sha256_of(b)
     rows, old = read_split(a, "train"), read_split(place, "train").set_index("id")
     assert (rows.origin == "original").sum() == len(old) and {"translation", "synonyms"} <= set(rows.origin)
@@ -119,7 +123,7 @@ def test_a_judge_refuses_what_the_model_finds_unlikely(tmp_path, small_wordnet):
     model = BertForMaskedLM(BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     with torch.no_grad(): model.cls.predictions.bias[6] += 20
     model.save_pretrained(tmp_path/"m")
-    judge, net = Judge(str(tmp_path/"m")), WordNet(small_wordnet)
+    judge, net = MaskedLMScorer(str(tmp_path/"m")), WordNet(small_wordnet)
     assert judge.gaps("the ", "film", "", ["movie", "unknown"])[0] > 5 and judge.gaps("the ", "film", "", ["picture"]) == [-float("inf")]
     assert replace_words("the film", net, (0,), 1.0, judge) == "the movie" and replace_words("the movie", net, (0,), 1.0, judge) == "the movie"
 
@@ -128,14 +132,14 @@ def test_a_judge_refuses_what_the_model_finds_unlikely(tmp_path, small_wordnet):
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=6), st.lists(st.text(max_size=8), max_size=6), st.sets(st.text(max_size=4), max_size=3), st.integers(0, 99))
 def test_mixing_loses_no_original_and_lets_nothing_in_twice(old, new, taken, seed):
     frame = lambda texts, name: pd.DataFrame({"id": [f"{name}{i}" for i in range(len(texts))], "text": pd.Series(texts, dtype=object), "label": 0})
-    mixed, dropped = mix(frame(old, "o"), {"k": frame(new, "n")}, taken={fold(t) for t in taken}, seed=seed)
-    added = mixed[mixed.origin == "k"].text.map(fold).tolist()
+    mixed, dropped = mix_augmented(frame(old, "o"), {"k": frame(new, "n")}, taken={normalized_key(t) for t in taken}, seed=seed)
+    added = mixed[mixed.origin == "k"].text.map(normalized_key).tolist()
     assert sorted(mixed[mixed.origin == "original"].text) == sorted(old) and len(added) + dropped == len(new)
-    assert len(set(added)) == len(added) and not set(added) & ({fold(t) for t in old} | {fold(t) for t in taken} | {""})
+    assert len(set(added)) == len(added) and not set(added) & ({normalized_key(t) for t in old} | {normalized_key(t) for t in taken} | {""})
 
 
 def test_measures_by_hand():
-    assert distinct(["a b a b", "a b"]) == 2/4 and change("a b c d", "a b c d") == 0 and change("a b", "c d") == 1
+    assert distinct_n(["a b a b", "a b"]) == 2/4 and change_ratio("a b c d", "a b c d") == 0 and change_ratio("a b", "c d") == 1
 
 
 @pytest.fixture
@@ -144,7 +148,7 @@ def pipe(tmp_path):
     (tmp_path/"profile").mkdir()
     (tmp_path/"profile"/"pipeline.yaml").write_text("stages:\n  data:\n  augment:\n")
     (tmp_path/"runs").mkdir()
-    return Pipeline(House.find(), Run.create(tmp_path/"runs"/"profile-1", str(tmp_path/"profile")))
+    return Pipeline(StageRegistry.find(), Run.create(tmp_path/"runs"/"profile-1", str(tmp_path/"profile")))
 
 
 def key(pipe, **values):
@@ -157,12 +161,12 @@ def key(pipe, **values):
 def test_what_is_made_with_other_engines_is_another_stage(pipe, tmp_path, small_wordnet, monkeypatch):
     "Without `kinds` the engines of the machine decide, so they are in the key; the same engines give the same key, whoever names them."
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(augment, "wordnet_place", tmp_path/"nowhere")
-    assert engines() == [] and engines_revision([]) == "none"
+    monkeypatch.setattr(augment, "wordnet_folder", tmp_path/"nowhere")
+    assert available_engines() == [] and engines_revision([]) == "none"
     bare = key(pipe)
     pipe.check_sources(pipe.by_name["augment"])
-    monkeypatch.setattr(augment, "wordnet_place", small_wordnet)
-    assert engines() == ["synonyms"] and engines_revision([]) == engines_revision(["synonyms"])
+    monkeypatch.setattr(augment, "wordnet_folder", small_wordnet)
+    assert available_engines() == ["synonyms"] and engines_revision([]) == engines_revision(["synonyms"])
     with_words = key(pipe)
     assert bare != with_words == key(pipe)
     with pytest.raises(ChangedSourceError, match="augment.kinds"): pipe.check_sources(pipe.by_name["augment"])

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.evaluation.blimp import blimp_figure, by_set, data_folder, judged, read_blimp, read_published, sentence_scores  # noqa: E402
-from llmeco_nb.pretraining.causal import end_of  # noqa: E402
+from llmeco_nb.evaluation.blimp import (accuracy_by_set, blimp_figure, data_folder,  # noqa: E402
+                                        read_blimp, read_published, score_pairs, sentence_scores)
+from llmeco_nb.pretraining.causal import eos_token_id  # noqa: E402
 from llmeco_nb.core import DataError, MissingError  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
-from llmeco_nb.tokenization.bpe import encode_pieces, open_pieces, save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.tokenization.bpe import (encode_subwords, open_subword_tokenizer,  # noqa: E402
+                                        save_subword_tokenizer, train_bpe)
 
 SAID = [("a", "The cats sleep.", "The cats sleeps."), ("a", "The cat sleeps.", "The cat sleep."), ("b", "He saw it.", "He it saw."), ("b", "They see him there.", "They see he there.")]
 
@@ -19,7 +21,7 @@ SAID = [("a", "The cats sleep.", "The cats sleeps."), ("a", "The cat sleeps.", "
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
-    save_pieces(train_bpe([s for _, *both in SAID for s in both] * 3, 300), folder)
+    save_subword_tokenizer(train_bpe([s for _, *both in SAID for s in both] * 3, 300), folder)
     return folder
 
 
@@ -50,19 +52,19 @@ def test_reading(archive, tmp_path):
 
 def test_a_model_that_knows_nothing_gets_exactly_half(archive):
     pairs = read_blimp(archive)
-    assert judged(pairs, lambda sentences: np.full(len(sentences), -7.25)).mean() == 0.5
-    assert judged(pairs, lambda sentences: -np.arange(len(sentences))).mean() == 1 and judged(pairs, lambda sentences: np.arange(len(sentences))).mean() == 0
-    with pytest.raises(DataError, match="no number"): judged(pairs, lambda sentences: np.full(len(sentences), np.nan))
+    assert score_pairs(pairs, lambda sentences: np.full(len(sentences), -7.25)).mean() == 0.5
+    assert score_pairs(pairs, lambda sentences: -np.arange(len(sentences))).mean() == 1 and score_pairs(pairs, lambda sentences: np.arange(len(sentences))).mean() == 0
+    with pytest.raises(DataError, match="no number"): score_pairs(pairs, lambda sentences: np.full(len(sentences), np.nan))
 
 
 def test_scores_are_sums_over_the_tokens(pieces, archive, tmp_path):
     "Against stock transformers on the saved folder, one sentence at a time, and whatever the batch."
     from transformers import AutoModelForCausalLM
-    model, tok = new_decoder(open_pieces(pieces).get_vocab_size(), "2x32", 40, seed=3).eval(), open_pieces(pieces)
+    model, tok = new_decoder(open_subword_tokenizer(pieces).get_vocab_size(), "2x32", 40, seed=3).eval(), open_subword_tokenizer(pieces)
     sentences = [s for _, *both in SAID for s in both]
     found, stock = sentence_scores(model, tok, sentences), AutoModelForCausalLM.from_pretrained(save_decoder(model, pieces, tmp_path/"m")).eval()
     for s, score in zip(sentences, found):
-        ids = torch.tensor([[end_of(tok), *encode_pieces(tok, [s])[0].tolist(), end_of(tok)]])
+        ids = torch.tensor([[eos_token_id(tok), *encode_subwords(tok, [s])[0].tolist(), eos_token_id(tok)]])
         with torch.no_grad(): loss = stock(ids, labels=ids).loss
         assert abs(score + loss.item() * (ids.shape[1] - 1)) < 1e-3
     for tokens in (1, 30, 100): assert np.allclose(sentence_scores(model, tok, sentences, tokens), found, atol=1e-4)
@@ -72,15 +74,15 @@ def test_scores_are_sums_over_the_tokens(pieces, archive, tmp_path):
 
 def test_counting_takes_the_exam(pieces, archive):
     "A 5-gram over the good sentences finds them all; over the bad ones, none."
-    pairs, tok = read_blimp(archive), open_pieces(pieces)
+    pairs, tok = read_blimp(archive), open_subword_tokenizer(pieces)
     for side, share in (("good", 1.0), ("bad", 0.0)):
-        model = Ngram(encode_pieces(tok, pairs[side]), tok.get_vocab_size(), 5, end_of(tok))
-        assert judged(pairs, lambda sentences: -model.surprises(encode_pieces(tok, sentences))).mean() == share
+        model = Ngram(encode_subwords(tok, pairs[side]), tok.get_vocab_size(), 5, eos_token_id(tok))
+        assert score_pairs(pairs, lambda sentences: -model.surprises(encode_subwords(tok, sentences))).mean() == share
 
 
 def test_tables_and_figure(archive):
     pairs = read_blimp(archive)
-    table = by_set(pairs, np.array([1, 0.5, 0, 1]))
+    table = accuracy_by_set(pairs, np.array([1, 0.5, 0, 1]))
     assert table.set.tolist() == ["a", "b"] and table.accuracy.tolist() == [0.75, 0.5] and table.pairs.tolist() == [2, 2] and table.phenomenon.tolist() == ["pa", "pb"]
     fig = blimp_figure(table.assign(ngram=.6, lstm=.7, txl=.7, gpt2=.8, fivegram=.5))
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["pb", "pa"]

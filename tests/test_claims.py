@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llmeco_nb.stats.claims import Claim, claim, claims_table, judge, read_claims, write_claims
+from llmeco_nb.stats.claims import (Claim, adjust_pvalues, claim, claims_table, read_claims,
+                                    write_claims)
 from llmeco_nb.core import DataError, MissingError, UsageError
 from llmeco_nb.stats.significance import bootstrap, average, compare, holm, wilson
 
@@ -22,8 +23,8 @@ def test_a_verdict_needs_both_a_side_and_a_test(c):
 
 def test_alpha_and_company_decide():
     assert claim("x", .1, p=.03).verdict == "supported" and claim("x", .1, p=.03, alpha=.01).verdict == "not shown"
-    assert [c.verdict for c in judge([claim("x", .1, p=.03), claim("y", -.1, p=.001)])] == ["supported", "refuted"]
-    assert [c.verdict for c in judge([claim("x", .1, p=.03), claim("y", -.1, p=.03)])] == ["not shown"]*2
+    assert [c.verdict for c in adjust_pvalues([claim("x", .1, p=.03), claim("y", -.1, p=.001)])] == ["supported", "refuted"]
+    assert [c.verdict for c in adjust_pvalues([claim("x", .1, p=.03), claim("y", -.1, p=.03)])] == ["not shown"]*2
 
 @fast
 @given(st.floats(-1, 1), st.floats(.001, .3), st.floats(-.5, .5))
@@ -38,25 +39,25 @@ def test_an_interval_supports_refutes_or_holds_the_margin(difference, half, marg
 @fast
 @given(st.lists(made, max_size=8))
 def test_a_family_is_never_less_careful_and_judging_twice_is_judging_once(claims):
-    judged = judge(claims)
-    assert np.allclose([c.p_adjusted for c in judged], holm([c.p for c in claims])) and judge(judged) == judged
+    judged = adjust_pvalues(claims)
+    assert np.allclose([c.p_adjusted for c in judged], holm([c.p for c in claims])) and adjust_pvalues(judged) == judged
     for before, after in zip(claims, judged):
         assert after.family == len(claims) and (after.verdict == before.verdict or after.verdict == "not shown")
-    bigger = judge(judged + [claim("one more", 0., p=1.)])
+    bigger = adjust_pvalues(judged + [claim("one more", 0., p=1.)])
     assert all(b.p_adjusted >= a.p_adjusted - 1e-12 for a, b in zip(judged, bigger))
 
 @fast
 @given(st.lists(made, max_size=5))
 def test_claims_survive_the_disk(tmp_path_factory, claims):
     file = tmp_path_factory.mktemp("claims")/"claims.json"
-    write_claims(file, judge(claims))
-    assert read_claims(file) == judge(claims)
+    write_claims(file, adjust_pvalues(claims))
+    assert read_claims(file) == adjust_pvalues(claims)
     json.loads(file.read_text())
 
 @fast
 @given(st.lists(st.builds(claim, st.text("ab| ", min_size=1), st.floats(-1, 1), p=probability), min_size=1, max_size=5))
 def test_a_table_has_a_row_a_claim_and_six_cells_a_row(claims):
-    rows = claims_table(judge(claims)).split("\n")
+    rows = claims_table(adjust_pvalues(claims)).split("\n")
     assert len(rows) == 2 + len(claims) and all(r.replace("\\|", "").count("|") == 7 for r in rows)
 
 def test_evidence_in_all_its_shapes():
@@ -78,7 +79,7 @@ def test_evidence_in_all_its_shapes():
 def test_what_people_read():
     c = claim("the small one is faster", -3.21, p=.002, unit="ms")
     assert c.markdown() == "✗ **refuted**: the small one is faster (−3.21 ms; p = 0.002)"
-    c = judge([claim("it helps", .006, p=.2, interval=(-.002, .013), margin=.001, detectable=.011)])[0]
+    c = adjust_pvalues([claim("it helps", .006, p=.2, interval=(-.002, .013), margin=.001, detectable=.011)])[0]
     assert c.markdown() == ("○ **not shown**: it helps (+0.6 points; 95% interval −0.2 points to +1.3 points; must exceed +0.1 points; "
                             "p = 0.2, adjusted for 1 claims; 1.1 points would have shown)")
 
@@ -90,4 +91,4 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(MissingError): read_claims(tmp_path/"none.json")
     (tmp_path/"other.json").write_text('[{"name": 1}]')
     with pytest.raises(DataError): read_claims(tmp_path/"other.json")
-    assert judge([]) == [] and isinstance(Claim("x", .1, .5), Claim)
+    assert adjust_pvalues([]) == [] and isinstance(Claim("x", .1, .5), Claim)

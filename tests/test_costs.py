@@ -8,13 +8,17 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.costs import activations_of, cost_row, extra_parameters, flops_of, parameters_of, published, published_config, training_bytes  # noqa: E402
-from llmeco_nb.models.conversion import families, shape_of, stock_class, stock_config  # noqa: E402
-from llmeco_nb.training.forecast import saved_bytes, step_bytes  # noqa: E402
+from llmeco_nb.models.costs import (activation_bytes, cost_row, extra_parameters,  # noqa: E402
+                                    flops_of, parameters_of, published, published_config,
+                                    training_bytes)
+from llmeco_nb.models.conversion import (architectures, config_from_stock,  # noqa: E402
+                                         stock_class, stock_config)
+from llmeco_nb.training.forecast import peak_step_bytes, saved_bytes  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, Shape, bert_loss  # noqa: E402
+from llmeco_nb.models.transformer import (Bert, Gpt, Seq2Seq, TransformerConfig,  # noqa: E402
+                                          bert_loss)
 
-shapes = st.builds(lambda heads, part, **more: Shape(width=2 * heads * part, heads=heads, positions=24, **more), heads=st.integers(1, 3), part=st.integers(1, 4), vocabulary=st.integers(5, 60),
+shapes = st.builds(lambda heads, part, **more: TransformerConfig(width=2 * heads * part, heads=heads, positions=24, **more), heads=st.integers(1, 3), part=st.integers(1, 4), vocabulary=st.integers(5, 60),
                    inner=st.integers(0, 40), layers=st.integers(1, 3), decoder_layers=st.integers(1, 3), norm=st.sampled_from(["post", "pre"]), places=st.sampled_from(["learned", "waves"]),
                    first_norm=st.booleans(), scale=st.booleans(), activation=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]))
 kinds = st.sampled_from([Bert, Gpt, Seq2Seq])
@@ -50,7 +54,7 @@ def test_everything_is_counted_as_torch_counts_it(kind, s, segments, rows, n, wr
         assert counter.get_total_flops() == rows * sum(flops_of(kind, s, n, written, training=training).values())
     for each, number in ((4, torch.float32), (2, torch.bfloat16)):
         for p in model.parameters(): p.data, p.grad = p.data.to(number), None
-        assert saved_bytes(model, a_step, batch) == sum(activations_of(kind, s, rows, n, written, each).values()), each
+        assert saved_bytes(model, a_step, batch) == sum(activation_bytes(kind, s, rows, n, written, each).values()), each
 
 
 @pytest.mark.parametrize("name", list(published))
@@ -58,8 +62,8 @@ def test_published_networks_are_what_their_stock_class_holds(name):
     stock, _, said, where = published[name]
     config = published_config(name)
     with torch.device("meta"): there = sum(p.numel() for p in stock_class(stock)(config).parameters())
-    s = shape_of(stock, config)
-    total = sum(parameters_of(families[stock][0], s).values())
+    s = config_from_stock(stock, config)
+    total = sum(parameters_of(architectures[stock][0], s).values())
     assert total + extra_parameters(stock, s) == there and abs(total / said - 1) < 0.035 and where
     assert cost_row(name, 2, 128)["parameters"] == total
 
@@ -67,8 +71,8 @@ def test_published_networks_are_what_their_stock_class_holds(name):
 @pytest.mark.parametrize("stock,written", [("GPT2LMHeadModel", 0), ("BertForPreTraining", 0), ("BartForConditionalGeneration", 9), ("MarianMTModel", 9)])
 def test_operations_are_those_of_the_stock_classes(stock, written):
     "Not our own network in the witness stand, but theirs."
-    kind, options = families[stock]
-    s = Shape(70, 24, 3, inner=50, layers=2, decoder_layers=3, positions=32, **options | (dict(segments=2) if kind is Bert else {}) | dict(activation="gelu_new" if kind is Gpt else "relu"))
+    kind, options = architectures[stock]
+    s = TransformerConfig(70, 24, 3, inner=50, layers=2, decoder_layers=3, positions=32, **options | (dict(segments=2) if kind is Bert else {}) | dict(activation="gelu_new" if kind is Gpt else "relu"))
     theirs = stock_class(stock)(stock_config(stock, s, start=1, end=2))
     theirs.set_attn_implementation("eager")
     ids, more = torch.randint(3, 70, (4, 16)), dict(decoder_input_ids=torch.randint(3, 70, (4, written))) if written else {}
@@ -81,22 +85,22 @@ def test_operations_are_those_of_the_stock_classes(stock, written):
 
 @pytest.mark.parametrize("kind,rows,precision", [(Gpt, 1, "fp32"), (Gpt, 24, "bf16"), (Bert, 6, "fp32"), (Seq2Seq, 1, "bf16"), (Seq2Seq, 12, "fp32")])
 def test_the_peak_is_near_what_is_measured(kind, rows, precision):
-    s, written = Shape(500, 64, 4, layers=2, positions=32, norm="pre", segments=2 * (kind is Bert)), 16 * (kind is Seq2Seq)
+    s, written = TransformerConfig(500, 64, 4, layers=2, positions=32, norm="pre", segments=2 * (kind is Bert)), 16 * (kind is Seq2Seq)
     model = kind(s)
-    found = step_bytes(model, a_step, a_batch(s, rows, 32, written), Optimiser(model, precision=precision))
+    found = peak_step_bytes(model, a_step, a_batch(s, rows, 32, written), Optimiser(model, precision=precision))
     told = training_bytes(kind, s, rows, 32, written, precision)
     assert abs(told["peak"] / found - 1) < 0.03 and told["peak"] == max(told["at_loss"], told["at_end"])
 
 
 def test_few_rows_cost_the_update_and_many_the_loss():
-    s = Shape(500, 64, 4, layers=2, positions=32, norm="pre")
+    s = TransformerConfig(500, 64, 4, layers=2, positions=32, norm="pre")
     few, many = (training_bytes(Gpt, s, rows, 32) for rows in (1, 64))
     assert few["peak"] == few["at_end"] and many["peak"] == many["at_loss"] and few["weights"] == many["weights"]
-    assert activations_of(Gpt, s, 64, 32)["feed"] == 64 * activations_of(Gpt, s, 1, 32)["feed"]
+    assert activation_bytes(Gpt, s, 64, 32)["feed"] == 64 * activation_bytes(Gpt, s, 1, 32)["feed"]
 
 
 def test_refusals():
-    s = Shape(20, 8)
+    s = TransformerConfig(20, 8)
     for words, wrong in (("Linear is none of", lambda: parameters_of(torch.nn.Linear, s)), ("written is 0", lambda: flops_of(Seq2Seq, s, 5)), ("written is 3", lambda: flops_of(Gpt, s, 5, 3)),
                          ("precision is 'int8'", lambda: training_bytes(Gpt, s, 1, 5, precision="int8")), ("'BERT huge' is not among", lambda: cost_row("BERT huge"))):
         with pytest.raises(UsageError, match=words): wrong()

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
-from llmeco_nb.data.corpus import (build_corpus, clean_table, clean_text, drop_duplicates, fold, label_names, overlap, quotas, read_split, sizes_of,
-                            small_corpus, split_names, split_rows, take)
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
+from llmeco_nb.data.corpus import (build_corpus, clean_table, clean_text, count_split_leakage,
+                                   drop_duplicates, label_names, normalized_key, read_split,
+                                   small_corpus, split_names, split_rows, split_sizes,
+                                   stratified_counts, subsample_splits)
 from llmeco_nb.data.sources import text_ids
 
 
@@ -30,7 +32,7 @@ def own(path: Path, n: int = 60, labels=("1", "5")) -> Path:
 
 
 def build(folder: Path, source, name="run", **kwargs) -> Path:
-    return build_corpus(begin(folder/name, "data"), str(source), "body", "stars", **kwargs)
+    return build_corpus(create_record(folder/name, "data"), str(source), "body", "stars", **kwargs)
 
 
 def splits(corpus) -> dict: return {s: read_split(corpus, s) for s in split_names}
@@ -115,7 +117,7 @@ def test_duplicates_do_not_depend_on_order(pairs, chance):
 def test_quotas(sizes, share):
     counts = dict(enumerate(sizes))
     n = len(sizes) + round(share * (sum(sizes) - len(sizes)))
-    part = quotas(n, counts)
+    part = stratified_counts(n, counts)
     assert sum(part.values()) == n and all(1 <= part[c] <= counts[c] for c in counts)
     fair = {c: n * counts[c] / sum(sizes) for c in counts}
     lifted = sum(max(0, 1 - f) for f in fair.values())          # what small classes were given to have one at all
@@ -131,7 +133,7 @@ def test_splits(rows, validation, test, seed, chance):
     except DataError: return
     ids = [set(p.id) for p in parts.values()]
     assert sum(map(len, ids)) == len(rows) == len(set().union(*ids)) and list(parts) == list(split_names)
-    assert {k: len(p) for k, p in parts.items()} == sizes_of(len(rows), validation, test, rows.label.nunique())
+    assert {k: len(p) for k, p in parts.items()} == split_sizes(len(rows), validation, test, rows.label.nunique())
     for name, p in parts.items():                                                    # stratified: no class is off by more than the rounding
         if len(p):
             share = p.label.value_counts().reindex(sorted(set(rows.label)), fill_value=0) - len(p) * rows.label.value_counts(normalize=True).sort_index()
@@ -166,7 +168,7 @@ def test_smaller_corpora_are_nested(rows, seed):
     except DataError: assume(False)
     former = {k: set() for k in parts}
     for limit in (12, 16, 20, len(rows)):
-        try: some = take(parts, limit, 0.2, 0.3)
+        try: some = subsample_splits(parts, limit, 0.2, 0.3)
         except DataError: continue
         assert sum(map(len, some.values())) <= limit and all(set(some[k].id) <= set(parts[k].id) for k in parts)
         assert all(len(former[k] - set(some[k].id)) <= rows.label.nunique() for k in parts)
@@ -193,7 +195,7 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     source = own(tmp_path/"reviews.csv")
     first = build(tmp_path, source, "a", rows=30)
     code = (f"from llmeco_nb.data.corpus import *; from llmeco_nb.core import *\n"
-            f"print(sha256_of(build_corpus(begin({str(tmp_path/'b')!r}, 'data'), {str(source)!r}, 'body', 'stars', rows=30)))")
+            f"print(sha256_of(build_corpus(create_record({str(tmp_path/'b')!r}, 'data'), {str(source)!r}, 'body', 'stars', rows=30)))")
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
     assert sha256_of(first) == sha256_of(build(tmp_path, source, "c", rows=30)) == other
@@ -219,9 +221,9 @@ def test_an_official_test_set(tmp_path):
     held.to_json(tmp_path/"test.jsonl", orient="records", lines=True)
     corpus = build(tmp_path, source, test_source=str(tmp_path/"test.jsonl"))
     counts, parts = read_json(corpus/"datasheet.json")["counts"], splits(corpus)
-    assert counts["leaks"] == 6 and counts["overlap"] == overlap({k: parts[k] for k in ("train", "validation")}) == 0
+    assert counts["leaks"] == 6 and counts["overlap"] == count_split_leakage({k: parts[k] for k in ("train", "validation")}) == 0
     assert len(parts["test"]) == 16 and parts["test"].id.is_unique and len(parts["train"]) + len(parts["validation"]) == 54
-    assert not set(parts["test"].text.map(fold)) & set(parts["train"].text.map(fold)) | set(parts["test"].text.map(fold)) & set(parts["validation"].text.map(fold))
+    assert not set(parts["test"].text.map(normalized_key)) & set(parts["train"].text.map(normalized_key)) | set(parts["test"].text.map(normalized_key)) & set(parts["validation"].text.map(normalized_key))
     some = splits(build(tmp_path, source, "some", test_source=str(tmp_path/"test.jsonl"), rows=30))
     assert {k: len(p) for k, p in some.items()} == {"train": 21, "validation": 3, "test": 6} and set(some["test"].id) <= set(parts["test"].id)
     pd.DataFrame({"stars": ["3"], "body": ["x"]}).to_csv(tmp_path/"strange.csv", index=False)
@@ -257,7 +259,7 @@ def test_missing_values_are_counted_on_both_sides(tmp_path):
         rows = pd.DataFrame(dict(body=bodies, stars=stars))
         rows.astype({"body": "string", "stars": "Int64"}).to_parquet(tmp_path/name)
         return str(tmp_path/name)
-    run = begin(tmp_path/"run", "data")
+    run = create_record(tmp_path/"run", "data")
     corpus = build_corpus(run, table("train.parquet", 100), "body", "stars",
                           test_source=table("test.parquet", 30))
     counts = read_json(corpus/"datasheet.json")["counts"]
@@ -294,11 +296,11 @@ def test_declared_names_in_training_and_test(tmp_path):
 
 def test_text_without_labels(tmp_path):
     (tmp_path/"prose.txt").write_text("\n".join(f"Sentence number {i}." for i in range(40)))
-    corpus = build_corpus(begin(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))
+    corpus = build_corpus(create_record(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))
     assert label_names(corpus) == [] and {k: len(p) for k, p in splits(corpus).items()} == {"train": 28, "validation": 4, "test": 8}
     assert set(read_split(corpus, "train").label) == {-1}
     own(tmp_path/"reviews.csv")
-    corpus = build_corpus(begin(tmp_path/"other", "data"), str(tmp_path/"reviews.csv"), "body", "", lines=True)
+    corpus = build_corpus(create_record(tmp_path/"other", "data"), str(tmp_path/"reviews.csv"), "body", "", lines=True)
     assert label_names(corpus) == [] and read_split(corpus, "test").text.str.contains("\n").all()
 
 

@@ -7,8 +7,10 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings, strategies as st  # noqa: E402
 
 from llmeco_nb.core import DataError, MissingError, UsageError  # noqa: E402
-from llmeco_nb.models.decoder import (cache_bytes, causal_attention, causal_loss, decoder_config, decoder_flops, decoder_parameters, load_decoder,  # noqa: E402
-                               new_decoder, qwen3, runs_of, save_decoder, stock_config)
+from llmeco_nb.models.decoder import (cache_bytes, causal_attention, causal_loss,  # noqa: E402
+                                      decoder_config, decoder_flops, decoder_parameters,
+                                      document_positions, load_decoder, new_decoder, qwen3,
+                                      qwen3_config, save_decoder)
 
 VOCABULARY = 120
 FULL = dict(feed="relu2", tied=False, softcap=15.0, bigrams=500, values=True, skip=True, entry_norm=True)
@@ -45,7 +47,7 @@ def test_a_saved_decoder_is_a_stock_qwen3(options, tmp_path):
 @pytest.mark.parametrize("options", STOCK)
 def test_a_stock_qwen3_loads(options, tmp_path):
     torch.manual_seed(0)
-    theirs = qwen3()[1](stock_config(decoder_config(VOCABULARY, "2x32", 40, **options)))
+    theirs = qwen3()[1](qwen3_config(decoder_config(VOCABULARY, "2x32", 40, **options)))
     theirs.save_pretrained(tmp_path)
     ours, ids = load_decoder(tmp_path), tokens(3, 40)
     assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5
@@ -101,7 +103,7 @@ def test_masked_targets_count_nothing():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=3))
 def test_runs_of_documents(rows):
-    run, where = runs_of(torch.tensor(rows))
+    run, where = document_positions(torch.tensor(rows))
     for documents, r, w in zip(rows, run.tolist(), where.tolist()):
         number, place = 0, 0
         for i, d in enumerate(documents):
@@ -112,7 +114,7 @@ def test_runs_of_documents(rows):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has a backward pass on GPUs only")
 def test_flex_is_sdpa_on_a_gpu():
     q, k, v = (torch.randn(2, h, 256, 64, device="cuda", requires_grad=True) for h in (4, 2, 2))
-    run = runs_of(torch.arange(256, device="cuda").div(60, rounding_mode="floor").expand(2, -1))[0]
+    run = document_positions(torch.arange(256, device="cuda").div(60, rounding_mode="floor").expand(2, -1))[0]
     flex, sdpa = (causal_attention(q, k, v, run, kind) for kind in ("flex", "sdpa"))
     torch.testing.assert_close(flex, sdpa, atol=2e-3, rtol=2e-3)
     for a, b in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (flex, sdpa))): torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.data.dedup import (Groups, as_bytes, band_keys, choose_bands, equal_keys, find_duplicates, meets, mix, shingles, signatures, slice_bytes, word_hashes)
+from llmeco_nb.data.dedup import (UnionFind, as_bytes, band_keys, candidate_probability,
+                                  choose_bands, find_duplicates, minhash_signatures, mix64,
+                                  pairs_with_equal_keys, shingles, slice_bytes, word_hashes)
 from llmeco_nb.data.filters import new_report
 
 
@@ -81,7 +83,7 @@ def test_estimate_beside_the_exact_count_and_datasketch():
     pairs = [(t, edited(t, chance.randint(1, 25), chance)) for t in (prose(chance, 150) for _ in range(300))]
     exact = np.array([jaccard(shingle_set(a), shingle_set(b)) for a, b in pairs])
     found, owners = shingles([t for p in pairs for t in p])
-    table = signatures(found, owners, 600, k)
+    table = minhash_signatures(found, owners, 600, k)
     ours = (table[::2] == table[1::2]).mean(1)
     def theirs(a, b):
         one, two = datasketch.MinHash(k, seed=1), datasketch.MinHash(k, seed=1)
@@ -102,11 +104,11 @@ def test_meetings_follow_the_s_curve(size, similarity):
     true = both/(2*size - both)
     common = rng.integers(0, 2**63, (pairs, 1, both), np.uint64)
     values = np.concatenate([np.repeat(common, 2, 1), rng.integers(0, 2**63, (pairs, 2, size - both), np.uint64)], 2)
-    table = signatures(values.reshape(-1), np.repeat(np.arange(2*pairs), size), 2*pairs, bands*rows)
+    table = minhash_signatures(values.reshape(-1), np.repeat(np.arange(2*pairs), size), 2*pairs, bands*rows)
     assert (table != 0xffffffff).all()                                   # nothing stays empty
     assert abs((table[::2] == table[1::2]).mean() - true) < .01
     keys = band_keys(table, bands, rows)
-    assert abs((keys[::2] == keys[1::2]).any(1).mean() - meets(true, bands, rows)) < .06
+    assert abs((keys[::2] == keys[1::2]).any(1).mean() - candidate_probability(true, bands, rows)) < .06
     each = (keys[::2] == keys[1::2]).mean()
     assert abs(each - true**rows) < .02
 
@@ -114,7 +116,7 @@ def test_meetings_follow_the_s_curve(size, similarity):
 @given(st.floats(.05, 1))
 def test_bands_keep_what_they_promise(threshold):
     bands, rows = choose_bands(threshold)
-    assert bands * rows <= 128 and (meets(threshold, bands, rows) >= .995 or rows == 1)
+    assert bands * rows <= 128 and (candidate_probability(threshold, bands, rows) >= .995 or rows == 1)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------------------------
@@ -123,9 +125,9 @@ def test_bands_keep_what_they_promise(threshold):
 @settings(max_examples=60, deadline=None)
 def test_equal_keys_whatever_the_memory(tmp_path_factory, values, memory, item):
     file = tmp_path_factory.mktemp("keys")/"k.bin"
-    np.repeat(mix(np.array(values, np.uint64)), item).astype("<u8").tofile(file)
-    groups = Groups(np.arange(len(values)))
-    for pairs in equal_keys(file, len(values), item, memory):
+    np.repeat(mix64(np.array(values, np.uint64)), item).astype("<u8").tofile(file)
+    groups = UnionFind(np.arange(len(values)))
+    for pairs in pairs_with_equal_keys(file, len(values), item, memory):
         for i, j in pairs.tolist():
             assert i < j and values[i] == values[j]
             groups.join(i, j)
@@ -134,7 +136,7 @@ def test_equal_keys_whatever_the_memory(tmp_path_factory, values, memory, item):
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=40))
 def test_union_find(pairs):
-    groups, colour = Groups(np.arange(21)), list(range(21))
+    groups, colour = UnionFind(np.arange(21)), list(range(21))
     for a, b in pairs:
         groups.join(a, b)
         colour = [min(colour[a], colour[b]) if c in (colour[a], colour[b]) else c for c in colour]

@@ -10,16 +10,24 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 import llmeco_nb.pretraining.denoising  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (DataError, UsageError, create_record, open_record,  # noqa: E402
+                            read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.denoising import (batches_of, best_way, copied, copiers, copying_nats, corrupt, count_neighbours, counted_nats, counters, denoise, denoise_batch, denoise_loss, denoise_step,  # noqa: E402
-                               edits, fill, fit_neighbours, followers, held_answers, hole_counts, holes_of, new_writer, restore, rewritten, save_writer, text_frequencies, with_marks)
+from llmeco_nb.pretraining.denoising import (apply_baseline, best_baseline,  # noqa: E402
+                                             bigram_baselines, copy_baseline_nats, copy_baselines,
+                                             corrupt_spans, denoise, denoise_batch, denoise_batches,
+                                             denoise_loss, denoise_loss_step, denoise_texts,
+                                             edit_distances, fit_bigram_embeddings, generate_spans,
+                                             masks_to_sentinels, most_frequent_successors,
+                                             neighbour_ppmi_embeddings, new_seq2seq, ngram_nats,
+                                             restore_spans, sample_spans, save_seq2seq, span_counts,
+                                             token_log_probs, validation_scores)
 from llmeco_nb.models.conversion import from_stock  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
-from llmeco_nb.pretraining.mlm import SEP, pack  # noqa: E402
-from llmeco_nb.training.plan import RATES  # noqa: E402
+from llmeco_nb.pretraining.mlm import SEP, group_texts  # noqa: E402
+from llmeco_nb.training.plan import LR_CANDIDATES  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
-from llmeco_nb.models.transformer import Seq2Seq, Shape  # noqa: E402
+from llmeco_nb.models.transformer import Seq2Seq, TransformerConfig  # noqa: E402
 
 QUICK = dict(size="1x32", length=32, positions=48, steps=12, batch=4, judged=4, evaluations=3, compared=8, prompts=["anna [MASK] the film ."])
 V = 120
@@ -36,12 +44,12 @@ def inputs(tmp_path_factory):
         return " ".join(f"{names[k]} {did[k]} the {things[k]} ." for k in found)
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 80), ("validation", 30), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=V))
+    return folder/"corpus", build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=V))
 
 
 @pytest.fixture(scope="module")
 def rows(inputs):
-    return pack(encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text), 32)
+    return group_texts(encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text), 32)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def first(inputs): return open_tokenizer(inputs[1]).get_vocab_size()
 sizes = st.tuples(st.integers(8, 90), st.floats(0.05, 0.6), st.floats(1, 9))
 
 def room(length, share, mean):
-    try: return hole_counts(length, share, mean)
+    try: return span_counts(length, share, mean)
     except UsageError: return None
 
 @settings(max_examples=120, deadline=None)
@@ -63,12 +71,12 @@ def test_nothing_is_lost(size, seed, index, answer):
     if (found := room(*size)) is None: return
     (length, share, mean), (_, holes) = size, found
     row = np.random.default_rng(seed).integers(5, 50, length).astype(np.int32)
-    where = holes_of(length, (seed, 0, index), share, mean)
+    where = sample_spans(length, (seed, 0, index), share, mean)
     np.random.seed(index % 1000)                                                             # whatever the process' own generator does
-    assert (where == holes_of(length, (seed, 0, index), share, mean)).all()
+    assert (where == sample_spans(length, (seed, 0, index), share, mean)).all()
     assert where.shape == (holes, 2) and np.diff(where, axis=1).min() >= 1 and where.min() >= 1 and where.max() < length and (where[1:, 0] > where[:-1, 1]).all()
-    seen, written, targets, cut = corrupt(row, where, 50, answer)
-    assert (restore(seen, targets, 50, answer) == row).all() and (written[1:] == targets[:-1]).all() and cut.sum() == np.diff(where, axis=1).sum()
+    seen, written, targets, cut = corrupt_spans(row, where, 50, answer)
+    assert (restore_spans(seen, targets, 50, answer) == row).all() and (written[1:] == targets[:-1]).all() and cut.sum() == np.diff(where, axis=1).sum()
     assert sorted(np.r_[seen[seen < 50], targets[cut]]) == sorted(row) and (seen >= 50).sum() == holes
     assert targets[cut].tolist() == np.concatenate([row[a:b] for a, b in where]).tolist()
 
@@ -78,25 +86,25 @@ def test_nothing_is_lost(size, seed, index, answer):
 def test_any_answer_can_be_restored(said):
     "Whatever a model writes: what was visible stays, in order, and no mark is left."
     row = np.arange(5, 37, dtype=np.int32)
-    seen = corrupt(row, holes_of(32, (0, 0, 0), 0.3, 3.0), 50)[0]
-    back = restore(seen, np.array(said, dtype=np.int64), 50)
+    seen = corrupt_spans(row, sample_spans(32, (0, 0, 0), 0.3, 3.0), 50)[0]
+    back = restore_spans(seen, np.array(said, dtype=np.int64), 50)
     assert (back < 50).all()
     left = iter(back.tolist())
     assert all(t in left for t in seen[seen < 50].tolist())
 
 
 def test_holes_are_as_large_as_asked_on_average_wherever_they_stand():
-    many = np.diff([holes_of(64, (1, 0, i), 0.3, 3.0) for i in range(3000)], axis=2)[..., 0]
+    many = np.diff([sample_spans(64, (1, 0, i), 0.3, 3.0) for i in range(3000)], axis=2)[..., 0]
     assert np.abs(many.mean(0) - 3).max() < 0.25 and np.abs((many == 1).mean(0) - 1 / 3).max() < 0.04       # every one geometric, the last like the first
 
 
 def test_holes_differ_by_epoch_row_and_seed():
     keys = [(s, e, i) for s in range(3) for e in range(3) for i in range(3)]
-    assert len({holes_of(64, k, 0.3, 3.0).tobytes() for k in keys}) == len(keys)
+    assert len({sample_spans(64, k, 0.3, 3.0).tobytes() for k in keys}) == len(keys)
 
 
 def test_batches_are_pure_across_epochs(rows, first):
-    batches, fresh, edge = batches_of(rows, 7, 3, 0.3, 3.0, first), batches_of(rows.copy(), 7, 3, 0.3, 3.0, first), len(rows) // 7
+    batches, fresh, edge = denoise_batches(rows, 7, 3, 0.3, 3.0, first), denoise_batches(rows.copy(), 7, 3, 0.3, 3.0, first), len(rows) // 7
     expected = {i: batches(i) for i in (0, edge, 500)}
     for i in (500, edge, 0): assert all(fresh(i)[k].equal(expected[i][k]) for k in expected[i])
     one, two = (denoise_batch(rows, [4], [e], 3, 0.3, 3.0, first) for e in (0, 1))
@@ -107,7 +115,7 @@ def test_what_is_cut_out_is_not_read(rows, first):
     b = denoise_batch(rows, [0, 1], [0, 0], 0, 0.3, 3.0, first)
     other = rows.copy()
     for i in (0, 1):
-        for a, z in holes_of(32, (0, 0, i), 0.3, 3.0): other[i, a:z] = 9
+        for a, z in sample_spans(32, (0, 0, i), 0.3, 3.0): other[i, a:z] = 9
     c = denoise_batch(other, [0, 1], [0, 0], 0, 0.3, 3.0, first)
     assert b["input_ids"].equal(c["input_ids"]) and not b["targets"].equal(c["targets"]) and (c["targets"][c["cut"]] == 9).all()
 
@@ -127,7 +135,7 @@ def shaken(model, spread=0.1):
 
 def test_what_is_masked_counts_nothing(rows, first):
     "Targets of -100, padding in what is read, the parts a loss is made in, and how rows are batched change neither loss nor gradient."
-    model = shaken(new_writer(rows, first, "1x32", 48, 0.3, 3.0))
+    model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0))
     asked = lambda b: (b["input_ids"], b["written"], b["targets"], b["keep"])
     b, alone = denoise_batch(rows, range(4), [0] * 4, 0, 0.3, 3.0, first), [denoise_batch(rows, [i], [0], 0, 0.3, 3.0, first) for i in range(4)]
     assert (b["keep"] == 0).any() and (b["targets"] == -100).any() and all(a["keep"].all() and (a["targets"] != -100).all() for a in alone)
@@ -142,17 +150,17 @@ def test_what_is_masked_counts_nothing(rows, first):
     more = torch.cat([b["written"], torch.randint(5, 20, (4, 3))], 1)
     assert near(gradients(model, denoise_loss(model, padded, more, torch.cat([b["targets"], torch.full((4, 3), -100)], 1), keep)))
     assert not near(gradients(model, denoise_loss(model, padded, b["written"], b["targets"])))                # without `keep` the padding is read
-    loss, n = denoise_step(model, b | dict(targets=b["targets"].masked_fill(b["cut"], -100)), lambda loss: None)
+    loss, n = denoise_loss_step(model, b | dict(targets=b["targets"].masked_fill(b["cut"], -100)), lambda loss: None)
     assert n == (~b["cut"] & (b["targets"] != -100)).sum() and loss < ours
-    in_parts, n = denoise_step(model, b, lambda loss: None, parts=3)
+    in_parts, n = denoise_loss_step(model, b, lambda loss: None, parts=3)
     assert n == (b["targets"] != -100).sum() and abs(in_parts - ours) / ours < 1e-6
 
 
 def test_held_answers_do_not_depend_on_the_batch(rows, first):
-    model = shaken(new_writer(rows, first, "1x32", 48, 0.3, 3.0)).eval()
+    model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0)).eval()
     for answer in ("missing", "whole"):
-        one, two = (held_answers(model, rows[:11], 0, 0.3, 3.0, first, answer, batch) for batch in (3, 11))
-        assert np.allclose(one, two, atol=1e-3) and (one[:, 2] == [np.diff(holes_of(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(11)]).all() and (one[:, 0] > 0).all()
+        one, two = (validation_scores(model, rows[:11], 0, 0.3, 3.0, first, answer, batch) for batch in (3, 11))
+        assert np.allclose(one, two, atol=1e-3) and (one[:, 2] == [np.diff(sample_spans(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(11)]).all() and (one[:, 0] > 0).all()
 
 
 # -- what is counted before the first step
@@ -162,7 +170,7 @@ def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
     draw = np.random.default_rng(0)
     table = np.array([[2, *draw.choice(np.arange(5, 13), 40, p=np.arange(1, 9) / 36), 3] for _ in range(200)])
     table[:, 3::7], table[:, 4::7] = 6, 9                                                    # something that follows something
-    e = count_neighbours(table, 13, 16)
+    e = neighbour_ppmi_embeddings(table, 13, 16)
     met = np.zeros((13, 13))
     np.add.at(met, (table[:, 1:-2], table[:, 2:-1]), 1)
     share, p = np.bincount(table[:, 1:-1].ravel(), minlength=13) / table.size, met.sum(0) / met.sum()      # special tokens are part of a row
@@ -177,27 +185,27 @@ def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
 
 def test_the_fit_comes_near_the_counted_probabilities(rows, first):
     "With vectors wide enough and passes enough, the softmax gives back p(b | a) of every token that has a successor; the same arguments, the same bits."
-    after, before = fit_neighbours(rows, first, 96, passes=120)
+    after, before = fit_bigram_embeddings(rows, first, 96, passes=120)
     met = np.zeros((first, first))
     np.add.at(met, (rows[:, 1:-2], rows[:, 2:-1]), 1)
-    logits = np.sqrt(96) * after @ before.T + text_frequencies(rows, first)
+    logits = np.sqrt(96) * after @ before.T + token_log_probs(rows, first)
     ours = np.exp(logits - logits.max(1, keepdims=True))
     ours, often = ours / ours.sum(1, keepdims=True), met.sum(1) >= 20
     assert np.abs(ours[often] - met[often] / met[often].sum(1, keepdims=True)).sum(1).mean() < 0.1
     assert np.allclose(np.linalg.norm(after[often], axis=1), 1, atol=1e-5)
-    assert all((a == b).all() for a, b in zip(fit_neighbours(rows, first, 32), fit_neighbours(rows.copy(), first, 32)))
+    assert all((a == b).all() for a, b in zip(fit_bigram_embeddings(rows, first, 32), fit_bigram_embeddings(rows.copy(), first, 32)))
 
 
 def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
     "Before its first step it already finds unseen hidden tokens less surprising than their frequencies do, and the parts that only training can fill add nothing."
-    model = new_writer(rows, first, "2x64", 48, 0.3, 3.0).eval()
-    held = pack(encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "validation").text), 32)[:30]
-    nats, _, hidden, *_ = held_answers(model, held, 0, 0.3, 3.0, first).sum(0)
-    guess = copying_nats(held, [holes_of(32, (0, 0, i), 0.3, 3.0) for i in range(len(held))], text_frequencies(rows, first), [0]).sum()
+    model = new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0).eval()
+    held = group_texts(encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "validation").text), 32)[:30]
+    nats, _, hidden, *_ = validation_scores(model, held, 0, 0.3, 3.0, first).sum(0)
+    guess = copy_baseline_nats(held, [sample_spans(32, (0, 0, i), 0.3, 3.0) for i in range(len(held))], token_log_probs(rows, first), [0]).sum()
     assert nats < guess - 0.5 * hidden
     seen = denoise_batch(rows, [0], [0], 0, 0.3, 3.0, first)["input_ids"]
     with torch.no_grad(): assert torch.allclose(model.encode(seen), model.encoder.norm(model.reading(seen)), atol=1e-5)
-    with pytest.raises(UsageError, match="start is 'warm'"): new_writer(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
+    with pytest.raises(UsageError, match="start is 'warm'"): new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
 
 
 # -- copying
@@ -212,26 +220,26 @@ def slowly(a, b):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8)), min_size=1, max_size=6))
 def test_edit_distance_is_the_textbook_s(pairs):
-    assert edits([a for a, _ in pairs], [b for _, b in pairs]).tolist() == [slowly(a, b) for a, b in pairs]
+    assert edit_distances([a for a, _ in pairs], [b for _, b in pairs]).tolist() == [slowly(a, b) for a, b in pairs]
 
 
 def test_copying_is_a_distribution_and_the_best_way_is_found(rows, first):
-    logp, where = text_frequencies(rows, first), holes_of(32, (0, 0, 0), 0.3, 3.0)
+    logp, where = token_log_probs(rows, first), sample_spans(32, (0, 0, 0), 0.3, 3.0)
     def nats(token):
         row = rows[0].copy()
         row[where[0][0]] = token
-        return copying_nats(row[None], [where], logp, [0.2])[0, 0]
-    visible = [int(t) for t in corrupt(rows[0], where, first)[0][1:-1] if t < first]
+        return copy_baseline_nats(row[None], [where], logp, [0.2])[0, 0]
+    visible = [int(t) for t in corrupt_spans(rows[0], where, first)[0][1:-1] if t < first]
     seven = 0.2 * visible.count(7) / len(visible) + 0.8 * np.exp(logp[7])                     # by hand; the other hidden tokens cancel out below
     assert abs(sum(np.exp(nats(7) - nats(t)) for t in range(first)) * seven - 1) < 1e-6        # the probabilities of what may stand there add up to one
-    broken, follower = [corrupt(r, holes_of(32, (0, 0, i), 0.3, 3.0), first)[0] for i, r in enumerate(rows)], followers(rows, first)
-    cost = lambda way: edits([copied(b, way, follower, first) for b in broken], list(rows)).sum()
-    ways = copiers(rows, first) | counters
-    name, way = best_way(ways, rows, first, follower, 0, 0.3, 3.0, tried=10**6)
-    assert cost(way) == min(map(cost, ways.values())) < cost(("fixed", ())) == sum(np.diff(holes_of(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(len(rows)))
+    broken, follower = [corrupt_spans(r, sample_spans(32, (0, 0, i), 0.3, 3.0), first)[0] for i, r in enumerate(rows)], most_frequent_successors(rows, first)
+    cost = lambda way: edit_distances([apply_baseline(b, way, follower, first) for b in broken], list(rows)).sum()
+    ways = copy_baselines(rows, first) | bigram_baselines
+    name, way = best_baseline(ways, rows, first, follower, 0, 0.3, 3.0, tried=10**6)
+    assert cost(way) == min(map(cost, ways.values())) < cost(("fixed", ())) == sum(np.diff(sample_spans(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(len(rows)))
     assert ways[name] == way and way[0] == "after"                                            # in this language the next word is nearly certain
     ngram = Ngram([r[1:-1] for r in rows], first, 3, SEP)
-    assert counted_nats(ngram, rows[:5], [holes_of(32, (0, 0, i), 0.3, 3.0) for i in range(5)]).shape == (5,)
+    assert ngram_nats(ngram, rows[:5], [sample_spans(32, (0, 0, i), 0.3, 3.0) for i in range(5)]).shape == (5,)
 
 
 # -- the stage
@@ -245,18 +253,18 @@ def what_stays(folder):
 
 @pytest.mark.parametrize("answer", ["missing", "whole"])
 def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at, answer):
-    denoise(begin(tmp_path/"calm", "denoise"), *inputs, **QUICK, answer=answer)
+    denoise(create_record(tmp_path/"calm", "denoise"), *inputs, **QUICK, answer=answer)
     for at in (1, 7) if answer == "missing" else (7,):
-        killed_at(at, lambda: denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer))
-    denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer)
+        killed_at(at, lambda: denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer))
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer)
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
 
 
 def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(rows, first, inputs, tmp_path):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-    model = new_writer(rows, first, "2x32", 48, 0.3, 3.0, seed=4)
+    model = new_seq2seq(rows, first, "2x32", 48, 0.3, 3.0, seed=4)
     shaken(model)
-    save_writer(model.eval(), inputs[1], tmp_path/"writer")
+    save_seq2seq(model.eval(), inputs[1], tmp_path/"writer")
     plain, words = AutoModelForSeq2SeqLM.from_pretrained(tmp_path/"writer").eval(), AutoTokenizer.from_pretrained(tmp_path/"writer")
     b = denoise_batch(rows, range(5), [0] * 5, 0, 0.3, 3.0, first)
     with torch.no_grad():
@@ -264,15 +272,15 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
         assert (from_stock(plain)(b["input_ids"], b["written"]) - model(b["input_ids"], b["written"])).abs().max() < 1e-5
     assert type(plain).__name__ == "MBartForConditionalGeneration" and len(words) == plain.config.vocab_size == model.shape.vocabulary
     assert words("anna <extra_id_0> the film", add_special_tokens=False).input_ids[1] == first and words.decode(rows[0], skip_special_tokens=True) == open_tokenizer(inputs[1]).decode(rows[0].tolist())
-    strange = Seq2Seq(Shape(first + 4, 32, places="waves", norm="pre"))
-    with pytest.raises(UsageError, match="places='waves'"): save_writer(strange, inputs[1], tmp_path/"none")
+    strange = Seq2Seq(TransformerConfig(first + 4, 32, places="waves", norm="pre"))
+    with pytest.raises(UsageError, match="places='waves'"): save_seq2seq(strange, inputs[1], tmp_path/"none")
     assert not (tmp_path/"none").exists()
 
 
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
     "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
     from llmeco_nb.stats.significance import compare
-    denoise(begin(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=100, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=100, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
     for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
     assert n["edits"] < n["counter_edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5
@@ -280,19 +288,19 @@ def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
 
 def test_answers_fill_every_hole_in_order(rows, first):
     "Even a network that knows nothing writes a hole after the other, and ends."
-    model = new_writer(rows, first, "1x32", 48, 0.3, 3.0).eval()
-    said = fill(model, denoise_batch(rows, range(6), [0] * 6, 0, 0.3, 3.0, first)["input_ids"], first, 40, 3.0)
+    model = new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0).eval()
+    said = generate_spans(model, denoise_batch(rows, range(6), [0] * 6, 0, 0.3, 3.0, first)["input_ids"], first, 40, 3.0)
     for answer in said.tolist():
         marks = [t - first for t in answer if t >= first]
         assert marks[:3] == [1, 2, 3][:len(marks[:3])] and set(marks[3:]) <= {3} and (not marks or answer[0] < first)
-    texts = [with_marks([2, 7, 4, 8, 4, 3], first, 3), with_marks([2, 7, 4, 8, 9, 3], first, 3), with_marks([2, 4, 3], first, 3)]
-    for text, back in zip(texts, rewritten(model, texts, first, 20, 3.0)): assert back[0] == 2 and back[-1] == 3 and (back < first).all() and len(back) >= len(text)
+    texts = [masks_to_sentinels([2, 7, 4, 8, 4, 3], first, 3), masks_to_sentinels([2, 7, 4, 8, 9, 3], first, 3), masks_to_sentinels([2, 4, 3], first, 3)]
+    for text, back in zip(texts, denoise_texts(model, texts, first, 20, 3.0)): assert back[0] == 2 and back[-1] == 3 and (back < first).all() and len(back) >= len(text)
 
 
 def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_path, capsys):
-    denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(lr=None, steps=6, evaluations=1))
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(lr=None, steps=6, evaluations=1))
     n, told = open_record(tmp_path/"run", "denoise").metrics, read_json(tmp_path/"run"/"forecast.json")
-    assert n["batch"] == 4 and n["lr"] in RATES and told["came"]["steps"] == 6 and abs(n["peak_mib"] / n["forecast_mib"] - 1) < 0.1
+    assert n["batch"] == 4 and n["lr"] in LR_CANDIDATES and told["came"]["steps"] == 6 and abs(n["peak_mib"] / n["forecast_mib"] - 1) < 0.1
     printed = capsys.readouterr().out
     assert all(line in printed for line in told["says"]) and f"learning rate {n['lr']:g}" in printed
 
@@ -300,8 +308,8 @@ def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_p
 def test_a_batch_that_cannot_fit_is_refused_before_it_is_made(inputs, tmp_path, monkeypatch):
     made, batch = [], llmeco_nb.pretraining.denoising.denoise_batch
     monkeypatch.setattr(llmeco_nb.pretraining.denoising, "denoise_batch", lambda rows, which, *more: made.append(len(which)) or batch(rows, which, *more))
-    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**24, "set for this test"))
-    with pytest.raises(UsageError, match="batch of 4096 rows.*largest batch that fits is"): denoise(begin(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(batch=4096))
+    monkeypatch.setattr(llmeco_nb.training.plan, "memory_budget", lambda model, optimiser: (2**24, "set for this test"))
+    with pytest.raises(UsageError, match="batch of 4096 rows.*largest batch that fits is"): denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(batch=4096))
     assert max(made) <= 64
 
 
@@ -309,9 +317,9 @@ def test_refusals(inputs, tmp_path):
     corpus, tokenizer = inputs
     for words, more in (("share is 1", dict(share=1.0)), ("mean is 0.5", dict(mean=0.5)), ("too few between them", dict(share=0.9, mean=1.0)), ("positions 16", dict(positions=16)), ("answer is 'half'", dict(answer="half")),
                         ("start is 'warm'", dict(start="warm")), ("batch is 0", dict(batch=0)), (r"0 \[MASK\]", dict(prompts=["no hole"])), ("size is", dict(size="huge"))):
-        with pytest.raises(UsageError, match=words): denoise(begin(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | more)
-    with pytest.raises(DataError, match="none are left"): denoise(begin(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | dict(judged=10_000))
+        with pytest.raises(UsageError, match=words): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | more)
+    with pytest.raises(DataError, match="none are left"): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | dict(judged=10_000))
     empty = tmp_path/"empty"
     frame = read_split(corpus, "train")
     write_corpus(empty, dict(train=frame, validation=frame.head(0), test=frame.head(1)), [], {})
-    with pytest.raises(DataError, match="no validation texts"): denoise(begin(tmp_path/"run", "denoise"), empty, tokenizer, **QUICK)
+    with pytest.raises(DataError, match="no validation texts"): denoise(create_record(tmp_path/"run", "denoise"), empty, tokenizer, **QUICK)

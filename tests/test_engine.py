@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
-from llmeco_nb.deployment.bundle import digest_of, seal, verify
+from llmeco_nb.deployment.bundle import manifest_digest, verify, write_manifest
 from llmeco_nb.core import DataError, MissingError
-from llmeco_nb.deployment.engine import Busy, Expired, InProcess, Predictor
+from llmeco_nb.deployment.engine import BatchingEngine, Busy, Expired, Predictor
 from smallbundle import WORDS, make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +51,11 @@ def test_missing_and_extra_files_are_refused(bundle, tmp_path):
 
 def test_a_form_or_kind_from_the_future_is_refused(bundle, tmp_path):
     place = shutil.copytree(bundle, tmp_path/"future")
-    m = json.loads((place/"manifest.json").read_text()); m["form"] = 99; m["digest"] = digest_of(m)
+    m = json.loads((place/"manifest.json").read_text()); m["form"] = 99; m["digest"] = manifest_digest(m)
     (place/"manifest.json").write_text(json.dumps(m))
     with pytest.raises(DataError, match="form 99"): verify(place)
     (place/"manifest.json").unlink()
-    seal(place, name="x", kind="quantum", labels=["a", "b"])
+    write_manifest(place, name="x", kind="quantum", labels=["a", "b"])
     with pytest.raises(DataError, match="quantum"): Predictor.load(place)
 
 def test_same_content_same_digest(bundle, tmp_path):
@@ -102,7 +102,7 @@ class Clockwork:
 
 def test_everybody_gets_the_own_answer():
     async def scene():
-        async with InProcess(Clockwork()) as engine:
+        async with BatchingEngine(Clockwork()) as engine:
             asked = [[f"{i}-{k}" for k in range(1 + i % 3)] for i in range(60)]
             got = await asyncio.gather(*(engine.submit(a) for a in asked))
             assert [[a["label"] for a in g] for g in got] == asked
@@ -111,14 +111,14 @@ def test_everybody_gets_the_own_answer():
 
 def test_batches_respect_their_size_and_one_request_may_exceed_it():
     async def scene():
-        async with InProcess(Clockwork(), together=30) as engine:
+        async with BatchingEngine(Clockwork(), together=30) as engine:
             await asyncio.gather(*(engine.submit(["x"*10]) for _ in range(20)), engine.submit(["y"*100]))
             assert all(sum(map(len, b)) <= 30 or b == ["y"*100] for b in engine.predictor.batches[1:])
     asyncio.run(scene())
 
 def test_a_failure_stays_with_its_request():
     async def scene():
-        async with InProcess(Clockwork()) as engine:
+        async with BatchingEngine(Clockwork()) as engine:
             got = await asyncio.gather(*(engine.submit([t]) for t in ("a", "fire", "b", "fire!", "c")), return_exceptions=True)
             assert [g if isinstance(g, Exception) else g[0]["label"] for g in got][::2] == ["A", "B", "C"] and all(isinstance(g, ValueError) for g in got[1::2])
             assert (await engine.submit(["after"]))[0]["label"] == "AFTER"
@@ -126,7 +126,7 @@ def test_a_failure_stays_with_its_request():
 
 def test_who_hangs_up_is_not_computed():
     async def scene():
-        async with InProcess(Clockwork()) as engine:
+        async with BatchingEngine(Clockwork()) as engine:
             first = asyncio.create_task(engine.submit(["x"*200]))
             await asyncio.sleep(0.02)
             gone = asyncio.create_task(engine.submit(["gone"])); stays = asyncio.create_task(engine.submit(["stays"]))
@@ -137,7 +137,7 @@ def test_who_hangs_up_is_not_computed():
 
 def test_what_cannot_be_in_time_is_refused_at_once_and_told_when():
     async def scene():
-        async with InProcess(Clockwork(), together=50) as engine:
+        async with BatchingEngine(Clockwork(), together=50) as engine:
             busy = [asyncio.create_task(engine.submit(["x"*500], deadline=30)) for _ in range(4)]      # two seconds of work
             await asyncio.sleep(0.01)
             begun = time.monotonic()
@@ -149,7 +149,7 @@ def test_what_cannot_be_in_time_is_refused_at_once_and_told_when():
 
 def test_the_queue_is_bounded():
     async def scene():
-        async with InProcess(Clockwork(), waiting=5, together=1) as engine:
+        async with BatchingEngine(Clockwork(), waiting=5, together=1) as engine:
             tasks = [asyncio.create_task(engine.submit(["xxxxxxxxxx"], deadline=60)) for _ in range(30)]
             got = await asyncio.gather(*tasks, return_exceptions=True)
             assert 5 <= sum(isinstance(g, list) for g in got) <= 8 and all(isinstance(g, (list, Busy)) for g in got)
@@ -157,7 +157,7 @@ def test_the_queue_is_bounded():
 
 def test_a_deadline_that_passes_in_the_queue_is_told():
     async def scene():
-        engine = InProcess(Clockwork(), together=1)
+        engine = BatchingEngine(Clockwork(), together=1)
         engine.speed = 1e9                                     # it thinks itself much faster than it is, so it admits all
         async with engine:
             got = await asyncio.gather(engine.submit(["x"*400]), engine.submit(["too late"], deadline=0.1), return_exceptions=True)
@@ -166,7 +166,7 @@ def test_a_deadline_that_passes_in_the_queue_is_told():
 
 def test_closing_answers_what_was_admitted():
     async def scene():
-        engine = InProcess(Clockwork(), together=1)
+        engine = BatchingEngine(Clockwork(), together=1)
         tasks = [asyncio.create_task(engine.submit(["x"*20])) for _ in range(5)]
         await asyncio.sleep(0.01)
         await engine.close()

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.stats.claims import read_claims
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import build_corpus, read_split, split_rows, write_corpus
 from llmeco_nb.evaluation.comparison import evaluate_models, label_sizes
 from llmeco_nb.finetuning.classifier import labelled_subset
-from llmeco_nb.finetuning.linear import Bag, LinearText, count, fit, interpolate, log_count_ratio, recipes, token
+from llmeco_nb.finetuning.linear import (BagOfNgrams, LinearText, count_ngrams, fit, interpolate,
+                                         log_count_ratio, recipes, token_pattern)
 
 WORDS = {1: "awful terrible worst", 2: "poor weak dull", 3: "average okay middling", 4: "good solid pleasant", 5: "superb wonderful best"}
 pytestmark = pytest.mark.filterwarnings("ignore:The parameter 'token_pattern'")
@@ -33,7 +34,7 @@ def stars(tmp_path_factory):
     "A corpus of five classes, from a CSV with columns of its own names."
     folder = tmp_path_factory.mktemp("stars")
     stars_table(400).to_csv(folder/"reviews.csv", index=False)
-    return build_corpus(begin(folder/"data", "data"), str(folder/"reviews.csv"), "body", "stars")
+    return build_corpus(create_record(folder/"data", "data"), str(folder/"reviews.csv"), "body", "stars")
 
 @pytest.fixture(scope="module")
 def outside(stars, tmp_path_factory):
@@ -55,18 +56,18 @@ def outside(stars, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(stars, outside, tmp_path_factory):
     "Two runs of the stage with the same arguments."
-    records = [begin(tmp_path_factory.mktemp("evaluate")/name, "evaluate") for name in ("first", "second")]
+    records = [create_record(tmp_path_factory.mktemp("evaluate")/name, "evaluate") for name in ("first", "second")]
     for r in records: evaluate_models(r, str(stars), [100, 0], [40], predictions=[str(outside[0]/n/"predictions") for n in ("sharp", "guess")])
     return records
 
 # -- linear models
 
-@pytest.mark.parametrize("bag", [Bag(), Bag(low=2, high=3), Bag("char_wb", 2, 5), Bag("char_wb", 1, 3), Bag(pattern=r"(?u)\b\w\w+\b")], ids=str)
+@pytest.mark.parametrize("bag", [BagOfNgrams(), BagOfNgrams(low=2, high=3), BagOfNgrams("char_wb", 2, 5), BagOfNgrams("char_wb", 1, 3), BagOfNgrams(pattern=r"(?u)\b\w\w+\b")], ids=str)
 def test_counts_are_scikit_learns(bag):
     from sklearn.feature_extraction.text import CountVectorizer
     texts = [*odd, *stars_table(30).body]
     theirs = CountVectorizer(analyzer=bag.analyzer, ngram_range=(bag.low, bag.high), token_pattern=bag.pattern).fit(texts)
-    ours = count(texts, bag)
+    ours = count_ngrams(texts, bag)
     names = ours.spell(np.arange(ours.matrix.shape[1]))
     assert sorted(names) == sorted(theirs.vocabulary_)
     assert (ours.matrix.toarray() == theirs.transform(texts).toarray()[:, [theirs.vocabulary_[n] for n in names]]).all()
@@ -77,7 +78,7 @@ def pipelines(C):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
     from sklearn.svm import LinearSVC
-    tfidf = lambda analyzer, lengths: TfidfVectorizer(analyzer=analyzer, ngram_range=lengths, token_pattern=token, sublinear_tf=True, min_df=2)
+    tfidf = lambda analyzer, lengths: TfidfVectorizer(analyzer=analyzer, ngram_range=lengths, token_pattern=token_pattern, sublinear_tf=True, min_df=2)
     yield "tfidf_lr", make_pipeline(tfidf("word", (1, 2)), LogisticRegression(C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=0))
     yield "wordchar_svc", make_pipeline(make_union(tfidf("word", (1, 2)), tfidf("char_wb", (2, 5))), LinearSVC(C=C, dual=True, tol=1e-2, max_iter=1000, random_state=0))
 
@@ -86,7 +87,7 @@ def test_saved_models_score_as_scikit_learn(classes, tmp_path):
     table = stars_table(240, classes)
     texts, y = table.body.tolist(), table.stars.to_numpy() - 1
     train, validation, test = np.arange(150), np.arange(150, 200), np.arange(200, 240)
-    counted = {b.analyzer: count(texts, b) for b in (Bag(), Bag("char_wb", 2, 5))}
+    counted = {b.analyzer: count_ngrams(texts, b) for b in (BagOfNgrams(), BagOfNgrams("char_wb", 2, 5))}
     for name, theirs in pipelines(.5):
         model, scores = fit(name, counted, y, train, validation, test, [str(c) for c in range(classes)], settings={"C": .5})
         model.save(tmp_path/name)
@@ -111,8 +112,8 @@ def test_nbsvm_is_the_papers_equation(tmp_path):
     svm = LinearSVC(C=.1, dual=True, tol=1e-2, max_iter=1000, random_state=0).fit(r*f[:6], y[:6] == 1)
     w, mean = svm.coef_[0], np.abs(svm.coef_[0]).sum()/5
     expected = (f*r) @ (.25*w + .75*mean) + svm.intercept_[0]
-    bag = Bag(high=1, binary=True)
-    counted = count(texts, bag)
+    bag = BagOfNgrams(high=1, binary=True)
+    counted = count_ngrams(texts, bag)
     order = [counted.spell(np.arange(5)).index(v) for v in vocabulary]
     x = counted.matrix[:6].toarray().clip(max=1)[:, order]
     assert np.allclose(log_count_ratio(counted.matrix[:6].minimum(1)[:, order], y[:6] == 1), r) and (x == f[:6]).all()
@@ -206,9 +207,9 @@ def test_two_runs_give_the_same_bytes(compared):
 
 def test_a_model_knows_only_its_labelled_subset(stars, tmp_path):
     "N-grams that stand in other training texts alone are not in the vocabulary."
-    evaluate_models(record := begin(tmp_path/"r", "evaluate"), str(stars), [50], models=["nbsvm"])
+    evaluate_models(record := create_record(tmp_path/"r", "evaluate"), str(stars), [50], models=["nbsvm"])
     model, seen = LinearText.load(record.artifact("baselines")/"nbsvm-50"), labelled_subset(read_split(stars, "train"), 50, 0)
-    assert set(model.vocabularies[0]) <= {g for t in seen.text for g in Bag().grams(t)} and model.about["labels"] == len(seen) == 50
+    assert set(model.vocabularies[0]) <= {g for t in seen.text for g in BagOfNgrams().grams(t)} and model.about["labels"] == len(seen) == 50
 
 def test_unusable_predictions_are_refused(stars, outside, tmp_path):
     sharp = outside[1]["sharp"]
@@ -216,10 +217,10 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
                "no column": sharp.drop(columns="score_4"), "no predictions for the test": sharp[sharp.split == "validation"], "already in the table": sharp.assign(model="nbsvm")}
     for reason, table in spoiled.items():
         table.to_parquet(tmp_path/"predictions", index=False)
-        with pytest.raises(DataError, match=reason): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"predictions")])
+        with pytest.raises(DataError, match=reason): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"predictions")])
     (tmp_path/"predictions").write_text("no table")
-    with pytest.raises(DataError, match="Parquet"): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"predictions")])
-    with pytest.raises(MissingError): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"nowhere")])
+    with pytest.raises(DataError, match="Parquet"): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"predictions")])
+    with pytest.raises(MissingError): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(stars), [0], models=["majority"], predictions=[str(tmp_path/"nowhere")])
 
 # -- the sizes follow the data
 
@@ -252,7 +253,7 @@ def corpus_of(folder, rows: int, classes: int, absent: tuple[int, ...] = ()) -> 
                                                 (450, 150, [25, 100, 500]), (1500, 500, [100, 500])])
 def test_the_curve_follows_the_data(tmp_path, rows, classes, curve):
     "From thirty rows on, and for more classes than a point of the curve has labels."
-    record = begin(tmp_path/"r", "evaluate")
+    record = create_record(tmp_path/"r", "evaluate")
     models = ["majority", "tfidf_lr"] if classes < 100 else ["majority"]
     evaluate_models(record, corpus_of(tmp_path/"c", rows, classes), [100, 0], curve, models)
     table = read_json(record.artifact("table")/"table.json")
@@ -267,7 +268,7 @@ def test_the_curve_follows_the_data(tmp_path, rows, classes, curve):
     assert ("left out" in summary) == bool(small)
 
 def test_nothing_that_can_be_drawn_means_everything(tmp_path):
-    record = begin(tmp_path/"r", "evaluate")
+    record = create_record(tmp_path/"r", "evaluate")
     evaluate_models(record, corpus_of(tmp_path/"c", 60, 12), [3], [2], ["majority", "nbsvm"])
     table = read_json(record.artifact("table")/"table.json")
     assert table["sizes"] == [table["train_items"]] and table["curve"] == []
@@ -275,7 +276,7 @@ def test_nothing_that_can_be_drawn_means_everything(tmp_path):
 
 def test_a_class_without_training_texts_is_never_predicted(tmp_path):
     corpus = corpus_of(tmp_path/"c", 120, 4, absent=(2,))
-    evaluate_models(record := begin(tmp_path/"r", "evaluate"), corpus, [3, 0], [2])
+    evaluate_models(record := create_record(tmp_path/"r", "evaluate"), corpus, [3, 0], [2])
     answers = pd.read_parquet(record.artifact("table")/"predictions.parquet")
     known = answers[(answers.label != 2) & (answers.model != "majority")]
     known = known[known.labels == known.labels.max()]
@@ -285,7 +286,7 @@ def test_a_class_without_training_texts_is_never_predicted(tmp_path):
 @pytest.mark.parametrize("labels", [0, 3, 5000])
 def test_predictions_keep_their_number_of_labels(stars, outside, tmp_path, labels):
     "Where no baseline can learn from as many, a model stands alone, and nothing is claimed of it."
-    file, record = tmp_path/"predictions", begin(tmp_path/"r", "evaluate")
+    file, record = tmp_path/"predictions", create_record(tmp_path/"r", "evaluate")
     outside[1]["sharp"].assign(labels=labels).to_parquet(file, index=False)
     evaluate_models(record, str(stars), [0], models=["majority", "tfidf_lr"], predictions=[str(file)])
     table = read_json(record.artifact("table")/"table.json")
@@ -297,9 +298,9 @@ def test_predictions_keep_their_number_of_labels(stars, outside, tmp_path, label
 
 def test_wrong_parameters_are_named(stars, tmp_path):
     for wrong, message in ((dict(curve=[-3]), "-3"), (dict(labels=[-1]), "-1"), (dict(models=["nbsvn"]), "nbsvn"), (dict(models=[]), "empty")):
-        with pytest.raises(UsageError, match=message): evaluate_models(begin(tmp_path/"r", "evaluate"), str(stars), **{"labels": [0], **wrong})
+        with pytest.raises(UsageError, match=message): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(stars), **{"labels": [0], **wrong})
 
 def test_a_corpus_without_validation_is_refused(tmp_path):
     stars_table(60).to_csv(tmp_path/"reviews.csv", index=False)
-    corpus = build_corpus(begin(tmp_path/"data", "data"), str(tmp_path/"reviews.csv"), "body", "stars", validation=0)
-    with pytest.raises(DataError, match="validation"): evaluate_models(begin(tmp_path/"r", "evaluate"), str(corpus))
+    corpus = build_corpus(create_record(tmp_path/"data", "data"), str(tmp_path/"reviews.csv"), "body", "stars", validation=0)
+    with pytest.raises(DataError, match="validation"): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(corpus))

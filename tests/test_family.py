@@ -5,17 +5,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError  # noqa: E402
-from llmeco_nb.models.conversion import families, family_of, from_stock, names_of, save_folder, shape_of, stock_class, stock_config, to_stock  # noqa: E402
-from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, Shape  # noqa: E402
+from llmeco_nb.models.conversion import (architecture_of, architectures,  # noqa: E402
+                                         config_from_stock, from_stock, save_pretrained,
+                                         stock_class, stock_config, to_stock, weight_map)
+from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, TransformerConfig  # noqa: E402
 
-EIGHT = [name for name in families if name != "BertForMaskedLM"]
+EIGHT = [name for name in architectures if name != "BertForMaskedLM"]
 
 
-def shape(name: str) -> Shape:
+def shape(name: str) -> TransformerConfig:
     "Sizes that are all different, so that no mixed-up dimension fits by chance."
-    ours, options = families[name]
+    ours, options = architectures[name]
     more = dict(segments=2, eps=1e-12) if ours is Bert else dict(activation="gelu_new", layers=2) if ours is Gpt else dict(decoder_layers=3, scale=name.startswith(("Marian", "Pegasus")))
-    return Shape(**dict(vocabulary=37, width=12, heads=3, inner=48 if name.startswith("OpenAI") else 20, layers=2, positions=11) | options | more)
+    return TransformerConfig(**dict(vocabulary=37, width=12, heads=3, inner=48 if name.startswith("OpenAI") else 20, layers=2, positions=11) | options | more)
 
 
 def wild(model, seed=0, spread=0.4):
@@ -47,19 +49,19 @@ def outputs(model) -> list:
 def near(a, b): return all(x.shape == y.shape and (x - y).abs().max() < 1e-5 for x, y in zip(outputs(a), outputs(b), strict=True))
 
 
-def test_there_are_eight_networks(): assert len(EIGHT) == 8 and {ours for ours, _ in families.values()} == {Bert, Gpt, Seq2Seq}
+def test_there_are_eight_networks(): assert len(EIGHT) == 8 and {ours for ours, _ in architectures.values()} == {Bert, Gpt, Seq2Seq}
 
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_our_weights_in_their_class(name):
-    ours = wild(families[name][0](shape(name)))
+    ours = wild(architectures[name][0](shape(name)))
     theirs = to_stock(ours)
-    assert type(theirs) is stock_class(name) and family_of(ours) == name
+    assert type(theirs) is stock_class(name) and architecture_of(ours) == name
     assert near(ours, theirs)
     sum(o.square().sum() for o in outputs(ours)).backward()
     sum(o.square().sum() for o in outputs(theirs)).backward()
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    for t, o, how in names_of(name, ours.shape):
+    for t, o, how in weight_map(name, ours.shape):
         if t not in other or not other[t].requires_grad: continue
         expected, found = other[t].grad, torch.cat([mine[n].grad for n in o])
         if how == "flip" and found.ndim == 2: found = found.mT
@@ -70,14 +72,14 @@ def test_our_weights_in_their_class(name):
 @pytest.mark.parametrize("name", EIGHT)
 def test_their_weights_in_ours_and_back(name):
     theirs = wild(stock_class(name)(stock_config(name, shape(name))), seed=7)
-    if families[name][1].get("places") == "waves":
+    if architectures[name][1].get("places") == "waves":
         plain = stock_class(name)(stock_config(name, shape(name))).state_dict()
         theirs.load_state_dict({k: v for k, v in plain.items() if k.endswith("embed_positions.weight")}, strict=False)        # computed there, not learned
     theirs.tie_weights()
     ours = from_stock(theirs)
-    assert type(ours) is families[name][0] and ours.shape == shape(name) and near(ours, theirs)
+    assert type(ours) is architectures[name][0] and ours.shape == shape(name) and near(ours, theirs)
     again = to_stock(ours, name)
-    read = lambda k, v: v[2:] if families[name][1].get("places") == "learned" and families[name][0] is Seq2Seq and "embed_positions" in k else v      # two rows there are read by nobody
+    read = lambda k, v: v[2:] if architectures[name][1].get("places") == "learned" and architectures[name][0] is Seq2Seq and "embed_positions" in k else v      # two rows there are read by nobody
     assert near(again, theirs) and all(torch.equal(read(k, v), read(k, again.state_dict()[k])) for k, v in theirs.state_dict().items())
 
 
@@ -85,8 +87,8 @@ def test_their_weights_in_ours_and_back(name):
                                                ("MarianMTModel", "", "AutoModelForSeq2SeqLM"), ("BartForConditionalGeneration", "", "AutoModelForSeq2SeqLM")])
 def test_a_folder_opens_in_plain_transformers(name, stock, opener, tmp_path):
     (tmp_path/"tokenizer").mkdir(); (tmp_path/"tokenizer"/"tokenizer.json").write_text("{}")
-    ours = wild(families[name][0](shape(name)))
-    folder = save_folder(ours, tmp_path/"model", tmp_path/"tokenizer", stock, start=1, end=2)
+    ours = wild(architectures[name][0](shape(name)))
+    folder = save_pretrained(ours, tmp_path/"model", tmp_path/"tokenizer", stock, start=1, end=2)
     plain = stock_class(opener).from_pretrained(folder).eval()
     assert type(plain).__name__ == json.loads((folder/"config.json").read_text())["architectures"][0] == (stock or name) and (folder/"tokenizer.json").read_text() == "{}"
     for a, b in zip(outputs(ours), outputs(plain)): assert (a - b).abs().max() < 1e-5
@@ -100,14 +102,14 @@ def test_a_folder_opens_in_plain_transformers(name, stock, opener, tmp_path):
     (Gpt, dict(norm="post", first_norm=False, inner=20, activation="gelu_new"), "inner=20"), (Bert, dict(norm="pre", segments=2), "norm='pre'"), (Bert, dict(segments=0), "segments=0"),
     (Bert, dict(places="waves", segments=2), "places='waves'"), (Seq2Seq, dict(eps=1e-6), "eps=1e-06"), (Seq2Seq, dict(norm="pre", places="waves", first_norm=True), "places='waves'")])
 def test_what_no_stock_class_has_is_refused_by_name(kind, options, named, tmp_path):
-    with pytest.raises(UsageError, match="No stock class has this network") as e: save_folder(kind(Shape(37, 12, 3, positions=11, **options)), tmp_path/"model")
+    with pytest.raises(UsageError, match="No stock class has this network") as e: save_pretrained(kind(TransformerConfig(37, 12, 3, positions=11, **options)), tmp_path/"model")
     assert named in str(e.value) and not (tmp_path/"model").exists()
 
 
 def test_stock_options_that_are_not_ours_are_refused():
     gpt2 = stock_class("GPT2LMHeadModel")
     with pytest.raises(UsageError, match="scale_attn_by_inverse_layer_idx=True"): from_stock(gpt2(gpt2.config_class(vocab_size=9, n_embd=8, n_head=2, n_layer=1, scale_attn_by_inverse_layer_idx=True)))
-    with pytest.raises(UsageError, match="'tanh'"): shape_of("GPT2LMHeadModel", gpt2.config_class(vocab_size=9, n_embd=8, n_head=2, n_layer=1, activation_function="tanh"))
+    with pytest.raises(UsageError, match="'tanh'"): config_from_stock("GPT2LMHeadModel", gpt2.config_class(vocab_size=9, n_embd=8, n_head=2, n_layer=1, activation_function="tanh"))
     with pytest.raises(UsageError, match="Linear is none of"): from_stock(torch.nn.Linear(2, 2))
     with pytest.raises(UsageError, match="none of Bert, Gpt and Seq2Seq"): to_stock(torch.nn.Linear(2, 2))
     with pytest.raises(UsageError, match="name is 'MarianMTModel'; this network is a GPT2LMHeadModel"): to_stock(Gpt(shape("GPT2LMHeadModel")), "MarianMTModel")

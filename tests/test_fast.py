@@ -11,7 +11,8 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import llmeco_nb.models.speedups as fast  # noqa: E402
-from llmeco_nb.models.speedups import AttentionByProducts, SummedCrossEntropy, fast_mlm_loss, hasten  # noqa: E402
+from llmeco_nb.models.speedups import (EagerAttention, FusedLinearCrossEntropy,  # noqa: E402
+                                       fast_mlm_loss, use_fast_attention)
 from llmeco_nb.models.encoder import mlm_loss, new_encoder  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def some(rows=4, tokens=24, vocabulary=300, seed=0):
 
 def twins(**more):
     stock, ours = (new_encoder(300, "2x96", 32, seed=1, **more).train() for _ in range(2))
-    return stock, hasten(ours, always=True)
+    return stock, use_fast_attention(ours, always=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,7 +41,7 @@ def test_attention_is_torchs(rows, heads, tokens, width, seed, masked):
         mask[..., 0] = True                                                    # every query sees something
     grad = torch.randn(rows, heads, tokens, width, generator=g, dtype=torch.float64)
     found = []
-    for out in (AttentionByProducts.apply(q, k, v, 0.7, mask), F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)):
+    for out in (EagerAttention.apply(q, k, v, 0.7, mask), F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)):
         found.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
     for a, b in zip(*found): torch.testing.assert_close(a, b)
 
@@ -51,7 +52,7 @@ def test_the_loss_is_cross_entropy_however_it_is_cut(n, vocabulary, room, seed):
     g = generator(seed)
     x, w, b = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((n, 5), (vocabulary, 5), (vocabulary,)))
     y = torch.randint(0, vocabulary, (n,), generator=g)
-    ours, torchs = SummedCrossEntropy.apply(x, w, b, y, room), F.cross_entropy(F.linear(x, w, b), y, reduction="sum")
+    ours, torchs = FusedLinearCrossEntropy.apply(x, w, b, y, room), F.cross_entropy(F.linear(x, w, b), y, reduction="sum")
     torch.testing.assert_close(ours, torchs)
     for a, c in zip(torch.autograd.grad(2.5 * ours, (x, w, b)), torch.autograd.grad(2.5 * torchs, (x, w, b))): torch.testing.assert_close(a, c)
 
@@ -76,10 +77,10 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_stock_model(monkeypatch):
     stock, _ = twins()
     ids, positions, targets = some(8)
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(mlm_loss(stock, ids, positions, targets), list(stock.parameters()))])
-    calls, real = [], AttentionByProducts.apply
-    monkeypatch.setattr(fast.AttentionByProducts, "apply", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], EagerAttention.apply
+    monkeypatch.setattr(fast.EagerAttention, "apply", lambda *a: calls.append(1) or real(*a))
     error = {}
-    for name, loss, change in (("stock", mlm_loss, lambda m: m), ("ours", fast_mlm_loss, hasten)):
+    for name, loss, change in (("stock", mlm_loss, lambda m: m), ("ours", fast_mlm_loss, use_fast_attention)):
         m = change(new_encoder(300, "2x96", 32, seed=1).train()).bfloat16()
         got = torch.cat([g.float().flatten() for g in torch.autograd.grad(loss(m, ids, positions, targets), list(m.parameters()))])
         error[name] = ((got - exact).norm() / exact.norm()).item()
@@ -88,17 +89,17 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_stock_model(monkeypatch):
 
 def test_what_it_is_not_made_for_goes_to_torch(monkeypatch):
     def never(*a): raise AssertionError("the products were used")
-    monkeypatch.setattr(fast.AttentionByProducts, "apply", never)
+    monkeypatch.setattr(fast.EagerAttention, "apply", never)
     ids = some()[0]
-    hasten(new_encoder(300, "1x32", 32, dropout=0.1)).train()(ids)                   # dropout on the shares
-    hasten(new_encoder(300, "1x32", 32))(ids)                                        # float32: torch's kernel is the faster one
-    monkeypatch.setattr(fast, "LONGEST", 8)
-    hasten(new_encoder(300, "1x32", 32)).bfloat16()(ids)                             # long rows
+    use_fast_attention(new_encoder(300, "1x32", 32, dropout=0.1)).train()(ids)       # dropout on the shares
+    use_fast_attention(new_encoder(300, "1x32", 32))(ids)                            # float32: torch's kernel is the faster one
+    monkeypatch.setattr(fast, "EAGER_MAX_LENGTH", 8)
+    use_fast_attention(new_encoder(300, "1x32", 32)).bfloat16()(ids)                             # long rows
     from transformers import BertConfig, BertLMHeadModel
     decoder = BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, is_decoder=True,
                                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    hasten(decoder, always=True)(ids)                                                # causal
-    with pytest.raises(AssertionError, match="products were used"): hasten(new_encoder(300, "1x32", 32), always=True)(ids)
+    use_fast_attention(decoder, always=True)(ids)                                                # causal
+    with pytest.raises(AssertionError, match="products were used"): use_fast_attention(new_encoder(300, "1x32", 32), always=True)(ids)
 
 
 def test_nothing_of_it_is_saved(tmp_path):
@@ -112,7 +113,7 @@ def test_nothing_of_it_is_saved(tmp_path):
 
 kept_and_given_back = """
 import resource, torch
-from llmeco_nb.models.speedups import kept_memory
+from llmeco_nb.models.speedups import retain_freed_memory
 def faults(work):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     work()
@@ -121,7 +122,7 @@ x = torch.ones(33 * 2**18)                                                      
 work = lambda: x + 1
 outside = min(faults(work) for _ in range(3))
 try:
-    with kept_memory():
+    with retain_freed_memory():
         assert work().sum() == 2 * len(x)
         inside = min(faults(work) for _ in range(30))                           # an aligned block leaves crumbs behind it, which glibc sets aside, up to seven of a size, before the freed place is whole again
         1 / 0
@@ -140,4 +141,4 @@ def test_kept_memory_changes_no_number_and_ends_with_its_block():
 def test_without_glibc_it_does_nothing(monkeypatch):
     class Library: pass
     monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: Library())
-    with fast.kept_memory(): assert (torch.ones(3) + 1).sum() == 6
+    with fast.retain_freed_memory(): assert (torch.ones(3) + 1).sum() == 6

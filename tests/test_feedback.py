@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"): pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
-from llmeco_nb.deployment.bundle import seal, verify
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
+from llmeco_nb.deployment.bundle import verify, write_manifest
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.interaction.feedback import Client, ask_by_curl, freeze, interact, read_frozen, serving
+from llmeco_nb.interaction.feedback import (Client, ask_by_curl, freeze, interact, read_frozen,
+                                            running_server)
 from llmeco_nb.finetuning.classifier import labelled_subset
-from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable
+from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable_corrections
 from llmeco_nb.deployment.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
-from llmeco_nb.finetuning.linear import LinearText, count, fit, recipes
+from llmeco_nb.finetuning.linear import LinearText, count_ngrams, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,7 @@ def test_nothing_to_freeze_makes_no_folder(tmp_path):
 
 def test_client_curl_and_server_agree(tmp_path):
     bundle = make_bundle(tmp_path/"bundle")
-    with serving(bundle, tmp_path/"f.sqlite") as address:
+    with running_server(bundle, tmp_path/"f.sqlite") as address:
         client = Client(address, author="ann")
         assert client.model()["digest"] == verify(bundle)["digest"]
         answer, several = client.predict("good fun"), client.predict(["good", "dull"])
@@ -115,7 +116,7 @@ def test_client_curl_and_server_agree(tmp_path):
 def test_the_stage_asks_reports_and_leaves_no_process(tmp_path):
     rows = pd.DataFrame(dict(id=[f"v{i}" for i in range(30)], text=[f"good film number {i}" if i % 2 else f"dull film number {i}" for i in range(30)], label=[(i % 2) ^ (i % 5 == 0) for i in range(30)]))
     write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
-    record = begin(tmp_path/"store"/"interact-0", "interact")
+    record = create_record(tmp_path/"store"/"interact-0", "interact")
     interact(record, str(tmp_path/"corpus"), str(make_bundle(tmp_path/"bundle")), corrections=4, questions=30, timed=5, author="somebody")
     stored = read_feedback(tmp_path/"feedback.sqlite")                              # of the runs folder, not of the record
     assert len(stored) == 4 == record.metrics["stored"] and all(r["given"] != r["predicted"] and r["author"] == "somebody" for r in stored)
@@ -147,10 +148,10 @@ def world(tmp_path_factory):
     splits, names = dict(train=texts_of(80, 1), validation=texts_of(200, 2), test=texts_of(600, 3)), ["negative", "positive"]
     write_corpus(place/"corpus", splits, names, {})
     every = pd.concat([labelled_subset(splits["train"], 0), splits["validation"]])       # in the order in which evaluate fits
-    counted = {bag.analyzer: count(every.text.tolist(), bag) for bag in recipes["tfidf_lr"][1]}
+    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"][1]}
     model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), np.arange(80), np.arange(80, 280), np.arange(0), names)
     model.save(place/"bundle")
-    seal(place/"bundle", name="tfidf_lr", kind="linear", labels=names, accuracy=dict(test=.7), origin=dict(model="tfidf_lr", labels=80, artifact=""))
+    write_manifest(place/"bundle", name="tfidf_lr", kind="linear", labels=names, accuracy=dict(test=.7), origin=dict(model="tfidf_lr", labels=80, artifact=""))
     return place, texts_of(600, 4)
 
 def snapshot(folder: Path, texts, labels) -> Path:
@@ -166,7 +167,7 @@ def snapshot(folder: Path, texts, labels) -> Path:
 
 def test_without_feedback_the_champion_passes_unchanged(world, tmp_path):
     place, _ = world
-    record = begin(tmp_path/"r", "improve")
+    record = create_record(tmp_path/"r", "improve")
     improve(record, str(place/"corpus"), str(place/"bundle"))
     assert sha256_of(record.artifact("champion")) == sha256_of(place/"bundle") and not record.metrics["promoted"] and "no feedback yet" in (record.path/"summary.txt").read_text()
 
@@ -175,7 +176,7 @@ def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
     honest, lying = snapshot(tmp_path/"honest", more.text, more.label), snapshot(tmp_path/"lying", more.text, 1 - more.label)
     records = {}
     for name, feedback in (("honest", honest), ("lying", lying)):
-        records[name] = begin(tmp_path/f"r-{name}", "improve")
+        records[name] = create_record(tmp_path/f"r-{name}", "improve")
         improve(records[name], str(place/"corpus"), str(place/"bundle"), [], str(feedback))
     good, bad = (read_json(r.artifact("history.json"))[-1] for r in records.values())
     assert good["promoted"] == "learned from feedback" and good["candidates"][0]["difference"] > 0 and good["candidates"][0]["p"] < .05
@@ -183,7 +184,7 @@ def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
     manifest = verify(records["honest"].artifact("champion"))
     assert manifest["origin"]["parent"] == verify(place/"bundle")["digest"] and manifest["origin"]["corrections"] == good["feedback"]["texts"]
     # the next round: nobody said more, the bundle of the run is what it was; the promoted one stays, though it is asked to defend itself against the same feedback
-    third = begin(tmp_path/"third", "improve")
+    third = create_record(tmp_path/"third", "improve")
     improve(third, str(place/"corpus"), str(place/"bundle"), [], str(honest), previous=str(records["honest"].artifact("champion")), history=str(records["honest"].artifact("history.json")))
     assert not third.metrics["promoted"] and third.metrics["round"] == 2 and sha256_of(third.artifact("champion")) == sha256_of(records["honest"].artifact("champion"))
 
@@ -191,14 +192,14 @@ def test_what_is_not_learned(world, tmp_path):
     place, _ = world
     test, train = texts_of(600, 3).text[0], texts_of(80, 1).text[0]
     frozen = snapshot(tmp_path/"f", [test, test.upper(), train, "new one", "new  ONE", "<b>new</b> two", "disputed", "disputed"], [0, 0, 0, 1, 1, 1, 0, 1])
-    rows, counts = usable(frozen, place/"corpus")
+    rows, counts = usable_corrections(frozen, place/"corpus")
     assert rows.text.tolist() == ["new one", "new two"] and counts == dict(rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2)
 
 def test_damaged_feedback_is_refused(world, tmp_path):
     place, _ = world
     frozen = snapshot(tmp_path/"f", ["new one"], [1])
     (frozen/"feedback.jsonl").write_text((frozen/"feedback.jsonl").read_text().replace("positive", "negative"))
-    with pytest.raises(DataError, match="not what was frozen"): usable(frozen, place/"corpus")
+    with pytest.raises(DataError, match="not what was frozen"): usable_corrections(frozen, place/"corpus")
 
 def test_refitting_on_nothing_new_changes_nothing(world):
     place, more = world
@@ -220,4 +221,4 @@ def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
     rows = pd.DataFrame(dict(id=["a"], text=["x"*20_001], label=[0]))
     write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
     with pytest.raises(DataError, match="no validation text of 1 to 20,000 characters"):
-        interact(begin(tmp_path/"r", "interact"), str(tmp_path/"corpus"), str(tmp_path/"bundle"))
+        interact(create_record(tmp_path/"r", "interact"), str(tmp_path/"corpus"), str(tmp_path/"bundle"))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import begin, plain_text
+from llmeco_nb.core import create_record, plain_text
 from llmeco_nb.data.corpus import build_corpus, read_split
 from llmeco_nb.evaluation.comparison import evaluate_models
 from llmeco_nb.finetuning.classifier import predictions_table
@@ -80,7 +80,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("named")
     rows = [(f"word{k} and number {i}", name) for i in range(30) for k, name in enumerate(NAMES)]
     pd.DataFrame(rows, columns=["text", "label"]).to_csv(folder/"named.csv", index=False)
-    record = begin(folder/"data", "data")
+    record = create_record(folder/"data", "data")
     return record, build_corpus(record, str(folder/"named.csv"), rows=None)
 
 
@@ -97,7 +97,7 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
         scores = np.eye(len(NAMES), dtype=np.float32)[rows.label]
         parts.append(predictions_table(split, rows, scores, model, 50))
     pd.concat(parts).to_parquet(tmp_path/"predictions")
-    record = begin(tmp_path/"r", "evaluate")
+    record = create_record(tmp_path/"r", "evaluate")
     models, given = ["majority", "tfidf_lr"], [str(tmp_path/"predictions")]
     evaluate_models(record, str(corpus[1]), [0], [], models, given)
     texts = show("30_comparison.ipynb", record.path, corpus=str(corpus[1]))
@@ -112,7 +112,7 @@ def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]
         (tmp_path/f"{k}.txt").write_text("\n\n".join(lines) + "\n")
         own.append(f"{name}={tmp_path/f'{k}.txt'}")
-    record = begin(tmp_path/"r", "prose")
+    record = create_record(tmp_path/"r", "prose")
     prose.build_prose(record, "", [], own, quality=["_mine=none", "$$=none"], near=1.0)
     texts = show("10d_mixture.ipynb", record.path)
     assert {plain_text("_mine"), plain_text("$$")} <= texts

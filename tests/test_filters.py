@@ -5,8 +5,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.data.filters import (Rules, account, english_share, filter_documents, iban_lengths, in_repeated_grams, luhn, mask_personal, mod97, new_report, once_lines, quality_rule, repeated,
-                               repetition_rule, terminal_lines, top_gram)
+from llmeco_nb.data.filters import (Rules, counts_by_domain, drop_repeated_lines, english_share,
+                                    filter_documents, iban_lengths, luhn, mask_pii, mod97,
+                                    new_report, quality_rule, repeated, repeated_ngram_chars,
+                                    repetition_rule, terminal_lines, top_ngram_chars)
 
 PROSE = ("When the ship came into the harbour that evening, nobody of the crew would have said that the voyage had been easy. They had lost two sails in the storm and most of the water "
          "had gone bad, yet the captain stood with his hands behind him and looked at the town as if he had never been away. His wife was waiting on the pier, and with her the old "
@@ -47,16 +49,16 @@ def counted(words, n):
 
 @given(words, st.integers(1, 7))
 def test_repeated_grams_are_counted(words, n):
-    assert in_repeated_grams(words, n) == counted(words, n)
+    assert repeated_ngram_chars(words, n) == counted(words, n)
     runs = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
     most = max((runs.count(r) for r in runs), default=0)
-    assert top_gram(words, n) in ({sum(map(len, r)) * most for r in runs if runs.count(r) == most} if most > 1 else {0})
+    assert top_ngram_chars(words, n) in ({sum(map(len, r)) * most for r in runs if runs.count(r) == most} if most > 1 else {0})
 
 
 @given(words)
 def test_early_exits_change_no_verdict(words):
     text, rules = " ".join(words), Rules()
-    plain = [f"top {n}-gram" for n, s in rules.top_grams if top_gram(words, n) > s * len(text)] + [f"repeated {n}-grams" for n, s in rules.repeated_grams if counted(words, n) > s * len(text)]
+    plain = [f"top {n}-gram" for n, s in rules.top_grams if top_ngram_chars(words, n) > s * len(text)] + [f"repeated {n}-grams" for n, s in rules.repeated_grams if counted(words, n) > s * len(text)]
     assert repetition_rule(text, words, [text]) == (plain[0] if plain else None)
 
 
@@ -70,8 +72,8 @@ def test_repeated(parts):
 @given(st.lists(st.sampled_from(["short", "a line that is long enough to count", "another line that is long enough", ""])))
 def test_lines_once(lines):
     text = "\n".join(lines)
-    kept = once_lines(text).split("\n")
-    assert once_lines(once_lines(text)) == once_lines(text)
+    kept = drop_repeated_lines(text).split("\n")
+    assert drop_repeated_lines(drop_repeated_lines(text)) == drop_repeated_lines(text)
     assert set(kept) == set(lines or [""]) and all(kept.count(line) <= 1 for line in kept if len(line) >= 20) and [k for k in kept if len(k) < 20] == [k for k in text.split("\n") if len(k) < 20]
 
 
@@ -125,9 +127,9 @@ def test_cards_by_their_checksum(head, tail, sign, off):
     valid = head + tail + check_digit(head + tail)
     wrong = valid[:-1] + str((int(valid[-1]) + off) % 10)
     assert luhn(valid) and not luhn(wrong)
-    assert mask_personal(f"Card {spaced(valid, sign)}, paid.") == ("Card [card], paid.", {"card": 1})
+    assert mask_pii(f"Card {spaced(valid, sign)}, paid.") == ("Card [card], paid.", {"card": 1})
     text = f"Order {spaced(wrong, sign)}, paid."
-    assert mask_personal(text) == (text, {})
+    assert mask_pii(text) == (text, {})
 
 
 def an_iban(country: str, bban: str) -> str:
@@ -146,30 +148,30 @@ def test_ibans_by_their_checksum(country, data, spaces, after):
     place = data.draw(st.sampled_from([i for i in range(4, len(valid)) if valid[i].isdigit()]))      # one wrong digit is always found, a letter for a digit nearly always
     wrong = valid[:place] + data.draw(st.sampled_from([c for c in string.digits if c != valid[place]])) + valid[place + 1:]
     show = (lambda n: spaced(n, " ")) if spaces else str
-    assert mod97(valid) and mask_personal(f"To {show(valid)}{after}")[0].startswith("To [iban]" + after[:1]), valid
-    assert not mod97(wrong) and "iban" not in mask_personal(f"To {show(wrong)}{after}")[1], wrong
+    assert mod97(valid) and mask_pii(f"To {show(valid)}{after}")[0].startswith("To [iban]" + after[:1]), valid
+    assert not mod97(wrong) and "iban" not in mask_pii(f"To {show(wrong)}{after}")[1], wrong
 
 
 @given(st.lists(st.integers(0, 255), min_size=4, max_size=4), st.integers(256, 999))
 def test_ip4(parts, big):
     address = ".".join(map(str, parts))
-    assert mask_personal(f"From {address}. Then") == ("From [ip]. Then", {"ip": 1})
+    assert mask_pii(f"From {address}. Then") == ("From [ip]. Then", {"ip": 1})
     for other in (f"{address}.7", f"v{address}", f"version {address}", ".".join(map(str, [*parts[:3], big])), ".".join(map(str, parts[:3]))):
-        assert "ip" not in mask_personal(f"From {other} on")[1], other
+        assert "ip" not in mask_pii(f"From {other} on")[1], other
 
 
 @given(st.ip_addresses(v=6))
 def test_ip6(address):
     assume(not address.is_loopback and not address.is_unspecified and sum(c.isdigit() for c in str(address)) and str(address).count(":") >= 3)
     for form in (str(address), address.exploded):
-        if any(c.isdigit() for c in form): assert mask_personal(f"at {form} now") == ("at [ip] now", {"ip": 1}), form
+        if any(c.isdigit() for c in form): assert mask_pii(f"at {form} now") == ("at [ip] now", {"ip": 1}), form
 
 
 @pytest.mark.parametrize("text, masked", [
     ("mail a.b+c@example.co.uk, soon", "mail [email], soon"), ("<jane_doe@mail-1.example.org>", "<[email]>"), ("call +44 20 7946 0958!", "call [phone]!"), ("+49 (0)30 901820", "[phone]"),
     ("+1-555-234-5678", "[phone]"), ("(555) 234-5678", "[phone]"), ("1-800-555-0199.", "[phone]."), ("555.234.5678", "[phone]"), ("2001:db8::1", "[ip]"), ("[fe80::1ff:fe23:4567:890a]", "[[ip]]"),
 ])
-def test_masked(text, masked): assert mask_personal(text)[0] == masked
+def test_masked(text, masked): assert mask_pii(text)[0] == masked
 
 
 @pytest.mark.parametrize("text", [
@@ -177,13 +179,13 @@ def test_masked(text, masked): assert mask_personal(text)[0] == masked
     "v10.20.30.40", "std::vector<int>", "a::b", "Foo::Bar2", "::", "3.14159265358979", "user@host", "@home", "a@b", "pages 123-456", "Psalm 119:105", "score 10:9", "101.202.303.404", "1.2.3",
     "0x1F4A9", "the years 1990, 1991, 1992, 1993", "5 x 4 = 20", "+5", "3+4=7", "20 000 000 people", "call 911", "1/2/2003", "12.05.2021", "room 2-104",
 ])
-def test_left_alone(text): assert mask_personal(text) == (text, {})
+def test_left_alone(text): assert mask_pii(text) == (text, {})
 
 
 @given(st.text("0123456789 .-()+:@abcXYZ[]", max_size=80))
 def test_masking_is_idempotent_and_counts(text):
-    masked, counts = mask_personal(text)
-    again, more = mask_personal(masked)
+    masked, counts = mask_pii(text)
+    again, more = mask_pii(masked)
     assert sum(masked.count(f"[{k}]") for k in ("email", "iban", "card", "ip", "phone")) >= sum(counts.values())
     assert (masked == text) == (not counts)
 
@@ -199,7 +201,7 @@ texts = st.sampled_from([PROSE, PROSE + "\nWrite to jane@example.org.", "short",
 def test_every_document_is_accounted_for(texts):
     report, documents = new_report(), [{"id": str(i), "text": t, "domain": "d", "more": i} for i, t in enumerate(texts)]
     kept = list(filter_documents(iter(documents), report))
-    row = account(report).get("d", {"read": 0, "kept": 0})
+    row = counts_by_domain(report).get("d", {"read": 0, "kept": 0})
     assert row["read"] == len(documents) == row["kept"] + sum(r["documents"] for r in report["removed"].values()) and row["kept"] == len(kept)
     assert [d["more"] for d in kept] == [i for i, t in enumerate(texts) if PROSE in t or t == TWICE]
     assert not any("@" in d["text"] or "<" in d["text"] or d["text"].count("said twice") > 1 for d in kept)
@@ -226,5 +228,5 @@ def test_steps_can_be_left_out():
 def test_the_account_is_by_domain_and_step():
     report, texts = new_report(), {"a": [PROSE, "short", "short", ""], "b": [PROSE, FOREIGN["german"]]}
     assert len(list(filter_documents([{"id": f"{d}{i}", "text": t, "domain": d} for d, some in texts.items() for i, t in enumerate(some)], report))) == 2
-    assert account(report) == {"a": {"read": 4, "language": 2, "empty": 1, "kept": 1}, "b": {"read": 2, "language": 1, "empty": 0, "kept": 1}}
-    assert [s["id"] for s in report["removed"]["language"]["samples"]] == ["a1", "a2", "b1"] and account(new_report()) == {}
+    assert counts_by_domain(report) == {"a": {"read": 4, "language": 2, "empty": 1, "kept": 1}, "b": {"read": 2, "language": 1, "empty": 0, "kept": 1}}
+    assert [s["id"] for s in report["removed"]["language"]["samples"]] == ["a1", "a2", "b1"] and counts_by_domain(new_report()) == {}

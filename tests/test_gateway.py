@@ -21,7 +21,7 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
 from llmeco_nb.deployment.bundle import verify
 from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.interaction.feedback import start
+from llmeco_nb.interaction.feedback import server_script
 from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
 from llmeco_nb.deployment.ledger import read_feedback
 from smallbundle import make_bundle
@@ -154,7 +154,7 @@ def test_an_overloaded_gateway_says_when(bundle, tmp_path):
 class Process:
     "`llmeco serve` in a process; `address` once it answers."
     def __init__(self, bundle, database, *words, port=0):
-        self.process = subprocess.Popen([sys.executable, "-c", start, str(os.getpid()), "serve", "--bundle", str(bundle), "--database", str(database), "--port", str(port), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", server_script, str(os.getpid()), "serve", "--bundle", str(bundle), "--database", str(database), "--port", str(port), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.said = [self.process.stdout.readline(), self.process.stdout.readline()]
         found = re.search(r"http://[\w.:]+", self.said[0])
         self.address = found and found[0]

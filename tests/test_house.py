@@ -1,15 +1,15 @@
 "Profiles and files of parameters: what is written is what a parameter gets."
 import pytest
 
-from llmeco_nb.cli import settings
-from llmeco_nb.core import UsageError, begin
+from llmeco_nb.cli import parse_settings
+from llmeco_nb.core import UsageError, create_record
 from llmeco_nb.data.corpus import build_corpus, label_names
-from llmeco_nb.runner.stages import House, read_profile, read_yaml
+from llmeco_nb.runner.stages import StageRegistry, read_profile, read_yaml
 from llmeco_nb.runner.identity import Parameter
 
 
 @pytest.fixture(scope="module")
-def house(): return House.find()
+def house(): return StageRegistry.find()
 
 
 def profile_of(house, folder, **files):
@@ -25,7 +25,7 @@ def test_columns_named_on_and_no(house, tmp_path):
     one = profile_of(house, tmp_path, data="text: on\nlabel: no\n")
     assert (one.values["text"], one.values["label"]) == ("on", "no")
     (tmp_path/"norway.yaml").write_text("data:\n  text: on\n  label: no\n")
-    given = settings([], [tmp_path/"norway.yaml"])
+    given = parse_settings([], [tmp_path/"norway.yaml"])
     assert given == [("data", "text", "on"), ("data", "label", "no")]
     other = profile_of(house, tmp_path, data="")
     for _, name, value in given: other.set({name: value}, "-f")
@@ -33,7 +33,7 @@ def test_columns_named_on_and_no(house, tmp_path):
     rows = [f"It is number {i}.,{'yes' if i % 2 else 'off'}\n" for i in range(40)]
     (tmp_path/"table.csv").write_text("".join(["on,no\n", *rows]))
     chosen = {k: other.values[k] for k in ("text", "label")}
-    corpus = build_corpus(begin(tmp_path/"run", "data"), str(tmp_path/"table.csv"), **chosen)
+    corpus = build_corpus(create_record(tmp_path/"run", "data"), str(tmp_path/"table.csv"), **chosen)
     assert label_names(corpus) == ["off", "yes"]
 
 

@@ -153,9 +153,9 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
 
 KEYS = """
 import json
-from llmeco_nb.runner.stages import House
+from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.identity import Notebook, key_of, show_parts, work_parts
-house, found = House.find(), {}
+house, found = StageRegistry.find(), {}
 for path in house.notebooks:
     notebook = Notebook.read(path)
     found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), key_of(show_parts(notebook, house.package))]

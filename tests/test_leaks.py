@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.corpus import read_split, small_corpus
 from llmeco_nb.data.filters import new_report
-from llmeco_nb.data.decontamination import LeakIndex, corpus_sets, windows, without_leaks, words_of
+from llmeco_nb.data.decontamination import (LeakIndex, evaluation_sets, ngram_hashes,
+                                            normalized_words, without_leaks)
 
 rng = random.Random(5)
 vocabulary = [f"word{i}" for i in range(5000)]
@@ -80,13 +81,13 @@ def test_it_agrees_with_a_slow_and_obvious_check(a, b):
     elif grams(a, 13) & grams(b, 13): expected = "13-gram"
     else: expected = "near" if len(a) >= 8 and len(three & grams(b, 3)) >= len(three) / 2 else None
     assert (found.kind if found else None) == expected
-    assert len(windows(b, 3)) == max(0, len(b) - 2) and len(set(windows(b, 3).tolist())) == len(grams(b, 3))
+    assert len(ngram_hashes(b, 3)) == max(0, len(b) - 2) and len(set(ngram_hashes(b, 3).tolist())) == len(grams(b, 3))
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from llmeco_nb.data.decontamination import windows; print(windows('to be or not'.split(), 3).tolist())"
+    code = "from llmeco_nb.data.decontamination import ngram_hashes; print(ngram_hashes('to be or not'.split(), 3).tolist())"
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "PYTHONHASHSEED": s}).stdout for s in "12"}
-    assert said == {f"{windows('to be or not'.split(), 3).tolist()}\n"}
+    assert said == {f"{ngram_hashes('to be or not'.split(), 3).tolist()}\n"}
 
 
 def test_drop_counts_and_stop_names_set_and_count():
@@ -134,11 +135,11 @@ def test_bad_input():
 
 
 def test_a_corpus_gives_its_evaluation_splits(tmp_path):
-    sets = corpus_sets(small_corpus())
+    sets = evaluation_sets(small_corpus())
     assert {n: len(t) for n, t in sets.items()} == {"validation of the corpus": 40, "test of the corpus": 80}
     against = LeakIndex(sets)
     train, test = read_split(small_corpus(), "train").text, read_split(small_corpus(), "test").text
     assert all(against.check(t).kind == "exact" for t in test) and not [t for t in train if (f := against.check(t)) and f.kind == "exact"]
     one = tmp_path/"corpus"; one.mkdir()
     for split, rows in (("validation", []), ("test", ["a text"])): pd.DataFrame(dict(id=rows, text=rows, label=[0] * len(rows))).to_parquet(one/f"{split}.parquet")
-    assert corpus_sets(one) == {"test of the corpus": ["a text"]}
+    assert evaluation_sets(one) == {"test of the corpus": ["a text"]}

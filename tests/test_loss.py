@@ -3,7 +3,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-from llmeco_nb.core import begin  # noqa: E402
+from llmeco_nb.core import create_record  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.training.loop import train  # noqa: E402
@@ -114,7 +114,7 @@ def test_the_loop_takes_the_step_of_the_big_batch(tmp_path, make):
     "One step of plain gradient arithmetic by torch's own AdamW on the mean loss, against the loop on pieces of it."
     pairs, ours, theirs = texts(), make(), make()
     batches = lambda i: padded(pairs[2 * (i % 4):2 * (i % 4) + 2])
-    train(ours, step, batches, Optimiser(ours, 1e-3, decay=0.0, eps=1e-4, precision="fp32", clip=0.0), dict(steps=3, accumulation=4), begin(tmp_path, "toy"))
+    train(ours, step, batches, Optimiser(ours, 1e-3, decay=0.0, eps=1e-4, precision="fp32", clip=0.0), dict(steps=3, accumulation=4), create_record(tmp_path, "toy"))
     optimiser = torch.optim.AdamW(theirs.parameters(), 1e-3, weight_decay=0.0, eps=1e-4)
     for s in range(3):
         for g in optimiser.param_groups: g["lr"] = 1e-3 * (3 - s) / 3

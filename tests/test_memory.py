@@ -4,9 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import UsageError, begin, open_record, sha256_of  # noqa: E402
+from llmeco_nb.core import UsageError, create_record, open_record, sha256_of  # noqa: E402
 from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
-from llmeco_nb.training.activation_checkpointing import Ledger, forgetful, kept, layers_of, recomputing  # noqa: E402
+from llmeco_nb.training.activation_checkpointing import (MemoryTracker,  # noqa: E402
+                                                         checkpointed_layer_class,
+                                                         enable_activation_checkpointing, layers_of,
+                                                         saved_tensor_bytes)
 
 IDS = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -43,11 +46,11 @@ def test_each_nth_layer_runs_twice_and_nothing_else_changes(depth, every, rows, 
     model, x = Stack(depth).train(), torch.randn(rows, 8, requires_grad=data)      # an input that needs a gradient, or none
     before, names = gradients(model, x), [n for n, _ in model.named_parameters()]
     for layer in model.layers: layer.calls = 0
-    after = gradients(recomputing(model, every), x)
+    after = gradients(enable_activation_checkpointing(model, every), x)
     chosen = [bool(every) and i % every == 0 for i in range(depth)]
     assert all(map(torch.equal, before, after)) and [layer.calls for layer in model.layers] == [2 if c else 1 for c in chosen]
     assert names == [n for n, _ in model.named_parameters()] and [type(layer) is not Block for layer in model.layers] == chosen
-    recomputing(model, 0)
+    enable_activation_checkpointing(model, 0)
     assert all(type(layer) is Block for layer in model.layers)
 
 
@@ -55,7 +58,7 @@ def test_what_is_kept_is_what_arithmetic_says():
     model, x, r = Stack(5).train(), torch.randn(16, 8), 4 * 16
     kept_by = {}
     for every in (0, 1, 2):
-        with kept(recomputing(model, every)) as found: y = model(x)
+        with saved_tensor_bytes(enable_activation_checkpointing(model, every)) as found: y = model(x)
         kept_by[every] = found.bytes
     a_layer = (kept_by[0] - kept_by[1]) / 5
     assert kept_by[1] >= 5 * r * 8 and kept_by[1] < kept_by[2] < kept_by[0]        # the inputs, at least
@@ -64,7 +67,7 @@ def test_what_is_kept_is_what_arithmetic_says():
 
 
 def test_only_training_is_computed_again():
-    model = recomputing(Stack(3)).eval()
+    model = enable_activation_checkpointing(Stack(3)).eval()
     model(torch.randn(2, 8)).sum().backward()
     model.train()
     with torch.no_grad(): model(torch.randn(2, 8))
@@ -74,8 +77,8 @@ def test_only_training_is_computed_again():
 def test_the_peak_falls_and_the_ledger_sees_it():
     peaks = {}
     for every in (0, 1):
-        model = recomputing(new_decoder(50, "8x32", 16).train(), every)
-        with Ledger() as ledger: causal_loss(model, IDS.repeat(8, 1), IDS.repeat(8, 1)).backward()
+        model = enable_activation_checkpointing(new_decoder(50, "8x32", 16).train(), every)
+        with MemoryTracker() as ledger: causal_loss(model, IDS.repeat(8, 1), IDS.repeat(8, 1)).backward()
         peaks[every] = ledger.peak
     assert peaks[1] < 0.5 * peaks[0]
 
@@ -89,7 +92,7 @@ def test_stock_models_with_caches_and_two_stacks():
     for model, layers in ((qwen3, 2), (bart, 3)):
         config, found = model.config.to_json_string(), []
         for every in (0, 1):
-            recomputing(model.train(), every).zero_grad()
+            enable_activation_checkpointing(model.train(), every).zero_grad()
             torch.manual_seed(1)
             model(input_ids=IDS, labels=IDS).loss.backward()
             found.append([p.grad.clone() for p in model.parameters()])
@@ -98,28 +101,28 @@ def test_stock_models_with_caches_and_two_stacks():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UsageError, match="recompute is -1"): recomputing(Stack(2), -1)
-    with pytest.raises(UsageError, match="Linear has no ModuleList"): recomputing(torch.nn.Linear(2, 2), 1)
-    assert isinstance(recomputing(torch.nn.Linear(2, 2), 0), torch.nn.Linear)
-    assert forgetful(Block) is forgetful(Block) and forgetful(Block).__name__ == "Block"
+    with pytest.raises(UsageError, match="recompute is -1"): enable_activation_checkpointing(Stack(2), -1)
+    with pytest.raises(UsageError, match="Linear has no ModuleList"): enable_activation_checkpointing(torch.nn.Linear(2, 2), 1)
+    assert isinstance(enable_activation_checkpointing(torch.nn.Linear(2, 2), 0), torch.nn.Linear)
+    assert checkpointed_layer_class(Block) is checkpointed_layer_class(Block) and checkpointed_layer_class(Block).__name__ == "Block"
 
 
 def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
     "Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the same bytes as a run that never did, or always."
     from llmeco_nb.training import loop as train
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
-    from llmeco_nb.data.mixture import small_prose
-    prose, toy = small_prose(), dict(size="2x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0)
-    def run(name, every): return pretrain_causal(begin(tmp_path/name, "causal"), prose, small_pieces(prose), recompute=every, **toy)
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.data.mixture import small_mixture
+    prose, toy = small_mixture(), dict(size="2x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0)
+    def run(name, every): return pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), recompute=every, **toy)
     def rows(name): return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s", "roof_share")} for r in open_record(tmp_path/name, "causal").rows()]
     run("remembers", 0), run("forgets", 1)
-    step = train.one_step
+    step = train.train_step
     def full(model, step_, batches, optimiser, factor, s, *more):
         if s == 7: raise MemoryError
         return step(model, step_, batches, optimiser, factor, s, *more)
-    monkeypatch.setattr(train, "one_step", full)
+    monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(MemoryError): run("both", 0)
-    monkeypatch.setattr(train, "one_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     run("both", 2)
     assert sha256_of(tmp_path/"both"/"decoder") == sha256_of(tmp_path/"remembers"/"decoder") == sha256_of(tmp_path/"forgets"/"decoder")
     assert rows("both") == rows("remembers") == rows("forgets")
@@ -127,14 +130,14 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
 
 def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     "Up to rounding what the plain ones learn; the same bytes each time, and with layers that forget."
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
     from llmeco_nb.core import MissingError
-    from llmeco_nb.training.forecast import compiler_of_torch
-    from llmeco_nb.data.mixture import small_prose
-    try: compiler_of_torch()
+    from llmeco_nb.training.forecast import torch_cpp_compiler
+    from llmeco_nb.data.mixture import small_mixture
+    try: torch_cpp_compiler()
     except MissingError as e: pytest.skip(str(e))
-    prose, toy, made = small_prose(), dict(size="2x32", context=32, steps=6, batch=4, judged=8, evaluations=2, counted=0, precision="fp32", muon=0.0), {}
+    prose, toy, made = small_mixture(), dict(size="2x32", context=32, steps=6, batch=4, judged=8, evaluations=2, counted=0, precision="fp32", muon=0.0), {}
     for name, how in dict(plain={}, compiled=dict(compiled=True), forgetful=dict(compiled=True, recompute=1)).items():
-        pretrain_causal(begin(tmp_path/name, "causal"), prose, small_pieces(prose), **toy, **how)
+        pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), **toy, **how)
         made[name] = open_record(tmp_path/name, "causal").metrics["validation_loss"], sha256_of(tmp_path/name/"decoder")
     assert made["compiled"] == made["forgetful"] and made["compiled"][0] == pytest.approx(made["plain"][0], rel=1e-4)

@@ -10,8 +10,10 @@ from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.stats.metrics import (accuracy, averaged, balanced_accuracy, class_scores, class_table, confused_pairs, confusion, confusion_figure, mcc, metric,
-                               precision_recall_f1, report, score)
+from llmeco_nb.stats.metrics import (accuracy, averaged, balanced_accuracy, class_scores,
+                                     class_table, classification_report, confused_pairs,
+                                     confusion_figure, confusion_matrix, mcc, metric,
+                                     precision_recall_f1, score)
 
 fast = settings(max_examples=60, deadline=None)
 
@@ -30,7 +32,7 @@ def test_whole_matrix_metrics_are_scikit_learns(data):
         assert accuracy(labels, predicted) == pytest.approx(sk.accuracy_score(labels, predicted))
         assert balanced_accuracy(labels, predicted) == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
         assert mcc(labels, predicted) == pytest.approx(sk.matthews_corrcoef(labels, predicted), abs=1e-12)
-        assert (confusion(labels, predicted, n) == sk.confusion_matrix(labels, predicted, labels=range(n))).all()
+        assert (confusion_matrix(labels, predicted, n) == sk.confusion_matrix(labels, predicted, labels=range(n))).all()
 
 @fast
 @given(answers(), st.sampled_from(["macro", "weighted", "micro"]))
@@ -45,7 +47,7 @@ def test_averages_are_scikit_learns_whatever_n_classes_says(data, average):
 def test_class_scores_are_scikit_learns(data):
     labels, predicted, n = data
     theirs = sk.precision_recall_fscore_support(labels, predicted, labels=range(n), zero_division=0)
-    assert np.allclose(class_scores(confusion(labels, predicted, n)), theirs)
+    assert np.allclose(class_scores(confusion_matrix(labels, predicted, n)), theirs)
     assert np.allclose(precision_recall_f1(labels, predicted, n, None), theirs[:3])
 
 @fast
@@ -61,26 +63,26 @@ def test_neither_the_order_of_items_nor_the_names_of_classes_matter(data, random
     labels, predicted, n = data
     order, names = list(range(len(labels))), list(range(n))
     random.shuffle(order); random.shuffle(names)
-    assert report(labels, predicted) == report(labels[order], predicted[order])
-    assert report(labels, predicted) == pytest.approx(report(np.array(names)[labels], np.array(names)[predicted]))
+    assert classification_report(labels, predicted) == classification_report(labels[order], predicted[order])
+    assert classification_report(labels, predicted) == pytest.approx(classification_report(np.array(names)[labels], np.array(names)[predicted]))
 
 @fast
 @given(answers())
 def test_bounds_and_identities(data):
     labels, predicted, n = data
-    numbers = report(labels, predicted, n)
+    numbers = classification_report(labels, predicted, n)
     assert all(0 <= v <= 1 for k, v in numbers.items() if k not in ("mcc", "items")) and -1 - 1e-12 <= numbers["mcc"] <= 1 + 1e-12
     assert precision_recall_f1(labels, predicted, average="micro") == pytest.approx((numbers["accuracy"],)*3)
     assert numbers["weighted_recall"] == pytest.approx(numbers["accuracy"])
     p, r, _ = precision_recall_f1(labels, predicted)
     assert numbers["macro_f1"] <= (2*p*r/(p + r) if p + r else 0) + 1e-12
     assert mcc(labels, predicted) == pytest.approx(mcc(predicted, labels), abs=1e-12)
-    assert report(labels, labels)["macro_f1"] == 1 == accuracy(labels, labels)
+    assert classification_report(labels, labels)["macro_f1"] == 1 == accuracy(labels, labels)
 
 @fast
 @given(st.lists(answers(), min_size=2, max_size=5))
 def test_a_stack_of_matrices_scores_like_each_of_them(several):
-    matrices = np.stack([confusion(y, p, 6) for y, p, _ in several])
+    matrices = np.stack([confusion_matrix(y, p, 6) for y, p, _ in several])
     for name, average in itertools.product(("accuracy", "balanced_accuracy", "mcc", "precision", "recall", "f1"), ("macro", "weighted", "micro", None)):
         assert np.allclose(score(matrices, name, average), [score(m, name, average) for m in matrices]), (name, average)
 
@@ -90,16 +92,16 @@ def test_what_is_no_class_is_refused_wherever_it_stands(data, bad, in_labels, wh
     labels, predicted, n = data
     columns = [labels.tolist(), predicted.tolist()]
     columns[0 if in_labels else 1][where.draw(st.integers(0, len(labels) - 1))] = bad
-    with pytest.raises(DataError): confusion(*columns, n_classes=6)
+    with pytest.raises(DataError): confusion_matrix(*columns, n_classes=6)
 
 @pytest.mark.parametrize("labels, predicted", [([], []), ([0, 1], [0]), ([0], [0, 1]), ([[0, 1]], [[0, 1]]), (3, 3)])
 def test_unequal_empty_and_nested_columns_are_refused(labels, predicted):
-    for f in (accuracy, balanced_accuracy, mcc, confusion, precision_recall_f1, report):
+    for f in (accuracy, balanced_accuracy, mcc, confusion_matrix, precision_recall_f1, classification_report):
         with pytest.raises(DataError): f(labels, predicted)
 
 def test_errors_name_the_item_and_the_choice():
-    with pytest.raises(DataError, match="label of item 2 is 5; with 3 classes"): confusion([0, 1, 5], [0, 1, 2], 3)
-    with pytest.raises(DataError, match=r"found 0\.7"): confusion([0, 1], [1, .7])
+    with pytest.raises(DataError, match="label of item 2 is 5; with 3 classes"): confusion_matrix([0, 1, 5], [0, 1, 2], 3)
+    with pytest.raises(DataError, match=r"found 0\.7"): confusion_matrix([0, 1], [1, .7])
     with pytest.raises(UsageError, match="balanced_accuracy"): score([[1]], "balanced")
     with pytest.raises(UsageError, match="macro"): averaged([[1, 0], [0, 1]], "f1", "marco")
     with pytest.raises(UsageError, match="two classes"): averaged(np.eye(3), "f1", "binary")
@@ -108,7 +110,7 @@ def test_errors_name_the_item_and_the_choice():
 @given(answers(), st.integers(1, 5))
 def test_confused_pairs_are_the_largest_cells_off_the_diagonal(data, top):
     labels, predicted, n = data
-    m, names = confusion(labels, predicted, n), [f"class {i}" for i in range(n)]
+    m, names = confusion_matrix(labels, predicted, n), [f"class {i}" for i in range(n)]
     pairs = confused_pairs(m, names, top)
     assert [p["count"] for p in pairs] == sorted((int(c) for (i, j), c in np.ndenumerate(m) if i != j and c), reverse=True)[:top]
     assert all(m[names.index(p["truth"]), names.index(p["predicted"])] == p["count"] for p in pairs)

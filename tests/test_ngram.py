@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.models.ngram import Ngram, bits_per_byte, compressed, discounts, stream_of
+from llmeco_nb.models.ngram import (Ngram, bits_per_byte, compression_bits_per_byte,
+                                    concat_documents, discounts)
 
 documents = st.lists(st.lists(st.integers(1, 5), max_size=8).map(lambda d: np.array(d, dtype=np.int32)), min_size=1, max_size=8)
 ids = lambda *d: np.array(d, dtype=np.int32)
@@ -50,7 +51,7 @@ def test_it_is_the_published_model(docs, order):
     for d in [*docs[:3], ids(5, 5, 1)]:
         whole = [0] * max(1, order - 1) + d.tolist() + [0]
         expected = [slow.p(tuple(whole[i - order + 1:i]), whole[i]) for i in range(max(1, order - 1), len(whole))]
-        stream, asked = stream_of([d], order, 0)
+        stream, asked = concat_documents([d], order, 0)
         assert model.probabilities(stream)[asked] == pytest.approx([float(p) for p in expected], rel=1e-5)
         assert model.nats([d]) == (pytest.approx(-sum(math.log(p) for p in expected), rel=1e-5), len(d) + 1)
 
@@ -121,16 +122,16 @@ def test_bits_per_byte_by_hand():
     assert bits_per_byte(3 * math.log(4), 2) == pytest.approx(3)                          # three tokens of two bits each over two bytes
     with pytest.raises(DataError): bits_per_byte(1.0, 0)
     text, before = "über " * 40, "über alles " * 40
-    found = compressed([text, text], [before])
+    found = compression_bits_per_byte([text, text], [before])
     size = len(f"{text}\n{text}".encode())
     assert found["gzip"] == pytest.approx(8 * len(gzip.compress(f"{text}\n{text}".encode(), 9, mtime=0)) / size)
     xz = lambda data: len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6)]))
-    assert found["xz"] == pytest.approx(8 * xz(f"{text}\n{text}".encode()) / size, rel=0.05) and found["xz_after_train"] < found["xz"] and "xz_after_train" not in compressed([text])
+    assert found["xz"] == pytest.approx(8 * xz(f"{text}\n{text}".encode()) / size, rel=0.05) and found["xz_after_train"] < found["xz"] and "xz_after_train" not in compression_bits_per_byte([text])
 
 
 def test_refusals():
     with pytest.raises(DataError, match="token 9.*vocabulary has only 6.*another tokenizer"): Ngram([ids(9)], 6, 2)
     with pytest.raises(DataError, match="no document"): Ngram([], 6, 2)
     with pytest.raises(UsageError, match="order is 0"): Ngram([ids(1)], 6, 0)
-    with pytest.raises(DataError, match="no text to compress"): compressed([""])
+    with pytest.raises(DataError, match="no text to compress"): compression_bits_per_byte([""])
     assert Ngram([ids(), ids()], 6, 3).distribution([])[0] > 0.5                           # documents without a token still end

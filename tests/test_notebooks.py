@@ -276,7 +276,7 @@ def test_every_module_comes_from_a_notebook_and_has_a_name_of_its_own():
 
 def test_own_modules_are_imported_by_name_alone():
     "`import_module` hides an import from the contract, from the work key and from readers: entry points and the stage registry only."
-    allowed = {("runner.stages", "named"), ("training.parallel", "")}     # a contract's function; the launched module under its own name
+    allowed = {("runner.stages", "import_by_name"), ("training.parallel", "")}     # a contract's function; the launched module under its own name
     found = []
     for name, tree in modules().items():
         for top in tree.body:

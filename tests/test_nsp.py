@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (DataError, MissingError, UsageError, create_record,  # noqa: E402
+                            open_record, read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.nsp import (documents, held_pairs, learn_pairs, overlap_right, pair, pair_batch, pair_batches, pair_losses, pair_step, places, sentences_of, sides,  # noqa: E402
-                           with_pairs)
+from llmeco_nb.pretraining.nsp import (load_nsp_model, nsp_batch, nsp_batches,  # noqa: E402
+                                       nsp_example, nsp_loss_step, nsp_losses, nsp_validation,
+                                       pair_boundaries, pretrain_nsp, segment_lengths,
+                                       split_sentences, token_overlap_baseline, tokenize_documents)
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, open_tokenizer  # noqa: E402
 
@@ -29,14 +32,14 @@ def inputs(tmp_path_factory):
         return " ".join(f"{name} {r.choice(['saw', 'liked', 'left'])} the {r.choice(['film', 'plot', 'cast'])} ." for _ in range(12))
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 60), ("validation", 20), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    tokenizer = build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=120))
-    encoder = pretrain(begin(folder/"e", "pretrain"), folder/"corpus", tokenizer, size="1x32", length=24, positions=32, steps=4, batch=4, judged=4, evaluations=1)
+    tokenizer = build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=120))
+    encoder = pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", tokenizer, size="1x32", length=24, positions=32, steps=4, batch=4, judged=4, evaluations=1)
     return folder/"corpus", tokenizer, encoder
 
 
 @pytest.fixture(scope="module")
 def docs(inputs):
-    return documents(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text)
+    return tokenize_documents(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text)
 
 
 # -- pairs
@@ -44,7 +47,7 @@ def docs(inputs):
 @settings(max_examples=80, deadline=None)
 @given(st.text(alphabet="ab.!? \n\"')", max_size=60))
 def test_cutting_sentences_loses_nothing_but_space(text):
-    found = sentences_of(text)
+    found = split_sentences(text)
     assert "".join("".join(found).split()) == "".join(text.split()) and all(s == s.strip() and s for s in found)
 
 
@@ -53,42 +56,42 @@ def test_borders_are_where_sentences_end(docs):
 
 
 def test_a_pair_fills_its_row_and_is_pure(docs):
-    where = places(docs, 24)
-    a, b = sides(24)
+    where = pair_boundaries(docs, 24)
+    a, b = segment_lengths(24)
     labels = []
     for i in range(len(where)):
-        row, label = pair(docs, where, i, (5, 0, i), 24)
+        row, label = nsp_example(docs, where, i, (5, 0, i), 24)
         d, at = where[i]
         labels.append(label)
         assert len(row) == 24 and row[0] == 2 and row[1 + a] == row[-1] == 3 and (row != 0).all()
         assert row[1:1 + a].tolist() == docs[d][0][at - a:at].tolist()
         if not label: assert row[2 + a:-1].tolist() == docs[d][0][at:at + b].tolist()
     np.random.seed(1)
-    assert all(np.array_equal(pair(docs, where, i, (5, 0, i), 24)[0], pair(docs, where, i, (5, 0, i), 24)[0]) for i in range(20))
+    assert all(np.array_equal(nsp_example(docs, where, i, (5, 0, i), 24)[0], nsp_example(docs, where, i, (5, 0, i), 24)[0]) for i in range(20))
     assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / len(labels) ** 0.5
-    changed = [pair(docs, where, i, (5, 1, i), 24) for i in range(len(where))]
+    changed = [nsp_example(docs, where, i, (5, 1, i), 24) for i in range(len(where))]
     assert [c[1] for c in changed] != labels                                              # another epoch, other coins
 
 
 def test_a_false_b_comes_from_another_document(docs):
     marked = [(np.full_like(ids, 10 + d), borders) for d, (ids, borders) in enumerate(docs)]   # every document of one token
-    where, (a, _) = places(marked, 24), sides(24)
+    where, (a, _) = pair_boundaries(marked, 24), segment_lengths(24)
     for i in range(len(where)):
         for follows in (True, False):
-            row, label = pair(marked, where, i, (0, 0, i), 24, follows)
+            row, label = nsp_example(marked, where, i, (0, 0, i), 24, follows)
             assert label == int(not follows) and (row[1] == row[a + 2]) == follows
 
 
 def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
-    where = places(docs, 24)
-    batches, fresh = pair_batches(docs, where, 7, 3, 24, 0.15, 100), pair_batches(docs, where.copy(), 7, 3, 24, 0.15, 100)
+    where = pair_boundaries(docs, 24)
+    batches, fresh = nsp_batches(docs, where, 7, 3, 24, 0.15, 100), nsp_batches(docs, where.copy(), 7, 3, 24, 0.15, 100)
     edge = len(where) // 7                                                                 # this batch crosses an epoch
     expected = {i: batches(i) for i in (0, edge, 500)}
     for i in (500, edge, 0): assert all(fresh(i)[k].equal(expected[i][k]) for k in expected[i])
     b = expected[edge]
-    assert len(b["positions"]) == 7 * round(0.15 * 21) and b["token_type_ids"].sum(1).eq(sides(24)[1] + 1).all()
-    shown = pair_batch(docs, where, [0, 1], [0, 0], 3, 24, 0.15, 100)
-    plain = torch.from_numpy(np.concatenate([pair(docs, where, i, (3, 0, i), 24)[0] for i in (0, 1)])).long()
+    assert len(b["positions"]) == 7 * round(0.15 * 21) and b["token_type_ids"].sum(1).eq(segment_lengths(24)[1] + 1).all()
+    shown = nsp_batch(docs, where, [0, 1], [0, 0], 3, 24, 0.15, 100)
+    plain = torch.from_numpy(np.concatenate([nsp_example(docs, where, i, (3, 0, i), 24)[0] for i in (0, 1)])).long()
     assert plain[shown["positions"]].equal(shown["targets"]) and (shown["targets"] >= 5).all()
     kept = torch.ones(48, dtype=torch.bool)
     kept[shown["positions"]] = False
@@ -96,30 +99,30 @@ def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
 
 
 def test_too_little_text_is_refused(docs):
-    with pytest.raises(DataError, match="fewer than two"): places(docs[:1], 24)
-    with pytest.raises(DataError, match="lower length"): places(docs, 400)
-    with pytest.raises(UsageError, match="at least 11"): places(docs, 8)
+    with pytest.raises(DataError, match="fewer than two"): pair_boundaries(docs[:1], 24)
+    with pytest.raises(DataError, match="lower length"): pair_boundaries(docs, 400)
+    with pytest.raises(UsageError, match="at least 11"): pair_boundaries(docs, 8)
 
 
 # -- losses
 
 def test_losses_are_the_stock_class_s(inputs, docs):
-    model, where = with_pairs(inputs[2], 1), places(docs, 24)
-    b = pair_batch(docs, where, range(9), [0] * 9, 0, 24, 0.2, 100)
+    model, where = load_nsp_model(inputs[2], 1), pair_boundaries(docs, 24)
+    b = nsp_batch(docs, where, range(9), [0] * 9, 0, 24, 0.2, 100)
     labels = torch.full((9 * 24,), -100)
     labels[b["positions"]] = b["targets"]
     out = model(b["input_ids"], token_type_ids=b["token_type_ids"], labels=labels.view(9, 24), next_sentence_label=b["next_sentence"])
     out.loss.backward()
     theirs = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    loss, n = pair_step(1.0)(model, b, lambda loss: loss.backward())
-    assert abs(loss / n - out.loss) < 1e-5 and (pair_losses(model, **b)[0] - out.seq_relationship_logits).abs().max() < 1e-5
+    loss, n = nsp_loss_step(1.0)(model, b, lambda loss: loss.backward())
+    assert abs(loss / n - out.loss) < 1e-5 and (nsp_losses(model, **b)[0] - out.seq_relationship_logits).abs().max() < 1e-5
     for p, g in zip(model.parameters(), theirs): assert (p.grad / n - g).abs().max() < 1e-5
 
 
 def test_held_pairs_are_balanced_and_do_not_depend_on_the_batch(inputs, docs):
-    model, where = with_pairs(inputs[2], 1).eval(), places(docs, 24)
-    a, b = (held_pairs(model, docs, where, 31, 0, 24, 0.15, 100, batch) for batch in (4, 30))
+    model, where = load_nsp_model(inputs[2], 1).eval(), pair_boundaries(docs, 24)
+    a, b = (nsp_validation(model, docs, where, 31, 0, 24, 0.15, 100, batch) for batch in (4, 30))
     assert len(a) == 30 and np.allclose(a[:, :2], b[:, :2], atol=1e-4)
 
 
@@ -132,25 +135,25 @@ def what_stays(folder):
 
 
 def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at):
-    learn_pairs(begin(tmp_path/"calm", "nsp"), *inputs, **QUICK)
-    for at in (1, 7): killed_at(at, lambda: learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK))
-    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK)
+    pretrain_nsp(create_record(tmp_path/"calm", "nsp"), *inputs, **QUICK)
+    for at in (1, 7): killed_at(at, lambda: pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK))
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
 
 
 def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
     "Probes choose; what was foretold from two small batches lies within a tenth of what came."
-    from llmeco_nb.training.plan import RATES, SIZES
-    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | dict(batch=None, lr=None))
+    from llmeco_nb.training.plan import BATCH_SIZE_CANDIDATES, LR_CANDIDATES
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK | dict(batch=None, lr=None))
     n = open_record(tmp_path/"run", "nsp").metrics
-    assert n["batch"] in SIZES and n["lr"] in RATES and n["forecast_mib"] == pytest.approx(n["peak_mib"], rel=0.1)
-    with pytest.raises(UsageError, match="lr is 0"): learn_pairs(begin(tmp_path/"zero", "nsp"), *inputs, **QUICK | dict(lr=0.0))
+    assert n["batch"] in BATCH_SIZE_CANDIDATES and n["lr"] in LR_CANDIDATES and n["forecast_mib"] == pytest.approx(n["peak_mib"], rel=0.1)
+    with pytest.raises(UsageError, match="lr is 0"): pretrain_nsp(create_record(tmp_path/"zero", "nsp"), *inputs, **QUICK | dict(lr=0.0))
 
 
 def test_what_can_be_told_is_told(inputs, tmp_path):
     "Each text speaks of one person: counting shared words solves most pairs, and the model, trained on, is above chance beyond its interval."
     from llmeco_nb.stats.significance import wilson
-    learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, length=24, steps=400, batch=32, judged=120, evaluations=2, lr=3e-3)
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, length=24, steps=400, batch=32, judged=120, evaluations=2, lr=3e-3)
     n = open_record(tmp_path/"run", "nsp").metrics
     assert n["overlap_accuracy"] > 0.85 and wilson(n["right"], n["pairs"]).low > 0.5 and n["pair_loss"] < 0.69
 
@@ -158,14 +161,14 @@ def test_what_can_be_told_is_told(inputs, tmp_path):
 def test_counting_shared_words_knows_nothing_without_topics(docs):
     r = np.random.default_rng(0)
     noise = [(r.integers(5, 120, len(ids)).astype(np.int32), borders) for ids, borders in docs]
-    where = places(noise, 24)
-    assert 0.35 < overlap_right(noise, where, noise[30:], places(noise[30:], 24), 200, 0, 24, 120).mean() < 0.65
+    where = pair_boundaries(noise, 24)
+    assert 0.35 < token_overlap_baseline(noise, where, noise[30:], pair_boundaries(noise[30:], 24), 200, 0, 24, 120).mean() < 0.65
 
 
 def test_refusals(inputs, tmp_path):
     corpus, tokenizer, encoder = inputs
     for words, more in (("mask is 1", dict(mask=1.0)), ("mlm is -1", dict(mlm=-1.0)), ("at most 32", dict(length=64)), ("judged is 1", dict(judged=1))):
-        with pytest.raises(UsageError, match=words): learn_pairs(begin(tmp_path/"run", "nsp"), *inputs, **QUICK | more)
-    with pytest.raises(MissingError, match="not an encoder"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, **QUICK)
-    other = build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus, TokenizerConfig(vocab_size=60))
-    with pytest.raises(DataError, match="do not belong together"): learn_pairs(begin(tmp_path/"run", "nsp"), corpus, other, encoder, **QUICK)
+        with pytest.raises(UsageError, match=words): pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK | more)
+    with pytest.raises(MissingError, match="not an encoder"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, **QUICK)
+    other = build_tokenizer(create_record(tmp_path/"t", "tokenizer"), corpus, TokenizerConfig(vocab_size=60))
+    with pytest.raises(DataError, match="do not belong together"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, other, encoder, **QUICK)

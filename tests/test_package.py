@@ -88,8 +88,8 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
     script = re.search(r"llmeco *= *([\w.]+):(\w+)", settings["console_scripts"])
     code = f"""
 import sys, llmeco_nb
-from llmeco_nb.runner.stages import House, read_profile
-house = House.find()
+from llmeco_nb.runner.stages import StageRegistry, read_profile
+house = StageRegistry.find()
 print(llmeco_nb.__file__, llmeco_nb.__version__, house.checkout, len(house.stages))
 for folder in sorted((house.nbs/"profiles").iterdir()): print(folder.name, len(read_profile(house, folder.name)[0]))
 from {script[1]} import {script[2]}
@@ -128,9 +128,9 @@ def test_readme_opens_with_two_plain_commands():
     assert not [line for block in found[:2] for line in block.splitlines() if line.startswith(("$", ">", "%"))], "a prompt cannot be pasted"
 
 def test_readme_is_the_index():
-    from llmeco_nb.site.docs import readme
-    from llmeco_nb.runner.stages import House
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(House.find()), "README.md is not what nbs/index.ipynb gives; run `llmeco docs --readme`"
+    from llmeco_nb.site.docs import render_readme
+    from llmeco_nb.runner.stages import StageRegistry
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == render_readme(StageRegistry.find()), "README.md is not what nbs/index.ipynb gives; run `llmeco docs --readme`"
 
 # -- machines elsewhere
 

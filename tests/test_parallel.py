@@ -15,8 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 import parallel_cases as cases  # noqa: E402
 
-from llmeco_nb.core import CellError, DataError, MissingError, UsageError, begin, open_record  # noqa: E402
-from llmeco_nb.training.parallel import child, join, launch, place, raise_said, run_notebook, spread  # noqa: E402
+from llmeco_nb.core import (CellError, DataError, MissingError, UsageError,  # noqa: E402
+                            create_record, open_record)
+from llmeco_nb.training.parallel import (init_process_group, launch, launched_main,  # noqa: E402
+                                         raise_worker_error, resolve_device, run_distributed,
+                                         run_notebook)
 
 CASES = str(Path(__file__).with_name("parallel_cases.py"))
 
@@ -33,7 +36,7 @@ def forked(work, processes, folder, timeout=100, joined=True):
             try:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 if joined:
-                    with join("cpu") as world: result = work(world)
+                    with init_process_group("cpu") as world: result = work(world)
                 else: result = work()
                 (folder/f"{processes}-{rank}.json").write_text(json.dumps(result))
             except BaseException: (folder/f"{processes}-{rank}.error").write_text(traceback.format_exc())
@@ -81,18 +84,18 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_pieces
-    from llmeco_nb.data.mixture import small_prose
-    toy, prose, losses = dict(size="1x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0, precision="fp32", muon=0.0), small_prose(), []
+    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.data.mixture import small_mixture
+    toy, prose, losses = dict(size="1x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0, precision="fp32", muon=0.0), small_mixture(), []
     for where in ("cpu", device):
-        pretrain_causal(begin(tmp_path/where, "causal"), prose, small_pieces(prose), device=where, **toy)
+        pretrain_causal(create_record(tmp_path/where, "causal"), prose, small_subword_tokenizer(prose), device=where, **toy)
         losses.append([r["loss"] for r in open_record(tmp_path/where, "causal").rows() if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_tpu_is_one_of_the_devices():
     pytest.importorskip("torch_xla", reason="needs torch_xla, which is not installed; the path is written and has not run here")
-    assert place("xla").type == "xla"
+    assert resolve_device("xla").type == "xla"
 
 
 def rows_of(out): return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in open_record(out, "toy").rows()]
@@ -125,7 +128,7 @@ def close(out, other):
 def alone(tmp_path_factory):
     "The run of one process, never touched."
     folder = tmp_path_factory.mktemp("alone")
-    cases.training(begin(folder/"run", "toy"), str(folder/"seen"))
+    cases.training(create_record(folder/"run", "toy"), str(folder/"seen"))
     return folder
 
 
@@ -158,18 +161,18 @@ def test_the_loop_through_ddp(tmp_path, alone):
 
 def test_a_stage_in_two_processes(tmp_path, alone):
     "By torchrun, from the call that stands in a stage's notebook."
-    assert spread(cases.training, 1) is cases.training
-    record = begin(tmp_path/"run", "toy")
-    assert spread(cases.training, 2)(record, steps=10) == tmp_path/"run"/"masters.pt"
+    assert run_distributed(cases.training, 1) is cases.training
+    record = create_record(tmp_path/"run", "toy")
+    assert run_distributed(cases.training, 2)(record, steps=10) == tmp_path/"run"/"masters.pt"
     close(tmp_path/"run", alone/"run")
 
 
 def test_a_real_stage_in_two_processes(tmp_path):
     "The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up to rounding."
-    from llmeco_nb.pretraining.causal import small_pieces
+    from llmeco_nb.pretraining.causal import small_subword_tokenizer
     from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.data.mixture import small_prose
-    qwen3(), small_pieces(small_prose())                  # before the fork, once for all
+    from llmeco_nb.data.mixture import small_mixture
+    qwen3(), small_subword_tokenizer(small_mixture())                  # before the fork, once for all
     args = ["causal", "-p", "size=1x32", "-p", "context=32", "-p", "steps=6", "-p", "batch=6", "-p", "judged=8", "-p", "evaluations=2", "-p", "counted=0", "-p", "precision=fp32", "-p", "written=2", "-p", "recompute=1", "-p", "muon=0"]      # Muon rounds to bf16 inside, and a last bit becomes a third digit
     runs = {n: forked(lambda: run_notebook([*args, "-p", f"out={tmp_path/str(n)}"]), n, tmp_path, joined=False) and open_record(tmp_path/str(n), "causal") for n in (1, 2)}
     for a, b in zip(runs[1].rows(), runs[2].rows(), strict=True):
@@ -190,11 +193,11 @@ def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
 
 @pytest.mark.parametrize("name,device,kind,says", [("refuses", "cpu", UsageError, "1 of 1, and this is said in plain words"), ("diverges", "cpu", DataError, "The loss is nan"), ("refuses", "abacus", UsageError, "device is 'abacus'")])
 def test_a_refusal_comes_out_as_itself(tmp_path, name, device, kind, says):
-    "Of the function as of `join`. What is a kind of `DataError`, such as `Unsound`, comes out as that."
+    "Of the function as of `init_process_group`. What is a kind of `DataError`, such as `UnstableStep`, comes out as that."
     def refusing():
-        with pytest.raises(kind): child(f"{CASES}:{name}", "{}", str(tmp_path), device)
+        with pytest.raises(kind): launched_main(f"{CASES}:{name}", "{}", str(tmp_path), device)
     forked(refusing, 1, tmp_path, joined=False)
-    with pytest.raises(kind, match=says): raise_said(tmp_path)
+    with pytest.raises(kind, match=says): raise_worker_error(tmp_path)
 
 
 def gone(folder, processes):
@@ -211,13 +214,13 @@ def test_a_death_ends_all(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="RANK is not set"):
-        with join(): pass
-    with pytest.raises(UsageError, match="device is 'tpu'"): place("tpu")
-    with pytest.raises(UsageError, match="processes is 0"): spread(cases.training, 0)(begin(tmp_path, "toy"))
+        with init_process_group(): pass
+    with pytest.raises(UsageError, match="device is 'tpu'"): resolve_device("tpu")
+    with pytest.raises(UsageError, match="processes is 0"): run_distributed(cases.training, 0)(create_record(tmp_path, "toy"))
     if not torch.cuda.is_available():
-        with pytest.raises(MissingError, match="sees no GPU"): place("cuda")
+        with pytest.raises(MissingError, match="sees no GPU"): resolve_device("cuda")
     with pytest.raises(UsageError, match="Write: torchrun"): run_notebook(["causal", "-p", "steps"])
     with pytest.raises(UsageError, match="no parameter stepz"): run_notebook(["causal", "-p", "stepz=3"])
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="device is 'abacus'"):
-        with join("abacus"): pass
+        with init_process_group("abacus"): pass

@@ -10,10 +10,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.loop  # noqa: E402
-from llmeco_nb.core import DataError, UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (DataError, UsageError, create_record, open_record,  # noqa: E402
+                            read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.mlm import (MASK, batches_of, count_embeddings, fill, held_losses, mask_row, masked_batch, pack, pretrain, pretrain_plan,  # noqa: E402
-                                repeat_positions, started, text_embeddings, unigram)
+from llmeco_nb.pretraining.mlm import (MASK, document_ppmi_embeddings, fill_mask,  # noqa: E402
+                                       group_texts, init_mlm_model, mask_row, masked_batch,
+                                       mlm_batches, pretrain, pretrain_plan,
+                                       tile_position_embeddings, unigram_log_probs,
+                                       validation_losses, window_ppmi_embeddings)
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", length=16, positions=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the [MASK] film"])
@@ -28,7 +32,7 @@ def inputs(tmp_path_factory):
     said = lambda: " ".join(f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ." for _ in range(8))
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 30), ("validation", 8), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
-    return folder/"corpus", build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=80))
+    return folder/"corpus", build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=80))
 
 
 def what_stays(folder) -> tuple:
@@ -44,7 +48,7 @@ def calm(inputs, tmp_path_factory):
     "An undisturbed run."
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("calm")/"run"
-    pretrain(begin(folder, "pretrain"), *inputs, **QUICK)
+    pretrain(create_record(folder, "pretrain"), *inputs, **QUICK)
     return folder
 
 
@@ -83,9 +87,9 @@ def test_masks_are_pure():
 
 
 def test_batches_do_not_depend_on_the_past():
-    batches = batches_of(ROWS, 7, 3, 0.2, 500)
+    batches = mlm_batches(ROWS, 7, 3, 0.2, 500)
     expected = {i: batches(i) for i in (0, 41, 42, 43, 100)}                       # 300 rows: batch 42 crosses an epoch
-    fresh = batches_of(ROWS.copy(), 7, 3, 0.2, 500)
+    fresh = mlm_batches(ROWS.copy(), 7, 3, 0.2, 500)
     for i in (100, 42, 0): assert all(fresh(i)[k].equal(expected[i][k]) for k in expected[i])
     seen = np.concatenate([batches(i)["input_ids"].numpy() for i in range(43)])[:300]
     assert sorted(seen[:, 0].tolist()) == [2] * 300 and len(expected[42]["targets"]) == 7 * round(0.2 * 62)
@@ -93,32 +97,32 @@ def test_batches_do_not_depend_on_the_past():
 
 def test_rows_hold_every_token_once():
     texts = [np.arange(5, 5 + n, dtype=np.int32) for n in (3, 40, 1, 0, 11)]
-    rows = pack(texts, 10)
+    rows = group_texts(texts, 10)
     stream = np.concatenate([np.append(t, 3) for t in texts])
     assert rows[:, 1:-1].ravel().tolist() == stream[:rows.shape[0] * 8].tolist() and len(stream) - rows[:, 1:-1].size < 8
     assert not (rows == 0).any()
-    with pytest.raises(DataError, match="do not fill"): pack([np.array([7])], 64)
-    with pytest.raises(UsageError): pack(texts, 4)
+    with pytest.raises(DataError, match="do not fill"): group_texts([np.array([7])], 64)
+    with pytest.raises(UsageError): group_texts(texts, 4)
 
 
 # -- the start
 
 def test_frequencies_and_company():
-    assert abs(np.exp(unigram(ROWS, 500)).sum() - 1) < 1e-4
+    assert abs(np.exp(unigram_log_probs(ROWS, 500)).sum() - 1) < 1e-4
     toy = np.array([[5, 10, 6], [5, 11, 6], [7, 12, 8], [7, 13, 8]] * 9)
-    e = count_embeddings(toy, 20, 3, window=1)
+    e = window_ppmi_embeddings(toy, 20, 3, window=1)
     cosine = lambda a, b: e[a] @ e[b] / np.linalg.norm(e[a]) / np.linalg.norm(e[b])
     assert cosine(10, 11) > 0.99 and cosine(10, 12) < 0.5 and (e[:5] == 0).all() and (e[14:] == 0).all() and np.isfinite(e).all()
-    model = started(ROWS, 500, "1x32", 64, "counts", 0)
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "counts", 0)
     assert model.bert.embeddings.word_embeddings.weight[4].abs().sum() > 0         # [MASK] keeps a vector of its own
-    with pytest.raises(UsageError, match="counts, texts or random"): started(ROWS, 500, "1x32", 64, "zero", 0)
+    with pytest.raises(UsageError, match="counts, texts or random"): init_mlm_model(ROWS, 500, "1x32", 64, "zero", 0)
 
 
 def test_vectors_from_whole_texts_are_the_factorisation_written_out():
     "Against loops and numpy's SVD; neither the order within a text nor how often a token is repeated matters, and all vectors are of one length."
     r = np.random.default_rng(1)
     texts = [np.r_[r.integers(5, 30, r.integers(1, 12)), [5, 6][i % 2]] for i in range(80)]
-    found = text_embeddings(texts, 40, 4, contexts=10)
+    found = document_ppmi_embeddings(texts, 40, 4, contexts=10)
     together = np.zeros((40, 40))
     for t in texts:
         for a in set(t.tolist()):
@@ -132,28 +136,28 @@ def test_vectors_from_whole_texts_are_the_factorisation_written_out():
     wanted[seen] *= 0.04 * 4**0.5 / np.linalg.norm(wanted[seen], axis=1, keepdims=True)
     assert found.dtype == np.float32 and (found[~seen] == 0).all() and np.allclose(np.sqrt((found[seen]**2).mean(1)), 0.04, rtol=1e-4)
     assert np.allclose(found[seen] @ found[seen].T, wanted[seen] @ wanted[seen].T, atol=2e-5)       # products, because an axis may point either way
-    again = text_embeddings([np.repeat(r.permutation(t), 2) for t in texts], 40, 4, contexts=10)
+    again = document_ppmi_embeddings([np.repeat(r.permutation(t), 2) for t in texts], 40, 4, contexts=10)
     assert np.allclose(again, found, atol=1e-5)
-    model = started(ROWS, 500, "1x32", 64, "texts", 0, list(ROWS))
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "texts", 0, list(ROWS))
     assert np.allclose(model.bert.embeddings.word_embeddings.weight[5:].detach().norm(dim=1), 0.04 * 32**0.5, rtol=1e-3)
 
 
 def test_validation_sums_do_not_depend_on_the_batch():
-    model = started(ROWS, 500, "1x32", 64, "random", 0).eval()
-    assert np.allclose(held_losses(model, ROWS[:9], 0, 0.2, 500, 2), held_losses(model, ROWS[:9], 0, 0.2, 500, 9), atol=1e-4)
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "random", 0).eval()
+    assert np.allclose(validation_losses(model, ROWS[:9], 0, 0.2, 500, 2), validation_losses(model, ROWS[:9], 0, 0.2, 500, 9), atol=1e-4)
     b = masked_batch(ROWS, range(9), [0] * 9, 0, 0.2, 500)
     labels = torch.full((9 * 64,), -100)
     labels[b["positions"]] = b["targets"]
     with torch.no_grad(): theirs = model(b["input_ids"], labels=labels.view(9, 64)).loss
-    loss, _, n = held_losses(model, ROWS[:9], 0, 0.2, 500).sum(0)
+    loss, _, n = validation_losses(model, ROWS[:9], 0, 0.2, 500).sum(0)
     assert abs(loss / n - float(theirs)) < 1e-5
 
 
 def test_positions_are_repeated():
-    model = started(ROWS, 500, "1x32", 64, "random", 0)
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "random", 0)
     table = model.bert.embeddings.position_embeddings.weight
     before = table[:10].clone()
-    repeat_positions(model, 10)
+    tile_position_embeddings(model, 10)
     assert table[:10].equal(before) and table[10].equal(before[2]) and table[17].equal(before[1]) and table[63].equal(before[1 + 62 % 8])
 
 
@@ -175,19 +179,19 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
     assert logits.shape[-1] == len(words) == model.config.vocab_size
     assert AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).config.num_labels == 3
     assert metrics["validation_loss"] < metrics["unigram_loss"] and 0 < metrics["roof_share"] < 1.5 and metrics["steps"] == 14
-    assert fill(model.eval(), open_tokenizer(folder), "the good [MASK] .")[0][1] > 0
-    with pytest.raises(UsageError, match="no .MASK."): fill(model, open_tokenizer(folder), "nothing hidden")
+    assert fill_mask(model.eval(), open_tokenizer(folder), "the good [MASK] .")[0][1] > 0
+    with pytest.raises(UsageError, match="no .MASK."): fill_mask(model, open_tokenizer(folder), "nothing hidden")
 
 
 def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
     "Before the first checkpoint, right after one, and in the last step."
-    whole, one_step = what_stays(calm), llmeco_nb.training.loop.one_step
+    whole, one_step = what_stays(calm), llmeco_nb.training.loop.train_step
     for at in (1, 6, 13):
-        killed_at(at, lambda: pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK))
+        killed_at(at, lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK))
         assert not (tmp_path/"run"/"encoder").exists()
     taken = []
-    monkeypatch.setattr(llmeco_nb.training.loop, "one_step", lambda *given: taken.append(given[5]) or one_step(*given))
-    pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK)
+    monkeypatch.setattr(llmeco_nb.training.loop, "train_step", lambda *given: taken.append(given[5]) or one_step(*given))
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == whole
     assert taken == [12, 13]                                                       # it went on from its last checkpoint and did not start anew
 
@@ -196,32 +200,32 @@ def test_killed_from_outside_it_ends_with_the_same_bytes(calm, inputs, tmp_path)
     "Whenever the kill falls: three at random moments, then one attempt in peace."
     r = random.Random(1)
     for _ in range(3):
-        pid = in_child(lambda: pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK))
+        pid = in_child(lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK))
         time.sleep(r.uniform(0.3, 1.5))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK)
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK)
     assert what_stays(tmp_path/"run") == what_stays(calm)
 
 
 def test_a_budget_is_planned_once(inputs, tmp_path):
     asked = QUICK | dict(minutes=0.001)                                              # no time at all: ten steps
-    pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **asked)
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **asked)
     plan = read_json(tmp_path/"run.plan.json")
     assert plan["steps"] == 10 and open_record(tmp_path/"run", "pretrain").metrics["steps"] == 10
     first = what_stays(tmp_path/"run")
     (tmp_path/"again.plan.json").write_text((tmp_path/"run.plan.json").read_text())
-    pretrain(begin(tmp_path/"again", "pretrain"), *inputs, **asked)
+    pretrain(create_record(tmp_path/"again", "pretrain"), *inputs, **asked)
     assert what_stays(tmp_path/"again") == first
 
 
 def test_refusals(inputs, tmp_path):
     for words, more in (("mask is 1", dict(mask=1.0)), ("a row cannot be longer", dict(length=64)), ("holds no", dict(prompts=["no gap"])), ("layers x width", dict(size="big")), ("embeddings is 2", dict(embeddings=2.0)),
                         ("random vectors would be held", dict(embeddings=0.0, start="random"))):
-        with pytest.raises(UsageError, match=words): pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK | more)
+        with pytest.raises(UsageError, match=words): pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK | more)
     folder = tmp_path/"corpus"
     write_corpus(folder, {s: pd.DataFrame({"id": list("ab"), "text": ["x y", "z"], "label": [0, 0]}).head(2 * (s == "train")) for s in ("train", "validation", "test")}, [], {})
-    with pytest.raises(DataError, match="no validation texts"): pretrain(begin(tmp_path/"run", "pretrain"), folder, inputs[1], **QUICK)
+    with pytest.raises(DataError, match="no validation texts"): pretrain(create_record(tmp_path/"run", "pretrain"), folder, inputs[1], **QUICK)
 
 
 @pytest.mark.parametrize("lr", [3e-3, None])
@@ -229,13 +233,13 @@ def test_what_was_counted_is_held(inputs, tmp_path, lr):
     "With no share of the rate word embeddings end as they began, to the last bit, and all else has moved; with a tenth they have moved less than with all of it."
     from transformers import AutoModelForMaskedLM
     def vectors(share):
-        record = begin(tmp_path/f"{share}", "pretrain")
+        record = create_record(tmp_path/f"{share}", "pretrain")
         pretrain(record, *inputs, **QUICK | dict(embeddings=share, lr=lr))
         model = AutoModelForMaskedLM.from_pretrained(record.artifact("encoder"))
         return model.bert.embeddings.word_embeddings.weight.detach(), model.bert.encoder.layer[0].output.dense.weight.detach()
     cutter = open_tokenizer(inputs[1])
     encoded = encode_texts(cutter, read_split(inputs[0], "train").text)
-    begun = started(pack(encoded, QUICK["length"]), cutter.get_vocab_size(), QUICK["size"], QUICK["positions"], "counts", 0)
+    begun = init_mlm_model(group_texts(encoded, QUICK["length"]), cutter.get_vocab_size(), QUICK["size"], QUICK["positions"], "counts", 0)
     first, layer = begun.bert.embeddings.word_embeddings.weight.detach(), begun.bert.encoder.layer[0].output.dense.weight.detach()
     held, moved = vectors(0.0)
     assert torch.equal(held, first) and not torch.equal(moved, layer)
@@ -244,5 +248,5 @@ def test_what_was_counted_is_held(inputs, tmp_path, lr):
 
 def test_an_encoder_too_short_for_the_examples_still_ends(inputs, tmp_path):
     "The word hidden in an unseen text may stand beyond what the encoder reads; such a text is not shown."
-    pretrain(begin(tmp_path/"run", "pretrain"), *inputs, **QUICK | dict(positions=16, steps=2, evaluations=1))
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK | dict(positions=16, steps=2, evaluations=1))
     assert all(e["text"].count("[MASK]") == 1 for e in read_json(tmp_path/"run"/"examples.json"))

@@ -12,17 +12,18 @@ import llmeco_nb.pretraining.mlm  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.pretraining.causal import pretrain_causal  # noqa: E402
 from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
-from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError, begin, read_json  # noqa: E402
+from llmeco_nb.core import (DataError, LlmecoError, MissingError, UsageError,  # noqa: E402
+                            create_record, read_json)
 from llmeco_nb.data.corpus import build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
-from llmeco_nb.pretraining.nsp import learn_pairs  # noqa: E402
+from llmeco_nb.pretraining.nsp import pretrain_nsp  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
-from llmeco_nb.data.mixture import build_prose  # noqa: E402
+from llmeco_nb.data.mixture import build_mixture  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, train_wordpiece  # noqa: E402
-from llmeco_nb.tokenization.unigram import train_kind  # noqa: E402
+from llmeco_nb.tokenization.unigram import train_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, judged=6, evaluations=1)
 
@@ -37,28 +38,28 @@ def house(tmp_path_factory):
     "What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24 tokens."
     folder = tmp_path_factory.mktemp("house")
     write_corpus(folder/"corpus", {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=[said(100 * n + i) for i in range(n)], label=[0] * n)) for s, n in (("train", 30), ("validation", 8), ("test", 2))}, [], {})
-    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
+    build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
     (folder/"prose").mkdir()
     for s in ("train", "validation"): pd.read_parquet(folder/"corpus"/f"{s}.parquet")[["id", "text"]].assign(domain="reviews").to_parquet(folder/"prose"/f"{s}.parquet")
-    save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
-    pretrain(begin(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", **QUICK, length=24, positions=24, batch=4)
+    save_subword_tokenizer(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
+    pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", **QUICK, length=24, positions=24, batch=4)
     return folder
 
 
-def encoder(house, tmp, **more): pretrain(begin(tmp/"run", "pretrain"), house/"corpus", house/"t"/"tokenizer", **QUICK | dict(length=24, positions=32, batch=4) | more)
+def encoder(house, tmp, **more): pretrain(create_record(tmp/"run", "pretrain"), house/"corpus", house/"t"/"tokenizer", **QUICK | dict(length=24, positions=32, batch=4) | more)
 
 
-def decoder(house, tmp, **more): pretrain_causal(begin(tmp/"run", "causal"), house/"prose", house/"pieces", **QUICK | dict(context=24, batch=4, counted=0) | more)
+def decoder(house, tmp, **more): pretrain_causal(create_record(tmp/"run", "causal"), house/"prose", house/"pieces", **QUICK | dict(context=24, batch=4, counted=0) | more)
 
 
-def corpus_of(text: bytes, name: str): return lambda house, tmp: ((tmp/name).write_bytes(text), build_corpus(begin(tmp/"run", "data"), source=str(tmp/name)))
+def corpus_of(text: bytes, name: str): return lambda house, tmp: ((tmp/name).write_bytes(text), build_corpus(create_record(tmp/"run", "data"), source=str(tmp/name)))
 
 
 def prose_of(texts: list[str], **more):
     def work(house, tmp):
         (tmp/"own").mkdir()
         for i, t in enumerate(texts): (tmp/"own"/f"{i}.txt").write_text(t)
-        build_prose(begin(tmp/"run", "prose"), domains=[], own=[f"mine={tmp/'own'}"], **more)
+        build_mixture(create_record(tmp/"run", "prose"), domains=[], own=[f"mine={tmp/'own'}"], **more)
     return work
 
 
@@ -82,7 +83,7 @@ def no_tokenizer(house, tmp): save_decoder(new_decoder(60, "1x32", 16), tmp/"now
 
 BAD = [
     # what, how, error, and what its message must say: the place, what was found, what to do
-    ("no such source", lambda house, tmp: build_corpus(begin(tmp/"run", "data"), source=str(tmp/"absent.csv")), MissingError, ["absent.csv", "no file or folder"]),
+    ("no such source", lambda house, tmp: build_corpus(create_record(tmp/"run", "data"), source=str(tmp/"absent.csv")), MissingError, ["absent.csv", "no file or folder"]),
     ("not UTF-8", corpus_of(b"text,label\nfine,a\nna\xefve,b\n", "latin.csv"), DataError, ["latin.csv", "line 3", "0xef is not UTF-8", "save it as UTF-8"]),
     ("no Parquet file", corpus_of(b"PAR1 and then nothing", "torn.parquet"), DataError, ["torn.parquet", "not a readable Parquet file", "Fetch or write it again"]),
     ("no JSON", corpus_of(b'{"text": "fine", "label": "a"}\n{"text": \n', "torn.jsonl"), DataError, ["torn.jsonl", "not JSON", "line"]),
@@ -91,9 +92,9 @@ BAD = [
     ("nothing left of a corpus", corpus_of(b'text,label\n<br/>,a\n"<i> </i>",b\n<hr>,a\n', "tags.csv"), DataError, ["tags.csv", "Nothing of .* is left of 3 rows", "empty took 3", "Look at some of them"]),
     ("nothing left of a prose", prose_of(["no", "too short", "also"]), DataError, ["domain mine", "Of 3 documents", "3", "Loosen the rule|give the domain more text"]),
     ("a vocabulary too small", lambda house, tmp: train_wordpiece([said(1)], 9), UsageError, ["vocabulary is 9", "letters", "Raise vocabulary"]),
-    ("pieces too few", lambda house, tmp: train_kind("bpe", [said(1)], 100), UsageError, ["vocabulary is 100", "260", "Give more"]),
+    ("pieces too few", lambda house, tmp: train_tokenizer("bpe", [said(1)], 100), UsageError, ["vocabulary is 100", "260", "Give more"]),
     ("an encoder's rows too long", lambda house, tmp: encoder(house, tmp, length=64), UsageError, ["length is 64", "positions 32", "Lower length, or raise positions"]),
-    ("a next-sentence row too long", lambda house, tmp: learn_pairs(begin(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", length=32, steps=2), UsageError, ["length is 32", "at most 24", "Lower length"]),
+    ("a next-sentence row too long", lambda house, tmp: pretrain_nsp(create_record(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", length=32, steps=2), UsageError, ["length is 32", "at most 24", "Lower length"]),
     ("a decoder's row too long", lambda house, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)), DataError, ["17 tokens", "context is 16", "Cut the rows, or make it with a longer context"]),
     ("a row longer than all text", lambda house, tmp: encoder(house, tmp, length=4000, positions=4000), DataError, ["do not fill a single row of 4000", "Take more texts, or lower length"]),
     ("a batch of nothing", lambda house, tmp: encoder(house, tmp, batch=0), UsageError, ["batch is 0", "at least 1"]),
@@ -102,7 +103,7 @@ BAD = [
     ("a checkpoint of another model", another_model, DataError, ["checkpoint.json", "belongs to another run", "model is 'BertForMaskedLM .*' there and 'BertForMaskedLM .*' here", "to begin anew"]),
     ("an encoder where a decoder belongs", foreign_folder, DataError, ["encoder", "bert"]),
     ("a model without its tokenizer", no_tokenizer, MissingError, ["no tokenizer folder", "nowhere"]),
-    ("a folder that is no corpus", lambda house, tmp: pretrain(begin(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", **QUICK), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
+    ("a folder that is no corpus", lambda house, tmp: pretrain(create_record(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", **QUICK), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
     ("an earlier run that is none", lambda house, tmp: encoder(house, tmp, earlier=[str(tmp/"old")]), MissingError, ["earlier names", "old", "forecast.json"]),
     ("an earlier run of another recipe", lambda house, tmp: encoder(house, tmp, earlier=[str(house/"e")]), UsageError, ["earlier names", "positions is 24 there and 32 here", "Leave it out"]),
     ("evaluation texts in the training text", leaking, DataError, ["The training text leaks", "3 of the evaluation set validation of the corpus", "3 exact", "on_leak to drop"]),
@@ -111,13 +112,13 @@ BAD = [
 
 @pytest.mark.parametrize("work,error,parts", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_input_is_a_clear_error(work, error, parts, house, tmp_path, monkeypatch):
-    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**24, "set for this test"))     # 16 MiB: enough for batches of four
+    monkeypatch.setattr(llmeco_nb.training.plan, "memory_budget", lambda model, optimiser: (2**24, "set for this test"))     # 16 MiB: enough for batches of four
     with pytest.raises(LlmecoError) as e: work(house, tmp_path)
     assert type(e.value) is error
     for part in parts: assert re.search(part, str(e.value)), f"{part!r} is not in: {e.value}"
 
 
-@pytest.mark.parametrize("train,enough", [(train_wordpiece, 45), (lambda t, n: train_kind("bpe", t, n), 270), (lambda t, n: train_kind("fallback", t, n), 290), (lambda t, n: train_kind("unigram", t, n), 290)],
+@pytest.mark.parametrize("train,enough", [(train_wordpiece, 45), (lambda t, n: train_tokenizer("bpe", t, n), 270), (lambda t, n: train_tokenizer("fallback", t, n), 290), (lambda t, n: train_tokenizer("unigram", t, n), 290)],
                          ids=["wordpiece", "bpe", "fallback", "unigram"])
 def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
     "Not refused: what there is serves. But what was asked, what came, and what to do stand there."
@@ -131,7 +132,7 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
     "The refusal names a batch that was within the limit, and nothing larger than a few rows was made before it."
     made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
     monkeypatch.setattr(llmeco_nb.pretraining.mlm, "masked_batch", lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more))
-    monkeypatch.setattr(llmeco_nb.training.plan, "allowance", lambda model, optimiser: (2**23, "set for this test"))
+    monkeypatch.setattr(llmeco_nb.training.plan, "memory_budget", lambda model, optimiser: (2**23, "set for this test"))
     with pytest.raises(UsageError) as e: encoder(house, tmp_path, batch=512)
     largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
     assert max(made) <= 4 < largest < 512 == rows == instead * times and not (tmp_path/"run.plan.json").exists()

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, read_json, sha256_of
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
-from llmeco_nb.data.filters import english_share, mask_personal, quality_rule
-from llmeco_nb.data.mixture import build_prose, mixture, packaged_domains, read_domains, read_prose, shares_of, side, small_prose, splits, spread
+from llmeco_nb.data.filters import english_share, mask_pii, quality_rule
+from llmeco_nb.data.mixture import (assign_split, build_mixture, interleave, normalized_weights,
+                                    packaged_domains, read_domains, read_mixture, sample_mixture,
+                                    small_mixture, splits)
 
 vocabulary = [f"word{i}" for i in range(3000)]
 common = "the of and to a in that is was it for with be have on by".split()
@@ -29,44 +31,44 @@ def write(folder, name, n, words=60, seed=1):
     (folder/f"{name}.jsonl").write_text("".join(json.dumps({"text": english(rng, words)}) + "\n" for _ in range(n)))
     return f"{name}={folder/name}.jsonl"
 
-def build(folder, name, own, **more): return build_prose(begin(folder/name, "prose"), domains=[], own=own, **more)
+def build(folder, name, own, **more): return build_mixture(create_record(folder/name, "prose"), domains=[], own=own, **more)
 
 
 def test_the_packaged_domains_open():
     for name, read in packaged_domains.items():
         texts = [t for t, _ in zip(read(), range(40))]
         assert len(texts) == 40 and np.median([len(t) for t in texts]) > 400, name
-    assert {d["domain"] for d in read_prose(small_prose(), "train")} == set(packaged_domains)
+    assert {d["domain"] for d in read_mixture(small_mixture(), "train")} == set(packaged_domains)
 
 
 def test_no_evaluation_text_is_left():
     held = {t for s in ("validation", "test") for t in read_split(small_corpus(), s).text}
-    assert not held & {" ".join(d["text"].split()) for s in splits for d in read_prose(small_prose(), s, ["reviews"])}
-    sheet = read_json(small_prose()/"datasheet.json")
+    assert not held & {" ".join(d["text"].split()) for s in splits for d in read_mixture(small_mixture(), s, ["reviews"])}
+    sheet = read_json(small_mixture()/"datasheet.json")
     assert sheet["checked"] and sum(n for kinds in sheet["leaks"].values() for n in kinds.values()) == sum(t.get("leak", 0) for t in sheet["domains"].values())
 
 
 def test_what_is_left_would_pass_again():
     "The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and no text twice."
-    found = [d for s in splits for d in read_prose(small_prose(), s)]
+    found = [d for s in splits for d in read_mixture(small_mixture(), s)]
     texts = [d["text"] for d in found]
     assert len(texts) == len({" ".join(t.casefold().split()) for t in texts}) > 250
-    assert all(english_share(t) >= .5 and mask_personal(t)[1] == {} for t in texts)
+    assert all(english_share(t) >= .5 and mask_pii(t)[1] == {} for t in texts)
     assert {quality_rule(d["text"]) for d in found if d["domain"] != "literature"} <= {None, "words"}       # Gopher's fifty words are twenty here
     assert any(quality_rule(d["text"]) for d in found if d["domain"] == "literature")                       # "and God said, and God said": its rules are those of verse
 
 
 def test_the_labelled_corpus_is_a_domain(tmp_path):
     "Short rows that Gopher's rules would take stay, what says the same as an evaluation text goes, and the stages that read a corpus read the prose."
-    build = lambda name, **more: build_prose(begin(tmp_path/name, "prose"), small_corpus(), domains=["corpus", "literature"], documents=100, **more)
+    build = lambda name, **more: build_mixture(create_record(tmp_path/name, "prose"), small_corpus(), domains=["corpus", "literature"], documents=100, **more)
     folder = build("all", scarce="fill", weights=["corpus=4"], characters=200_000)
     rows, sheet = read_split(small_corpus(), "train"), read_json(folder/"datasheet.json")["domains"]
     assert sheet["corpus"]["read"] == 100 and "words" not in [k for k, n in sheet["corpus"].items() if n]
     texts = set(rows.text)
-    assert all(mask_personal(t)[1] or t in texts for t in read_split(folder, "train").query("domain == 'corpus'").text)
+    assert all(mask_pii(t)[1] or t in texts for t in read_split(folder, "train").query("domain == 'corpus'").text)
     sizes = {d: t["characters"] for d, t in sheet.items()}
     assert sizes["literature"] == pytest.approx(40_000, abs=12_000) and sizes["corpus"] > sizes["literature"]
-    with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"): build_prose(begin(tmp_path/"no", "prose"), domains=["corpus"])
+    with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"): build_mixture(create_record(tmp_path/"no", "prose"), domains=["corpus"])
     with pytest.raises(MissingError, match="train.parquet"): read_domains(["corpus"], corpus=tmp_path)
 
 
@@ -79,29 +81,29 @@ def test_a_labelled_table_written_from_templates_is_kept(tmp_path):
     rows = pd.DataFrame(dict(id=[f"{i:02}" for i in range(20)], text=texts, label=labels))
     parts = dict(train=rows[:14], validation=rows[14:16], test=rows[16:])
     write_corpus(tmp_path/"corpus", parts, ["no", "yes"], {})
-    record = begin(tmp_path/"r", "prose")
-    folder = build_prose(record, tmp_path/"corpus", ["corpus"], near=1.0, validation=0, test=0)
-    assert {d["text"] for d in read_prose(folder, "train")} == set(texts[:14])
+    record = create_record(tmp_path/"r", "prose")
+    folder = build_mixture(record, tmp_path/"corpus", ["corpus"], near=1.0, validation=0, test=0)
+    assert {d["text"] for d in read_mixture(folder, "train")} == set(texts[:14])
     sheet = read_json(folder/"datasheet.json")
     assert record.metrics["resembling"] == 14 and record.metrics["leaks"] == 0
     assert sum(n for kinds in sheet["resembling"].values() for n in kinds.values()) == 14
     (tmp_path/"web.txt").write_text("\n\n".join(texts[:14]) + "\n")
     own = [f"web={tmp_path}/web.txt"]
     with pytest.raises(DataError, match=r"14 \(leak\)"):      # from elsewhere they are leaks
-        build_prose(begin(tmp_path/"w", "prose"), tmp_path/"corpus", [], own, quality=["web=none"],
-                    near=1.0, validation=0, test=0)
+        build_mixture(create_record(tmp_path/"w", "prose"), tmp_path/"corpus", [], own, quality=["web=none"],
+                      near=1.0, validation=0, test=0)
 
 
 def test_splits_are_disjoint_complete_and_stable(tmp_path):
     own = [write(tmp_path, "a", 300), write(tmp_path, "b", 100)]
     folder = build(tmp_path, "one", own, validation=0.1, test=0.2)
-    ids = {s: [d["id"] for d in read_prose(folder, s)] for s in splits}
+    ids = {s: [d["id"] for d in read_mixture(folder, s)] for s in splits}
     sets = {s: set(i) for s, i in ids.items()}
     assert all(not sets[a] & sets[b] for a in splits for b in splits if a < b)
     sheet = read_json(folder/"datasheet.json")["domains"]
     assert all(t["read"] == sum(t[s] for s in splits) for t in sheet.values())
     larger = build(tmp_path, "two", [*own, write(tmp_path, "c", 50)], validation=0.1, test=0.2)
-    assert {d["id"] for d in read_prose(larger, "test", ["a", "b"])} == sets["test"]           # who is a test document depends on nobody else
+    assert {d["id"] for d in read_mixture(larger, "test", ["a", "b"])} == sets["test"]           # who is a test document depends on nobody else
 
 
 def test_equal_input_equal_bytes_and_the_seed_decides(tmp_path):
@@ -118,7 +120,7 @@ def test_weights_are_respected_within_a_document(tmp_path):
     for d, share in dict(a=3 / 6, b=2 / 6, c=1 / 6).items(): assert abs(sheet[d]["characters"] - share * total) <= 3 * longest
     assert sheet["c"]["epochs"] <= 3 and max(t["epochs"] for t in sheet.values()) == pytest.approx(3, abs=0.2)
     few = build(tmp_path, "f", own, characters=20_000)
-    assert abs(sum(len(d["text"]) for d in read_prose(few, "train")) - 20_000) <= 3 * longest
+    assert abs(sum(len(d["text"]) for d in read_mixture(few, "train")) - 20_000) <= 3 * longest
 
 
 amounts = st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(1, 500), min_size=1, max_size=30), min_size=1)
@@ -127,8 +129,8 @@ amounts = st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(1, 500),
 @given(amounts, st.integers(1, 4), st.data())
 def test_mixture_properties(lengths, epochs, data):
     sizes = {d: np.array(n) for d, n in lengths.items()}
-    shares = shares_of([f"{d}={data.draw(st.floats(0.1, 10))}" for d in sizes], list(sizes))
-    used = mixture(sizes, shares, epochs, None)
+    shares = normalized_weights([f"{d}={data.draw(st.floats(0.1, 10))}" for d in sizes], list(sizes))
+    used = sample_mixture(sizes, shares, epochs, None)
     total = min(epochs * sizes[d].sum() / shares[d] for d in sizes)
     for d, numbers in used.items():
         times = np.bincount(numbers, minlength=len(sizes[d]))
@@ -136,14 +138,14 @@ def test_mixture_properties(lengths, epochs, data):
         given_, asked = sizes[d][numbers].sum(), shares[d] * total
         assert asked - 1e-3 <= given_ <= asked + sizes[d].max()                           # at most one document too much
     for order in ("mixed", "short"):
-        line = spread(used, sizes, order)
+        line = interleave(used, sizes, order)
         assert sorted(line) == sorted((d, int(i)) for d in used for i in used[d])
-    assert [sizes[d][i] for d, i in spread(used, sizes, "short")] == sorted(sizes[d][i] for d in used for i in used[d])
+    assert [sizes[d][i] for d, i in interleave(used, sizes, "short")] == sorted(sizes[d][i] for d in used for i in used[d])
 
 
 def test_each_stretch_has_the_same_mixture():
     sizes = {"a": np.full(300, 10), "b": np.full(100, 10)}
-    line = [d for d, _ in spread({d: np.arange(len(n)) for d, n in sizes.items()}, sizes, "mixed")]
+    line = [d for d, _ in interleave({d: np.arange(len(n)) for d, n in sizes.items()}, sizes, "mixed")]
     assert all(line[i:i + 40].count("b") in (9, 10, 11) for i in range(0, 400, 40))
 
 
@@ -161,15 +163,15 @@ def test_every_document_is_accounted_for(tmp_path_factory, kinds, seed):
             "leak": lambda: leaked}
     texts = base + [made[k]() for k in kinds]
     (tmp/"d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    folder = build_prose(begin(tmp/"r", "prose"), small_corpus(), domains=[], own=[f"d={tmp/'d.jsonl'}"], validation=0.0, test=0.0)
+    folder = build_mixture(create_record(tmp/"r", "prose"), small_corpus(), domains=[], own=[f"d={tmp/'d.jsonl'}"], validation=0.0, test=0.0)
     sheet, n = read_json(folder/"datasheet.json"), {k: kinds.count(k) for k in set(kinds)}
     row, got = sheet["domains"]["d"], lambda k: n.get(k, 0)
-    assert row["read"] == len(texts) and row["kept"] == row["train"] == sum(1 for _ in read_prose(folder, "train"))
+    assert row["read"] == len(texts) and row["kept"] == row["train"] == sum(1 for _ in read_mixture(folder, "train"))
     assert row["read"] == row["kept"] + sum(r["domains"]["d"] for r in sheet["removed"].values())
     taken = {step: r["documents"] for step, r in sheet["removed"].items()}
     assert taken.get("empty", 0) == got("empty") and taken.get("words", 0) == got("short") and taken.get("language", 0) == got("german") + got("list")
     assert taken.get("exact copy", 0) + taken.get("near copy", 0) == got("loud") + got("edited") + max(0, got("leak") - 1) and taken.get("leak", 0) == min(1, got("leak"))
-    assert sheet["masked"] == ({"email": got("mail")} if got("mail") else {}) and not any("@" in d["text"] for d in read_prose(folder, "train"))
+    assert sheet["masked"] == ({"email": got("mail")} if got("mail") else {}) and not any("@" in d["text"] for d in read_mixture(folder, "train"))
     assert all(len(r["samples"]) == min(3, r["documents"]) for part in ("removed", "changed") for r in sheet[part].values())
 
 
@@ -187,9 +189,9 @@ def test_memory_is_bounded(tmp_path):
     "The peak does not grow with the corpus, whether it comes as JSON lines or as Parquet."
     import pandas as pd
     code = """import json, sys
-from llmeco_nb.data.mixture import build_prose
-from llmeco_nb.core import begin
-build_prose(begin(sys.argv[1], "prose"), domains=[], own=[f"d={sys.argv[2]}"], quality=["d=none"])
+from llmeco_nb.data.mixture import build_mixture
+from llmeco_nb.core import create_record
+build_mixture(create_record(sys.argv[1], "prose"), domains=[], own=[f"d={sys.argv[2]}"], quality=["d=none"])
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
     def peak(n, kind):
         rng, file = random.Random(n), tmp_path/f"{n}.{kind}"
@@ -203,7 +205,7 @@ def test_killed_anywhere_it_begins_cleanly(tmp_path):
     own = write(tmp_path, "a", 200)
     code = f"""import os, signal, sys
 import llmeco_nb.data.mixture as p
-from llmeco_nb.core import begin
+from llmeco_nb.core import create_record
 at, seen = int(sys.argv[2]), 0
 def dying(function):
     def call(*args, **kwargs):
@@ -212,8 +214,8 @@ def dying(function):
         if seen == at: os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-p.lot, p.write_split, p.write_json = dying(p.lot), dying(p.write_split), dying(p.write_json)
-p.build_prose(begin(sys.argv[1], "prose"), domains=[], own=[{own!r}])"""
+p.split_hash, p.write_split, p.write_json = dying(p.split_hash), dying(p.write_split), dying(p.write_json)
+p.build_mixture(create_record(sys.argv[1], "prose"), domains=[], own=[{own!r}])"""
     attempt = lambda at: subprocess.run([sys.executable, "-c", code, str(tmp_path/"hit"), str(at)], capture_output=True, text=True)
     for at in (120, 202, 204):                # while the sides are drawn, between two splits, before the datasheet
         done = attempt(at)
@@ -231,7 +233,7 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path/"dust.txt").write_text("a b\n\nc d\n")
     with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\).*dust=none"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
     with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 2 \(words\)"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"], english=0)
-    with pytest.raises(UsageError, match="no packaged domain 'review'.*Did you mean `reviews`"): build_prose(begin(tmp_path/"4", "prose"), domains=["review"])
+    with pytest.raises(UsageError, match="no packaged domain 'review'.*Did you mean `reviews`"): build_mixture(create_record(tmp_path/"4", "prose"), domains=["review"])
     with pytest.raises(UsageError, match="weights names 'b'"): build(tmp_path, "5", [good], weights=["b=1"])
     for wrong in ("a=x", "a=0", "a=-1", "a=nan", "a"):
         with pytest.raises(UsageError): build(tmp_path, "6", [good], weights=[wrong])
@@ -241,18 +243,18 @@ def test_bad_input_is_named(tmp_path):
         with pytest.raises(UsageError): build(tmp_path, "7", [good], **more)
     with pytest.raises(UsageError, match="name=source"): build(tmp_path, "8", ["only-a-name"])
     with pytest.raises(UsageError, match="given twice"): build(tmp_path, "9", [good, good])
-    with pytest.raises(UsageError, match="no domain 'x'"): read_prose(small_prose(), "train", ["x"])
-    with pytest.raises(MissingError): read_prose(tmp_path, "train")
+    with pytest.raises(UsageError, match="no domain 'x'"): read_mixture(small_mixture(), "train", ["x"])
+    with pytest.raises(MissingError): read_mixture(tmp_path, "train")
 
 
 def test_stop_names_set_and_count(tmp_path):
     leaked = read_split(small_corpus(), "test").text.tolist()[:3]
     (tmp_path/"web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*leaked, *(english(random.Random(i), 50) for i in range(30))]))
     with pytest.raises(DataError, match=r"of 33 documents 3 of the evaluation set test of the corpus \(3 exact\)"):
-        build_prose(begin(tmp_path/"s", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="stop")
-    folder = build_prose(begin(tmp_path/"d", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="drop")
+        build_mixture(create_record(tmp_path/"s", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="stop")
+    folder = build_mixture(create_record(tmp_path/"d", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="drop")
     assert read_json(folder/"datasheet.json")["leaks"] == {"test of the corpus": {"exact": 3}}
 
 
 def test_sides_follow_the_lot():
-    assert [side(x, 0.1, 0.2) for x in (0.0, 0.19, 0.2, 0.29, 0.31, 0.99)] == ["test", "test", "validation", "validation", "train", "train"]
+    assert [assign_split(x, 0.1, 0.2) for x in (0.0, 0.19, 0.2, 0.29, 0.31, 0.99)] == ["test", "test", "validation", "validation", "train", "train"]

@@ -12,9 +12,9 @@ import pytest
 from toyhouse import ToyHouse
 from toyhouse import machine_json  # noqa: F401  (a fixture)
 
-from llmeco_nb.site.docs import chapter_map, readme, render_site
+from llmeco_nb.site.docs import chapter_map, render_readme, render_site
 from llmeco_nb.site.diagram import ring_svg
-from llmeco_nb.runner.stages import House
+from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.site.report import render_report
@@ -110,7 +110,7 @@ def house(finished, tmp_path, monkeypatch):
 
 def report(house, run="toy-2"):
     "Render a run's report; ({file: page}, {file: text})."
-    where = House(house.folder/"nbs", Package(house.folder/"llmeco_nb"), False)
+    where = StageRegistry(house.folder/"nbs", Package(house.folder/"llmeco_nb"), False)
     index = render_report(Pipeline(where, Run(house.runs/run)))
     assert index == house.runs/run/"report"/"index.html"
     return check_pages(index.parent), {f.name: f.read_text(encoding="utf-8") for f in index.parent.glob("*.html")}
@@ -205,7 +205,7 @@ def site(tmp_path_factory):
     before = os.environ.get("LLMECO_RUNS")
     os.environ["LLMECO_RUNS"] = str(folder/"runs")
     try:
-        with chdir(folder): index, failed = render_site(House(ROOT/"nbs", Package(ROOT/"llmeco_nb"), False), execute=False)
+        with chdir(folder): index, failed = render_site(StageRegistry(ROOT/"nbs", Package(ROOT/"llmeco_nb"), False), execute=False)
     finally: os.environ.pop("LLMECO_RUNS") if before is None else os.environ.__setitem__("LLMECO_RUNS", before)
     assert not failed and index == folder/"_docs"/"index.html"
     return index.parent
@@ -213,7 +213,7 @@ def site(tmp_path_factory):
 
 def test_site_is_whole_and_needs_no_network(site):
     pages = check_pages(site)
-    assert set(pages) == {f"{p.stem}.html" for p in House.find().notebooks} | {"api.html"}
+    assert set(pages) == {f"{p.stem}.html" for p in StageRegistry.find().notebooks} | {"api.html"}
     for name, page in pages.items():
         if m := re.search(r"\\(frac|sum|text|sqrt|log)\b", re.sub(r"<pre>.*?</pre>|<code>.*?</code>", "", (site/name).read_text(encoding="utf-8"), flags=re.S)): pytest.fail(f"{name}: a formula was not translated: {m[0]}")
 
@@ -227,7 +227,7 @@ def test_site_documents_what_is_exported(site):
 
 def test_links_between_chapters_lead_somewhere():
     "A link to a notebook that does not exist yet is allowed only where its number is still free."
-    notebooks = House.find().notebooks
+    notebooks = StageRegistry.find().notebooks
     numbers = {p.name.split("_")[0] for p in notebooks}
     wrong = [f"{p.name}: {target}" for p in notebooks for c in json.loads(p.read_text())["cells"] if c["cell_type"] == "markdown"
              for target in re.findall(r"\]\(([\w./@-]+\.ipynb)", "".join(c["source"])) if not (p.parent/target).is_file() and target.rpartition("/")[2].split("_")[0] in numbers]
@@ -236,7 +236,7 @@ def test_links_between_chapters_lead_somewhere():
 
 def test_readme_is_in_step_with_its_notebook():
     "README.md and the picture of the ring are made; `llmeco docs --readme` makes them anew."
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(House.find()), "run `llmeco docs --readme`"
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == render_readme(StageRegistry.find()), "run `llmeco docs --readme`"
     assert (ROOT/"nbs"/"images"/"ring.svg").read_text(encoding="utf-8") == ring_svg("", alone=True), "run `llmeco docs --readme`"
 
 
@@ -246,4 +246,4 @@ def test_readme_leads_somewhere():
     missing = [t for t in local if not (ROOT/t.split("#")[0]).is_file()]
     assert local and not missing, missing
     for picture in (t for t in local if t.endswith((".png", ".svg"))): assert (ROOT/picture).stat().st_size < 200_000, f"{picture} is too large"
-    assert chapter_map(House.find(), "nbs/") in text
+    assert chapter_map(StageRegistry.find(), "nbs/") in text

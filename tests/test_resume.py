@@ -6,9 +6,9 @@ import signal
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, UsageError, begin  # noqa: E402
+from llmeco_nb.core import DataError, UsageError, create_record  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.loop import drawn, train  # noqa: E402
+from llmeco_nb.training.loop import batch_indices, train  # noqa: E402
 
 WORDS, ROWS, STEPS, ACCUMULATION, BATCH = 30, 29, 12, 3, 4        # an epoch ends inside micro-batch 7, step 2, and again and again
 
@@ -39,7 +39,7 @@ def corpus():
 def batches(poison=None):
     rows = corpus()
     def of(index):
-        ids = rows[torch.from_numpy(drawn(index, BATCH, ROWS, 3))].clone()
+        ids = rows[torch.from_numpy(batch_indices(index, BATCH, ROWS, 3))].clone()
         if index == poison: ids[:] = 0
         return ids
     return of
@@ -70,7 +70,7 @@ def judge(model):
 
 def run(out, step=step, precision="fp32", muon=0.0, ema=0.0, muon_options=None, poison=None, workers=0, **plan):
     torch.manual_seed(1)
-    record = begin(out, "toy")
+    record = create_record(out, "toy")
     optimiser = Optimiser(Tiny(), 3e-3, precision=precision, muon=muon, ema=ema, muon_options=muon_options)
     plan = dict(steps=STEPS, accumulation=ACCUMULATION, warmup=2, schedule="wsd", decay=4, evaluate_every=5, checkpoint_every=2, log_every=1) | plan
     result = train(optimiser.model, step, batches(poison), optimiser, plan, record, judge, identity=dict(seed=1), workers=workers)
@@ -144,7 +144,7 @@ def test_the_guard_gives_up(tmp_path):
         loss, weight = step(model, ids, backward)
         return (loss * float("nan") if model.seen > 15 else loss), weight
     with pytest.raises(DataError, match="gone back 2 times already"): run(tmp_path, always, guard=2)
-    rates = [r["rate"] for r in begin(tmp_path, "toy").rows() if "rewind" in r]
+    rates = [r["rate"] for r in create_record(tmp_path, "toy").rows() if "rewind" in r]
     assert rates[-1] == 0.5      # the second time, the rate was halved
 
 

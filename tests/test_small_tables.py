@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from llmeco_nb.core import read_json
-from llmeco_nb.runner.stages import House, read_profile
+from llmeco_nb.runner.stages import StageRegistry, read_profile
 from llmeco_nb.data.stream import stream_texts
 
 SAYS = {
@@ -40,7 +40,7 @@ def live(profile: str, store: Path, given: dict[str, dict]) -> dict[str, Path]:
 
     Of each notebook the parameters, imports, `run` and `show` cells are executed, as papermill
     would, but in this process; `given` are parameters by stage."""
-    instances, _ = read_profile(House.find(), profile)
+    instances, _ = read_profile(StageRegistry.find(), profile)
     notebooks = {one.name: one.notebook for one in instances}
     made: dict[str, Path] = {}
 

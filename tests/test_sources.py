@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from llmeco_nb.data import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.data.sources import as_text, class_of, encode, is_blank, parse_hub, read_csv, read_json
+from llmeco_nb.data.sources import (as_text, class_name, encode_labels, is_blank, parse_hub,
+                                    read_csv, read_json_table)
 from llmeco_nb.data.sources import read_table, revision, text_ids
 
 frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
@@ -210,14 +211,14 @@ def test_class_names_in_parquet(tmp_path):
 
 @pytest.mark.parametrize("values, names", [([3, 10, 2], ["2", "3", "10"]), ([1.0, 5.0], ["1", "5"]), (["1.0", "2"], ["1", "2"]), ([0.5, 0.25], ["0.25", "0.5"]),
                                            ([True, False], ["False", "True"]), (["b", "a"], ["a", "b"]), (["10", "9", "x"], ["10", "9", "x"]), ([-1, 1], ["-1", "1"])])
-def test_order_of_classes(values, names): assert encode(values, "x")[1] == names
+def test_order_of_classes(values, names): assert encode_labels(values, "x")[1] == names
 
 
 def test_known_classes():
     known = ["negative", "positive"]
-    assert encode(["positive"], "x", known) == ([1], known)
-    assert encode(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]
-    with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"): encode([1, 2], "x", known)
+    assert encode_labels(["positive"], "x", known) == ([1], known)
+    assert encode_labels(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]
+    with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"): encode_labels([1, 2], "x", known)
 
 
 @pytest.mark.parametrize("value, known", [
@@ -228,7 +229,7 @@ def test_a_class_is_a_name_and_never_an_index(value, known):
     "Each of these values is an index into the list of names, and none of them is in the list."
     shown = str(value).removesuffix(".0")
     with pytest.raises(DataError, match=f"not known here: {shown}. Known are {', '.join(known)}"):
-        encode([value], "x", known)
+        encode_labels([value], "x", known)
 
 
 def class_label_file(path: Path, labels: list, names: list, dtype="int64") -> Path:
@@ -304,7 +305,7 @@ def test_one_class_in_every_type(tmp_path, kind):
         assert table.label.tolist() == [0, 1, 2, 0, 0, 0][:len(table)]
         assert table.attrs["labels"] == known
     alone = read_table(file)
-    found = [class_of(alone.attrs["labels"][c]) for c in alone.label]
+    found = [class_name(alone.attrs["labels"][c]) for c in alone.label]
     assert found == ["2", "0", "1", "2", "2", "2"][:len(alone)]
 
 
@@ -329,9 +330,9 @@ def test_a_test_set_without_names(tmp_path):
 
 
 def test_how_many_classes():
-    assert len(encode(range(50), "x")[1]) == 50
-    with pytest.raises(DataError, match="51 different values .* a regression target.*set max_labels to 51"): encode(range(51), "x")
-    assert len(encode(range(77), "x", max_labels=77)[1]) == 77
+    assert len(encode_labels(range(50), "x")[1]) == 50
+    with pytest.raises(DataError, match="51 different values .* a regression target.*set max_labels to 51"): encode_labels(range(51), "x")
+    assert len(encode_labels(range(77), "x", max_labels=77)[1]) == 77
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------------------------
@@ -562,7 +563,7 @@ def test_csv_and_json_round_trip(rows):
     csv.writer(out).writerows([("text", "label"), *rows])
     assert read_csv(out.getvalue(), "a.csv").values.tolist() == [list(r) for r in rows]
     lines = "\n".join(json.dumps({"text": t, "label": l}, ensure_ascii=False) for t, l in rows)
-    assert read_json(lines, "a.jsonl").values.tolist() == [list(r) for r in rows]
+    assert read_json_table(lines, "a.jsonl").values.tolist() == [list(r) for r in rows]
 
 
 @settings(max_examples=60, deadline=None)
@@ -575,7 +576,7 @@ def test_ids_are_unique_and_free_of_order(texts):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.integers(-9, 9), st.sampled_from(["a", "b c", "Ä"]), st.booleans()), min_size=2))
 def test_encoding_can_be_undone(values):
-    try: codes, names = encode(values, "x")
+    try: codes, names = encode_labels(values, "x")
     except DataError: return
     assert [names[c] for c in codes] == [str(v) for v in values] and len(set(names)) == len(names)
 

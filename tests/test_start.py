@@ -8,17 +8,21 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.plan  # noqa: E402
 import llmeco_nb.training.loop  # noqa: E402
-from llmeco_nb.pretraining.causal import causal_step, pack as pack_documents, pretrain_causal, rows_of  # noqa: E402
-from llmeco_nb.core import UsageError, begin, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.pretraining.causal import (causal_loss_step, pack_documents,  # noqa: E402
+                                          pretrain_causal, select_rows)
+from llmeco_nb.core import (UsageError, create_record, open_record, read_json,  # noqa: E402
+                            sha256_of)
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.speedups import parts_of  # noqa: E402
-from llmeco_nb.training.forecast import bytes_at, largest_batch, law_in_parts, memory_law, step_bytes  # noqa: E402
+from llmeco_nb.models.speedups import num_loss_chunks  # noqa: E402
+from llmeco_nb.training.forecast import (chunked_memory_model, fit_memory_model,  # noqa: E402
+                                         largest_batch, peak_step_bytes, predict_peak_bytes)
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.tokenization.bpe import save_pieces, train_bpe  # noqa: E402
+from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
-from llmeco_nb.training.lr_finder import take_rate  # noqa: E402
-from llmeco_nb.training.plan import RATES, SIZES, told_and_come  # noqa: E402
+from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
+from llmeco_nb.training.plan import (BATCH_SIZE_CANDIDATES, LR_CANDIDATES,  # noqa: E402
+                                     forecast_vs_actual)
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
 
 QUICK = dict(size="1x32", steps=8, judged=6, evaluations=2)
@@ -30,14 +34,14 @@ def inputs(tmp_path_factory):
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     said = lambda: " ".join(f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ." for _ in range(8))
     write_corpus(folder/"corpus", {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=[said() for _ in range(n)], label=[0] * n)) for s, n in (("train", 30), ("validation", 8), ("test", 2))}, [], {})
-    build_tokenizer(begin(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
-    save_pieces(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
+    build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=60))
+    save_subword_tokenizer(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
     return folder
 
 
 def run(kind, inputs, out, **more):
     torch.set_num_threads(1)
-    record = begin(out, kind)
+    record = create_record(out, kind)
     if kind == "encoder": pretrain(record, inputs/"corpus", inputs/"t"/"tokenizer", **QUICK | dict(length=24, positions=32) | more)
     else: pretrain_causal(record, inputs/"corpus", inputs/"pieces", **QUICK | dict(context=24, counted=0) | more)
     return record
@@ -52,13 +56,13 @@ def what_stays(record):
 def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_path, monkeypatch, capsys, killed_at):
     whole = run(kind, inputs, tmp_path/"whole", batch=None, lr=None)
     plan, printed = read_json(tmp_path/"whole.plan.json"), capsys.readouterr().out
-    assert plan["batch"] in SIZES and float(plan["lr"]) in RATES and whole.metrics["batch"] == plan["batch"] and whole.metrics["lr"] == float(plan["lr"])
+    assert plan["batch"] in BATCH_SIZE_CANDIDATES and float(plan["lr"]) in LR_CANDIDATES and whole.metrics["batch"] == plan["batch"] and whole.metrics["lr"] == float(plan["lr"])
     assert printed.startswith(f"batch {plan['batch']}: ") and f"learning rate {float(plan['lr']):g}: left of 4" in printed and all(f"\n{what}: " in printed for what in ("time", "memory", "loss"))
     rates = {row["lr"] for row in whole.rows() if "lr" in row}
     assert max(rates) == pytest.approx(float(plan["lr"]))                                              # it was trained with
     (tmp_path/"hit.plan.json").write_text((tmp_path/"whole.plan.json").read_text())                    # as after a kill before the first step
-    monkeypatch.setattr(llmeco_nb.training.plan, "halving", lambda *a, **k: pytest.fail("probed a second time"))
-    monkeypatch.setattr(llmeco_nb.training.plan, "fastest_batch", lambda *a, **k: pytest.fail("probed a second time"))
+    monkeypatch.setattr(llmeco_nb.training.plan, "successive_halving", lambda *a, **k: pytest.fail("probed a second time"))
+    monkeypatch.setattr(llmeco_nb.training.plan, "fastest_batch_size", lambda *a, **k: pytest.fail("probed a second time"))
     killed_at(5, lambda: run(kind, inputs, tmp_path/"hit", batch=None, lr=None))
     assert what_stays(run(kind, inputs, tmp_path/"hit", batch=None, lr=None)) == what_stays(whole)
     other = run(kind, inputs, tmp_path/"other", batch=plan["batch"], lr=float(plan["lr"]), **({"muon": 1e-2 * float(plan["lr"]) / 3e-3} if kind == "decoder" else {}))
@@ -76,11 +80,11 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path/"told", batch=4, lr=2e-3)
     def silent(record, asked, model, step, make, optimiser, plan_of, batch, lr, *more, **named):
-        plan = llmeco_nb.training.loop.settle(record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1})
+        plan = llmeco_nb.training.loop.resolve_plan(record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1})
         (record.resume/"forecast.json").write_text(json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[])))
         return plan
-    monkeypatch.setattr(llmeco_nb.training.plan, "start", silent)                                              # the encoder's stage imports it when called
-    monkeypatch.setattr("llmeco_nb.pretraining.causal.start", silent)
+    monkeypatch.setattr(llmeco_nb.training.plan, "plan_training", silent)                                              # the encoder's stage imports it when called
+    monkeypatch.setattr("llmeco_nb.pretraining.causal.plan_training", silent)
     assert what_stays(run(kind, inputs, tmp_path/"silent", batch=4, lr=2e-3))[:2] == what_stays(told)[:2]
 
 
@@ -88,7 +92,7 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
 def test_told_and_come(kind, inputs, tmp_path):
     record = run(kind, inputs, tmp_path/"run", batch=8, lr=3e-3, accumulation=2)
     told = read_json(record.path/"forecast.json")
-    assert told["loss"] is None and "unknown" in told["says"][-1] and "| loss | unknown |" in told_and_come(record)
+    assert told["loss"] is None and "unknown" in told["says"][-1] and "| loss | unknown |" in forecast_vs_actual(record)
     assert told["bytes"] == pytest.approx(told["came"]["bytes"], rel=0.05) and record.metrics["peak_mib"] == told["came"]["bytes"] / 2**20
     assert told["tokens"] == pytest.approx(told["came"]["tokens"], rel=0.1) and told["came"]["loss"] == min(r["validation_loss"] for r in record.rows() if "validation_loss" in r)
     assert 0.05 < told["came"]["seconds"] / told["seconds"] < 20                                        # a neighbour may slow either
@@ -120,13 +124,13 @@ def test_a_loss_made_in_parts_is_foretold(rows):
     torch.manual_seed(0)
     model = new_decoder(15_000, "1x16", 64)
     optimiser, a_row = Optimiser(model, precision="fp32"), 62
-    make = lambda n, i: rows_of(packed, range(n))
+    make = lambda n, i: select_rows(packed, range(n))
     room = 600 * 15_000
-    real = lambda m, b, backward: causal_step(m, b, backward, parts_of(int((b["targets"] != -100).sum()), 15_000, room))
-    law = law_in_parts(model, lambda n: lambda m, b, backward: causal_step(m, b, backward, n), lambda n: parts_of(n * a_row, 15_000, room), a_row, make, optimiser)
-    found = step_bytes(model, real, make(rows, 0), optimiser)
-    assert bytes_at(law, rows) == pytest.approx(found, rel=0.08)
-    if rows == 150: assert bytes_at(memory_law(model, lambda m, b, backward: causal_step(m, b, backward, 1), make, optimiser), rows) > 2 * found      # as if in one part
+    real = lambda m, b, backward: causal_loss_step(m, b, backward, num_loss_chunks(int((b["targets"] != -100).sum()), 15_000, room))
+    law = chunked_memory_model(model, lambda n: lambda m, b, backward: causal_loss_step(m, b, backward, n), lambda n: num_loss_chunks(n * a_row, 15_000, room), a_row, make, optimiser)
+    found = peak_step_bytes(model, real, make(rows, 0), optimiser)
+    assert predict_peak_bytes(law, rows) == pytest.approx(found, rel=0.08)
+    if rows == 150: assert predict_peak_bytes(fit_memory_model(model, lambda m, b, backward: causal_loss_step(m, b, backward, 1), make, optimiser), rows) > 2 * found      # as if in one part
 
 
 def test_the_largest_batch_is_found_from_below():
@@ -143,6 +147,6 @@ def test_the_largest_batch_is_found_from_below():
 def test_a_rate_is_taken_by_every_part():
     model = new_decoder(50, "1x16", 16)
     optimiser = Optimiser(model, 1e-3, muon=1e-2)
-    take_rate(optimiser, 4e-3)
+    set_lr(optimiser, 4e-3)
     assert optimiser.lr == 4e-3 and optimiser.muon == pytest.approx(4e-2) and [g["base"] for o in optimiser.inner for g in o.param_groups] == pytest.approx([4e-3] * len(optimiser.inner[0].param_groups) + [4e-2] * len(optimiser.inner[1].param_groups))
-    with pytest.raises(UsageError, match="lr is 0"): take_rate(optimiser, 0)
+    with pytest.raises(UsageError, match="lr is 0"): set_lr(optimiser, 0)

@@ -9,9 +9,11 @@ from statsmodels.stats.power import normal_sample_size_one_tail
 from statsmodels.stats.proportion import proportion_confint
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.stats.metrics import score, confusion
-from llmeco_nb.stats.significance import (Interval, average, bootstrap, compare, compare_metric, detectable, difference, holm, mcnemar, of_confusion, paired_difference,
-                             permutation, tango_z, wilson)
+from llmeco_nb.stats.metrics import confusion_matrix, score
+from llmeco_nb.stats.significance import (Interval, average, bootstrap, compare, compare_metric,
+                                          confusion_statistic, difference, holm, mcnemar,
+                                          minimum_detectable_difference, paired_difference,
+                                          permutation_test, tango_z, wilson)
 
 fast = settings(max_examples=40, deadline=None)
 few = settings(max_examples=15, deadline=None)
@@ -135,10 +137,10 @@ def test_equal_items_drawn_together_or_apart_give_the_same_interval():
 def test_bootstrap_of_macro_f1_is_the_slow_one():
     rng = np.random.default_rng(3)
     y = rng.integers(0, 4, 150); p = np.where(rng.random(150) < .7, y, rng.integers(0, 4, 150)); q = np.where(rng.random(150) < .6, y, rng.integers(0, 4, 150))
-    f1 = lambda y, p: float(score(confusion(y, p, 4), "f1"))
+    f1 = lambda y, p: float(score(confusion_matrix(y, p, 4), "f1"))
     drawn = rng.integers(0, 150, (3000, 150))
     for columns, slow in (((y, p), [f1(y[i], p[i]) for i in drawn]), ((y, p, q), [f1(y[i], p[i]) - f1(y[i], q[i]) for i in drawn])):
-        ours = bootstrap(of_confusion("f1", n_classes=4), *columns, resamples=3000, method="percentile")
+        ours = bootstrap(confusion_statistic("f1", n_classes=4), *columns, resamples=3000, method="percentile")
         width = ours.high - ours.low
         assert np.allclose((ours.low, ours.high), np.quantile(slow, (.025, .975)), atol=.06*width)
 
@@ -158,7 +160,7 @@ def test_bootstrap_covers():
 @pytest.mark.parametrize("columns", [([],), ([1, np.nan],), ([1, np.inf],), ([1, 2], [1]), (["a", "b"],), ([[1, 2]],)])
 def test_bootstrap_and_permutation_refuse_what_they_cannot_draw(columns):
     with pytest.raises(DataError): bootstrap(average, *columns)
-    with pytest.raises(DataError): permutation(difference, columns[0], columns[-1])
+    with pytest.raises(DataError): permutation_test(difference, columns[0], columns[-1])
 
 def test_bootstrap_refuses_unknown_methods_levels_and_clusters():
     with pytest.raises(UsageError): bootstrap(average, [1, 2], method="t")
@@ -173,41 +175,41 @@ def test_bootstrap_refuses_unknown_methods_levels_and_clusters():
 def test_permutation_is_scipys_exact_one(pairs):
     a, b = np.round(np.array(pairs).T, 3)
     exact = ss.permutation_test((a, b), lambda x, y, axis=-1: np.mean(x - y, axis), permutation_type="samples", vectorized=True, n_resamples=np.inf).pvalue
-    ours = permutation(difference, a, b, resamples=4000)
+    ours = permutation_test(difference, a, b, resamples=4000)
     assert abs(ours - exact) < 5*np.sqrt(exact*(1 - exact)/4000) + 1/4000
 
 @few
 @given(cells)
 def test_permutation_of_right_and_wrong_is_mcnemar(c):
     exact = mcnemar(*models(*c))
-    assert abs(permutation(difference, *models(*c), resamples=4000) - exact) < 5*np.sqrt(exact*(1 - exact)/4000) + 1/4000
+    assert abs(permutation_test(difference, *models(*c), resamples=4000) - exact) < 5*np.sqrt(exact*(1 - exact)/4000) + 1/4000
 
 def test_permutation_keeps_its_error_rate():
     rng = np.random.default_rng(6)
-    p = np.array([permutation(difference, *rng.exponential(size=(2, 25)), resamples=199) for _ in range(600)])
+    p = np.array([permutation_test(difference, *rng.exponential(size=(2, 25)), resamples=199) for _ in range(600)])
     assert .02 < (p <= .05).mean() < .08 and .4 < p.mean() < .6
     y = rng.integers(0, 3, (150, 60)); a, b = (np.where(rng.random(y.shape) < .7, y, 0) for _ in range(2))
-    p = np.array([permutation(of_confusion("f1", n_classes=3), *columns, resamples=99) for columns in zip(y, a, b)])
+    p = np.array([permutation_test(confusion_statistic("f1", n_classes=3), *columns, resamples=99) for columns in zip(y, a, b)])
     assert (p <= .05).mean() < .12 and .38 < p.mean() < .62
 
 def test_permutation_sees_a_difference():
     rng = np.random.default_rng(7)
-    assert permutation(difference, rng.normal(1, 1, 60), rng.normal(0, 1, 60)) == 1e-4
-    assert permutation(difference, np.ones(5), np.ones(5)) == 1
+    assert permutation_test(difference, rng.normal(1, 1, 60), rng.normal(0, 1, 60)) == 1e-4
+    assert permutation_test(difference, np.ones(5), np.ones(5)) == 1
 
 # power, families, comparisons
 
 @fast
 @given(st.integers(200, 100_000), st.floats(.01, .5), st.sampled_from([.01, .05]), st.sampled_from([.5, .8, .95]))
 def test_detectable_inverts_the_sample_size_of_statsmodels(items, psi, alpha, power):
-    d = detectable(items, psi, alpha, power)
+    d = minimum_detectable_difference(items, psi, alpha, power)
     assume(d < psi)
     assert normal_sample_size_one_tail(d, power, alpha/2, np.sqrt(psi), np.sqrt(psi - d*d)) == pytest.approx(items)
-    assert detectable(2*items, psi, alpha, power) < d < detectable(items, psi, alpha, power + .02)
+    assert minimum_detectable_difference(2*items, psi, alpha, power) < d < minimum_detectable_difference(items, psi, alpha, power + .02)
 
 def test_detectable_of_well_known_test_sets():
-    assert [round(100*detectable(n, .1), 1) for n in (3080, 970, 943)] == [1.6, 2.8, 2.9]    # BANKING77, PhraseBank, MovieLens-100k
-    rng, d = np.random.default_rng(8), detectable(970, .1)
+    assert [round(100*minimum_detectable_difference(n, .1), 1) for n in (3080, 970, 943)] == [1.6, 2.8, 2.9]    # BANKING77, PhraseBank, MovieLens-100k
+    rng, d = np.random.default_rng(8), minimum_detectable_difference(970, .1)
     drawn = rng.multinomial(970, [.85, .05 + d/2, .05 - d/2, .05], size=600)
     assert .72 < np.mean([mcnemar(*models(*c)) < .05 for c in drawn]) < .84
 
@@ -234,7 +236,7 @@ def test_compare_of_right_and_wrong_is_mcnemar_and_tango(c):
     one, other = compare(first, second), compare(second.astype(bool), first.astype(float))
     assert one.method == "McNemar, exact" and one.p == mcnemar(first, second) and one.interval == paired_difference(first, second)
     assert one.difference == pytest.approx(first.mean() - second.mean()) == pytest.approx(-other.difference) and one.p == other.p
-    assert one.detectable == pytest.approx(detectable(sum(c), (c[1] + c[2])/sum(c))) and one.items == sum(c)
+    assert one.detectable == pytest.approx(minimum_detectable_difference(sum(c), (c[1] + c[2])/sum(c))) and one.items == sum(c)
     assert one.p_value(0) == one.p and one.p_value(one.difference) > .99
 
 def test_compare_of_scores_metrics_and_clusters():
@@ -247,7 +249,7 @@ def test_compare_of_scores_metrics_and_clusters():
     assert doubled.p == c.p and doubled.detectable == pytest.approx(c.detectable) and doubled.difference == pytest.approx(c.difference)
     y = rng.integers(0, 3, 200); p, q = (np.where(rng.random(200) < s, y, 0) for s in (.9, .6))
     f1 = compare_metric(y, p, q, resamples=999)
-    assert f1.difference == pytest.approx(float(score(confusion(y, p), "f1") - score(confusion(y, q), "f1"))) and f1.p == .001 and f1.interval.low > 0
+    assert f1.difference == pytest.approx(float(score(confusion_matrix(y, p), "f1") - score(confusion_matrix(y, q), "f1"))) and f1.p == .001 and f1.interval.low > 0
     assert compare_metric(y, p, q, "accuracy") == compare(y == p, y == q)
     assert set(f1.metrics("f1_")) == {f"f1_{k}" for k in ("first", "second", "difference", "low", "high", "p", "detectable", "items")}
     for bad in (([1, 2], [1]), ([], []), ([1, np.nan], [1, 2])):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
 from llmeco_nb.data.sources import read_table
-from llmeco_nb.data.stream import lines_of, stream_texts
+from llmeco_nb.data.stream import read_lines, stream_texts
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 drawn = settings(max_examples=80, deadline=None)
@@ -68,14 +68,14 @@ def test_broken_lines_are_named(place, lines):
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         marked = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-        with pytest.raises(DataError) as said: list(lines_of(str(file)))
+        with pytest.raises(DataError) as said: list(read_lines(str(file)))
         at = e.start + marked
         if "\0" in data[:at].decode("utf-8", "replace") or "UTF-16" in str(said.value): return       # another fault comes first
         assert f"line {data.count(10, 0, at) + 1}, byte {at}" in str(said.value)
     else:
-        if "\0" not in text: assert "".join(lines_of(str(file))) == text
+        if "\0" not in text: assert "".join(read_lines(str(file))) == text
         else:
-            with pytest.raises(DataError, match=f"byte {data.index(0)}: a zero byte"): list(lines_of(str(file)))
+            with pytest.raises(DataError, match=f"byte {data.index(0)}: a zero byte"): list(read_lines(str(file)))
 
 
 def test_bad_sources(tmp_path):

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, begin, open_record, sha256_of
+from llmeco_nb.core import (DataError, MissingError, UsageError, create_record, open_record,
+                            sha256_of)
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.tokenization.wordpiece import (TokenizerConfig, build_tokenizer, encode_texts, letters_of, measure, open_tokenizer, save_tokenizer, special_tokens, train_wordpiece,
-                                 word_counts, wordpiece)
+from llmeco_nb.tokenization.wordpiece import (TokenizerConfig, build_tokenizer, encode_texts,
+                                              initial_alphabet, measure, open_tokenizer,
+                                              save_tokenizer, special_tokens, train_wordpiece,
+                                              word_counts, wordpiece)
 
 TEXTS = [f"{a} {b}, {c} the film's ending. Café number {n}!" for n, (a, b, c) in enumerate(
     (a, b, c) for a in ("Unwatchable", "Watchable", "Lovely", "Terrible") for b in ("acting", "actors", "acted") for c in ("unlike", "like", "liking", "disliked"))]
@@ -43,7 +46,7 @@ def test_special_tokens_come_first():
 def test_stage_gives_equal_bytes_and_opens_in_transformers(tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     place = corpus(tmp_path/"corpus")
-    a, b = (build_tokenizer(begin(tmp_path/name, "tokenizer"), place, TokenizerConfig(vocab_size=110)) for name in "ab")
+    a, b = (build_tokenizer(create_record(tmp_path/name, "tokenizer"), place, TokenizerConfig(vocab_size=110)) for name in "ab")
     assert sha256_of(a) == sha256_of(b)
     for opened in (AutoTokenizer.from_pretrained(a), PreTrainedTokenizerFast.from_pretrained(a)):
         assert opened("Café acting")["input_ids"] == open_tokenizer(a).encode("cafe ACTING").ids and len(opened) == 110
@@ -56,20 +59,20 @@ def test_stage_gives_equal_bytes_and_opens_in_transformers(tmp_path):
 
 def test_more_than_the_texts_offer_gives_what_there_is(tmp_path):
     place = corpus(tmp_path/"corpus", train=["abc abc abd"] * 3)
-    build_tokenizer(begin(tmp_path/"t", "tokenizer"), place, TokenizerConfig(vocab_size=8192))
+    build_tokenizer(create_record(tmp_path/"t", "tokenizer"), place, TokenizerConfig(vocab_size=8192))
     metrics = open_record(tmp_path/"t", "tokenizer").metrics
     assert metrics["asked"] == 8192 and metrics["vocabulary"] < 20
 
 
 def test_without_validation_texts_it_says_what_it_measured(tmp_path):
-    build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus", validation=[]), TokenizerConfig(vocab_size=100))
+    build_tokenizer(create_record(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus", validation=[]), TokenizerConfig(vocab_size=100))
     assert open_record(tmp_path/"t", "tokenizer").metrics["measured_on"] == "train"
 
 
 def test_refusals(tmp_path):
     with pytest.raises(UsageError, match="need at least"): train_wordpiece(TEXTS, 20)
     with pytest.raises(DataError, match="without a single character"): train_wordpiece(["", " "], 100)
-    with pytest.raises(UsageError, match="max_texts is 0"): build_tokenizer(begin(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus"), TokenizerConfig(vocab_size=100, max_texts=0))
+    with pytest.raises(UsageError, match="max_texts is 0"): build_tokenizer(create_record(tmp_path/"t", "tokenizer"), corpus(tmp_path/"corpus"), TokenizerConfig(vocab_size=100, max_texts=0))
     with pytest.raises(MissingError, match="tokenizer.json"): open_tokenizer(tmp_path)
     with pytest.raises(DataError): measure(wordpiece(train_wordpiece(TEXTS, 90)), [])
 
@@ -77,7 +80,7 @@ def test_refusals(tmp_path):
 def test_characters_beyond_the_limit_are_unknown():
     pieces = train_wordpiece(["aaaa bbbb"] * 5 + ["z"], 60, characters=2)
     assert wordpiece(pieces).encode("aaaa z", add_special_tokens=False).tokens[-1] == "[UNK]" and not any("z" in p for p in pieces)
-    assert letters_of(Counter({"ab": 2, "c": 1}), 2) == ["a", "b", "##b"]
+    assert initial_alphabet(Counter({"ab": 2, "c": 1}), 2) == ["a", "b", "##b"]
 
 
 def test_case_and_accents_can_stay(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
-from llmeco_nb.core import DataError, UsageError, begin, open_record  # noqa: E402
+from llmeco_nb.core import DataError, UsageError, create_record, open_record  # noqa: E402
 from llmeco_nb.training.optim import Optimiser, schedule_of  # noqa: E402
-from llmeco_nb.training.loop import bucketed, drawn, pace, settle, train  # noqa: E402
+from llmeco_nb.training.loop import (batch_indices, length_bucketed_batches,  # noqa: E402
+                                     measure_step_time, resolve_plan, train)
 
 IGNORED, PAD, WORDS = -100, 0, 40
 
@@ -49,7 +50,7 @@ def judge(model):
 
 def run(out, step=step, dropout=0.1, precision="bf16", batches=lambda i: sentences(4, i), evaluate=judge, lr=3e-3, on_checkpoint=None, **plan):
     torch.manual_seed(1)
-    record, model = begin(out, "toy"), bert(dropout=dropout)
+    record, model = create_record(out, "toy"), bert(dropout=dropout)
     plan = dict(steps=14, accumulation=3, warmup=2, evaluate_every=5, checkpoint_every=3, log_every=2) | plan
     optimiser = Optimiser(model, lr, precision=precision)
     return record, optimiser, train(model, step, batches, optimiser, plan, record, evaluate, on_checkpoint, identity=dict(seed=1))
@@ -200,7 +201,7 @@ def test_mistakes_of_the_caller_are_named(tmp_path):
 
 def test_two_trainings_share_a_record(tmp_path):
     def both():
-        record = begin(tmp_path, "toy")
+        record = create_record(tmp_path, "toy")
         for name in ("first", "second"):
             torch.manual_seed(3)
             model = bert(dropout=0.1)
@@ -232,23 +233,23 @@ def test_pace_leaves_no_trace():
     optimiser = Optimiser(model)
     for _ in range(2): step(model, sentences(4, 0), lambda loss: loss.backward()); optimiser.step()
     before, noise = {k: v.clone() for k, v in optimiser.state_dict().items()}, torch.get_rng_state()
-    assert pace(model, step, lambda i: sentences(4, i), optimiser, accumulation=2) > 0
+    assert measure_step_time(model, step, lambda i: sentences(4, i), optimiser, accumulation=2) > 0
     assert torch.equal(noise, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in optimiser.state_dict().items())
 
 
 def test_a_plan_is_kept_until_something_else_is_asked(tmp_path):
-    record = begin(tmp_path/"r", "toy")
-    assert settle(record, dict(epochs=1), lambda: dict(steps=5))["steps"] == 5
+    record = create_record(tmp_path/"r", "toy")
+    assert resolve_plan(record, dict(epochs=1), lambda: dict(steps=5))["steps"] == 5
     (record.resume/"left").write_text("half a run")
-    assert settle(record, dict(epochs=1), lambda: dict(steps=6))["steps"] == 5 and (record.resume/"left").exists()
-    assert settle(record, dict(epochs=2), lambda: dict(steps=7))["steps"] == 7 and not (record.resume/"left").exists()
+    assert resolve_plan(record, dict(epochs=1), lambda: dict(steps=6))["steps"] == 5 and (record.resume/"left").exists()
+    assert resolve_plan(record, dict(epochs=2), lambda: dict(steps=7))["steps"] == 7 and not (record.resume/"left").exists()
 
 
 def test_order_is_a_function_of_seed_and_index():
     n = 23
-    stream = [int(i) for k in range(23) for i in drawn(k, 5, n, 7)]
+    stream = [int(i) for k in range(23) for i in batch_indices(k, 5, n, 7)]
     assert all(sorted(stream[e:e + n]) == list(range(n)) for e in range(0, 5 * n, n))          # over epoch edges inside a batch
-    assert stream == [int(i) for k in range(115) for i in drawn(k, 1, n, 7)] and stream != [int(i) for k in range(23) for i in drawn(k, 5, n, 8)]
+    assert stream == [int(i) for k in range(115) for i in batch_indices(k, 1, n, 7)] and stream != [int(i) for k in range(23) for i in batch_indices(k, 5, n, 8)]
     lengths = tuple(random.Random(0).choices(range(3, 60), k=n))
-    for epoch in range(3): assert sorted(int(i) for b in bucketed(lengths, 4, 7, epoch) for i in b) == list(range(n))
-    assert [list(b) for b in bucketed(lengths, 4, 7, 0)] != [list(b) for b in bucketed(lengths, 4, 7, 1)]
+    for epoch in range(3): assert sorted(int(i) for b in length_bucketed_batches(lengths, 4, 7, epoch) for i in b) == list(range(n))
+    assert [list(b) for b in length_bucketed_batches(lengths, 4, 7, 0)] != [list(b) for b in length_bucketed_batches(lengths, 4, 7, 1)]

@@ -8,8 +8,11 @@ from hypothesis import given, settings, strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.decoder import angles, rotate  # noqa: E402
-from llmeco_nb.models.transformer import Attention, Bert, Block, Embed, Gpt, Seq2Seq, Shape, Stack, allowed_pairs, bert_loss, waves, write  # noqa: E402
+from llmeco_nb.models.decoder import apply_rotary, rotary_cos_sin  # noqa: E402
+from llmeco_nb.models.transformer import (Bert, Block, Embeddings, Gpt,  # noqa: E402
+                                          MultiHeadAttention, Seq2Seq, Stack, TransformerConfig,
+                                          bert_loss, greedy_decode, make_attn_mask,
+                                          sinusoidal_embedding)
 
 
 def wild(model, seed=0, spread=0.4):
@@ -29,7 +32,7 @@ def ids_of(*shape, seed=2, vocabulary=30): return torch.randint(0, vocabulary, s
 
 def test_attention_by_hand():
     "One head, two tokens of width 2, projections that do nothing: softmax over (q k)/sqrt 2 with numbers from a pocket calculator."
-    part = Attention(2, 1).double()
+    part = MultiHeadAttention(2, 1).double()
     for linear in (part.query, part.key, part.value, part.output): linear.weight.data, linear.bias.data = torch.eye(2).double(), torch.zeros(2).double()
     x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]).double()
     # scores: token 0 with itself 1/1.41421 = 0.70711, with token 1 nothing; exp gives 2.02811 and 1, hence 0.66976 and 0.33024
@@ -43,18 +46,18 @@ def test_attention_by_hand():
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.sampled_from([(4, 1), (4, 2), (12, 3)]), st.booleans(), st.integers(0, 99))
 def test_attention_is_torchs_multihead_attention(rows, n, m, sizes, masked, seed):
     width, heads = sizes
-    part, theirs = wild(Attention(width, heads), seed), nn.MultiheadAttention(width, heads, batch_first=True).double()
+    part, theirs = wild(MultiHeadAttention(width, heads), seed), nn.MultiheadAttention(width, heads, batch_first=True).double()
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = (torch.cat([getattr(getattr(part, name), w).detach() for name in ("query", "key", "value")]) for w in ("weight", "bias"))
     theirs.out_proj.load_state_dict(part.output.state_dict())
     x, memory = vectors(rows, n, width, seed=seed), vectors(rows, m, width, seed=seed + 1)
     keep = torch.ones(rows, m, dtype=torch.bool)
     if masked: keep[:, 1:] = torch.rand(rows, m - 1, generator=torch.Generator().manual_seed(seed)) < 0.6
-    torch.testing.assert_close(part(x, memory, allowed_pairs(keep, n, False)), theirs(x, memory, memory, key_padding_mask=~keep)[0])
+    torch.testing.assert_close(part(x, memory, make_attn_mask(keep, n, False)), theirs(x, memory, memory, key_padding_mask=~keep)[0])
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_blocks_are_torchs_layers(norm):
-    s, given = Shape(30, 12, 3, inner=20, norm=norm), dict(d_model=12, nhead=3, dim_feedforward=20, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre")
+    s, given = TransformerConfig(30, 12, 3, inner=20, norm=norm), dict(d_model=12, nhead=3, dim_feedforward=20, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre")
     x, memory, keep, read = vectors(2, 5, 12), vectors(2, 7, 12, seed=4), torch.ones(2, 5), torch.ones(2, 7)
     keep[1, 3:], read[0, 4:] = 0, 0
     for cross in (False, True):
@@ -68,9 +71,9 @@ def test_blocks_are_torchs_layers(norm):
         with torch.no_grad():
             if cross:
                 ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
-                mine = ours(x, allowed_pairs(keep, 5, True), memory=memory, memory_allowed=allowed_pairs(read, 5, False))
+                mine = ours(x, make_attn_mask(keep, 5, True), memory=memory, memory_allowed=make_attn_mask(read, 5, False))
                 other = theirs(x, memory, tgt_mask=ahead, tgt_key_padding_mask=~here, memory_key_padding_mask=~read.bool())
-            else: mine, other = ours(x, allowed_pairs(keep, 5, False)), theirs(x, src_key_padding_mask=~here)
+            else: mine, other = ours(x, make_attn_mask(keep, 5, False)), theirs(x, src_key_padding_mask=~here)
         torch.testing.assert_close(mine[here], other[here])
 
 
@@ -80,16 +83,16 @@ def test_blocks_are_torchs_layers(norm):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.booleans())
 def test_masks_say_who_may_look(lengths, causal):
     keep = torch.tensor([[int(i < n) for i in range(6)] for n in lengths])
-    pairs = allowed_pairs(keep, 6, causal)
+    pairs = make_attn_mask(keep, 6, causal)
     for row, n in enumerate(lengths):
         for i in range(6):
             for j in range(6): assert bool(pairs.expand(-1, -1, 6, -1)[row, 0, i, j]) == (j < n and (j <= i or not causal))
-    assert allowed_pairs(None, 6, causal) is None
+    assert make_attn_mask(None, 6, causal) is None
 
 
 @pytest.mark.parametrize("norm,places", [("post", "learned"), ("pre", "learned"), ("pre", "waves")])
 def test_a_decoder_does_not_look_ahead_and_an_encoder_does(norm, places):
-    s, ids = Shape(30, 16, 2, positions=10, norm=norm, places=places), ids_of(2, 9)
+    s, ids = TransformerConfig(30, 16, 2, positions=10, norm=norm, places=places), ids_of(2, 9)
     gpt, bert = wild(Gpt(s)), wild(Bert(s))
     for at in (0, 4, 8):
         other = ids.clone(); other[:, at] = (other[:, at] + 1) % 30
@@ -100,7 +103,7 @@ def test_a_decoder_does_not_look_ahead_and_an_encoder_does(norm, places):
 
 
 def test_padding_changes_nothing():
-    s, ids, keep = Shape(30, 16, 2, positions=10), ids_of(2, 8), torch.ones(2, 8, dtype=torch.long)
+    s, ids, keep = TransformerConfig(30, 16, 2, positions=10), ids_of(2, 8), torch.ones(2, 8, dtype=torch.long)
     keep[1, 5:] = 0
     other = torch.where(keep == 1, ids, 7)
     bert, gpt, both = wild(Bert(s)), wild(Gpt(s)), wild(Seq2Seq(s))
@@ -115,7 +118,7 @@ def test_padding_changes_nothing():
 
 @pytest.mark.parametrize("norm,places,first_norm,scale", [("post", "learned", True, False), ("pre", "waves", False, True), ("pre", "learned", True, True)])
 def test_shapes(norm, places, first_norm, scale):
-    s = Shape(30, 16, 4, 24, 2, 3, 12, norm=norm, places=places, first_norm=first_norm, scale=scale)
+    s = TransformerConfig(30, 16, 4, 24, 2, 3, 12, norm=norm, places=places, first_norm=first_norm, scale=scale)
     ids, written = ids_of(3, 7), ids_of(3, 5)
     tokens, pair = Bert(s)(ids)
     assert tokens.shape == (3, 7, 30) and pair.shape == (3, 2) and Bert(s).hidden(ids).shape == (3, 7, 16)
@@ -132,13 +135,13 @@ def test_shapes(norm, places, first_norm, scale):
 def test_what_makes_no_network_is_refused():
     for wrong, says in ((dict(width=15, heads=3), "width is 15"), (dict(width=16, heads=3), "3 heads"), (dict(norm="middle"), "norm is 'middle'"), (dict(places="none"), "places is 'none'"),
                         (dict(activation="swish"), "activation is 'swish'"), (dict(layers=0), "below 1")):
-        with pytest.raises(UsageError, match=says): Shape(30, **wrong)
-    with pytest.raises(UsageError, match="11 tokens; this model reads 10"): Gpt(Shape(30, 16, positions=10))(ids_of(1, 11))
-    with pytest.raises(UsageError, match="segments is 2"): Seq2Seq(Shape(30, 16, segments=2))
+        with pytest.raises(UsageError, match=says): TransformerConfig(30, **wrong)
+    with pytest.raises(UsageError, match="11 tokens; this model reads 10"): Gpt(TransformerConfig(30, 16, positions=10))(ids_of(1, 11))
+    with pytest.raises(UsageError, match="segments is 2"): Seq2Seq(TransformerConfig(30, 16, segments=2))
 
 
 def test_weights_depend_on_the_seed_alone():
-    s = Shape(30, 16)
+    s = TransformerConfig(30, 16)
     for kind in (Bert, Gpt, Seq2Seq):
         torch.manual_seed(1); a = kind(s, seed=3)
         torch.manual_seed(2); b = kind(s, seed=3)
@@ -149,11 +152,11 @@ def test_weights_depend_on_the_seed_alone():
 # -- gradients
 
 def test_every_parameter_learns_and_the_gradient_is_right():
-    s, ids = Shape(20, 8, 2, layers=1, positions=6, segments=2), ids_of(2, 5, vocabulary=20)
+    s, ids = TransformerConfig(20, 8, 2, layers=1, positions=6, segments=2), ids_of(2, 5, vocabulary=20)
     losses = {Bert: lambda m: sum(out.square().sum() for out in m(ids)), Gpt: lambda m: m(ids).logsumexp(-1).sum(),
               Seq2Seq: lambda m: m(ids, ids_of(2, 4, vocabulary=20)).square().mean()}
     for kind, loss in losses.items():
-        model = wild(kind(s if kind is Bert else Shape(20, 8, 2, layers=1, positions=6)), spread=0.3)
+        model = wild(kind(s if kind is Bert else TransformerConfig(20, 8, 2, layers=1, positions=6)), spread=0.3)
         for p in model.parameters(): p.grad = None
         loss(model).backward()
         for name, p in model.named_parameters():
@@ -167,7 +170,7 @@ def test_every_parameter_learns_and_the_gradient_is_right():
 
 
 def test_bert_loss_asks_only_what_is_asked():
-    s, ids = Shape(30, 16, positions=10, segments=2), ids_of(2, 8)
+    s, ids = TransformerConfig(30, 16, positions=10, segments=2), ids_of(2, 8)
     model, labels = wild(Bert(s), spread=0.2), ids.masked_fill(torch.arange(8) % 3 > 0, -100)
     with torch.no_grad():
         logits, pair = model(ids)
@@ -179,25 +182,25 @@ def test_bert_loss_asks_only_what_is_asked():
 # -- where a token stands
 
 def test_without_places_order_is_unknown_and_with_them_it_is_not():
-    s, order = Shape(30, 16, 2, positions=8), torch.tensor([3, 0, 5, 1, 4, 2])
+    s, order = TransformerConfig(30, 16, 2, positions=8), torch.tensor([3, 0, 5, 1, 4, 2])
     stack, x = wild(Stack(s, 2)), vectors(2, 6, 16)
     torch.testing.assert_close(stack(x[:, order]), stack(x)[:, order])
     assert not torch.allclose(stack(x[:, order], causal=True), stack(x, causal=True)[:, order])
     ids = ids_of(2, 6)
     for places in ("learned", "waves"):
-        embed = wild(Embed(Shape(30, 16, 2, positions=8, places=places)))
+        embed = wild(Embeddings(TransformerConfig(30, 16, 2, positions=8, places=places)))
         assert not torch.allclose(stack(embed(ids[:, order])), stack(embed(ids))[:, order])
 
 
 def test_rows_do_not_meet():
-    s, ids = Shape(30, 16, 2, positions=8), ids_of(3, 6)
+    s, ids = TransformerConfig(30, 16, 2, positions=8), ids_of(3, 6)
     for model in (wild(Bert(s)), wild(Gpt(s))):
         run = lambda i: model(i)[0] if isinstance(model, Bert) else model(i)
         with torch.no_grad(): torch.testing.assert_close(run(ids)[[2, 0, 1]], run(ids[[2, 0, 1]]))
 
 
 def test_waves_are_the_papers():
-    p = waves(50, 12)
+    p = sinusoidal_embedding(50, 12)
     for t in (0, 1, 7, 49):
         for i in range(6):
             assert p[t, i].item() == pytest.approx(math.sin(t / 10000 ** (2 * i / 12)), abs=1e-6)
@@ -211,7 +214,7 @@ def test_waves_are_the_papers():
 def test_rotation_tells_distances_only(i, j, shift, seed):
     "RoPE: the product of a query at place i and a key at place j is that at i + shift and j + shift, and lengths stay."
     q, k = vectors(8, seed=seed), vectors(8, seed=seed + 1)
-    at = lambda x, place: rotate(x, *(t.double() for t in angles(torch.tensor(place), 8)))
+    at = lambda x, place: apply_rotary(x, *(t.double() for t in rotary_cos_sin(torch.tensor(place), 8)))
     assert (at(q, i) @ at(k, j) - at(q, i + shift) @ at(k, j + shift)).abs() < 1e-3
     assert (at(q, i).norm() - q.norm()).abs() < 1e-5 and torch.equal(at(q, 0), q)
     if i != j: assert not torch.allclose(at(q, i), at(q, j))
@@ -220,11 +223,11 @@ def test_rotation_tells_distances_only(i, j, shift, seed):
 # -- writing
 
 def test_greedy_writing_is_the_likeliest_token_each_time():
-    s, ids = Shape(12, 16, 2, positions=10), ids_of(3, 6, vocabulary=12)
+    s, ids = TransformerConfig(12, 16, 2, positions=10), ids_of(3, 6, vocabulary=12)
     model = wild(Seq2Seq(s), seed=5)
-    written = write(model, ids, 1, 2, 7)
+    written = greedy_decode(model, ids, 1, 2, 7)
     assert written.shape[0] == 3 and 1 <= written.shape[1] <= 7
     whole = torch.cat([torch.ones(3, 1, dtype=torch.long), written], 1)
     with torch.no_grad(): assert torch.equal(model(ids, whole[:, :-1]).argmax(-1), written)         # asked all at once, the same answers
     model.bias[2] = 1e6
-    assert write(model, ids, 1, 2, 7).tolist() == [[2]] * 3                                         # all say at once that they are done
+    assert greedy_decode(model, ids, 1, 2, 7).tolist() == [[2]] * 3                                         # all say at once that they are done

@@ -24,8 +24,8 @@ TOYS = {
     "71_make": (dict(stage="make", inputs=[], outputs=["numbers"], sources={"source": "toys.revision"}), [
         ("markdown", "# Make\n\n> Writes numbers, one step after the other, and can be killed at any of them."),
         ("parameters", "n: int = 6  # how many\nsource: str = ''  # a file whose length is added\npause: float = 0.05  # seconds a step\nout: str = ''"),
-        ("", "import json\nimport time\nfrom pathlib import Path\n\nfrom llmeco_nb.core import begin\nfrom llmeco_nb.core import open_record\nfrom llmeco_nb.toys import caption\nfrom llmeco_nb.toys import scaled"),
-        ("run", "record = begin(out, 'make')\n"
+        ("", "import json\nimport time\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import open_record\nfrom llmeco_nb.toys import caption\nfrom llmeco_nb.toys import scaled"),
+        ("run", "record = create_record(out, 'make')\n"
                 "state = record.resume/'state.json'\n"
                 "done, rows = json.loads(state.read_text()) if state.exists() else ([], 0)\n"
                 "record.rewind(rows)\n"
@@ -43,8 +43,8 @@ TOYS = {
     "72_train": (dict(stage="train", inputs=["numbers", "previous?"], outputs=["model"]), [
         ("markdown", "# Train\n\n> Adds the numbers up."),
         ("parameters", "factor: int = 2\nnumbers: str = ''\nprevious: str = ''\nout: str = ''"),
-        ("", "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import begin\nfrom llmeco_nb.core import write_json"),
-        ("run", "record = begin(out, 'train')\n"
+        ("", "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import write_json"),
+        ("run", "record = create_record(out, 'train')\n"
                 "total = factor * sum(int(f.read_text()) for f in sorted(Path(numbers).iterdir()))\n"
                 "before = json.loads(Path(previous).read_text())['total'] if previous else 0\n"
                 "write_json(record.artifact('model'), dict(total=total + before))\n"
@@ -53,8 +53,8 @@ TOYS = {
     "73_compare": (dict(stage="compare", inputs=["model[]"], outputs=["table"]), [
         ("markdown", "# Compare\n\n> Puts the models side by side."),
         ("parameters", "model: list[str] = []\nout: str = ''"),
-        ("", "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import begin\nfrom llmeco_nb.core import write_json"),
-        ("run", "record = begin(out, 'compare')\nwrite_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m in model])"),
+        ("", "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import write_json"),
+        ("run", "record = create_record(out, 'compare')\nwrite_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m in model])"),
     ]),
 }
 PIPELINE = """about: four toys

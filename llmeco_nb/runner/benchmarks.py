@@ -20,31 +20,31 @@ from ..core import read_json
 from ..core import runs_dir
 from ..core import write_bytes
 from ..core import write_json
-from .stages import House
+from .stages import StageRegistry
 from .stages import Instance
 from .identity import Notebook
 from .identity import key_of
-from .identity import near
+from .identity import unknown_name_hint
 from .identity import work_parts
-from .kernel import Watch
+from .kernel import KernelMonitor
 from .kernel import execute
 from .machine import machine
 from .machine import versions
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #be702c29
-def benchmarks(house: House) -> dict[str, Path]:
+def benchmarks(house: StageRegistry) -> dict[str, Path]:
     "Name -> notebook of every benchmark."
     return {m[1]: p for p in house.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))}
 
-def code_key(house: House, notebook: Notebook) -> str:
+def code_key(house: StageRegistry, notebook: Notebook) -> str:
     "Key of a benchmark's code alone, whatever its parameters: what a kept record is stale against."
     return key_of(work_parts(notebook, house.package, {}, {}, {}))
 
-def run_benchmark(house: House, name: str,
+def run_benchmark(house: StageRegistry, name: str,
                   settings: dict,      # Parameters to change, such as level, data, peer
                   watching=lambda watch: None) -> Path:
     "Run a benchmark into runs/bench/<name>, replacing the former result when the new one is whole. Raises `UsageError`."
-    if name not in benchmarks(house): raise UsageError(f"There is no benchmark {name}. {near(name, benchmarks(house))}")
+    if name not in benchmarks(house): raise UsageError(f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(house))}")
     one = Instance(name, Notebook.read(benchmarks(house)[name]))
     one.values = {k: p.default for k, p in one.parameters.items()}
     one.set(settings, "llmeco bench")
@@ -59,7 +59,7 @@ def run_benchmark(house: House, name: str,
         partial.mkdir(parents=True, exist_ok=True)
         write_json(asked, one.values)
         begun, probe = time.time(), machine(runs_dir()/"machine.json")
-        with Watch(partial) as watch:
+        with KernelMonitor(partial) as watch:
             watching(watch)
             execute(one.notebook.path, partial/"notebook.ipynb", {**one.values, "out": str(partial)}, {"OMP_WAIT_POLICY": "PASSIVE"}, lambda pid: setattr(watch, "pid", pid))
         if not (partial/"metrics.json").exists(): raise CellError(f"The benchmark {name} wrote no metrics. The executed notebook is kept: {partial/'notebook.ipynb'}")
@@ -75,7 +75,7 @@ def run_benchmark(house: House, name: str,
     return final
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #01fa7bdb
-def keep_record(house: House, result: Path) -> Path:
+def keep_record(house: StageRegistry, result: Path) -> Path:
     "Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON artifacts, plan, machine, key."
     if not house.checkout: raise UsageError("Records are kept in a checkout of the project; this is an installed package.")
     m = read_json(result/"manifest.json")
@@ -87,7 +87,7 @@ def keep_record(house: House, result: Path) -> Path:
                             machine=m["machine"], versions=m["versions"], single_values=[json.loads(row) for row in rows], **({"artifacts": beside} if beside else {})))
     return target
 
-def kept_record(house: House, notebook: Path) -> Path | None:
+def kept_record(house: StageRegistry, notebook: Path) -> Path | None:
     "The file of a benchmark's kept record; None for other notebooks, and where none is kept."
     return next((file for name, p in benchmarks(house).items() if p == notebook and (file := house.nbs/"records"/f"{name}.json").exists()), None)
 
@@ -99,14 +99,14 @@ def restore_record(file: Path, folder: Path):
     write_bytes(folder/"log.jsonl", "".join(json.dumps(row) + "\n" for row in kept["single_values"]).encode())
     for name, content in kept.get("artifacts", {}).items(): write_json(folder/name, content)
 
-def is_stale(house: House, file: Path) -> bool:
+def is_stale(house: StageRegistry, file: Path) -> bool:
     "Whether the benchmark of a kept record has changed since, or is gone."
     notebook = benchmarks(house).get(file.stem)
     return not notebook or read_json(file)["key"] != code_key(house, Notebook.read(notebook))
 
-def quote(name: str, metric: str, digits: int = 3, house: House | None = None, times: float = 1) -> str:
+def quote(name: str, metric: str, digits: int = 3, house: StageRegistry | None = None, times: float = 1) -> str:
     "A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark has changed since; 'not measured' if there is none."
-    house = house or House.find()
+    house = house or StageRegistry.find()
     file = house.nbs/"records"/f"{name}.json"
     if not file.exists() or metric not in read_json(file)["metrics"]: return "not measured"
     value = read_json(file)["metrics"][metric]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFINITIONS', 'NO_MEANING', 'TYPES', 'meaning', 'Cell', 'Notebook', 'Parameter', 'read_parameters', 'Module',
            'bound_names', 'dotted_names', 'Package', 'cell_parts', 'work_parts', 'show_parts', 'key_of', 'differences',
-           'near']
+           'unknown_name_hint']
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #d537a303
 import ast
@@ -343,7 +343,7 @@ def differences(old: dict, new: dict) -> list[str]:
     if not said and key_of(old) != key_of(new): said.append("the order of the cells changed")
     return said
 
-def near(name: str, known) -> str:
+def unknown_name_hint(name: str, known) -> str:
     "A hint for a name nobody knows: the closest known one, and the list."
     known = sorted(map(str, known)); close = difflib.get_close_matches(name, known, 1)
     return (f"Did you mean {close[0]}? " if close else "") + (f"There are: {', '.join(known)}." if known else "There are none.")
