@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['apertium_mode', 'wordnet_folder', 'apertium_modes', 'apertium', 'marian', 'translator', 'back_translate', 'WordNet',
            'MaskedLMScorer', 'replace_words', 'mix_augmented', 'available_engines', 'distinct_n', 'change_ratio',
-           'engines_revision', 'pivot_revision', 'build_augmented']
+           'engines_revision', 'pivot_revision', 'AugmentConfig', 'sample_epochs', 'build_augmented']
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #8914ec04
 import re
@@ -14,9 +14,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
+from ..config import Fraction, StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, sha256_of, sha256_text
 from .corpus import label_names, normalized_key, read_split, split_names, write_corpus
 
@@ -185,40 +188,76 @@ def pivot_revision(pivot: str) -> str:
     return ", ".join(map(one, pivot.split()))
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #f2a3cae8
-def build_augmented(record: Record, corpus: str | Path, kinds: list[str] = (), share: float = 0.5, encoder: str = "",
-                    pivot: str = "en-eo eo-en", words: float = 0.15, seed: int = 0) -> Path:
-    "Write the corpus with `share` new training texts, split evenly over the kinds, and return its folder. Raises `UsageError`, `MissingError`, `DataError`."
+@stage_config
+class AugmentConfig(StageConfig):
+    "Which texts are added to a corpus."
+    kinds: list[Literal["translation", "synonyms"]] = Field(
+        default_factory=lambda: []
+    )  # of translation, synonyms; empty: those this machine has engines for
+    added_ratio: NonNegativeFloat = 0.5  # new texts for each training text
+    pivot: str = "en-eo eo-en"           # Apertium's two modes, or two Marian models, there and back
+    replaced_fraction: Fraction = 0.15   # fraction of a text's words to replace by synonyms
+    seed: NonNegativeInt = 0             # decides which texts and words
+
+def sample_epochs(rows: "pd.DataFrame",  # The training texts
+                  n: int,                # Rows to draw
+                  key: tuple[int, ...]   # Whole numbers that decide
+                 ) -> "pd.DataFrame":
+    "`n` rows in random order; each is drawn once before any is drawn again. None of an empty table."
+    if not len(rows): return rows
+    epochs = [np.random.default_rng((*key, e)).permutation(len(rows))
+              for e in range(n // len(rows) + 1)]
+    return rows.iloc[np.concatenate(epochs)[:n]]
+
+def build_augmented(record: Record,       # Gets the artifact `augmented`
+                    corpus: str | Path,   # Folder of a corpus
+                    encoder: str = "",    # Masked language model that judges synonyms; empty: none
+                    config: AugmentConfig = AugmentConfig()
+                   ) -> Path:
+    """Write the corpus with `added_ratio` new training texts for each one it has, and return its folder.
+
+    The new texts are split evenly over the kinds. Raises `UsageError`, `MissingError`, `DataError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    kinds = list(kinds) or available_engines()
-    if unknown := set(kinds) - {"translation", "synonyms"}: raise UsageError(f"kinds holds {', '.join(sorted(unknown))}; choose of translation, synonyms.")
-    if share < 0 or not 0 <= words <= 1: raise UsageError(f"share is {share} and words is {words}; share cannot be negative, words lies between 0 and 1.")
-    if len(pivot.split()) != 2: raise UsageError(f"pivot is {pivot!r}; it names two translators with a space between, there and back.")
+    kinds, seed = list(config.kinds) or available_engines(), config.seed
+    if len(config.pivot.split()) != 2:
+        raise UsageError(f"pivot is {config.pivot!r}; it names two translators with a space between, "
+                         "there and back.")
     parts = {s: read_split(corpus, s) for s in split_names}
     train, new, total, seconds = parts["train"], {}, 0, {}
     for k, kind in enumerate(kinds):
-        n = round(share * len(train) * (k + 1) / len(kinds)) - total
+        n = round(config.added_ratio * len(train) * (k + 1) / len(kinds)) - total
         total += n
-        chosen = train.iloc[np.concatenate([np.random.default_rng((seed, k, e)).permutation(len(train)) for e in range(n // len(train) + 1)])[:n]] if len(train) else train
-        chosen = chosen.drop_duplicates("id") if kind == "translation" else chosen     # translated again it would be the same
-        begun = time.perf_counter()
-        if kind == "translation": texts = back_translate(chosen.text.tolist(), *map(translator, pivot.split()))
+        chosen = sample_epochs(train, n, (seed, k))
+        if kind == "translation":
+            chosen = chosen.drop_duplicates("id")     # translated again it would be the same
+        start = time.perf_counter()
+        if kind == "translation":
+            texts = back_translate(chosen.text.tolist(), *map(translator, config.pivot.split()))
         else:
-            net, judge = WordNet(), MaskedLMScorer(encoder) if encoder else None
-            texts = [replace_words(t, net, (seed, i), words, judge) for i, t in enumerate(chosen.text)]
-        seconds[kind] = time.perf_counter() - begun
+            net, scorer = WordNet(), MaskedLMScorer(encoder) if encoder else None
+            texts = [replace_words(t, net, (seed, i), config.replaced_fraction, scorer)
+                     for i, t in enumerate(chosen.text)]
+        seconds[kind] = time.perf_counter() - start
         new[kind] = chosen.assign(text=texts)
-        for a, b, i in zip(chosen.text, texts, range(20)): record.log(kind=kind, before=a[:400], after=b[:400], change=change_ratio(a, b))
+        for a, b, _ in zip(chosen.text, texts, range(20)):
+            record.log(kind=kind, before=a[:400], after=b[:400], change=change_ratio(a, b))
     taken = {f for s in ("validation", "test") for f in parts[s].text.map(normalized_key)}
     mixed, dropped = mix_augmented(train, new, taken, seed)
     folder = record.artifact("augmented")
     made = {kind: int((mixed.origin == kind).sum()) for kind in kinds}
-    write_corpus(folder, {**parts, "train": mixed}, label_names(corpus), dict(kinds=kinds, share=share, pivot=pivot, words=words, seed=seed, made=made, dropped=dropped))
-    for s, rows in (("train", mixed), *((s, parts[s].assign(origin="original")) for s in ("validation", "test"))):
+    datasheet = dict(config.fingerprint(), kinds=kinds, made=made, dropped=dropped)
+    write_corpus(folder, {**parts, "train": mixed}, label_names(corpus), datasheet)
+    for s in split_names:
+        rows = mixed if s == "train" else parts[s].assign(origin="original")
         table = pq.read_table(folder/f"{s}.parquet")
-        pq.write_table(table.append_column("origin", pa.array(rows.origin.tolist(), pa.string())), folder/f"{s}.parquet", compression="zstd")
+        table = table.append_column("origin", pa.array(rows.origin.tolist(), pa.string()))
+        pq.write_table(table, folder/f"{s}.parquet", compression="zstd")
     for kind in kinds:
         after = mixed[mixed.origin == kind].text.tolist()
-        record.log(summary=kind, texts=made[kind], texts_per_second=len(new[kind]) / max(seconds[kind], 1e-9), distinct_bigrams=distinct_n(after), judged=bool(encoder and kind == "synonyms"))
-    record.save_metrics(originals=len(train), added=sum(made.values()), left_out=dropped, kinds=len(kinds), distinct_bigrams=distinct_n(mixed.text.tolist()))
+        record.log(summary=kind, texts=made[kind],
+                   texts_per_second=len(new[kind]) / max(seconds[kind], 1e-9),
+                   distinct_bigrams=distinct_n(after), judged=bool(encoder and kind == "synonyms"))
+    record.save_metrics(originals=len(train), added=sum(made.values()), left_out=dropped,
+                        kinds=len(kinds), distinct_bigrams=distinct_n(mixed.text.tolist()))
     return folder

@@ -8,7 +8,7 @@ __all__ = ['block_tag_names', 'inline_tag_names', 'block_tag', 'inline_tag', 'en
            'fix_encoding', 'remove_control_chars', 'normalize_whitespace', 'clean_text', 'excerpt', 'clean_table',
            'normalized_key', 'drop_duplicates', 'split_hashes', 'sort_by_split_hash', 'stratified_counts',
            'split_sizes', 'split_rows', 'subsample_splits', 'write_corpus', 'read_split', 'label_names',
-           'count_split_leakage', 'drop_test_overlap', 'public_name', 'build_corpus', 'small_corpus']
+           'count_split_leakage', 'drop_test_overlap', 'public_name', 'CorpusConfig', 'build_corpus', 'small_corpus']
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #a745475e
 import hashlib
@@ -18,9 +18,11 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from pydantic import NonNegativeFloat, PositiveInt
+
+from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, cached_fixture
-from ..core import create_record
-from ..core import read_json, write_json
+from ..core import create_record, read_json, write_json
 from .sources import citations, is_blank, local_path, read_table, revision
 from .sources import source_kind
 
@@ -245,59 +247,79 @@ def public_name(source: str) -> str:
     "A source's name for others to read: a local path without its folders."
     return local_path(source).name if source and source_kind(source) in ("file", "folder") else source
 
-def build_corpus(record: Record,            # Where the corpus goes: its artifact `corpus`
-                 source: str = "imdb",      # Short name, hf:org/name, path, URL or folder
-                 text: str = "text",        # Column that holds the text
-                 label: str = "label",      # Column that holds the class; "" for text without labels
-                 rows: int | None = None,   # Rows in all splits together
-                 validation: float = 0.1,   # Share below 1, or number of rows
-                 test: float = 0.2,         # Likewise
-                 test_source: str = "",     # Official test set
-                 max_labels: int = 50,      # More distinct labels than this are refused
-                 lines: bool = False,       # Keep line breaks
-                 seed: int = 0) -> Path:
-    "Build a corpus and return its folder; metrics and datasheet account for every row. Raises `MissingError`, `UsageError`, `DataError`."
-    if rows is not None and rows < 1: raise UsageError(f"rows is {rows}; give a positive number, or none for all rows.")
-    if validation < 0 or test < 0: raise UsageError(f"validation is {validation} and test is {test}; neither can be negative.")
-    table = read_table(source, text, label, max_labels=max_labels)
+@stage_config
+class CorpusConfig(StageConfig):
+    "How a table becomes a corpus of three splits."
+    source: str = "imdb"           # short name, hf:org/name, path, URL or folder
+    text_column: str = "text"      # column that holds the text
+    label_column: str = "label"    # column that holds the class; empty for text without labels
+    max_rows: PositiveInt | None = 400  # rows in all three splits together; none for all there are
+    validation_size: NonNegativeFloat = 0.1  # validation set: a share below 1, or a number of rows
+    test_size: NonNegativeFloat = 0.2  # test set: likewise
+    test_source: str = ""  # an official test set to use as it is; its texts leave training
+    max_labels: PositiveInt = 50   # more distinct labels than this are refused
+    keep_newlines: bool = False  # keep line breaks (prose, poems, code); else one text is one line
+    seed: int = 0                  # decides who goes into which split, and the order
+
+def build_corpus(record: Record,  # Gets the artifact `corpus`
+                 config: CorpusConfig = CorpusConfig()
+                ) -> Path:
+    """Build a corpus and return its folder; metrics and datasheet account for every row.
+
+    Raises `MissingError`, `UsageError`, `DataError`."""
+    source, test_source, seed = config.source, config.test_source, config.seed
+    table = read_table(source, config.text_column, config.label_column, max_labels=config.max_labels)
     labels, read = table.attrs["labels"], table.attrs["report"]
     filled = len(table)
-    table, cleaning = clean_table(table, lines, record)
+    table, cleaning = clean_table(table, config.keep_newlines, record)
     empty = filled - len(table)
     table, copies = drop_duplicates(table)
     official, leaks = None, 0
     if test_source:
-        official = read_table(test_source, text, label if labels else "", labels or None)
-        tested, filled = official.attrs["report"], len(official)
-        official, _ = clean_table(official, lines)
+        official = read_table(test_source, config.text_column, config.label_column if labels else "",
+                              labels or None)
+        tested = official.attrs["report"]
+        filled = len(official)
+        official, _ = clean_table(official, config.keep_newlines)
         tested["empty"] = filled - len(official)
         table, leaks = drop_test_overlap(table, official)
     removed = {"null_texts": read["null_texts"], "null_labels": read["null_labels"], "empty": empty,
                "duplicates": copies["duplicates"], "conflicts": copies["conflicts"], "leaks": leaks}
     if not len(table):
-        took = ", ".join(f"{rule} took {n}" for rule, n in sorted(removed.items(), key=lambda r: -r[1]) if n)
-        raise DataError(f"Nothing of {source} is left of {read['rows_read']} rows: {took}. Look at some of them in the file, and whether `{text}` is the column of the texts.")
+        ranked = sorted(removed.items(), key=lambda r: -r[1])
+        took = ", ".join(f"{rule} took {n}" for rule, n in ranked if n)
+        raise DataError(f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
+                        "Look at some of them in the file, and whether "
+                        f"`{config.text_column}` is the column of the texts.")
+    validation, test = config.validation_size, config.test_size
     parts = split_rows(table, validation, 0 if test_source else test, seed, labels)
     if test_source: parts["test"] = sort_by_split_hash(official, seed)
-    if rows is not None: parts = subsample_splits(parts, rows, validation, test)
-    counts = {"read": read["rows_read"], **removed, "usable": len(table), **{s: len(p) for s, p in parts.items()},
+    if config.max_rows is not None:
+        parts = subsample_splits(parts, config.max_rows, validation, test)
+    counts = {"read": read["rows_read"], **removed, "usable": len(table),
+              **{s: len(p) for s, p in parts.items()},
               "classes": len(labels), "overlap": count_split_leakage(parts)}
     if test_source:
         counts["test_read"] = tested["rows_read"]
         counts |= {f"test_{why}": tested[why] for why in ("null_texts", "null_labels", "empty")}
-    balance = {s: {str(c): int(n) for c, n in p.label.value_counts().sort_index().items()} for s, p in parts.items()}
-    datasheet = {"source": public_name(source), "revision": revision(source), "about": citations.get(source, ""),
-                 "test_source": public_name(test_source), "test_revision": revision(test_source), "text": text, "label": label, "lines": lines,
-                 "validation": validation, "test": test, "rows": rows, "seed": seed, "labels": labels, "counts": counts, "balance": balance,
+    balance = {s: {str(c): int(n) for c, n in p.label.value_counts().sort_index().items()}
+               for s, p in parts.items()}
+    datasheet = {**config.fingerprint(),
+                 "source": public_name(source), "revision": revision(source),
+                 "about": citations.get(source, ""),
+                 "test_source": public_name(test_source), "test_revision": revision(test_source),
+                 "labels": labels, "counts": counts, "balance": balance,
                  "cleaning": cleaning, "copies": copies}
+    del datasheet["max_labels"]     # it refuses a table, and changes none
     write_corpus(record.artifact("corpus"), parts, labels, datasheet)
     words = parts["train"].text.str.split().str.len()
-    record.save_metrics(**counts, **{f"changed_{step}": done["texts"] for step, done in cleaning.items()},
-                        words_median=float(words.median()), words_p95=float(words.quantile(0.95)))
+    changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
+    record.save_metrics(**counts, **changed, words_median=float(words.median()),
+                        words_p95=float(words.quantile(0.95)))
     return record.artifact("corpus")
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #d5777ee5
 def small_corpus(rows: int = 400) -> Path:
     "The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts all three splits."
-    def make(folder): build_corpus(create_record(folder, "data"), rows=rows)
+    def make(folder): build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))
     return cached_fixture("corpus-small", make, rows, build_corpus, read_table, revision("imdb"))/"corpus"

@@ -7,7 +7,7 @@ __all__ = ['documented_packages', 'packaged_domains', 'rule_sets', 'splits', 'do
            'technical', 'bible_chapters', 'literature', 'read_decoded', 'news', 'reviews', 'peek_first', 'read_domains',
            'extra_sources_revision', 'filter_settings', 'filtered', 'DocumentStore', 'split_hash', 'assign_split',
            'normalized_weights', 'sample_mixture', 'index_documents', 'interleave', 'write_split', 'check_nonempty',
-           'build_mixture', 'read_mixture', 'small_mixture']
+           'MixtureConfig', 'build_mixture', 'read_mixture', 'small_mixture']
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #de3c41ee
 import ast
@@ -19,16 +19,18 @@ import struct
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from ..config import Fraction, StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, cached_fixture
-from ..core import create_record
-from ..core import read_json, sha256_of, sha256_text, write_json
+from ..core import create_record, read_json, sha256_of, sha256_text, write_json
 from .corpus import small_corpus
 from .dedup import find_duplicates
 from .filters import Rules, counts_by_domain, filter_documents, new_report
-from .decontamination import LeakIndex, evaluation_sets, leak_policies, without_leaks
+from .decontamination import LeakIndex, evaluation_sets, without_leaks
 from .sources import did_you_mean, local_path, revision, source_kind, text_ids
 from .stream import stream_texts
 
@@ -99,12 +101,12 @@ def read_domains(domains: list[str], own: list[str] = (), corpus: str | Path = "
     "For each domain its texts, read as they are asked for. Raises `UsageError` for a name nobody knows or a name given twice, `MissingError` for an absent source."
     found, known = {}, [*packaged_domains, "corpus"]
     for name in domains:
-        if name not in known: raise UsageError(f"There is no packaged domain {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)} A source of yours is given as own: name=source.")
+        if name not in known: raise UsageError(f"There is no packaged domain {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)} A source of yours is given as extra_sources: name=source.")
         if name == "corpus" and not corpus: raise UsageError("domains names corpus, the training texts of the labelled corpus, and no corpus is given. Give the folder that the stage data made, or leave the domain out.")
         found[name] = peek_first(packaged_domains[name]() if name != "corpus" else stream_texts(str(Path(corpus)/"train.parquet")))
     for one in own:
         name, equals, source = one.partition("=")
-        if not equals or not name.strip() or not source.strip(): raise UsageError(f"own holds {one!r}; write name=source, such as novels=books/.")
+        if not equals or not name.strip() or not source.strip(): raise UsageError(f"extra_sources holds {one!r}; write name=source, such as novels=books/.")
         if name in found or name == "corpus": raise UsageError(f"The domain {name} is given twice.")
         found[name] = peek_first(stream_texts(source, column))
     if len(found) < len(domains) + len(own) or not found: raise UsageError(f"domains is {domains}: name each once, and at least one.")
@@ -124,8 +126,8 @@ def filter_settings(quality: list[str], domains: list[str], shortest: int, engli
     chosen = {d: {"corpus": "none", "literature": "verse"}.get(d, "gopher") for d in domains}
     for one in quality:
         name, _, rules = one.partition("=")
-        if name not in chosen: raise UsageError(f"quality names {name!r}; the domains are {', '.join(domains)}.{did_you_mean(name, domains)}")
-        if rules not in rule_sets: raise UsageError(f"quality holds {one!r}; write name=rules with {', '.join(rule_sets)}, such as laws=none.")
+        if name not in chosen: raise UsageError(f"quality_rules names {name!r}; the domains are {', '.join(domains)}.{did_you_mean(name, domains)}")
+        if rules not in rule_sets: raise UsageError(f"quality_rules holds {one!r}; write name=rules with {', '.join(rule_sets)}, such as laws=none.")
         chosen[name] = rules
     long = dict(words=(shortest, 100_000))
     told = {"gopher": dict(rules=Rules(**long), english=english), "verse": dict(rules=Rules(**long, top_grams=(), repeated_grams=()), english=english),
@@ -242,46 +244,110 @@ def check_nonempty(places: dict, report: dict, domains: list[str]):
         took = sorted(((n, step) for step, n in row.items() if n and step not in ("read", "kept")), reverse=True)
         said = f"the rules took {', '.join(f'{n} ({step})' for n, step in took)}; " if took else "the rules took none; "
         sided = ", ".join(f"{len(places[name, s])} went to {s}" for s in splits[1:] if (name, s) in places) or "none went to validation or test"
-        raise DataError(f"Nothing of the domain {name} is left to train on. Of {row['read']} documents read, {said}{sided}. Loosen the rule that took most (quality: {name}=none lets all pass that is not empty), or give the domain more text.")
+        raise DataError(f"Nothing of the domain {name} is left to train on. Of {row['read']} documents read, {said}{sided}. Loosen the rule that took most (quality_rules: {name}=none lets all pass that is not empty), or give the domain more text.")
 
-def build_mixture(record: Record, corpus: str | Path = "", domains: list[str] = ("reviews", "literature", "technical", "news"), own: list[str] = (), text: str = "text",
-                  quality: list[str] = (), shortest: int = 20, english: float = .5, near: float = .8, on_leak: str = "drop", weights: list[str] = (), documents: int | None = None,
-                  characters: int | None = None, epochs: int = 1, scarce: str = "limit", order: str = "mixed", validation: float = 0.05, test: float = 0.05, seed: int = 0) -> Path:
-    "Build the corpus (the parameters are those of the chapter) and return its folder; `corpus` empty: no check for leaks. Raises `UsageError`, `MissingError`, `DataError`."
-    for name, value, known in (("order", order, ("mixed", "short")), ("scarce", scarce, ("limit", "fill")), ("on_leak", on_leak, leak_policies)):
-        if value not in known: raise UsageError(f"{name} is {value!r}; choose {' or '.join(known)}.")
-    if min(n for n in (epochs, documents, characters, 1) if n is not None) < 1: raise UsageError("epochs, documents and characters must be at least 1.")
-    if validation < 0 or test < 0 or validation + test >= 1: raise UsageError(f"validation is {validation} and test is {test}; both are shares, and something must be left to train on.")
-    sources, report = read_domains(list(domains), list(own), corpus, text), new_report()
-    shares, told = normalized_weights(list(weights), list(sources)), filter_settings(list(quality), list(sources), shortest, english)
+@stage_config
+class MixtureConfig(StageConfig):
+    "What goes into a pretraining corpus, and how it is mixed."
+    domains: list[str] = Field(
+        default_factory=lambda: ["reviews", "literature", "technical", "news"]
+    )  # read in this order
+    extra_sources: list[str] = Field(
+        default_factory=lambda: [])  # your sources: name, equals sign and what to read
+    text_column: str = "text"        # column of your tables that holds the text
+    quality_rules: list[str] = Field(
+        default_factory=lambda: [])  # domain, equals sign and gopher, verse, web or none
+    min_words: NonNegativeInt = 20   # documents with fewer words are left out (not with rules none)
+    min_english: Fraction = 0.5      # smallest share of English words; 0 takes any language
+    min_jaccard: Annotated[
+        float, Field(gt=0, le=1)
+    ] = 0.8                          # texts at least so similar are copies (runs of five words)
+    on_leak: Literal["drop", "stop"] = "drop"  # drop documents that leak an evaluation text, or stop
+    weights: list[str] = Field(
+        default_factory=lambda: [])  # domain, equals sign and its weight, where not 1
+    max_documents: PositiveInt | None = 120  # documents read of each domain; none for all there are
+    max_characters: (
+        PositiveInt | None
+    ) = None                         # training characters in all; none: as weights and epochs allow
+    max_epochs: PositiveInt = 2      # how often a domain that is exhausted may be repeated
+    on_exhausted: Literal[
+        "limit", "fill"
+    ] = "limit"                      # then limit the other domains to its measure, or fill up with them
+    order: Literal[
+        "mixed", "short"
+    ] = "mixed"                      # mixed, or short: short documents first (a curriculum)
+    validation_size: Fraction = 0.05  # share of each domain for validation
+    test_size: Fraction = 0.05       # share of each domain for testing
+    seed: int = 0                    # decides who goes into which split, and the order
+
+def build_mixture(record: Record,            # Gets the artifact `prose`
+                  corpus: str | Path = "",   # Folder of a labelled corpus; empty: no check for leaks
+                  config: MixtureConfig = MixtureConfig()
+                 ) -> Path:
+    """Build the pretraining corpus and return its folder.
+
+    Raises `UsageError`, `MissingError`, `DataError`."""
+    validation, test, seed = config.validation_size, config.test_size, config.seed
+    if validation + test >= 1:
+        raise UsageError(f"validation_size is {validation} and test_size is {test}; both are shares, "
+                         "and something must be left to train on.")
+    sources = read_domains(config.domains, config.extra_sources, corpus, config.text_column)
+    names, report = list(sources), new_report()
+    shares = normalized_weights(config.weights, names)
+    settings = filter_settings(config.quality_rules, names, config.min_words, config.min_english)
     index = LeakIndex(evaluation_sets(corpus)) if corpus else None
     folder, signatures = record.artifact("prose"), record.path/"signatures"
     folder.mkdir()
-    enough = {d: 1.2 * share * characters / (1 - validation - test) if characters else float("inf") for d, share in shares.items()}     # a fifth more than its share, for what is still to be removed
-    with DocumentStore(record.path/"kept.bytes") as pile:
-        passed = chain.from_iterable(filtered(d, texts, report, told[d], documents, enough[d]) for d, texts in sources.items())
-        found = find_duplicates(pile.passing(record.track(passed, unit="documents")), signatures, near)
-        safe = without_leaks(found.kept(pile, report), index, report, on_leak, exact_only=["corpus"])
+    enough = dict.fromkeys(names, float("inf"))
+    if config.max_characters:       # a fifth more than its share, for what is still to be removed
+        enough = {d: 1.2 * share * config.max_characters / (1 - validation - test)
+                  for d, share in shares.items()}
+    with DocumentStore(record.path/"kept.bytes") as store:
+        passed = chain.from_iterable(
+            filtered(d, texts, report, settings[d], config.max_documents, enough[d])
+            for d, texts in sources.items())
+        tracked = record.track(passed, unit="documents")
+        found = find_duplicates(store.passing(tracked), signatures, config.min_jaccard)
+        safe = without_leaks(found.kept(store, report), index, report, config.on_leak,
+                             exact_only=["corpus"])
         places = index_documents(safe, seed, validation, test)
-        check_nonempty(places, report, list(sources))
+        check_nonempty(places, report, names)
         sizes = {d: places[d, "train"]["size"].astype(np.int64) for d in sources}
-        used = sample_mixture(sizes, shares, epochs, characters, scarce)
-        write_split(folder/"train.parquet", (pile.at(places[d, "train"]["place"][i]) for d, i in interleave(used, sizes, order)))
+        used = sample_mixture(sizes, shares, config.max_epochs, config.max_characters,
+                              config.on_exhausted)
+        train = interleave(used, sizes, config.order)
+        write_split(folder/"train.parquet",
+                    (store.at(places[d, "train"]["place"][i]) for d, i in train))
         for s in splits[1:]:
             every = {d: np.arange(len(places[d, s])) for d in sources if (d, s) in places}
-            write_split(folder/f"{s}.parquet", (pile.at(places[d, s]["place"][i]) for d, i in interleave(every, {}, "mixed")) if every else ())
+            mixed = interleave(every, {}, "mixed") if every else ()
+            write_split(folder/f"{s}.parquet",
+                        (store.at(places[d, s]["place"][i]) for d, i in mixed))
     shutil.rmtree(signatures)
-    table = {d: dict(**counts_by_domain(report)[d], **{s: len(places.get((d, s), ())) for s in splits}, used=len(used[d]), characters=int(sizes[d][used[d]].sum()), weight=shares[d], epochs=len(used[d]) / len(sizes[d])) for d in sources}
-    write_json(folder/"datasheet.json", dict(domains=table, removed=report["removed"], changed=report["changed"], masked=report["masked"],
-                                             leaks=report["leaks"], resembling=report["resembling"], on_leak=on_leak, checked=index is not None, order=order, seed=seed,
-                                             shortest=shortest, english=english, near=near, scarce=scarce, quality=list(quality), own={o.partition("=")[0]: local_path(o.partition("=")[2]).name for o in own}))
+    counted = counts_by_domain(report)
+    table = {d: dict(**counted[d], **{s: len(places.get((d, s), ())) for s in splits},
+                     used=len(used[d]), characters=int(sizes[d][used[d]].sum()), weight=shares[d],
+                     epochs=len(used[d]) / len(sizes[d])) for d in sources}
+    named = (each.partition("=") for each in config.extra_sources)
+    write_json(folder/"datasheet.json", dict(
+        domains=table, removed=report["removed"], changed=report["changed"],
+        masked=report["masked"], leaks=report["leaks"], resembling=report["resembling"],
+        on_leak=config.on_leak, checked=index is not None, order=config.order, seed=seed,
+        min_words=config.min_words, min_english=config.min_english,
+        min_jaccard=config.min_jaccard, on_exhausted=config.on_exhausted,
+        quality_rules=config.quality_rules,
+        extra_sources={name: local_path(source).name for name, _, source in named}))
     total = lambda what: sum(t[what] for t in table.values())
     took = {step: r["documents"] for step, r in report["removed"].items()}
-    apart = {name: took.pop(name, 0) for name in ("empty", "language", "exact copy", "near copy", "leak")}
+    steps = ("empty", "language", "exact copy", "near copy", "leak")
+    apart = {name: took.pop(name, 0) for name in steps}
     resembling = sum(n for kinds in report["resembling"].values() for n in kinds.values())
-    record.save_metrics(domains=len(sources), read=total("read"), removed_quality=sum(took.values()), **{f"removed_{name.replace(' ', '_')}": n for name, n in apart.items()}, masked=sum(report["masked"].values()), kept=total("kept"),
-                        documents=total("used"), characters=total("characters"), leaks=apart["leak"],
-                        resembling=resembling, validation=total("validation"), test=total("test"))
+    record.save_metrics(
+        domains=len(sources), read=total("read"), removed_quality=sum(took.values()),
+        **{f"removed_{name.replace(' ', '_')}": n for name, n in apart.items()},
+        masked=sum(report["masked"].values()), kept=total("kept"), documents=total("used"),
+        characters=total("characters"), leaks=apart["leak"], resembling=resembling,
+        validation=total("validation"), test=total("test"))
     return folder
 
 def read_mixture(folder: str | Path, split: str, domains: list[str] | None = None) -> Iterator[dict]:
@@ -300,7 +366,12 @@ def read_mixture(folder: str | Path, split: str, domains: list[str] | None = Non
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #901d2cd7
 def small_mixture(documents: int = 120) -> Path:
-    "The folder of a small four-domain corpus under runs/scratch, made at the first call; `documents` are read of each domain."
-    def make(folder): build_mixture(create_record(folder, "prose"), small_corpus(), documents=documents)
-    code = (build_mixture, small_corpus, revision, stream_texts, filter_documents, find_duplicates, without_leaks)
+    """The folder of a small four-domain corpus under runs/scratch, made at the first call.
+
+    `documents` are read of each domain, and none is repeated."""
+    config = MixtureConfig(max_documents=documents, max_epochs=1)
+    def make(folder: Path) -> None:
+        build_mixture(create_record(folder, "prose"), small_corpus(), config)
+    code = (build_mixture, small_corpus, revision, stream_texts, filter_documents, find_duplicates,
+            without_leaks)
     return cached_fixture("prose-small", make, documents, *code, small_corpus())/"prose"
