@@ -55,7 +55,7 @@ def test_cleaning(raw, clean): assert clean_text(raw) == clean
 
 
 def test_lines_are_kept_on_request():
-    assert clean_text("one  two\r\n\r\n\r\nthree<br />four", lines=True) == "one two\n\nthree\nfour"
+    assert clean_text("one  two\r\n\r\n\r\nthree<br />four", keep_newlines=True) == "one two\n\nthree\nfour"
     assert clean_text("one  two\r\n\r\n\r\nthree<br />four") == "one two three four"
 
 

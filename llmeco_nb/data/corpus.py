@@ -79,48 +79,62 @@ def remove_control_chars(text: str) -> str:
     if text.replace("\n", " ").isprintable(): return text    # the common case, and ten times faster to see
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
 
-def normalize_whitespace(text: str, lines: bool = False) -> str:
-    "One space for any white space. With `lines`, line breaks stay, and at most one empty line in a row."
-    if not lines: return " ".join(text.split())
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(" ".join(line.split()) for line in text.splitlines())).strip()
+def normalize_whitespace(text: str, keep_newlines: bool = False) -> str:
+    """One space for any white space.
+
+    With `keep_newlines` line breaks stay, and at most one empty line in a row."""
+    if not keep_newlines: return " ".join(text.split())
+    lines = "\n".join(" ".join(line.split()) for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip()
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #0589ffce
-def clean_text(text: str,               # Any string
-               lines: bool = False,     # Keep line breaks
-               seen: dict | None = None # Filled with {step: (before, after)} for the steps that changed the text
+def clean_text(text: str,                    # Any string
+               keep_newlines: bool = False,  # Keep line breaks
+               changes: dict[str, tuple[str, str]] | None = None  # Filled: step -> before, after
               ) -> str:
-    "The text without markup, wrong decodings, invisible characters and superfluous space. Idempotent."
-    steps = {"encoding": fix_encoding, "spaces": lambda t: normalize_whitespace(t, lines), "entities": unescape, "tags": strip_html, "controls": remove_control_chars}
+    """The text without markup, wrong decodings, invisible characters and superfluous space.
+
+    Idempotent."""
+    steps = {"encoding": fix_encoding, "spaces": lambda t: normalize_whitespace(t, keep_newlines),
+             "entities": unescape, "tags": strip_html, "controls": remove_control_chars}
     before, first = None, True
     while text != before:
         before = text
         for name, step in steps.items():
             after = step(text)
-            if first and seen is not None and after != text: seen[name] = (text, after)
+            if first and changes is not None and after != text: changes[name] = (text, after)
             text = after
         first = False
     return text
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #24a547b8
-def excerpt(before: str, after: str, width: int = 60) -> dict:
-    "The place where two texts first differ, in both."
-    at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+def excerpt(before: str, after: str, width: int = 60) -> dict[str, str]:
+    "About `width` characters `before` and `after`, from where the two texts first differ."
+    shorter = min(len(before), len(after))
+    at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), shorter)
     at = max(0, at - width//2)
-    return {"before": before[at:at + width].encode("utf-8", "backslashreplace").decode(), "after": after[at:at + width]}
+    visible = before[at:at + width].encode("utf-8", "backslashreplace").decode()
+    return {"before": visible, "after": after[at:at + width]}
 
-def clean_table(rows, lines: bool = False, record: Record | None = None):
-    "A table from `read_table` with its texts cleaned, empty ones dropped; and what each step did: `{step: {texts, samples}}`."
-    changed, texts = {step: [] for step in ("encoding", "spaces", "entities", "tags", "controls")}, []
+def clean_table(rows: "pd.DataFrame",         # From `read_table`
+                keep_newlines: bool = False,  # Keep line breaks
+                record: Record | None = None  # Shows the progress
+               ) -> tuple["pd.DataFrame", dict[str, dict]]:
+    """The table with its texts cleaned and without empty ones; and what each step did.
+
+    That is, for each step the number of `texts` changed and three `samples`."""
+    changed = {step: [] for step in ("encoding", "spaces", "entities", "tags", "controls")}
+    texts = []
     pairs = list(zip(rows.id, rows.text))
     for one, raw in record.track(pairs, unit="texts") if record else pairs:
-        seen = {}
-        texts.append(clean_text(raw, lines, seen))
-        for step in seen: changed[step].append((one, raw))
-    def samples(step):
+        changes = {}
+        texts.append(clean_text(raw, keep_newlines, changes))
+        for step in changes: changed[step].append((one, raw))
+    def samples(step: str) -> list[dict[str, str]]:
         found = []
         for one, raw in sorted(changed[step])[:3]:
-            clean_text(raw, lines, seen := {})
-            found.append({"id": one, **excerpt(*seen[step])})
+            clean_text(raw, keep_newlines, changes := {})
+            found.append({"id": one, **excerpt(*changes[step])})
         return found
     report = {step: {"texts": len(changed[step]), "samples": samples(step)} for step in changed}
     cleaned = rows.assign(text=texts)

@@ -17,6 +17,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +30,8 @@ from ..core import DataError, MissingError, Record, UsageError, cached_fixture
 from ..core import create_record, read_json, sha256_of, sha256_text, write_json
 from .corpus import small_corpus
 from .dedup import find_duplicates
-from .filters import Rules, counts_by_domain, filter_documents, new_report
+from .filters import FilterConfig, FilterReport, Rules, counts_by_domain
+from .filters import filter_documents
 from .decontamination import LeakIndex, evaluation_sets, without_leaks
 from .sources import did_you_mean, local_path, revision, source_kind, text_ids
 from .stream import stream_texts
@@ -121,23 +123,40 @@ def extra_sources_revision(own: list[str]) -> str:
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #86019703
 rule_sets = ("gopher", "verse", "web", "none")
 
-def filter_settings(quality: list[str], domains: list[str], shortest: int, english: float) -> dict[str, dict]:
-    "For each domain what `filter_documents` is to be told. Raises `UsageError`."
+def filter_settings(quality_rules: list[str],  # Each name=rules, for a domain of another kind
+                    domains: list[str],        # All there are
+                    min_words: int,            # Of a document
+                    min_english: float         # Smallest share of English words, 0 to 1
+                   ) -> dict[str, FilterConfig]:
+    "For each domain what `filter_documents` asks of it. Raises `UsageError`."
     chosen = {d: {"corpus": "none", "literature": "verse"}.get(d, "gopher") for d in domains}
-    for one in quality:
+    for one in quality_rules:
         name, _, rules = one.partition("=")
-        if name not in chosen: raise UsageError(f"quality_rules names {name!r}; the domains are {', '.join(domains)}.{did_you_mean(name, domains)}")
-        if rules not in rule_sets: raise UsageError(f"quality_rules holds {one!r}; write name=rules with {', '.join(rule_sets)}, such as laws=none.")
+        if name not in chosen:
+            raise UsageError(f"quality_rules names {name!r}; the domains are {', '.join(domains)}."
+                             f"{did_you_mean(name, domains)}")
+        if rules not in rule_sets:
+            raise UsageError(f"quality_rules holds {one!r}; write name=rules with "
+                             f"{', '.join(rule_sets)}, such as laws=none.")
         chosen[name] = rules
-    long = dict(words=(shortest, 100_000))
-    told = {"gopher": dict(rules=Rules(**long), english=english), "verse": dict(rules=Rules(**long, top_grams=(), repeated_grams=()), english=english),
-            "web": dict(rules=Rules(**long, sentences=3), english=english, terminal=True), "none": dict(rules=None, english=0)}
-    return {d: told[rules] for d, rules in chosen.items()}
+    gopher = Rules(words=(min_words, 100_000))
+    verse = replace(gopher, top_ngrams=(), repeated_ngrams=())
+    known = {"gopher": FilterConfig(gopher, min_english), "verse": FilterConfig(verse, min_english),
+             "web": FilterConfig(replace(gopher, sentences=3), min_english, terminal_lines=True),
+             "none": FilterConfig(None, 0)}
+    return {d: known[rules] for d, rules in chosen.items()}
 
-def filtered(domain: str, texts: Iterable[str], report: dict, told: dict, documents: int | None = None, enough: float = float("inf")) -> Iterator[dict]:
-    "The documents (id, text, domain) of a domain that pass the filters: of at most `documents` that are read, and until they have `enough` characters."
-    some = ({"id": f"{domain} {n}", "text": t, "domain": domain} for n, t in enumerate(islice(texts, documents)))
-    for d in filter_documents(some, report, **told):
+def filtered(domain: str,                        # Its name
+             texts: Iterable[str],               # Its texts, read as they are needed
+             report: FilterReport,               # Filled
+             config: FilterConfig,               # What is asked of a document
+             max_documents: int | None = None,   # To read; None for all
+             enough: float = float("inf")        # Characters after which no more is read
+            ) -> Iterator[dict]:
+    "The documents (id, text, domain) of a domain that pass the filters."
+    some = ({"id": f"{domain} {n}", "text": t, "domain": domain}
+            for n, t in enumerate(islice(texts, max_documents)))
+    for d in filter_documents(some, report, config):
         yield d
         enough -= len(d["text"])
         if enough <= 0: return
@@ -292,7 +311,7 @@ def build_mixture(record: Record,            # Gets the artifact `prose`
         raise UsageError(f"validation_size is {validation} and test_size is {test}; both are shares, "
                          "and something must be left to train on.")
     sources = read_domains(config.domains, config.extra_sources, corpus, config.text_column)
-    names, report = list(sources), new_report()
+    names, report = list(sources), FilterReport()
     shares = normalized_weights(config.weights, names)
     settings = filter_settings(config.quality_rules, names, config.min_words, config.min_english)
     index = LeakIndex(evaluation_sets(corpus)) if corpus else None
@@ -329,23 +348,23 @@ def build_mixture(record: Record,            # Gets the artifact `prose`
                      used=len(used[d]), characters=int(sizes[d][used[d]].sum()), weight=shares[d],
                      epochs=len(used[d]) / len(sizes[d])) for d in sources}
     named = (each.partition("=") for each in config.extra_sources)
+    account = asdict(report)
+    del account["read"]             # in the table by domain
     write_json(folder/"datasheet.json", dict(
-        domains=table, removed=report["removed"], changed=report["changed"],
-        masked=report["masked"], leaks=report["leaks"], resembling=report["resembling"],
-        on_leak=config.on_leak, checked=index is not None, order=config.order, seed=seed,
+        domains=table, **account, on_leak=config.on_leak, checked=index is not None, order=config.order, seed=seed,
         min_words=config.min_words, min_english=config.min_english,
         min_jaccard=config.min_jaccard, on_exhausted=config.on_exhausted,
         quality_rules=config.quality_rules,
         extra_sources={name: local_path(source).name for name, _, source in named}))
     total = lambda what: sum(t[what] for t in table.values())
-    took = {step: r["documents"] for step, r in report["removed"].items()}
+    took = {step: r.documents for step, r in report.removed.items()}
     steps = ("empty", "language", "exact copy", "near copy", "leak")
     apart = {name: took.pop(name, 0) for name in steps}
-    resembling = sum(n for kinds in report["resembling"].values() for n in kinds.values())
+    resembling = sum(n for kinds in report.resembling.values() for n in kinds.values())
     record.save_metrics(
         domains=len(sources), read=total("read"), removed_quality=sum(took.values()),
         **{f"removed_{name.replace(' ', '_')}": n for name, n in apart.items()},
-        masked=sum(report["masked"].values()), kept=total("kept"), documents=total("used"),
+        masked=sum(report.masked.values()), kept=total("kept"), documents=total("used"),
         characters=total("characters"), leaks=apart["leak"], resembling=resembling,
         validation=total("validation"), test=total("test"))
     return folder
