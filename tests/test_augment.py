@@ -107,7 +107,7 @@ def test_a_marian_folder_translates(tmp_path):
     torch.manual_seed(0)
     MarianMTModel(MarianConfig(vocab_size=7, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
                                pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, bos_token_id=0, forced_eos_token_id=1, max_position_embeddings=32)).save_pretrained(tmp_path/"m")
-    translate = marian(str(tmp_path/"m"), batch=2, longest=8)
+    translate = marian(str(tmp_path/"m"), batch_size=2, max_length=8)
     got = translate(["a good film .", "a", "film"])
     assert len(got) == 3 and got == translate(["a good film .", "a", "film"]) and set(" ".join(got).split()) <= set(vocabulary)
 

@@ -15,8 +15,10 @@ import hashlib
 import html
 import math
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -25,6 +27,10 @@ from ..core import DataError, MissingError, Record, UsageError, cached_fixture
 from ..core import create_record, read_json, write_json
 from .sources import citations, is_blank, local_path, read_table, revision
 from .sources import source_kind
+
+# %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    import pandas as pd
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #95cea8b5
 block_tag_names = """address article blockquote body br caption center dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 head header hr html
@@ -52,31 +58,37 @@ def unescape(text: str) -> str:
     return entity.sub(lambda m: html.unescape(m[0]), text)
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #38f7fb27
-non_ascii_runs = re.compile(r"[^\x00-\x7f](?:.{0,24}[^\x00-\x7f])*", re.S)  # characters beyond ASCII, joined when they are close
+# characters beyond ASCII, joined when they are close
+non_ascii_runs = re.compile(r"[^\x00-\x7f](?:.{0,24}[^\x00-\x7f])*", re.S)
 
 @lru_cache(10_000)
 def fix_encoding_piece(piece: str) -> str:
     "ftfy on one piece of text; pieces recur, since people misspell the same words."
     import ftfy
-    return ftfy.fix_text(piece, ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False))
+    config = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False,
+                                  fix_character_width=False)
+    return ftfy.fix_text(piece, config)
 
 def fix_encoding(text: str) -> str:
     "Undo wrong decodings (`Ã©` for `é`, U+0096 for a dash) and compose accents (NFC)."
     if text.isascii(): return text
     done, end = [], 0
     for m in non_ascii_runs.finditer(text):
-        a, b = max(m.start() - 8, end), min(m.end() + 8, len(text))   # what may belong to them, on both sides
+        a, b = max(m.start() - 8, end), min(m.end() + 8, len(text))   # what may belong to them
         done += [text[end:a], fix_encoding_piece(text[a:b])]
         end = b
     return "".join([*done, text[end:]])
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #19055fee
-invisible_chars = re.compile("[\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")  # zero width: they stand inside words
-control_chars = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff\ufffe\uffff\U000f0000-\U0010ffff]")  # between words
+# of zero width: they stand inside words
+invisible_chars = re.compile("[\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+# between words
+control_chars = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff"
+                           "\ufffe\uffff\U000f0000-\U0010ffff]")
 
 def remove_control_chars(text: str) -> str:
     "Remove characters without a shape: zero-width ones vanish, controls and private ones become a space."
-    if text.replace("\n", " ").isprintable(): return text    # the common case, and ten times faster to see
+    if text.replace("\n", " ").isprintable(): return text    # the common case, ten times faster
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
 
 def normalize_whitespace(text: str, keep_newlines: bool = False) -> str:
@@ -142,80 +154,110 @@ def clean_table(rows: "pd.DataFrame",         # From `read_table`
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #bf4221ce
 def normalized_key(text: str) -> str:
-    "What two texts must share to count as the same: their characters in lower case, any white space as one space."
+    "What equal texts share: their characters in lower case, any white space as one space."
     return " ".join(text.casefold().split())
 
-def drop_duplicates(rows):
-    "One row for each text, none where equal texts carry different labels; ordered by id. Returns it with counts and samples."
+def drop_duplicates(rows: "pd.DataFrame"  # Columns id, text, label
+                   ) -> tuple["pd.DataFrame", dict]:
+    """One row for each text, none where equal texts carry different labels; ordered by id.
+
+    Beside it a report: numbers of `duplicates`, `conflicts` and `groups`, and three `samples`."""
     rows = rows.assign(key=[normalized_key(t) for t in rows.text]).sort_values("id", ignore_index=True)
     again, twins = rows.duplicated("key"), rows[rows.duplicated("key", keep=False)]
     groups = [g for _, g in twins.groupby("key", sort=False)]
-    torn = rows.key.isin({g.key.iloc[0] for g in groups if g.label.nunique() > 1})
+    conflicting = rows.key.isin({g.key.iloc[0] for g in groups if g.label.nunique() > 1})
     samples = [{"texts": [t[:120] for t in g.text], "ids": list(g.id)} for g in groups[:3]]
-    report = {"duplicates": int((again & ~torn).sum()), "conflicts": int(torn.sum()), "groups": len(groups), "samples": samples}
-    return rows[~again & ~torn].drop(columns="key").reset_index(drop=True), report
+    report = {"duplicates": int((again & ~conflicting).sum()), "conflicts": int(conflicting.sum()),
+              "groups": len(groups), "samples": samples}
+    return rows[~again & ~conflicting].drop(columns="key").reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #f78d841f
-def split_hashes(ids, seed: int) -> list[str]:
-    "For each id its lot: a hash of seed and id. Equal for equal arguments, whatever stands beside them."
+def split_hashes(ids: Iterable[str], seed: int) -> list[str]:
+    "For each id a hash of seed and id, 64 hex digits, whatever stands beside it."
     return [hashlib.sha256(f"{seed}:{i}".encode()).hexdigest() for i in ids]
 
-def sort_by_split_hash(rows, seed: int):
-    "The rows in the order of their lots."
-    drawn = split_hashes(rows.id, seed)
-    return rows.iloc[sorted(range(len(rows)), key=drawn.__getitem__)].reset_index(drop=True)
+def sort_by_split_hash(rows: "pd.DataFrame",  # With a column id
+                       seed: int              # Another seed gives another order
+                      ) -> "pd.DataFrame":
+    "The rows in the order of their hashes."
+    hashes = split_hashes(rows.id, seed)
+    return rows.iloc[sorted(range(len(rows)), key=hashes.__getitem__)].reset_index(drop=True)
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #eb4bbda2
-def stratified_counts(n: int, counts: dict) -> dict:
-    "`n` shared out over classes in proportion to `counts`, at least one each. Needs len(counts) <= n <= their sum."
+def stratified_counts(n: int, counts: dict[int, int]) -> dict[int, int]:
+    """`n` shared out over classes in proportion to `counts`, at least one each.
+
+    Needs len(counts) <= n <= their sum."""
     exact = {c: n * k / sum(counts.values()) for c, k in counts.items()}
     part = {c: max(1, math.floor(e)) for c, e in exact.items()}
     while sum(part.values()) < n: part[min(part, key=lambda c: (part[c] - exact[c], c))] += 1
-    while sum(part.values()) > n: part[max((c for c in part if part[c] > 1), key=lambda c: (part[c] - exact[c], -c))] -= 1
+    while sum(part.values()) > n:
+        several = (c for c in part if part[c] > 1)
+        part[max(several, key=lambda c: (part[c] - exact[c], -c))] -= 1
     return part
 
-def split_sizes(total: int, validation: float, test: float, classes: int) -> dict[str, int]:
+def split_sizes(total: int,         # Rows there are
+                validation: float,  # Share below 1, or number of rows
+                test: float,        # Likewise
+                classes: int        # Each gets a row in each split that is not empty
+               ) -> dict[str, int]:
     "How many of `total` rows each split gets. Raises `DataError` if nothing is left to train on."
-    size = lambda share: max(classes, round(share * total) if share < 1 else int(share)) if share > 0 else 0
+    def size(share: float) -> int:
+        if share <= 0: return 0
+        return max(classes, round(share * total) if share < 1 else int(share))
     sizes = {"validation": size(validation), "test": size(test)}
     train = total - sum(sizes.values())
     if train < classes:
-        raise DataError(f"Of {total} rows, validation={validation} and test={test} leave {max(0, train)} for training, and there are "
-                        f"{classes} classes. Take more rows, or lower validation or test.")
+        raise DataError(f"Of {total} rows, validation_size={validation} and test_size={test} leave "
+                        f"{max(0, train)} for training, and there are {classes} classes. "
+                        "Take more rows, or lower validation_size or test_size.")
     return {"train": train, **sizes}
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #6982ea92
 split_names = ("train", "validation", "test")
 
-def split_rows(rows,                  # Columns id, text, label; every text once
+def split_rows(rows: "pd.DataFrame",  # Columns id, text, label; every text once
                validation: float,     # Share below 1, or number of rows
                test: float,           # Likewise; 0 when there is an official test set
-               seed: int = 0,         # Decides the lots
+               seed: int = 0,         # Decides which rows go where
                labels: list[str] = () # Class names, for the messages
-              ) -> dict:
-    "`{train, validation, test}`: disjoint, stratified, in the order of their lots; a function of seed and set of rows. Raises `DataError`."
+              ) -> dict[str, "pd.DataFrame"]:
+    """The rows of train, validation and test: disjoint, stratified, in the order of their hashes.
+
+    A function of seed and set of rows. Raises `DataError`."""
     counts = rows.label.value_counts().sort_index().to_dict()
     name = lambda c: f"The class {labels[c]!r}" if labels else "The source"
     needed = 1 + (validation > 0) + (test > 0)
     for c, n in counts.items():
         if n < needed:
-            raise DataError(f"{name(c)} has {n} usable row{'s' * (n != 1)} and needs {needed}, one for each split. Add rows, leave the "
-                            "class out, or set validation or test to 0.")
-    sizes, rows = split_sizes(len(rows), validation, test, len(counts)), sort_by_split_hash(rows, seed)
+            raise DataError(f"{name(c)} has {n} usable row{'s' * (n != 1)} and needs {needed}, one for "
+                            "each split. Add rows, leave the class out, or set validation_size or "
+                            "test_size to 0.")
+    sizes = split_sizes(len(rows), validation, test, len(counts))
+    rows = sort_by_split_hash(rows, seed)
     rank, start, parts = rows.groupby("label").cumcount(), 0, {}
     for split in ("test", "validation"):
-        stop = start + rows.label.map(stratified_counts(sizes[split], counts)) if sizes[split] else start
+        stop = start
+        if sizes[split]: stop = start + rows.label.map(stratified_counts(sizes[split], counts))
         parts[split] = rows[(rank >= start) & (rank < stop)]
         start = stop
     parts["train"] = rows[rank >= start]
     for c in set(counts) - set(parts["train"].label):
-        raise DataError(f"{name(c)} has {counts[c]} rows, and validation and test take them all. Lower validation={validation} or test={test}.")
+        raise DataError(f"{name(c)} has {counts[c]} rows, and validation and test take them all. "
+                        f"Lower validation_size={validation} or test_size={test}.")
     return {split: parts[split].reset_index(drop=True) for split in split_names}
 
-def subsample_splits(parts: dict, limit: int, validation: float, test: float) -> dict:
-    "A smaller corpus of at most `limit` rows: the head of every split, each class in its proportion. Raises `DataError` if too few train."
-    def head(rows, n):
-        if n == 0 or n >= len(rows): return rows   # a split of size 0 is empty, or an official test set that is wanted whole
+def subsample_splits(parts: dict[str, "pd.DataFrame"],  # From `split_rows`
+                     limit: int,                        # Rows in all, at most
+                     validation: float,                 # Share below 1, or number of rows
+                     test: float                        # Likewise
+                    ) -> dict[str, "pd.DataFrame"]:
+    """A smaller corpus: the head of every split, each class in its proportion.
+
+    Raises `DataError` if too few train."""
+    def head(rows: "pd.DataFrame", n: int) -> "pd.DataFrame":
+        # a split of size 0 is empty, or an official test set that is wanted whole
+        if n == 0 or n >= len(rows): return rows
         part = stratified_counts(n, rows.label.value_counts().to_dict())
         return rows[rows.groupby("label").cumcount() < rows.label.map(part)].reset_index(drop=True)
     if limit >= sum(map(len, parts.values())): return parts
@@ -223,43 +265,58 @@ def subsample_splits(parts: dict, limit: int, validation: float, test: float) ->
     return {split: head(p, sizes[split]) for split, p in parts.items()}
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #0b6fc52b
-def write_corpus(folder: Path, parts: dict, labels: list[str], datasheet: dict):
+def write_corpus(folder: Path,                      # Made if it is not there
+                 parts: dict[str, "pd.DataFrame"],  # Split -> columns id, text, label
+                 labels: list[str],                 # Class names; a label is an index into them
+                 datasheet: dict                    # What there is to say of the corpus
+                ) -> None:
     "Write the splits, the class names and the datasheet into `folder`."
     import pyarrow as pa
     import pyarrow.parquet as pq
     folder.mkdir(parents=True, exist_ok=True)
     schema = pa.schema({"id": pa.string(), "text": pa.string(), "label": pa.int64()})
     for split, p in parts.items():
-        pq.write_table(pa.table([p[c].tolist() for c in schema.names], schema=schema), folder/f"{split}.parquet", compression="zstd")
+        table = pa.table([p[c].tolist() for c in schema.names], schema=schema)
+        pq.write_table(table, folder/f"{split}.parquet", compression="zstd")
     write_json(folder/"labels.json", labels)
     write_json(folder/"datasheet.json", datasheet)
 
-def read_split(corpus: str | Path, name: str):
-    "One split (`train`, `validation`, `test`) of a corpus as a DataFrame with id, text, label. Raises `UsageError`, `MissingError`."
+def read_split(corpus: str | Path,  # Its folder
+               name: str            # train, validation or test
+              ) -> "pd.DataFrame":
+    "One split of a corpus, with columns id, text, label. Raises `UsageError`, `MissingError`."
     import pandas as pd
-    if name not in split_names: raise UsageError(f"A corpus has no split {name!r}; it has {', '.join(split_names)}.")
+    if name not in split_names:
+        raise UsageError(f"A corpus has no split {name!r}; it has {', '.join(split_names)}.")
     file = Path(corpus)/f"{name}.parquet"
-    if not file.exists(): raise MissingError(f"{corpus} is not a corpus: {file.name} is not in it. The stage data makes one.")
+    if not file.exists():
+        raise MissingError(f"{corpus} is not a corpus: {file.name} is not in it. "
+                           "The stage data makes one.")
     return pd.read_parquet(file)
 
 def label_names(corpus: str | Path) -> list[str]:
-    "The class names of a corpus; a label is an index into them. Empty when its texts have no labels."
+    """The class names of the corpus in a folder; a label is an index into them.
+
+    Empty when its texts have no labels."""
     return read_json(Path(corpus)/"labels.json")
 
-def count_split_leakage(parts: dict) -> int:
-    "How many texts, folded, stand in more than one split."
+def count_split_leakage(parts: dict[str, "pd.DataFrame"]) -> int:
+    "How many texts (by `normalized_key`) stand in more than one split."
     sets = [set(p.text.map(normalized_key)) for p in parts.values()]
     return sum(map(len, sets)) - len(set().union(*sets))
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #44de55ef
-def drop_test_overlap(rows, official):
+def drop_test_overlap(rows: "pd.DataFrame",     # With a column text
+                      official: "pd.DataFrame"  # Likewise: the official test set
+                     ) -> tuple["pd.DataFrame", int]:
     "The rows whose text does not stand in the official test set, and how many had to go."
     known = rows.text.map(normalized_key).isin(set(official.text.map(normalized_key)))
     return rows[~known].reset_index(drop=True), int(known.sum())
 
 def public_name(source: str) -> str:
     "A source's name for others to read: a local path without its folders."
-    return local_path(source).name if source and source_kind(source) in ("file", "folder") else source
+    local = source and source_kind(source) in ("file", "folder")
+    return local_path(source).name if local else source
 
 @stage_config
 class CorpusConfig(StageConfig):
@@ -282,7 +339,8 @@ def build_corpus(record: Record,  # Gets the artifact `corpus`
 
     Raises `MissingError`, `UsageError`, `DataError`."""
     source, test_source, seed = config.source, config.test_source, config.seed
-    table = read_table(source, config.text_column, config.label_column, max_labels=config.max_labels)
+    table = read_table(source, config.text_column, config.label_column,
+                       max_labels=config.max_labels)
     labels, read = table.attrs["labels"], table.attrs["report"]
     filled = len(table)
     table, cleaning = clean_table(table, config.keep_newlines, record)
@@ -335,5 +393,5 @@ def build_corpus(record: Record,  # Gets the artifact `corpus`
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #d5777ee5
 def small_corpus(rows: int = 400) -> Path:
     "The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts all three splits."
-    def make(folder): build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))
+    def make(folder: Path) -> None: build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))
     return cached_fixture("corpus-small", make, rows, build_corpus, read_table, revision("imdb"))/"corpus"
