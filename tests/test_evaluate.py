@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
-from llmeco_nb.data.corpus import build_corpus, read_split, split_rows, write_corpus
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, split_rows, write_corpus
 from llmeco_nb.evaluation.comparison import evaluate_models, label_sizes
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (BagOfNgrams, LinearText, count_ngrams, fit, interpolate,
@@ -34,7 +34,9 @@ def stars(tmp_path_factory):
     "A corpus of five classes, from a CSV with columns of its own names."
     folder = tmp_path_factory.mktemp("stars")
     stars_table(400).to_csv(folder/"reviews.csv", index=False)
-    return build_corpus(create_record(folder/"data", "data"), str(folder/"reviews.csv"), "body", "stars")
+    config = CorpusConfig(source=str(folder/"reviews.csv"), text_column="body", label_column="stars",
+                          max_rows=None)
+    return build_corpus(create_record(folder/"data", "data"), config)
 
 @pytest.fixture(scope="module")
 def outside(stars, tmp_path_factory):
@@ -302,5 +304,7 @@ def test_wrong_parameters_are_named(stars, tmp_path):
 
 def test_a_corpus_without_validation_is_refused(tmp_path):
     stars_table(60).to_csv(tmp_path/"reviews.csv", index=False)
-    corpus = build_corpus(create_record(tmp_path/"data", "data"), str(tmp_path/"reviews.csv"), "body", "stars", validation=0)
+    config = CorpusConfig(source=str(tmp_path/"reviews.csv"), text_column="body",
+                          label_column="stars", max_rows=None, validation_size=0)
+    corpus = build_corpus(create_record(tmp_path/"data", "data"), config)
     with pytest.raises(DataError, match="validation"): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(corpus))

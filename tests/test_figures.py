@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import create_record, plain_text
-from llmeco_nb.data.corpus import build_corpus, read_split
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.evaluation.comparison import evaluate_models
 from llmeco_nb.finetuning.classifier import predictions_table
 from llmeco_nb.stats.metrics import confusion_figure
@@ -81,7 +81,7 @@ def corpus(tmp_path_factory):
     rows = [(f"word{k} and number {i}", name) for i in range(30) for k, name in enumerate(NAMES)]
     pd.DataFrame(rows, columns=["text", "label"]).to_csv(folder/"named.csv", index=False)
     record = create_record(folder/"data", "data")
-    return record, build_corpus(record, str(folder/"named.csv"), rows=None)
+    return record, build_corpus(record, CorpusConfig(source=str(folder/"named.csv"), max_rows=None))
 
 
 def test_figures_of_the_data_stage(corpus):
@@ -106,13 +106,15 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
 
 
 def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
-    prose = pytest.importorskip("llmeco_nb.data.mixture")
+    mixture = pytest.importorskip("llmeco_nb.data.mixture")
     own = []
     for k, name in enumerate(("_mine", "$$")):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]
         (tmp_path/f"{k}.txt").write_text("\n\n".join(lines) + "\n")
         own.append(f"{name}={tmp_path/f'{k}.txt'}")
     record = create_record(tmp_path/"r", "prose")
-    prose.build_prose(record, "", [], own, quality=["_mine=none", "$$=none"], near=1.0)
+    config = mixture.MixtureConfig(domains=[], extra_sources=own, min_jaccard=1.0, max_epochs=1,
+                                   quality_rules=["_mine=none", "$$=none"])
+    mixture.build_mixture(record, config=config)
     texts = show("10d_mixture.ipynb", record.path)
     assert {plain_text("_mine"), plain_text("$$")} <= texts

@@ -208,7 +208,7 @@ def init_last_ffn(model: Seq2Seq):
     work.narrow.weight[:, :2 * width] = torch.cat([move, -move], 1)
 
 def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, share: float, mean: float, target: str = "spans", embedding_init: str = "bigram_ppmi", seed: int = 0) -> Seq2Seq:
-    "A new encoder-decoder that knows the tokens' frequencies and, with `start` 'counts', what follows what; its last tokens are the marks. Raises `UsageError`."
+    "A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows what; its last tokens are the marks. Raises `UsageError`."
     if embedding_init not in ("bigram_ppmi", "random"): raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
     c, holes = encoder_config(vocabulary, size, positions), span_counts(rows.shape[1], share, mean)[1]
     model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, layers=c.num_hidden_layers, positions=positions, norm="pre"), seed)
