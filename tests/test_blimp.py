@@ -1,5 +1,7 @@
-"BLiMP: the score of a sentence is the sum over its tokens, ties count one half, and files that "
-"are not the exam are refused by name."
+"""BLiMP: the score of a sentence is the sum over its tokens, and ties count one half.
+
+Files that are not the exam are refused by name.
+"""
 
 import json
 import zipfile
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.evaluation.blimp import (
+from llmeco_nb.evaluation.blimp import (  # noqa: E402
     accuracy_by_set,
     blimp_figure,
-    data_folder,  # noqa: E402
+    data_folder,
     read_blimp,
     read_published,
     score_pairs,

@@ -255,7 +255,8 @@ def test_ground_floor_imports_stay_light():
         "torch transformers datasets evaluate sklearn scipy statsmodels pandas matplotlib".split()
     )
     code = (
-        "import sys, llmeco_nb.stats.metrics, llmeco_nb.stats.significance, llmeco_nb.stats.claims; "
+        "import sys, llmeco_nb.stats.metrics, llmeco_nb.stats.significance\n"
+        "import llmeco_nb.stats.claims\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     assert (

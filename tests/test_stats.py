@@ -1,4 +1,4 @@
-"""Statistics against scipy and statsmodels, their symmetries, and whether they keep their error rates."""
+"""Statistics against scipy and statsmodels, their symmetries and their error rates."""
 
 import numpy as np
 import pytest
