@@ -18,7 +18,7 @@ marks = {"supported": "✓", "refuted": "✗", "not shown": "○"}
 
 
 def p_text(p: float) -> str:
-    "A p-value for people: what is below 0.0001 is said to be so."
+    "The p-value `p` for people: what is below 0.0001 is said to be so."
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
@@ -130,7 +130,7 @@ def claim(
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #cc4de6db
 def adjust_pvalues(claims: list[Claim]) -> list[Claim]:
-    """The same claims, their p-values adjusted by Holm over all of them.
+    """The same `claims`, their p-values adjusted by Holm over all of them.
 
     A claim that was judged before is judged anew.
     """
@@ -141,7 +141,7 @@ def adjust_pvalues(claims: list[Claim]) -> list[Claim]:
 
 
 def claims_table(claims: list[Claim]) -> str:
-    "Claims as a Markdown table, a row each."
+    "The `claims` as a Markdown table, a row each."
 
     def row(c: Claim) -> list[str]:
         p = p_text(c.p if c.p_adjusted is None else c.p_adjusted)
@@ -171,7 +171,7 @@ def claims_table(claims: list[Claim]) -> str:
 
 
 def write_claims(path: str | Path, claims: list[Claim]) -> None:
-    "Write claims to the file `path` as JSON, for a later stage to judge together with others."
+    "Write `claims` to the file `path` as JSON, for a later stage to judge together with others."
     write_json(path, [asdict(c) for c in claims])
 
 

@@ -10,10 +10,16 @@ __all__ = ['overall_metrics', 'class_metrics', 'check_labels', 'confusion_matrix
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #2b803aa3
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ..core import DataError, UsageError, plain_text
 from numpy.typing import ArrayLike
+
+# %% ../../nbs/0_ground/02_metrics.ipynb #8928b17c
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    from evaluate import Metric
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #abc9a895
 def check_labels(
@@ -96,8 +102,7 @@ def class_scores(
 def averaged(
     matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
     name: str,  # "precision", "recall" or "f1"
-    average: str
-    | None,  # "macro", "weighted", "micro", "binary" (class 1 of two); None: no average
+    average: str | None,  # "macro", "weighted", "micro", "binary" (class 1 of two) or None
 ) -> np.ndarray:
     """A class score averaged over classes, shape (...), or (..., n) if not averaged.
 
@@ -281,7 +286,7 @@ def check_names(matrix: ArrayLike, names: list[str]) -> None:
 def confusion_figure(
     matrix: ArrayLike,  # Confusion matrix, shape (n, n)
     names: list[str],  # Class names, n of them
-):
+) -> "Figure":
     """A matplotlib figure of the matrix: colour = share of the row, text = count.
 
     Counts are printed for up to 15 classes, names on the axes for up to 40. Raises `DataError` when
@@ -338,8 +343,8 @@ def metric(
     name: str,  # As for `score`
     average: str | None = "macro",  # As for `score`
     n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
-    **options,  # For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir
-):
+    **options: object,  # For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir
+) -> "Metric":
     """An `evaluate.Metric` that computes `score(matrix, name, average)`.
 
     Its key is `name` or `<average>_<name>`. Raises `UsageError` for a name or average that `score`

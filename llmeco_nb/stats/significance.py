@@ -176,8 +176,7 @@ def bootstrap_counts(
 def bootstrap(
     statistic: Callable[..., np.ndarray],  # Such as `average`; (w, *columns) -> (resamples,)
     *columns: ArrayLike,  # What it needs of every item, each of shape (items,)
-    clusters: ArrayLike
-    | None = None,  # Which items belong together, shape (items,); None: every item stands alone
+    clusters: ArrayLike | None = None,  # Which items belong together, shape (items,); None: none
     resamples: int = 2000,  # How many test sets to draw
     level: float = 0.95,  # Level of the interval, in (0, 1)
     method: str = "bca",  # "bca" or "percentile"
