@@ -23,9 +23,9 @@ from llmeco_nb.pretraining.causal import eos_token_id  # noqa: E402
 from llmeco_nb.core import DataError, MissingError  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
-from llmeco_nb.tokenization.bpe import (
+from llmeco_nb.tokenization.bpe import (  # noqa: E402
     encode_subwords,
-    open_subword_tokenizer,  # noqa: E402
+    open_subword_tokenizer,
     save_subword_tokenizer,
     train_bpe,
 )
