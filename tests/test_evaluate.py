@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import build_corpus, read_split, split_rows, write_corpus
-from llmeco_nb.evaluation.comparison import evaluate_models, label_sizes
+from llmeco_nb.evaluation.comparison import (
+    ComparisonTable,
+    EvaluationConfig,
+    evaluate_models,
+    label_sizes,
+)
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     BagOfNgrams,
     LinearText,
+    Recipe,
+    RowSplit,
     count_ngrams,
     fit,
     interpolate,
@@ -48,6 +55,11 @@ odd = [
     "x" * 300,
     "🙂 good",
 ]
+
+
+def config(**values) -> EvaluationConfig:
+    "A config without a learning curve, unless one is given."
+    return EvaluationConfig(**{"learning_curve": [], **values})
 
 
 def stars_table(n: int, classes: int = 5) -> pd.DataFrame:
@@ -122,13 +134,8 @@ def compared(stars, outside, tmp_path_factory):
         for name in ("first", "second")
     ]
     for r in records:
-        evaluate_models(
-            r,
-            str(stars),
-            [100, 0],
-            [40],
-            predictions=[str(outside[0] / n / "predictions") for n in ("sharp", "guess")],
-        )
+        given = [str(outside[0] / n / "predictions") for n in ("sharp", "guess")]
+        evaluate_models(r, str(stars), given, config(num_labeled=[100, 0], learning_curve=[40]))
     return records
 
 
@@ -203,16 +210,9 @@ def test_saved_models_score_as_scikit_learn(classes, tmp_path):
         b.analyzer: count_ngrams(texts, b) for b in (BagOfNgrams(), BagOfNgrams("char_wb", 2, 5))
     }
     for name, theirs in pipelines(0.5):
-        model, scores = fit(
-            name,
-            counted,
-            y,
-            train,
-            validation,
-            test,
-            [str(c) for c in range(classes)],
-            settings={"C": 0.5},
-        )
+        names = [str(c) for c in range(classes)]
+        rows = RowSplit(train, validation, test)
+        model, scores = fit(name, counted, y, rows, names, settings={"C": 0.5})
         model.save(tmp_path / name)
         ours = LinearText.load(tmp_path / name).scores([texts[i] for i in test] + odd)
         assert np.abs(ours[: len(test)] - scores).max() < 1e-6
@@ -276,16 +276,9 @@ def test_nbsvm_is_the_papers_equation(tmp_path):
     assert np.allclose(interpolate(w, 0.25), 0.25 * w + 0.75 * mean)
     before = recipes["nbsvm"]
     try:
-        recipes["nbsvm"] = ("unigrams", [bag], [0.1], [0.25])
-        model, scores = fit(
-            "nbsvm",
-            {"word": counted},
-            y,
-            np.arange(6),
-            np.array([6, 7]),
-            np.arange(8),
-            ["bad", "good"],
-        )
+        recipes["nbsvm"] = Recipe("unigrams", [bag], [0.1], [0.25])
+        rows = RowSplit(np.arange(6), np.array([6, 7]), np.arange(8))
+        model, scores = fit("nbsvm", {"word": counted}, y, rows, ["bad", "good"])
     finally:
         recipes["nbsvm"] = before
     model.save(tmp_path / "nb")
@@ -385,9 +378,12 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
     adjusted = multipletests([r["p"] for r in tested], method="holm")[1]
     assert [r["p_adjusted"] for r in tested] == pytest.approx(adjusted)
     claims = read_claims(folder / "claims.json")
-    assert len(claims) == len(tested) and sorted(c.verdict for c in claims) == sorted(
-        r["verdict"] for r in tested
-    )
+    assert len(claims) == len(tested)
+    for r in tested:  # the verdict is about the row's model, as its difference is
+        shown = r["p_adjusted"] <= 0.05
+        said = "supported" if r["difference"] > 0 else "refuted"
+        assert r["verdict"] == (said if shown else "not shown")
+    assert any(r["baseline"] and r["verdict"] == "refuted" for r in tested)
     verdicts = {r["model"]: r["verdict"] for r in tested if not r["baseline"]}
     assert verdicts == {"sharp": "supported", "guess": "refuted"}
     stored = test["sharp", 60].sort_index()
@@ -395,6 +391,17 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
         stored.predicted.tolist()
         == outside[1]["sharp"].query("split == 'test'").sort_values("id").predicted.tolist()
     )
+
+
+def test_the_table_reads_back_as_it_was_written(compared, tmp_path):
+    folder = compared[0].artifact("table")
+    table = ComparisonTable.load(folder)
+    table.save(tmp_path)
+    assert (tmp_path / "table.json").read_bytes() == (folder / "table.json").read_bytes()
+    assert table.best_row.model == "sharp" and table.block(60)[0] is table.best_row
+    (tmp_path / "table.json").write_text('{"rows": [{"model": "x"}]}')
+    with pytest.raises(DataError, match="no comparison"):
+        ComparisonTable.load(tmp_path)
 
 
 def test_record_says_what_was_measured(compared):
@@ -446,15 +453,12 @@ def test_two_runs_give_the_same_bytes(compared):
 
 def test_a_model_knows_only_its_labelled_subset(stars, tmp_path):
     "N-grams that stand in other training texts alone are not in the vocabulary."
-    evaluate_models(
-        record := create_record(tmp_path / "r", "evaluate"), str(stars), [50], models=["nbsvm"]
-    )
-    model, seen = (
-        LinearText.load(record.artifact("baselines") / "nbsvm-50"),
-        labelled_subset(read_split(stars, "train"), 50, 0),
-    )
+    record = create_record(tmp_path / "r", "evaluate")
+    evaluate_models(record, str(stars), config=config(num_labeled=[50], models=["nbsvm"]))
+    model = LinearText.load(record.artifact("baselines") / "nbsvm-50")
+    seen = labelled_subset(read_split(stars, "train"), 50, 0)
     assert (
-        set(model.vocabularies[0]) <= {g for t in seen.text for g in BagOfNgrams().grams(t)}
+        set(model.vocabularies[0]) <= {g for t in seen.text for g in BagOfNgrams().ngrams(t)}
         and model.about["labels"] == len(seen) == 50
     )
 
@@ -469,33 +473,21 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
         "no predictions for the test": sharp[sharp.split == "validation"],
         "already in the table": sharp.assign(model="nbsvm"),
     }
+    file = tmp_path / "predictions"
+
+    def evaluate(path):
+        record = create_record(tmp_path / "r", "evaluate")
+        evaluate_models(record, str(stars), [str(path)], config(models=["majority"]))
+
     for reason, table in spoiled.items():
-        table.to_parquet(tmp_path / "predictions", index=False)
+        table.to_parquet(file, index=False)
         with pytest.raises(DataError, match=reason):
-            evaluate_models(
-                create_record(tmp_path / "r", "evaluate"),
-                str(stars),
-                [0],
-                models=["majority"],
-                predictions=[str(tmp_path / "predictions")],
-            )
-    (tmp_path / "predictions").write_text("no table")
+            evaluate(file)
+    file.write_text("no table")
     with pytest.raises(DataError, match="Parquet"):
-        evaluate_models(
-            create_record(tmp_path / "r", "evaluate"),
-            str(stars),
-            [0],
-            models=["majority"],
-            predictions=[str(tmp_path / "predictions")],
-        )
+        evaluate(file)
     with pytest.raises(MissingError):
-        evaluate_models(
-            create_record(tmp_path / "r", "evaluate"),
-            str(stars),
-            [0],
-            models=["majority"],
-            predictions=[str(tmp_path / "nowhere")],
-        )
+        evaluate(tmp_path / "nowhere")
 
 
 # -- the sizes follow the data
@@ -539,7 +531,8 @@ def test_the_curve_follows_the_data(tmp_path, rows, classes, curve):
     "From thirty rows on, and for more classes than a point of the curve has labels."
     record = create_record(tmp_path / "r", "evaluate")
     models = ["majority", "tfidf_lr"] if classes < 100 else ["majority"]
-    evaluate_models(record, corpus_of(tmp_path / "c", rows, classes), [100, 0], curve, models)
+    asked = config(num_labeled=[100, 0], learning_curve=curve, models=models)
+    evaluate_models(record, corpus_of(tmp_path / "c", rows, classes), config=asked)
     table = read_json(record.artifact("table") / "table.json")
     total = table["train_items"]
     small = sorted({n for n in [100, *curve] if n < min(classes, total)})
@@ -554,7 +547,8 @@ def test_the_curve_follows_the_data(tmp_path, rows, classes, curve):
 
 def test_nothing_that_can_be_drawn_means_everything(tmp_path):
     record = create_record(tmp_path / "r", "evaluate")
-    evaluate_models(record, corpus_of(tmp_path / "c", 60, 12), [3], [2], ["majority", "nbsvm"])
+    asked = config(num_labeled=[3], learning_curve=[2], models=["majority", "nbsvm"])
+    evaluate_models(record, corpus_of(tmp_path / "c", 60, 12), config=asked)
     table = read_json(record.artifact("table") / "table.json")
     assert table["sizes"] == [table["train_items"]] and table["curve"] == []
     assert table["left_out"] == [2, 3]
@@ -562,7 +556,8 @@ def test_nothing_that_can_be_drawn_means_everything(tmp_path):
 
 def test_a_class_without_training_texts_is_never_predicted(tmp_path):
     corpus = corpus_of(tmp_path / "c", 120, 4, absent=(2,))
-    evaluate_models(record := create_record(tmp_path / "r", "evaluate"), corpus, [3, 0], [2])
+    record = create_record(tmp_path / "r", "evaluate")
+    evaluate_models(record, corpus, config=config(num_labeled=[3, 0], learning_curve=[2]))
     answers = pd.read_parquet(record.artifact("table") / "predictions.parquet")
     known = answers[(answers.label != 2) & (answers.model != "majority")]
     known = known[known.labels == known.labels.max()]
@@ -575,9 +570,8 @@ def test_predictions_keep_their_number_of_labels(stars, outside, tmp_path, label
     "Where no baseline can learn from as many, a model stands alone, and nothing is claimed of it."
     file, record = tmp_path / "predictions", create_record(tmp_path / "r", "evaluate")
     outside[1]["sharp"].assign(labels=labels).to_parquet(file, index=False)
-    evaluate_models(
-        record, str(stars), [0], models=["majority", "tfidf_lr"], predictions=[str(file)]
-    )
+    asked = config(num_labeled=[0], models=["majority", "tfidf_lr"])
+    evaluate_models(record, str(stars), [str(file)], asked)
     table = read_json(record.artifact("table") / "table.json")
     assert table["sizes"] == [table["train_items"], labels]
     assert table["best"] == dict(model="sharp", labels=labels)
@@ -588,15 +582,14 @@ def test_predictions_keep_their_number_of_labels(stars, outside, tmp_path, label
 
 def test_wrong_parameters_are_named(stars, tmp_path):
     for wrong, message in (
-        (dict(curve=[-3]), "-3"),
-        (dict(labels=[-1]), "-1"),
-        (dict(models=["nbsvn"]), "nbsvn"),
+        (dict(learning_curve=[-3]), r"learning_curve\[0\] is -3"),
+        (dict(num_labeled=[-1]), r"num_labeled\[0\] is -1"),
+        (dict(models=["nbsvn"]), r"models\[0\] is 'nbsvn'"),
         (dict(models=[]), "empty"),
     ):
         with pytest.raises(UsageError, match=message):
-            evaluate_models(
-                create_record(tmp_path / "r", "evaluate"), str(stars), **{"labels": [0], **wrong}
-            )
+            record = create_record(tmp_path / "r", "evaluate")
+            evaluate_models(record, str(stars), config=config(num_labeled=[0]).replace(**wrong))
 
 
 def test_a_corpus_without_validation_is_refused(tmp_path):

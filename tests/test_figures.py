@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import create_record, plain_text
 from llmeco_nb.data.corpus import build_corpus, read_split
-from llmeco_nb.evaluation.comparison import evaluate_models
+from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
 from llmeco_nb.finetuning.classifier import predictions_table
 from llmeco_nb.stats.metrics import confusion_figure
 
@@ -98,8 +98,9 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
         parts.append(predictions_table(split, rows, scores, model, 50))
     pd.concat(parts).to_parquet(tmp_path/"predictions")
     record = create_record(tmp_path/"r", "evaluate")
-    models, given = ["majority", "tfidf_lr"], [str(tmp_path/"predictions")]
-    evaluate_models(record, str(corpus[1]), [0], [], models, given)
+    given = [str(tmp_path/"predictions")]
+    config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "tfidf_lr"])
+    evaluate_models(record, str(corpus[1]), given, config)
     texts = show("30_comparison.ipynb", record.path, corpus=str(corpus[1]))
     assert {plain_text(model), f"{plain_text(model)}, 50"} <= texts        # a legend, and an axis
     assert {plain_text(name) for name in NAMES} <= texts
