@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import build_corpus, read_split, split_rows, write_corpus
+from llmeco_nb.evaluation.comparison_table import ComparisonTable
 from llmeco_nb.evaluation.comparison import (
-    ComparisonTable,
     EvaluationConfig,
     evaluate_models,
     label_sizes,
