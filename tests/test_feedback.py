@@ -21,7 +21,7 @@ from llmeco_nb.interaction.feedback import (Client, ask_by_curl, freeze, interac
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable_corrections
 from llmeco_nb.deployment.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
-from llmeco_nb.finetuning.linear import LinearText, count_ngrams, fit, recipes
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,8 +148,9 @@ def world(tmp_path_factory):
     splits, names = dict(train=texts_of(80, 1), validation=texts_of(200, 2), test=texts_of(600, 3)), ["negative", "positive"]
     write_corpus(place/"corpus", splits, names, {})
     every = pd.concat([labelled_subset(splits["train"], 0), splits["validation"]])       # in the order in which evaluate fits
-    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"][1]}
-    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), np.arange(80), np.arange(80, 280), np.arange(0), names)
+    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"].bags}
+    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(),
+                   RowSplit(np.arange(80), np.arange(80, 280), np.arange(0)), names)
     model.save(place/"bundle")
     write_manifest(place/"bundle", name="tfidf_lr", kind="linear", labels=names, accuracy=dict(test=.7), origin=dict(model="tfidf_lr", labels=80, artifact=""))
     return place, texts_of(600, 4)

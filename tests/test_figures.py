@@ -1,4 +1,5 @@
 """Names that people bring are drawn as they are: dollar signs, underscores and backslashes."""
+
 import json
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import create_record, plain_text
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
-from llmeco_nb.evaluation.comparison import evaluate_models
+from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
 from llmeco_nb.finetuning.classifier import predictions_table
 from llmeco_nb.stats.metrics import confusion_figure
 
-NBS = Path(__file__).resolve().parent.parent/"nbs"
+NBS = Path(__file__).resolve().parent.parent / "nbs"
 NAMES = ["$", "$$", "$5 to $9", "_x", r"a\$b"]
 pytestmark = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 
@@ -31,8 +32,8 @@ def no_figures():
 
 
 def pixels(text: str, **how) -> bytes:
-    fig = plt.figure(figsize=(2, .4), dpi=50)
-    fig.text(.05, .4, text, **how)
+    fig = plt.figure(figsize=(2, 0.4), dpi=50)
+    fig.text(0.05, 0.4, text, **how)
     fig.canvas.draw()
     drawn = bytes(fig.canvas.buffer_rgba())
     plt.close(fig)
@@ -52,7 +53,7 @@ def test_any_label_is_drawn_as_it_is(label):
 def test_the_confusion_matrix_shows_its_names(tmp_path):
     n = len(NAMES)
     fig = confusion_figure(np.eye(n, dtype=int), NAMES)
-    fig.savefig(tmp_path/"confusion.png")
+    fig.savefig(tmp_path / "confusion.png")
     for axis in (fig.axes[0].xaxis, fig.axes[0].yaxis):
         drawn = [label.get_text() for label in axis.get_ticklabels()]
         assert drawn == [plain_text(name) for name in NAMES]
@@ -65,12 +66,14 @@ def show(notebook: str, out: Path, **parameters) -> set[str]:
     tags = lambda c: c["metadata"].get("tags", [])
     names = {}
     for c in code:
-        if "parameters" in tags(c): exec("".join(c["source"]), names)
+        if "parameters" in tags(c):
+            exec("".join(c["source"]), names)
     names |= dict(out=str(out), **parameters)
     for c in code:
-        if not tags(c) or "show" in tags(c): exec("".join(c["source"]), names)
+        if not tags(c) or "show" in tags(c):
+            exec("".join(c["source"]), names)
     figures = [plt.figure(n) for n in plt.get_fignums()]
-    assert figures and len(list((out/"figures").glob("*.png"))) == len(figures)
+    assert figures and len(list((out / "figures").glob("*.png"))) == len(figures)
     return {t.get_text() for fig in figures for t in fig.findobj(matplotlib.text.Text)}
 
 
@@ -96,12 +99,13 @@ def test_figures_of_the_evaluation(corpus, tmp_path):
         rows = read_split(corpus[1], split)
         scores = np.eye(len(NAMES), dtype=np.float32)[rows.label]
         parts.append(predictions_table(split, rows, scores, model, 50))
-    pd.concat(parts).to_parquet(tmp_path/"predictions")
-    record = create_record(tmp_path/"r", "evaluate")
-    models, given = ["majority", "tfidf_lr"], [str(tmp_path/"predictions")]
-    evaluate_models(record, str(corpus[1]), [0], [], models, given)
+    pd.concat(parts).to_parquet(tmp_path / "predictions")
+    record = create_record(tmp_path / "r", "evaluate")
+    given = [str(tmp_path / "predictions")]
+    config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "tfidf_lr"])
+    evaluate_models(record, str(corpus[1]), given, config)
     texts = show("30_comparison.ipynb", record.path, corpus=str(corpus[1]))
-    assert {plain_text(model), f"{plain_text(model)}, 50"} <= texts        # a legend, and an axis
+    assert {plain_text(model), f"{plain_text(model)}, 50"} <= texts  # a legend, and an axis
     assert {plain_text(name) for name in NAMES} <= texts
 
 

@@ -156,8 +156,9 @@ def parity(original: np.ndarray, packed: np.ndarray, tolerance: float) -> dict:
 # %% ../../nbs/4_deployment/40_bundle.ipynb #f962d62f
 def small_table(corpus: str | Path) -> tuple[Path, Path]:
     "The folders `baselines` and `table` of a quick evaluation of linear models."
-    from llmeco_nb.evaluation.comparison import evaluate_models
-    def make(folder): evaluate_models(create_record(folder, "evaluate"), str(corpus), [0], [], ["majority", "nbsvm"])
+    from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
+    config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "nbsvm"])
+    def make(folder): evaluate_models(create_record(folder, "evaluate"), str(corpus), config=config)
     place = cached_fixture("table-small", make, evaluate_models, LinearText.load, Path(corpus))
     return place/"baselines", place/"table"
 

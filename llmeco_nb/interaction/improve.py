@@ -60,7 +60,7 @@ def usable_corrections(snapshot: str | Path, corpus: str | Path):
 def refit_linear(model: LinearText, corpus: str | Path, corrections, seed: int = 0) -> LinearText:
     "The recipe of `model` fitted on its training texts and the corrections."
     import pandas as pd
-    from llmeco_nb.finetuning.linear import count_ngrams, fit, recipes
+    from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
     corrected = set(corrections.text.map(normalized_key))
     known = labelled_subset(read_split(corpus, "train"), model.about["labels"], model.about.get("seed", seed))
     validation = read_split(corpus, "validation")
@@ -69,10 +69,11 @@ def refit_linear(model: LinearText, corpus: str | Path, corrections, seed: int =
     validation = left if len(left) else validation
     every = pd.concat([known, corrections, validation], ignore_index=True)
     n, texts = len(known) + len(corrections), every.text.tolist()
-    counted = {bag.analyzer: count_ngrams(texts, bag) for bag in recipes[model.name][1]}
-    y, train, chosen_by = every.label.to_numpy(), np.arange(n), np.arange(n, len(every))
+    counted = {bag.analyzer: count_ngrams(texts, bag) for bag in recipes[model.name].bags}
+    y = every.label.to_numpy()
+    rows = RowSplit(np.arange(n), np.arange(n, len(every)), np.arange(0))
     seed = model.about.get("seed", seed)
-    refitted, _ = fit(model.name, counted, y, train, chosen_by, np.arange(0), model.classes, seed, settings)
+    refitted, _ = fit(model.name, counted, y, rows, model.classes, seed, settings)
     if not len(left):    # what it was trained on can neither choose nor measure
         refitted.scale = model.scale
         refitted.about |= dict(validation_accuracy=None, validation_loss=None, validation_items=0)
