@@ -11,7 +11,7 @@ __all__ = ['GateResult', 'gate', 'CorrectionCounts', 'usable_corrections', 'refi
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..config import Fraction, StageConfig, stage_config
-from ..deployment.bundle import Manifest, Origin
+from ..deployment.bundle import Manifest
 from ..deployment.bundle import open_classifier, open_model, pack_encoder
 from ..deployment.bundle import reference_probabilities, truncation_of
 from ..deployment.bundle import pack_linear, parity, small_bundle, verify, write_manifest
