@@ -382,7 +382,7 @@ def stage_parameters() -> dict[str, set[str]]:
     profiles = [ROOT / "nbs" / "profiles" / name / "pipeline.yaml" for name in ("smoke", "laptop")]
     instances = [name for p in profiles for name in yaml.safe_load(p.read_text())["stages"]]
     used = {name.partition("@")[0] for name in instances}
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+    for path in sorted((ROOT / "nbs").glob("[0-9]*_*/*.ipynb")):
         nb = json.loads(path.read_text())
         stage = nb["metadata"].get("llmeco", {}).get("stage")
         cells = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]

@@ -238,6 +238,14 @@ class Allowed:
     differed: int = 0
 
 
+def renamed_parameters(table: Path) -> dict[str, str]:
+    """`stage.old` -> `stage.new`, from the table of all renamings where the checkout has one."""
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    told = [(old, where.removeprefix("stage:"), new) for old, kind, where, new in rows if kind == "parameter"]
+    return {f"{stage}.{old}": f"{stage}.{new}" for old, stage, new in told}
+
+
 Rules = dict[str, Rename]
 RUN_SECTIONS = ("overrides", "sources", "instances")  # of run.json: names of instances below
 
@@ -266,7 +274,8 @@ class Map:
         def rules(names: dict) -> Rules:
             return {k: Rename.read(v) for k, v in names.items()}
 
-        given["parameters"] = rules(given.get("parameters", {}))
+        renamed = renamed_parameters(path.parent.parent / "nbs" / "renamed.tsv")
+        given["parameters"] = rules({**renamed, **given.get("parameters", {})})
         for section in ("columns", "metrics", "fields"):
             given[section] = {k: rules(v) for k, v in given.get(section, {}).items()}
         given["exceptions"] = [Allowed(**one) for one in given.get("exceptions", [])]
