@@ -136,7 +136,8 @@ class Instance:
 @cache
 def renamed_parameters(stage: str) -> dict[str, str]:
     "Names that parameters of a stage had in earlier versions -> what they are called now."
-    lines = (StageRegistry.find().nbs/"renamed.tsv").read_text(encoding="utf-8").splitlines()
+    file = StageRegistry.find().nbs/"renamed.tsv"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
     return {old: new for old, kind, where, new in rows if kind == "parameter" and where == f"stage:{stage}"}
 
