@@ -13,13 +13,13 @@ import pytest
 
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
-from llmeco_nb.core import DataError, UsageError, read_json
-from llmeco_nb.deployment.bundle import open_model, verify
-from llmeco_nb.deployment.engine import Predictor
-from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback
-from llmeco_nb.interaction.feedback import Client, freeze, read_frozen, running_server
-from llmeco_nb.interaction.improve import read_history
-from llmeco_nb.runner.stages import current_overrides
+from llmeco_nb.core import DataError, UsageError, read_json  # noqa: E402
+from llmeco_nb.deployment.bundle import open_model, verify  # noqa: E402
+from llmeco_nb.deployment.engine import Predictor  # noqa: E402
+from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
+from llmeco_nb.interaction.feedback import Client, freeze, read_frozen, running_server  # noqa: E402
+from llmeco_nb.interaction.improve import read_history  # noqa: E402
+from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name  # noqa: E402
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 TAG = "e8ccf91"
@@ -110,6 +110,21 @@ def test_an_old_bundle_is_served_with_an_old_database(bundles, database):
 
 
 # -- a run
+
+
+def translations() -> list[list[str]]:
+    "Rows of nbs/renamed_values.tsv: stage, old parameter, old value, new value."
+    lines = (StageRegistry.find().nbs / "renamed_values.tsv").read_text().splitlines()
+    return [line.split("\t") for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("stage,name,old,new", translations())
+def test_a_translated_value_is_one_that_the_stage_takes(stage, name, old, new):
+    config = import_by_name(StageRegistry.find().stages[stage].contract["config"])
+    stored = 5 if old == "*" else old
+    [(now, value)] = current_overrides({stage: {name: stored}})[stage].items()
+    assert now != name and value == (0.05 if old == "*" else new)
+    assert config.read(now, value, stage) == value
 
 
 @pytest.fixture(scope="module")
