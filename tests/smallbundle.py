@@ -2,11 +2,11 @@
 from pathlib import Path
 
 import numpy as np
-from llmeco_nb.deployment.bundle import write_manifest
+from llmeco_nb.deployment.bundle import Manifest, write_manifest
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()
 
-def make_bundle(folder: Path, name: str = "words", **facts) -> Path:
+def make_bundle(folder: Path, name: str = "words") -> Path:
     "Words 4 to 8 speak for `positive`, the rest for `negative`; logits are the mean over the window."
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -25,5 +25,13 @@ def make_bundle(folder: Path, name: str = "words", **facts) -> Path:
     t.normalizer, t.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     t.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     t.save(str(folder/"tokenizer.json"))
-    write_manifest(folder, name=name, **{**dict(kind="onnx", labels=["negative", "positive"], tokens=16, head=25, pad=0, accuracy={}), **facts})
+    facts = Manifest(
+        name,
+        kind="onnx",
+        labels=["negative", "positive"],
+        max_length=16,
+        head_fraction=0.25,
+        pad_token_id=0,
+    )
+    write_manifest(folder, facts)
     return folder

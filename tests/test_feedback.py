@@ -13,19 +13,21 @@ from hypothesis import strategies as st
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"): pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
-from llmeco_nb.deployment.bundle import verify, write_manifest
+from llmeco_nb.deployment.bundle import Manifest, Origin, verify, write_manifest
+from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.interaction.feedback import (Client, ask_by_curl, freeze, interact, read_frozen,
-                                            running_server)
+from llmeco_nb.interaction.feedback import (Client, InteractConfig, ask_by_curl, freeze, interact,
+                                            read_frozen, running_server)
 from llmeco_nb.finetuning.classifier import labelled_subset
-from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable_corrections
+from llmeco_nb.interaction.improve import (CorrectionCounts, gate, improve, read_history,
+                                           refit_linear, usable_corrections)
 from llmeco_nb.deployment.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWER = dict(label="positive", probabilities={"negative": .4, "positive": .6})
+ANSWER = Answer("positive", {"negative": .4, "positive": .6})
 
 @pytest.fixture
 def ledger(tmp_path):
@@ -53,17 +55,18 @@ def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
         else: wanted = None
         if wanted: assert isinstance(future.exception(), wanted)
         else:
-            assert future.result()["stored"] == (place not in expected)
+            assert future.result().stored == (place not in expected)
             expected[place] = (author, given_label)
     found = read_feedback(str(ledger.engine.url))
     ledger.close()
-    assert {(r["request_id"], r["item"], r["key"]): (r["author"], r["given"]) for r in found} == expected and len(found) == len(expected)
+    assert {(r.request_id, r.item, r.key): (r.author, r.given) for r in found} == expected and len(found) == len(expected)
 
 WRITER = """
 import sys
+from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.deployment.ledger import *
 ledger = Ledger(sys.argv[1])
-for i in range(60): keep_predictions(ledger, f"{sys.argv[2]}-{i}", "0"*64, ["t"], [dict(label="a", probabilities={"a": 1.})]).result(); keep_feedback(ledger, f"{sys.argv[2]}-{i}", correct=True).result()
+for i in range(60): keep_predictions(ledger, f"{sys.argv[2]}-{i}", "0"*64, ["t"], [Answer("a", {"a": 1.})]).result(); keep_feedback(ledger, f"{sys.argv[2]}-{i}", correct=True).result()
 ledger.close()
 """
 
@@ -85,13 +88,13 @@ def test_the_same_rows_freeze_to_the_same_bytes(tmp_path):
         assert freeze(tmp_path/name, tmp_path/name/"frozen") == len(rows)
     assert sha256_of(tmp_path/"a"/"frozen") == sha256_of(tmp_path/"b"/"frozen")
     found = read_frozen(tmp_path/"a"/"frozen")
-    assert [(r["request_id"], r["item"], r["author"]) for r in found] == sorted((r[0], r[1], r[3]) for r in rows) and found[-1]["text"].startswith("zwei ö")
+    assert [(r.request_id, r.item, r.author) for r in found] == sorted((r[0], r[1], r[3]) for r in rows) and found[-1].text.startswith("zwei ö")
 
 def test_the_last_word_counts_and_doubt_is_not_frozen(ledger, tmp_path):
-    keep_predictions(ledger, "r", "0"*64, ["t"], [dict(label="a", probabilities={"a": .5, "b": .3, "c": .2})]).result()
+    keep_predictions(ledger, "r", "0"*64, ["t"], [Answer("a", {"a": .5, "b": .3, "c": .2})]).result()
     keep_feedback(ledger, "r", 0, "b", author="ann").result(); keep_feedback(ledger, "r", 0, "c", author="ann", key="again").result()
     keep_feedback(ledger, "r", 0, correct=False, author="bob").result()            # of three labels: which of the others?
-    assert freeze(tmp_path, tmp_path/"frozen") == 1 and read_frozen(tmp_path/"frozen")[0]["given"] == "c"
+    assert freeze(tmp_path, tmp_path/"frozen") == 1 and read_frozen(tmp_path/"frozen")[0].given == "c"
 
 def test_nothing_to_freeze_makes_no_folder(tmp_path):
     assert freeze(tmp_path, tmp_path/"frozen") == 0 and not (tmp_path/"frozen").exists()
@@ -103,23 +106,28 @@ def test_client_curl_and_server_agree(tmp_path):
     bundle = make_bundle(tmp_path/"bundle")
     with running_server(bundle, tmp_path/"f.sqlite") as address:
         client = Client(address, author="ann")
-        assert client.model()["digest"] == verify(bundle)["digest"]
+        assert client.model()["digest"] == verify(bundle).digest
         answer, several = client.predict("good fun"), client.predict(["good", "dull"])
         by_curl = ask_by_curl(address, "good fun")
-        assert by_curl is None or by_curl["answers"] == answer["answers"]
-        assert client.feedback(answer, "negative")["stored"] and not client.feedback(answer["request_id"], "negative")["stored"] and client.feedback(several, correct=True, item=1)["stored"]
+        assert by_curl is None or by_curl.answers == answer.answers
+        assert client.feedback(answer, "negative").stored
+        assert not client.feedback(answer.request_id, "negative").stored
+        assert client.feedback(several, correct=True, item=1).stored
         for wrong in (lambda: client.predict(""), lambda: client.feedback("nobody", "negative"), lambda: client.feedback(answer, "purple")):
             with pytest.raises(UsageError): wrong()
     with pytest.raises(MissingError, match="llmeco serve"): client.model()
-    assert [(r["text"], r["given"], r["author"]) for r in read_feedback(tmp_path/"f.sqlite")] == [("good fun", "negative", "ann"), ("dull", "negative", "ann")]
+    assert [(r.text, r.given, r.author) for r in read_feedback(tmp_path/"f.sqlite")] == [("good fun", "negative", "ann"), ("dull", "negative", "ann")]
 
 def test_the_stage_asks_reports_and_leaves_no_process(tmp_path):
     rows = pd.DataFrame(dict(id=[f"v{i}" for i in range(30)], text=[f"good film number {i}" if i % 2 else f"dull film number {i}" for i in range(30)], label=[(i % 2) ^ (i % 5 == 0) for i in range(30)]))
     write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
     record = create_record(tmp_path/"store"/"interact-0", "interact")
-    interact(record, str(tmp_path/"corpus"), str(make_bundle(tmp_path/"bundle")), corrections=4, questions=30, timed=5, author="somebody")
+    config = InteractConfig(
+        max_corrections=4, max_questions=30, timed_requests=5, author="somebody"
+    )
+    interact(record, str(tmp_path/"corpus"), str(make_bundle(tmp_path/"bundle")), config)
     stored = read_feedback(tmp_path/"feedback.sqlite")                              # of the runs folder, not of the record
-    assert len(stored) == 4 == record.metrics["stored"] and all(r["given"] != r["predicted"] and r["author"] == "somebody" for r in stored)
+    assert len(stored) == 4 == record.metrics["stored"] and all(r.given != r.predicted and r.author == "somebody" for r in stored)
     assert len(read_json(record.artifact("answer.json"))["by"]) >= 2 and "stored once" in (record.path/"summary.txt").read_text()
     assert not subprocess.run(["pgrep", "-f", str(tmp_path/"bundle")], capture_output=True).stdout
 
@@ -129,7 +137,7 @@ def test_a_worse_candidate_never_passes_and_a_better_one_mostly_does():
     def passed(gain, trial, texts=2000, apart=.1):
         u = np.random.default_rng([trial, int(1000*gain + 500)]).random(texts)
         champion, candidate = ~(u < (apart + gain)/2), ~((u >= (apart + gain)/2) & (u < apart))
-        return gate(champion, candidate)["promoted"]
+        return gate(champion, candidate).promoted
     assert not any(passed(-.01, t) for t in range(100))
     assert sum(passed(0, t) for t in range(100)) <= 6
     assert sum(passed(.03, t) for t in range(100)) >= 80
@@ -152,7 +160,9 @@ def world(tmp_path_factory):
     model, _ = fit("tfidf_lr", counted, every.label.to_numpy(),
                    RowSplit(np.arange(80), np.arange(80, 280), np.arange(0)), names)
     model.save(place/"bundle")
-    write_manifest(place/"bundle", name="tfidf_lr", kind="linear", labels=names, accuracy=dict(test=.7), origin=dict(model="tfidf_lr", labels=80, artifact=""))
+    origin = Origin(model="tfidf_lr", num_labeled=80)
+    facts = Manifest("tfidf_lr", "linear", names, accuracy=dict(test=.7), origin=origin)
+    write_manifest(place/"bundle", facts)
     return place, texts_of(600, 4)
 
 def snapshot(folder: Path, texts, labels) -> Path:
@@ -179,11 +189,12 @@ def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
     for name, feedback in (("honest", honest), ("lying", lying)):
         records[name] = create_record(tmp_path/f"r-{name}", "improve")
         improve(records[name], str(place/"corpus"), str(place/"bundle"), [], str(feedback))
-    good, bad = (read_json(r.artifact("history.json"))[-1] for r in records.values())
-    assert good["promoted"] == "learned from feedback" and good["candidates"][0]["difference"] > 0 and good["candidates"][0]["p"] < .05
-    assert bad["promoted"] is None and bad["candidates"][0]["difference"] < 0 and sha256_of(records["lying"].artifact("champion")) == sha256_of(place/"bundle")
+    good, bad = (read_history(r.artifact("history.json"))[-1] for r in records.values())
+    assert good.promoted == "learned from feedback" and good.candidates[0].difference > 0 and good.candidates[0].p < .05
+    assert bad.promoted is None and bad.candidates[0].difference < 0 and sha256_of(records["lying"].artifact("champion")) == sha256_of(place/"bundle")
     manifest = verify(records["honest"].artifact("champion"))
-    assert manifest["origin"]["parent"] == verify(place/"bundle")["digest"] and manifest["origin"]["corrections"] == good["feedback"]["texts"]
+    assert manifest.origin.parent == verify(place/"bundle").digest
+    assert manifest.origin.corrections == good.feedback.texts
     # the next round: nobody said more, the bundle of the run is what it was; the promoted one stays, though it is asked to defend itself against the same feedback
     third = create_record(tmp_path/"third", "improve")
     improve(third, str(place/"corpus"), str(place/"bundle"), [], str(honest), previous=str(records["honest"].artifact("champion")), history=str(records["honest"].artifact("history.json")))
@@ -194,7 +205,7 @@ def test_what_is_not_learned(world, tmp_path):
     test, train = texts_of(600, 3).text[0], texts_of(80, 1).text[0]
     frozen = snapshot(tmp_path/"f", [test, test.upper(), train, "new one", "new  ONE", "<b>new</b> two", "disputed", "disputed"], [0, 0, 0, 1, 1, 1, 0, 1])
     rows, counts = usable_corrections(frozen, place/"corpus")
-    assert rows.text.tolist() == ["new one", "new two"] and counts == dict(rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2)
+    assert rows.text.tolist() == ["new one", "new two"] and counts == CorrectionCounts(rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2)
 
 def test_damaged_feedback_is_refused(world, tmp_path):
     place, _ = world

@@ -52,7 +52,7 @@ def test_one_text_or_several(client, bundle):
     assert one.status_code == several.status_code == 200
     assert [a["label"] for a in several.json()["answers"]] == ["positive", "negative"] and [a["item"] for a in several.json()["answers"]] == [0, 1]
     assert one.json()["answers"] == several.json()["answers"][:1] and one.json()["request_id"] != several.json()["request_id"]
-    assert one.json()["model"] == {"name": "words", "digest": verify(bundle)["digest"]} and one.headers["X-Request-Id"] == one.json()["request_id"]
+    assert one.json()["model"] == {"name": "words", "digest": verify(bundle).digest} and one.headers["X-Request-Id"] == one.json()["request_id"]
 
 def test_model_health_and_page(client, bundle):
     assert client.get("/v1/model").json()["labels"] == ["negative", "positive"]
@@ -63,7 +63,7 @@ def test_model_health_and_page(client, bundle):
 @pytest.mark.parametrize("body,status,said", [
     ({}, 422, "either"), ({"text": "a", "texts": ["b"]}, 422, "either"), ({"text": ""}, 422, "empty"), ({"text": " \n"}, 422, "empty"), ({"text": 5}, 422, "text"), ({"text": ["a"]}, 422, "text"),
     ({"texts": []}, 422, "texts"), ({"texts": ["a", ""]}, 422, "texts.1 is empty"), ({"texts": ["a", None]}, 422, "texts.1"), ({"texts": ["a"]*65}, 422, "64"), ({"texts": "abc"}, 422, "texts"),
-    ({"text": "x"*(limits["text"] + 1)}, 422, str(limits["text"])), ({"text": "a\0b"}, 422, "U+0000"), ([], 422, ""), ("text", 422, ""), (None, 422, ""), (7, 422, "")])
+    ({"text": "x"*(limits.text + 1)}, 422, str(limits.text)), ({"text": "a\0b"}, 422, "U+0000"), ([], 422, ""), ("text", 422, ""), (None, 422, ""), (7, 422, "")])
 def test_wrong_questions(client, body, status, said):
     r = client.post("/v1/predict", json=body)
     assert r.status_code == status and said in message(r)
@@ -76,7 +76,7 @@ def test_wrong_bodies(client):
     assert "application/json" in message(client.post("/v1/predict", data={"text": "a"}))
 
 def test_large_bodies_are_not_read(client):
-    assert client.post("/v1/predict", content=b" "*(limits["body"] + 1)).status_code == 413
+    assert client.post("/v1/predict", content=b" "*(limits.body + 1)).status_code == 413
     drip = (b" "*2**16 for _ in range(40))                      # no announced length
     r = client.post("/v1/predict", content=drip)
     assert r.status_code == 413 and "larger" in message(r)
@@ -99,7 +99,7 @@ def test_feedback_is_stored_once(client, asked, database):
     assert tell(label="positive", author="ann", key="second").json()["stored"]
     assert client.post("/v1/feedback", json=dict(request_id=asked, label="positive"), headers={"Idempotency-Key": "k"}).json()["stored"]
     assert not client.post("/v1/feedback", json=dict(request_id=asked, label="positive"), headers={"Idempotency-Key": "k"}).json()["stored"]
-    assert len([r for r in read_feedback(database) if r["request_id"] == asked]) == 5
+    assert len([r for r in read_feedback(database) if r.request_id == asked]) == 5
 
 def test_wrong_feedback(client, asked, database):
     before = len(read_feedback(database))
@@ -145,7 +145,7 @@ def test_a_ledger_that_cannot_write_takes_no_thanks(bundle, tmp_path):
         c.app.state.ledger.close = lambda: None
 
 def test_an_overloaded_gateway_says_when(bundle, tmp_path):
-    with TestClient(make_app(bundle, tmp_path/"f.sqlite", waiting=0), raise_server_exceptions=False) as c:
+    with TestClient(make_app(bundle, tmp_path/"f.sqlite", max_queue=0), raise_server_exceptions=False) as c:
         r = c.post("/v1/predict", json={"text": "good"})
         assert r.status_code == 429 and int(r.headers["Retry-After"]) >= 1 and c.get("/readyz").status_code == 503
 
@@ -213,11 +213,11 @@ def test_sigkill_loses_nothing_that_was_acknowledged(bundle, tmp_path):
             p.process.kill(); dead.set()
             for w in work: w.result()
         p.process.communicate()
-    stored = [(r["request_id"], r["author"]) for r in read_feedback(database)]
+    stored = [(r.request_id, r.author) for r in read_feedback(database)]
     assert len(stored) == len(set(stored)) and acknowledged <= set(stored) <= sent and len(acknowledged) >= 15
     p = Process(bundle, database)                               # who got no answer asks again, and nothing is there twice
     for request, author in sorted(sent):
         r = httpx.post(f"{p.address}/v1/feedback", json=dict(request_id=request, label="negative", author=author, note="n"*200), timeout=20)
         assert r.status_code == 200 and r.json()["stored"] == ((request, author) not in set(stored))
     p.end()
-    assert {(r["request_id"], r["author"]) for r in read_feedback(database)} == sent and len(read_feedback(database)) == len(sent)
+    assert {(r.request_id, r.author) for r in read_feedback(database)} == sent and len(read_feedback(database)) == len(sent)
