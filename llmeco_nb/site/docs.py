@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['decades', 'Chapter', 'chapters', 'chapter_map', 'skip_execution', 'executed_notebook', 'execute_notebook', 'ApiEntry',
            'api_entries', 'escape_tags', 'render_inline', 'api_reference', 'exported_code', 'chapter_page', 'site_link',
-           'front_page', 'listing', 'reference_page', 'render_site', 'render_readme', 'write_readme']
+           'front_page', 'listing', 'reference_page', 'render_site', 'evaluated', 'from_root', 'render_readme',
+           'write_readme']
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #a2b3f27c
 import ast
@@ -43,6 +44,7 @@ from .page import split_title
 from ..runner.pipeline import Pipeline
 from .report import gather
 from .template import Page
+from .template import scroll_box
 from .template import replaced_folder
 from .template import write_pages
 
@@ -192,7 +194,7 @@ def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> s
     for e in found:
         scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
         rows = "".join(f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{render_inline(scribe, escape_tags(c))}</td></tr>" for n, t, c in e.parameters)
-        rows = f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>' if rows else ""
+        rows = scroll_box(f"<table><tbody>{rows}</tbody></table>", f"Parameters of {e.name}") if rows else ""
         inner = "".join(f'<h3>{html.escape(e.name)}.{html.escape(m.name)}<span class="sig">{html.escape(m.signature)}</span></h3>{scribe.prose(escape_tags(m.doc), listed=False)}' for m in e.inner)
         parts.append(f'<section class="api" id="api-{e.name}"><h3>{"class " if e.kind == "class" else ""}{html.escape(e.name)}<span class="sig">{html.escape(e.signature)}</span></h3>{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>')
     return "".join(parts)
@@ -236,10 +238,14 @@ def front_page(house: StageRegistry, known: list[Chapter], folder: Path) -> Page
     scribe = PageRenderer(folder, lambda href: site_link(href, files), house.nbs)
     title, subtitle, cells = split_title(cells_with_outputs(read_json(house.nbs/"index.ipynb"))) if (house.nbs/"index.ipynb").is_file() else ("llmeco", "", [])
     parts = [f"<h1>{html.escape(title)}</h1>", f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>' if subtitle else ""]
+    space: dict = {}
     for c in cells:
-        if c.role == "markdown": parts.append(re.sub(r'<p><img [^>]*alt="The ring[^>]*></p>', "", scribe.prose(c.source)))
-        elif c.role != "imports" and "chapter_map" in c.source: parts.append(f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
-    if not any("chapter_map" in c.source for c in cells): parts.append(scribe.heading(2, "Chapters") + f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
+        if c.role == "markdown":
+            parts.append(re.sub(r'<p><img [^>]*alt="The ring[^>]*></p>', "", scribe.prose(c.source)))
+        elif "chapter_map(" in c.source:
+            parts.append(f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
+        elif (said := evaluated(c.source, space)) is not None: parts.append(scribe.prose(said.data))
+    if not any("chapter_map(" in c.source for c in cells): parts.append(scribe.heading(2, "Chapters") + f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
     return Page("index.html", title, "\n".join(parts), scribe.headings, "Front page")
 
 def listing(known: list[Chapter], scribe: PageRenderer) -> str:
@@ -259,7 +265,7 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
         found = exported_code(read_json(c.path)) if c.module else []
         if not found: continue
         rows = "".join(f'<tr><td><a href="{c.file}#api-{e.name}"><code>{html.escape(e.name)}</code></a></td><td>{render_inline(scribe, escape_tags(e.doc.split(chr(10) * 2)[0]))}</td></tr>' for e in found)
-        parts.append(scribe.heading(2, c.module) + f'<p class="quiet">{html.escape(c.subtitle)}</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>')
+        parts.append(scribe.heading(2, c.module) + f'<p class="quiet">{html.escape(c.subtitle)}</p>' + scroll_box(f"<table><tbody>{rows}</tbody></table>", c.module))
     return Page("api.html", "Reference", "<h1>Reference</h1>\n" + "\n".join(parts), scribe.headings, "All functions")
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #3e3fc512
@@ -283,17 +289,25 @@ def render_site(house: StageRegistry,
     return target/"index.html", failed
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #49a6a88c
+def evaluated(source: str, space: dict):
+    "Run a cell of index.ipynb in the namespace `space`; the value of its last expression, None without one."
+    tree = ast.parse(source)
+    last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "index.ipynb", "exec"), space)
+    return None if last is None else eval(compile(ast.Expression(last), "index.ipynb", "eval"), space)
+
+def from_root(house: StageRegistry, markdown: str) -> str:
+    "Markdown whose links start beside the notebooks, with links that start at the repository's root."
+    return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
+
 def render_readme(house: StageRegistry) -> str:
     "README.md, made from index.ipynb."
     parts, space = [], {}
     for c in read_json(house.nbs/"index.ipynb")["cells"]:
         source = cell_source(c)
-        if c["cell_type"] == "markdown": parts.append(re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", source))
+        if c["cell_type"] == "markdown": parts.append(from_root(house, source))
         elif c["cell_type"] == "code":
-            tree = ast.parse(source)
-            value = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-            exec(compile(tree, "index.ipynb", "exec"), space)
-            if value is not None: parts.append(re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", eval(compile(value, "index.ipynb", "eval"), space).data))
+            if (value := evaluated(source, space)) is not None: parts.append(from_root(house, value.data))
     return "\n\n".join(p.strip() for p in parts if p.strip()) + "\n"
 
 def write_readme(house: StageRegistry) -> Path:

@@ -210,7 +210,7 @@ diagram_css = """
 .diagram .box~text{font-weight:600}.diagram .ghost~text{font-weight:400;fill:var(--soft)}
 .diagram .arrow{fill:none;stroke:var(--faint);stroke-width:1.5}.diagram .arrow.far{stroke-width:1;opacity:.62}.diagram .head{fill:var(--faint)}
 .diagram .s-current{fill:var(--good)}.diagram .s-page,.diagram .s-stale{fill:var(--warn)}.diagram .s-missing,.diagram .s-waiting,.diagram .s-unknown{fill:var(--faint)}
-.diagram .axis{stroke:var(--faint)}.diagram .rule{stroke:var(--line)}.diagram .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.diagram .axis{stroke:var(--faint)}.diagram .rule{stroke:var(--line)}.diagram .range{stroke:var(--c0);stroke-width:3;stroke-opacity:.45;stroke-linecap:round}.diagram .dot{fill:var(--c0)}.diagram .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
 """
 
 style = base_css + content_css + code_css + diagram_css + layout_css     # layout last: its rules for small screens override
