@@ -399,3 +399,23 @@ def test_code_and_small_print_can_be_read():
     assert re.search(r"main :is\([^)]*\bp\b[^)]*\) a\{text-decoration:underline", style)
     assert re.findall(r"([^{}]+)\{[^}]*[{;]color:var\(--faint\)", style) in ([], ["summary::before"]) or all(
         "::before" in rule for rule in re.findall(r"([^{}]+)\{[^}]*[{;]color:var\(--faint\)", style))
+
+
+TERMS = ("record", "run", "bundle", "ledger", "champion", "candidate", "gate", "claim", "work key", "show key",
+         "stage", "profile", "master weights", "parity")
+
+
+def test_glossary_explains_each_term_of_our_own_in_a_sentence(site):
+    "It stands with the overviews in the list of pages, and the front page and the README lead there."
+    text = (site/"05b_glossary.html").read_text(encoding="utf-8")
+    for term in TERMS:
+        said = re.findall(rf'<h3 id="[\w-]+">{term.capitalize()}</h3>\s*<p>(.*?)</p>', text, re.S)
+        assert len(said) == 1, term
+        plain = re.sub("<[^>]*>", "", said[0])
+        assert 40 < len(plain) < 330 and plain.count(". ") == 0 and plain.endswith("."), (term, plain)
+    for name in ("own", "minilm", "tfidf_lr"): assert f"<code>{name}</code></td>" in text
+    front = (site/"index.html").read_text(encoding="utf-8")
+    main, side = front.split('<nav class="side"')
+    assert 'href="05b_glossary.html">glossary</a>' in main
+    assert side.index("05b_glossary.html") < side.index("00_core.html")
+    assert "nbs/0_ground/05b_glossary.ipynb" in (ROOT/"README.md").read_text(encoding="utf-8")
