@@ -17,7 +17,7 @@ from llmeco_nb.core import (DataError, MissingError, UsageError, create_record, 
 from llmeco_nb.data.corpus import read_split, small_corpus
 from llmeco_nb.tokenization.bpe import (chat_tokens, encode_subwords, open_subword_tokenizer,
                                         save_subword_tokenizer)
-from llmeco_nb.tokenization.unigram import (Lattice, build_subword_tokenizer, byte_tokens,
+from llmeco_nb.tokenization.unigram import (Lattice, SubwordTokenizerConfig, build_subword_tokenizer, byte_tokens,
                                             learn_unigram, tokenizer_kinds, train_tokenizer)
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_lattice_adds_up_every_cut(word, p):
     total = sum(w for w, _ in weights)
     lattice = Lattice([word], pieces)
     assert np.allclose(lattice.totals(p), total)
-    assert np.allclose(lattice.expect(p, np.array([2.0])), 2 * sum(w * n for w, n in weights) / total)
+    assert np.allclose(lattice.expected_counts(p, np.array([2.0])), 2 * sum(w * n for w, n in weights) / total)
 
 def test_learned_probabilities_add_up_and_letters_stay():
     learned = learn_unigram(Counter({"watching": 9, "watched": 7, "talking": 5, "talked": 5}), sorted(set("watchingedlk")), 16)
@@ -88,15 +88,15 @@ def test_too_large_a_vocabulary_warns_with_what_it_got(texts, kind):
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(UsageError, match="no kind 'bpm'.*bpe, fallback, unigram"): train_tokenizer("bpm", ["a"], 900)
     with pytest.raises(MissingError, match="train.parquet.*prose and data"): build_subword_tokenizer(create_record(tmp_path/"a", "pieces"), tmp_path/"nothing")
-    with pytest.raises(UsageError, match="texts is 0"): build_subword_tokenizer(create_record(tmp_path/"b", "pieces"), small_corpus(), texts=0)
+    with pytest.raises(UsageError, match="max_texts is 0"): build_subword_tokenizer(create_record(tmp_path/"b", "pieces"), small_corpus(), SubwordTokenizerConfig(max_texts=0))
     for kind in tokenizer_kinds:
-        with pytest.raises(UsageError, match="vocabulary is 100"): train_tokenizer(kind, ["a film"], 100)
+        with pytest.raises(UsageError, match="vocab_size is 100"): train_tokenizer(kind, ["a film"], 100)
         with pytest.raises(DataError, match="not a single character"): train_tokenizer(kind, ["", ""], 900)
 
 def test_the_stage_reads_a_prose_by_its_domains(tmp_path):
     rows = pd.DataFrame(dict(id=list("abcd"), text=["a good film", "in the beginning", "a film again", "the very end"], domain=["reviews", "literature"] * 2))
     for split in ("train", "validation"): rows.to_parquet(tmp_path/f"{split}.parquet")
     write_json(tmp_path/"datasheet.json", dict(domains=["literature", "reviews"]))
-    with pytest.warns(UserWarning, match="pieces, not the"): build_subword_tokenizer(create_record(tmp_path/"r", "pieces"), tmp_path, "unigram", 400)
+    with pytest.warns(UserWarning, match="pieces, not the"): build_subword_tokenizer(create_record(tmp_path/"r", "pieces"), tmp_path, SubwordTokenizerConfig(kind="unigram", vocab_size=400))
     record = open_record(tmp_path/"r", "pieces")
     assert [r["domain"] for r in record.rows()] == ["literature", "reviews"] and record.metrics["round_trip"] == 1

@@ -78,13 +78,13 @@ def test_refusals(tmp_path):
 
 
 def test_characters_beyond_the_limit_are_unknown():
-    pieces = train_wordpiece(["aaaa bbbb"] * 5 + ["z"], 60, characters=2)
+    pieces = train_wordpiece(["aaaa bbbb"] * 5 + ["z"], 60, limit_alphabet=2)
     assert wordpiece(pieces).encode("aaaa z", add_special_tokens=False).tokens[-1] == "[UNK]" and not any("z" in p for p in pieces)
     assert initial_alphabet(Counter({"ab": 2, "c": 1}), 2) == ["a", "b", "##b"]
 
 
 def test_case_and_accents_can_stay(tmp_path):
-    made = wordpiece(train_wordpiece(TEXTS, 120, lower=False), lower=False)
+    made = wordpiece(train_wordpiece(TEXTS, 120, lowercase=False), lowercase=False)
     save_tokenizer(made, tmp_path)
     assert open_tokenizer(tmp_path).decode(made.encode("Café").ids) == "Café"
 
