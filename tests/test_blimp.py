@@ -77,7 +77,7 @@ def test_counting_takes_the_exam(pieces, archive):
     pairs, tok = read_blimp(archive), open_subword_tokenizer(pieces)
     for side, share in (("good", 1.0), ("bad", 0.0)):
         model = Ngram(encode_subwords(tok, pairs[side]), tok.get_vocab_size(), 5, eos_token_id(tok))
-        assert score_pairs(pairs, lambda sentences: -model.surprises(encode_subwords(tok, sentences))).mean() == share
+        assert score_pairs(pairs, lambda sentences: -model.surprisals(encode_subwords(tok, sentences))).mean() == share
 
 
 def test_tables_and_figure(archive):

@@ -18,15 +18,15 @@ from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.models.transformer import (Bert, Gpt, Seq2Seq, TransformerConfig,  # noqa: E402
                                           bert_loss)
 
-shapes = st.builds(lambda heads, part, **more: TransformerConfig(width=2 * heads * part, heads=heads, positions=24, **more), heads=st.integers(1, 3), part=st.integers(1, 4), vocabulary=st.integers(5, 60),
-                   inner=st.integers(0, 40), layers=st.integers(1, 3), decoder_layers=st.integers(1, 3), norm=st.sampled_from(["post", "pre"]), places=st.sampled_from(["learned", "waves"]),
-                   first_norm=st.booleans(), scale=st.booleans(), activation=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]))
+shapes = st.builds(lambda heads, part, **more: TransformerConfig(hidden_size=2 * heads * part, num_heads=heads, max_position_embeddings=24, **more), heads=st.integers(1, 3), part=st.integers(1, 4), vocab_size=st.integers(5, 60),
+                   intermediate_size=st.integers(0, 40), num_layers=st.integers(1, 3), num_decoder_layers=st.integers(1, 3), norm=st.sampled_from(["post", "pre"]), position_embedding=st.sampled_from(["learned", "sinusoidal"]),
+                   embedding_norm=st.booleans(), scale_embedding=st.booleans(), activation=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]))
 kinds = st.sampled_from([Bert, Gpt, Seq2Seq])
 
 
 def a_batch(s, rows, n, written):
     g = torch.Generator().manual_seed(0)
-    some = lambda k: torch.randint(0, s.vocabulary, (rows, k), generator=g)
+    some = lambda k: torch.randint(0, s.vocab_size, (rows, k), generator=g)
     return some(n), some(written) if written else None, some(written or n), torch.zeros(rows, dtype=torch.long)
 
 
@@ -40,7 +40,7 @@ def a_step(model, batch, backward):
 
 def with_segments(kind, s, segments):
     from dataclasses import replace
-    return replace(s, segments=segments) if kind is Bert else s
+    return replace(s, type_vocab_size=segments) if kind is Bert else s
 
 
 @settings(max_examples=15, deadline=None)
@@ -72,8 +72,8 @@ def test_published_networks_are_what_their_stock_class_holds(name):
 def test_operations_are_those_of_the_stock_classes(stock, written):
     "Not our own network in the witness stand, but theirs."
     kind, options = architectures[stock]
-    s = TransformerConfig(70, 24, 3, inner=50, layers=2, decoder_layers=3, positions=32, **options | (dict(segments=2) if kind is Bert else {}) | dict(activation="gelu_new" if kind is Gpt else "relu"))
-    theirs = stock_class(stock)(stock_config(stock, s, start=1, end=2))
+    s = TransformerConfig(70, 24, 3, intermediate_size=50, num_layers=2, num_decoder_layers=3, max_position_embeddings=32, **options | (dict(type_vocab_size=2) if kind is Bert else {}) | dict(activation="gelu_new" if kind is Gpt else "relu"))
+    theirs = stock_class(stock)(stock_config(stock, s, bos_token_id=1, eos_token_id=2))
     theirs.set_attn_implementation("eager")
     ids, more = torch.randint(3, 70, (4, 16)), dict(decoder_input_ids=torch.randint(3, 70, (4, written))) if written else {}
     for training in (False, True):
@@ -85,7 +85,7 @@ def test_operations_are_those_of_the_stock_classes(stock, written):
 
 @pytest.mark.parametrize("kind,rows,precision", [(Gpt, 1, "fp32"), (Gpt, 24, "bf16"), (Bert, 6, "fp32"), (Seq2Seq, 1, "bf16"), (Seq2Seq, 12, "fp32")])
 def test_the_peak_is_near_what_is_measured(kind, rows, precision):
-    s, written = TransformerConfig(500, 64, 4, layers=2, positions=32, norm="pre", segments=2 * (kind is Bert)), 16 * (kind is Seq2Seq)
+    s, written = TransformerConfig(500, 64, 4, num_layers=2, max_position_embeddings=32, norm="pre", type_vocab_size=2 * (kind is Bert)), 16 * (kind is Seq2Seq)
     model = kind(s)
     found = peak_step_bytes(model, a_step, a_batch(s, rows, 32, written), Optimiser(model, precision=precision))
     told = training_bytes(kind, s, rows, 32, written, precision)
@@ -93,14 +93,14 @@ def test_the_peak_is_near_what_is_measured(kind, rows, precision):
 
 
 def test_few_rows_cost_the_update_and_many_the_loss():
-    s = TransformerConfig(500, 64, 4, layers=2, positions=32, norm="pre")
+    s = TransformerConfig(500, 64, 4, num_layers=2, max_position_embeddings=32, norm="pre")
     few, many = (training_bytes(Gpt, s, rows, 32) for rows in (1, 64))
     assert few["peak"] == few["at_end"] and many["peak"] == many["at_loss"] and few["weights"] == many["weights"]
-    assert activation_bytes(Gpt, s, 64, 32)["feed"] == 64 * activation_bytes(Gpt, s, 1, 32)["feed"]
+    assert activation_bytes(Gpt, s, 64, 32)["mlp"] == 64 * activation_bytes(Gpt, s, 1, 32)["mlp"]
 
 
 def test_refusals():
     s = TransformerConfig(20, 8)
-    for words, wrong in (("Linear is none of", lambda: parameters_of(torch.nn.Linear, s)), ("written is 0", lambda: flops_of(Seq2Seq, s, 5)), ("written is 3", lambda: flops_of(Gpt, s, 5, 3)),
+    for words, wrong in (("Linear is none of", lambda: parameters_of(torch.nn.Linear, s)), ("target_len is 0", lambda: flops_of(Seq2Seq, s, 5)), ("target_len is 3", lambda: flops_of(Gpt, s, 5, 3)),
                          ("precision is 'int8'", lambda: training_bytes(Gpt, s, 1, 5, precision="int8")), ("'BERT huge' is not among", lambda: cost_row("BERT huge"))):
         with pytest.raises(UsageError, match=words): wrong()

@@ -13,8 +13,8 @@ from llmeco_nb.models.decoder import (cache_bytes, causal_attention, causal_loss
                                       qwen3_config, save_decoder)
 
 VOCABULARY = 120
-FULL = dict(feed="relu2", tied=False, softcap=15.0, bigrams=500, values=True, skip=True, entry_norm=True)
-STOCK = [dict(), dict(heads=4, kv_heads=2, tied=False), dict(theta=300.0, inner=40)]
+FULL = dict(mlp_type="relu2", tie_word_embeddings=False, softcap=15.0, bigram_rows=500, value_embeddings=True, embedding_skip=True, embedding_norm=True)
+STOCK = [dict(), dict(num_heads=4, num_kv_heads=2, tie_word_embeddings=False), dict(rope_theta=300.0, intermediate_size=40)]
 
 
 def made(seed=0, **options):
@@ -54,7 +54,7 @@ def test_a_stock_qwen3_loads(options, tmp_path):
     assert ours.config == decoder_config(VOCABULARY, "2x32", 40, **options)
 
 
-@pytest.mark.parametrize("option", [dict(feed="relu2"), dict(softcap=15.0), dict(bigrams=9), dict(values=True), dict(skip=True), dict(entry_norm=True), dict(qk_norm=False)])
+@pytest.mark.parametrize("option", [dict(mlp_type="relu2"), dict(softcap=15.0), dict(bigram_rows=9), dict(value_embeddings=True), dict(embedding_skip=True), dict(embedding_norm=True), dict(qk_norm=False)])
 def test_what_no_stock_class_has_is_refused_by_name(option, tmp_path):
     with pytest.raises(UsageError, match=next(iter(option))): save_decoder(made(**option), None, tmp_path/"model")
     assert not (tmp_path/"model").exists()
@@ -67,7 +67,7 @@ def test_other_models_are_refused(tmp_path):
     with pytest.raises(MissingError, match="nowhere"): save_decoder(made(), tmp_path/"nowhere", tmp_path/"model")
 
 
-@pytest.mark.parametrize("options", [dict(), dict(kv_heads=1), FULL])
+@pytest.mark.parametrize("options", [dict(), dict(num_kv_heads=1), FULL])
 def test_no_token_sees_a_later_one(options):
     model, ids = made(**options), tokens(2, 40)
     for at in (0, 1, 17, 39):
@@ -80,7 +80,7 @@ def test_no_token_sees_a_later_one(options):
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=6), st.integers(0, 1000), st.booleans())
 def test_packed_rows_are_separate_rows(lengths, seed, full):
     model = made(seed, **(FULL if full else {}))
-    model.config = replace(model.config, context=90)
+    model.config = replace(model.config, context_length=90)
     parts = [tokens(1, n, seed=seed + i) for i, n in enumerate(lengths)]
     aims = [tokens(1, n, seed=seed + 50 + i) for i, n in enumerate(lengths)]
     documents = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
@@ -114,8 +114,8 @@ def test_runs_of_documents(rows):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has a backward pass on GPUs only")
 def test_flex_is_sdpa_on_a_gpu():
     q, k, v = (torch.randn(2, h, 256, 64, device="cuda", requires_grad=True) for h in (4, 2, 2))
-    run = document_positions(torch.arange(256, device="cuda").div(60, rounding_mode="floor").expand(2, -1))[0]
-    flex, sdpa = (causal_attention(q, k, v, run, kind) for kind in ("flex", "sdpa"))
+    ids = document_positions(torch.arange(256, device="cuda").div(60, rounding_mode="floor").expand(2, -1))[0]
+    flex, sdpa = (causal_attention(q, k, v, ids, kind) for kind in ("flex", "sdpa"))
     torch.testing.assert_close(flex, sdpa, atol=2e-3, rtol=2e-3)
     for a, b in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (flex, sdpa))): torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
 
@@ -130,12 +130,12 @@ def test_counts(options):
             loss = causal_loss(model, ids, ids)
             if training: loss.backward()
         assert counter.get_total_flops() == ids.numel() * decoder_flops(model.config, 40, training)
-    assert cache_bytes(model.config, 10) == 2 * 2 * model.config.kv_heads * model.config.head * 10 * 2
+    assert cache_bytes(model.config, 10) == 2 * 2 * model.config.num_kv_heads * model.config.head_dim * 10 * 2
 
 
 def test_bad_input_is_named():
-    for wrong, says in ((dict(size="big"), "layers x width"), (dict(heads=5), "heads"), (dict(heads=4, kv_heads=3), "kv_heads"), (dict(feed="gelu"), "gated or relu2"), (dict(swish=1), "swish"),
-                        (dict(context=0), "context")):
+    for wrong, says in ((dict(size="big"), "layers x width"), (dict(num_heads=5), "num_heads"), (dict(num_heads=4, num_kv_heads=3), "num_kv_heads"), (dict(mlp_type="gelu"), "gated or relu2"), (dict(swish=1), "swish"),
+                        (dict(context_length=0), "context_length")):
         with pytest.raises(UsageError, match=says): decoder_config(VOCABULARY, **{"size": "2x32", **wrong})
     with pytest.raises(DataError, match="41 tokens.*40"): made()(tokens(1, 41))
-    with pytest.raises(UsageError, match="product, sdpa, flex"): causal_attention(*(torch.zeros(1, 1, 3, 4) for _ in range(3)), None, "fast")
+    with pytest.raises(UsageError, match="math, sdpa, flex"): causal_attention(*(torch.zeros(1, 1, 3, 4) for _ in range(3)), None, "fast")

@@ -16,8 +16,8 @@ EIGHT = [name for name in architectures if name != "BertForMaskedLM"]
 def shape(name: str) -> TransformerConfig:
     "Sizes that are all different, so that no mixed-up dimension fits by chance."
     ours, options = architectures[name]
-    more = dict(segments=2, eps=1e-12) if ours is Bert else dict(activation="gelu_new", layers=2) if ours is Gpt else dict(decoder_layers=3, scale=name.startswith(("Marian", "Pegasus")))
-    return TransformerConfig(**dict(vocabulary=37, width=12, heads=3, inner=48 if name.startswith("OpenAI") else 20, layers=2, positions=11) | options | more)
+    more = dict(type_vocab_size=2, layer_norm_eps=1e-12) if ours is Bert else dict(activation="gelu_new", num_layers=2) if ours is Gpt else dict(num_decoder_layers=3, scale_embedding=name.startswith(("Marian", "Pegasus")))
+    return TransformerConfig(**dict(vocab_size=37, hidden_size=12, num_heads=3, intermediate_size=48 if name.startswith("OpenAI") else 20, num_layers=2, max_position_embeddings=11) | options | more)
 
 
 def wild(model, seed=0, spread=0.4):
@@ -61,7 +61,7 @@ def test_our_weights_in_their_class(name):
     sum(o.square().sum() for o in outputs(ours)).backward()
     sum(o.square().sum() for o in outputs(theirs)).backward()
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    for t, o, how in weight_map(name, ours.shape):
+    for t, o, how in weight_map(name, ours.config):
         if t not in other or not other[t].requires_grad: continue
         expected, found = other[t].grad, torch.cat([mine[n].grad for n in o])
         if how == "flip" and found.ndim == 2: found = found.mT
@@ -72,14 +72,14 @@ def test_our_weights_in_their_class(name):
 @pytest.mark.parametrize("name", EIGHT)
 def test_their_weights_in_ours_and_back(name):
     theirs = wild(stock_class(name)(stock_config(name, shape(name))), seed=7)
-    if architectures[name][1].get("places") == "waves":
+    if architectures[name][1].get("position_embedding") == "sinusoidal":
         plain = stock_class(name)(stock_config(name, shape(name))).state_dict()
         theirs.load_state_dict({k: v for k, v in plain.items() if k.endswith("embed_positions.weight")}, strict=False)        # computed there, not learned
     theirs.tie_weights()
     ours = from_stock(theirs)
-    assert type(ours) is architectures[name][0] and ours.shape == shape(name) and near(ours, theirs)
+    assert type(ours) is architectures[name][0] and ours.config == shape(name) and near(ours, theirs)
     again = to_stock(ours, name)
-    read = lambda k, v: v[2:] if architectures[name][1].get("places") == "learned" and architectures[name][0] is Seq2Seq and "embed_positions" in k else v      # two rows there are read by nobody
+    read = lambda k, v: v[2:] if architectures[name][1].get("position_embedding") == "learned" and architectures[name][0] is Seq2Seq and "embed_positions" in k else v      # two rows there are read by nobody
     assert near(again, theirs) and all(torch.equal(read(k, v), read(k, again.state_dict()[k])) for k, v in theirs.state_dict().items())
 
 
@@ -88,7 +88,7 @@ def test_their_weights_in_ours_and_back(name):
 def test_a_folder_opens_in_plain_transformers(name, stock, opener, tmp_path):
     (tmp_path/"tokenizer").mkdir(); (tmp_path/"tokenizer"/"tokenizer.json").write_text("{}")
     ours = wild(architectures[name][0](shape(name)))
-    folder = save_pretrained(ours, tmp_path/"model", tmp_path/"tokenizer", stock, start=1, end=2)
+    folder = save_pretrained(ours, tmp_path/"model", tmp_path/"tokenizer", stock, bos_token_id=1, eos_token_id=2)
     plain = stock_class(opener).from_pretrained(folder).eval()
     assert type(plain).__name__ == json.loads((folder/"config.json").read_text())["architectures"][0] == (stock or name) and (folder/"tokenizer.json").read_text() == "{}"
     for a, b in zip(outputs(ours), outputs(plain)): assert (a - b).abs().max() < 1e-5
@@ -98,11 +98,11 @@ def test_a_folder_opens_in_plain_transformers(name, stock, opener, tmp_path):
 
 
 @pytest.mark.parametrize("kind,options,named", [
-    (Gpt, dict(places="waves", norm="pre", first_norm=False), "places='waves'"), (Gpt, dict(norm="pre", first_norm=True), "first_norm=True"), (Gpt, dict(norm="pre", first_norm=False, scale=True), "scale=True"),
-    (Gpt, dict(norm="post", first_norm=False, inner=20, activation="gelu_new"), "inner=20"), (Bert, dict(norm="pre", segments=2), "norm='pre'"), (Bert, dict(segments=0), "segments=0"),
-    (Bert, dict(places="waves", segments=2), "places='waves'"), (Seq2Seq, dict(eps=1e-6), "eps=1e-06"), (Seq2Seq, dict(norm="pre", places="waves", first_norm=True), "places='waves'")])
+    (Gpt, dict(position_embedding="sinusoidal", norm="pre", embedding_norm=False), "position_embedding='sinusoidal'"), (Gpt, dict(norm="pre", embedding_norm=True), "embedding_norm=True"), (Gpt, dict(norm="pre", embedding_norm=False, scale_embedding=True), "scale_embedding=True"),
+    (Gpt, dict(norm="post", embedding_norm=False, intermediate_size=20, activation="gelu_new"), "intermediate_size=20"), (Bert, dict(norm="pre", type_vocab_size=2), "norm='pre'"), (Bert, dict(type_vocab_size=0), "type_vocab_size=0"),
+    (Bert, dict(position_embedding="sinusoidal", type_vocab_size=2), "position_embedding='sinusoidal'"), (Seq2Seq, dict(layer_norm_eps=1e-6), "layer_norm_eps=1e-06"), (Seq2Seq, dict(norm="pre", position_embedding="sinusoidal", embedding_norm=True), "position_embedding='sinusoidal'")])
 def test_what_no_stock_class_has_is_refused_by_name(kind, options, named, tmp_path):
-    with pytest.raises(UsageError, match="No stock class has this network") as e: save_pretrained(kind(TransformerConfig(37, 12, 3, positions=11, **options)), tmp_path/"model")
+    with pytest.raises(UsageError, match="No stock class has this network") as e: save_pretrained(kind(TransformerConfig(37, 12, 3, max_position_embeddings=11, **options)), tmp_path/"model")
     assert named in str(e.value) and not (tmp_path/"model").exists()
 
 

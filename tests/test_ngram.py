@@ -99,8 +99,8 @@ def test_probabilities_add_up_to_one(docs, order, context):
 @given(documents, st.integers(1, 4))
 def test_documents_are_counted_apart_and_in_any_order(docs, order):
     model, turned = Ngram(docs, 6, order), Ngram(docs[::-1], 6, order)
-    assert model.surprises(docs) == pytest.approx(turned.surprises(docs), rel=1e-6)
-    assert model.surprises(docs) == pytest.approx([model.nats([d])[0] for d in docs], rel=1e-9) and model.surprises(docs, chunk=2) == pytest.approx(model.surprises(docs))
+    assert model.surprisals(docs) == pytest.approx(turned.surprisals(docs), rel=1e-6)
+    assert model.surprisals(docs) == pytest.approx([model.nats([d])[0] for d in docs], rel=1e-9) and model.surprisals(docs, chunk_size=2) == pytest.approx(model.surprisals(docs))
 
 
 @settings(max_examples=30)

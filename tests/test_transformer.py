@@ -39,7 +39,7 @@ def test_attention_by_hand():
     # token 1 with itself 4/1.41421 = 2.82843, exp 16.91883, hence 0.94419 and 0.05581
     expected = torch.tensor([[[0.66976, 0.66048], [0.05581, 1.88838]]]).double()
     torch.testing.assert_close(part(x), expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(part(x, causal=True)[0, 0], torch.tensor([1.0, 0.0]).double())      # the first token sees itself alone
+    torch.testing.assert_close(part(x, is_causal=True)[0, 0], torch.tensor([1.0, 0.0]).double())      # the first token sees itself alone
 
 
 @settings(max_examples=25)
@@ -57,21 +57,21 @@ def test_attention_is_torchs_multihead_attention(rows, n, m, sizes, masked, seed
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_blocks_are_torchs_layers(norm):
-    s, given = TransformerConfig(30, 12, 3, inner=20, norm=norm), dict(d_model=12, nhead=3, dim_feedforward=20, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre")
+    s, given = TransformerConfig(30, 12, 3, intermediate_size=20, norm=norm), dict(d_model=12, nhead=3, dim_feedforward=20, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre")
     x, memory, keep, read = vectors(2, 5, 12), vectors(2, 7, 12, seed=4), torch.ones(2, 5), torch.ones(2, 7)
     keep[1, 3:], read[0, 4:] = 0, 0
     for cross in (False, True):
         ours, theirs = wild(Block(s, cross)), (nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer)(**given).double().eval()
-        for part, other in ((ours.look, theirs.self_attn), *([(ours.across, theirs.multihead_attn)] if cross else [])):
+        for part, other in ((ours.self_attn, theirs.self_attn), *([(ours.cross_attn, theirs.multihead_attn)] if cross else [])):
             for w in ("weight", "bias"): getattr(other, f"in_proj_{w}").data = torch.cat([getattr(getattr(part, name), w).detach() for name in ("query", "key", "value")])
             other.out_proj.load_state_dict(part.output.state_dict())
-        theirs.linear1.load_state_dict(ours.work.widen.state_dict()); theirs.linear2.load_state_dict(ours.work.narrow.state_dict())
-        for k, part in enumerate((ours.look_norm, *([ours.across_norm] if cross else []), ours.work_norm)): getattr(theirs, f"norm{k + 1}").load_state_dict(part.state_dict())
+        theirs.linear1.load_state_dict(ours.mlp.fc1.state_dict()); theirs.linear2.load_state_dict(ours.mlp.fc2.state_dict())
+        for k, part in enumerate((ours.self_attn_norm, *([ours.cross_attn_norm] if cross else []), ours.mlp_norm)): getattr(theirs, f"norm{k + 1}").load_state_dict(part.state_dict())
         here = keep.bool()
         with torch.no_grad():
             if cross:
                 ahead = torch.ones(5, 5, dtype=torch.bool).triu(1)
-                mine = ours(x, make_attn_mask(keep, 5, True), memory=memory, memory_allowed=make_attn_mask(read, 5, False))
+                mine = ours(x, make_attn_mask(keep, 5, True), memory=memory, memory_attn_mask=make_attn_mask(read, 5, False))
                 other = theirs(x, memory, tgt_mask=ahead, tgt_key_padding_mask=~here, memory_key_padding_mask=~read.bool())
             else: mine, other = ours(x, make_attn_mask(keep, 5, False)), theirs(x, src_key_padding_mask=~here)
         torch.testing.assert_close(mine[here], other[here])
@@ -90,9 +90,9 @@ def test_masks_say_who_may_look(lengths, causal):
     assert make_attn_mask(None, 6, causal) is None
 
 
-@pytest.mark.parametrize("norm,places", [("post", "learned"), ("pre", "learned"), ("pre", "waves")])
+@pytest.mark.parametrize("norm,places", [("post", "learned"), ("pre", "learned"), ("pre", "sinusoidal")])
 def test_a_decoder_does_not_look_ahead_and_an_encoder_does(norm, places):
-    s, ids = TransformerConfig(30, 16, 2, positions=10, norm=norm, places=places), ids_of(2, 9)
+    s, ids = TransformerConfig(30, 16, 2, max_position_embeddings=10, norm=norm, position_embedding=places), ids_of(2, 9)
     gpt, bert = wild(Gpt(s)), wild(Bert(s))
     for at in (0, 4, 8):
         other = ids.clone(); other[:, at] = (other[:, at] + 1) % 30
@@ -103,7 +103,7 @@ def test_a_decoder_does_not_look_ahead_and_an_encoder_does(norm, places):
 
 
 def test_padding_changes_nothing():
-    s, ids, keep = TransformerConfig(30, 16, 2, positions=10), ids_of(2, 8), torch.ones(2, 8, dtype=torch.long)
+    s, ids, keep = TransformerConfig(30, 16, 2, max_position_embeddings=10), ids_of(2, 8), torch.ones(2, 8, dtype=torch.long)
     keep[1, 5:] = 0
     other = torch.where(keep == 1, ids, 7)
     bert, gpt, both = wild(Bert(s)), wild(Gpt(s)), wild(Seq2Seq(s))
@@ -116,9 +116,9 @@ def test_padding_changes_nothing():
 
 # -- shapes and sizes
 
-@pytest.mark.parametrize("norm,places,first_norm,scale", [("post", "learned", True, False), ("pre", "waves", False, True), ("pre", "learned", True, True)])
+@pytest.mark.parametrize("norm,places,first_norm,scale", [("post", "learned", True, False), ("pre", "sinusoidal", False, True), ("pre", "learned", True, True)])
 def test_shapes(norm, places, first_norm, scale):
-    s = TransformerConfig(30, 16, 4, 24, 2, 3, 12, norm=norm, places=places, first_norm=first_norm, scale=scale)
+    s = TransformerConfig(30, 16, 4, 24, 2, 3, 12, norm=norm, position_embedding=places, embedding_norm=first_norm, scale_embedding=scale)
     ids, written = ids_of(3, 7), ids_of(3, 5)
     tokens, pair = Bert(s)(ids)
     assert tokens.shape == (3, 7, 30) and pair.shape == (3, 2) and Bert(s).hidden(ids).shape == (3, 7, 16)
@@ -133,11 +133,11 @@ def test_shapes(norm, places, first_norm, scale):
 
 
 def test_what_makes_no_network_is_refused():
-    for wrong, says in ((dict(width=15, heads=3), "width is 15"), (dict(width=16, heads=3), "3 heads"), (dict(norm="middle"), "norm is 'middle'"), (dict(places="none"), "places is 'none'"),
-                        (dict(activation="swish"), "activation is 'swish'"), (dict(layers=0), "below 1")):
+    for wrong, says in ((dict(hidden_size=15, num_heads=3), "hidden_size is 15"), (dict(hidden_size=16, num_heads=3), "3 heads"), (dict(norm="middle"), "norm is 'middle'"), (dict(position_embedding="none"), "position_embedding is 'none'"),
+                        (dict(activation="swish"), "activation is 'swish'"), (dict(num_layers=0), "below 1")):
         with pytest.raises(UsageError, match=says): TransformerConfig(30, **wrong)
-    with pytest.raises(UsageError, match="11 tokens; this model reads 10"): Gpt(TransformerConfig(30, 16, positions=10))(ids_of(1, 11))
-    with pytest.raises(UsageError, match="segments is 2"): Seq2Seq(TransformerConfig(30, 16, segments=2))
+    with pytest.raises(UsageError, match="11 tokens; this model reads 10"): Gpt(TransformerConfig(30, 16, max_position_embeddings=10))(ids_of(1, 11))
+    with pytest.raises(UsageError, match="type_vocab_size is 2"): Seq2Seq(TransformerConfig(30, 16, type_vocab_size=2))
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -152,17 +152,17 @@ def test_weights_depend_on_the_seed_alone():
 # -- gradients
 
 def test_every_parameter_learns_and_the_gradient_is_right():
-    s, ids = TransformerConfig(20, 8, 2, layers=1, positions=6, segments=2), ids_of(2, 5, vocabulary=20)
+    s, ids = TransformerConfig(20, 8, 2, num_layers=1, max_position_embeddings=6, type_vocab_size=2), ids_of(2, 5, vocabulary=20)
     losses = {Bert: lambda m: sum(out.square().sum() for out in m(ids)), Gpt: lambda m: m(ids).logsumexp(-1).sum(),
               Seq2Seq: lambda m: m(ids, ids_of(2, 4, vocabulary=20)).square().mean()}
     for kind, loss in losses.items():
-        model = wild(kind(s if kind is Bert else TransformerConfig(20, 8, 2, layers=1, positions=6)), spread=0.3)
+        model = wild(kind(s if kind is Bert else TransformerConfig(20, 8, 2, num_layers=1, max_position_embeddings=6)), spread=0.3)
         for p in model.parameters(): p.grad = None
         loss(model).backward()
         for name, p in model.named_parameters():
             assert p.grad is not None and (name.endswith("key.bias") or p.grad.abs().max() > 0), name       # a shift of all keys changes no softmax: that gradient is nought by mathematics
             if name.endswith("key.bias"): assert p.grad.abs().max() < 1e-12, name
-        name, p = next((n, p) for n, p in model.named_parameters() if n.endswith("look.value.weight"))
+        name, p = next((n, p) for n, p in model.named_parameters() if n.endswith("self_attn.value.weight"))
         at, h = (1, 2), 1e-6
         with torch.no_grad():
             p[at] += h; up = loss(model); p[at] -= 2 * h; down = loss(model); p[at] += h
@@ -170,7 +170,7 @@ def test_every_parameter_learns_and_the_gradient_is_right():
 
 
 def test_bert_loss_asks_only_what_is_asked():
-    s, ids = TransformerConfig(30, 16, positions=10, segments=2), ids_of(2, 8)
+    s, ids = TransformerConfig(30, 16, max_position_embeddings=10, type_vocab_size=2), ids_of(2, 8)
     model, labels = wild(Bert(s), spread=0.2), ids.masked_fill(torch.arange(8) % 3 > 0, -100)
     with torch.no_grad():
         logits, pair = model(ids)
@@ -182,24 +182,24 @@ def test_bert_loss_asks_only_what_is_asked():
 # -- where a token stands
 
 def test_without_places_order_is_unknown_and_with_them_it_is_not():
-    s, order = TransformerConfig(30, 16, 2, positions=8), torch.tensor([3, 0, 5, 1, 4, 2])
+    s, order = TransformerConfig(30, 16, 2, max_position_embeddings=8), torch.tensor([3, 0, 5, 1, 4, 2])
     stack, x = wild(Stack(s, 2)), vectors(2, 6, 16)
     torch.testing.assert_close(stack(x[:, order]), stack(x)[:, order])
-    assert not torch.allclose(stack(x[:, order], causal=True), stack(x, causal=True)[:, order])
+    assert not torch.allclose(stack(x[:, order], is_causal=True), stack(x, is_causal=True)[:, order])
     ids = ids_of(2, 6)
-    for places in ("learned", "waves"):
-        embed = wild(Embeddings(TransformerConfig(30, 16, 2, positions=8, places=places)))
+    for places in ("learned", "sinusoidal"):
+        embed = wild(Embeddings(TransformerConfig(30, 16, 2, max_position_embeddings=8, position_embedding=places)))
         assert not torch.allclose(stack(embed(ids[:, order])), stack(embed(ids))[:, order])
 
 
 def test_rows_do_not_meet():
-    s, ids = TransformerConfig(30, 16, 2, positions=8), ids_of(3, 6)
+    s, ids = TransformerConfig(30, 16, 2, max_position_embeddings=8), ids_of(3, 6)
     for model in (wild(Bert(s)), wild(Gpt(s))):
         run = lambda i: model(i)[0] if isinstance(model, Bert) else model(i)
         with torch.no_grad(): torch.testing.assert_close(run(ids)[[2, 0, 1]], run(ids[[2, 0, 1]]))
 
 
-def test_waves_are_the_papers():
+def test_sinusoidal_positions_are_the_papers():
     p = sinusoidal_embedding(50, 12)
     for t in (0, 1, 7, 49):
         for i in range(6):
@@ -223,7 +223,7 @@ def test_rotation_tells_distances_only(i, j, shift, seed):
 # -- writing
 
 def test_greedy_writing_is_the_likeliest_token_each_time():
-    s, ids = TransformerConfig(12, 16, 2, positions=10), ids_of(3, 6, vocabulary=12)
+    s, ids = TransformerConfig(12, 16, 2, max_position_embeddings=10), ids_of(3, 6, vocabulary=12)
     model = wild(Seq2Seq(s), seed=5)
     written = greedy_decode(model, ids, 1, 2, 7)
     assert written.shape[0] == 3 and 1 <= written.shape[1] <= 7

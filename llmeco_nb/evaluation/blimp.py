@@ -63,8 +63,8 @@ def sentence_scores(model, tokenizer, sentences: list[str],
     from llmeco_nb.tokenization.bpe import encode_subwords
     end, found = eos_token_id(tokenizer), np.empty(len(sentences))
     ids = [np.concatenate([[end], e, [end]]) for e in encode_subwords(tokenizer, sentences)]
-    if ids and (longest := max(map(len, ids))) - 1 > model.config.context:
-        raise DataError(f"{sentences[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} has {longest - 1} tokens; the model's context is {model.config.context}.")
+    if ids and (longest := max(map(len, ids))) - 1 > model.config.context_length:
+        raise DataError(f"{sentences[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} has {longest - 1} tokens; the model's context is {model.config.context_length}.")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while order:
         size = max(1, tokens // len(ids[order[0]]))
