@@ -147,6 +147,18 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     assert record.metrics["labels"] == 12 and set(pd.read_parquet(record.artifact("predictions")).labels) == {12}
 
 
+@pytest.mark.parametrize("labels,epochs,warmup,lr", [(24, 40, 40, 2e-3), (0, 12, 50, 1e-3)])
+def test_patience_waits_until_it_has_begun_to_learn(corpus, tmp_path, labels, epochs, warmup, lr):
+    """Few labels, or a long warm-up: the first evaluations, more than patience allows, find the
+    accuracy of a guess, and the best one does not."""
+    record = create_record(tmp_path/"r", "finetune")
+    how = dict(labels=labels, epochs=epochs, warmup=warmup, lr=lr, evaluations=30, patience=3)
+    fine_tune(record, corpus, **{**SMALL, **how})
+    found = [r["validation_accuracy"] for r in record.rows() if "validation_accuracy" in r]
+    assert max(found[:4]) < 0.4
+    assert record.metrics["accuracy_validation"] > 0.8
+
+
 def test_padding_and_order_do_not_matter(done):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     model, tokenizer = (a.from_pretrained(done.artifact("classifier")) for a in (AutoModelForSequenceClassification, AutoTokenizer))

@@ -73,6 +73,31 @@ def test_a_pair_fills_its_row_and_is_pure(docs):
     assert [c[1] for c in changed] != labels                                              # another epoch, other coins
 
 
+def test_shares_of_a_batch_add_up(docs, inputs):
+    """Three processes whose pairs hide unequal numbers of tokens give the loss and the gradient of
+    one."""
+    sparse = []
+    for d, (ids, borders) in enumerate(docs):
+        unknown = np.arange(len(ids)) % (2 + d % 3) == 0
+        sparse.append((np.where(unknown, 1, ids), borders))                # [UNK] is never hidden
+    where, model = pair_boundaries(sparse, 24), load_nsp_model(inputs[2], 0)
+    def made(world, rank):
+        return nsp_batches(sparse, where, 7, 3, 24, 0.3, model.config.vocab_size, world, rank)(5)
+    def learned(batches):
+        model.zero_grad()
+        told = [nsp_loss_step(0.5)(model, b, lambda loss: loss.backward()) for b in batches]
+        gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return sum(float(loss) for loss, _ in told), sum(n for _, n in told), torch.cat(gradient)
+    parts = [made(3, rank) for rank in range(3)]
+    assert len({len(b["targets"]) / len(b["next_sentence"]) for b in parts}) > 1
+    loss, pairs, gradient = learned([made(1, 0)])
+    shared, counted, added = learned(parts)
+    assert pairs == counted == 7 and shared == pytest.approx(loss, rel=1e-5)
+    assert (added - gradient).norm() < 1e-5 * gradient.norm()
+    with pytest.raises(UsageError, match="can not be shared by 8 processes"):
+        made(8, 0)
+
+
 def test_a_false_b_comes_from_another_document(docs):
     marked = [(np.full_like(ids, 10 + d), borders) for d, (ids, borders) in enumerate(docs)]   # every document of one token
     where, (a, _) = pair_boundaries(marked, 24), segment_lengths(24)

@@ -222,7 +222,7 @@ def test_site_documents_what_is_exported(site):
     text = (site/"api.html").read_text(encoding="utf-8")
     for name in ("begin", "Record", "sha256_of", "render_report"): assert f'#api-{name}"' in text
     core = (site/"00_core.html").read_text(encoding="utf-8")
-    assert 'id="api-begin"' in core and "Name of the stage" in core.split('id="api-begin"')[1].split("</section>")[0]
+    assert 'id="api-create_record"' in core and "Name of the stage" in core.split('id="api-create_record"')[1].split("</section>")[0]
 
 
 def test_links_between_chapters_lead_somewhere():

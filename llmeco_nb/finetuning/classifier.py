@@ -69,13 +69,20 @@ def collate(rows: list[list[int]],        # Token ids
     mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows]) if min(map(len, rows)) < longest else None
     return dict(input_ids=ids, attention_mask=mask, **({} if labels is None else {"labels": torch.tensor(labels)}))
 
-def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch: int, seed: int):
-    "A function from the number of a batch to that batch, and how many there are in an epoch."
+def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch: int, seed: int,
+                       world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+                      ):
+    """A function from the number of a batch to that batch, and how many there are in an epoch. The
+    part of an epoch's last batch may be empty. Raises `UsageError` for more processes than texts in
+    a batch."""
+    from llmeco_nb.training.parallel import rank_rows, rank_slice
     from llmeco_nb.training.loop import length_bucketed_batches
     lengths, an_epoch = tuple(map(len, rows)), math.ceil(len(rows) / batch)
+    rank_slice(0, batch, world, rank)
     def batches(index: int) -> dict:
         chosen = length_bucketed_batches(lengths, batch, seed, index // an_epoch)[index % an_epoch]
-        return collate([rows[i] for i in chosen], pad, [labels[i] for i in chosen])
+        whole = collate([rows[i] for i in chosen], pad, [labels[i] for i in chosen])
+        return rank_rows(whole, world, rank)
     return batches, an_epoch
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #99d4649f
@@ -135,10 +142,13 @@ dropout_fields = "hidden_dropout_prob attention_probs_dropout_prob classifier_dr
 def build_classifier(folder: str,       # Encoder: a folder or hub name
                      labels: list[str], # Class names
                      seed: int = 0,
-                     pool: str = "first"): # What the classifier reads: first, or mean
-    "A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its tokenizer. Raises `DataError`, `UsageError`."
+                     pool: str = "first",  # What the classifier reads: first, or mean
+                     device: str = "auto"): # cpu, cuda, or auto: a GPU where torch sees one
+    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its
+    tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
     from llmeco_nb.models.speedups import use_fast_attention
+    from llmeco_nb.training.parallel import resolve_device
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(seed)
     try:
@@ -156,8 +166,12 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
             pooler.bias.zero_()
     if pool not in ("first", "mean"): raise UsageError(f"pool is {pool!r}; it is first or mean.")
     if pool == "mean": add_mean_layer(model)
-    if not torch.cuda.is_available() and model._supports_attention_backend: use_fast_attention(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    on = resolve_device(device)
+    if on.type == "cpu" and model._supports_attention_backend:
+        use_fast_attention(model)
+    return model.to(on), tokenizer
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1b68a4fc
 def add_mean_layer(model,           # A classifier of the BERT family, its normalisation after the residual
@@ -210,6 +224,8 @@ def classification_loss_step(smoothing: float = 0.0):
     import torch
     def step(model, batch, backward):
         here = {k: v if v is None else v.to(model.device) for k, v in batch.items()}
+        if not len(here["labels"]):         # an epoch's last batch has fewer texts than processes
+            return torch.zeros(()), 0
         logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, here["labels"], reduction="sum", label_smoothing=smoothing)
         backward(loss)
@@ -276,17 +292,19 @@ def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
 def fine_tune(record: Record,         # Gets the artifacts classifier and predictions
               corpus: str, encoder: str = "", weights: str = "", name: str = "own", labels: int = 0, tokens: int = 64, head: int = 25, pool: str = "first", epochs: int = 3,
               minutes: float = 0.0, batch: int = 16, lr: float = 1e-3, layer_decay: float = 1.0, warmup: int = 10, smoothing: float = 0.0,
-              judged: int = 500, evaluations: int = 6, patience: int = 3, seed: int = 0) -> Path:
+              judged: int = 500, evaluations: int = 6, patience: int = 3, seed: int = 0, device: str = "auto") -> Path:
     "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
     import pandas as pd
     import torch
     from llmeco_nb.models.speedups import retain_freed_memory
     from llmeco_nb.stats.metrics import classification_report
     from llmeco_nb.training.optim import Optimiser
+    from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
     from llmeco_nb.training.loop import measure_step_time, resolve_plan, train
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))}
+    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k != "device"}
     corpus = corpus or str(small_corpus())
-    folder, names, begun = encoder_folder(corpus, encoder, weights, seed), label_names(corpus), time.monotonic()
+    folder = run_on_rank_zero(lambda: encoder_folder(corpus, encoder, weights, seed))
+    names, begun = label_names(corpus), time.monotonic()
     if len(names) < 2: raise DataError(f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column.")
     splits = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
     if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation=0.1.")
@@ -294,14 +312,15 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     splits["train"] = labelled_subset(splits["train"], enough, seed)
     splits["validation"] = sort_by_split_hash(splits["validation"], seed)
     seed_everything(seed)
-    model, tokenizer = build_classifier(folder, names, seed, pool)
+    model, tokenizer = build_classifier(folder, names, seed, pool, device)
     longest = getattr(model.config, "max_position_embeddings", tokens)
     if not 2 <= tokens <= longest: raise UsageError(f"tokens is {tokens}; this encoder reads from 2 to {longest}.")
     coded, lengths = {}, {}
     for s, rows in splits.items(): coded[s], lengths[s] = tokenize_texts(tokenizer, rows.text.tolist(), tokens, head)
     target, pad = splits["train"].label.tolist(), tokenizer.pad_token_id
     if pool == "mean": centre_mean_layer(model, coded["train"][:256], pad)
-    batches, an_epoch = classifier_batches(coded["train"], target, pad, batch, seed)
+    world = current_world()
+    batches, an_epoch = classifier_batches(coded["train"], target, pad, batch, seed, world.size, world.rank)
     optimiser = Optimiser(model, lr, rate=layerwise_lr_scales(getattr(model.config, "num_hidden_layers", 0), layer_decay))
     step, few = classification_loss_step(smoothing), coded["validation"][:judged]
     few_labels = splits["validation"].label.to_numpy()[:judged]
@@ -314,6 +333,8 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     with retain_freed_memory():
         result = train(model, step, batches, optimiser, plan, record, evaluate, watch="validation_accuracy", higher=True, size=lambda b: b["input_ids"].numel(),
                        identity=dict(asked=plan["asked"]), name="finetune")
+        if not all_finished():
+            return record.artifact("classifier")
         started = time.monotonic()
         table = pd.concat([predictions_table(s, splits[s], predict_proba(model, coded[s], pad, record=record), name, len(target)) for s in ("validation", "test") if len(splits[s])])
     predicting = time.monotonic() - started
@@ -322,12 +343,12 @@ def fine_tune(record: Record,         # Gets the artifacts classifier and predic
     scores = {s: classification_report(t.label, t.predicted, len(names)) for s, t in table.groupby("split")}
     sample = table[table.split == "validation"].head(32)
     agreement = reload_and_compare(record.artifact("classifier"), coded["validation"][:len(sample)], sample)
+    write_json(record.path/"shown.json", dict(names=names, lengths=lengths["train"], mistakes=mistakes(table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text)))))
     record.save_metrics(accuracy_test=scores.get("test", scores["validation"])["accuracy"], accuracy_validation=scores["validation"]["accuracy"], macro_f1=scores.get("test", scores["validation"])["macro_f1"],
                         labels=len(target), seconds=round(time.monotonic() - begun, 1), training_s=round(result["seconds"], 1), predicting_s=round(predicting, 1), parameters=sum(p.numel() for p in model.parameters()),
                         examples_per_s=round(result["steps"] * batch / result["seconds"], 2), predicted_per_s=round(len(table) / predicting, 1), steps=result["steps"], best_step=result["best_step"], stopped_early=result["stopped"],
                         truncated=float(np.mean([n > tokens for n in lengths["train"]])), forecast_s=plan["forecast_s"], **agreement)
     if enough > labels: record.save_metrics(labels_asked=labels)
-    write_json(record.path/"shown.json", dict(names=names, lengths=lengths["train"], mistakes=mistakes(table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text)))))
     shutil.rmtree(record.resume)
     return record.artifact("classifier")
 

@@ -25,7 +25,7 @@ from ..training.forecast import chunked_memory_model, compile_layers
 from ..training.activation_checkpointing import enable_activation_checkpointing
 from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
 from ..training.optim import Optimiser
-from ..training.parallel import current_world, resolve_device
+from ..training.parallel import all_finished, current_world, resolve_device
 from ..tokenization.bpe import encode_subwords, open_subword_tokenizer
 from ..tokenization.bpe import save_subword_tokenizer, train_bpe
 from .mlm import peak_gflops, pretrain_plan
@@ -198,6 +198,8 @@ def pretrain_causal(record: Record,              # Where the decoder goes: its a
     result = train(model, causal_loss_step, lambda i: select_rows(rows, batch_indices(i, plan["batch"], len(rows["targets"]), seed, current_world().size, current_world().rank)), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
                    flops=decoder_flops(model.config, context), roof=peak * 1e9)
     foretold = record_actual(record, model, causal_loss_step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("decoder")
     optimiser.finish().eval().cpu()
     with torch.no_grad(): sums = {d: validation_nats(model, p) for d, p in held.items()}
     bytes_of = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}

@@ -29,6 +29,7 @@ from ..training.forecast import chunked_memory_model
 from ..models.encoder import encoder_config
 from ..models.ngram import Ngram, concat_documents
 from ..training.optim import Optimiser
+from ..training.parallel import rank_rows, rank_slice
 from .mlm import CLS, MASK, SEP, group_texts, pretrain_plan, single_thread
 from ..training.plan import plan_training, record_actual
 from ..tokenization.wordpiece import encode_texts, open_tokenizer, special_tokens
@@ -103,9 +104,19 @@ def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean
     seen = table(0, 0)
     return dict(input_ids=seen, keep=(seen != 0).long(), written=table(1, 0), targets=table(2, -100), cut=table(3, False, bool))
 
-def denoise_batches(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int, answer: str = "missing"):
-    "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
-    return lambda index: denoise_batch(rows, batch_indices(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, mean, first, answer)
+def denoise_batches(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int,
+                    answer: str = "missing",
+                    world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+                   ):
+    """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
+    Raises `UsageError` for more processes than rows in a batch."""
+    rank_slice(0, batch, world, rank)
+    def batches(index: int) -> dict:
+        which = batch_indices(index, batch, len(rows), seed)
+        epochs = np.arange(index * batch, (index + 1) * batch) // len(rows)
+        whole = denoise_batch(rows, which, epochs, seed, share, mean, first, answer)
+        return rank_rows(whole, world, rank)
+    return batches
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #fbc2edcf
 def token_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -388,6 +399,7 @@ def denoise(record: Record,               # Where the model goes: its artifact `
             judged: int = 64, evaluations: int = 5, compared: int = 300, counted: int = 2_000_000, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
             accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    from llmeco_nb.training.parallel import all_finished, current_world
     begun = time.monotonic()
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k != "begun"} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer), prompts=sha256_text("\n".join(prompts)))
     hidden, holes = span_counts(length, share, mean)
@@ -417,8 +429,11 @@ def denoise(record: Record,               # Where the model goes: its artifact `
     law = chunked_memory_model(model, lambda parts: lambda m, b, backward: denoise_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(n * a_row, V), a_row, padded, optimiser)
     with retain_freed_memory():
         plan = plan_training(record, asked, model, denoise_loss_step, make, optimiser, plan_of, batch, lr, tokens, evaluate, accumulation, law, earlier=earlier)
-        result = train(model, denoise_loss_step, denoise_batches(rows, plan["batch"], *kind), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
+        batches = denoise_batches(rows, plan["batch"], *kind, current_world().size, current_world().rank)
+        result = train(model, denoise_loss_step, batches, optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
         foretold = record_actual(record, model, denoise_loss_step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("writer")
     optimiser.finish().eval()
     longest = length - 1 if answer == "whole" else min(positions, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
     ours, final = denoise_texts(model, beside["broken"], V, longest, mean, answer), validation_scores(model, held, *kind)

@@ -282,7 +282,7 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
     from llmeco_nb.training.activation_checkpointing import enable_activation_checkpointing
     from llmeco_nb.models.encoder import count_parameters, flops_per_token
     from llmeco_nb.training.optim import Optimiser
-    from llmeco_nb.training.parallel import current_world, resolve_device
+    from llmeco_nb.training.parallel import all_finished, current_world, resolve_device
     from llmeco_nb.training.plan import plan_training, record_actual
     from llmeco_nb.training.loop import to_device, train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("recompute", "device")} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
@@ -317,6 +317,8 @@ def pretrain(record: Record,               # Where the encoder goes: its artifac
         result = train(model, mlm_loss_step, mlm_batches(rows, plan["batch"], seed, mask, vocabulary, current_world().size, current_world().rank), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="pretrain",
                        flops=flops_per_token(model.config, length, hidden / length), roof=peak * 1e9)
         foretold = record_actual(record, model, mlm_loss_step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("encoder")
     optimiser.finish().eval().cpu()
     if not embeddings: model.get_input_embeddings().weight.data.copy_(exact)         # what is not trained has been rounded to 16 bits
     final, logp = judge(model), unigram_log_probs(rows, vocabulary)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NSP_LR_CANDIDATES', 'split_sentences', 'tokenize_documents', 'segment_lengths', 'pair_boundaries', 'nsp_example',
            'nsp_batch', 'nsp_batches', 'nsp_losses', 'nsp_loss_step', 'load_nsp_model', 'small_pretrained_encoder',
-           'nsp_validation', 'token_overlap', 'token_overlap_baseline', 'pretrain_nsp']
+           'made_encoder', 'nsp_validation', 'token_overlap', 'token_overlap_baseline', 'pretrain_nsp']
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #bd928773
 import re
@@ -79,10 +79,27 @@ def nsp_batch(docs, where, which, epochs, seed: int, length: int, share: float, 
     return dict(input_ids=whole(np.stack(seen)), token_type_ids=whole(np.tile(segments, (len(seen), 1))), next_sentence=whole(labels),
                 positions=whole(np.concatenate(positions)), targets=whole(np.concatenate(targets)))
 
-def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, vocabulary: int):
-    "Number of a batch -> its tensors; a pure function."
+def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, vocabulary: int,
+                world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+               ):
+    """Number of a batch -> its tensors; a pure function. For several processes also
+    `pairs_per_token`, of the whole batch. Raises `UsageError` for more processes than pairs."""
+    from llmeco_nb.training.parallel import rank_slice
     from llmeco_nb.training.loop import batch_indices
-    return lambda index: nsp_batch(docs, where, batch_indices(index, batch, len(where), seed), np.arange(index * batch, (index + 1) * batch) // len(where), seed, length, share, vocabulary)
+    mine = rank_slice(0, batch, world, rank)
+    def batches(index: int) -> dict:
+        which = batch_indices(index, batch, len(where), seed)
+        epochs = np.arange(index * batch, (index + 1) * batch) // len(where)
+        whole = nsp_batch(docs, where, which, epochs, seed, length, share, vocabulary)
+        if world == 1:
+            return whole
+        by_pair = ("input_ids", "token_type_ids", "next_sentence")
+        found = {k: whole[k][mine.start:mine.stop] for k in by_pair}
+        positions = whole["positions"] - mine.start * length
+        inside = (positions >= 0) & (positions < len(mine) * length)
+        found |= dict(positions=positions[inside], targets=whole["targets"][inside])
+        return found | dict(pairs_per_token=batch / len(whole["targets"]))
+    return batches
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
 def nsp_losses(model,              # transformers.BertForPreTraining
@@ -100,9 +117,12 @@ def nsp_loss_step(mlm: float, parts: int = 0):
     "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens, whose loss is made in `parts`."
     import torch.nn.functional as F
     def step(model, batch, backward):
-        logits, tokens = nsp_losses(model, **batch, parts=parts)
         pairs = len(batch["next_sentence"])
-        loss = F.cross_entropy(logits, batch["next_sentence"], reduction="sum") + mlm * tokens * (pairs / len(batch["targets"]))
+        pairs_per_token = batch.get("pairs_per_token", pairs / len(batch["targets"]))
+        tensors = {k: v for k, v in batch.items() if k != "pairs_per_token"}
+        logits, tokens = nsp_losses(model, **tensors, parts=parts)
+        told_apart = F.cross_entropy(logits, batch["next_sentence"], reduction="sum")
+        loss = told_apart + mlm * tokens * pairs_per_token
         backward(loss)
         return loss.detach(), pairs
     return step
@@ -128,7 +148,16 @@ def load_nsp_model(encoder: str | Path, seed: int):
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #ce47ce3b
 def small_pretrained_encoder() -> Path:
-    "The folder of an encoder for the small corpus, pretrained for a few seconds at the first call, under runs/scratch."
+    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first call,
+    under runs/scratch. Of several processes the first makes it."""
+    from llmeco_nb.training.parallel import run_on_rank_zero, single_process
+    def alone() -> str:
+        with single_process():
+            return str(made_encoder())
+    return Path(run_on_rank_zero(alone))
+
+def made_encoder() -> Path:
+    "`small_pretrained_encoder` in one process."
     from llmeco_nb.data.corpus import small_corpus
     corpus, tokenizer = small_corpus(), small_tokenizer()
     def make(folder): pretrain(create_record(folder, "pretrain"), corpus, tokenizer, judged=8, evaluations=1, steps=40)
@@ -176,6 +205,7 @@ def pretrain_nsp(record: Record,               # Where the model goes: its artif
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
     from llmeco_nb.training.optim import Optimiser
+    from llmeco_nb.training.parallel import all_finished, current_world
     from llmeco_nb.training.plan import plan_training, record_actual
     from llmeco_nb.training.loop import train
     asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | {k: sha256_of(v) for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()}
@@ -201,8 +231,12 @@ def pretrain_nsp(record: Record,               # Where the model goes: its artif
     def plan_of(n, a_step, an_evaluation): return pretrain_plan(steps, minutes, time.monotonic() - begun, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads())
     with retain_freed_memory():
         plan = plan_training(record, asked, model, step, make, optimiser, plan_of, batch, lr, tokens_of, evaluate, law=law, earlier=earlier, rates=NSP_LR_CANDIDATES)
-        result = train(model, step, lambda i: make(plan["batch"], i), optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
+        rest = seed, length, mask, vocabulary, current_world().size, current_world().rank
+        batches = nsp_batches(docs, where, plan["batch"], *rest)
+        result = train(model, step, batches, optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
         foretold = record_actual(record, model, step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("paired")
     optimiser.finish().eval()
     final, counted = judge(model), token_overlap_baseline(docs, where, held, held_where, judged, seed, length, vocabulary)
     write_json(record.path/"pairs.json", [dict(loss=loss, right=int(r), overlap=int(c)) for (loss, r, _), c in zip(final.astype(float).tolist(), counted)])
