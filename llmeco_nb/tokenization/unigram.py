@@ -252,8 +252,7 @@ tokenizer_kinds = ("bpe", "fallback", "unigram")
 class SubwordTokenizerConfig(StageConfig):
     "What a tokenizer that loses no byte is learned with."
 
-    # bpe: of bytes; fallback: of characters; unigram: by likelihood
-    kind: Literal["bpe", "fallback", "unigram"] = "bpe"
+    kind: Literal["bpe", "fallback", "unigram"] = "bpe"  # of bytes, of characters, by likelihood
     vocab_size: PositiveInt = 2048  # tokens to learn, special ones and bytes included
     max_texts: PositiveInt | None = None  # training texts to learn from, the first; none for all
     min_frequency: PositiveInt = 2  # bpe, fallback: a pair must occur this often to be merged
