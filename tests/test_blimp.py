@@ -142,7 +142,7 @@ def test_counting_takes_the_exam(pieces, archive):
         model = Ngram(encode_subwords(tok, pairs[side]), tok.get_vocab_size(), 5, eos_token_id(tok))
         assert (
             score_pairs(
-                pairs, lambda sentences: -model.surprises(encode_subwords(tok, sentences))
+                pairs, lambda sentences: -model.surprisals(encode_subwords(tok, sentences))
             ).mean()
             == share
         )

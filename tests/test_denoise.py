@@ -145,7 +145,7 @@ def test_what_is_masked_counts_nothing(rows, first):
     assert abs(ours - plain) / plain < 1e-6
     near = lambda other: (other - whole).norm() / whole.norm() < 1e-6
     assert near(gradients(model, plain))
-    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.shape.vocabulary)))
+    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.config.vocab_size)))
     padded, keep = torch.cat([b["input_ids"], torch.randint(5, 20, (4, 5))], 1), torch.cat([b["keep"], torch.zeros(4, 5, dtype=torch.long)], 1)
     more = torch.cat([b["written"], torch.randint(5, 20, (4, 3))], 1)
     assert near(gradients(model, denoise_loss(model, padded, more, torch.cat([b["targets"], torch.full((4, 3), -100)], 1), keep)))
@@ -270,10 +270,10 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
     with torch.no_grad():
         assert (plain(input_ids=b["input_ids"], decoder_input_ids=b["written"]).logits - model(b["input_ids"], b["written"])).abs().max() < 1e-5
         assert (from_stock(plain)(b["input_ids"], b["written"]) - model(b["input_ids"], b["written"])).abs().max() < 1e-5
-    assert type(plain).__name__ == "MBartForConditionalGeneration" and len(words) == plain.config.vocab_size == model.shape.vocabulary
+    assert type(plain).__name__ == "MBartForConditionalGeneration" and len(words) == plain.config.vocab_size == model.config.vocab_size
     assert words("anna <extra_id_0> the film", add_special_tokens=False).input_ids[1] == first and words.decode(rows[0], skip_special_tokens=True) == open_tokenizer(inputs[1]).decode(rows[0].tolist())
-    strange = Seq2Seq(TransformerConfig(first + 4, 32, places="waves", norm="pre"))
-    with pytest.raises(UsageError, match="places='waves'"): save_seq2seq(strange, inputs[1], tmp_path/"none")
+    strange = Seq2Seq(TransformerConfig(first + 4, 32, position_embedding="sinusoidal", norm="pre"))
+    with pytest.raises(UsageError, match="position_embedding='sinusoidal'"): save_seq2seq(strange, inputs[1], tmp_path/"none")
     assert not (tmp_path/"none").exists()
 
 

@@ -118,10 +118,10 @@ def sentence_scores(
     end = eos_token_id(tokenizer)
     found = np.empty(len(sentences))
     ids = [np.concatenate([[end], e, [end]]) for e in encode_subwords(tokenizer, sentences)]
-    if ids and (longest := max(map(len, ids))) - 1 > model.config.context:
+    if ids and (longest := max(map(len, ids))) - 1 > model.config.context_length:
         raise DataError(
             f"{sentences[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} has {longest - 1} "
-            f"tokens; the model's context is {model.config.context}."
+            f"tokens; the model's context is {model.config.context_length}."
         )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while order:

@@ -124,7 +124,7 @@ def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
     import torch
     from llmeco_nb.tokenization.wordpiece import save_tokenizer, train_wordpiece, wordpiece
     from transformers import BertConfig, BertModel
-    pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, characters=100)
+    pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, limit_alphabet=100)
     def make(folder):
         save_tokenizer(wordpiece(pieces), folder)
         torch.manual_seed(seed)

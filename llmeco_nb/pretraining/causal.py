@@ -113,7 +113,7 @@ def count_target_tokens(batch: dict) -> int:
 
 def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss, and the number of tokens that were predicted. `parts` the loss is made in; 0: as few as its memory allows."
-    loss = fast_causal_loss(model, **batch, **(dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocabulary) if parts else {}))
+    loss = fast_causal_loss(model, **batch, **(dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocab_size) if parts else {}))
     backward(loss)
     return loss.detach(), count_target_tokens(batch)
 
@@ -142,7 +142,7 @@ def generate(model: Decoder, tokenizer, prompt: str,
     end, g = eos_token_id(tokenizer), torch.Generator().manual_seed(seed)
     ids = [end, *encode_subwords(tokenizer, [prompt])[0].tolist()]
     for _ in range(tokens):
-        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]], device=model.lm_head.weight.device))[0, -1]).cpu()
+        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context_length:]], device=model.lm_head.weight.device))[0, -1]).cpu()
         ids.append(int(logits.argmax()) if temperature == 0 else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == end: break
     return tokenizer.decode([i for i in ids if i != end])

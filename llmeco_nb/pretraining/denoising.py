@@ -190,28 +190,28 @@ def target_log_probs(rows: np.ndarray, vocabulary: int, share: float, mean: floa
 
 class EagerMultiHeadAttention(MultiHeadAttention):
     "The same attention by plain products, which for short rows are faster on a CPU than torch's fused kernel; the scores are kept, not computed twice."
-    def forward(self, x, memory=None, allowed=None, causal=False):
+    def forward(self, x, memory=None, attn_mask=None, is_causal=False):
         memory = x if memory is None else memory
-        if x.device.type != "cpu" or self.dropout and self.training: return super().forward(x, memory, allowed, causal)
-        if causal and allowed is None: allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        cut = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        o = EagerAttention.apply(cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory)), (x.shape[-1] // self.heads) ** -0.5, allowed)
+        if x.device.type != "cpu" or self.dropout and self.training: return super().forward(x, memory, attn_mask, is_causal)
+        if is_causal and attn_mask is None: attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        cut = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        o = EagerAttention.apply(cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory)), (x.shape[-1] // self.num_heads) ** -0.5, attn_mask)
         return self.output(o.transpose(1, 2).flatten(-2))
 
 @torch.no_grad()
 def init_last_ffn(model: Seq2Seq):
     "The decoder's last feed-forward part begins as a linear map that moves the first half of a vector to the place of the second."
-    work, width = model.decoder.blocks[-1].work, model.shape.width
+    mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
     one, half = torch.eye(width), torch.eye(width // 2)
     move = torch.cat([torch.cat([-half, torch.zeros_like(half)], 1), torch.cat([half, -half], 1)])
-    work.widen.weight[:2 * width] = torch.cat([one, -one])
-    work.narrow.weight[:, :2 * width] = torch.cat([move, -move], 1)
+    mlp.fc1.weight[:2 * width] = torch.cat([one, -one])
+    mlp.fc2.weight[:, :2 * width] = torch.cat([move, -move], 1)
 
 def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, share: float, mean: float, target: str = "spans", embedding_init: str = "bigram_ppmi", seed: int = 0) -> Seq2Seq:
     "A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows what; its last tokens are the marks. Raises `UsageError`."
     if embedding_init not in ("bigram_ppmi", "random"): raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
     c, holes = encoder_config(vocabulary, size, positions), span_counts(rows.shape[1], share, mean)[1]
-    model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, layers=c.num_hidden_layers, positions=positions, norm="pre"), seed)
+    model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, num_layers=c.num_hidden_layers, max_position_embeddings=positions, norm="pre"), seed)
     if embedding_init == "bigram_ppmi": after, before = map(torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed))
     spread = float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size         # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
     init_weights(model, seed, 0.5 / math.sqrt(c.hidden_size))           # the usual 0.02 is meant for widths near 768
@@ -219,28 +219,28 @@ def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, sh
         if type(m) is MultiHeadAttention: m.__class__ = EagerMultiHeadAttention
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("output.weight", "narrow.weight")): p.zero_()
+            if name.endswith(("output.weight", "fc2.weight")): p.zero_()
         model.bias.copy_(torch.from_numpy(target_log_probs(rows, vocabulary, share, mean, target)))
-        model.words.weight.mul_(spread / model.words.weight.std())
+        model.token_embedding.weight.mul_(spread / model.token_embedding.weight.std())
         if embedding_init == "bigram_ppmi":
             met = after.abs().sum(1) > 0
-            model.words.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
+            model.token_embedding.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
             init_last_ffn(model)
-        for table in (model.reading.places, model.writing.places): table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
+        for table in (model.encoder_embeddings.position_embedding, model.decoder_embeddings.position_embedding): table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
         for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
-            for part in (block.across.query, block.across.key): part.weight.copy_(torch.eye(c.hidden_size))
+            for part in (block.cross_attn.query, block.cross_attn.key): part.weight.copy_(torch.eye(c.hidden_size))
     return model
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #a2a2efe2
 def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: int = 2**24):
     "Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep` (rows, m): 0 for padding; `room` logits are made at a time."
-    hidden, asked = model.decoder(model.writing(written), None, True, model.encode(input_ids, keep), keep), targets != -100
-    return FusedLinearCrossEntropy.apply(hidden[asked], model.words.weight, model.bias.to(hidden.dtype), targets[asked], room)
+    hidden, asked = model.decoder(model.decoder_embeddings(written), None, True, model.encode(input_ids, keep), keep), targets != -100
+    return FusedLinearCrossEntropy.apply(hidden[asked], model.token_embedding.weight, model.bias.to(hidden.dtype), targets[asked], room)
 
 def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss of the answers, and the number of tokens in them that count. `parts` the loss is made in; 0: as few as its memory allows."
     asked = int((batch["targets"] != -100).sum())
-    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"], **(dict(room=-(-asked // parts) * model.shape.vocabulary) if parts else {}))
+    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"], **(dict(room=-(-asked // parts) * model.config.vocab_size) if parts else {}))
     backward(loss)
     return loss.detach(), asked
 
@@ -309,7 +309,7 @@ def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) 
 
 def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
     "Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before each, (rows,)."
-    stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.end)
+    stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
     nats = -np.log(model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1])     # the last of each row is its end
     return np.array([sum(n[a - 1:b - 1].sum() for a, b in h) for n, h in zip(nats, holes)])
 
@@ -368,12 +368,12 @@ def denoise_texts(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: 
 def save_seq2seq(model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans") -> Path:
     "A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>` and so on behind its pieces. Raises `UsageError` for a network no stock class has."
     made = open_tokenizer(tokenizer_folder)
-    pieces, total = made.get_vocab_size(), model.shape.vocabulary
+    pieces, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - pieces)])
-    save_pretrained(model, folder, start=CLS if target == "text" else pieces, end=SEP if target == "text" else total - 1)
+    save_pretrained(model, folder, bos_token_id=CLS if target == "text" else pieces, eos_token_id=SEP if target == "text" else total - 1)
     names = {f"{t.lower()}_token": f"[{t}]" for t in ("PAD", "UNK", "CLS", "SEP", "MASK")}
     write_bytes(folder/"tokenizer.json", made.to_str(pretty=True).encode())
-    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.shape.positions, clean_up_tokenization_spaces=False,
+    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.config.max_position_embeddings, clean_up_tokenization_spaces=False,
                                                     model_input_names=["input_ids", "attention_mask"], **names))
     return folder
 

@@ -283,7 +283,7 @@ def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
 def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss of the hidden tokens, and their number. `parts` the loss is made in; 0: as few as its memory allows."
     from llmeco_nb.models.speedups import fast_mlm_loss
-    room = dict(room=-(-len(batch["targets"]) // parts) * model.config.vocab_size) if parts else {}
+    room = dict(max_logits=-(-len(batch["targets"]) // parts) * model.config.vocab_size) if parts else {}
     loss = fast_mlm_loss(model, **batch, **room)
     backward(loss)
     return loss.detach(), len(batch["targets"])
