@@ -113,11 +113,11 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
     from llmeco_nb.data.mixture import small_mixture
-    toy, prose, losses = dict(size="1x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0, precision="fp32", muon=0.0), small_mixture(), []
+    toy, prose, losses = dict(size="1x32", context_length=32, steps=12, batch_size=4, lr=3e-3, eval_examples=8, num_evals=3, baseline_tokens=0, precision="fp32", muon_lr=0.0), small_mixture(), []
     for where in ("cpu", device):
-        pretrain_causal(create_record(tmp_path/where, "causal"), prose, small_subword_tokenizer(prose), device=where, **toy)
+        pretrain_causal(create_record(tmp_path/where, "causal"), prose, small_subword_tokenizer(prose), CausalConfig(device=where, **toy))
         losses.append([r["loss"] for r in open_record(tmp_path/where, "causal").rows() if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
