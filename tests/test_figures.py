@@ -1,6 +1,7 @@
 """Names that people bring are drawn as they are: dollar signs, underscores and backslashes."""
 import json
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 
@@ -63,7 +64,7 @@ def show(notebook: str, out: Path, **parameters) -> set[str]:
     cells = json.loads(next(NBS.glob(f"*/{notebook}")).read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     tags = lambda c: c["metadata"].get("tags", [])
-    names = {}
+    names = dict(Optional=Optional)         # the types of parameters that may be missing
     for c in code:
         if "parameters" in tags(c): exec("".join(c["source"]), names)
     names |= dict(out=str(out), **parameters)
