@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 
@@ -64,7 +65,7 @@ def show(notebook: str, out: Path, **parameters) -> set[str]:
     cells = json.loads(next(NBS.glob(f"*/{notebook}")).read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     tags = lambda c: c["metadata"].get("tags", [])
-    names = {}
+    names = dict(Optional=Optional)         # the types of parameters that may be missing
     for c in code:
         if "parameters" in tags(c):
             exec("".join(c["source"]), names)

@@ -141,8 +141,11 @@ def json_texts(source: str, column: str) -> Iterator[str]:
         first = False
         yield cell_text(row.get(column), source, column)
 
-def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
-    "The texts of a Parquet file, `rows` rows of one column in memory at a time. Raises `DataError`."
+def parquet_texts(source: str,      # Path or URL
+                  column: str,      # Of the texts
+                  rows: int = 256   # In memory at a time
+                 ) -> Iterator[str]:
+    "The texts of a column of a Parquet file. Raises `DataError`."
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -150,8 +153,11 @@ def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
         try:
             file = pq.ParquetFile(raw)
             column_values(pd.DataFrame(columns=file.schema_arrow.names), source, "text", column)
-            for batch in file.iter_batches(rows, columns=[column]): yield from (cell_text(v, source, column) for v in batch.column(0).to_pylist())
-        except (pa.ArrowException, OSError) as e: raise DataError(f"{source} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again.") from None
+            for batch in file.iter_batches(rows, columns=[column]):
+                yield from (cell_text(v, source, column) for v in batch.column(0).to_pylist())
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"{source} is not a readable Parquet file ({type(e).__name__}: "
+                            f"{str(e)[:100]}). Fetch or write it again.") from None
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8ce5e2df
 def paragraphs(lines: Iterator[str]) -> Iterator[str]:
