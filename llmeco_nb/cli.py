@@ -40,7 +40,7 @@ def parse_settings(given: list[str], files: list[Path], single: bool = False) ->
     for text in given:
         name, equals, value = text.partition("=")
         stage, dot, parameter = name.partition(".")
-        if not equals or (not single and not (dot and stage and parameter)): raise UsageError(f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.rows=400'}.")
+        if not equals or (not single and not (dot and stage and parameter)): raise UsageError(f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.max_rows=400'}.")
         found.append(("", name, value) if single else (stage, parameter, value))
     return found
 

@@ -45,7 +45,7 @@ from llmeco_nb.deployment.ledger import (
     keep_predictions,
     read_feedback,
 )
-from llmeco_nb.finetuning.linear import LinearText, count_ngrams, fit, recipes
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,17 +289,10 @@ def world(tmp_path_factory):
         [labelled_subset(splits["train"], 0), splits["validation"]]
     )  # in the order in which evaluate fits
     counted = {
-        bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"][1]
+        bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"].bags
     }
-    model, _ = fit(
-        "tfidf_lr",
-        counted,
-        every.label.to_numpy(),
-        np.arange(80),
-        np.arange(80, 280),
-        np.arange(0),
-        names,
-    )
+    split = RowSplit(np.arange(80), np.arange(80, 280), np.arange(0))
+    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), split, names)
     model.save(place / "bundle")
     origin = Origin(model="tfidf_lr", num_labeled=80)
     facts = Manifest("tfidf_lr", "linear", names, accuracy=dict(test=0.7), origin=origin)

@@ -411,11 +411,13 @@ def small_table(
     corpus: str | Path,  # Corpus folder
 ) -> tuple[Path, Path]:
     "The folders `baselines` and `table` of a quick evaluation of linear models."
-    from llmeco_nb.evaluation.comparison import evaluate_models
+    from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
+
+    config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "nbsvm"])
 
     def make(folder):
         record = create_record(folder, "evaluate")
-        evaluate_models(record, str(corpus), [0], [], ["majority", "nbsvm"])
+        evaluate_models(record, str(corpus), config=config)
 
     place = cached_fixture("table-small", make, evaluate_models, LinearText.load, Path(corpus))
     return place / "baselines", place / "table"

@@ -127,7 +127,7 @@ def refit_linear(
 ) -> LinearText:
     "The recipe of `model` fitted on its training texts and the corrections."
     import pandas as pd
-    from llmeco_nb.finetuning.linear import count_ngrams, fit, recipes
+    from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
 
     corrected = set(corrections.text.map(normalized_key))
     seed = model.about.get("seed", seed)
@@ -138,11 +138,10 @@ def refit_linear(
     validation = left if len(left) else validation
     every = pd.concat([known, corrections, validation], ignore_index=True)
     n, texts = len(known) + len(corrections), every.text.tolist()
-    counted = {bag.analyzer: count_ngrams(texts, bag) for bag in recipes[model.name][1]}
-    y, train, chosen_by = every.label.to_numpy(), np.arange(n), np.arange(n, len(every))
-    refitted, _ = fit(
-        model.name, counted, y, train, chosen_by, np.arange(0), model.classes, seed, settings
-    )
+    counted = {bag.analyzer: count_ngrams(texts, bag) for bag in recipes[model.name].bags}
+    y = every.label.to_numpy()
+    split = RowSplit(np.arange(n), np.arange(n, len(every)), np.arange(0))
+    refitted, _ = fit(model.name, counted, y, split, model.classes, seed, settings)
     if not len(left):  # what it was trained on can neither choose nor measure
         refitted.scale = model.scale
         unknown = dict(validation_accuracy=None, validation_loss=None, validation_items=0)
