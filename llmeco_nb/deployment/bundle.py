@@ -412,6 +412,7 @@ def small_table(
 ) -> tuple[Path, Path]:
     "The folders `baselines` and `table` of a quick evaluation of linear models."
     from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
+
     config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "nbsvm"])
 
     def make(folder):

@@ -140,9 +140,9 @@ def refit_linear(
     n, texts = len(known) + len(corrections), every.text.tolist()
     counted = {bag.analyzer: count_ngrams(texts, bag) for bag in recipes[model.name].bags}
     y = every.label.to_numpy()
-    rows = RowSplit(np.arange(n), np.arange(n, len(every)), np.arange(0))
-    refitted, _ = fit(model.name, counted, y, rows, model.classes, seed, settings)
-    if not len(left):    # what it was trained on can neither choose nor measure
+    split = RowSplit(np.arange(n), np.arange(n, len(every)), np.arange(0))
+    refitted, _ = fit(model.name, counted, y, split, model.classes, seed, settings)
+    if not len(left):  # what it was trained on can neither choose nor measure
         refitted.scale = model.scale
         unknown = dict(validation_accuracy=None, validation_loss=None, validation_items=0)
         refitted.about |= unknown
