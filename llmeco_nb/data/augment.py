@@ -67,7 +67,10 @@ def apertium(mode: str) -> Callable[[list[str]], list[str]]:
         return ["\n".join(next(back).strip() for _ in group) for group in lines]
     return translate
 
-def load_pretrained(kind: type, name: str, what: str) -> tuple:
+def load_pretrained(kind: type,  # Auto class of transformers
+                    name: str,   # Folder, or name on the hub
+                    what: str    # What it is, for an error
+                   ) -> tuple:
     "Tokenizer and model (transformers' auto class `kind`) of a folder or hub name. Raises `MissingError`."
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name).eval()
@@ -94,7 +97,8 @@ def marian(name: str,               # Folder, or name on the hub
         return found
     return translate
 
-def translator(name: str) -> Callable[[list[str]], list[str]]:
+def translator(name: str   # Mode of Apertium, folder, or name on the hub
+              ) -> Callable[[list[str]], list[str]]:
     "Apertium for a mode such as `en-eo`, Marian for everything else."
     return apertium(name) if re.fullmatch(apertium_mode, name) else marian(name)
 
@@ -235,7 +239,9 @@ def distinct_n(texts: list[str], n: int = 2) -> float:
     grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
-def change_ratio(a: str, b: str) -> float:
+def change_ratio(a: str,  # A text
+                 b: str   # Another text
+                ) -> float:
     """How much of two texts differs, word by word: 0 for equal, 1 for nothing in common.
 
     One minus difflib's ratio."""
@@ -294,7 +300,7 @@ def sample_epochs(rows: "pd.DataFrame",  # The training texts
 def build_augmented(record: Record,       # Gets the artifact `augmented`
                     corpus: str | Path,   # Folder of a corpus
                     encoder: str = "",    # Masked language model that judges synonyms; empty: none
-                    config: AugmentConfig = AugmentConfig()
+                    config: AugmentConfig = AugmentConfig()  # Parameters of the stage
                    ) -> Path:
     """Write the corpus with `added_ratio` new training texts for each one it has, and return its folder.
 

@@ -46,12 +46,14 @@ def tag_pattern(names: list[str]) -> re.Pattern:
 block_tag, inline_tag = tag_pattern(block_tag_names), tag_pattern(inline_tag_names)
 entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]\w{1,30});")
 
-def strip_html(text: str) -> str:
+def strip_html(text: str   # May hold HTML
+              ) -> str:
     "Remove HTML tags and comments; a tag that breaks a line leaves a line break."
     if "<" not in text: return text
     return inline_tag.sub("", block_tag.sub("\n", re.sub(r"<!--[^<>]*-->", "", text)))
 
-def unescape(text: str) -> str:
+def unescape(text: str   # May hold entities
+            ) -> str:
     "Turn HTML entities into characters. Only those closed by a semicolon, so that `R&B` and `&not` stay."
     if "&" not in text: return text
     text = re.sub("&(?:(?:amp|#38);)+", "&", text)   # however often it was escaped
@@ -69,7 +71,8 @@ def fix_encoding_piece(piece: str) -> str:
                                   fix_character_width=False)
     return ftfy.fix_text(piece, config)
 
-def fix_encoding(text: str) -> str:
+def fix_encoding(text: str   # May be decoded wrongly
+                ) -> str:
     "Undo wrong decodings (`Ã©` for `é`, U+0096 for a dash) and compose accents (NFC)."
     if text.isascii(): return text
     done, end = [], 0
@@ -86,12 +89,15 @@ invisible_chars = re.compile("[\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\
 control_chars = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff"
                            "\ufffe\uffff\U000f0000-\U0010ffff]")
 
-def remove_control_chars(text: str) -> str:
+def remove_control_chars(text: str   # May hold such characters
+                        ) -> str:
     "Remove characters without a shape: zero-width ones vanish, controls and private ones become a space."
     if text.replace("\n", " ").isprintable(): return text    # the common case, ten times faster
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
 
-def normalize_whitespace(text: str, keep_newlines: bool = False) -> str:
+def normalize_whitespace(text: str,                    # Any string
+                         keep_newlines: bool = False   # Keep line breaks
+                        ) -> str:
     """One space for any white space.
 
     With `keep_newlines` line breaks stay, and at most one empty line in a row."""
@@ -153,7 +159,8 @@ def clean_table(rows: "pd.DataFrame",         # From `read_table`
     return cleaned[~cleaned.text.map(is_blank)].reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #bf4221ce
-def normalized_key(text: str) -> str:
+def normalized_key(text: str   # Any string
+                  ) -> str:
     "What equal texts share: their characters in lower case, any white space as one space."
     return " ".join(text.casefold().split())
 
@@ -172,7 +179,9 @@ def drop_duplicates(rows: "pd.DataFrame"  # Columns id, text, label
     return rows[~again & ~conflicting].drop(columns="key").reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #f78d841f
-def split_hashes(ids: Iterable[str], seed: int) -> list[str]:
+def split_hashes(ids: Iterable[str],  # Of the rows
+                 seed: int            # Another seed gives other hashes
+                ) -> list[str]:
     "For each id a hash of seed and id, 64 hex digits, whatever stands beside it."
     return [hashlib.sha256(f"{seed}:{i}".encode()).hexdigest() for i in ids]
 
@@ -300,7 +309,8 @@ def label_names(corpus: str | Path) -> list[str]:
     Empty when its texts have no labels."""
     return read_json(Path(corpus)/"labels.json")
 
-def count_split_leakage(parts: dict[str, "pd.DataFrame"]) -> int:
+def count_split_leakage(parts: dict[str, "pd.DataFrame"]   # Split -> rows with a column text
+                       ) -> int:
     "How many texts (by `normalized_key`) stand in more than one split."
     sets = [set(p.text.map(normalized_key)) for p in parts.values()]
     return sum(map(len, sets)) - len(set().union(*sets))
@@ -333,7 +343,7 @@ class CorpusConfig(StageConfig):
     seed: int = 0                  # decides who goes into which split, and the order
 
 def build_corpus(record: Record,  # Gets the artifact `corpus`
-                 config: CorpusConfig = CorpusConfig()
+                 config: CorpusConfig = CorpusConfig()  # Parameters of the stage
                 ) -> Path:
     """Build a corpus and return its folder; metrics and datasheet account for every row.
 

@@ -192,11 +192,11 @@ def without_leaks(documents: Iterable[dict],   # Each with id, text, domain
     report.leaks, report.resembling = {}, {}
     return leak_filter(documents, index, report, on_leak, frozenset(exact_only))
 
-def leak_filter(documents: Iterable[dict],  # This and the others: as in `without_leaks`
-                index: LeakIndex | None,
-                report: FilterReport,
-                on_leak: str,
-                exact_only: frozenset[str]
+def leak_filter(documents: Iterable[dict],  # Each with id, text, domain
+                index: LeakIndex | None,    # None: nothing is held against them
+                report: FilterReport,       # Gets leaks as removed, and by set and kind
+                on_leak: str,               # drop or stop
+                exact_only: frozenset[str]  # Domains of which only exact copies leak
                ) -> Iterator[dict]:
     "The generator behind `without_leaks`, which checks its arguments before the first document."
     asked = 0

@@ -25,7 +25,8 @@ from .corpus import normalized_key
 from .filters import FilterReport, note
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #cd50c84a
-def mix64(x: np.ndarray) -> np.ndarray:
+def mix64(x: np.ndarray   # Whole numbers, of any shape
+         ) -> np.ndarray:
     "Scatter 64-bit numbers: equal ones stay equal, near ones end far apart. A bijection. Works on a copy."
     x = x.astype(np.uint64)
     x ^= x >> np.uint64(30)
@@ -76,7 +77,9 @@ def word_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(offsets)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2cef1d73
-def shingles(texts: list[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def shingles(texts: list[str],  # All of them at once
+             n: int = 5         # Words of a run
+            ) -> tuple[np.ndarray, np.ndarray]:
     """The hashes (uint64) of all runs of `n` words, and of which text each is (int64, ascending).
 
     A text of fewer words has one; without words, none."""
@@ -102,7 +105,9 @@ def shingles(texts: list[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     return mix64(found), owners.astype(np.int64)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2e2f6890
-def densification_order(k: int, seed: int = 0) -> np.ndarray:
+def densification_order(k: int,         # Bins of a signature
+                        seed: int = 0   # Of the hash functions
+                       ) -> np.ndarray:
     "For each of `k` bins the order, [k, k] by column, in which it asks the others when it is empty."
     draws = mix64(np.arange(k*k) + (seed + 1) * 1_000_003)
     return np.argsort(draws.reshape(k, k), axis=0)
@@ -150,7 +155,10 @@ def choose_bands(threshold: float,     # Jaccard similarity, above 0 and at most
         if candidate_probability(threshold, hashes//rows, rows) >= recall: return hashes//rows, rows
     return hashes, 1
 
-def band_keys(table: np.ndarray, bands: int, rows: int) -> np.ndarray:
+def band_keys(table: np.ndarray,  # uint32 [texts, bands * rows]
+              bands: int,         # Of a signature
+              rows: int           # Numbers in a band
+             ) -> np.ndarray:
     "uint64 [texts, bands]: one key for each band of a table of signatures."
     weights = mix64(np.arange(1, rows + 1)) | np.uint64(1)
     mixed = mix64(table.astype(np.uint64) + np.uint64(1)).reshape(len(table), bands, rows)
@@ -166,7 +174,8 @@ class MinHashConfig:
     rows: int           # numbers in a band
     seed: int           # of the hash functions
 
-def content_digest(text: str) -> bytes:
+def content_digest(text: str   # Any string
+                  ) -> bytes:
     "16 bytes that two texts share when they are equal after folding."
     return hashlib.blake2b(normalized_key(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
@@ -329,7 +338,10 @@ class ShingleReader:
         found = os.pread(self.shingles, 4*int(end - begin), 4*int(begin))
         return np.unique(np.frombuffer(found, "<u4"))
 
-    def similarity(self, i: int, j: int) -> float:
+    def similarity(self,
+                   i: int,  # Number of a document
+                   j: int   # Number of another
+                  ) -> float:
         "The exact Jaccard similarity of two documents; 0 if neither has words."
         a, b = self[i], self[j]
         both = len(np.intersect1d(a, b, assume_unique=True))

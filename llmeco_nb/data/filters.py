@@ -47,7 +47,10 @@ stop_words = frozenset("the be to of and that have with".split())
 letter = re.compile(r"[^\W\d_]")
 sentence_end = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
-def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | None:
+def shape_rule(text: str,               # The document
+               words: list[str],        # Its words
+               rules: Rules = Rules()   # Thresholds
+              ) -> str | None:
     "The rule about words and symbols that `text` breaks, or None."
     if not rules.words[0] <= len(words) <= rules.words[1]: return "words"
     if not words: return None
@@ -65,7 +68,9 @@ def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | Non
     lower = text.lower() if rules.banned else ""
     return next((f"banned: {b}" for b in rules.banned if b in lower), None)
 
-def line_rule(lines: list[str], rules: Rules = Rules()) -> str | None:
+def line_rule(lines: list[str],        # Of the document, not empty
+              rules: Rules = Rules()   # Thresholds
+             ) -> str | None:
     "The rule about the beginnings and ends of lines that these (not empty) `lines` break, or None."
     if len(lines) < rules.min_lines: return None  # one paragraph that trails off is no page of teasers
     bullets = sum(1 for s in lines if s.lstrip().startswith(("•", "-", "*")))
@@ -104,7 +109,7 @@ def repeated_ngram_chars(words: list[str], n: int) -> int:
 def repetition_rule(text: str,          # The document
                     words: list[str],   # Its words
                     lines: list[str],   # Its lines that are not empty
-                    rules: Rules = Rules()
+                    rules: Rules = Rules()  # Thresholds
                    ) -> str | None:
     "The rule about repetition that `text` breaks, or None."
     size = max(1, len(text))
@@ -124,7 +129,9 @@ def repetition_rule(text: str,          # The document
         if taken <= min(s for _, s in rules.repeated_ngrams) * size: break
     return None
 
-def quality_rule(text: str, rules: Rules = Rules()) -> str | None:
+def quality_rule(text: str,               # The document
+                 rules: Rules = Rules()   # Thresholds
+                ) -> str | None:
     """The name of the first rule that takes the document away, or None if it may stay.
 
     Sources: Rae et al. 2021; Raffel et al. 2020."""
@@ -206,11 +213,13 @@ def english_share(text: str, window: int = 40) -> float:
     return sum(b - a for a, b in zip(cuts, cuts[1:]) if is_english(words[a:b])) / len(words)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #b79c8307
-def luhn(digits: str) -> bool:
+def luhn(digits: str   # Digits alone
+        ) -> bool:
     "Whether the checksum of a card number holds."
     return sum(sum(divmod(int(d) * (1 + i % 2), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
 
-def mod97(account: str) -> bool:
+def mod97(account: str   # Without spaces
+         ) -> bool:
     "Whether the checksum of an IBAN (no spaces, upper case) holds."
     return int("".join(str(int(c, 36)) for c in account[4:] + account[:4])) % 97 == 1
 
@@ -319,7 +328,8 @@ def note(steps: dict[str, StepReport],  # `removed` or `changed` of a report
         shown = text[:200].encode("utf-8", "replace").decode()
         entry.samples.append({"id": document["id"], "domain": domain, "text": shown, **more})
 
-def counts_by_domain(report: FilterReport) -> dict[str, dict[str, int]]:
+def counts_by_domain(report: FilterReport   # Filled by the steps
+                    ) -> dict[str, dict[str, int]]:
     "For each domain how many documents were `read`, what each step removed, how many are `kept`."
     found = {}
     for domain, n in report.read.items():
@@ -329,7 +339,7 @@ def counts_by_domain(report: FilterReport) -> dict[str, dict[str, int]]:
 
 def filter_documents(documents: Iterable[dict],  # Each with id, text, domain; read once
                      report: FilterReport,       # Empty, or of an earlier part of the stream
-                     config: FilterConfig = FilterConfig()
+                     config: FilterConfig = FilterConfig()  # What is asked of a document
                     ) -> Iterator[dict]:
     """Yield the documents that stay, cleaned.
 

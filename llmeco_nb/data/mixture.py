@@ -81,7 +81,8 @@ def technical() -> Iterator[str]:
             else: yield from docstrings(file.read_text(encoding="utf-8", errors="ignore"))
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #8ec71422
-def bible_chapters(file: Path) -> Iterator[str]:
+def bible_chapters(file: Path   # JSON lines
+                  ) -> Iterator[str]:
     "The chapters of a Bible in JSON lines (book, chapter, text), a verse a line."
     with open(file, encoding="utf-8") as lines:
         verses = (json.loads(line) for line in lines if line.strip())
@@ -152,7 +153,8 @@ def read_domains(domains: list[str],             # Names of packaged domains, or
     return found
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #6b1e94f2
-def extra_sources_revision(extra_sources: list[str]) -> str:
+def extra_sources_revision(extra_sources: list[str]   # Each name=source
+                          ) -> str:
     """A text that changes when the content of one of the sources (each name=source) does.
 
     Empty without any. Raises `MissingError`, `UsageError`."""
@@ -242,7 +244,9 @@ class DocumentStore:
             yield d
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #1a162b77
-def split_hash(one: str, seed: int) -> float:
+def split_hash(one: str,   # Id of a document
+               seed: int   # Another seed gives another number
+              ) -> float:
     "The number in [0, 1) of the document with the id `one`."
     digest = hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
@@ -255,7 +259,9 @@ def assign_split(number: float,           # From `split_hash`
     if number < test_size: return "test"
     return "validation" if number < test_size + validation_size else "train"
 
-def normalized_weights(weights: list[str], domains: list[str]) -> dict[str, float]:
+def normalized_weights(weights: list[str],  # Each name=number
+                       domains: list[str]   # All there are; those not named have weight 1
+                      ) -> dict[str, float]:
     "Weights (each name=number; else 1) as shares that add up to one. Raises `UsageError`."
     given = dict.fromkeys(domains, 1.0)
     for one in weights:
@@ -398,7 +404,7 @@ class MixtureConfig(StageConfig):
 
 def build_mixture(record: Record,            # Gets the artifact `prose`
                   corpus: str | Path = "",   # Folder of a labelled corpus; empty: no check for leaks
-                  config: MixtureConfig = MixtureConfig()
+                  config: MixtureConfig = MixtureConfig()  # Parameters of the stage
                  ) -> Path:
     """Build the pretraining corpus and return its folder.
 

@@ -43,12 +43,15 @@ citations = {
     "rotten_tomatoes": "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."}
 file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str,             # What was written
+                 names: Iterable[str]   # What there is
+                ) -> str:
     "A hint at the most similar of `names`, or nothing when none is similar."
     alike = difflib.get_close_matches(name.lower(), {str(n).lower(): n for n in names}, n=1, cutoff=0.6)
     return f" Did you mean `{next(n for n in names if str(n).lower() == alike[0])}`?" if alike else ""
 
-def source_kind(source: str) -> str:
+def source_kind(source: str   # As it was written
+               ) -> str:
     """One of `short`, `hub`, `url`, `folder`, `file`.
 
     Raises `UsageError` for an empty name, `MissingError` for an absent path."""
@@ -90,7 +93,8 @@ class HubSource:
     split: str = ""     # such as test
     config: str = ""    # one of several configurations
 
-def parse_hub(source: str) -> HubSource:
+def parse_hub(source: str   # As it was written
+             ) -> HubSource:
     "The parts of `hf:org/name@revision?split=…&config=…`. Raises `UsageError`."
     m = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^?]+))?(?:\?(.*))?", source)
     extra = dict(parse_qsl(m[3] or "", keep_blank_values=True)) if m else {}
@@ -146,7 +150,8 @@ def translate_read_errors(source: str) -> Iterator[None]:
         if isinstance(e, FileNotFoundError): raise MissingError(f"There is nothing at {source}.") from None
         raise MissingError(f"{source} cannot be read ({type(e).__name__}: {e}).") from None
 
-def remote_filesystem(url: str) -> tuple["fsspec.AbstractFileSystem", str]:
+def remote_filesystem(url: str   # Of a file
+                     ) -> tuple["fsspec.AbstractFileSystem", str]:
     """fsspec's file system for a URL, and the path in it.
 
     Raises `ImportError` for a missing driver, `ValueError` for an unknown protocol."""
@@ -156,7 +161,8 @@ def remote_filesystem(url: str) -> tuple["fsspec.AbstractFileSystem", str]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)   # seconds
     return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
 
-def fetch(source: str) -> bytes:
+def fetch(source: str   # Path or URL
+         ) -> bytes:
     "All bytes of a path or URL. Raises `MissingError` when it is not there or cannot be read."
     with translate_read_errors(source):
         if source_kind(source) == "file": return local_path(source).read_bytes()
@@ -186,7 +192,9 @@ def revision(source: str) -> str:
         return mark or "sha256:" + hashlib.sha256(fetch(source)).hexdigest()
 
 # %% ../../nbs/0_ground/04_sources.ipynb #d1d1f294
-def decode_utf8(data: bytes, name: str) -> str:
+def decode_utf8(data: bytes,  # All bytes
+                name: str     # How to call them in an error
+               ) -> str:
     "UTF-8 bytes as text, with or without a byte order mark. Raises `DataError` naming line and byte, and the likely encoding."
     cure = lambda of: f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > utf8-{Path(name).name}"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -203,7 +211,11 @@ def decode_utf8(data: bytes, name: str) -> str:
     return text
 
 # %% ../../nbs/0_ground/04_sources.ipynb #6f188dbf
-def parse_delimited(text: str, name: str, sep: str, quoting: int = csv.QUOTE_MINIMAL) -> list[list[str]]:
+def parse_delimited(text: str,                         # The table
+                    name: str,                         # How to call it in an error
+                    sep: str,                          # Between two columns
+                    quoting: int = csv.QUOTE_MINIMAL   # As in the module csv
+                   ) -> list[list[str]]:
     "The rows of a delimited text, header first. Raises `DataError` naming the first line that does not fit the header."
     csv.field_size_limit(sys.maxsize)  # a review may be longer than the 131,072 characters the module allows
     reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep, quoting=quoting, strict=True), []
@@ -233,7 +245,10 @@ def tsv_quoting(rows: Callable[[int], Iterable[list[str]]]) -> int:
     except DataError: return csv.QUOTE_MINIMAL                 # it is a table only if the marks are quotes
     return csv.QUOTE_NONE
 
-def read_csv(text: str, name: str, tabs: bool = False) -> "pd.DataFrame":
+def read_csv(text: str,           # The table
+             name: str,           # How to call it in an error
+             tabs: bool = False   # Whether tabs separate its columns
+            ) -> "pd.DataFrame":
     "A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null. Raises `DataError`."
     import pandas as pd
     header = text.split("\n", 1)[0]
@@ -244,7 +259,9 @@ def read_csv(text: str, name: str, tabs: bool = False) -> "pd.DataFrame":
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #0c97436b
-def read_json_table(text: str, name: str) -> "pd.DataFrame":
+def read_json_table(text: str,  # The table
+                    name: str   # How to call it in an error
+                   ) -> "pd.DataFrame":
     "JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and column."
     import pandas as pd
     whole, rows = text.lstrip().startswith("["), []
@@ -265,7 +282,9 @@ def frame_of(table: "pa.Table") -> "pd.DataFrame":
     "An Arrow table as a DataFrame; integers beside a null stay integers and become no floats."
     return table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
-def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+def read_parquet(data: bytes,  # All bytes
+                 name: str     # How to call them in an error
+                ) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A Parquet file as a DataFrame and its class names by column (`{}` when it carries none).
 
     Raises `DataError` when it is broken."""
@@ -278,7 +297,8 @@ def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list
     names = {k: f["names"] for k, f in features.items() if isinstance(f, dict) and f.get("names")}
     return frame_of(table), {k: [str(n) for n in of] for k, of in names.items()}
 
-def read_hub(source: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+def read_hub(source: str   # hf:org/name, as `parse_hub` reads it
+            ) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A hub data set as a DataFrame and its class names by column.
 
     Raises `MissingError`, or `UsageError` for an unknown split or config."""
@@ -354,7 +374,8 @@ def is_blank(value: object) -> bool:
     import pandas as pd
     return bool(pd.isna(value))
 
-def as_text(value: object) -> str:
+def as_text(value: object   # Of a cell, not blank
+           ) -> str:
     "A cell as text: a text as it stands, a number of any type without a point if it is whole."
     if isinstance(value, str): return str(value)
     number = value.item() if hasattr(value, "item") else value     # a numpy scalar as Python's own

@@ -28,7 +28,8 @@ from .sources import translate_read_errors, tsv_quoting
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager
-def open_stream(source: str) -> Iterator[io.IOBase]:
+def open_stream(source: str   # Path or URL
+               ) -> Iterator[io.IOBase]:
     """The bytes of a file or URL as an open file; unpacked when its name ends in .gz.
 
     Raises `MissingError`, `DataError`."""
@@ -42,7 +43,8 @@ def open_stream(source: str) -> Iterator[io.IOBase]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f"{source} is not a whole gzip file ({e}).") from None
 
-def broken_line(source: str) -> DataError | None:
+def broken_line(source: str   # Path or URL
+               ) -> DataError | None:
     """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has it.
 
     None when all lines are in order."""
@@ -115,14 +117,19 @@ def column_texts(rows: Iterator[list[str]],           # Header first
     yield from (row[at] for row in rows if all(row[i] == value for i, value in asked))
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #f8543bcd
-def cell_text(value: object, source: str, column: str) -> str:
+def cell_text(value: object,  # Of a cell
+              source: str,    # How to call it in an error
+              column: str     # Of the cell
+             ) -> str:
     "A cell as text; '' for nothing. Raises `DataError` for a list or an object."
     if value is not None and hasattr(value, "__len__") and not isinstance(value, str):
         raise DataError(f"The column `{column}` of {source} holds such values as {str(value)[:60]}; "
                         "each row needs one text.")
     return "" if is_blank(value) else as_text(value)
 
-def json_texts(source: str, column: str) -> Iterator[str]:
+def json_texts(source: str,  # Path or URL
+               column: str   # Key of the text in each object
+              ) -> Iterator[str]:
     "The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read whole."
     first = True
     for n, line in enumerate(read_lines(source), 1):
