@@ -30,7 +30,7 @@ def refused(result, code, *words):
     (["run", "--profile", "toy", "-p", "mke.n=3"], 2, ["no stage mke", "Did you mean make?"]),
     (["run", "--profile", "toy", "-p", "make.nn=3"], 2, ["no parameter nn", "There are: n, pause, source"]),
     (["run", "--profile", "toy", "-p", "make.n=many"], 2, ["make.n is 'many'", "int"]),
-    (["run", "--profile", "toy", "-p", "make.n=1.5"], 2, ["whole number"]),
+    (["run", "--profile", "toy", "-p", "make.n=1.5"], 2, ["make.n is '1.5'", "valid integer"]),
     (["run", "--profile", "toy", "-p", "n=3"], 2, ["stage.name=value"]),
     (["run", "--profile", "toy", "--only", "mke"], 2, ["no stage mke"]),
     (["run", "--profile", "toy", "--only", "compare"], 2, ["compare needs train@a, train@b"]),
@@ -44,6 +44,34 @@ def refused(result, code, *words):
 def test_names_and_values(house, words, code, said):
     refused(house.llmeco(*words), code, *said)
     assert not house.entries(), "nothing was executed"
+    assert not list(house.runs.glob("toy-*")), "a command that is refused makes no run"
+
+
+TYPOS = [["-p", "make.source=nowhere.txt"], ["-p", "make.nn=3"], ["-p", "make.n=many"],
+         ["-p", "make.n=3", "--only", "mke"], ["-p", "make.source=nowhere.txt"], ["--from", "mke"],
+         ["-p", "make.n=3", "-p", "train.factor=x"]]
+
+
+def test_what_is_refused_leaves_no_trace(house):
+    "Neither in the run it would have changed, nor as a new run that would count as the newest."
+    house.run()
+    before = (house.runs/"toy-1"/"run.json").read_bytes()
+    for k, typo in enumerate(TYPOS):
+        more = [[], ["--new-run"], ["--next"]][k % 3]
+        code, _, err = house.llmeco("run", "--profile", "toy", *typo, *more)
+        assert code in (2, 3), (typo, more, err)
+        assert (house.runs/"toy-1"/"run.json").read_bytes() == before, (typo, more)
+        assert [p.name for p in house.runs.glob("toy-*")] == ["toy-1"], (typo, more)
+    only = house.llmeco("run", "--profile", "toy", "--new-run", "--only", "compare")
+    refused(only, 2, "compare needs train@a, train@b")
+    assert [p.name for p in house.runs.glob("toy-*")] == ["toy-1"]
+    assert set(house.run().values()) == {"current"}
+
+
+@pytest.mark.parametrize("words, new", [
+    (["run", "--fresh"], "--new-run"), (["prune", "--pretend"], "--dry-run")])
+def test_options_that_were_renamed(house, words, new):
+    refused(house.llmeco(*words), 2, f"{words[1]} is called {new} now")
 
 
 @pytest.mark.parametrize("text, said", [

@@ -74,7 +74,7 @@ def test_a_parameter_on_the_command_line(house):
     assert house.run() == dict.fromkeys(ALL, "current")                        # it stays with the run
     # both instances with one value are one and the same work: the store has it already
     assert house.run("-p", "train.factor=7") == {"make": "current", "train@a": "current", "train@b": "current", "compare": "made"}
-    assert house.run("--fresh")["train@a"] == "current"                        # a fresh run starts from the profile's values; the store still has them
+    assert house.run("--new-run")["train@a"] == "current"                        # a fresh run starts from the profile's values; the store still has them
 
 
 def test_a_library_version_is_recorded_and_changes_nothing(house):

@@ -164,6 +164,7 @@ def config_fields(chapter: Chapter) -> dict[str, tuple[object, str, str]]:
             made_by = next(k.value for k in value.keywords if k.arg == "default_factory")
             value = made_by.body if isinstance(made_by, ast.Lambda) else ast.List([])
         comment = lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode().partition("#")[2].strip()
+        comment = comment or lines[n.lineno - 1].partition("#")[2].strip()      # of a field of several lines: on its first
         found[n.target.id] = (ast.literal_eval(value), comment, ast.unparse(n.annotation))
     return found
 

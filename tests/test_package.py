@@ -73,7 +73,7 @@ def wheel(tmp_path_factory) -> zipfile.Path:
 
 def test_wheel_carries_notebooks_profiles_and_licence(wheel):
     names, nbs = set(zipfile.ZipFile(wheel).namelist()), ROOT/"nbs"
-    wanted = {f"llmeco_nb/nbs/{p.relative_to(nbs).as_posix()}" for pattern in ("*.ipynb", "[0-9]*_*/*.ipynb", "profiles/*/*.yaml", "records/*.json", "renamed.tsv") for p in nbs.glob(pattern)}
+    wanted = {f"llmeco_nb/nbs/{p.relative_to(nbs).as_posix()}" for pattern in ("*.ipynb", "[0-9]*_*/*.ipynb", "profiles/*/*.yaml", "records/*.json", "renamed*.tsv") for p in nbs.glob(pattern)}
     wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT/"llmeco_nb").rglob("*.py") if p.name != "_modidx.py"}
     assert any(n.endswith(".ipynb") for n in wanted) and any(n.endswith(".yaml") for n in wanted), "no notebooks or no profiles to carry"
     assert not wanted - names, f"missing from the wheel: {sorted(wanted - names)}"

@@ -14,14 +14,14 @@ from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: 
 from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
 from llmeco_nb.core import (DataError, LlmecoError, MissingError, UsageError,  # noqa: E402
                             create_record, read_json)
-from llmeco_nb.data.corpus import build_corpus, write_corpus  # noqa: E402
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
 from llmeco_nb.pretraining.nsp import NSPConfig, pretrain_nsp  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
-from llmeco_nb.data.mixture import build_mixture  # noqa: E402
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, train_wordpiece  # noqa: E402
 from llmeco_nb.tokenization.unigram import train_tokenizer  # noqa: E402
 
@@ -52,21 +52,30 @@ def encoder(house, tmp, **more): pretrain(create_record(tmp/"run", "pretrain"), 
 def decoder(house, tmp, **more): pretrain_causal(create_record(tmp/"run", "causal"), house/"prose", house/"pieces", CausalConfig(**QUICK | dict(context_length=24, batch_size=4, baseline_tokens=0) | more))
 
 
-def corpus_of(text: bytes, name: str): return lambda house, tmp: ((tmp/name).write_bytes(text), build_corpus(create_record(tmp/"run", "data"), source=str(tmp/name)))
+def corpus_from(tmp, name: str): build_corpus(create_record(tmp/"run", "data"), CorpusConfig(source=str(tmp/name)))
 
 
-def prose_of(texts: list[str], **more):
+def corpus_of(text: bytes, name: str):
+    def work(house, tmp):
+        (tmp/name).write_bytes(text)
+        corpus_from(tmp, name)
+    return work
+
+
+def prose_of(texts: list[str], corpus="", **more):
     def work(house, tmp):
         (tmp/"own").mkdir()
         for i, t in enumerate(texts): (tmp/"own"/f"{i}.txt").write_text(t)
-        build_mixture(create_record(tmp/"run", "prose"), domains=[], own=[f"mine={tmp/'own'}"], **more)
+        config = MixtureConfig(domains=[], extra_sources=[f"mine={tmp/'own'}"], **more)
+        build_mixture(create_record(tmp/"run", "prose"), corpus, config)
     return work
 
 
 def leaking(house, tmp):
     held = pd.read_parquet(house/"corpus"/"validation.parquet").text.tolist()
     words = [" ".join(random.Random(i).choice("amber basalt cedar delta ember fjord garnet harbour iris jasper".split()) for _ in range(60)) for i in range(30)]
-    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality=["mine=none"], english=0.0, validation=0, test=0)(house, tmp)
+    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality_rules=["mine=none"],
+             min_english=0.0, validation_size=0, test_size=0)(house, tmp)
 
 
 def another_model(house, tmp):
@@ -83,7 +92,7 @@ def no_tokenizer(house, tmp): save_decoder(new_decoder(60, "1x32", 16), tmp/"now
 
 BAD = [
     # what, how, error, and what its message must say: the place, what was found, what to do
-    ("no such source", lambda house, tmp: build_corpus(create_record(tmp/"run", "data"), source=str(tmp/"absent.csv")), MissingError, ["absent.csv", "no file or folder"]),
+    ("no such source", lambda house, tmp: corpus_from(tmp, "absent.csv"), MissingError, ["absent.csv", "no file or folder"]),
     ("not UTF-8", corpus_of(b"text,label\nfine,a\nna\xefve,b\n", "latin.csv"), DataError, ["latin.csv", "line 3", "0xef is not UTF-8", "save it as UTF-8"]),
     ("no Parquet file", corpus_of(b"PAR1 and then nothing", "torn.parquet"), DataError, ["torn.parquet", "not a readable Parquet file", "Fetch or write it again"]),
     ("no JSON", corpus_of(b'{"text": "fine", "label": "a"}\n{"text": \n', "torn.jsonl"), DataError, ["torn.jsonl", "not JSON", "line"]),

@@ -1,8 +1,11 @@
 """The report and the site: whole, without a network, true to the records, and with today's prose."""
+import base64
+import html
 import json
 import os
 import re
 import shutil
+import subprocess
 from contextlib import chdir
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +20,11 @@ from llmeco_nb.site.diagram import ring_svg
 from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
-from llmeco_nb.site.report import render_report
+from llmeco_nb.site.markup import PageRenderer, code_summary
+from llmeco_nb.site.page import NOT_EXECUTED, PageCell, output_html, render_chapter
+from llmeco_nb.site.report import accuracy_picture, comparison, one_table, render_report
 from llmeco_nb.runner.store import Run
+from llmeco_nb.site.style import contrast, dark, light, style
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = set("area base br col embed hr img input link meta source track wbr".split())
@@ -30,6 +36,7 @@ class Html(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.ids, self.text = [], [], [], []
+        self.roles, self.empty_headers, self.header = [], 0, None     # role -> the elements in it
         self.feed(text)
         self.close()
         assert not self.open, f"left open: {self.open}"
@@ -37,6 +44,11 @@ class Html(HTMLParser):
     def handle_starttag(self, tag, attrs):
         assert not (tag in BLOCK and "p" in self.open), f"<{tag}> inside <p>, line {self.getpos()[0]}"
         self.tags.append((tag, dict(attrs)))
+        if "role" in dict(attrs): self.roles.append((dict(attrs)["role"], []))
+        for role in self.roles[-1:]: role[1].append(tag)
+        if tag == "svg" and not dict(attrs).get("role"): self.roles.append(("", []))
+        if tag == "th": self.header = ""
+        if self.header is not None and tag in ("img", "math"): self.header = tag
         if "id" in dict(attrs): self.ids.append(dict(attrs)["id"])
         if tag not in VOID: self.open.append(tag)
 
@@ -45,8 +57,32 @@ class Html(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}, line {self.getpos()[0]}"
         self.open.pop()
+        if tag == "svg": self.roles.append(("", []))
+        if tag == "th":
+            self.empty_headers += not self.header.strip()
+            self.header = None
 
-    def handle_data(self, data): self.text.append(data)
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.header is not None: self.header += data
+
+
+def sections(folder: Path) -> list[list[str]]:
+    "The index of the search: address, heading, page, text."
+    text = (folder/"assets"/"sections.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("window.sections = ").removesuffix(";\n"))
+
+
+def check_accessible(name: str, page: Html):
+    "What a screen reader, a keyboard and an eye that sees no colours need."
+    for tag, attributes in page.tags:
+        if attributes.get("class") == "scroll":
+            assert attributes.get("tabindex") == "0", f"{name}: a box that scrolls out of the keyboard's reach"
+            assert attributes.get("role") == "group" and attributes.get("aria-label"), f"{name}: a box without a name"
+        if tag == "a": assert attributes.get("href"), f"{name}: a link that leads nowhere"
+    for role, inside in page.roles:
+        assert role != "img" or "a" not in inside, f"{name}: links inside of an image"
+    assert not page.empty_headers, f"{name}: {page.empty_headers} headers of tables are empty"
 
 
 def check_pages(folder: Path) -> dict[str, Html]:
@@ -69,11 +105,13 @@ def check_pages(folder: Path) -> dict[str, Html]:
     for asset in (folder/"assets").iterdir():
         if asset.suffix in (".css", ".js"):
             text = asset.read_text(encoding="utf-8")
-            assert not re.search(r"fetch\(|XMLHttpRequest|\bimport\b|@import|url\(", text), asset.name
-            assert asset.name == "headings.js" or "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.M), asset.name
-    for address, heading, page in json.loads((folder/"assets"/"headings.js").read_text(encoding="utf-8").removeprefix("window.headings = ").removesuffix(";\n")):
+            asks = r"fetch\(|XMLHttpRequest|\bimport\b|@import|url\("
+            assert asset.name == "sections.js" or not re.search(asks, text), asset.name
+            assert asset.name == "sections.js" or "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.M), asset.name
+    for address, heading, page, _ in sections(folder):
         file, _, anchor = address.partition("#")
         assert file in pages and (not anchor or anchor in pages[file].ids) and heading and page, address
+    for name, page in pages.items(): check_accessible(name, page)
     return pages
 
 
@@ -160,7 +198,7 @@ def test_prose_outputs_and_formulas_are_joined(house):
     assert f"the sum is {total}" in page and f"<strong>{total}</strong> in all" in page
     assert page.count("<math") == 3 and "\\frac" not in page and "<mfrac>" in page
     assert any(t == "img" and a["src"].endswith(".png") and a["alt"] for t, a in pages["make.html"].tags) and "far" in page
-    assert 'href="train-a.html">Train</a>' in page and "<a>elsewhere</a>" in page
+    assert 'href="train-a.html">Train</a>' in page and "<span>elsewhere</span>" in page
 
 
 def test_changed_prose_appears_without_a_rerun(house):
@@ -220,7 +258,7 @@ def test_site_is_whole_and_needs_no_network(site):
 
 def test_site_documents_what_is_exported(site):
     text = (site/"api.html").read_text(encoding="utf-8")
-    for name in ("begin", "Record", "sha256_of", "render_report"): assert f'#api-{name}"' in text
+    for name in ("create_record", "Record", "sha256_of", "render_report"): assert f'#api-{name}"' in text
     core = (site/"00_core.html").read_text(encoding="utf-8")
     assert 'id="api-create_record"' in core and "Name of the stage" in core.split('id="api-create_record"')[1].split("</section>")[0]
 
@@ -247,3 +285,137 @@ def test_readme_leads_somewhere():
     assert local and not missing, missing
     for picture in (t for t in local if t.endswith((".png", ".svg"))): assert (ROOT/picture).stat().st_size < 200_000, f"{picture} is too large"
     assert chapter_map(StageRegistry.find(), "nbs/") in text
+
+
+# -- what was once wrong on a page
+
+def test_anything_read_on_the_readme_is_on_the_front_page_too(site):
+    "The tables that index.ipynb computes, such as the one beside other projects."
+    front = Html((site/"index.html").read_text(encoding="utf-8"))
+    said = " ".join("".join(front.text).split())
+    cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text())["cells"]
+    headings = re.findall(r"^## (.+)$", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.M)
+    assert "Beside others" in headings and all(h in said for h in headings)
+    beside = said.split("Beside others")[1].split("Your own text")[0]
+    assert "nanoGPT" in beside and "datatrove" in beside and "NB-SVM" in beside
+
+
+def test_search_finds_text_and_not_only_headings(site, tmp_path):
+    "The index holds every chapter that says the word, and the script finds them, first those whose heading says it."
+    index = sections(site)
+    holding = {row[0].partition("#")[0] for row in index if "softmax" in " ".join(row[1:]).lower()}
+    shown = {f.name for f in site.glob("*.html") if "softmax" in "".join(Html(f.read_text(encoding="utf-8")).text).lower()}
+    assert len(holding) > 5 and holding <= shown
+    assert {"13_encoder.html", "13b_decoder.html"} <= holding
+    if not shutil.which("node"): pytest.skip("needs node to run the search")
+    code = f"""
+const fs = require('fs');
+globalThis.window = globalThis;
+(0, eval)(fs.readFileSync('{site}/assets/search.js', 'utf8'));
+(0, eval)(fs.readFileSync('{site}/assets/sections.js', 'utf8'));
+const found = q => search(window.sections, q, 99).map(hit => hit.address);
+console.log(JSON.stringify([found('softmax'), found('SOFTMAX'), found('zebra xylophone quux'), found("")]));
+"""
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    softmax, loud, nothing, empty = json.loads(done.stdout)
+    assert {a.partition("#")[0] for a in softmax} == holding and loud == softmax
+    assert len(softmax) == len(holding), "of each page the best section"
+    assert nothing == [] and empty == []
+
+
+def test_comparison_says_what_was_claimed():
+    "A baseline below the reference is `worse`, and a tiny p-value is no row of zeros."
+    row = dict(title="A", labels=10, accuracy=0.9, accuracy_low=0.8, accuracy_high=0.95, baseline=False)
+    low = dict(row, title="Majority class", model="majority", baseline=True, difference=-0.369,
+               difference_low=-0.4, difference_high=-0.3, reference="a", p=1e-30, p_adjusted=1e-29, verdict="supported")
+    table = one_table([dict(row, model="a"), low, dict(low, model="b", title="B", baseline=False, difference=0.2, p_adjusted=0.04)])
+    assert "worse: supported" in table and "better: supported" in table
+    assert "&lt; 0.0001" in table and "0.04" in table and "0.0000" not in table.replace("&lt; 0.0001", "")
+    assert "−0.369" in table and "-0.369" not in table and "[−0.4,\u00a0−0.3]" in table
+    assert "Short names" in comparison([dict(row, model="tfidf_lr", title="TF-IDF")])
+    assert accuracy_picture([dict(row, model="a")]).count("<circle") == 1
+
+
+def test_parameters_stand_in_their_columns(house):
+    "The value with who set it; the default alone."
+    _, text = report(house)
+    assert '<b>5</b> <span class="quiet">(by the profile)</span></td><td class="num">2</td>' in text["train-b.html"]
+
+
+def test_pages_follow_the_chapters_numbers(house):
+    "In the list of pages and when turning from one to the next; the last page leads back on the left."
+    _, text = report(house)
+    order = ["make.html", "train-a.html", "train-b.html", "compare.html"]
+    side = re.findall(r'<li><a href="([\w-]+\.html)"', text["index.html"].split('<nav class="side"')[1])
+    assert side == ["index.html", *order]
+    last = text["compare.html"].split('<nav class="turn"')[1].split("</nav>")[0]
+    assert 'class="before" href="train-b.html"' in last and "next" not in last
+    assert ".turn .next{text-align:right;margin-left:auto}" in style and ".turn a:last-child" not in style
+
+
+def test_text_is_escaped_once(tmp_path):
+    "Whatever form an output has, an apostrophe stays an apostrophe."
+    scribe, said = PageRenderer(tmp_path), "isn't <it> & \"so\""
+    outputs = [dict(output_type="stream", name="stdout", text=said),
+               dict(output_type="display_data", data={"text/plain": said}),
+               dict(output_type="display_data", data={"text/html": f"<p>{html.escape(said)}</p>"}),
+               dict(output_type="display_data", data={"text/markdown": f"> {html.escape(said)}"})]
+    for output in outputs:
+        page = Html(output_html([output], scribe))
+        assert "".join(page.text).strip() == said, output
+
+
+def test_show_cells_fold_under_what_they_show():
+    assert code_summary("record = open_record(out, 'x')\nplot(record)") == "plot(record)"
+    assert code_summary("record = open_record(out, 'x')") == "record = open_record(out, 'x')"
+
+
+def test_a_promise_that_was_not_executed_is_explained(tmp_path):
+    "Prose that ends in a colon, and then nothing."
+    cells = [PageCell("a", "markdown", "This comes out:"), PageCell("b", "lesson", "print(1)"), PageCell("c", "markdown", "Well.")]
+    page = render_chapter(cells, PageRenderer(tmp_path))
+    assert NOT_EXECUTED in page and page.index(NOT_EXECUTED) < page.index("Well.")
+    cells[1].outputs = [dict(output_type="stream", name="stdout", text="1")]
+    assert NOT_EXECUTED not in render_chapter(cells, PageRenderer(tmp_path))
+
+
+def test_plotting_code_is_folded(tmp_path):
+    picture = dict(output_type="display_data", data={"image/png": base64.b64encode(b"x" * 30).decode()})
+    plot = PageCell("b", "lesson", "plt.plot([1])", [picture])
+    page = render_chapter([plot, PageCell("c", "lesson", "1 + 1")], PageRenderer(tmp_path))
+    assert page.index("<details>") < page.index("plt") and page.count("<details>") == 1
+
+
+def test_code_and_small_print_can_be_read():
+    "Each colour of text has 4.5:1 on both grounds, by day and by night; links in prose are underlined."
+    used = set(re.findall(r"[{;]color:var\(--(\w+)\)", style)) - {"faint"}
+    assert len(used) > 8
+    for colours in (light, dark):
+        for name in used:
+            for ground in ("paper", "wash"):
+                found = contrast(colours[name], colours[ground])
+                assert found >= 4.5, (name, ground, found)
+    assert re.search(r"main :is\([^)]*\bp\b[^)]*\) a\{text-decoration:underline", style)
+    assert re.findall(r"([^{}]+)\{[^}]*[{;]color:var\(--faint\)", style) in ([], ["summary::before"]) or all(
+        "::before" in rule for rule in re.findall(r"([^{}]+)\{[^}]*[{;]color:var\(--faint\)", style))
+
+
+TERMS = ("record", "run", "bundle", "ledger", "champion", "candidate", "gate", "claim", "work key", "show key",
+         "stage", "profile", "master weights", "parity")
+
+
+def test_glossary_explains_each_term_of_our_own_in_a_sentence(site):
+    "It stands with the overviews in the list of pages, and the front page and the README lead there."
+    text = (site/"05b_glossary.html").read_text(encoding="utf-8")
+    for term in TERMS:
+        said = re.findall(rf'<h3 id="[\w-]+">{term.capitalize()}</h3>\s*<p>(.*?)</p>', text, re.S)
+        assert len(said) == 1, term
+        plain = re.sub("<[^>]*>", "", said[0])
+        assert 40 < len(plain) < 330 and plain.count(". ") == 0 and plain.endswith("."), (term, plain)
+    for name in ("own", "minilm", "tfidf_lr"): assert f"<code>{name}</code></td>" in text
+    front = (site/"index.html").read_text(encoding="utf-8")
+    main, side = front.split('<nav class="side"')
+    assert 'href="05b_glossary.html">glossary</a>' in main
+    assert side.index("05b_glossary.html") < side.index("00_core.html")
+    assert "nbs/0_ground/05b_glossary.ipynb" in (ROOT/"README.md").read_text(encoding="utf-8")

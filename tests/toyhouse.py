@@ -88,6 +88,7 @@ class ToyHouse:
         self.folder, self.runs = folder, folder/"runs"
         (folder/"nbs"/"profiles"/"toy").mkdir(parents=True)
         shutil.copy(ROOT/"settings.ini", folder)
+        shutil.copy(ROOT/"nbs"/"renamed.tsv", folder/"nbs")
         (folder/"llmeco_nb").mkdir()
         (folder/"nbs"/"0_ground").mkdir()
         for nb in sorted((ROOT/"nbs"/"0_ground").glob("0[01]*.ipynb")):

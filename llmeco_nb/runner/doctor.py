@@ -66,7 +66,7 @@ def _libraries():
 # %% ../../nbs/0_ground/01b_doctor.ipynb #c3e7a80b
 def prune_runs(runs: Path,
                keep: int | None = None,   # Also drop all but the newest `keep` runs of each profile
-               pretend: bool = False      # Only say what would go
+               dry_run: bool = False      # Only say what would go
               ) -> list[tuple[Path, int]]:
     "Remove what nobody needs from `runs`; returns (path, bytes) of what went."
     gone, known = [], Run.all(runs)
@@ -82,7 +82,7 @@ def prune_runs(runs: Path,
     hour_ago = time.time() - 3600
     gone += [f for folder in (runs, store, *(r.path for r in known)) for f in sorted(folder.glob(".*.tmp")) if f.lstat().st_mtime < hour_ago]   # half-written files of killed processes
     sizes = [(p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink())) for p in gone]
-    for p in gone if not pretend else []:
+    for p in gone if not dry_run else []:
         if p.name.endswith(".tmp"): p.unlink(missing_ok=True); continue
         if p.parent != store: shutil.rmtree(p); continue
         with lock(store/".locks"/p.name.split(".")[0]): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
