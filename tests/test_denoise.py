@@ -204,8 +204,8 @@ def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
     guess = copy_baseline_nats(held, [sample_spans(32, (0, 0, i), 0.3, 3.0) for i in range(len(held))], token_log_probs(rows, first), [0]).sum()
     assert nats < guess - 0.5 * hidden
     seen = denoise_batch(rows, [0], [0], 0, 0.3, 3.0, first)["input_ids"]
-    with torch.no_grad(): assert torch.allclose(model.encode(seen), model.encoder.norm(model.reading(seen)), atol=1e-5)
-    with pytest.raises(UsageError, match="embedding_init is 'warm'"): new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
+    with torch.no_grad(): assert torch.allclose(model.encode(seen), model.encoder.norm(model.encoder_embeddings(seen)), atol=1e-5)
+    with pytest.raises(UsageError, match="embedding_init is 'warm'"): new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, embedding_init="warm")
 
 
 # -- copying
