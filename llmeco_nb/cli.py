@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['state_words', 'app', 'renamed_options', 'parse_settings', 'remaining_seconds', 'status_table', 'Display', 'command',
-           'option', 'RunChoice', 'Settings', 'RunOptions', 'prepare_run', 'run', 'chosen_stages', 'stages', 'bench',
-           'first_line', 'doctor', 'prune', 'report', 'serve', 'docs', 'main', 'exit_with']
+           'option', 'RunChoice', 'Settings', 'RunOptions', 'prepare_run', 'run', 'chosen_stages', 'stages',
+           'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'serve', 'docs', 'main', 'exit_with']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import dataclasses
@@ -41,7 +41,7 @@ def parse_settings(given: list[str], files: list[Path], single: bool = False) ->
     for text in given:
         name, equals, value = text.partition("=")
         stage, dot, parameter = name.partition(".")
-        if not equals or (not single and not (dot and stage and parameter)): raise UsageError(f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.rows=400'}.")
+        if not equals or (not single and not (dot and stage and parameter)): raise UsageError(f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.max_rows=400'}.")
         found.append(("", name, value) if single else (stage, parameter, value))
     return found
 
@@ -184,7 +184,7 @@ def prepare_run(o: RunOptions):
     settings = parse_settings(o.given, o.files)
     def check(info: dict):
         instances = read_profile(house, o.profile)[0]
-        set_stored(instances, info["overrides"], Path("run.json"))
+        set_stored(instances, info["overrides"], Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
     run = open_run(house, o.profile, o.run, o.next, o.new_run, check=check)
@@ -246,13 +246,20 @@ def stages(o: Settings):
     for column in ("stage", "state", "why"): t.add_column(column, overflow="fold")
     for name, look in pipe.looks().items():
         state = "current, page stale" if look.state == "page" else look.state
-        t.add_row(name, state, "; ".join(look.reasons))
+        t.add_row(name, state, first_reasons(look.reasons))
     behind = house.out_of_step()
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(t)
     if behind:
         console.print(f"\nThe package is out of step with {', '.join(behind)}: run `nbdev_export`.",
                       highlight=False)
+
+def first_reasons(reasons: list[str],
+                  most: int = 8          # A run of an earlier version has hundreds
+                 ) -> str:
+    "The first reasons in one line, and how many more there are."
+    left = len(reasons) - most
+    return "; ".join(reasons[:most]) + (f"; and {left} more" if left > 0 else "")
 
 @app.command()
 def bench(name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),

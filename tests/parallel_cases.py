@@ -15,6 +15,7 @@ from llmeco_nb.training.activation_checkpointing import enable_activation_checkp
 from llmeco_nb.training.optim import Optimiser
 from llmeco_nb.training.parallel import (LossModule, current_world, ddp_loss_step, rank_slice,
                                          reduce_gradients, shard, tensor_parallel)
+from llmeco_nb.training.parallel import all_finished
 from llmeco_nb.training.loop import batch_indices, train
 
 BATCH = 6
@@ -151,15 +152,18 @@ def tiny_step(net, batch, backward):
     return loss.detach(), int((batch != 0).sum())
 
 
-def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0.0, steps: int = 10, guard: int = 0, ddp: bool = False) -> Path:
-    "A stage: ten steps of five rows in two micro-batches. Writes which rows it drew to `seen`; dies at micro-batch `fatal` of this attempt."
+def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0.0, steps: int = 10, guard: int = 0, ddp: bool = False,
+             alike: bool = False) -> Path:
+    """A stage: ten steps of five rows in two micro-batches. Writes which rows it drew to `seen`; dies
+    at micro-batch `fatal` of this attempt. `alike`: all processes draw the same rows."""
     world, count, rows = current_world(), [0], torch.randint(0, 30, (23, 8), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     net = Tiny()
     net.drop.p = dropout
     optimiser = Optimiser(net, 3e-3, precision="fp32")
     def batches(index):
-        which = batch_indices(index, 5, len(rows), 3, world.size, world.rank)
+        share = () if alike else (world.size, world.rank)
+        which = batch_indices(index, 5, len(rows), 3, *share)
         if seen:
             with open(f"{seen}.{world.rank}", "a") as f: f.write(f"{index} {' '.join(map(str, which))}\n")
         poison = guard and index == 8 and world.rank == world.size - 1                # in one process only
@@ -172,9 +176,22 @@ def training(record: Record, seen: str = "", fatal: int = -1, dropout: float = 0
     if ddp: stepping = ddp_loss_step(net, stepping)
     def judge(net): return dict(validation_loss=float(tiny_step(net, rows[:5], lambda loss: None)[0]) / 40)
     plan = dict(steps=steps, accumulation=2, warmup=2, evaluate_every=3, checkpoint_every=2, guard=guard)
-    train(net, stepping, batches, optimiser, plan, record, judge, identity=dict(seed=1))
+    name = "toy" if alike else "train"
+    train(net, stepping, batches, optimiser, plan, record, judge, identity=dict(seed=1), name=name)
     if world.rank == 0: torch.save({n: m.detach() for n, m in optimiser.masters.items()}, record.path/"masters.pt")
     return record.path/"masters.pt"
+
+
+def stumbling(record: Record) -> Path:
+    "A stage whose second process fails when its training is over."
+    training(record)
+    if current_world().rank == 1:
+        raise RuntimeError("the second process stumbles")
+    if not all_finished():
+        return record.artifact("result")
+    record.artifact("result").write_text("trained")
+    record.save_metrics(steps=10)
+    return record.artifact("result")
 
 
 def attempt(world, out, aside, **how):

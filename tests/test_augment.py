@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.data import augment
 from llmeco_nb.data.augment import (MaskedLMScorer, WordNet, apertium, available_engines,
-                                    back_translate, build_augmented, change_ratio, distinct_n,
+                                    AugmentConfig, back_translate, build_augmented, change_ratio, distinct_n,
                                     engines_revision, marian, mix_augmented, pivot_revision,
                                     replace_words, translator, wordnet_folder)
 from llmeco_nb.core import (ChangedSourceError, MissingError, UsageError, create_record,
@@ -60,8 +60,12 @@ def test_absent_engines_are_named(tmp_path, monkeypatch):
 
 def test_refusals(tmp_path):
     place = corpus(tmp_path/"corpus")
-    for wrong, said in ((dict(kinds=["magic"]), "magic"), (dict(share=-1), "share is -1"), (dict(pivot="en-eo"), "there and back")):
-        with pytest.raises(UsageError, match=said): build_augmented(create_record(tmp_path/"a", "augment"), place, **wrong)
+    wrong = [(dict(kinds=["magic"]), r"kinds\[0\] is 'magic'"), (dict(added_ratio=-1), "added_ratio is -1"),
+             (dict(replaced_fraction=1.1), "replaced_fraction is 1.1"), (dict(pivot="en-eo"), "there and back")]
+    for fields, said in wrong:
+        with pytest.raises(UsageError, match=said):
+            record = create_record(tmp_path/"a", "augment")
+            build_augmented(record, place, config=AugmentConfig(**fields))
 
 
 @needs_apertium
@@ -81,7 +85,8 @@ def test_back_translation_keeps_texts_and_lines_apart():
 @needs_wordnet
 def test_stage_keeps_labels_and_repeats_itself(tmp_path):
     place = corpus(tmp_path/"corpus")
-    a, b = (build_augmented(create_record(tmp_path/name, "augment"), place, ["translation", "synonyms"], share=1.0, seed=5) for name in "ab")
+    config = AugmentConfig(kinds=["translation", "synonyms"], added_ratio=1.0, seed=5)
+    a, b = (build_augmented(create_record(tmp_path/name, "augment"), place, config=config) for name in "ab")
     assert sha256_of(a) == sha256_of(b)
     rows, old = read_split(a, "train"), read_split(place, "train").set_index("id")
     assert (rows.origin == "original").sum() == len(old) and {"translation", "synonyms"} <= set(rows.origin)
@@ -102,7 +107,7 @@ def test_a_marian_folder_translates(tmp_path):
     torch.manual_seed(0)
     MarianMTModel(MarianConfig(vocab_size=7, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
                                pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, bos_token_id=0, forced_eos_token_id=1, max_position_embeddings=32)).save_pretrained(tmp_path/"m")
-    translate = marian(str(tmp_path/"m"), batch=2, longest=8)
+    translate = marian(str(tmp_path/"m"), batch_size=2, max_length=8)
     got = translate(["a good film .", "a", "film"])
     assert len(got) == 3 and got == translate(["a good film .", "a", "film"]) and set(" ".join(got).split()) <= set(vocabulary)
 

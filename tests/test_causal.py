@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.loop  # noqa: E402
-from llmeco_nb.pretraining.causal import (best_fit_packing, eos_token_id,  # noqa: E402
+from llmeco_nb.pretraining.causal import (CausalConfig, best_fit_packing, eos_token_id,  # noqa: E402
                                           fast_causal_loss, generate, pack_documents,
                                           pretrain_causal, read_texts, select_rows, validation_nats)
 from llmeco_nb.core import (DataError, MissingError, UsageError, create_record,  # noqa: E402
@@ -21,7 +21,7 @@ from llmeco_nb.models.decoder import causal_loss, load_decoder, new_decoder  # n
 from llmeco_nb.tokenization.bpe import (encode_subwords, open_subword_tokenizer,  # noqa: E402
                                         save_subword_tokenizer, train_bpe)
 
-QUICK = dict(size="1x32", context=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the good"], written=6, counted=10_000)
+QUICK = dict(size="1x32", context_length=32, steps=14, batch_size=4, lr=3e-3, eval_examples=6, num_evals=3, prompts=["the good"], max_new_tokens=6, baseline_tokens=10_000)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def calm(inputs, tmp_path_factory):
     "An undisturbed run."
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("calm")/"run"
-    pretrain_causal(create_record(folder, "causal"), *inputs, **QUICK)
+    pretrain_causal(create_record(folder, "causal"), *inputs, CausalConfig(**QUICK))
     return folder
 
 
@@ -118,32 +118,32 @@ def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch,
     "Before the first checkpoint, after one, and in the last step."
     whole, one_step = what_stays(calm), llmeco_nb.training.loop.train_step
     for at in (1, 7, 13):
-        killed_at(at, lambda: pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, **QUICK))
+        killed_at(at, lambda: pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, CausalConfig(**QUICK)))
         assert not (tmp_path/"run"/"decoder").exists()
     taken = []
     monkeypatch.setattr(llmeco_nb.training.loop, "train_step", lambda *given: taken.append(given[5]) or one_step(*given))
-    pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, **QUICK)
+    pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, CausalConfig(**QUICK))
     assert what_stays(tmp_path/"run") == whole and taken == [12, 13]
 
 
 def test_a_budget_is_planned_once(inputs, tmp_path):
-    asked = QUICK | dict(minutes=0.001, counted=0)
-    pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, **asked)
+    asked = QUICK | dict(minutes=0.001, baseline_tokens=0)
+    pretrain_causal(create_record(tmp_path/"run", "causal"), *inputs, CausalConfig(**asked))
     assert read_json(tmp_path/"run.plan.json")["steps"] == 10
     (tmp_path/"again.plan.json").write_text((tmp_path/"run.plan.json").read_text())
-    pretrain_causal(create_record(tmp_path/"again", "causal"), *inputs, **asked)
+    pretrain_causal(create_record(tmp_path/"again", "causal"), *inputs, CausalConfig(**asked))
     assert what_stays(tmp_path/"again") == what_stays(tmp_path/"run")
 
 
 def test_a_labelled_corpus_is_one_domain(inputs, tmp_path):
     parts = {s: pd.DataFrame(dict(id=[f"{s}{i}" for i in range(n)], text=["THE GOOD FILM MOVED ME ."] * n, label=[0] * n)) for s, n in (("train", 9), ("validation", 3), ("test", 0))}
     write_corpus(tmp_path/"corpus", parts, ["x"], {})
-    pretrain_causal(create_record(tmp_path/"run", "causal"), tmp_path/"corpus", inputs[1], **QUICK | dict(steps=2, counted=0))
+    pretrain_causal(create_record(tmp_path/"run", "causal"), tmp_path/"corpus", inputs[1], CausalConfig(**QUICK | dict(steps=2, baseline_tokens=0)))
     assert list(read_json(tmp_path/"run"/"domains.json")["domains"]) == ["texts"]
 
 
 def test_refusals(inputs, tmp_path):
-    run = lambda prose=inputs[0], pieces=inputs[1], **more: pretrain_causal(create_record(tmp_path/"run", "causal"), prose, pieces, **QUICK | more)
+    run = lambda prose=inputs[0], pieces=inputs[1], **more: pretrain_causal(create_record(tmp_path/"run", "causal"), prose, pieces, CausalConfig(**QUICK | more))
     with pytest.raises(UsageError, match="batch is 0"): run(batch=0)
     with pytest.raises(UsageError, match="layers x width"): run(size="big")
     with pytest.raises(UsageError, match="cannot be packed"): run(context=1)

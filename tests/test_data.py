@@ -12,9 +12,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
-from llmeco_nb.data.corpus import (build_corpus, clean_table, clean_text, count_split_leakage,
-                                   drop_duplicates, label_names, normalized_key, read_split,
+from llmeco_nb.core import (DataError, MissingError, UsageError, create_record, open_record,
+                            read_json, sha256_of)
+from llmeco_nb.data.corpus import (CorpusConfig, build_corpus, clean_table, clean_text,
+                                   count_split_leakage, drop_duplicates, label_names, normalized_key, read_split,
                                    small_corpus, split_names, split_rows, split_sizes,
                                    stratified_counts, subsample_splits)
 from llmeco_nb.data.sources import text_ids
@@ -31,8 +32,10 @@ def own(path: Path, n: int = 60, labels=("1", "5")) -> Path:
     return path
 
 
-def build(folder: Path, source, name="run", **kwargs) -> Path:
-    return build_corpus(create_record(folder/name, "data"), str(source), "body", "stars", **kwargs)
+def build(folder: Path, source: str | Path, name: str = "run", **fields) -> Path:
+    "All rows of a table of stars and bodies, but for the config's `fields`."
+    asked = dict(text_column="body", label_column="stars", max_rows=None) | fields
+    return build_corpus(create_record(folder/name, "data"), CorpusConfig(source=str(source), **asked))
 
 
 def splits(corpus) -> dict: return {s: read_split(corpus, s) for s in split_names}
@@ -52,7 +55,7 @@ def test_cleaning(raw, clean): assert clean_text(raw) == clean
 
 
 def test_lines_are_kept_on_request():
-    assert clean_text("one  two\r\n\r\n\r\nthree<br />four", lines=True) == "one two\n\nthree\nfour"
+    assert clean_text("one  two\r\n\r\n\r\nthree<br />four", keep_newlines=True) == "one two\n\nthree\nfour"
     assert clean_text("one  two\r\n\r\n\r\nthree<br />four") == "one two three four"
 
 
@@ -193,13 +196,15 @@ def test_own_data(tmp_path):
 
 def test_equal_input_gives_equal_bytes(tmp_path):
     source = own(tmp_path/"reviews.csv")
-    first = build(tmp_path, source, "a", rows=30)
+    first = build(tmp_path, source, "a", max_rows=30)
     code = (f"from llmeco_nb.data.corpus import *; from llmeco_nb.core import *\n"
-            f"print(sha256_of(build_corpus(create_record({str(tmp_path/'b')!r}, 'data'), {str(source)!r}, 'body', 'stars', rows=30)))")
+            f"asked = CorpusConfig(source={str(source)!r}, text_column='body', label_column='stars', "
+            f"max_rows=30)\n"
+            f"print(sha256_of(build_corpus(create_record({str(tmp_path/'b')!r}, 'data'), asked)))")
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
-    assert sha256_of(first) == sha256_of(build(tmp_path, source, "c", rows=30)) == other
-    assert sha256_of(first) != sha256_of(build(tmp_path, source, "d", rows=30, seed=1))
+    assert sha256_of(first) == sha256_of(build(tmp_path, source, "c", max_rows=30)) == other
+    assert sha256_of(first) != sha256_of(build(tmp_path, source, "d", max_rows=30, seed=1))
 
 
 def test_the_order_of_the_source_leaves_no_trace(tmp_path):
@@ -224,7 +229,7 @@ def test_an_official_test_set(tmp_path):
     assert counts["leaks"] == 6 and counts["overlap"] == count_split_leakage({k: parts[k] for k in ("train", "validation")}) == 0
     assert len(parts["test"]) == 16 and parts["test"].id.is_unique and len(parts["train"]) + len(parts["validation"]) == 54
     assert not set(parts["test"].text.map(normalized_key)) & set(parts["train"].text.map(normalized_key)) | set(parts["test"].text.map(normalized_key)) & set(parts["validation"].text.map(normalized_key))
-    some = splits(build(tmp_path, source, "some", test_source=str(tmp_path/"test.jsonl"), rows=30))
+    some = splits(build(tmp_path, source, "some", test_source=str(tmp_path/"test.jsonl"), max_rows=30))
     assert {k: len(p) for k, p in some.items()} == {"train": 21, "validation": 3, "test": 6} and set(some["test"].id) <= set(parts["test"].id)
     pd.DataFrame({"stars": ["3"], "body": ["x"]}).to_csv(tmp_path/"strange.csv", index=False)
     with pytest.raises(DataError, match="not known here: 3. Known are 1, 5"): build(tmp_path, source, test_source=str(tmp_path/"strange.csv"))
@@ -259,15 +264,13 @@ def test_missing_values_are_counted_on_both_sides(tmp_path):
         rows = pd.DataFrame(dict(body=bodies, stars=stars))
         rows.astype({"body": "string", "stars": "Int64"}).to_parquet(tmp_path/name)
         return str(tmp_path/name)
-    run = create_record(tmp_path/"run", "data")
-    corpus = build_corpus(run, table("train.parquet", 100), "body", "stars",
-                          test_source=table("test.parquet", 30))
+    corpus = build(tmp_path, table("train.parquet", 100), test_source=table("test.parquet", 30))
     counts = read_json(corpus/"datasheet.json")["counts"]
     keys = ("read", "null_texts", "null_labels", "empty")
     assert [counts[k] for k in keys] == [100, 10, 10, 10] and counts["usable"] == 70
     assert [counts[f"test_{k}"] for k in keys] == [30, 3, 3, 3]
     assert counts["test"] == len(read_split(corpus, "test")) == 21
-    assert run.metrics["test_null_labels"] == 3
+    assert open_record(tmp_path/"run", "data").metrics["test_null_labels"] == 3
     alone = build(tmp_path, tmp_path/"train.parquet", "alone")
     assert "test_read" not in read_json(alone/"datasheet.json")["counts"]
 
@@ -296,25 +299,29 @@ def test_declared_names_in_training_and_test(tmp_path):
 
 def test_text_without_labels(tmp_path):
     (tmp_path/"prose.txt").write_text("\n".join(f"Sentence number {i}." for i in range(40)))
-    corpus = build_corpus(create_record(tmp_path/"run", "data"), str(tmp_path/"prose.txt"))
+    corpus = build(tmp_path, tmp_path/"prose.txt")
     assert label_names(corpus) == [] and {k: len(p) for k, p in splits(corpus).items()} == {"train": 28, "validation": 4, "test": 8}
     assert set(read_split(corpus, "train").label) == {-1}
     own(tmp_path/"reviews.csv")
-    corpus = build_corpus(create_record(tmp_path/"other", "data"), str(tmp_path/"reviews.csv"), "body", "", lines=True)
+    corpus = build(tmp_path, tmp_path/"reviews.csv", "other", label_column="", keep_newlines=True)
     assert label_names(corpus) == [] and read_split(corpus, "test").text.str.contains("\n").all()
 
 
 def test_no_validation_no_test(tmp_path):
-    corpus = build(tmp_path, own(tmp_path/"reviews.csv"), validation=0, test=0)
+    corpus = build(tmp_path, own(tmp_path/"reviews.csv"), validation_size=0, test_size=0)
     assert {k: len(p) for k, p in splits(corpus).items()} == {"train": 60, "validation": 0, "test": 0}
     assert splits(corpus)["test"].columns.tolist() == ["id", "text", "label"]
 
 
 @pytest.mark.parametrize("n, labels, kwargs, error, message", [
     (9, "112131415", {}, DataError, r"The class '2' has 1 usable row and needs 3"), (4, "1515", {}, DataError, "The class '1' has 2 usable rows and needs 3"),
-    (60, "15", dict(validation=0.5, test=0.5), DataError, "leave 0 for training"), (60, "15", dict(test=59), DataError, "leave 0 for training"),
-    (60, "15", dict(test=-0.1), UsageError, "neither can be negative"), (60, "15", dict(rows=5), DataError, "Of 5 rows.*leave 1 for training.*2 classes"),
-    (60, "15", dict(rows=0), UsageError, "rows is 0"), (20, "1" * 17 + "555", dict(test=0.6, validation=0.3), DataError, "'5' has 3 rows, and validation and test take them all"),
+    (60, "15", dict(validation_size=0.5, test_size=0.5), DataError, "leave 0 for training"),
+    (60, "15", dict(test_size=59), DataError, "leave 0 for training"),
+    (60, "15", dict(test_size=-0.1), UsageError, "test_size is -0.1: .*greater than or equal to 0"),
+    (60, "15", dict(max_rows=5), DataError, "Of 5 rows.*leave 1 for training.*2 classes"),
+    (60, "15", dict(max_rows=0), UsageError, "max_rows is 0: .*greater than 0"),
+    (20, "1" * 17 + "555", dict(test_size=0.6, validation_size=0.3), DataError,
+     "'5' has 3 rows, and validation and test take them all"),
     (60, "1", {}, DataError, "single value"), (60, [str(i) for i in range(60)], {}, DataError, "60 different values.*max_labels"),
 ])
 def test_data_that_cannot_be_split(tmp_path, n, labels, kwargs, error, message):

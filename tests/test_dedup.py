@@ -17,7 +17,7 @@ from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.dedup import (UnionFind, as_bytes, band_keys, candidate_probability,
                                   choose_bands, find_duplicates, minhash_signatures, mix64,
                                   pairs_with_equal_keys, shingles, slice_bytes, word_hashes)
-from llmeco_nb.data.filters import new_report
+from llmeco_nb.data.filters import FilterReport
 
 
 def shingle_set(text, n=5):
@@ -156,10 +156,10 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path):
     assert not caught[truth < .8].any() and (truth < .8).sum() > 50 and (truth >= .8).sum() > 100
     assert caught[truth >= .8].mean() >= .99
     assert found.exact == sum(a == originals[i] for i, a in copies) and found.exact + found.near == caught.sum()
-    report = new_report()
+    report = FilterReport()
     kept = list(found.kept(corpus, report))
     assert [d["id"] for d in kept] == [d["id"] for d, leader, n in zip(corpus, found.leaders, range(10**6)) if leader == n]
-    assert {step: r["documents"] for step, r in report["removed"].items()} == {"exact copy": found.exact, "near copy": found.near} and all(len(r["samples"]) == 3 for r in report["removed"].values())
+    assert {step: r.documents for step, r in report.removed.items()} == {"exact copy": found.exact, "near copy": found.near} and all(len(r.samples) == 3 for r in report.removed.values())
     assert found.equal.tolist() == [n >= 800 and corpus[n]["text"] == originals[copies[n - 800][0]] for n in range(len(corpus))]
 
 

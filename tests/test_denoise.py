@@ -13,7 +13,7 @@ import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (DataError, UsageError, create_record, open_record,  # noqa: E402
                             read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.denoising import (apply_baseline, best_baseline,  # noqa: E402
+from llmeco_nb.pretraining.denoising import (DenoisingConfig, apply_baseline, best_baseline,  # noqa: E402
                                              bigram_baselines, copy_baseline_nats, copy_baselines,
                                              corrupt_spans, denoise, denoise_batch, denoise_batches,
                                              denoise_loss, denoise_loss_step, denoise_texts,
@@ -29,7 +29,7 @@ from llmeco_nb.training.plan import LR_CANDIDATES  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 from llmeco_nb.models.transformer import Seq2Seq, TransformerConfig  # noqa: E402
 
-QUICK = dict(size="1x32", length=32, positions=48, steps=12, batch=4, judged=4, evaluations=3, compared=8, prompts=["anna [MASK] the film ."])
+QUICK = dict(size="1x32", seq_len=32, max_position_embeddings=48, steps=12, batch_size=4, eval_examples=4, num_evals=3, final_eval_examples=8, prompts=["anna [MASK] the film ."])
 V = 120
 
 
@@ -65,7 +65,7 @@ def room(length, share, mean):
     except UsageError: return None
 
 @settings(max_examples=120, deadline=None)
-@given(sizes, st.integers(0, 2**40), st.integers(0, 2**20), st.sampled_from(["missing", "whole"]))
+@given(sizes, st.integers(0, 2**40), st.integers(0, 2**20), st.sampled_from(["spans", "text"]))
 def test_nothing_is_lost(size, seed, index, answer):
     "What is read and what is to be written give back the row, and neither says the same twice."
     if (found := room(*size)) is None: return
@@ -145,7 +145,7 @@ def test_what_is_masked_counts_nothing(rows, first):
     assert abs(ours - plain) / plain < 1e-6
     near = lambda other: (other - whole).norm() / whole.norm() < 1e-6
     assert near(gradients(model, plain))
-    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.shape.vocabulary)))
+    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.config.vocab_size)))
     padded, keep = torch.cat([b["input_ids"], torch.randint(5, 20, (4, 5))], 1), torch.cat([b["keep"], torch.zeros(4, 5, dtype=torch.long)], 1)
     more = torch.cat([b["written"], torch.randint(5, 20, (4, 3))], 1)
     assert near(gradients(model, denoise_loss(model, padded, more, torch.cat([b["targets"], torch.full((4, 3), -100)], 1), keep)))
@@ -158,7 +158,7 @@ def test_what_is_masked_counts_nothing(rows, first):
 
 def test_held_answers_do_not_depend_on_the_batch(rows, first):
     model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0)).eval()
-    for answer in ("missing", "whole"):
+    for answer in ("spans", "text"):
         one, two = (validation_scores(model, rows[:11], 0, 0.3, 3.0, first, answer, batch) for batch in (3, 11))
         assert np.allclose(one, two, atol=1e-3) and (one[:, 2] == [np.diff(sample_spans(32, (0, 0, i), 0.3, 3.0)).sum() for i in range(11)]).all() and (one[:, 0] > 0).all()
 
@@ -205,7 +205,7 @@ def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
     assert nats < guess - 0.5 * hidden
     seen = denoise_batch(rows, [0], [0], 0, 0.3, 3.0, first)["input_ids"]
     with torch.no_grad(): assert torch.allclose(model.encode(seen), model.encoder.norm(model.reading(seen)), atol=1e-5)
-    with pytest.raises(UsageError, match="start is 'warm'"): new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
+    with pytest.raises(UsageError, match="embedding_init is 'warm'"): new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, start="warm")
 
 
 # -- copying
@@ -251,12 +251,12 @@ def what_stays(folder):
     return sha256_of(record.artifact("writer")), rows, {k: v for k, v in record.metrics.items() if k not in timed}, read_json(record.path/"held.json"), read_json(record.path/"examples.json")
 
 
-@pytest.mark.parametrize("answer", ["missing", "whole"])
+@pytest.mark.parametrize("answer", ["spans", "text"])
 def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at, answer):
-    denoise(create_record(tmp_path/"calm", "denoise"), *inputs, **QUICK, answer=answer)
-    for at in (1, 7) if answer == "missing" else (7,):
-        killed_at(at, lambda: denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer))
-    denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK, answer=answer)
+    denoise(create_record(tmp_path/"calm", "denoise"), *inputs, DenoisingConfig(**QUICK, target=answer))
+    for at in (1, 7) if answer == "spans" else (7,):
+        killed_at(at, lambda: denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(**QUICK, target=answer)))
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(**QUICK, target=answer))
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
 
 
@@ -270,17 +270,17 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
     with torch.no_grad():
         assert (plain(input_ids=b["input_ids"], decoder_input_ids=b["written"]).logits - model(b["input_ids"], b["written"])).abs().max() < 1e-5
         assert (from_stock(plain)(b["input_ids"], b["written"]) - model(b["input_ids"], b["written"])).abs().max() < 1e-5
-    assert type(plain).__name__ == "MBartForConditionalGeneration" and len(words) == plain.config.vocab_size == model.shape.vocabulary
+    assert type(plain).__name__ == "MBartForConditionalGeneration" and len(words) == plain.config.vocab_size == model.config.vocab_size
     assert words("anna <extra_id_0> the film", add_special_tokens=False).input_ids[1] == first and words.decode(rows[0], skip_special_tokens=True) == open_tokenizer(inputs[1]).decode(rows[0].tolist())
-    strange = Seq2Seq(TransformerConfig(first + 4, 32, places="waves", norm="pre"))
-    with pytest.raises(UsageError, match="places='waves'"): save_seq2seq(strange, inputs[1], tmp_path/"none")
+    strange = Seq2Seq(TransformerConfig(first + 4, 32, position_embedding="sinusoidal", norm="pre"))
+    with pytest.raises(UsageError, match="position_embedding='sinusoidal'"): save_seq2seq(strange, inputs[1], tmp_path/"none")
     assert not (tmp_path/"none").exists()
 
 
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
     "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
     from llmeco_nb.stats.significance import compare
-    denoise(create_record(tmp_path/"run", "denoise"), *inputs, size="1x64", length=32, positions=48, steps=100, batch=16, lr=5e-3, muon=1e-2, judged=10, evaluations=2, compared=50)
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(size="1x64", seq_len=32, max_position_embeddings=48, steps=100, batch_size=16, lr=5e-3, muon_lr=1e-2, eval_examples=10, num_evals=2, final_eval_examples=50))
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
     for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
     assert n["edits"] < n["counter_edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5
@@ -298,7 +298,7 @@ def test_answers_fill_every_hole_in_order(rows, first):
 
 
 def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_path, capsys):
-    denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(lr=None, steps=6, evaluations=1))
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(**QUICK | dict(lr=None, steps=6, num_evals=1)))
     n, told = open_record(tmp_path/"run", "denoise").metrics, read_json(tmp_path/"run"/"forecast.json")
     assert n["batch"] == 4 and n["lr"] in LR_CANDIDATES and told["came"]["steps"] == 6 and abs(n["peak_mib"] / n["forecast_mib"] - 1) < 0.1
     printed = capsys.readouterr().out
@@ -309,17 +309,17 @@ def test_a_batch_that_cannot_fit_is_refused_before_it_is_made(inputs, tmp_path, 
     made, batch = [], llmeco_nb.pretraining.denoising.denoise_batch
     monkeypatch.setattr(llmeco_nb.pretraining.denoising, "denoise_batch", lambda rows, which, *more: made.append(len(which)) or batch(rows, which, *more))
     monkeypatch.setattr(llmeco_nb.training.plan, "memory_budget", lambda model, optimiser: (2**24, "set for this test"))
-    with pytest.raises(UsageError, match="batch of 4096 rows.*largest batch that fits is"): denoise(create_record(tmp_path/"run", "denoise"), *inputs, **QUICK | dict(batch=4096))
+    with pytest.raises(UsageError, match="batch of 4096 rows.*largest batch that fits is"): denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(**QUICK | dict(batch_size=4096)))
     assert max(made) <= 64
 
 
 def test_refusals(inputs, tmp_path):
     corpus, tokenizer = inputs
-    for words, more in (("share is 1", dict(share=1.0)), ("mean is 0.5", dict(mean=0.5)), ("too few between them", dict(share=0.9, mean=1.0)), ("positions 16", dict(positions=16)), ("answer is 'half'", dict(answer="half")),
-                        ("start is 'warm'", dict(start="warm")), ("batch is 0", dict(batch=0)), (r"0 \[MASK\]", dict(prompts=["no hole"])), ("size is", dict(size="huge"))):
-        with pytest.raises(UsageError, match=words): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | more)
-    with pytest.raises(DataError, match="none are left"): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, **QUICK | dict(judged=10_000))
+    for words, more in (("share is 1", dict(noise_density=1.0)), ("mean is 0.5", dict(mean_span_length=0.5)), ("too few between them", dict(noise_density=0.9, mean_span_length=1.0)), ("positions 16", dict(max_position_embeddings=16)), ("answer is 'half'", dict(target="half")),
+                        ("embedding_init is 'warm'", dict(embedding_init="warm")), ("batch_size is 0", dict(batch_size=0)), (r"0 \[MASK\]", dict(prompts=["no hole"])), ("size is", dict(size="huge"))):
+        with pytest.raises(UsageError, match=words): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, DenoisingConfig(**QUICK | more))
+    with pytest.raises(DataError, match="none are left"): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, DenoisingConfig(**QUICK | dict(eval_examples=10_000)))
     empty = tmp_path/"empty"
     frame = read_split(corpus, "train")
     write_corpus(empty, dict(train=frame, validation=frame.head(0), test=frame.head(1)), [], {})
-    with pytest.raises(DataError, match="no validation texts"): denoise(create_record(tmp_path/"run", "denoise"), empty, tokenizer, **QUICK)
+    with pytest.raises(DataError, match="no validation texts"): denoise(create_record(tmp_path/"run", "denoise"), empty, tokenizer, DenoisingConfig(**QUICK))

@@ -1,4 +1,5 @@
-"""From a click to a champion: feedback is kept once, frozen the same for the same rows, and promotes only what is better."""
+"""Feedback is kept once, frozen the same for the same rows, and promotes only what is better."""
+
 import random
 import subprocess
 import sys
@@ -10,215 +11,429 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"): pytest.importorskip(library, reason="serving needs the extra `serve`")
+for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
+    pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
-from llmeco_nb.deployment.bundle import verify, write_manifest
+from llmeco_nb.deployment.bundle import Manifest, Origin, verify, write_manifest
+from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.interaction.feedback import (Client, ask_by_curl, freeze, interact, read_frozen,
-                                            running_server)
+from llmeco_nb.interaction.feedback import (
+    Client,
+    InteractConfig,
+    ask_by_curl,
+    freeze,
+    interact,
+    read_frozen,
+    running_server,
+)
 from llmeco_nb.finetuning.classifier import labelled_subset
-from llmeco_nb.interaction.improve import gate, improve, refit_linear, usable_corrections
-from llmeco_nb.deployment.ledger import Conflict, Ledger, UnknownRequest, keep_feedback, keep_predictions, read_feedback
-from llmeco_nb.finetuning.linear import LinearText, count_ngrams, fit, recipes
+from llmeco_nb.interaction.improve import (
+    CorrectionCounts,
+    gate,
+    improve,
+    read_history,
+    refit_linear,
+    usable_corrections,
+)
+from llmeco_nb.deployment.ledger import (
+    Conflict,
+    Ledger,
+    UnknownRequest,
+    keep_feedback,
+    keep_predictions,
+    read_feedback,
+)
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWER = dict(label="positive", probabilities={"negative": .4, "positive": .6})
+ANSWER = Answer("positive", {"negative": 0.4, "positive": 0.6})
+
 
 @pytest.fixture
 def ledger(tmp_path):
-    one = Ledger(tmp_path/"feedback.sqlite")
+    one = Ledger(tmp_path / "feedback.sqlite")
     yield one
     one.close()
 
+
 # -- the ledger
 
-messages = st.tuples(st.sampled_from(["r0", "r1", "r9"]), st.integers(0, 2), st.sampled_from(["negative", "positive", "purple", None]), st.sampled_from([True, False, None]), st.sampled_from(["ann", "bob"]), st.sampled_from(["", "k1"]))
+messages = st.tuples(
+    st.sampled_from(["r0", "r1", "r9"]),
+    st.integers(0, 2),
+    st.sampled_from(["negative", "positive", "purple", None]),
+    st.sampled_from([True, False, None]),
+    st.sampled_from(["ann", "bob"]),
+    st.sampled_from(["", "k1"]),
+)
+
 
 @settings(max_examples=25, deadline=None)
 @given(sent=st.lists(messages, max_size=12))
 def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
-    "Against a dictionary that follows the rules: unknown answers, unknown labels and contradictions are refused, repetitions are stored once."
-    ledger, expected = Ledger(tmp_path_factory.mktemp("ledger")/"f.sqlite"), {}
-    for r in ("r0", "r1"): keep_predictions(ledger, r, "0"*64, ["a", "b"], [ANSWER, ANSWER]).result()
+    """Against a dictionary that follows the rules: unknown answers, unknown labels and
+    contradictions are refused, repetitions are stored once."""
+    ledger, expected = Ledger(tmp_path_factory.mktemp("ledger") / "f.sqlite"), {}
+    for r in ("r0", "r1"):
+        keep_predictions(ledger, r, "0" * 64, ["a", "b"], [ANSWER, ANSWER]).result()
     for request, item, label, correct, author, key in sent:
-        if label is None and correct is None: continue
+        if label is None and correct is None:
+            continue
         future = keep_feedback(ledger, request, item, label, correct, author, "", key)
-        place, given_label = (request, item, key or author), label or ("positive" if correct else "negative")
-        if request == "r9" or item == 2: wanted = UnknownRequest
-        elif label == "purple" or (label and correct is not None and correct != (label == "positive")): wanted = UsageError
-        elif place in expected and expected[place] != (author, given_label): wanted = Conflict
-        else: wanted = None
-        if wanted: assert isinstance(future.exception(), wanted)
+        place, given_label = (
+            (request, item, key or author),
+            label or ("positive" if correct else "negative"),
+        )
+        if request == "r9" or item == 2:
+            wanted = UnknownRequest
+        elif label == "purple" or (
+            label and correct is not None and correct != (label == "positive")
+        ):
+            wanted = UsageError
+        elif place in expected and expected[place] != (author, given_label):
+            wanted = Conflict
         else:
-            assert future.result()["stored"] == (place not in expected)
+            wanted = None
+        if wanted:
+            assert isinstance(future.exception(), wanted)
+        else:
+            assert future.result().stored == (place not in expected)
             expected[place] = (author, given_label)
     found = read_feedback(str(ledger.engine.url))
     ledger.close()
-    assert {(r["request_id"], r["item"], r["key"]): (r["author"], r["given"]) for r in found} == expected and len(found) == len(expected)
+    assert {(r.request_id, r.item, r.key): (r.author, r.given) for r in found} == expected and len(
+        found
+    ) == len(expected)
+
 
 WRITER = """
 import sys
+from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.deployment.ledger import *
 ledger = Ledger(sys.argv[1])
-for i in range(60): keep_predictions(ledger, f"{sys.argv[2]}-{i}", "0"*64, ["t"], [dict(label="a", probabilities={"a": 1.})]).result(); keep_feedback(ledger, f"{sys.argv[2]}-{i}", correct=True).result()
+for i in range(60):
+    name = f"{sys.argv[2]}-{i}"
+    keep_predictions(ledger, name, "0" * 64, ["t"], [Answer("a", {"a": 1.0})]).result()
+    keep_feedback(ledger, name, correct=True).result()
 ledger.close()
 """
 
+
 def test_two_servers_may_share_a_database(tmp_path):
     with ThreadPoolExecutor(2) as two:
-        done = list(two.map(lambda n: subprocess.run([sys.executable, "-c", WRITER, str(tmp_path/"f.sqlite"), n], cwd=ROOT, capture_output=True, text=True), "ab"))
+        done = list(
+            two.map(
+                lambda n: subprocess.run(
+                    [sys.executable, "-c", WRITER, str(tmp_path / "f.sqlite"), n],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                ),
+                "ab",
+            )
+        )
     assert all(d.returncode == 0 for d in done), done
-    assert len(read_feedback(tmp_path/"f.sqlite")) == 120
+    assert len(read_feedback(tmp_path / "f.sqlite")) == 120
+
 
 # -- freezing
 
+
 def test_the_same_rows_freeze_to_the_same_bytes(tmp_path):
-    rows = [(f"r{i}", k, label, who) for i in range(5) for k in (0, 1) for label, who in (("negative", "ann"), ("positive", "bob"))]
+    rows = [
+        (f"r{i}", k, label, who)
+        for i in range(5)
+        for k in (0, 1)
+        for label, who in (("negative", "ann"), ("positive", "bob"))
+    ]
     for name, order in (("a", rows), ("b", random.Random(0).sample(rows, len(rows)))):
-        ledger = Ledger(tmp_path/name/"feedback.sqlite")
-        for i in sorted({r[0] for r in order}, key=lambda r: hash((name, r))): keep_predictions(ledger, i, "0"*64, ["one", "zwei ö 日本 \u2028"], [ANSWER, ANSWER]).result()
-        for r, item, label, who in order: keep_feedback(ledger, r, item, label, author=who).result()
+        ledger = Ledger(tmp_path / name / "feedback.sqlite")
+        for i in sorted({r[0] for r in order}, key=lambda r: hash((name, r))):
+            keep_predictions(
+                ledger, i, "0" * 64, ["one", "zwei ö 日本 \u2028"], [ANSWER, ANSWER]
+            ).result()
+        for r, item, label, who in order:
+            keep_feedback(ledger, r, item, label, author=who).result()
         ledger.close()
-        assert freeze(tmp_path/name, tmp_path/name/"frozen") == len(rows)
-    assert sha256_of(tmp_path/"a"/"frozen") == sha256_of(tmp_path/"b"/"frozen")
-    found = read_frozen(tmp_path/"a"/"frozen")
-    assert [(r["request_id"], r["item"], r["author"]) for r in found] == sorted((r[0], r[1], r[3]) for r in rows) and found[-1]["text"].startswith("zwei ö")
+        assert freeze(tmp_path / name, tmp_path / name / "frozen") == len(rows)
+    assert sha256_of(tmp_path / "a" / "frozen") == sha256_of(tmp_path / "b" / "frozen")
+    found = read_frozen(tmp_path / "a" / "frozen")
+    assert [(r.request_id, r.item, r.author) for r in found] == sorted(
+        (r[0], r[1], r[3]) for r in rows
+    ) and found[-1].text.startswith("zwei ö")
+
 
 def test_the_last_word_counts_and_doubt_is_not_frozen(ledger, tmp_path):
-    keep_predictions(ledger, "r", "0"*64, ["t"], [dict(label="a", probabilities={"a": .5, "b": .3, "c": .2})]).result()
-    keep_feedback(ledger, "r", 0, "b", author="ann").result(); keep_feedback(ledger, "r", 0, "c", author="ann", key="again").result()
-    keep_feedback(ledger, "r", 0, correct=False, author="bob").result()            # of three labels: which of the others?
-    assert freeze(tmp_path, tmp_path/"frozen") == 1 and read_frozen(tmp_path/"frozen")[0]["given"] == "c"
+    keep_predictions(
+        ledger, "r", "0" * 64, ["t"], [Answer("a", {"a": 0.5, "b": 0.3, "c": 0.2})]
+    ).result()
+    keep_feedback(ledger, "r", 0, "b", author="ann").result()
+    keep_feedback(ledger, "r", 0, "c", author="ann", key="again").result()
+    keep_feedback(
+        ledger, "r", 0, correct=False, author="bob"
+    ).result()  # of three labels: which of the others?
+    assert (
+        freeze(tmp_path, tmp_path / "frozen") == 1
+        and read_frozen(tmp_path / "frozen")[0].given == "c"
+    )
+
 
 def test_nothing_to_freeze_makes_no_folder(tmp_path):
-    assert freeze(tmp_path, tmp_path/"frozen") == 0 and not (tmp_path/"frozen").exists()
-    with pytest.raises(MissingError): read_frozen(tmp_path/"frozen")
+    assert freeze(tmp_path, tmp_path / "frozen") == 0 and not (tmp_path / "frozen").exists()
+    with pytest.raises(MissingError):
+        read_frozen(tmp_path / "frozen")
+
 
 # -- a real server
 
+
 def test_client_curl_and_server_agree(tmp_path):
-    bundle = make_bundle(tmp_path/"bundle")
-    with running_server(bundle, tmp_path/"f.sqlite") as address:
+    bundle = make_bundle(tmp_path / "bundle")
+    with running_server(bundle, tmp_path / "f.sqlite") as address:
         client = Client(address, author="ann")
-        assert client.model()["digest"] == verify(bundle)["digest"]
+        assert client.model()["digest"] == verify(bundle).digest
         answer, several = client.predict("good fun"), client.predict(["good", "dull"])
         by_curl = ask_by_curl(address, "good fun")
-        assert by_curl is None or by_curl["answers"] == answer["answers"]
-        assert client.feedback(answer, "negative")["stored"] and not client.feedback(answer["request_id"], "negative")["stored"] and client.feedback(several, correct=True, item=1)["stored"]
-        for wrong in (lambda: client.predict(""), lambda: client.feedback("nobody", "negative"), lambda: client.feedback(answer, "purple")):
-            with pytest.raises(UsageError): wrong()
-    with pytest.raises(MissingError, match="llmeco serve"): client.model()
-    assert [(r["text"], r["given"], r["author"]) for r in read_feedback(tmp_path/"f.sqlite")] == [("good fun", "negative", "ann"), ("dull", "negative", "ann")]
+        assert by_curl is None or by_curl.answers == answer.answers
+        assert client.feedback(answer, "negative").stored
+        assert not client.feedback(answer.request_id, "negative").stored
+        assert client.feedback(several, correct=True, item=1).stored
+        for wrong in (
+            lambda: client.predict(""),
+            lambda: client.feedback("nobody", "negative"),
+            lambda: client.feedback(answer, "purple"),
+        ):
+            with pytest.raises(UsageError):
+                wrong()
+    with pytest.raises(MissingError, match="llmeco serve"):
+        client.model()
+    assert [(r.text, r.given, r.author) for r in read_feedback(tmp_path / "f.sqlite")] == [
+        ("good fun", "negative", "ann"),
+        ("dull", "negative", "ann"),
+    ]
+
 
 def test_the_stage_asks_reports_and_leaves_no_process(tmp_path):
-    rows = pd.DataFrame(dict(id=[f"v{i}" for i in range(30)], text=[f"good film number {i}" if i % 2 else f"dull film number {i}" for i in range(30)], label=[(i % 2) ^ (i % 5 == 0) for i in range(30)]))
-    write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
-    record = create_record(tmp_path/"store"/"interact-0", "interact")
-    interact(record, str(tmp_path/"corpus"), str(make_bundle(tmp_path/"bundle")), corrections=4, questions=30, timed=5, author="somebody")
-    stored = read_feedback(tmp_path/"feedback.sqlite")                              # of the runs folder, not of the record
-    assert len(stored) == 4 == record.metrics["stored"] and all(r["given"] != r["predicted"] and r["author"] == "somebody" for r in stored)
-    assert len(read_json(record.artifact("answer.json"))["by"]) >= 2 and "stored once" in (record.path/"summary.txt").read_text()
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path/"bundle")], capture_output=True).stdout
+    rows = pd.DataFrame(
+        dict(
+            id=[f"v{i}" for i in range(30)],
+            text=[f"good film number {i}" if i % 2 else f"dull film number {i}" for i in range(30)],
+            label=[(i % 2) ^ (i % 5 == 0) for i in range(30)],
+        )
+    )
+    write_corpus(
+        tmp_path / "corpus",
+        dict(train=rows, validation=rows, test=rows),
+        ["negative", "positive"],
+        {},
+    )
+    record = create_record(tmp_path / "store" / "interact-0", "interact")
+    config = InteractConfig(
+        max_corrections=4, max_questions=30, timed_requests=5, author="somebody"
+    )
+    interact(record, str(tmp_path / "corpus"), str(make_bundle(tmp_path / "bundle")), config)
+    stored = read_feedback(tmp_path / "feedback.sqlite")  # of the runs folder, not of the record
+    assert len(stored) == 4 == record.metrics["stored"] and all(
+        r.given != r.predicted and r.author == "somebody" for r in stored
+    )
+    assert (
+        len(read_json(record.artifact("answer.json"))["by"]) >= 2
+        and "stored once" in (record.path / "summary.txt").read_text()
+    )
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "bundle")], capture_output=True).stdout
+
 
 # -- candidates and the gate
 
+
 def test_a_worse_candidate_never_passes_and_a_better_one_mostly_does():
-    def passed(gain, trial, texts=2000, apart=.1):
-        u = np.random.default_rng([trial, int(1000*gain + 500)]).random(texts)
-        champion, candidate = ~(u < (apart + gain)/2), ~((u >= (apart + gain)/2) & (u < apart))
-        return gate(champion, candidate)["promoted"]
-    assert not any(passed(-.01, t) for t in range(100))
+    def passed(gain, trial, texts=2000, apart=0.1):
+        u = np.random.default_rng([trial, int(1000 * gain + 500)]).random(texts)
+        champion, candidate = ~(u < (apart + gain) / 2), ~((u >= (apart + gain) / 2) & (u < apart))
+        return gate(champion, candidate).promoted
+
+    assert not any(passed(-0.01, t) for t in range(100))
     assert sum(passed(0, t) for t in range(100)) <= 6
-    assert sum(passed(.03, t) for t in range(100)) >= 80
+    assert sum(passed(0.03, t) for t in range(100)) >= 80
+
 
 def texts_of(n: int, seed: int):
     "Made-up reviews: six words, two thirds of them from the 150 of their class."
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 2)
-    words = [[f"{'np'[l]}{rng.integers(150)}" if rng.random() < .6 else f"w{rng.integers(50)}" for _ in range(6)] for l in labels]
-    return pd.DataFrame(dict(id=[f"{seed}-{i}" for i in range(n)], text=[" ".join(w) for w in words], label=labels))
+    words = [
+        [
+            f"{'np'[l]}{rng.integers(150)}" if rng.random() < 0.6 else f"w{rng.integers(50)}"
+            for _ in range(6)
+        ]
+        for l in labels
+    ]
+    return pd.DataFrame(
+        dict(id=[f"{seed}-{i}" for i in range(n)], text=[" ".join(w) for w in words], label=labels)
+    )
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "A corpus with few training texts, a bundle fitted to them, and 600 further texts that people might ask about."
+    "A corpus with few training texts, a bundle fitted to them, and 600 further texts."
     place = tmp_path_factory.mktemp("world")
-    splits, names = dict(train=texts_of(80, 1), validation=texts_of(200, 2), test=texts_of(600, 3)), ["negative", "positive"]
-    write_corpus(place/"corpus", splits, names, {})
-    every = pd.concat([labelled_subset(splits["train"], 0), splits["validation"]])       # in the order in which evaluate fits
-    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"][1]}
-    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), np.arange(80), np.arange(80, 280), np.arange(0), names)
-    model.save(place/"bundle")
-    write_manifest(place/"bundle", name="tfidf_lr", kind="linear", labels=names, accuracy=dict(test=.7), origin=dict(model="tfidf_lr", labels=80, artifact=""))
+    splits, names = (
+        dict(train=texts_of(80, 1), validation=texts_of(200, 2), test=texts_of(600, 3)),
+        ["negative", "positive"],
+    )
+    write_corpus(place / "corpus", splits, names, {})
+    every = pd.concat(
+        [labelled_subset(splits["train"], 0), splits["validation"]]
+    )  # in the order in which evaluate fits
+    counted = {
+        bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in recipes["tfidf_lr"].bags
+    }
+    split = RowSplit(np.arange(80), np.arange(80, 280), np.arange(0))
+    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), split, names)
+    model.save(place / "bundle")
+    origin = Origin(model="tfidf_lr", num_labeled=80)
+    facts = Manifest("tfidf_lr", "linear", names, accuracy=dict(test=0.7), origin=origin)
+    write_manifest(place / "bundle", facts)
     return place, texts_of(600, 4)
 
+
 def snapshot(folder: Path, texts, labels) -> Path:
-    ledger = Ledger(folder/"feedback.sqlite")
+    ledger = Ledger(folder / "feedback.sqlite")
     waiting = []
     for i, (t, l) in enumerate(zip(texts, labels)):
-        keep_predictions(ledger, f"{i:04}", "0"*64, [t], [ANSWER])
+        keep_predictions(ledger, f"{i:04}", "0" * 64, [t], [ANSWER])
         waiting.append(keep_feedback(ledger, f"{i:04}", 0, ["negative", "positive"][l]))
-    for w in waiting: w.result()
+    for w in waiting:
+        w.result()
     ledger.close()
-    freeze(folder, folder/"frozen")
-    return folder/"frozen"
+    freeze(folder, folder / "frozen")
+    return folder / "frozen"
+
 
 def test_without_feedback_the_champion_passes_unchanged(world, tmp_path):
     place, _ = world
-    record = create_record(tmp_path/"r", "improve")
-    improve(record, str(place/"corpus"), str(place/"bundle"))
-    assert sha256_of(record.artifact("champion")) == sha256_of(place/"bundle") and not record.metrics["promoted"] and "no feedback yet" in (record.path/"summary.txt").read_text()
+    record = create_record(tmp_path / "r", "improve")
+    improve(record, str(place / "corpus"), str(place / "bundle"))
+    assert (
+        sha256_of(record.artifact("champion")) == sha256_of(place / "bundle")
+        and not record.metrics["promoted"]
+        and "no feedback yet" in (record.path / "summary.txt").read_text()
+    )
+
 
 def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
     place, more = world
-    honest, lying = snapshot(tmp_path/"honest", more.text, more.label), snapshot(tmp_path/"lying", more.text, 1 - more.label)
+    honest, lying = (
+        snapshot(tmp_path / "honest", more.text, more.label),
+        snapshot(tmp_path / "lying", more.text, 1 - more.label),
+    )
     records = {}
     for name, feedback in (("honest", honest), ("lying", lying)):
-        records[name] = create_record(tmp_path/f"r-{name}", "improve")
-        improve(records[name], str(place/"corpus"), str(place/"bundle"), [], str(feedback))
-    good, bad = (read_json(r.artifact("history.json"))[-1] for r in records.values())
-    assert good["promoted"] == "learned from feedback" and good["candidates"][0]["difference"] > 0 and good["candidates"][0]["p"] < .05
-    assert bad["promoted"] is None and bad["candidates"][0]["difference"] < 0 and sha256_of(records["lying"].artifact("champion")) == sha256_of(place/"bundle")
+        records[name] = create_record(tmp_path / f"r-{name}", "improve")
+        improve(records[name], str(place / "corpus"), str(place / "bundle"), [], str(feedback))
+    good, bad = (read_history(r.artifact("history.json"))[-1] for r in records.values())
+    assert (
+        good.promoted == "learned from feedback"
+        and good.candidates[0].difference > 0
+        and good.candidates[0].p < 0.05
+    )
+    assert (
+        bad.promoted is None
+        and bad.candidates[0].difference < 0
+        and sha256_of(records["lying"].artifact("champion")) == sha256_of(place / "bundle")
+    )
     manifest = verify(records["honest"].artifact("champion"))
-    assert manifest["origin"]["parent"] == verify(place/"bundle")["digest"] and manifest["origin"]["corrections"] == good["feedback"]["texts"]
-    # the next round: nobody said more, the bundle of the run is what it was; the promoted one stays, though it is asked to defend itself against the same feedback
-    third = create_record(tmp_path/"third", "improve")
-    improve(third, str(place/"corpus"), str(place/"bundle"), [], str(honest), previous=str(records["honest"].artifact("champion")), history=str(records["honest"].artifact("history.json")))
-    assert not third.metrics["promoted"] and third.metrics["round"] == 2 and sha256_of(third.artifact("champion")) == sha256_of(records["honest"].artifact("champion"))
+    assert manifest.origin.parent == verify(place / "bundle").digest
+    assert manifest.origin.corrections == good.feedback.texts
+    # the next round: nobody said more, the bundle of the run is what it was; the promoted one
+    # stays, though it is asked to defend itself against the same feedback
+    third = create_record(tmp_path / "third", "improve")
+    improve(
+        third,
+        str(place / "corpus"),
+        str(place / "bundle"),
+        [],
+        str(honest),
+        previous=str(records["honest"].artifact("champion")),
+        history=str(records["honest"].artifact("history.json")),
+    )
+    assert (
+        not third.metrics["promoted"]
+        and third.metrics["round"] == 2
+        and sha256_of(third.artifact("champion"))
+        == sha256_of(records["honest"].artifact("champion"))
+    )
+
 
 def test_what_is_not_learned(world, tmp_path):
     place, _ = world
     test, train = texts_of(600, 3).text[0], texts_of(80, 1).text[0]
-    frozen = snapshot(tmp_path/"f", [test, test.upper(), train, "new one", "new  ONE", "<b>new</b> two", "disputed", "disputed"], [0, 0, 0, 1, 1, 1, 0, 1])
-    rows, counts = usable_corrections(frozen, place/"corpus")
-    assert rows.text.tolist() == ["new one", "new two"] and counts == dict(rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2)
+    frozen = snapshot(
+        tmp_path / "f",
+        [
+            test,
+            test.upper(),
+            train,
+            "new one",
+            "new  ONE",
+            "<b>new</b> two",
+            "disputed",
+            "disputed",
+        ],
+        [0, 0, 0, 1, 1, 1, 0, 1],
+    )
+    rows, counts = usable_corrections(frozen, place / "corpus")
+    assert rows.text.tolist() == ["new one", "new two"] and counts == CorrectionCounts(
+        rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2
+    )
+
 
 def test_damaged_feedback_is_refused(world, tmp_path):
     place, _ = world
-    frozen = snapshot(tmp_path/"f", ["new one"], [1])
-    (frozen/"feedback.jsonl").write_text((frozen/"feedback.jsonl").read_text().replace("positive", "negative"))
-    with pytest.raises(DataError, match="not what was frozen"): usable_corrections(frozen, place/"corpus")
+    frozen = snapshot(tmp_path / "f", ["new one"], [1])
+    (frozen / "feedback.jsonl").write_text(
+        (frozen / "feedback.jsonl").read_text().replace("positive", "negative")
+    )
+    with pytest.raises(DataError, match="not what was frozen"):
+        usable_corrections(frozen, place / "corpus")
+
 
 def test_refitting_on_nothing_new_changes_nothing(world):
     place, more = world
-    base = LinearText.load(place/"bundle")
-    again = refit_linear(base, place/"corpus", more[["text", "label"]][:0])
-    assert np.allclose(again.probabilities(more.text.tolist()[:50]), base.probabilities(more.text.tolist()[:50]), atol=1e-5)
+    base = LinearText.load(place / "bundle")
+    again = refit_linear(base, place / "corpus", more[["text", "label"]][:0])
+    assert np.allclose(
+        again.probabilities(more.text.tolist()[:50]),
+        base.probabilities(more.text.tolist()[:50]),
+        atol=1e-5,
+    )
+
 
 def test_a_model_is_refitted_though_every_validation_text_was_corrected(world):
     "There is nothing left to choose by, so hyperparameters and temperature stay what they were."
     place, _ = world
-    base, validation = LinearText.load(place/"bundle"), texts_of(200, 2)[["text", "label"]]
-    again = refit_linear(base, place/"corpus", validation)
+    base, validation = LinearText.load(place / "bundle"), texts_of(200, 2)[["text", "label"]]
+    again = refit_linear(base, place / "corpus", validation)
     assert again.about["settings"] == base.about["settings"] and again.scale == base.scale
     assert again.about["labels"] == 280 and again.about["validation_items"] == 0
     right = again.probabilities(validation.text.tolist()).argmax(1) == validation.label
-    assert right.mean() > .95                                       # it has learned them
+    assert right.mean() > 0.95  # it has learned them
+
 
 def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
-    rows = pd.DataFrame(dict(id=["a"], text=["x"*20_001], label=[0]))
-    write_corpus(tmp_path/"corpus", dict(train=rows, validation=rows, test=rows), ["negative", "positive"], {})
+    rows = pd.DataFrame(dict(id=["a"], text=["x" * 20_001], label=[0]))
+    write_corpus(
+        tmp_path / "corpus",
+        dict(train=rows, validation=rows, test=rows),
+        ["negative", "positive"],
+        {},
+    )
     with pytest.raises(DataError, match="no validation text of 1 to 20,000 characters"):
-        interact(create_record(tmp_path/"r", "interact"), str(tmp_path/"corpus"), str(tmp_path/"bundle"))
+        interact(
+            create_record(tmp_path / "r", "interact"),
+            str(tmp_path / "corpus"),
+            str(tmp_path / "bundle"),
+        )

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.data.filters import (Rules, counts_by_domain, drop_repeated_lines, english_share,
+from llmeco_nb.data.filters import (FilterConfig, FilterReport, Rules, counts_by_domain, drop_repeated_lines, english_share,
                                     filter_documents, iban_lengths, luhn, mask_pii, mod97,
-                                    new_report, quality_rule, repeated, repeated_ngram_chars,
+                                    quality_rule, repeated, repeated_ngram_chars,
                                     repetition_rule, terminal_lines, top_ngram_chars)
 
 PROSE = ("When the ship came into the harbour that evening, nobody of the crew would have said that the voyage had been easy. They had lost two sails in the storm and most of the water "
@@ -58,7 +58,7 @@ def test_repeated_grams_are_counted(words, n):
 @given(words)
 def test_early_exits_change_no_verdict(words):
     text, rules = " ".join(words), Rules()
-    plain = [f"top {n}-gram" for n, s in rules.top_grams if top_ngram_chars(words, n) > s * len(text)] + [f"repeated {n}-grams" for n, s in rules.repeated_grams if counted(words, n) > s * len(text)]
+    plain = [f"top {n}-gram" for n, s in rules.top_ngrams if top_ngram_chars(words, n) > s * len(text)] + [f"repeated {n}-grams" for n, s in rules.repeated_ngrams if counted(words, n) > s * len(text)]
     assert repetition_rule(text, words, [text]) == (plain[0] if plain else None)
 
 
@@ -199,13 +199,13 @@ texts = st.sampled_from([PROSE, PROSE + "\nWrite to jane@example.org.", "short",
 @given(st.lists(texts, max_size=12))
 @settings(max_examples=40)
 def test_every_document_is_accounted_for(texts):
-    report, documents = new_report(), [{"id": str(i), "text": t, "domain": "d", "more": i} for i, t in enumerate(texts)]
+    report, documents = FilterReport(), [{"id": str(i), "text": t, "domain": "d", "more": i} for i, t in enumerate(texts)]
     kept = list(filter_documents(iter(documents), report))
     row = counts_by_domain(report).get("d", {"read": 0, "kept": 0})
-    assert row["read"] == len(documents) == row["kept"] + sum(r["documents"] for r in report["removed"].values()) and row["kept"] == len(kept)
+    assert row["read"] == len(documents) == row["kept"] + sum(r.documents for r in report.removed.values()) and row["kept"] == len(kept)
     assert [d["more"] for d in kept] == [i for i, t in enumerate(texts) if PROSE in t or t == TWICE]
     assert not any("@" in d["text"] or "<" in d["text"] or d["text"].count("said twice") > 1 for d in kept)
-    assert all(len(r["samples"]) == min(3, r["documents"]) for part in ("removed", "changed") for r in report[part].values())
+    assert all(len(r.samples) == min(3, r.documents) for r in [*report.removed.values(), *report.changed.values()])
 
 
 def test_nothing_is_read_ahead():
@@ -214,19 +214,20 @@ def test_nothing_is_read_ahead():
         for i in range(10**9):
             read.append(i)
             yield {"id": str(i), "text": PROSE, "domain": "d"}
-    assert next(filter_documents(documents(), new_report()))["id"] == "0" and read == [0]
+    assert next(filter_documents(documents(), FilterReport()))["id"] == "0" and read == [0]
 
 
 def test_steps_can_be_left_out():
     document = {"id": "x", "text": "Ein kurzer Satz, an jane@example.org.", "domain": "d"}
-    (kept,) = filter_documents([document], new_report(), Rules(words=(1, 100), stop_words=0), english=0, mask=False, clean=False, once=False)
-    assert kept == document
-    (kept,) = filter_documents([document], new_report(), None, english=0, mask=False, clean=False, once=False)
-    assert kept == document
+    for rules in (Rules(words=(1, 100), stop_words=0), None):
+        config = FilterConfig(rules, min_english=0, mask_pii=False, clean=False,
+                              drop_repeated_lines=False)
+        (kept,) = filter_documents([document], FilterReport(), config)
+        assert kept == document
 
 
 def test_the_account_is_by_domain_and_step():
-    report, texts = new_report(), {"a": [PROSE, "short", "short", ""], "b": [PROSE, FOREIGN["german"]]}
+    report, texts = FilterReport(), {"a": [PROSE, "short", "short", ""], "b": [PROSE, FOREIGN["german"]]}
     assert len(list(filter_documents([{"id": f"{d}{i}", "text": t, "domain": d} for d, some in texts.items() for i, t in enumerate(some)], report))) == 2
     assert counts_by_domain(report) == {"a": {"read": 4, "language": 2, "empty": 1, "kept": 1}, "b": {"read": 2, "language": 1, "empty": 0, "kept": 1}}
-    assert [s["id"] for s in report["removed"]["language"]["samples"]] == ["a1", "a2", "b1"] and counts_by_domain(new_report()) == {}
+    assert [s["id"] for s in report.removed["language"].samples] == ["a1", "a2", "b1"] and counts_by_domain(FilterReport()) == {}

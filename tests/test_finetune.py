@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.finetuning.classifier import (collate, enough_labels, fine_tune,  # noqa: E402
+from llmeco_nb.finetuning.classifier import (ClassifierConfig, collate, enough_labels, fine_tune,  # noqa: E402
                                              labelled_subset, layerwise_lr_scales, packaged_minilm,
                                              predict_proba, tokenize_texts, truncate_middle)
 
@@ -44,7 +44,7 @@ def corpus(tmp_path_factory): return made(tmp_path_factory.mktemp("corpus")/"cor
 def runs(tmp_path_factory, monkeypatch): monkeypatch.setenv("LLMECO_RUNS", str(tmp_path_factory.getbasetemp()/"runs"))
 
 
-SMALL = dict(tokens=24, epochs=6, batch=8, lr=5e-3, evaluations=4, name="toy")
+SMALL = dict(max_length=24, epochs=6, batch_size=8, lr=5e-3, num_evals=4, name="toy")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def done(corpus, tmp_path_factory):
     "A whole run, used by several tests."
     os.environ["LLMECO_RUNS"] = str(tmp_path_factory.getbasetemp()/"runs")
     record = create_record(tmp_path_factory.mktemp("done")/"r", "finetune")
-    fine_tune(record, corpus, **SMALL)
+    fine_tune(record, corpus, config=ClassifierConfig(**SMALL))
     return record
 
 
@@ -94,7 +94,7 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
             try:
                 plan = finetune.finetune_plan
                 finetune.finetune_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
-                fine_tune(create_record(out, "finetune"), corpus, **SMALL)
+                fine_tune(create_record(out, "finetune"), corpus, config=ClassifierConfig(**SMALL))
             finally: os._exit(0)
         until, before, alive = time.monotonic() + 20, pointer.stat().st_mtime_ns if pointer.exists() else 0, 0
         while time.monotonic() < until and not alive and (pointer.stat().st_mtime_ns if pointer.exists() else 0) == before: time.sleep(0.005); alive, _ = os.waitpid(pid, os.WNOHANG)
@@ -103,7 +103,7 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
         attempts += 1
         if not pointer.exists() or json.loads(pointer.read_text())["state"]["done"]: break
     record = create_record(out, "finetune")
-    fine_tune(record, corpus, **SMALL)
+    fine_tune(record, corpus, config=ClassifierConfig(**SMALL))
     assert record.artifact("predictions").read_bytes() == done.artifact("predictions").read_bytes()
     for name in ("model.safetensors", "config.json"): assert (record.artifact("classifier")/name).read_bytes() == (done.artifact("classifier")/name).read_bytes()
     losses = lambda r: [(x["step"], x.get("loss"), x.get("validation_loss")) for x in r.rows()]
@@ -114,8 +114,8 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     "It learns, opens in plain transformers with one layer more, and a killed run ends with the same bytes."
     from transformers import BertForSequenceClassification
     calm, hit = create_record(tmp_path/"calm", "finetune"), tmp_path/"hit"
-    few = {**SMALL, "epochs": 3, "pool": "mean"}
-    fine_tune(calm, corpus, **few)
+    few = {**SMALL, "epochs": 3, "pooling": "mean"}
+    fine_tune(calm, corpus, config=ClassifierConfig(**few))
     assert calm.metrics["accuracy_test"] > 0.8 and calm.metrics["reopened_agrees"] == 1
     model = BertForSequenceClassification.from_pretrained(calm.artifact("classifier"))
     assert model.config.num_hidden_layers == 3 and len(model.bert.encoder.layer) == 3
@@ -128,11 +128,11 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
             if len(asked) == 3: os.kill(os.getpid(), signal.SIGKILL)       # at the third look at validation texts
             return predict(*a, **k)
         finetune.predict_proba = dying
-        try: fine_tune(create_record(hit, "finetune"), corpus, **few)
+        try: fine_tune(create_record(hit, "finetune"), corpus, config=ClassifierConfig(**few))
         finally: os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL and not (hit/"classifier").exists()
     record = create_record(hit, "finetune")
-    fine_tune(record, corpus, **few)
+    fine_tune(record, corpus, config=ClassifierConfig(**few))
     assert record.artifact("predictions").read_bytes() == calm.artifact("predictions").read_bytes()
     assert (record.artifact("classifier")/"model.safetensors").read_bytes() == (calm.artifact("classifier")/"model.safetensors").read_bytes()
 
@@ -143,8 +143,20 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     assert len(few) == 10 and len(more) == 31 and set(few.id) < set(more.id) and set(few.id) != set(labelled_subset(rows, 10, 4).id)
     assert more.label.value_counts().max() - more.label.value_counts().min() <= 1 and list(labelled_subset(rows[::-1], 10, 3).id) == list(few.id)
     record = create_record(tmp_path/"r", "finetune")
-    fine_tune(record, corpus, **{**SMALL, "labels": 12, "epochs": 1})
+    fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 12, "epochs": 1}))
     assert record.metrics["labels"] == 12 and set(pd.read_parquet(record.artifact("predictions")).labels) == {12}
+
+
+@pytest.mark.parametrize("labels,epochs,warmup,lr", [(24, 40, 40, 2e-3), (0, 12, 50, 1e-3)])
+def test_patience_waits_until_it_has_begun_to_learn(corpus, tmp_path, labels, epochs, warmup, lr):
+    """Few labels, or a long warm-up: the first evaluations, more than patience allows, find the
+    accuracy of a guess, and the best one does not."""
+    record = create_record(tmp_path/"r", "finetune")
+    how = dict(labels=labels, epochs=epochs, warmup=warmup, lr=lr, evaluations=30, patience=3)
+    fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, **how}))
+    found = [r["validation_accuracy"] for r in record.rows() if "validation_accuracy" in r]
+    assert max(found[:4]) < 0.4
+    assert record.metrics["accuracy_validation"] > 0.8
 
 
 def test_padding_and_order_do_not_matter(done):
@@ -174,16 +186,16 @@ def test_another_family_works_too(corpus, tmp_path):
     DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)).save_pretrained(tmp_path/"distil")
     tokenizer.save_pretrained(tmp_path/"distil")
     record = create_record(tmp_path/"r", "finetune")
-    fine_tune(record, corpus, encoder=str(tmp_path/"distil"), layer_decay=0.9, **{**SMALL, "epochs": 2})
+    fine_tune(record, corpus, encoder=str(tmp_path/"distil"), config=ClassifierConfig(layerwise_lr_decay=0.9, **{**SMALL, "epochs": 2}))
     assert json.loads((record.artifact("classifier")/"config.json").read_text())["architectures"] == ["DistilBertForSequenceClassification"]
-    with pytest.raises(UsageError, match="built like BERT.*Take pool=first"): fine_tune(create_record(tmp_path/"r", "finetune"), corpus, encoder=str(tmp_path/"distil"), pool="mean", **SMALL)
+    with pytest.raises(UsageError, match="built like BERT.*Take pooling=cls"): fine_tune(create_record(tmp_path/"r", "finetune"), corpus, encoder=str(tmp_path/"distil"), config=ClassifierConfig(pooling="mean", **SMALL))
     rates = layerwise_lr_scales(2, 0.5)
     assert [rates(f"distilbert.{n}") for n in ("transformer.layer.1.x", "transformer.layer.0.x", "embeddings.x")] == [0.5, 0.25, 0.125]
 
 
 def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
     record = create_record(tmp_path/"r", "finetune")
-    fine_tune(record, corpus, **{**SMALL, "labels": 2, "epochs": 1})
+    fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 2, "epochs": 1}))
     assert (record.metrics["labels_asked"], record.metrics["labels"]) == (2, 3)
     assert set(pd.read_parquet(record.artifact("predictions")).labels) == {3}
     rows = pd.read_parquet(f"{corpus}/train.parquet")
@@ -194,7 +206,7 @@ def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
 def test_few_validation_texts_are_enough(tmp_path, texts):
     "What is read back is held against the validation answers alone, however few there are."
     corpus, record = made(tmp_path/"small", train=12, validation=texts, test=40), create_record(tmp_path/"r", "finetune")
-    fine_tune(record, corpus, **{**SMALL, "epochs": 1, "evaluations": 1})
+    fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "epochs": 1, "num_evals": 1}))
     assert record.metrics["reopened_agrees"] == 1 and record.metrics["reopened_difference"] < 0.05
     table = pd.read_parquet(record.artifact("predictions"))
     assert table.split.value_counts().to_dict() == {"validation": texts, "test": 40}
@@ -202,13 +214,13 @@ def test_few_validation_texts_are_enough(tmp_path, texts):
 
 def test_a_corpus_without_test_texts_is_enough(tmp_path):
     record = create_record(tmp_path/"r", "finetune")
-    fine_tune(record, made(tmp_path/"small", train=12, validation=6, test=0), **{**SMALL, "epochs": 1})
+    fine_tune(record, made(tmp_path/"small", train=12, validation=6, test=0), config=ClassifierConfig(**{**SMALL, "epochs": 1}))
     assert record.metrics["accuracy_test"] == record.metrics["accuracy_validation"]
     assert set(pd.read_parquet(record.artifact("predictions")).split) == {"validation"}
 
 
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
-    def attempt(corpus=corpus, **more): return fine_tune(create_record(tmp_path/"r", "finetune"), corpus, **{**SMALL, **more})
+    def attempt(corpus=corpus, **more): return fine_tune(create_record(tmp_path/"r", "finetune"), corpus, config=ClassifierConfig(**{**SMALL, **more}))
     with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
     with pytest.raises(UsageError, match="pool is 'middle'; it is first or mean"): attempt(pool="middle")
     with pytest.raises(UsageError, match="labels is -1, and there are 3 classes"): attempt(labels=-1)

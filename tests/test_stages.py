@@ -3,7 +3,7 @@ import pytest
 
 from llmeco_nb.cli import parse_settings
 from llmeco_nb.core import UsageError, create_record
-from llmeco_nb.data.corpus import build_corpus, label_names
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, label_names
 from llmeco_nb.runner.stages import StageRegistry, read_profile, read_yaml
 from llmeco_nb.runner.identity import Parameter
 
@@ -22,18 +22,19 @@ def profile_of(house, folder, **files):
 
 def test_columns_named_on_and_no(house, tmp_path):
     "In a profile's file and in a file given with -f, down to the corpus."
-    one = profile_of(house, tmp_path, data="text: on\nlabel: no\n")
-    assert (one.values["text"], one.values["label"]) == ("on", "no")
-    (tmp_path/"norway.yaml").write_text("data:\n  text: on\n  label: no\n")
+    one = profile_of(house, tmp_path, data="text_column: on\nlabel_column: no\n")
+    assert (one.values["text_column"], one.values["label_column"]) == ("on", "no")
+    (tmp_path/"norway.yaml").write_text("data:\n  text_column: on\n  label_column: no\n")
     given = parse_settings([], [tmp_path/"norway.yaml"])
-    assert given == [("data", "text", "on"), ("data", "label", "no")]
+    assert given == [("data", "text_column", "on"), ("data", "label_column", "no")]
     other = profile_of(house, tmp_path, data="")
     for _, name, value in given: other.set({name: value}, "-f")
     assert other.values == one.values
     rows = [f"It is number {i}.,{'yes' if i % 2 else 'off'}\n" for i in range(40)]
     (tmp_path/"table.csv").write_text("".join(["on,no\n", *rows]))
-    chosen = {k: other.values[k] for k in ("text", "label")}
-    corpus = build_corpus(create_record(tmp_path/"run", "data"), str(tmp_path/"table.csv"), **chosen)
+    chosen = {k: other.values[k] for k in ("text_column", "label_column")}
+    config = CorpusConfig(source=str(tmp_path/"table.csv"), **chosen)
+    corpus = build_corpus(create_record(tmp_path/"run", "data"), config)
     assert label_names(corpus) == ["off", "yes"]
 
 
@@ -50,7 +51,7 @@ def test_a_text_is_what_was_written(house, tmp_path, word):
     assert read == {"value": word, "list": [word, word], word: "here"}
     assert Parameter("x", "str", "").coerce(read["value"]) == word
     assert Parameter("x", "list[str]", []).coerce(read["list"]) == [word, word]
-    assert profile_of(house, tmp_path, data=f"text: {word}\n").values["text"] == word
+    assert profile_of(house, tmp_path, data=f"text_column: {word}\n").values["text_column"] == word
 
 
 @pytest.mark.parametrize("kind, written, value", [

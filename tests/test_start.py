@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.plan  # noqa: E402
 import llmeco_nb.training.loop  # noqa: E402
-from llmeco_nb.pretraining.causal import (causal_loss_step, pack_documents,  # noqa: E402
+from llmeco_nb.pretraining.causal import (CausalConfig, causal_loss_step, pack_documents,  # noqa: E402
                                           pretrain_causal, select_rows)
 from llmeco_nb.core import (UsageError, create_record, open_record, read_json,  # noqa: E402
                             sha256_of)
@@ -19,13 +19,13 @@ from llmeco_nb.training.forecast import (chunked_memory_model, fit_memory_model,
                                          largest_batch, peak_step_bytes, predict_peak_bytes)
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
-from llmeco_nb.pretraining.mlm import pretrain  # noqa: E402
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
 from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
 from llmeco_nb.training.plan import (BATCH_SIZE_CANDIDATES, LR_CANDIDATES,  # noqa: E402
                                      forecast_vs_actual)
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
 
-QUICK = dict(size="1x32", steps=8, judged=6, evaluations=2)
+QUICK = dict(size="1x32", steps=8, batch_size=16, lr=3e-3, eval_examples=6, num_evals=2)
 KINDS = ("encoder", "decoder")
 
 
@@ -42,8 +42,8 @@ def inputs(tmp_path_factory):
 def run(kind, inputs, out, **more):
     torch.set_num_threads(1)
     record = create_record(out, kind)
-    if kind == "encoder": pretrain(record, inputs/"corpus", inputs/"t"/"tokenizer", **QUICK | dict(length=24, positions=32) | more)
-    else: pretrain_causal(record, inputs/"corpus", inputs/"pieces", **QUICK | dict(context=24, counted=0) | more)
+    if kind == "encoder": pretrain(record, inputs/"corpus", inputs/"t"/"tokenizer", MLMConfig(**QUICK | dict(seq_len=24, max_position_embeddings=32) | more))
+    else: pretrain_causal(record, inputs/"corpus", inputs/"pieces", CausalConfig(**QUICK | dict(context_length=24, baseline_tokens=0) | more))
     return record
 
 
@@ -99,15 +99,15 @@ def test_told_and_come(kind, inputs, tmp_path):
 
 
 def test_earlier_runs_give_a_loss_and_others_are_refused(inputs, tmp_path):
-    given = dict(batch=8, lr=3e-3)
+    given = dict(batch_size=8, lr=3e-3)
     shorter = [str(run("encoder", inputs, tmp_path/f"run{n}", steps=n, evaluations=1, **{**given, "seed": n}).path) for n in (6, 12, 24, 48)]
     record = run("encoder", inputs, tmp_path/"long", steps=60, evaluations=1, earlier=shorter, **given)
     told = read_json(record.path/"forecast.json")
     losses = [read_json(f"{f}/forecast.json")["came"]["loss"] for f in shorter]
     assert record.metrics["forecast_loss"] == told["loss"] and losses[0] > losses[-1] and 0.3 * losses[-1] < told["loss"] < losses[0]
     assert "from 4 earlier runs, 1.2 times beyond the longest" in told["says"][-1]
-    for more in (dict(lr=1e-3), dict(mask=0.3)):
-        with pytest.raises(UsageError, match="says nothing of this run: " + dict(lr="rate", batch="rows").get(*more, next(iter(more)))): run("encoder", inputs, tmp_path/"odd", steps=60, evaluations=1, earlier=shorter[:1], **{**given, **more})
+    for more in (dict(lr=1e-3), dict(mask_prob=0.3)):
+        with pytest.raises(UsageError, match="says nothing of this run: " + dict(lr="rate", batch_size="rows").get(*more, next(iter(more)))): run("encoder", inputs, tmp_path/"odd", steps=60, num_evals=1, previous_runs=shorter[:1], **{**given, **more})
 
 
 def test_early_stop_and_roof_in_the_rows(inputs, tmp_path):

@@ -19,7 +19,7 @@ drawn = settings(max_examples=80, deadline=None)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory): return tmp_path_factory.mktemp("s")
 
-def whole(file, **more): return read_table(str(file), label="", **more).text.tolist()
+def whole(file, **more): return read_table(str(file), label_column="", **more).text.tolist()
 def streamed(file, **more): return [t for t in stream_texts(str(file), **more) if t.strip()]
 
 

@@ -48,12 +48,12 @@ def judge(model):
     return {"validation_loss": float(loss / weight)}
 
 
-def run(out, step=step, dropout=0.1, precision="bf16", batches=lambda i: sentences(4, i), evaluate=judge, lr=3e-3, on_checkpoint=None, **plan):
+def run(out, step=step, dropout=0.1, precision="bf16", batches=lambda i: sentences(4, i), evaluate=judge, lr=3e-3, on_checkpoint=None, watch="validation_loss", higher=False, **plan):
     torch.manual_seed(1)
     record, model = create_record(out, "toy"), bert(dropout=dropout)
     plan = dict(steps=14, accumulation=3, warmup=2, evaluate_every=5, checkpoint_every=3, log_every=2) | plan
     optimiser = Optimiser(model, lr, precision=precision)
-    return record, optimiser, train(model, step, batches, optimiser, plan, record, evaluate, on_checkpoint, identity=dict(seed=1))
+    return record, optimiser, train(model, step, batches, optimiser, plan, record, evaluate, on_checkpoint, watch, higher, identity=dict(seed=1))
 
 
 def what_stays(record, optimiser, result):
@@ -176,6 +176,116 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert (result["steps"], result["best_step"], result["best"], result["stopped"]) == (20, 12, 1.0, True)
     assert all(torch.equal(p, kept[1.0][n]) for n, p in optimiser.model.named_parameters())
     assert {f.name for f in (tmp_path/"resume"/"train").iterdir()} <= {"before.json", "checkpoint.json", "a.safetensors", "b.safetensors", "best-12.safetensors"}
+
+
+def mostly_one(rows, seed):
+    "Ids, mask, labels: the answer to most ids is 5, that to each of the others is the id itself."
+    ids = torch.randint(2, WORDS, (rows, 12), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.ones_like(ids), torch.where(ids < 24, 5, ids)
+
+
+def noise(rows, seed):
+    "Ids, mask, labels: answers of six kinds that have nothing to do with the ids."
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, WORDS, (rows, 12), generator=generator)
+    return ids, torch.ones_like(ids), torch.randint(2, 8, ids.shape, generator=generator)
+
+
+def accuracy(task):
+    def evaluate(model):
+        ids, mask, labels = task(16, 99_999)
+        logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        right = logits.argmax(-1) == labels
+        return {"validation_loss": loss.item(), "validation_accuracy": right.float().mean().item()}
+    return evaluate
+
+
+PLATEAU = dict(batches=lambda i: mostly_one(4, i), evaluate=accuracy(mostly_one), steps=80)
+# the same eight rows over and over
+OVERFITTING = dict(batches=lambda i: noise(4, i % 2), evaluate=accuracy(noise), steps=150)
+BY_ACCURACY = dict(watch="validation_accuracy", higher=True, precision="fp32", lr=1e-2,
+                   accumulation=1, evaluate_every=3, checkpoint_every=5, log_every=5)
+
+
+def evaluations(record):
+    "Steps, accuracies and losses of all evaluations."
+    rows = [r for r in record.rows() if "validation_accuracy" in r]
+    return [[r[k] for r in rows] for k in ("step", "validation_accuracy", "validation_loss")]
+
+
+def ended_by_accuracy_alone(accuracies, patience):
+    "Which evaluation ends a training for which a better accuracy is the only progress; or None."
+    best, stale = -1.0, 0
+    for i, value in enumerate(accuracies):
+        best, stale = max(best, value), 0 if value > best else stale + 1
+        if stale == patience:
+            return i
+    return None
+
+
+def test_patience_outlasts_a_plateau(tmp_path):
+    "Accuracy stands still for longer than patience allows, the loss falls, the task is learned."
+    record, _, result = run(tmp_path, **PLATEAU, **BY_ACCURACY, patience=2)
+    steps, accuracies, _ = evaluations(record)
+    early = ended_by_accuracy_alone(accuracies, 2)
+    assert early is not None and max(accuracies[:early + 1]) < 0.95
+    assert not result["stopped"] and result["steps"] == 80 and max(accuracies) == 1.0
+    assert result["best"] == 1.0 and result["best_step"] == steps[accuracies.index(1.0)]
+    record, _, without = run(tmp_path/"without", **PLATEAU, **BY_ACCURACY)
+    assert evaluations(record)[1] == accuracies
+    assert {**without, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_patience_ends_overfitting(tmp_path):
+    "Noise learned by heart: the training ends as soon as patience allows after the lowest loss."
+    record, _, result = run(tmp_path, **OVERFITTING, **BY_ACCURACY, patience=3)
+    _, accuracies, losses = evaluations(record)
+    assert result["stopped"] and result["steps"] < 45 and result["best"] == max(accuracies)
+    assert losses.index(min(losses)) == len(losses) - 4
+    record, _, _ = run(tmp_path/"on", **OVERFITTING, **BY_ACCURACY)
+    assert evaluations(record)[2][-1] > 1.5 * min(losses)        # it would have gone on so
+
+
+def given(pairs):
+    "An evaluation that gives these pairs of accuracy and loss, one after the other."
+    left = iter(pairs)
+    def evaluate(model):
+        accuracy, loss = next(left)
+        told = {} if loss is None else {"validation_loss": loss}
+        return {"validation_accuracy": accuracy, **told}
+    return evaluate
+
+
+@pytest.mark.parametrize("pairs,warmup,ends,best", [
+    # a lower loss is progress, an equal one is none
+    ([(.5, 1.0), (.5, .9), (.4, .8), (.5, .7), (.6, .9), (.6, .7), (.5, .9)], 0, 14, 10),
+    # the first three evaluations are within the warm-up
+    ([(.5, 1.0), (.5, 1.1), (.5, 1.2), (.4, 1.3), (.5, 1.0), (.5, 1.4)], 6, 10, 2),
+    # a better accuracy is progress, whatever the loss
+    ([(.5, 1.0), (.4, 1.0), (.6, 1.2), (.4, 1.1), (.5, 1.0)], 0, 10, 6),
+    # no loss is told: accuracy alone
+    ([(.5, None), (.6, None), (.6, None), (.6, None)], 0, 8, 4)])
+def test_what_counts_as_progress(tmp_path, pairs, warmup, ends, best):
+    how = {**BY_ACCURACY, "evaluate_every": 2, "steps": 60, "warmup": warmup, "patience": 2}
+    _, _, result = run(tmp_path, evaluate=given(pairs), **how)
+    assert (result["steps"], result["best_step"], result["stopped"]) == (ends, best, True)
+
+
+@pytest.mark.parametrize("task,patience", [(PLATEAU, 2), (OVERFITTING, 3)])
+def test_a_killed_run_stops_where_the_undisturbed_one_does(tmp_path, task, patience):
+    "Killed at every checkpoint: each attempt must know how long was waited, and for what."
+    def dying(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    how = {**BY_ACCURACY, **task, "patience": patience, "checkpoint_every": 4}
+    straight = what_stays(*run(tmp_path/"straight", **how))
+    pointer, kills, done = tmp_path/"killed"/"resume"/"train"/"checkpoint.json", 0, False
+    while not done:
+        with forked(lambda: run(tmp_path/"killed", on_checkpoint=dying, **how)):
+            pass
+        kills, done = kills + 1, json.loads(pointer.read_text())["state"]["done"]
+    assert kills > 3
+    same(straight, what_stays(*run(tmp_path/"killed", **how)))
 
 
 def test_nan_is_refused_with_its_place(tmp_path):

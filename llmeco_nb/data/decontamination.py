@@ -17,20 +17,24 @@ import numpy as np
 
 from ..core import DataError, UsageError
 from .corpus import read_split
-from .filters import note
+from .filters import FilterReport, note
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #9c26d76d
-word_pattern = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")    # letters and digits of any script; an apostrophe belongs to its word
+# letters and digits of any script; an apostrophe belongs to its word
+word_pattern = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 def normalized_words(text: str) -> list[str]:
     "The words of a text in lower case, without punctuation."
     return word_pattern.findall(text.casefold())
 
 class WordHashes(dict):
-    "Word -> 64 bits of its BLAKE2: the same in every process, unlike Python's own `hash`. Remembers up to 200,000 words."
+    """Word -> 64 bits of its BLAKE2: the same in every process, unlike Python's own `hash`.
+
+    Remembers up to 200,000 words."""
     def __missing__(self, one: str) -> int:
         if len(self) >= 200_000: self.clear()
-        self[one] = found = int.from_bytes(hashlib.blake2b(one.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        digest = hashlib.blake2b(one.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        self[one] = found = int.from_bytes(digest, "little")
         return found
 
 word_hash = WordHashes()
@@ -40,63 +44,87 @@ def ngram_hashes(words: list[str], n: int) -> np.ndarray:
     "Hashes (uint64) of all runs of `n` words, in order; none when there are fewer words."
     return rolling_hashes(hash_words(words), n)
 
-def hash_words(words: list[str]) -> np.ndarray: return np.fromiter(map(word_hash.__getitem__, words), np.uint64, len(words))
+def hash_words(words: list[str]) -> np.ndarray:
+    "The hashes of words, uint64 [len(words)]."
+    return np.fromiter(map(word_hash.__getitem__, words), np.uint64, len(words))
 
-def rolling_hashes(h: np.ndarray, n: int) -> np.ndarray:
-    "The hashes of all runs of `n` words from those of the words."
-    if len(h) < n: return np.empty(0, np.uint64)
-    g = np.zeros(len(h) - n + 1, np.uint64)
-    for k in range(n): g = g * np.uint64(0x9E3779B97F4A7C15) + h[k:len(h) - n + 1 + k]
-    return g
+def rolling_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
+    "The hashes of all runs of `n` words from the `hashes` of the words, both uint64."
+    if len(hashes) < n: return np.empty(0, np.uint64)
+    count = len(hashes) - n + 1
+    found = np.zeros(count, np.uint64)
+    for k in range(n): found = found * np.uint64(0x9E3779B97F4A7C15) + hashes[k:count + k]
+    return found
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #620cabf5
 class Leak(NamedTuple):
-    "What `LeakIndex.check` found: the evaluation set, the kind (exact, 13-gram or near), the number of the text in its set, and the share of it that is contained."
-    set: str
-    kind: str
-    text: int
-    share: float
+    "What `LeakIndex.check` found."
+    set: str        # name of the evaluation set
+    kind: str       # exact, 13-gram or near
+    text: int       # number of the text in its set
+    share: float    # share of it that is contained, 0 to 1
 
 class HashPrefilter:
-    "Which leading bits occur among `hashes` (uint64): says no to most numbers that are not there, and never to one that is."
+    """Which leading bits occur among `hashes` (uint64).
+
+    Says no to most numbers that are not there, and never to one that is."""
     def __init__(self, hashes: np.ndarray):
         bits = min(26, max(6, int(8 * len(hashes)).bit_length()))
         self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits, bool)
         self.table[hashes >> self.shift] = True
 
-    def __call__(self, hashes: np.ndarray) -> np.ndarray: return hashes[self.table[hashes >> self.shift]]
+    def __call__(self, hashes: np.ndarray) -> np.ndarray:
+        "Those of `hashes` that may be there."
+        return hashes[self.table[hashes >> self.shift]]
 
 class LeakIndex:
     """All evaluation sets, ready to be asked whether a text leaks.
 
-    `sets` maps the name of an evaluation set to its texts. `share` (0 to 1] is the containment from which a text is a near-duplicate;
-    evaluation texts of fewer than `shortest` words are looked for exactly only, since such short sentences recur by chance. Raises `UsageError`, `DataError`."""
-    long, short = 13, 3
+    Evaluation texts of fewer than `min_words` words are looked for exactly only, since such short
+    sentences recur by chance. Raises `UsageError`, `DataError`."""
+    long, short = 13, 3     # words of a run that is a leak, and of those that are counted
 
-    def __init__(self, sets: dict[str, Iterable[str]], share: float = 0.5, shortest: int = 8):
-        if not 0 < share <= 1: raise UsageError(f"share is {share}; it is the part of an evaluation text that counts as a near-duplicate, above 0 and at most 1.")
-        self.share, self.shortest, self.names, self.owner, self.number, self.exact = share, shortest, list(sets), [], [], {}
+    def __init__(self,
+                 sets: dict[str, Iterable[str]],  # Name of an evaluation set -> its texts
+                 min_containment: float = 0.5,    # From which a text is a near copy, (0, 1]
+                 min_words: int = 8               # Of a text that is looked for in parts
+                ):
+        if not 0 < min_containment <= 1:
+            raise UsageError(f"min_containment is {min_containment}; it is the share of an evaluation text "
+                             "that makes a near copy, above 0 and at most 1.")
+        self.min_containment, self.names = min_containment, list(sets)
+        self.owner, self.number, self.exact = [], [], {}
         runs, triples = [], []
         for name, texts in sets.items():
             before = len(self.owner)
             for number, text in enumerate(texts):
                 words, me = normalized_words(text), len(self.owner)
-                self.owner.append(self.names.index(name)); self.number.append(number)
+                self.owner.append(self.names.index(name))
+                self.number.append(number)
                 if words: self.exact.setdefault(self.key(words), me)
                 runs.append((ngram_hashes(words, self.long), me))
-                triples.append((np.unique(ngram_hashes(words, self.short)) if len(words) >= shortest else np.empty(0, np.uint64), me))
-            if len(self.owner) == before: raise DataError(f"The evaluation set {name} holds no text, so nothing can be held against it.")
+                three = np.empty(0, np.uint64)
+                if len(words) >= min_words: three = np.unique(ngram_hashes(words, self.short))
+                triples.append((three, me))
+            if len(self.owner) == before:
+                raise DataError(f"The evaluation set {name} holds no text, so nothing can be held "
+                                "against it.")
         self.size = np.array([len(t) for t, _ in triples])
         self.runs, self.run_of = self.table(runs, True)
         self.triples, self.triple_of = self.table(triples, False)
         self.may_run, self.may_triple = HashPrefilter(self.runs), HashPrefilter(self.triples)
 
     @staticmethod
-    def key(words: list[str]) -> bytes: return hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    def key(words: list[str]) -> bytes:
+        "16 bytes that two texts share when their words are equal."
+        text = " ".join(words).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=16).digest()
 
     @staticmethod
-    def table(parts: list, once: bool) -> tuple[np.ndarray, np.ndarray]:
-        "Sorted window hashes and, beside them, the evaluation text each came from; with `once`, a single text for each hash."
+    def table(parts: list[tuple[np.ndarray, int]], once: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted hashes of n-grams and, beside them, the evaluation text each came from.
+
+        `parts` are pairs of hashes and text. With `once` a hash has a single text."""
         hashes = np.concatenate([h for h, _ in parts]) if parts else np.empty(0, np.uint64)
         owners = np.repeat(np.array([me for _, me in parts], np.int32), [len(h) for h, _ in parts])
         if once:
@@ -106,14 +134,22 @@ class LeakIndex:
         return hashes[order], owners[order]
 
     @property
-    def bytes(self) -> int: return sum(a.nbytes for a in (self.runs, self.run_of, self.triples, self.triple_of, self.may_run.table, self.may_triple.table))
+    def bytes(self) -> int:
+        "Memory of the tables."
+        tables = (self.runs, self.run_of, self.triples, self.triple_of, self.may_run.table,
+                  self.may_triple.table)
+        return sum(table.nbytes for table in tables)
 
     def containment(self, mine: np.ndarray) -> tuple[int, float]:
-        "The evaluation text of which the largest share of three-word windows stands among the windows `mine`, and that share."
+        """The evaluation text most contained in a text with the trigram hashes `mine`, and its share.
+
+        (-1, 0.0) when none shares a trigram."""
         mine = np.unique(self.may_triple(mine))
-        low, high = np.searchsorted(self.triples, mine, "left"), np.searchsorted(self.triples, mine, "right")
-        if not (high > low).any(): return -1, 0.0
-        at = np.repeat(low, high - low) + np.arange((high - low).sum()) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
+        low = np.searchsorted(self.triples, mine, "left")
+        count = np.searchsorted(self.triples, mine, "right") - low
+        if not count.any(): return -1, 0.0
+        first = np.cumsum(count) - count
+        at = np.repeat(low, count) + np.arange(count.sum()) - np.repeat(first, count)
         who, shared = np.unique(self.triple_of[at], return_counts=True)
         shares = shared / self.size[who]
         return int(who[shares.argmax()]), float(shares.max())
@@ -122,35 +158,47 @@ class LeakIndex:
         "How `text` leaks, the plainest kind first, or None."
         words = normalized_words(text)
         if not words: return None
-        found = lambda kind, who, share: Leak(self.names[self.owner[who]], kind, self.number[who], share)
-        if (who := self.exact.get(self.key(words))) is not None: return found("exact", who, 1.0)
-        h = hash_words(words)
-        runs, triples = self.may_run(rolling_hashes(h, self.long)), rolling_hashes(h, self.short)
+        leak = lambda kind, who, share: Leak(self.names[self.owner[who]], kind, self.number[who], share)
+        if (who := self.exact.get(self.key(words))) is not None: return leak("exact", who, 1.0)
+        hashes = hash_words(words)
+        runs = self.may_run(rolling_hashes(hashes, self.long))
+        triples = rolling_hashes(hashes, self.short)
         if len(runs) and len(self.runs):
             at = np.searchsorted(self.runs, runs).clip(max=len(self.runs) - 1)
             hits = self.runs[at] == runs
             if hits.any():
                 who = int(self.run_of[at[hits][0]])
-                return found("13-gram", who, float(np.isin(self.triples[self.triple_of == who], triples).mean()) if self.size[who] else 0.0)
+                mine = self.triples[self.triple_of == who]
+                share = float(np.isin(mine, triples).mean()) if self.size[who] else 0.0
+                return leak("13-gram", who, share)
         who, share = self.containment(triples)
-        return found("near", who, share) if share >= self.share else None
+        return leak("near", who, share) if share >= self.min_containment else None
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #bef17c20
 leak_policies = ("stop", "drop")
 
-def without_leaks(documents: Iterable[dict], # Documents with id, text, domain
-                  index: LeakIndex | None,   # None: nothing is held against them
-                  report: dict,              # From `new_report`; counts leaks as removed, and under "leaks" by set and kind
-                  on_leak: str = "drop",     # drop: leave them out; stop: raise DataError after the last document
-                  exact_only: Iterable[str] = () # Domains of which only exact copies leak; the rest are "resembling"
-                  ) -> Iterator[dict]:
-    "The documents that leak no evaluation text. One document is held at a time. Raises `UsageError`, `DataError`."
-    if on_leak not in leak_policies: raise UsageError(f"on_leak is {on_leak!r}; choose {' or '.join(leak_policies)}.")
-    report |= {"leaks": {}, "resembling": {}}
+def without_leaks(documents: Iterable[dict],   # Each with id, text, domain
+                  index: LeakIndex | None,     # None: nothing is held against them
+                  report: FilterReport,        # Gets leaks as removed, and by set and kind
+                  on_leak: str = "drop",       # drop, or stop: raise DataError after the last one
+                  exact_only: Iterable[str] = () # Domains of which only exact copies leak
+                 ) -> Iterator[dict]:
+    """The documents that leak no evaluation text. One document is held at a time.
+
+    What stays of the domains `exact_only` in spite of a likeness is counted as `resembling`.
+    Raises `UsageError`, `DataError`."""
+    if on_leak not in leak_policies:
+        raise UsageError(f"on_leak is {on_leak!r}; choose {' or '.join(leak_policies)}.")
+    report.leaks, report.resembling = {}, {}
     return leak_filter(documents, index, report, on_leak, frozenset(exact_only))
 
-def leak_filter(documents, index, report, on_leak, exact_only):
-    "The generator behind `without_leaks`, which checks its arguments before the first document is asked for."
+def leak_filter(documents: Iterable[dict],  # This and the others: as in `without_leaks`
+                index: LeakIndex | None,
+                report: FilterReport,
+                on_leak: str,
+                exact_only: frozenset[str]
+               ) -> Iterator[dict]:
+    "The generator behind `without_leaks`, which checks its arguments before the first document."
     asked = 0
     for asked, d in enumerate(documents, 1):
         leak = index.check(d["text"]) if index else None
@@ -158,19 +206,24 @@ def leak_filter(documents, index, report, on_leak, exact_only):
             yield d
             continue
         stays = leak.kind != "exact" and d["domain"] in exact_only
-        kinds = report["resembling" if stays else "leaks"].setdefault(leak.set, {})
+        kinds = (report.resembling if stays else report.leaks).setdefault(leak.set, {})
         kinds[leak.kind] = kinds.get(leak.kind, 0) + 1
         if stays:
             yield d
             continue
-        note(report, "removed", "leak", d, d["text"], set=leak.set, kind=leak.kind, share=round(leak.share, 3))
-    if on_leak == "stop" and report["leaks"]:
-        said = "; ".join(f"{sum(k.values())} of the evaluation set {s} ({', '.join(f'{n} {kind}' for kind, n in k.items())})" for s, k in report["leaks"].items())
-        first = report["removed"]["leak"]["samples"][0]
-        raise DataError(f"The training text leaks: of {asked} documents {said}. The first is {first['id']} ({first['domain']}): “{first['text'][:80]}”. "
+        note(report.removed, "leak", d, d["text"], set=leak.set, kind=leak.kind,
+             share=round(leak.share, 3))
+    if on_leak == "stop" and report.leaks:
+        listed = {s: ", ".join(f"{n} {kind}" for kind, n in k.items()) for s, k in report.leaks.items()}
+        said = "; ".join(f"{sum(k.values())} of the evaluation set {s} ({listed[s]})"
+                         for s, k in report.leaks.items())
+        first = report.removed["leak"].samples[0]
+        raise DataError(f"The training text leaks: of {asked} documents {said}. The first is "
+                        f"{first['id']} ({first['domain']}): “{first['text'][:80]}”. "
                         "Take these texts out of the source, or set on_leak to drop.")
 
 def evaluation_sets(corpus: str | Path) -> dict[str, list[str]]:
-    "The evaluation sets of a labelled corpus (the artifact of stage data): its validation and test texts, when there are any."
-    found = {f"{split} of the corpus": read_split(corpus, split).text.tolist() for split in ("validation", "test")}
+    "The evaluation sets of the labelled corpus in a folder: its validation and test texts, if any."
+    found = {f"{split} of the corpus": read_split(corpus, split).text.tolist()
+             for split in ("validation", "test")}
     return {name: texts for name, texts in found.items() if texts}

@@ -7,14 +7,14 @@ __all__ = ['stop_words', 'letter', 'sentence_end', 'policy_phrases', 'function_w
            'email', 'iban', 'card', 'octet', 'ip4', 'ip6', 'phone', 'pii_kinds', 'digit_run', 'Rules', 'shape_rule',
            'line_rule', 'repeated', 'ngrams', 'top_ngram_chars', 'repeated_ngram_chars', 'repetition_rule',
            'quality_rule', 'terminal_lines', 'drop_repeated_lines', 'english_signs', 'is_english', 'english_share',
-           'luhn', 'mod97', 'valid_iban', 'valid_card', 'valid_ip6', 'valid_phone', 'mask_pii', 'new_report', 'note',
-           'counts_by_domain', 'filter_documents']
+           'luhn', 'mod97', 'valid_iban', 'valid_card', 'valid_ip6', 'valid_phone', 'mask_pii', 'StepReport',
+           'FilterReport', 'FilterConfig', 'note', 'counts_by_domain', 'filter_documents']
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #92163786
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 
 from .corpus import clean_text
@@ -23,41 +23,55 @@ from .corpus import clean_text
 @dataclass(frozen=True)
 class Rules:
     "Thresholds for `quality_rule`. The defaults are those of Gopher's appendix A; shares lie in 0 to 1."
-    words: tuple = (50, 100_000)            # a document has at least and at most so many words
-    word_length: tuple = (3., 10.)          # their mean length lies between
-    symbols: float = .1                     # at most so many hashes, and so many ellipses, for a word
-    lines: int = 4                          # the two rules about beginnings and ends of lines look at documents of at least so many lines
-    bullets: float = .9                     # at most this share of lines begins with a bullet
-    ellipses: float = .3                    # at most this share of lines ends in an ellipsis
-    alphabetic: float = .8                  # at least this share of words holds a letter
-    stop_words: int = 2                     # at least so many different ones of `stop_words`
-    repeated_lines: tuple = (.3, .2)        # at most this share of lines, and of characters, is in lines that stood there before
-    repeated_paragraphs: tuple = (.3, .2)   # likewise for paragraphs
-    top_grams: tuple = ((2, .2), (3, .18), (4, .16))   # (n, share of characters that the most frequent n-gram may take)
-    repeated_grams: tuple = ((5, .15), (6, .14), (7, .13), (8, .12), (9, .11), (10, .10))  # (n, share of characters in n-grams that stood there before)
-    sentences: int = 0                      # at least so many ends of sentences (C4: 5)
-    banned: tuple = ("lorem ipsum",)        # a document with one of these goes; C4 adds "{", which would take all text about programs
+    words: tuple[int, int] = (50, 100_000)        # smallest and largest number of words
+    word_length: tuple[float, float] = (3., 10.)  # bounds of their mean length in characters
+    symbols: float = .1         # most hashes, and most ellipses, for a word
+    min_lines: int = 4          # `bullets` and `ellipses` look at documents of so many lines
+    bullets: float = .9         # largest share of lines that begin with a bullet
+    ellipses: float = .3        # largest share of lines that end in an ellipsis
+    alphabetic: float = .8      # smallest share of words that hold a letter
+    stop_words: int = 2         # least number of different ones of `stop_words`
+    # largest share of lines, and of characters, in lines that stood there before
+    repeated_lines: tuple[float, float] = (.3, .2)
+    repeated_paragraphs: tuple[float, float] = (.3, .2)     # likewise for paragraphs
+    # (n, largest share of characters that the most frequent n-gram takes)
+    top_ngrams: tuple[tuple[int, float], ...] = ((2, .2), (3, .18), (4, .16))
+    # (n, largest share of characters in n-grams that stood there before)
+    repeated_ngrams: tuple[tuple[int, float], ...] = (
+        (5, .15), (6, .14), (7, .13), (8, .12), (9, .11), (10, .10))
+    sentences: int = 0          # least number of ends of sentences (C4: 5)
+    # a document with one of these goes; C4 adds "{", which would take all text about programs
+    banned: tuple[str, ...] = ("lorem ipsum",)
 
 stop_words = frozenset("the be to of and that have with".split())
-letter, sentence_end = re.compile(r"[^\W\d_]"), re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
+letter = re.compile(r"[^\W\d_]")
+sentence_end = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
 def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | None:
     "The rule about words and symbols that `text` breaks, or None."
     if not rules.words[0] <= len(words) <= rules.words[1]: return "words"
     if not words: return None
-    if not rules.word_length[0] <= sum(map(len, words)) / len(words) <= rules.word_length[1]: return "word length"
-    if max(text.count("#"), text.count("...") + text.count("…")) > rules.symbols * len(words): return "symbols"
-    if sum(1 for w in words if w.isalpha() or letter.search(w)) < rules.alphabetic * len(words): return "alphabetic"
-    if len(stop_words.intersection(words)) < rules.stop_words and len(stop_words.intersection(w.strip('.,;:!?"()').lower() for w in words)) < rules.stop_words: return "stop words"
-    if rules.sentences and sum(1 for _ in sentence_end.finditer(text)) < rules.sentences: return "sentences"
+    shortest, longest = rules.word_length
+    if not shortest <= sum(map(len, words)) / len(words) <= longest: return "word length"
+    ellipses = text.count("...") + text.count("…")
+    if max(text.count("#"), ellipses) > rules.symbols * len(words): return "symbols"
+    lettered = sum(1 for w in words if w.isalpha() or letter.search(w))
+    if lettered < rules.alphabetic * len(words): return "alphabetic"
+    if len(stop_words.intersection(words)) < rules.stop_words:
+        bare = (w.strip('.,;:!?"()').lower() for w in words)    # slower, and rarely needed
+        if len(stop_words.intersection(bare)) < rules.stop_words: return "stop words"
+    if rules.sentences and sum(1 for _ in sentence_end.finditer(text)) < rules.sentences:
+        return "sentences"
     lower = text.lower() if rules.banned else ""
     return next((f"banned: {b}" for b in rules.banned if b in lower), None)
 
 def line_rule(lines: list[str], rules: Rules = Rules()) -> str | None:
     "The rule about the beginnings and ends of lines that these (not empty) `lines` break, or None."
-    if len(lines) < rules.lines: return None      # one paragraph that trails off is no page of teasers
-    if sum(1 for s in lines if s.lstrip().startswith(("•", "-", "*"))) > rules.bullets * len(lines): return "bullets"
-    if sum(1 for s in lines if s.rstrip().endswith(("...", "…"))) > rules.ellipses * len(lines): return "ellipses"
+    if len(lines) < rules.min_lines: return None  # one paragraph that trails off is no page of teasers
+    bullets = sum(1 for s in lines if s.lstrip().startswith(("•", "-", "*")))
+    if bullets > rules.bullets * len(lines): return "bullets"
+    ellipses = sum(1 for s in lines if s.rstrip().endswith(("...", "…")))
+    if ellipses > rules.ellipses * len(lines): return "ellipses"
     return None
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #a08c71bc
@@ -87,78 +101,107 @@ def repeated_ngram_chars(words: list[str], n: int) -> int:
         seen.add(run)
     return sum(len(words[i]) for i in covered)
 
-def repetition_rule(text: str, words: list[str], lines: list[str], rules: Rules = Rules()) -> str | None:
+def repetition_rule(text: str,          # The document
+                    words: list[str],   # Its words
+                    lines: list[str],   # Its lines that are not empty
+                    rules: Rules = Rules()
+                   ) -> str | None:
     "The rule about repetition that `text` breaks, or None."
     size = max(1, len(text))
-    for name, parts, (share, chars) in (("repeated lines", lines, rules.repeated_lines),
-                                        ("repeated paragraphs", text.split("\n\n") if "\n\n" in text else [], rules.repeated_paragraphs)):
+    paragraphs = text.split("\n\n") if "\n\n" in text else []
+    units = (("repeated lines", lines, rules.repeated_lines),
+             ("repeated paragraphs", paragraphs, rules.repeated_paragraphs))
+    for name, parts, (share, chars) in units:
         count, taken = repeated(parts) if len(parts) > 1 else (0, 0)
         if count > share or taken > chars * size: return name
-    for n, share in rules.top_grams:
+    for n, share in rules.top_ngrams:
         top = top_ngram_chars(words, n)
         if top > share * size: return f"top {n}-gram"
         if not top: break
-    for n, share in rules.repeated_grams:
+    for n, share in rules.repeated_ngrams:
         taken = repeated_ngram_chars(words, n)
         if taken > share * size: return f"repeated {n}-grams"
-        if taken <= min(s for _, s in rules.repeated_grams) * size: break
+        if taken <= min(s for _, s in rules.repeated_ngrams) * size: break
     return None
 
 def quality_rule(text: str, rules: Rules = Rules()) -> str | None:
-    "The name of the first rule that takes the document away, or None if it may stay. Sources: Rae et al. 2021; Raffel et al. 2020."
-    words, lines = text.split(), [s for s in text.split("\n") if s.strip()]
-    return shape_rule(text, words, rules) or line_rule(lines, rules) or repetition_rule(text, words, lines, rules)
+    """The name of the first rule that takes the document away, or None if it may stay.
+
+    Sources: Rae et al. 2021; Raffel et al. 2020."""
+    words = text.split()
+    lines = [s for s in text.split("\n") if s.strip()]
+    return (shape_rule(text, words, rules) or line_rule(lines, rules)
+            or repetition_rule(text, words, lines, rules))
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #616f2142
-policy_phrases = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies", "javascript")
+policy_phrases = ("terms of use", "privacy policy", "cookie policy", "uses cookies",
+                  "use of cookies", "use cookies", "javascript")
 
-def terminal_lines(text: str, words: int = 3, longest: int = 1000) -> str:
-    "The lines that end a sentence, have at least `words` words, none longer than `longest`, and are no notice (C4's rules for lines)."
-    def stays(line):
-        if not line.rstrip().endswith((".", "!", "?", '"', "'", "”", "’")) or line.rstrip().endswith("..."): return False
+def terminal_lines(text: str,                 # A document
+                   min_words: int = 3,        # Words of a line that stays, at least
+                   max_word_chars: int = 1000 # Characters of each of them, at most
+                  ) -> str:
+    "The lines that end a sentence and are no notice (C4's rules for lines)."
+    def stays(line: str) -> bool:
+        end = line.rstrip()
+        if not end.endswith((".", "!", "?", '"', "'", "”", "’")) or end.endswith("..."): return False
         parts, lower = line.split(), line.lower()
-        return len(parts) >= words and not (len(line) > longest and max(map(len, parts)) > longest) and not any(p in lower for p in policy_phrases)
+        if len(parts) < min_words: return False
+        if len(line) > max_word_chars and max(map(len, parts)) > max_word_chars: return False
+        return not any(p in lower for p in policy_phrases)
     return "\n".join(line for line in text.split("\n") if stays(line))
 
-def drop_repeated_lines(text: str, shortest: int = 20) -> str:
-    "The text without lines of at least `shortest` characters that stood in it before."
+def drop_repeated_lines(text: str, min_chars: int = 20) -> str:
+    "The text without lines of at least `min_chars` characters that stood in it before."
     lines = text.split("\n")
     if len(set(lines)) == len(lines): return text
     seen, kept = set(), []
     for line in lines:
-        if len(line) >= shortest and line in seen: continue
+        if len(line) >= min_chars and line in seen: continue
         seen.add(line)
         kept.append(line)
     return "\n".join(kept)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #5008ae55
-function_words = frozenset("""the of and to a in that is was it for as with his he be on by i this had not are but at from or have an they which you were
-    there one all their her she him been has when who will no more if out so what up said its about than into them can only other some could time these two
-    may then do any my now such like our over me even most made after also did many before must through your where much should well people how too very just
-    those same because each between under while us against without never would both during here own off again we does don't it's""".split())
-trigrams = frozenset("""_a_ _ac _al _an _ar _as _ba _be _bu _ca _ch _co _de _di _do _ev _fa _fi _fo _fr _go _ha _he _hi _ho _i_ _in _is _it _li _lo _ma _me _mo
-    _no _of _on _pr _re _s_ _se _sh _so _st _su _t_ _th _to _wa _we _wh _wi _wo _yo act ad_ al_ all an_ and are as_ at_ ate ave ay_ but ce_ ch_ com ed_ en_
-    ent er_ ere ers es_ ess est eve ey_ fil for hat hav he_ her hin his ie_ ill ilm in_ ing int ion is_ it_ ith ke_ ld_ le_ ll_ lly lm_ ly_ man me_ mov nce
-    nd_ ne_ ng_ not nt_ of_ ome on_ one or_ ot_ ou_ out ovi ow_ re_ rea rs_ ry_ se_ st_ te_ ted ter th_ tha the thi tin tio to_ tor ts_ ut_ ve_ ver vie was
-    wit you""".split())
+function_words = frozenset("""the of and to a in that is was it for as with his he be on by i this had not are
+    but at from or have an they which you were     there one all their her she him been
+    has when who will no more if out so what up said its about than into them can only
+    other some could time these two     may then do any my now such like our over me
+    even most made after also did many before must through your where much should well
+    people how too very just     those same because each between under while us against
+    without never would both during here own off again we does don't it's""".split())
+trigrams = frozenset("""_a_ _ac _al _an _ar _as _ba _be _bu _ca _ch _co _de _di _do _ev _fa _fi _fo _fr
+    _go _ha _he _hi _ho _i_ _in _is _it _li _lo _ma _me _mo     _no _of _on _pr _re _s_
+    _se _sh _so _st _su _t_ _th _to _wa _we _wh _wi _wo _yo act ad_ al_ all an_ and are
+    as_ at_ ate ave ay_ but ce_ ch_ com ed_ en_     ent er_ ere ers es_ ess est eve ey_
+    fil for hat hav he_ her hin his ie_ ill ilm in_ ing int ion is_ it_ ith ke_ ld_ le_
+    ll_ lly lm_ ly_ man me_ mov nce     nd_ ne_ ng_ not nt_ of_ ome on_ one or_ ot_ ou_
+    out ovi ow_ re_ rea rs_ ry_ se_ st_ te_ ted ter th_ tha the thi tin tio to_ tor ts_
+    ut_ ve_ ver vie was     wit you""".split())
 spoken = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 def english_signs(words: list[str]) -> tuple[float, float]:
     "Share of function words among lower-case `words`, and share of English trigrams among theirs."
     line = f"_{'_'.join(words)}_"
-    return sum(1 for w in words if w in function_words)/len(words), sum(1 for i in range(len(line) - 2) if line[i:i + 3] in trigrams)/max(1, len(line) - 2)
+    known = sum(1 for i in range(len(line) - 2) if line[i:i + 3] in trigrams)
+    return sum(1 for w in words if w in function_words)/len(words), known/max(1, len(line) - 2)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #6341d980
-def is_english(words: list[str], function: float = .28, both: float = .40) -> bool:
-    "Whether these lower-case words are English: enough function words, or enough of them and of English trigrams together."
+def is_english(words: list[str],           # In lower case
+               min_function: float = .28,  # Share of function words that suffices
+               min_both: float = .40       # Sum of their share and that of trigrams that suffices
+              ) -> bool:
+    "Whether words are English, by function words or by these and English trigrams together."
     share = sum(1 for w in words if w in function_words)/len(words)
-    return share >= function or sum(english_signs(words)) >= both
+    return share >= min_function or sum(english_signs(words)) >= min_both
 
-def english_share(text: str, stretch: int = 40) -> float:
-    "The share of words of `text` that stand in English stretches of about `stretch` words, 0 to 1; 0 for a text without words."
+def english_share(text: str, window: int = 40) -> float:
+    """The share of words of `text` that stand in English stretches of about `window` words.
+
+    From 0 to 1; 0 for a text without words."""
     words = spoken.findall(text.lower().replace("’", "'"))
     if not words: return 0.
-    pieces = max(1, round(len(words)/stretch))
+    pieces = max(1, round(len(words)/window))
     cuts = [len(words)*i//pieces for i in range(pieces + 1)]
     return sum(b - a for a, b in zip(cuts, cuts[1:]) if is_english(words[a:b])) / len(words)
 
@@ -171,18 +214,24 @@ def mod97(account: str) -> bool:
     "Whether the checksum of an IBAN (no spaces, upper case) holds."
     return int("".join(str(int(c, 36)) for c in account[4:] + account[:4])) % 97 == 1
 
-iban_lengths = {c[:2]: int(c[2:]) for c in """AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 EG29 ES24 FI18 FO18 FR27
-    GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MR27 MT31 MU30 NL18
-    NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24 SI19 SK24 SM27 TN24 TR26 UA29 VA22 VG24 XK20""".split()}
+iban_lengths = {c[:2]: int(c[2:]) for c in """AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22
+    DK18 DO28 EE20 EG29 ES24 FI18 FO18 FR27     GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28
+    IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22
+    MK19 MR27 MT31 MU30 NL18     NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24
+    SI19 SK24 SM27 TN24 TR26 UA29 VA22 VG24 XK20""".split()}
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #696aa29c
-email = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}[^\W\d_]{2,24}(?![\w@])")
+email = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}"
+                   r"[^\W\d_]{2,24}(?![\w@])")
 iban = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
 card = re.compile(r"(?<![\d.,+-])(?<!\d )[2-6]\d{3}(?:[ -]?\d){8,15}(?![\d]|[.,-]\d)")
 octet = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 ip4 = re.compile(rf"(?<![\w.])(?<!version )(?<!Version ){octet}(?:\.{octet}){{3}}(?![\w]|\.\d)")
-ip6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f.]*:)(?=[A-Fa-f:.]*\d)[0-9A-Fa-f:]{4,39}(?:\.\d{1,3}){0,3}(?![\w:])")
-phone = re.compile(r"(?<![\w.,+/-])(?:\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})(?![\w]|[.,/-]\d)")
+ip6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f.]*:)(?=[A-Fa-f:.]*\d)[0-9A-Fa-f:]{4,39}"
+                 r"(?:\.\d{1,3}){0,3}(?![\w:])")
+phone = re.compile(r"(?<![\w.,+/-])(?:\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"
+                   r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})"
+                   r"(?![\w]|[.,/-]\d)")
 
 def valid_iban(found: str) -> str:
     "The IBAN at the head of `found`, as it is written there; empty if its country, length or checksum is not one."
@@ -208,16 +257,20 @@ def valid_phone(found: str) -> str:
     "`found` if it has as many digits as telephone numbers have (E.164: at most 15)."
     return found if 7 <= sum(c.isdigit() for c in found) <= 15 and found.count("(") == found.count(")") else ""
 
-pii_kinds = (("email", email, str, "@"), ("iban", iban, valid_iban, ""), ("card", card, valid_card, ""), ("ip", ip4, str, "."), ("ip", ip6, valid_ip6, ":"), ("phone", phone, valid_phone, ""))
+# name, pattern, function that gives what is valid of a match, character that every match holds
+pii_kinds = (("email", email, str, "@"), ("iban", iban, valid_iban, ""), ("card", card, valid_card, ""),
+             ("ip", ip4, str, "."), ("ip", ip6, valid_ip6, ":"), ("phone", phone, valid_phone, ""))
 digit_run = re.compile(r"\d(?:[ .,()/:-]{0,2}[\dA-Z]){3}|[0-9A-Fa-f]:[0-9A-Fa-f:]*\d|\d::?[A-Fa-f]")
 
 def mask_pii(text: str) -> tuple[str, dict[str, int]]:
-    "The text with e-mail addresses, IBANs, card numbers, IP addresses and telephone numbers replaced by `[email]` and so on; and how many of each."
+    """The text with personal data replaced by `[email]` and so on, and how many of each kind.
+
+    The kinds: e-mail addresses, IBANs, card numbers, IP addresses, telephone numbers."""
     counts = {}
     numbers = digit_run.search(text) is not None
     for name, pattern, check, sign in pii_kinds:
         if sign not in text or not (numbers or name == "email"): continue
-        def replace(m):
+        def replace(m: re.Match) -> str:
             if not (found := check(m[0])): return m[0]
             counts[name] = counts.get(name, 0) + 1
             return f"[{name}]{m[0][len(found):]}"
@@ -225,48 +278,82 @@ def mask_pii(text: str) -> tuple[str, dict[str, int]]:
     return text, counts
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #6b76d254
-def new_report() -> dict:
-    "An empty report: documents read by domain; removed and changed by step, each with a count by domain and samples; personal data masked by kind."
-    return {"read": {}, "removed": {}, "changed": {}, "masked": {}}
+@dataclass
+class StepReport:
+    "What one step of filtering did."
+    documents: int = 0                                      # how many it removed or changed
+    domains: dict[str, int] = field(default_factory=dict)   # the same by domain
+    samples: list[dict] = field(default_factory=list)       # id, domain and beginning of three
 
-def note(report: dict, part: str, what: str, document: dict, text: str, **more):
-    "Count `what` under `part` for the document's domain, and keep the beginning of the first three texts as samples, with `more` beside them."
-    entry, domain = report[part].setdefault(what, {"documents": 0, "domains": {}, "samples": []}), document.get("domain", "")
-    entry["documents"] += 1
-    entry["domains"][domain] = entry["domains"].get(domain, 0) + 1
-    if len(entry["samples"]) < 3: entry["samples"].append({"id": document["id"], "domain": domain, "text": text[:200].encode("utf-8", "replace").decode(), **more})
+@dataclass
+class FilterReport:
+    "What became of the documents of a stream. The steps fill it as the stream is read."
+    read: dict[str, int] = field(default_factory=dict)            # documents by domain
+    removed: dict[str, StepReport] = field(default_factory=dict)  # by rule
+    changed: dict[str, StepReport] = field(default_factory=dict)  # by step
+    masked: dict[str, int] = field(default_factory=dict)          # personal data by kind
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)       # evaluation set -> kind
+    resembling: dict[str, dict[str, int]] = field(default_factory=dict)  # the same, of what stays
 
-def counts_by_domain(report: dict) -> dict[str, dict[str, int]]:
-    "For each domain how many documents were read, what each step removed, and how many are left."
-    removed = {domain: {step: entry["domains"].get(domain, 0) for step, entry in report["removed"].items()} for domain in report["read"]}
-    return {domain: {"read": n, **removed[domain], "kept": n - sum(removed[domain].values())} for domain, n in report["read"].items()}
+@dataclass(frozen=True)
+class FilterConfig:
+    "What `filter_documents` asks of a document, and what it does to it."
+    rules: Rules | None = Rules()     # thresholds of quality; None to take any
+    min_english: float = 0.5          # smallest `english_share`, 0 to 1; 0 to take any language
+    terminal_lines: bool = False      # keep only lines that end a sentence (C4); for web pages
+    drop_repeated_lines: bool = True  # drop lines that stood in the document before
+    mask_pii: bool = True             # mask personal data
+    clean: bool = True                # clean the text first, as `clean_text` does
 
-def filter_documents(documents: Iterable[dict],  # Each {"id", "text", "domain"}; read once
-                     report: dict,               # From `new_report`, or of an earlier part of the stream; filled as the stream is read
-                     rules: Rules | None = Rules(),  # Thresholds; None to take any quality
-                     english: float = .5,        # Smallest `english_share`; 0 to take any language
-                     terminal: bool = False,     # Keep only lines that end a sentence (C4); for web pages
-                     once: bool = True,          # Drop lines that stood in the document before
-                     mask: bool = True,          # Mask personal data
-                     clean: bool = True) -> Iterator[dict]:
-    "Yield the documents that stay, cleaned; `report` counts what was read, and for each rule the documents it removed or changed."
+def note(steps: dict[str, StepReport],  # `removed` or `changed` of a report
+         step: str,                     # The rule or step
+         document: dict,                # With id and domain
+         text: str,                     # What to show of it
+         **more: str | int | float      # What a sample says beside
+        ) -> None:
+    "Count a document under `step`; of the first three the beginning of the text is kept."
+    entry, domain = steps.setdefault(step, StepReport()), document.get("domain", "")
+    entry.documents += 1
+    entry.domains[domain] = entry.domains.get(domain, 0) + 1
+    if len(entry.samples) < 3:
+        shown = text[:200].encode("utf-8", "replace").decode()
+        entry.samples.append({"id": document["id"], "domain": domain, "text": shown, **more})
+
+def counts_by_domain(report: FilterReport) -> dict[str, dict[str, int]]:
+    "For each domain how many documents were `read`, what each step removed, how many are `kept`."
+    found = {}
+    for domain, n in report.read.items():
+        taken = {step: entry.domains.get(domain, 0) for step, entry in report.removed.items()}
+        found[domain] = {"read": n, **taken, "kept": n - sum(taken.values())}
+    return found
+
+def filter_documents(documents: Iterable[dict],  # Each with id, text, domain; read once
+                     report: FilterReport,       # Empty, or of an earlier part of the stream
+                     config: FilterConfig = FilterConfig()
+                    ) -> Iterator[dict]:
+    """Yield the documents that stay, cleaned.
+
+    `report` counts what was read, and for each rule the documents it removed or changed."""
     for document in documents:
         domain = document.get("domain", "")
-        report["read"][domain] = report["read"].get(domain, 0) + 1
+        report.read[domain] = report.read.get(domain, 0) + 1
         text = before = document["text"]
-        if clean: text = clean_text(text, lines=True)
-        if terminal:
-            before, text = text, terminal_lines(text)
-            if text != before: note(report, "changed", "terminal lines", document, before)
-        rule = "empty" if not text.strip() else "language" if english and english_share(text) < english else rules and quality_rule(text, rules)
+        if config.clean: text = clean_text(text, keep_newlines=True)
+        if config.terminal_lines:
+            before = text
+            text = terminal_lines(text)
+            if text != before: note(report.changed, "terminal lines", document, before)
+        if not text.strip(): rule = "empty"
+        elif config.min_english and english_share(text) < config.min_english: rule = "language"
+        else: rule = config.rules and quality_rule(text, config.rules)
         if rule:
-            note(report, "removed", rule, document, text or before)
+            note(report.removed, rule, document, text or before)
             continue
-        if once and (fewer := drop_repeated_lines(text)) != text:
-            note(report, "changed", "repeated lines", document, text)
+        if config.drop_repeated_lines and (fewer := drop_repeated_lines(text)) != text:
+            note(report.changed, "repeated lines", document, text)
             text = fewer
-        if mask:
+        if config.mask_pii:
             text, counts = mask_pii(text)
-            for kind, k in counts.items(): report["masked"][kind] = report["masked"].get(kind, 0) + k
-            if counts: note(report, "changed", "personal data", document, text)
+            for kind, k in counts.items(): report.masked[kind] = report.masked.get(kind, 0) + k
+            if counts: note(report.changed, "personal data", document, text)
         yield {**document, "text": text}

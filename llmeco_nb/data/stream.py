@@ -28,8 +28,10 @@ from .sources import translate_read_errors, tsv_quoting
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager
-def open_stream(source: str):
-    "The bytes of a file or URL as an open file; unpacked when its name ends in .gz. Raises `MissingError`, `DataError`."
+def open_stream(source: str) -> Iterator[io.IOBase]:
+    """The bytes of a file or URL as an open file; unpacked when its name ends in .gz.
+
+    Raises `MissingError`, `DataError`."""
     with translate_read_errors(source):
         if source_kind(source) == "file": raw = open(local_path(source), "rb")
         else:
@@ -37,33 +39,45 @@ def open_stream(source: str):
             raw = fs.open(path, "rb")
     try:
         with raw: yield gzip.GzipFile(fileobj=raw) if source.lower().endswith(".gz") else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise DataError(f"{source} is not a whole gzip file ({e}).") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataError(f"{source} is not a whole gzip file ({e}).") from None
 
 def broken_line(source: str) -> DataError | None:
-    "What is wrong with the first line of `source` that is no UTF-8 or holds a zero byte, as `decode_utf8` puts it; None when all lines are in order."
+    """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has it.
+
+    None when all lines are in order."""
     at = 0
     with open_stream(source) as raw:
         for n, line in enumerate(raw, 1):
             try: decode_utf8(line, source)
-            except DataError as e: return DataError(re.sub(r"(?:, line 1)?, byte (\d+)", lambda m: f", line {n}, byte {at + int(m[1])}", str(e), count=1))
+            except DataError as e:
+                where = lambda m: f", line {n}, byte {at + int(m[1])}"
+                return DataError(re.sub(r"(?:, line 1)?, byte (\d+)", where, str(e), count=1))
             at += len(line)
 
 def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
-    "The lines of a UTF-8 source, each with its end; `newline` as `open` takes it. Raises `DataError` naming line and byte, `MissingError`."
+    """The lines of a UTF-8 source, each with its end; `newline` as `open` takes it.
+
+    Raises `DataError` naming line and byte, `MissingError`."""
     whole = True
     with open_stream(source) as raw:
         with io.TextIOWrapper(raw, "utf-8-sig", newline=newline) as texts:
             while whole:
                 try: line = texts.readline()
-                except UnicodeDecodeError: whole = False; continue
+                except UnicodeDecodeError:
+                    whole = False
+                    continue
                 if not line: return
                 if not (whole := "\0" not in line): continue
                 yield line
     raise broken_line(source) or DataError(f"{source} changed while it was read.")
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #aacd5253
-def csv_rows(source: str, sep: str | None = None, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[list[str]]:
-    "The rows of a delimited source, header first; `sep` None: the first of comma, semicolon and tab that the header holds. Raises `DataError` naming the line."
+def csv_rows(source: str,                      # Path or URL
+             sep: str | None = None,           # None: the first of , ; and tab in the header
+             quoting: int = csv.QUOTE_MINIMAL  # As in the module csv
+            ) -> Iterator[list[str]]:
+    "The rows of a delimited source, header first. Raises `DataError` naming the line."
     csv.field_size_limit(sys.maxsize)
     lines = read_lines(source, "")
     head = next(lines, "")
@@ -74,29 +88,38 @@ def csv_rows(source: str, sep: str | None = None, quoting: int = csv.QUOTE_MINIM
             if not row: continue
             width = width or len(row)
             if len(row) != width:
-                raise DataError(f"{source}, line {reader.line_num}: {len(row)} columns where the header has {width}. A text that holds the separator {sep!r} must stand in double quotes. "
-                                f"The line begins: {sep.join(row)[:60]}")
+                raise DataError(f"{source}, line {reader.line_num}: {len(row)} columns where the header "
+                                f"has {width}. A text that holds the separator {sep!r} must stand in "
+                                f"double quotes. The line begins: {sep.join(row)[:60]}")
             yield row
     except csv.Error as e:
-        raise DataError(f"{source}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice.") from None
+        raise DataError(f"{source}, line {reader.line_num}: broken quoting ({e}). "
+                        "Inside a quoted text a double quote is written twice.") from None
 
 def tsv_rows(source: str) -> Iterator[list[str]]:
     "The rows of a tab-separated source, header first, whether or not it uses quotes. Raises `DataError`."
     yield from csv_rows(source, "\t", tsv_quoting(lambda quoting: csv_rows(source, "\t", quoting)))
 
-def column_texts(rows: Iterator[list[str]], source: str, column: str, where: dict[str, str] | None = None) -> Iterator[str]:
-    "The texts of a column of rows with a header; `where`: only rows with these values in other columns. Raises `DataError`."
+def column_texts(rows: Iterator[list[str]],           # Header first
+                 source: str,                         # How to name it in an error
+                 column: str,                         # Of the texts
+                 where: dict[str, str] | None = None  # Only rows with these values in other columns
+                ) -> Iterator[str]:
+    "The texts of a column. Raises `DataError`."
     import pandas as pd
     head = next(rows, [])
     column_values(pd.DataFrame(columns=head), source, "text", column)
     if not head: return
-    at, asked = head.index(column), [(head.index(name), value) for name, value in (where or {}).items()]
+    at = head.index(column)
+    asked = [(head.index(name), value) for name, value in (where or {}).items()]
     yield from (row[at] for row in rows if all(row[i] == value for i, value in asked))
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #f8543bcd
-def cell_text(value, source: str, column: str) -> str:
+def cell_text(value: object, source: str, column: str) -> str:
     "A cell as text; '' for nothing. Raises `DataError` for a list or an object."
-    if value is not None and hasattr(value, "__len__") and not isinstance(value, str): raise DataError(f"The column `{column}` of {source} holds such values as {str(value)[:60]}; each row needs one text.")
+    if value is not None and hasattr(value, "__len__") and not isinstance(value, str):
+        raise DataError(f"The column `{column}` of {source} holds such values as {str(value)[:60]}; "
+                        "each row needs one text.")
     return "" if is_blank(value) else as_text(value)
 
 def json_texts(source: str, column: str) -> Iterator[str]:
@@ -104,16 +127,25 @@ def json_texts(source: str, column: str) -> Iterator[str]:
     first = True
     for n, line in enumerate(read_lines(source), 1):
         if not line.strip(): continue
-        if first and line.lstrip().startswith("["): yield from read_table(source, text=column, label="").text; return
+        if first and line.lstrip().startswith("["): yield from read_table(source, column, label_column="").text; return
         try: row = json.loads(line)
-        except ValueError as e: raise DataError(f"{source}, line {n}, column {getattr(e, 'colno', 1)}: not JSON ({getattr(e, 'msg', e)}). The line begins: {line.strip()[:60]}") from None
-        if not isinstance(row, dict): raise DataError(f'{source}, line {n}: each line must be an object such as {{"text": "…"}}; found {line.strip()[:60]}')
-        if first and column not in row: raise DataError(f"{source} has no column `{column}`.{did_you_mean(column, row)} Its first row has {', '.join(row)}.")
+        except ValueError as e:
+            raise DataError(f"{source}, line {n}, column {getattr(e, 'colno', 1)}: not JSON "
+                            f"({getattr(e, 'msg', e)}). The line begins: {line.strip()[:60]}") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{source}, line {n}: each line must be an object such as {{"text": "…"}}; '
+                            f"found {line.strip()[:60]}")
+        if first and column not in row:
+            raise DataError(f"{source} has no column `{column}`.{did_you_mean(column, row)} "
+                            f"Its first row has {', '.join(row)}.")
         first = False
         yield cell_text(row.get(column), source, column)
 
-def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
-    "The texts of a Parquet file, `rows` rows of one column in memory at a time. Raises `DataError`."
+def parquet_texts(source: str,      # Path or URL
+                  column: str,      # Of the texts
+                  rows: int = 256   # In memory at a time
+                 ) -> Iterator[str]:
+    "The texts of a column of a Parquet file. Raises `DataError`."
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -121,12 +153,17 @@ def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
         try:
             file = pq.ParquetFile(raw)
             column_values(pd.DataFrame(columns=file.schema_arrow.names), source, "text", column)
-            for batch in file.iter_batches(rows, columns=[column]): yield from (cell_text(v, source, column) for v in batch.column(0).to_pylist())
-        except (pa.ArrowException, OSError) as e: raise DataError(f"{source} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again.") from None
+            for batch in file.iter_batches(rows, columns=[column]):
+                yield from (cell_text(v, source, column) for v in batch.column(0).to_pylist())
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"{source} is not a readable Parquet file ({type(e).__name__}: "
+                            f"{str(e)[:100]}). Fetch or write it again.") from None
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8ce5e2df
 def paragraphs(lines: Iterator[str]) -> Iterator[str]:
-    "What stands between empty lines (which may hold spaces and tabs), as `read_table` cuts it with unit paragraph."
+    """What stands between empty lines (which may hold spaces and tabs).
+
+    As `read_table` cuts it with unit paragraph."""
     held, fresh = [], False
     for line in lines:
         if fresh: line = line.lstrip()
@@ -140,10 +177,15 @@ def paragraphs(lines: Iterator[str]) -> Iterator[str]:
     if held: yield "".join(held)
 
 def folder_texts(folder: Path) -> Iterator[str]:
-    "The `.txt` and `.md` files of a folder, at any depth, in the order of their paths; each is one text. Raises `DataError` if there are none."
+    """The `.txt` and `.md` files of a folder, at any depth, in the order of their paths.
+
+    Each is one text. Raises `DataError` if there are none."""
     hidden = lambda f: any(part.startswith(".") for part in f.relative_to(folder).parts)
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".txt", ".md") and f.is_file() and not hidden(f))
-    if not files: raise DataError(f"The folder {folder} holds no .txt or .md files. Name a file inside it, or another folder.")
+    files = sorted(f for f in folder.rglob("*")
+                   if f.suffix.lower() in (".txt", ".md") and f.is_file() and not hidden(f))
+    if not files:
+        raise DataError(f"The folder {folder} holds no .txt or .md files. "
+                        "Name a file inside it, or another folder.")
     for f in files:
         with translate_read_errors(str(f)): data = f.read_bytes()
         yield decode_utf8(data, str(f))
@@ -152,16 +194,26 @@ def stream_texts(source: str,               # Short name, hf:org/name, path, URL
                  column: str = "text",      # Of a table
                  unit: str = "paragraph"    # What one text is in a .txt or .md file: line, paragraph or file
                 ) -> Iterator[str]:
-    "The texts of a source, one at a time; those of empty cells are ''. Raises `MissingError`, `UsageError` and, as it reads, `DataError`."
+    """The texts of a source, one at a time; those of empty cells are ''.
+
+    Raises `MissingError`, `UsageError` and, as it reads, `DataError`."""
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
-    if kind == "hub": return (t for t in read_table(source, text=column, label="").text)
+    if kind == "hub": return (t for t in read_table(source, column, label_column="").text)
     if kind == "folder": return folder_texts(local_path(source))
-    if kind == "short": return column_texts(csv_rows(str(packaged_reviews())), source, "text", {"source": source})
+    if kind == "short":
+        rows = csv_rows(str(packaged_reviews()))
+        return column_texts(rows, source, "text", {"source": source})
     suffix = Path(ending.stem if ending.suffix.lower() == ".gz" else ending).suffix.lower()
     if suffix in (".json", ".jsonl"): return json_texts(source, column)
-    if suffix in (".csv", ".tsv"): return column_texts(tsv_rows(source) if suffix == ".tsv" else csv_rows(source), source, column)
+    if suffix in (".csv", ".tsv"):
+        rows = tsv_rows(source) if suffix == ".tsv" else csv_rows(source)
+        return column_texts(rows, source, column)
     if suffix == ".parquet": return parquet_texts(source, column)
-    if suffix not in (".txt", ".md"): raise UsageError(f"{source} ends in {suffix or 'nothing'}; tables and texts end in {', '.join(file_extensions)}, .md, with .gz behind if packed.{did_you_mean(suffix, file_extensions)}")
-    cuts = {"line": lambda lines: (line.removesuffix("\n") for line in lines), "paragraph": paragraphs, "file": lambda lines: iter(["".join(lines)])}
+    if suffix not in (".txt", ".md"):
+        raise UsageError(f"{source} ends in {suffix or 'nothing'}; tables and texts end in "
+                         f"{', '.join(file_extensions)}, .md, with .gz behind if packed."
+                         f"{did_you_mean(suffix, file_extensions)}")
+    cuts = {"line": lambda lines: (line.removesuffix("\n") for line in lines),
+            "paragraph": paragraphs, "file": lambda lines: iter(["".join(lines)])}
     if unit not in cuts: raise UsageError(f"unit is {unit!r}; a .txt file is cut by {', '.join(cuts)}.")
     return (t for t in cuts[unit](line.replace("\r\n", "\n") for line in read_lines(source)) if t.strip())

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['schema', 'predictions', 'feedback', 'database_url', 'connect', 'UnknownRequest', 'Conflict', 'Ledger',
-           'keep_predictions', 'keep_feedback', 'read_feedback']
+           'FeedbackReply', 'keep_predictions', 'keep_feedback', 'FeedbackRow', 'read_feedback']
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #3fdd8d34
 import json
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Boolean
 from sqlalchemy import Column
+from sqlalchemy import Connection
+from sqlalchemy import Engine
 from sqlalchemy import Float
 from sqlalchemy import Integer
 from sqlalchemy import MetaData
@@ -25,6 +30,7 @@ from sqlalchemy import Table
 from sqlalchemy import Text
 from sqlalchemy import create_engine
 from sqlalchemy import event
+from sqlalchemy import inspect
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateTable
@@ -33,131 +39,300 @@ from ..core import LlmecoError
 from ..core import MissingError
 from ..core import UsageError
 from ..core import WriteError
+from .engine import Answer
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #fa1fd69e
 schema = MetaData()
-predictions = Table("predictions", schema,
-    Column("request_id", String(64), primary_key=True), Column("item", Integer, primary_key=True), Column("at", Float, nullable=False),
-    Column("model", String(64), nullable=False), Column("text", Text, nullable=False), Column("label", Text, nullable=False),
-    Column("probabilities", Text, nullable=False))          # JSON: label -> probability
-feedback = Table("feedback", schema,
-    Column("request_id", String(64), primary_key=True), Column("item", Integer, primary_key=True), Column("key", String(200), primary_key=True),
-    Column("at", Float, nullable=False), Column("author", Text, nullable=False), Column("given", Text), Column("correct", Boolean, nullable=False),
-    Column("note", Text, nullable=False))                   # given is empty when we know that the answer was wrong, but not what is right
+predictions = Table(
+    "predictions",
+    schema,
+    Column("request_id", String(64), primary_key=True),
+    Column("item", Integer, primary_key=True),
+    Column("at", Float, nullable=False),  # seconds since 1970
+    Column("model", String(64), nullable=False),  # digest of the bundle
+    Column("text", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("probabilities", Text, nullable=False),  # JSON: label -> probability
+)
+feedback = Table(
+    "feedback",
+    schema,
+    Column("request_id", String(64), primary_key=True),
+    Column("item", Integer, primary_key=True),
+    Column("key", String(200), primary_key=True),
+    Column("at", Float, nullable=False),  # seconds since 1970
+    Column("author", Text, nullable=False),
+    Column("given", Text),  # empty when the answer was wrong and what is right is not known
+    Column("correct", Boolean, nullable=False),
+    Column("note", Text, nullable=False),
+)
 
-def database_url(where: str | Path) -> str:
-    "A file's path as an SQLite URL; a URL as it is. Raises `UsageError` for a database that is neither SQLite nor PostgreSQL."
+
+def database_url(
+    where: str | Path,  # Path of an SQLite file, or a database URL
+) -> str:
+    "A path as an SQLite URL; a URL as it is. Raises `UsageError` for other databases."
     url = str(where) if "://" in str(where) else f"sqlite:///{Path(where).absolute()}"
-    if not url.startswith(("sqlite", "postgresql")): raise UsageError(f"{url.partition('://')[0]} is no database we can write to. Give the path of an SQLite file, or a URL that begins with postgresql://.")
+    if not url.startswith(("sqlite", "postgresql")):
+        raise UsageError(
+            f"{url.partition('://')[0]} is no database we can write to. Give the path of an "
+            "SQLite file, or a URL that begins with postgresql://."
+        )
     return url
 
-def connect(where: str | Path):
-    "An SQLAlchemy engine on the database, tables made if they are not there. Raises `WriteError`, `MissingError`."
+
+def connect(
+    where: str | Path,  # Path of an SQLite file, or a database URL
+) -> Engine:
+    """An SQLAlchemy engine on the database, tables made if they are not there. Raises `WriteError`
+    for one that cannot be opened or has other columns, `MissingError` for an absent driver."""
     url = database_url(where)
-    args = dict(isolation_level=None, timeout=30) if url.startswith("sqlite") else {}   # no hidden BEGIN: the writer says when
+    sqlite = url.startswith("sqlite")
+    # no hidden BEGIN: the writer says when
+    args = dict(isolation_level=None, timeout=30) if sqlite else {}
     try:
-        if url.startswith("sqlite:///"): Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args=args)
-        if url.startswith("sqlite"):
+        if sqlite:
+
             @event.listens_for(engine, "connect")
             def durable(connection, _):
-                for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"): connection.execute(line)
+                for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"):
+                    connection.execute(line)
+
         with engine.connect() as c:
-            for table in schema.sorted_tables: c.execute(CreateTable(table, if_not_exists=True))
+            for table in schema.sorted_tables:
+                c.execute(CreateTable(table, if_not_exists=True))
             c.commit()
-    except ModuleNotFoundError as e: raise MissingError(f"The database {where} needs the package {e.name}: install it with pip.") from None
-    except (SQLAlchemyError, OSError) as e: raise WriteError(f"The database {where} cannot be opened: {getattr(e, 'orig', None) or e}.") from None
+            _check_columns(c, where)
+    except ModuleNotFoundError as e:
+        raise MissingError(
+            f"The database {where} needs the package {e.name}: install it with pip."
+        ) from None
+    except (SQLAlchemyError, OSError) as e:
+        reason = getattr(e, "orig", None) or e
+        raise WriteError(f"The database {where} cannot be opened: {reason}.") from None
     return engine
+
+
+def _check_columns(c: Connection, where: str | Path) -> None:
+    "Raises `WriteError` if a table has not the columns that are read and written here."
+    for table in schema.sorted_tables:
+        there = {column["name"] for column in inspect(c).get_columns(table.name)}
+        if lacking := [column.name for column in table.columns if column.name not in there]:
+            raise WriteError(
+                f"The database {where} is of another version: its table {table.name} has no "
+                f"column {', '.join(lacking)}. Serve into a new one: `llmeco serve --database "
+                "FILE`."
+            )
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #71be1e33
 class UnknownRequest(LlmecoError):
     "Feedback on an answer that was never given."
 
+
 class Conflict(LlmecoError):
     "The same key again, with different content."
 
+
 class Ledger:
     "The two tables, written by one thread that commits everything that waits at once."
-    def __init__(self, where: str | Path,   # Path of an SQLite file, or a database URL
-                 together: int = 256):      # At most so many jobs share a commit
-        self.engine, self.together, self.jobs, self.commits = connect(where), together, queue.SimpleQueue(), 0
+
+    def __init__(
+        self,
+        where: str | Path,  # Path of an SQLite file, or a database URL
+        max_batch: int = 256,  # Jobs that share a commit, at most
+    ):
+        self.engine = connect(where)
+        self.max_batch = max_batch
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.commits = 0
         dialect = self.engine.dialect.name
-        self.insert = import_module(f"sqlalchemy.dialects.{dialect}").insert      # the one we speak; a server should start quickly
+        # only the dialect we speak is imported; a server should start quickly
+        self.insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
         self.begin = "BEGIN IMMEDIATE" if dialect == "sqlite" else None
         self.thread = threading.Thread(target=self._write_all, name="ledger", daemon=True)
         self.thread.start()
 
-    def write(self, job) -> Future:
-        "Have `job(connection)` done; the future holds what it returned once that is on the disk."
-        future = Future()
-        if not self.thread.is_alive(): future.set_exception(WriteError("The ledger is closed."))
-        else: self.jobs.put((job, future))
+    def write(self, job: Callable[[Connection], Any]) -> Future:
+        "Have `job(connection)` done; the future holds its result once that is on the disk."
+        future: Future = Future()
+        if not self.thread.is_alive():
+            future.set_exception(WriteError("The ledger is closed."))
+        else:
+            self.jobs.put((job, future))
         return future
 
-    def close(self):
+    def close(self) -> None:
         "Write what waits, then stop."
         self.jobs.put(None)
         self.thread.join()
         self.engine.dispose()
 
-    def _write_all(self):
+    def _write_all(self) -> None:
+        "Take everything that waits, commit it, until told to stop."
         while True:
-            waiting = [self.jobs.get()]
-            while len(waiting) < self.together and not self.jobs.empty(): waiting.append(self.jobs.get())
-            self._commit([(job, f) for job, f in filter(None, waiting) if f.set_running_or_notify_cancel()])
-            if None in waiting: return
+            batch = [self.jobs.get()]
+            while len(batch) < self.max_batch and not self.jobs.empty():
+                batch.append(self.jobs.get())
+            work = [(job, f) for job, f in filter(None, batch) if f.set_running_or_notify_cancel()]
+            self._commit(work)
+            if None in batch:
+                return
 
-    def _commit(self, work):
+    def _commit(self, work: list[tuple[Callable[[Connection], Any], Future]]) -> None:
         "One transaction for all of `work`."
-        if not work: return
-        said = []
+        if not work:
+            return
+        outcomes: list[tuple[Any, Exception | None]] = []
         try:
             with self.engine.connect() as c:
-                if self.begin: c.exec_driver_sql(self.begin)
+                if self.begin:
+                    c.exec_driver_sql(self.begin)
                 for job, _ in work:
-                    try: said.append((job(c), None))
-                    except LlmecoError as e: said.append((None, e))
+                    try:
+                        outcomes.append((job(c), None))
+                    except LlmecoError as e:
+                        outcomes.append((None, e))
                 c.commit()
             self.commits += 1
-        except Exception as e: said = [(None, WriteError(f"The ledger could not be written: {getattr(e, 'orig', None) or e}."))]*len(work)
-        for (_, future), (result, error) in zip(work, said): future.set_exception(error) if error else future.set_result(result)
+        except Exception as e:
+            reason = getattr(e, "orig", None) or e
+            failed = WriteError(f"The ledger could not be written: {reason}.")
+            outcomes = [(None, failed)] * len(work)
+        for (_, future), (result, error) in zip(work, outcomes):
+            if error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #30f7a641
-def keep_predictions(ledger: Ledger, request_id: str, model: str, texts: list[str], answers: list[dict]) -> Future:
-    "Store the answers to a request: `answers` holds label and probabilities of each text; `model` is the bundle's digest."
-    rows = [dict(request_id=request_id, item=i, at=time.time(), model=model, text=t, label=a["label"], probabilities=json.dumps(a["probabilities"])) for i, (t, a) in enumerate(zip(texts, answers))]
+@dataclass(frozen=True)
+class FeedbackReply:
+    "What became of a piece of feedback."
+
+    stored: bool  # False for a repetition
+    label: str | None  # what is right; None if that is not known
+    predicted: str  # what the answer said
+    correct: bool  # whether the answer was right
+
+
+def keep_predictions(
+    ledger: Ledger,
+    request_id: str,
+    model: str,  # Digest of the bundle that answered
+    texts: list[str],
+    answers: list[Answer],  # One for every text
+) -> Future:
+    "Store the answers to a request; the future holds None once they are on the disk."
+    rows = [
+        dict(
+            request_id=request_id,
+            item=i,
+            at=time.time(),
+            model=model,
+            text=text,
+            label=answer.label,
+            probabilities=json.dumps(answer.probabilities),
+        )
+        for i, (text, answer) in enumerate(zip(texts, answers))
+    ]
     return ledger.write(lambda c: c.execute(predictions.insert(), rows) and None)
 
-def keep_feedback(ledger: Ledger, request_id: str, item: int = 0,
-                  label: str | None = None,      # What is right
-                  correct: bool | None = None,   # Whether the answer was right; one of the two is enough
-                  author: str = "", note: str = "", key: str = "") -> Future:
-    "Store feedback once: the future holds `stored` (False for a repetition), label, predicted, correct. Raises `UsageError`, `UnknownRequest`, `Conflict`."
-    def job(c):
-        row = c.execute(select(predictions).where(predictions.c.request_id == request_id, predictions.c.item == item)).first()
-        if row is None: raise UnknownRequest(f"There is no answer {item} of a request {request_id}. Send the request_id and the item that came with the answer.")
+
+def keep_feedback(
+    ledger: Ledger,
+    request_id: str,  # The one that came with the answer
+    item: int = 0,  # Which of the request's answers
+    label: str | None = None,  # What is right
+    correct: bool | None = None,  # Whether the answer was right; one of the two is enough
+    author: str = "",  # Who says so
+    note: str = "",  # Anything else
+    key: str = "",  # Repeated messages have the same; empty: the author
+) -> Future:
+    """Store feedback once; the future holds a `FeedbackReply`. It raises `UsageError`,
+    `UnknownRequest`, `Conflict`."""
+
+    def job(c: Connection) -> FeedbackReply:
+        p, f = predictions.c, feedback.c
+        place = (p.request_id == request_id) & (p.item == item)
+        row = c.execute(select(predictions).where(place)).first()
+        if row is None:
+            raise UnknownRequest(
+                f"There is no answer {item} of a request {request_id}. Send the request_id and "
+                "the item that came with the answer."
+            )
         known = list(json.loads(row.probabilities))
-        if label is not None and label not in known: raise UsageError(f"{label!r} is not a label of this model. Its labels are: {', '.join(known)}.")
-        others = [k for k in known if k != row.label]
-        given = label if label is not None else row.label if correct else others[0] if len(others) == 1 else None
-        mine = dict(author=author, given=given, correct=given == row.label, note=note)
-        if label is not None and correct is not None and correct != mine["correct"]: raise UsageError(f"The answer was {row.label!r}: correct={str(correct).lower()} and label={label!r} contradict each other. Send one of them.")
-        done = c.execute(ledger.insert(feedback).values(request_id=request_id, item=item, key=key or author, at=time.time(), **mine).on_conflict_do_nothing())
+        if label is not None and label not in known:
+            raise UsageError(
+                f"{label!r} is not a label of this model. Its labels are: {', '.join(known)}."
+            )
+        given = label if label is not None else _implied_label(row.label, known, correct)
+        content = dict(author=author, given=given, correct=given == row.label, note=note)
+        if label is not None and correct is not None and correct != content["correct"]:
+            raise UsageError(
+                f"The answer was {row.label!r}: correct={str(correct).lower()} and "
+                f"label={label!r} contradict each other. Send one of them."
+            )
+        names = dict(request_id=request_id, item=item, key=key or author)
+        insert = ledger.insert(feedback).values(**names, at=time.time(), **content)
+        done = c.execute(insert.on_conflict_do_nothing())
         if not done.rowcount:
-            old = c.execute(select(feedback).where(feedback.c.request_id == request_id, feedback.c.item == item, feedback.c.key == (key or author))).one()
-            if any(getattr(old, k) != v for k, v in mine.items()): raise Conflict(f"There is other feedback on this answer already (label {old.given!r}). To replace it, send the new one with another `key`.")
-        return dict(stored=bool(done.rowcount), label=given, predicted=row.label, correct=mine["correct"])
+            same = (f.request_id == request_id) & (f.item == item) & (f.key == names["key"])
+            old = c.execute(select(feedback).where(same)).one()
+            if any(getattr(old, k) != v for k, v in content.items()):
+                raise Conflict(
+                    f"There is other feedback on this answer already (label {old.given!r}). To "
+                    "replace it, send the new one with another `key`."
+                )
+        return FeedbackReply(bool(done.rowcount), given, row.label, content["correct"])
+
     return ledger.write(job)
 
+
+def _implied_label(predicted: str, known: list[str], correct: bool | None) -> str | None:
+    "What is right if an answer is `correct` or not; None where that leaves more than one."
+    if correct:
+        return predicted
+    others = [k for k in known if k != predicted]
+    return others[0] if len(others) == 1 else None
+
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #ad95b718
-def read_feedback(where: str | Path) -> list[dict]:
-    "Every piece of feedback with the text it is about, sorted by time, request, item and key. Empty if there is no database."
+@dataclass(frozen=True)
+class FeedbackRow:
+    "A piece of feedback with the text it is about."
+
+    request_id: str
+    item: int  # which answer of the request
+    key: str  # what makes a repetition recognisable
+    at: float  # seconds since 1970
+    author: str
+    text: str
+    predicted: str  # what the answer said
+    given: str | None  # what is right; None if that is not known
+    correct: bool  # whether the answer was right
+    note: str
+    model: str  # digest of the bundle that answered
+
+
+def read_feedback(
+    where: str | Path,  # Path of an SQLite file, or a database URL
+) -> list[FeedbackRow]:
+    """Every piece of feedback, sorted by time, request, item and key. Empty if there is no
+    database. Raises `WriteError` for one that cannot be opened."""
     url = database_url(where)
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists(): return []
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+        return []
     f, p = feedback.c, predictions.c
-    joined = select(f.request_id, f.item, f.key, f.at, f.author, p.text, p.label.label("predicted"), f.given, f.correct, f.note, p.model).join(
-        predictions, (f.request_id == p.request_id) & (f.item == p.item)).order_by(f.at, f.request_id, f.item, f.key)
+    columns = [f.request_id, f.item, f.key, f.at, f.author, f.given, f.correct, f.note]
+    columns += [p.text, p.label.label("predicted"), p.model]
+    same = (f.request_id == p.request_id) & (f.item == p.item)
+    joined = select(*columns).join(predictions, same)
+    joined = joined.order_by(f.at, f.request_id, f.item, f.key)
     engine = connect(where)
     try:
-        with engine.connect() as c: return [dict(r) for r in c.execute(joined).mappings()]
-    finally: engine.dispose()
+        with engine.connect() as c:
+            return [FeedbackRow(**r) for r in c.execute(joined).mappings()]
+    finally:
+        engine.dispose()

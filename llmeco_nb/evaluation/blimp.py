@@ -11,100 +11,191 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError
-from ..core import MissingError
+from ..core import DataError, MissingError
+
+# %% ../../nbs/1_pretraining/18d_blimp.ipynb #7783b9ea
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from tokenizers import Tokenizer
+    from torch.nn import Module
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #a24c0377
-def data_folder(data: str, needed: list[str], beside: list[Path] = ()) -> Path:
-    "The first folder of `data`, $LLMECO_DATA, `beside` that is named and holds all files `needed`. Raises `MissingError`."
-    tried = [Path(data)] if data else [Path(os.environ["LLMECO_DATA"])] if os.environ.get("LLMECO_DATA") else list(beside)
-    for folder in tried:
-        if all((folder/f).is_file() for f in needed): return folder
-    lacking = next(f for f in needed if not tried or not (tried[0]/f).is_file())
-    raise MissingError(f"This needs {', '.join(needed)}, and {lacking} is not in {tried[0] if tried else 'any folder'}. BLiMP is at https://github.com/alexwarstadt/blimp (CC BY 4.0). "
-                       "Name the folder: -p data=DIR, or LLMECO_DATA=DIR.")
+def data_folder(
+    data: str,  # A folder; empty: the next in line
+    needed: list[str],  # Names of the files it must hold
+    beside: Sequence[Path] = (),  # Folders to try where neither `data` nor $LLMECO_DATA is set
+) -> Path:
+    """The first folder of `data`, $LLMECO_DATA and `beside` that is set and holds all files.
 
-def read_blimp(archive: str | Path, pairs: int | None = None # Of each set, from the front; None for all
-              ):
-    "All pairs as a DataFrame: set, phenomenon, good, bad; sets in the order of their names. Raises `MissingError`, `DataError`."
+    Raises `MissingError` naming the first file that is lacking.
+    """
+    if data:
+        tried = [Path(data)]
+    elif os.environ.get("LLMECO_DATA"):
+        tried = [Path(os.environ["LLMECO_DATA"])]
+    else:
+        tried = list(beside)
+    for folder in tried:
+        if all((folder / f).is_file() for f in needed):
+            return folder
+    lacking = next(f for f in needed if not tried or not (tried[0] / f).is_file())
+    raise MissingError(
+        f"This needs {', '.join(needed)}, and {lacking} is not in "
+        f"{tried[0] if tried else 'any folder'}. BLiMP is at https://github.com/alexwarstadt/blimp "
+        "(CC BY 4.0). Name the folder: -p data=DIR, or LLMECO_DATA=DIR."
+    )
+
+
+def read_blimp(
+    archive: str | Path,  # BLiMP.zip as it is published
+    pairs: int | None = None,  # Of each set, from the front; None for all
+) -> "pd.DataFrame":
+    """All pairs as a DataFrame: set, phenomenon, good, bad; sets in the order of their names.
+
+    Raises `MissingError` without the file, `DataError` for one that is not BLiMP.
+    """
     import pandas as pd
-    if not Path(archive).is_file(): raise MissingError(f"{archive} is not there. BLiMP is at https://github.com/alexwarstadt/blimp.")
+
+    if not Path(archive).is_file():
+        raise MissingError(
+            f"{archive} is not there. BLiMP is at https://github.com/alexwarstadt/blimp."
+        )
     rows = []
     try:
         with zipfile.ZipFile(archive) as z:
-            for name in sorted(n for n in z.namelist() if n.endswith(".jsonl") and "__MACOSX" not in n):
+            names = [n for n in z.namelist() if n.endswith(".jsonl") and "__MACOSX" not in n]
+            for name in sorted(names):
                 for line in list(io.TextIOWrapper(z.open(name), "utf-8"))[:pairs]:
                     r = json.loads(line)
-                    rows.append((r["UID"], r["linguistics_term"], r["sentence_good"], r["sentence_bad"]))
-    except (zipfile.BadZipFile, KeyError, ValueError) as e: raise DataError(f"{archive} is not BLiMP as it is published: {e!r}.") from None
-    if not rows: raise DataError(f"{archive} holds no .jsonl of sentence pairs.")
+                    sentences = r["sentence_good"], r["sentence_bad"]
+                    rows.append((r["UID"], r["linguistics_term"], *sentences))
+    except (zipfile.BadZipFile, KeyError, ValueError) as e:
+        raise DataError(f"{archive} is not BLiMP as it is published: {e!r}.") from None
+    if not rows:
+        raise DataError(f"{archive} holds no .jsonl of sentence pairs.")
     return pd.DataFrame(rows, columns=["set", "phenomenon", "good", "bad"])
 
-def read_published(file: str | Path):
+
+def read_published(
+    file: str | Path,  # models_summary.jsonl of the paper's results
+) -> "pd.DataFrame":
     "Published accuracies by set (index): ngram, lstm, txl, gpt2, as shares. Raises `MissingError`."
     import pandas as pd
-    if not Path(file).is_file(): raise MissingError(f"{file} is not there; it is raw_results/summary/models_summary.jsonl of https://github.com/alexwarstadt/blimp.")
+
+    if not Path(file).is_file():
+        raise MissingError(
+            f"{file} is not there; it is raw_results/summary/models_summary.jsonl of "
+            "https://github.com/alexwarstadt/blimp."
+        )
     table = pd.read_json(file, lines=True)
-    return table[table.UID != "overall"].set_index("UID")[["ngram", "lstm", "txl", "gpt2"]]     # the rows "overall" are means of the others
+    return table[table.UID != "overall"].set_index("UID")[
+        ["ngram", "lstm", "txl", "gpt2"]
+    ]  # the rows "overall" are means of the others
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #70266ebf
-def sentence_scores(model, tokenizer, sentences: list[str],
-                    tokens: int = 8192  # A batch may hold
-                   ) -> np.ndarray:
-    "log p of each sentence in nats under a `decoder.Decoder`, its end included. Raises `DataError` for a sentence longer than the context."
+def sentence_scores(
+    model: "Module",  # A causal model of `llmeco_nb.models.decoder`, in evaluation mode
+    tokenizer: "Tokenizer",  # Its tokenizer
+    sentences: list[str],  # In any order
+    max_batch_tokens: int = 8192,  # Tokens a batch may hold, padding included
+) -> np.ndarray:
+    """log p of each sentence in nats, its end included; float64 of shape (sentences,).
+
+    Raises `DataError` for a sentence longer than the context.
+    """
     import torch
     import torch.nn.functional as F
     from llmeco_nb.pretraining.causal import eos_token_id
     from llmeco_nb.tokenization.bpe import encode_subwords
-    end, found = eos_token_id(tokenizer), np.empty(len(sentences))
+
+    end = eos_token_id(tokenizer)
+    found = np.empty(len(sentences))
     ids = [np.concatenate([[end], e, [end]]) for e in encode_subwords(tokenizer, sentences)]
-    if ids and (longest := max(map(len, ids))) - 1 > model.config.context:
-        raise DataError(f"{sentences[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} has {longest - 1} tokens; the model's context is {model.config.context}.")
+    if ids and (longest := max(map(len, ids))) - 1 > model.config.context_length:
+        raise DataError(
+            f"{sentences[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} has {longest - 1} "
+            f"tokens; the model's context is {model.config.context_length}."
+        )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     while order:
-        size = max(1, tokens // len(ids[order[0]]))
+        size = max(1, max_batch_tokens // len(ids[order[0]]))
         now, order = order[:size], order[size:]
         whole = np.full((len(now), len(ids[now[-1]])), -1)
-        for k, i in enumerate(now): whole[k, :len(ids[i])] = ids[i]
-        x, y = torch.from_numpy(np.where(whole[:, :-1] < 0, end, whole[:, :-1])), torch.from_numpy(whole[:, 1:])
-        with torch.inference_mode(): nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
+        for k, i in enumerate(now):
+            whole[k, : len(ids[i])] = ids[i]
+        x = torch.from_numpy(np.where(whole[:, :-1] < 0, end, whole[:, :-1]))
+        y = torch.from_numpy(whole[:, 1:])
+        with torch.inference_mode():
+            logits = model(x).flatten(0, 1)
+            nats = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction="none")
         found[now] = -nats.view(y.shape).double().sum(1).numpy()
     return found
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #396a8138
-def score_pairs(pairs,                                  # From `read_blimp`
-                scores: Callable[[list[str]], np.ndarray] # Sentences -> their log-probabilities
-               ) -> np.ndarray:
-    "For each pair 1 if the good sentence scores higher, 0.5 for a tie, else 0. Raises `DataError` when a score is no number."
+def score_pairs(
+    pairs: "pd.DataFrame",  # As `read_blimp` gives them
+    scores: Callable[[list[str]], np.ndarray],  # Sentences -> their log-probabilities
+) -> np.ndarray:
+    """For each pair 1 if the good sentence scores higher, 0.5 for a tie, else 0; shape (pairs,).
+
+    Raises `DataError` when a score is no number.
+    """
     both = np.asarray(scores([*pairs.good, *pairs.bad]))
-    if not np.isfinite(both).all(): raise DataError(f"{int((~np.isfinite(both)).sum())} of {len(both)} sentences have a score that is no number.")
+    if not np.isfinite(both).all():
+        bad = int((~np.isfinite(both)).sum())
+        raise DataError(f"{bad} of {len(both)} sentences have a score that is no number.")
     good, bad = np.split(both, 2)
     return (good > bad) + 0.5 * (good == bad)
 
-def accuracy_by_set(pairs, points: np.ndarray):
-    "A DataFrame with one row a set: phenomenon, pairs, accuracy."
-    found = pairs.assign(points=points).groupby("set", sort=True).agg(phenomenon=("phenomenon", "first"), pairs=("points", "size"), accuracy=("points", "mean"))
+
+def accuracy_by_set(
+    pairs: "pd.DataFrame",  # As `read_blimp` gives them
+    points: np.ndarray,  # What `score_pairs` gives for them, shape (pairs,)
+) -> "pd.DataFrame":
+    "A DataFrame with one row a set: set, phenomenon, pairs, accuracy in [0, 1]."
+    found = (
+        pairs.assign(points=points)
+        .groupby("set", sort=True)
+        .agg(
+            phenomenon=("phenomenon", "first"),
+            pairs=("points", "size"),
+            accuracy=("points", "mean"),
+        )
+    )
     return found.reset_index()
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #007912ab
 published_names = dict(ngram="5-gram", lstm="LSTM", txl="Transformer-XL", gpt2="GPT-2")
 
-def blimp_figure(table,   # One row a set: phenomenon, accuracy, ngram, lstm, txl, gpt2, and maybe fivegram
-                 title: str = "BLiMP"):
+
+def blimp_figure(
+    table: "pd.DataFrame",  # A row a set: phenomenon, accuracy, ngram, lstm, txl, gpt2; fivegram?
+    title: str = "BLiMP",  # Over the figure
+) -> "Figure":
     "A matplotlib figure: accuracy by phenomenon, ours beside the published."
     import matplotlib.pyplot as plt
+
     mean = table.drop(columns=["set", "pairs"]).groupby("phenomenon").mean().sort_values("accuracy")
     fig, ax = plt.subplots(figsize=(8, 0.36 * len(mean) + 1.2))
     at = np.arange(len(mean))
-    for k, (column, name) in enumerate(published_names.items()): ax.plot(100 * mean[column], at, "|", ms=11, mew=2, color=f"C{k + 1}", label=name)
-    if "fivegram" in mean: ax.plot(100 * mean.fivegram, at, "x", ms=6, color="#555555", label="our 5-gram")
+    for k, (column, name) in enumerate(published_names.items()):
+        ax.plot(100 * mean[column], at, "|", ms=11, mew=2, color=f"C{k + 1}", label=name)
+    if "fivegram" in mean:
+        ax.plot(100 * mean.fivegram, at, "x", ms=6, color="#555555", label="our 5-gram")
     ax.plot(100 * mean.accuracy, at, "o", color="C0", label="ours")
     ax.axvline(50, color="#888888", lw=1, ls="--")
-    ax.set(yticks=at, yticklabels=[p.replace("_", " ") for p in mean.index], xlabel="accuracy, % (dashed: chance)", title=title)
+    ax.set(
+        yticks=at,
+        yticklabels=[p.replace("_", " ") for p in mean.index],
+        xlabel="accuracy, % (dashed: chance)",
+        title=title,
+    )
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig

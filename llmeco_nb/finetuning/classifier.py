@@ -7,7 +7,7 @@ __all__ = ['dropout_fields', 'labelled_subset', 'enough_labels', 'truncate_middl
            'classifier_batches', 'quiet_transformers', 'packaged_minilm', 'weights_revision', 'small_random_encoder',
            'encoder_folder', 'build_classifier', 'add_mean_layer', 'centre_mean_layer', 'layerwise_lr_scales',
            'classification_loss_step', 'predict_proba', 'finetune_plan', 'predictions_table', 'save_classifier',
-           'mistakes', 'fine_tune', 'reload_and_compare']
+           'mistakes', 'ClassifierConfig', 'fine_tune', 'reload_and_compare']
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1ee904d3
 import copy
@@ -26,6 +26,11 @@ from ..core import DataError, MissingError, Record, UsageError, cached_fixture
 from ..core import seed_everything, sha256_of, write_json
 from ..data.corpus import label_names, read_split, small_corpus, sort_by_split_hash
 from ..data.corpus import stratified_counts
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from typing import Annotated, Literal
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #e98222a7
 def labelled_subset(rows,            # Columns id, text, label
@@ -69,13 +74,20 @@ def collate(rows: list[list[int]],        # Token ids
     mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows]) if min(map(len, rows)) < longest else None
     return dict(input_ids=ids, attention_mask=mask, **({} if labels is None else {"labels": torch.tensor(labels)}))
 
-def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch: int, seed: int):
-    "A function from the number of a batch to that batch, and how many there are in an epoch."
+def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch: int, seed: int,
+                       world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+                      ):
+    """A function from the number of a batch to that batch, and how many there are in an epoch. The
+    part of an epoch's last batch may be empty. Raises `UsageError` for more processes than texts in
+    a batch."""
+    from llmeco_nb.training.parallel import rank_rows, rank_slice
     from llmeco_nb.training.loop import length_bucketed_batches
     lengths, an_epoch = tuple(map(len, rows)), math.ceil(len(rows) / batch)
+    rank_slice(0, batch, world, rank)
     def batches(index: int) -> dict:
         chosen = length_bucketed_batches(lengths, batch, seed, index // an_epoch)[index % an_epoch]
-        return collate([rows[i] for i in chosen], pad, [labels[i] for i in chosen])
+        whole = collate([rows[i] for i in chosen], pad, [labels[i] for i in chosen])
+        return rank_rows(whole, world, rank)
     return batches, an_epoch
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #99d4649f
@@ -112,7 +124,7 @@ def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
     import torch
     from llmeco_nb.tokenization.wordpiece import save_tokenizer, train_wordpiece, wordpiece
     from transformers import BertConfig, BertModel
-    pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, characters=100)
+    pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, limit_alphabet=100)
     def make(folder):
         save_tokenizer(wordpiece(pieces), folder)
         torch.manual_seed(seed)
@@ -135,10 +147,13 @@ dropout_fields = "hidden_dropout_prob attention_probs_dropout_prob classifier_dr
 def build_classifier(folder: str,       # Encoder: a folder or hub name
                      labels: list[str], # Class names
                      seed: int = 0,
-                     pool: str = "first"): # What the classifier reads: first, or mean
-    "A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its tokenizer. Raises `DataError`, `UsageError`."
+                     pooling: str = "cls",  # What the classifier reads: cls, or mean
+                     device: str = "auto"): # cpu, cuda, or auto: a GPU where torch sees one
+    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its
+    tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
     from llmeco_nb.models.speedups import use_fast_attention
+    from llmeco_nb.training.parallel import resolve_device
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     torch.manual_seed(seed)
     try:
@@ -154,10 +169,14 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
         with torch.no_grad():
             torch.nn.init.eye_(pooler.weight)
             pooler.bias.zero_()
-    if pool not in ("first", "mean"): raise UsageError(f"pool is {pool!r}; it is first or mean.")
-    if pool == "mean": add_mean_layer(model)
-    if not torch.cuda.is_available() and model._supports_attention_backend: use_fast_attention(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    if pooling not in ("cls", "mean"): raise UsageError(f"pooling is {pooling!r}; it is cls or mean.")
+    if pooling == "mean": add_mean_layer(model)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    on = resolve_device(device)
+    if on.type == "cpu" and model._supports_attention_backend:
+        use_fast_attention(model)
+    return model.to(on), tokenizer
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1b68a4fc
 def add_mean_layer(model,           # A classifier of the BERT family, its normalisation after the residual
@@ -167,7 +186,7 @@ def add_mean_layer(model,           # A classifier of the BERT family, its norma
     import torch
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
     if not layers or not hasattr(getattr(getattr(layers[-1], "attention", None), "self", None), "query"):
-        raise UsageError(f"pool is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pool=first.")
+        raise UsageError(f"pooling is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pooling=cls.")
     new = copy.deepcopy(layers[-1])
     attention, width = new.attention, model.config.hidden_size
     with torch.no_grad():
@@ -210,6 +229,8 @@ def classification_loss_step(smoothing: float = 0.0):
     import torch
     def step(model, batch, backward):
         here = {k: v if v is None else v.to(model.device) for k, v in batch.items()}
+        if not len(here["labels"]):         # an epoch's last batch has fewer texts than processes
+            return torch.zeros(()), 0
         logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, here["labels"], reduction="sum", label_smoothing=smoothing)
         backward(loss)
@@ -236,19 +257,32 @@ def predict_proba(model, rows: list[list[int]],  # Token ids of each text
     return found
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #74933f66
-def finetune_plan(an_epoch: int,         # Batches in an epoch
-                  epochs: int, minutes: float, seconds: float,  # Seconds of a step, measured
-                  batch: int, predicted: int,   # Texts to predict at the end
-                  judged: int, evaluations: int, patience: int, warmup: int, threads: int) -> dict:
+def finetune_plan(
+    config: StageConfig,  # With epochs, minutes, batch_size, num_evals, patience, warmup_ratio
+    batches_per_epoch: int,
+    step_s: float,  # Seconds of a step, measured
+    predicted: int,  # Texts to predict at the end
+    evaluated: int,  # Texts of an evaluation
+) -> dict:
     "The plan of a fine-tuning run: whole numbers. Raises `UsageError` when the minutes do not even suffice for predicting."
-    forward = seconds / batch / 3            # a forward pass is about a third of a step
-    steps = an_epoch * epochs
-    if minutes:
-        left = 60 * minutes - forward * (predicted + judged * evaluations)
-        if left < seconds: raise UsageError(f"minutes is {minutes}; predicting {predicted} texts alone takes about {forward * predicted / 60:.1f} here. Give more, or fewer tokens.")
-        steps = max(1, min(steps, int(left / seconds)))
-    return dict(steps=steps, warmup=steps * warmup // 100, schedule="linear", evaluate_every=max(1, math.ceil(steps / max(1, evaluations))), patience=patience,
-                checkpoint_every=max(1, round(40 / seconds)), log_every=max(1, steps // 200), threads=threads, forecast_s=round(steps * seconds + forward * (predicted + judged * evaluations)))
+    import torch
+    forward = step_s / config.batch_size / 3  # a forward pass is about a third of a step
+    steps = batches_per_epoch * config.epochs
+    predicting = forward * (predicted + evaluated * config.num_evals)
+    if config.minutes:
+        left = 60 * config.minutes - predicting
+        if left < step_s:
+            raise UsageError(
+                f"minutes is {config.minutes}; predicting {predicted} texts alone takes about "
+                f"{forward * predicted / 60:.1f} here. Give more, or lower max_length."
+            )
+        steps = max(1, min(steps, int(left / step_s)))
+    return dict(
+        steps=steps, warmup=math.floor(steps * config.warmup_ratio + 1e-9), schedule="linear",
+        evaluate_every=max(1, math.ceil(steps / config.num_evals)), patience=config.patience,
+        checkpoint_every=max(1, round(40 / step_s)), log_every=max(1, steps // 200), threads=torch.get_num_threads(),
+        forecast_s=round(steps * step_s + predicting),
+    )
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #31539f61
 def predictions_table(split: str, rows, p: np.ndarray, model: str, labels: int):
@@ -273,61 +307,95 @@ def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
     return [dict(id=wrong.id[i], label=int(wrong.label[i]), predicted=int(wrong.predicted[i]), sure=round(float(wrong[f"score_{wrong.predicted[i]}"][i]), 4), text=texts[wrong.id[i]][-400:]) for i in sure]
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
-def fine_tune(record: Record,         # Gets the artifacts classifier and predictions
-              corpus: str, encoder: str = "", weights: str = "", name: str = "own", labels: int = 0, tokens: int = 64, head: int = 25, pool: str = "first", epochs: int = 3,
-              minutes: float = 0.0, batch: int = 16, lr: float = 1e-3, layer_decay: float = 1.0, warmup: int = 10, smoothing: float = 0.0,
-              judged: int = 500, evaluations: int = 6, patience: int = 3, seed: int = 0) -> Path:
+@stage_config
+class ClassifierConfig(StageConfig):
+    "What the stage `finetune` may be told."
+    weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
+    name: str = "own"  # what the model is called in tables
+    num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
+    max_length: Annotated[int, Field(ge=2)] = 64  # tokens the model reads of a text
+    head_fraction: Fraction = 0.25  # share of them from the text's beginning, the rest from its end
+    pooling: Literal["cls", "mean"] = "cls"  # what is read: cls, or mean (a new layer on top)
+    epochs: PositiveInt = 3  # times every text is seen, at most
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: epochs decide
+    batch_size: PositiveInt = 16  # texts a step
+    lr: PositiveFloat = 1e-3  # learning rate at its peak
+    layerwise_lr_decay: PositiveFloat = 1.0  # factor on the rate from layer to layer; 1: none
+    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
+    label_smoothing: Fraction = 0.0  # share of the probability to spread over all classes
+    eval_examples: PositiveInt = 500  # validation texts that decide which weights are best
+    num_evals: PositiveInt = 6  # how often they are asked
+    patience: NonNegativeInt = 3  # evaluations without progress before it stops; 0: never
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    device: ExecutionOnly[Literal["auto", "cpu", "cuda", "xla"]] = "auto"  # cpu, cuda, xla or auto
+    seed: NonNegativeInt = 0  # decides the labelled subset, the order, and the new layer
+
+def fine_tune(
+    record: Record,  # Gets the artifacts classifier and predictions
+    corpus: str,
+    encoder: str = "",
+    config: ClassifierConfig = ClassifierConfig(),
+) -> Path:
     "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
     import pandas as pd
-    import torch
     from llmeco_nb.models.speedups import retain_freed_memory
     from llmeco_nb.stats.metrics import classification_report
     from llmeco_nb.training.optim import Optimiser
+    from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
     from llmeco_nb.training.loop import measure_step_time, resolve_plan, train
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))}
+    asked = config.fingerprint()
     corpus = corpus or str(small_corpus())
-    folder, names, begun = encoder_folder(corpus, encoder, weights, seed), label_names(corpus), time.monotonic()
+    folder = run_on_rank_zero(lambda: encoder_folder(corpus, encoder, config.weights, config.seed))
+    names, begun = label_names(corpus), time.monotonic()
     if len(names) < 2: raise DataError(f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column.")
     splits = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
     if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation=0.1.")
-    enough = enough_labels(splits["train"], labels)
-    splits["train"] = labelled_subset(splits["train"], enough, seed)
-    splits["validation"] = sort_by_split_hash(splits["validation"], seed)
-    seed_everything(seed)
-    model, tokenizer = build_classifier(folder, names, seed, pool)
-    longest = getattr(model.config, "max_position_embeddings", tokens)
-    if not 2 <= tokens <= longest: raise UsageError(f"tokens is {tokens}; this encoder reads from 2 to {longest}.")
+    enough = enough_labels(splits["train"], config.num_labeled)
+    splits["train"] = labelled_subset(splits["train"], enough, config.seed)
+    splits["validation"] = sort_by_split_hash(splits["validation"], config.seed)
+    seed_everything(config.seed)
+    model, tokenizer = build_classifier(folder, names, config.seed, config.pooling, config.device)
+    longest = getattr(model.config, "max_position_embeddings", config.max_length)
+    if not 2 <= config.max_length <= longest: raise UsageError(f"max_length is {config.max_length}; this encoder reads from 2 to {longest}.")
     coded, lengths = {}, {}
-    for s, rows in splits.items(): coded[s], lengths[s] = tokenize_texts(tokenizer, rows.text.tolist(), tokens, head)
+    head = round(100 * config.head_fraction)
+    for s, rows in splits.items():
+        coded[s], lengths[s] = tokenize_texts(tokenizer, rows.text.tolist(), config.max_length, head)
     target, pad = splits["train"].label.tolist(), tokenizer.pad_token_id
-    if pool == "mean": centre_mean_layer(model, coded["train"][:256], pad)
-    batches, an_epoch = classifier_batches(coded["train"], target, pad, batch, seed)
-    optimiser = Optimiser(model, lr, rate=layerwise_lr_scales(getattr(model.config, "num_hidden_layers", 0), layer_decay))
-    step, few = classification_loss_step(smoothing), coded["validation"][:judged]
-    few_labels = splits["validation"].label.to_numpy()[:judged]
+    if config.pooling == "mean": centre_mean_layer(model, coded["train"][:256], pad)
+    world = current_world()
+    batches, an_epoch = classifier_batches(coded["train"], target, pad, config.batch_size, config.seed, world.size, world.rank)
+    optimiser = Optimiser(model, config.lr, rate=layerwise_lr_scales(getattr(model.config, "num_hidden_layers", 0), config.layerwise_lr_decay))
+    step, few = classification_loss_step(config.label_smoothing), coded["validation"][:config.eval_examples]
+    few_labels = splits["validation"].label.to_numpy()[:config.eval_examples]
     asked |= dict(corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder)
-    plan = resolve_plan(record, asked, lambda: finetune_plan(an_epoch, epochs, minutes, measure_step_time(model, step, batches, optimiser), batch, len(coded["validation"]) + len(coded["test"]),
-                                                             len(few), evaluations, patience, warmup, torch.get_num_threads()))
+    predicted = len(coded["validation"]) + len(coded["test"])
+    def make_plan() -> dict:
+        step_s = measure_step_time(model, step, batches, optimiser)
+        return finetune_plan(config, an_epoch, step_s, predicted, len(few))
+    plan = resolve_plan(record, asked, make_plan)
     def evaluate(model):
         p = predict_proba(model, few, pad)
         return dict(validation_loss=-np.log(np.maximum(p[np.arange(len(few)), few_labels], 1e-9)).mean(), validation_accuracy=(p.argmax(1) == few_labels).mean())
     with retain_freed_memory():
         result = train(model, step, batches, optimiser, plan, record, evaluate, watch="validation_accuracy", higher=True, size=lambda b: b["input_ids"].numel(),
                        identity=dict(asked=plan["asked"]), name="finetune")
+        if not all_finished():
+            return record.artifact("classifier")
         started = time.monotonic()
-        table = pd.concat([predictions_table(s, splits[s], predict_proba(model, coded[s], pad, record=record), name, len(target)) for s in ("validation", "test") if len(splits[s])])
+        table = pd.concat([predictions_table(s, splits[s], predict_proba(model, coded[s], pad, record=record), config.name, len(target)) for s in ("validation", "test") if len(splits[s])])
     predicting = time.monotonic() - started
     table.to_parquet(record.artifact("predictions"), index=False)
-    save_classifier(optimiser.finish(), tokenizer, record.artifact("classifier"), tokens, head)
+    save_classifier(optimiser.finish(), tokenizer, record.artifact("classifier"), config.max_length, head)
     scores = {s: classification_report(t.label, t.predicted, len(names)) for s, t in table.groupby("split")}
     sample = table[table.split == "validation"].head(32)
     agreement = reload_and_compare(record.artifact("classifier"), coded["validation"][:len(sample)], sample)
+    write_json(record.path/"shown.json", dict(names=names, lengths=lengths["train"], mistakes=mistakes(table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text)))))
     record.save_metrics(accuracy_test=scores.get("test", scores["validation"])["accuracy"], accuracy_validation=scores["validation"]["accuracy"], macro_f1=scores.get("test", scores["validation"])["macro_f1"],
                         labels=len(target), seconds=round(time.monotonic() - begun, 1), training_s=round(result["seconds"], 1), predicting_s=round(predicting, 1), parameters=sum(p.numel() for p in model.parameters()),
-                        examples_per_s=round(result["steps"] * batch / result["seconds"], 2), predicted_per_s=round(len(table) / predicting, 1), steps=result["steps"], best_step=result["best_step"], stopped_early=result["stopped"],
-                        truncated=float(np.mean([n > tokens for n in lengths["train"]])), forecast_s=plan["forecast_s"], **agreement)
-    if enough > labels: record.save_metrics(labels_asked=labels)
-    write_json(record.path/"shown.json", dict(names=names, lengths=lengths["train"], mistakes=mistakes(table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text)))))
+                        examples_per_s=round(result["steps"] * config.batch_size / result["seconds"], 2), predicted_per_s=round(len(table) / predicting, 1), steps=result["steps"], best_step=result["best_step"], stopped_early=result["stopped"],
+                        truncated=float(np.mean([n > config.max_length for n in lengths["train"]])), forecast_s=plan["forecast_s"], **agreement)
+    if enough > config.num_labeled: record.save_metrics(labels_asked=config.num_labeled)
     shutil.rmtree(record.resume)
     return record.artifact("classifier")
 

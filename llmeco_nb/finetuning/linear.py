@@ -4,71 +4,100 @@
 
 # %% auto #0
 __all__ = ['token_pattern', 'linear_format', 'tfidf', 'recipes', 'BagOfNgrams', 'softmax', 'as_columns', 'LinearText',
-           'index_items', 'index_ngrams', 'count_matrix', 'NgramCounts', 'count_ngrams', 'inverse_document_frequency',
-           'weight_counts', 'log_count_ratio', 'interpolate', 'fit_binary', 'candidates', 'fit_temperature', 'fit']
+           'index_items', 'NgramIndex', 'index_ngrams', 'count_matrix', 'NgramCounts', 'count_ngrams',
+           'inverse_document_frequency', 'weight_counts', 'log_count_ratio', 'interpolate', 'Recipe', 'fit_binary',
+           'Candidate', 'candidates', 'fit_temperature', 'RowSplit', 'fit']
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #d7c52978
 import re
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import DataError, MissingError, UsageError, read_json, write_json
 
+# %% ../../nbs/2_finetuning/29_linear.ipynb #6601d0b9
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    from scipy.sparse import csr_matrix
+
 # %% ../../nbs/2_finetuning/29_linear.ipynb #a9563453
-token_pattern = r"\w+(?:['’]\w+)?|[^\w\s]"   # a word with its apostrophe (don't), or one sign that is neither letter nor space
+# A word with its apostrophe (don't), or one sign that is neither letter nor space.
+token_pattern = r"\w+(?:['’]\w+)?|[^\w\s]"
+
 
 @dataclass(frozen=True)
 class BagOfNgrams:
-    "Which n-grams of a text are counted, and what becomes of the counts. Texts are always lower-cased."
-    analyzer: str = "word"    # "word", or "char_wb": characters within words
-    low: int = 1              # Length of the shortest n-gram; at most 3 for characters
-    high: int = 2             # Length of the longest
-    pattern: str = token_pattern  # What a word is; not used for characters
-    binary: bool = False      # 1 for whatever occurs, however often
-    sublinear: bool = False   # 1 + log(count)
-    idf: bool = False         # times inverse document frequency
-    norm: bool = False        # divided by the Euclidean length over all n-grams of the text
+    """Which n-grams of a text are counted, and what becomes of the counts.
 
-    def pieces(self, text: str) -> list:
-        "The sequences in which n-grams are sought: one of tokens, or one of characters for every word."
-        if self.analyzer == "word": return [re.findall(self.pattern, text.lower())]
+    Texts are always lower-cased.
+    """
+
+    analyzer: str = "word"  # "word", or "char_wb": characters within words
+    low: int = 1  # Length of the shortest n-gram; at most 3 for characters
+    high: int = 2  # Length of the longest
+    pattern: str = token_pattern  # What a word is; not used for characters
+    binary: bool = False  # 1 for whatever occurs, however often
+    sublinear: bool = False  # 1 + log(count)
+    idf: bool = False  # times inverse document frequency
+    norm: bool = False  # divided by the Euclidean length over all n-grams of the text
+
+    def sequences(self, text: str) -> list[Sequence[str]]:
+        "Where n-grams of `text` are sought: one list of tokens, or one string for every word."
+        if self.analyzer == "word":
+            return [re.findall(self.pattern, text.lower())]
         return [f" {w} " for w in text.lower().split()]
 
-    def grams(self, text: str) -> list[str]:
-        "The n-grams of a text, each as often as it occurs."
+    def ngrams(self, text: str) -> list[str]:
+        "The n-grams of `text`, each as often as it occurs."
         glue = " ".join if self.analyzer == "word" else str
-        return [glue(p[i:i + n]) for p in self.pieces(text) for n in range(self.low, self.high + 1) for i in range(len(p) - n + 1)]
+        return [
+            glue(p[i : i + n])
+            for p in self.sequences(text)
+            for n in range(self.low, self.high + 1)
+            for i in range(len(p) - n + 1)
+        ]
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #4921d0e8
 linear_format = "llmeco-linear-1"
 
+
 def softmax(scores: np.ndarray) -> np.ndarray:
-    "Probabilities of shape (texts, classes) from scores of the same shape."
+    "Probabilities of shape (texts, classes) from `scores` of the same shape."
     e = np.exp(scores - scores.max(1, keepdims=True))
-    return e/e.sum(1, keepdims=True)
+    return e / e.sum(1, keepdims=True)
+
 
 def as_columns(outputs: np.ndarray, classes: int) -> np.ndarray:
-    "Scores of shape (texts, classes); a single output is half for class 1 and half against class 0."
-    return np.hstack([-outputs/2, outputs/2]) if classes == 2 and outputs.shape[1] == 1 else outputs
+    """Scores of shape (texts, classes) from `outputs` of shape (texts, outputs).
+
+    A single output is half for class 1 and half against class 0; `classes` is how many there are.
+    """
+    if classes == 2 and outputs.shape[1] == 1:
+        return np.hstack([-outputs / 2, outputs / 2])
+    return outputs
+
 
 @dataclass
 class LinearText:
     "Bags of n-grams under a linear model. Needs numpy, and nothing else, to load and to answer."
-    name: str                                         # Which kind, such as "nbsvm"
-    classes: list[str]                                # Class names; a label is an index into them
-    bags: list[BagOfNgrams]                           # What is counted
-    vocabularies: list[list[str]]                     # For every bag its n-grams
-    idfs: list[np.ndarray | None]                     # For every bag the inverse document frequencies, shape (n-grams,), if it wants them
-    weights: list[np.ndarray]                         # For every bag, shape (n-grams, outputs)
-    bias: np.ndarray                                  # Shape (outputs,)
-    scale: float = 1.                                 # What scores are multiplied with before the softmax
-    about: dict = field(default_factory=dict)         # How it came about; JSON values
 
-    def __post_init__(self): self.places = [dict(zip(v, range(len(v)))) for v in self.vocabularies]
+    name: str  # Which kind, such as "nbsvm"
+    classes: list[str]  # Class names; a label is an index into them
+    bags: list[BagOfNgrams]  # What is counted
+    vocabularies: list[list[str]]  # For every bag its n-grams
+    idfs: list[np.ndarray | None]  # For every bag, shape (n-grams,); None where it wants none
+    weights: list[np.ndarray]  # For every bag, shape (n-grams, outputs)
+    bias: np.ndarray  # Shape (outputs,)
+    scale: float = 1.0  # What scores are multiplied with before the softmax
+    about: dict = field(default_factory=dict)  # How it came about; JSON values
+
+    def __post_init__(self) -> None:
+        self.columns = [dict(zip(v, range(len(v)))) for v in self.vocabularies]
 
     @property
     def parameters(self) -> int:
@@ -76,72 +105,128 @@ class LinearText:
         return int(sum(w.size for w in self.weights) + self.bias.size)
 
     def features(self, text: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        "For every bag the columns of the n-grams found and their values, float64."
+        "For every bag the columns of the n-grams found in `text`, and their values, float64."
         found = []
-        for bag, place, idf in zip(self.bags, self.places, self.idfs):
-            counts = Counter(g for g in bag.grams(text) if g in place)
-            columns, x = np.array([place[g] for g in counts], dtype=np.int64), np.array(list(counts.values()), dtype=float)
-            if bag.binary: x[:] = 1
-            if bag.sublinear: x = 1 + np.log(x)
-            if bag.idf: x = x*idf[columns]
-            if bag.norm and len(x): x = x/np.sqrt(x @ x)
+        for bag, column, idf in zip(self.bags, self.columns, self.idfs):
+            counts = Counter(g for g in bag.ngrams(text) if g in column)
+            columns = np.array([column[g] for g in counts], dtype=np.int64)
+            x = np.array(list(counts.values()), dtype=float)
+            if bag.binary:
+                x[:] = 1
+            if bag.sublinear:
+                x = 1 + np.log(x)
+            if bag.idf:
+                x = x * idf[columns]
+            if bag.norm and len(x):
+                x = x / np.sqrt(x @ x)
             found.append((columns, x))
         return found
 
     def scores(self, texts: list[str]) -> np.ndarray:
-        "Scores of every class, float64 of shape (texts, classes)."
-        outputs = [sum((x @ w[columns] for (columns, x), w in zip(self.features(t), self.weights)), self.bias) for t in texts]
-        return as_columns(np.array(outputs, dtype=float).reshape(len(texts), len(self.bias)), len(self.classes))
+        "Scores of every class for `texts`, float64 of shape (texts, classes)."
+        outputs = []
+        for text in texts:
+            parts = zip(self.features(text), self.weights)
+            outputs.append(sum((x @ w[columns] for (columns, x), w in parts), self.bias))
+        found = np.array(outputs, dtype=float).reshape(len(texts), len(self.bias))
+        return as_columns(found, len(self.classes))
 
     def probabilities(self, texts: list[str]) -> np.ndarray:
-        "Probability of every class, float32 of shape (texts, classes)."
-        return softmax(self.scale*self.scores(texts)).astype(np.float32)
+        "Probability of every class for `texts`, float32 of shape (texts, classes)."
+        return softmax(self.scale * self.scores(texts)).astype(np.float32)
 
     def cost(self, text: str) -> int:
-        "What a text costs, in words."
+        "What answering `text` costs, in words."
         return len(text.split())
 
     def why(self, text: str, label: int, top: int = 5) -> list[tuple[str, float]]:
-        "The n-grams that speak most for `label` (positive) or against it (negative), with what each adds to its score; strongest first."
+        """The `top` n-grams of `text` that speak most for or against a class, strongest first.
+
+        `label`: index of the class. With each n-gram stands what it adds to the class's score,
+        negative where it speaks against it.
+        """
         found = []
         for (columns, x), w, v in zip(self.features(text), self.weights, self.vocabularies):
-            part = x*as_columns(w[columns], len(self.classes))[:, label]
-            found += [(v[columns[i]], float(part[i])) for i in np.argsort(-np.abs(part), kind="stable")[:top]]
+            part = x * as_columns(w[columns], len(self.classes))[:, label]
+            strongest = np.argsort(-np.abs(part), kind="stable")[:top]
+            found += [(v[columns[i]], float(part[i])) for i in strongest]
         return sorted(found, key=lambda g: -abs(g[1]))[:top]
 
-    def save(self, folder: str | Path):
-        "Write the files of the table above into a new or empty folder."
+    def save(self, folder: str | Path) -> None:
+        "Write model.json, vocabularies, weights and idfs into the new or empty folder `folder`."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder/"model.json", dict(form=linear_format, name=self.name, classes=self.classes, bags=[asdict(b) for b in self.bags],
-                                             bias=self.bias.tolist(), scale=float(self.scale), about=self.about))
-        for i, (vocabulary, idf, weights) in enumerate(zip(self.vocabularies, self.idfs, self.weights)):
-            write_json(folder/f"vocabulary_{i}.json", vocabulary)
-            np.save(folder/f"weights_{i}.npy", weights.astype(np.float32))
-            if idf is not None: np.save(folder/f"idf_{i}.npy", idf)
+        facts = dict(
+            form=linear_format,
+            name=self.name,
+            classes=self.classes,
+            bags=[asdict(b) for b in self.bags],
+            bias=self.bias.tolist(),
+            scale=float(self.scale),
+            about=self.about,
+        )
+        write_json(folder / "model.json", facts)
+        parts = zip(self.vocabularies, self.idfs, self.weights)
+        for i, (vocabulary, idf, weights) in enumerate(parts):
+            write_json(folder / f"vocabulary_{i}.json", vocabulary)
+            np.save(folder / f"weights_{i}.npy", weights.astype(np.float32))
+            if idf is not None:
+                np.save(folder / f"idf_{i}.npy", idf)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LinearText":
-        "Read what `save` wrote. Raises `MissingError` for an absent file, `DataError` for one that does not fit."
+        """Read what `save` wrote into `folder`.
+
+        Raises `MissingError` for an absent file, `DataError` for one that does not fit.
+        """
         folder = Path(folder)
-        if not (folder/"model.json").is_file(): raise MissingError(f"{folder} holds no linear model: there is no model.json in it.")
-        facts = read_json(folder/"model.json")
-        if facts.get("form") != linear_format: raise DataError(f"{folder} has the form {facts.get('form')!r}; this version reads {linear_format!r}.")
-        def array(name):
-            try: return np.load(folder/name, allow_pickle=False)
-            except FileNotFoundError: raise MissingError(f"{folder/name} is not there; the folder is incomplete.") from None
-            except ValueError as e: raise DataError(f"{folder/name} is not an array file: {e}.") from None
+        if not (folder / "model.json").is_file():
+            raise MissingError(f"{folder} holds no linear model: there is no model.json in it.")
+        facts = read_json(folder / "model.json")
+        if facts.get("form") != linear_format:
+            raise DataError(
+                f"{folder} has the form {facts.get('form')!r}; this version reads "
+                f"{linear_format!r}."
+            )
+
+        def array(name: str) -> np.ndarray:
+            try:
+                return np.load(folder / name, allow_pickle=False)
+            except FileNotFoundError:
+                raise MissingError(
+                    f"{folder / name} is not there; the folder is incomplete."
+                ) from None
+            except ValueError as e:
+                raise DataError(f"{folder / name} is not an array file: {e}.") from None
+
         bags = [BagOfNgrams(**b) for b in facts["bags"]]
-        one = cls(facts["name"], facts["classes"], bags, [read_json(folder/f"vocabulary_{i}.json") for i in range(len(bags))],
-                  [array(f"idf_{i}.npy") if b.idf else None for i, b in enumerate(bags)], [array(f"weights_{i}.npy") for i in range(len(bags))],
-                  np.array(facts["bias"], dtype=float), facts["scale"], facts["about"])
+        one = cls(
+            name=facts["name"],
+            classes=facts["classes"],
+            bags=bags,
+            vocabularies=[read_json(folder / f"vocabulary_{i}.json") for i in range(len(bags))],
+            idfs=[array(f"idf_{i}.npy") if b.idf else None for i, b in enumerate(bags)],
+            weights=[array(f"weights_{i}.npy") for i in range(len(bags))],
+            bias=np.array(facts["bias"], dtype=float),
+            scale=facts["scale"],
+            about=facts["about"],
+        )
         for v, w in zip(one.vocabularies, one.weights):
-            if w.shape != (len(v), len(one.bias)): raise DataError(f"{folder}: weights of the shape {w.shape} do not fit {len(v)} n-grams and {len(one.bias)} outputs.")
+            if w.shape != (len(v), len(one.bias)):
+                raise DataError(
+                    f"{folder}: weights of the shape {w.shape} do not fit {len(v)} n-grams and "
+                    f"{len(one.bias)} outputs."
+                )
         return one
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #e45edf0c
-def index_items(sequences) -> tuple[np.ndarray, np.ndarray, list]:
-    "All items one after the other as whole numbers, the sequence that each is in, and the items by number."
+def index_items(
+    sequences: Iterable[Iterable[Hashable]],  # Such as the tokens of every text
+) -> tuple[np.ndarray, np.ndarray, list]:
+    """Number all items: (number of each occurrence, its sequence, the items by number).
+
+    The first two are int64 of shape (occurrences,), one sequence after the other.
+    """
     known = defaultdict()
     known.default_factory = known.__len__
     rows = [[known[item] for item in s] for s in sequences]
@@ -149,157 +234,350 @@ def index_items(sequences) -> tuple[np.ndarray, np.ndarray, list]:
     flat = np.fromiter((i for r in rows for i in r), dtype=np.int64, count=int(lengths.sum()))
     return flat, np.repeat(np.arange(len(rows)), lengths), list(known)
 
-def index_ngrams(flat, owner, base, low, high):
-    "Number all runs of `low` to `high` items within a sequence: (run of each occurrence, its owner, where each run first stands, its length)."
+
+@dataclass(frozen=True)
+class NgramIndex:
+    "All n-grams of some sequences, numbered in the order of appearance."
+
+    numbers: np.ndarray  # Number of the n-gram at each occurrence, shape (occurrences,)
+    owners: np.ndarray  # Sequence of each occurrence, shape (occurrences,)
+    first: np.ndarray  # Where each n-gram first stands in the row of items, shape (n-grams,)
+    length: np.ndarray  # Items in each n-gram, shape (n-grams,)
+
+
+def index_ngrams(
+    flat: np.ndarray,  # Numbers of all items, one sequence after the other, shape (items,)
+    owner: np.ndarray,  # Sequence of each item, shape (items,)
+    base: int,  # How many different items there are
+    low: int,  # Length of the shortest n-gram
+    high: int,  # Length of the longest
+) -> NgramIndex:
+    "Number all runs of `low` to `high` items within a sequence."
     import pandas as pd
-    ids, at, total, found, owners, first, length = flat, np.arange(len(flat)), 0, [], [], [], []
+
+    ids = flat
+    at = np.arange(len(flat))
+    total = 0
+    found: dict[str, list[np.ndarray]] = dict(numbers=[], owners=[], first=[], length=[])
     for n in range(1, high + 1):
         if n > 1:
             inside = at + n - 1 < len(flat)
             at, ids = at[inside], ids[inside]
             inside = owner[at] == owner[at + n - 1]
             at, ids = at[inside], ids[inside]
-            ids = ids*base + flat[at + n - 1]
+            ids = ids * base + flat[at + n - 1]
         ids, distinct = pd.factorize(ids)
-        if n < low: continue
-        found.append(ids + total); owners.append(owner[at])
-        first.append(at[np.flatnonzero(ids > np.maximum.accumulate(np.r_[-1, ids[:-1]]))])   # numbers are given in order of appearance
-        length.append(np.full(len(distinct), n)); total += len(distinct)
-    return [np.concatenate(a) if a else np.array([], dtype=np.int64) for a in (found, owners, first, length)]
+        if n < low:
+            continue
+        found["numbers"].append(ids + total)
+        found["owners"].append(owner[at])
+        # Numbers are given in order of appearance, so a new one is larger than all before it.
+        new = ids > np.maximum.accumulate(np.r_[-1, ids[:-1]])
+        found["first"].append(at[np.flatnonzero(new)])
+        found["length"].append(np.full(len(distinct), n))
+        total += len(distinct)
+    none = np.array([], dtype=np.int64)
+    return NgramIndex(**{k: np.concatenate(a) if a else none for k, a in found.items()})
 
-def count_matrix(rows, columns, shape):
+
+def count_matrix(
+    rows: np.ndarray,  # Row of each occurrence, shape (occurrences,)
+    columns: np.ndarray,  # Column of each occurrence, shape (occurrences,)
+    shape: tuple[int, int],  # Of the matrix
+) -> "csr_matrix":
     "Sparse matrix (CSR, float32) of how often each (row, column) occurs."
     from scipy.sparse import coo_matrix
-    return coo_matrix((np.ones(len(rows), np.float32), (rows.astype(np.int32), columns.astype(np.int32))), shape=shape).tocsr()
 
-@dataclass
+    ones = np.ones(len(rows), np.float32)
+    places = (rows.astype(np.int32), columns.astype(np.int32))
+    return coo_matrix((ones, places), shape=shape).tocsr()
+
+
+@dataclass(frozen=True)
 class NgramCounts:
     "How often n-grams occur."
-    matrix: object    # CSR, float32, shape (texts, n-grams)
-    spell: object     # Columns -> the n-grams themselves
 
-def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:
-    "Count the n-grams of all texts; of the bag, only analyzer, lengths and pattern matter. Raises `UsageError`."
-    if bag.analyzer not in ("word", "char_wb") or not 1 <= bag.low <= bag.high or (bag.analyzer == "char_wb" and bag.low > 3):
-        raise UsageError(f"A bag with {bag.analyzer!r}, {bag.low} to {bag.high}, cannot be counted; take word or char_wb, 1 <= low <= high, and low <= 3 for characters.")
-    flat, owner, items = index_items(re.findall(bag.pattern, t.lower()) if bag.analyzer == "word" else t.lower().split() for t in texts)
+    matrix: "csr_matrix"  # CSR, float32, shape (texts, n-grams)
+    spell: Callable[[np.ndarray], list[str]]  # Columns -> the n-grams themselves
+
+
+def count_ngrams(
+    texts: list[str],  # Any texts
+    bag: BagOfNgrams,  # Of which only analyzer, lengths and pattern matter
+) -> NgramCounts:
+    "Count the n-grams of all texts. Raises `UsageError` for a bag that cannot be counted."
+    if (
+        bag.analyzer not in ("word", "char_wb")
+        or not 1 <= bag.low <= bag.high
+        or (bag.analyzer == "char_wb" and bag.low > 3)
+    ):
+        raise UsageError(
+            f"A bag with {bag.analyzer!r}, {bag.low} to {bag.high}, cannot be counted; take word "
+            "or char_wb, 1 <= low <= high, and low <= 3 for characters."
+        )
+    flat, owner, items = index_items(
+        re.findall(bag.pattern, t.lower()) if bag.analyzer == "word" else t.lower().split()
+        for t in texts
+    )
     per_text = None
     if bag.analyzer == "char_wb":
         per_text = count_matrix(owner, flat, (len(texts), len(items)))
         flat, owner, items = index_items(f" {w} " for w in items)
-    found, owners, first, length = index_ngrams(flat, owner, len(items), bag.low, bag.high)
-    matrix = count_matrix(owners, found, (len(texts) if per_text is None else per_text.shape[1], len(first)))
+    index = index_ngrams(flat, owner, len(items), bag.low, bag.high)
+    sequences = len(texts) if per_text is None else per_text.shape[1]
+    matrix = count_matrix(index.owners, index.numbers, (sequences, len(index.first)))
     glue = (" " if bag.analyzer == "word" else "").join
-    spell = lambda columns: [glue(items[i] for i in flat[a:a + n]) for a, n in zip(first[columns], length[columns])]
+
+    def spell(columns: np.ndarray) -> list[str]:
+        runs = zip(index.first[columns], index.length[columns])
+        return [glue(items[i] for i in flat[a : a + n]) for a, n in runs]
+
     return NgramCounts(matrix if per_text is None else per_text @ matrix, spell)
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #fec53ad0
-def inverse_document_frequency(matrix) -> np.ndarray:
+def inverse_document_frequency(
+    matrix: "csr_matrix",  # Counts, shape (texts, n-grams)
+) -> np.ndarray:
     "log((1 + texts)/(1 + texts with the n-gram)) + 1, as in scikit-learn; shape (n-grams,)."
-    return np.log((1 + matrix.shape[0])/(1 + matrix.getnnz(axis=0))) + 1
+    return np.log((1 + matrix.shape[0]) / (1 + matrix.getnnz(axis=0))) + 1
 
-def weight_counts(matrix, bag: BagOfNgrams, idf=None):
+
+def weight_counts(
+    matrix: "csr_matrix",  # Counts, shape (texts, n-grams)
+    bag: BagOfNgrams,  # What becomes of them
+    idf: np.ndarray | None = None,  # Shape (n-grams,); needed where the bag asks for it
+) -> "csr_matrix":
     "What `bag` makes of a matrix of counts: CSR, float64, same shape."
     x = matrix.astype(np.float64)
-    if bag.binary: x.data[:] = 1
-    if bag.sublinear: x.data = 1 + np.log(x.data)
-    if bag.idf: x.data *= idf[x.indices]
+    if bag.binary:
+        x.data[:] = 1
+    if bag.sublinear:
+        x.data = 1 + np.log(x.data)
+    if bag.idf:
+        x.data *= idf[x.indices]
     if bag.norm:
         rows = np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))
         x.data /= np.sqrt(np.bincount(rows, x.data**2, x.shape[0]))[rows]
     return x
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #022dc1ac
-def log_count_ratio(x, positive, alpha: float = 1.) -> np.ndarray:
-    "r of shape (n-grams,), from x (texts, n-grams) in {0, 1} and `positive`, a boolean per text (Wang and Manning 2012)."
+def log_count_ratio(
+    x: "csr_matrix",  # In {0, 1}: which n-grams a text contains, shape (texts, n-grams)
+    positive: np.ndarray,  # Whether a text is of the class, boolean of shape (texts,)
+    alpha: float = 1.0,  # Added to every count
+) -> np.ndarray:
+    "The log-count ratio r of shape (n-grams,) (Wang and Manning 2012)."
     total = lambda chosen: alpha + np.asarray(x[np.flatnonzero(chosen)].sum(0)).ravel()
-    p, q = total(positive), total(~positive)
-    return np.log(p/p.sum()) - np.log(q/q.sum())
+    p = total(positive)
+    q = total(~positive)
+    return np.log(p / p.sum()) - np.log(q / q.sum())
+
 
 def interpolate(w: np.ndarray, beta: float) -> np.ndarray:
-    "Weights drawn towards their mean magnitude: all of it for beta = 0, none for beta = 1."
-    return beta*w + (1 - beta)*np.abs(w).mean()
+    "The weights `w` drawn towards their mean magnitude: wholly for `beta` 0, not for 1."
+    return beta * w + (1 - beta) * np.abs(w).mean()
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #98d108c2
 tfidf = dict(sublinear=True, idf=True, norm=True)
-recipes = {  # name -> title, bags, values of C, values of beta
-    "majority": ("Majority class", [], [0.], [1.]),
-    "tfidf_lr": ("TF-IDF + logistic regression", [BagOfNgrams(**tfidf)], [1., 10., 100.], [1.]),
-    "nbsvm": ("NB-SVM", [BagOfNgrams(binary=True)], [.01, .1, 1.], [.25, .5, .75, 1.]),
-    "wordchar_svc": ("Word + character TF-IDF + linear SVM", [BagOfNgrams(**tfidf), BagOfNgrams("char_wb", 2, 5, **tfidf)], [.1, .3, 1.], [1.]),
+
+
+@dataclass(frozen=True)
+class Recipe:
+    "A baseline: what it counts, and the grid of its hyperparameters."
+
+    title: str  # For people
+    bags: list[BagOfNgrams]  # What is counted; none for a model that reads no text
+    Cs: list[float]  # Inverse strengths of regularisation to try
+    betas: list[float] = field(default_factory=lambda: [1.0])  # For `interpolate`, in [0, 1]
+
+
+recipes = {
+    "majority": Recipe("Majority class", [], [0.0]),
+    "tfidf_lr": Recipe("TF-IDF + logistic regression", [BagOfNgrams(**tfidf)], [1.0, 10.0, 100.0]),
+    "nbsvm": Recipe("NB-SVM", [BagOfNgrams(binary=True)], [0.01, 0.1, 1.0], [0.25, 0.5, 0.75, 1.0]),
+    "wordchar_svc": Recipe(
+        "Word + character TF-IDF + linear SVM",
+        [BagOfNgrams(**tfidf), BagOfNgrams("char_wb", 2, 5, **tfidf)],
+        [0.1, 0.3, 1.0],
+    ),
 }
 
-def fit_binary(name: str, x, positive, C: float, seed: int) -> tuple[np.ndarray, float]:
+
+def fit_binary(
+    name: str,  # A recipe's name
+    x: "csr_matrix",  # Features, shape (texts, features)
+    positive: np.ndarray,  # Whether a text is of the class, boolean of shape (texts,)
+    C: float,  # Inverse strength of regularisation
+    seed: int,  # Of the solver
+) -> tuple[np.ndarray, float]:
     "Weights (features,) and bias of one class against the rest; zeros for a class without texts."
-    if not positive.any(): return np.zeros(x.shape[1]), 0.
+    if not positive.any():
+        return np.zeros(x.shape[1]), 0.0
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import LinearSVC
-    if name == "tfidf_lr": model = LogisticRegression(C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=seed)
-    else: model = LinearSVC(C=C, dual=True, tol=1e-2, max_iter=1000, random_state=seed)
-    with warnings.catch_warnings(action="ignore"): model.fit(x, positive)     # what has not converged after 1000 rounds is judged by the validation set like all else
+
+    if name == "tfidf_lr":
+        model = LogisticRegression(
+            C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=seed
+        )
+    else:
+        model = LinearSVC(C=C, dual=True, tol=1e-2, max_iter=1000, random_state=seed)
+    # What has not converged after 1000 rounds is judged by the validation set like all else.
+    with warnings.catch_warnings(action="ignore"):
+        model.fit(x, positive)
     return model.coef_[0], float(model.intercept_[0])
 
-def candidates(name: str, x, y, classes: int, seed: int, settings: dict | None = None):
-    "Yield (settings, weights (features, outputs), bias (outputs,)) for every point of the recipe's grid, or for `settings` alone."
-    _, bags, Cs, betas = recipes[name]
-    if settings: Cs, betas = [settings["C"]], [settings.get("beta", 1.)]
-    if not bags: return (yield {}, np.zeros((0, classes)), np.log(np.maximum(np.bincount(y, minlength=classes), .5)/len(y)))
+
+@dataclass(frozen=True)
+class Candidate:
+    "A linear model fitted at one point of a recipe's grid."
+
+    settings: dict[str, float]  # Hyperparameters: C, and beta where the recipe has one
+    weights: np.ndarray  # Shape (features, outputs)
+    bias: np.ndarray  # Shape (outputs,)
+
+
+def candidates(
+    name: str,  # A recipe's name
+    x: "csr_matrix",  # Features of the training texts, shape (texts, features)
+    y: np.ndarray,  # Their classes, shape (texts,)
+    classes: int,  # How many classes there are
+    seed: int,  # Of the solver
+    settings: dict | None = None,  # Hyperparameters to fit with; None: the whole grid
+) -> Iterator[Candidate]:
+    "Yield a fitted model for every point of the recipe's grid, or for `settings` alone."
+    recipe = recipes[name]
+    Cs = [settings["C"]] if settings else recipe.Cs
+    betas = [settings.get("beta", 1.0)] if settings else recipe.betas
+    if not recipe.bags:
+        shares = np.maximum(np.bincount(y, minlength=classes), 0.5) / len(y)
+        yield Candidate({}, np.zeros((0, classes)), np.log(shares))
+        return
     sides = [y == 1] if classes == 2 else [y == c for c in range(classes)]
     unseen = np.array([not side.any() for side in sides])
-    ratios = [log_count_ratio(x, side) if name == "nbsvm" else 1. for side in sides]
-    scaled = lambda r: x if name != "nbsvm" else type(x)((x.data*r[x.indices], x.indices, x.indptr), shape=x.shape)
+    ratios = [log_count_ratio(x, side) if name == "nbsvm" else 1.0 for side in sides]
+
+    def scaled(r):
+        if name != "nbsvm":
+            return x
+        return type(x)((x.data * r[x.indices], x.indices, x.indptr), shape=x.shape)
+
     for C in Cs:
         solved = [fit_binary(name, scaled(r), side, C, seed) for r, side in zip(ratios, sides)]
         for beta in betas:
-            weights = np.stack([r*interpolate(w, beta) for r, (w, _) in zip(ratios, solved)], 1)
+            weights = np.stack([r * interpolate(w, beta) for r, (w, _) in zip(ratios, solved)], 1)
             bias = np.array([b for _, b in solved])
             # A class that no text has gets the lowest score that any other got.
-            if unseen.any(): bias[unseen] = (x @ weights + bias)[:, ~unseen].min()
-            yield {"C": C, **({"beta": beta} if name == "nbsvm" else {})}, weights, bias
+            if unseen.any():
+                bias[unseen] = (x @ weights + bias)[:, ~unseen].min()
+            tried = {"C": C, "beta": beta} if name == "nbsvm" else {"C": C}
+            yield Candidate(tried, weights, bias)
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #9f4d0767
-def fit_temperature(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    "The factor in [0.01, 100] under which softmax(factor · scores) gives labels y the greatest likelihood, and the loss that is left, in nats per text."
+def fit_temperature(
+    scores: np.ndarray,  # Scores of every class, shape (texts, classes)
+    y: np.ndarray,  # True classes, shape (texts,)
+) -> tuple[float, float]:
+    """The factor in [0.01, 100] under which the labels are likeliest, and the loss that is left.
+
+    Probabilities are softmax(factor · scores); the loss is in nats per text.
+    """
     from scipy.optimize import minimize_scalar
-    doubt = 1/(len(y) + 2)
-    def loss(log_factor):
-        p = np.log(np.maximum(softmax(np.exp(log_factor)*scores), 1e-300))
-        return -((1 - doubt)*p[np.arange(len(y)), y].mean() + doubt*p.mean())
-    found = minimize_scalar(loss, bounds=np.log([.01, 100]), method="bounded")
+
+    doubt = 1 / (len(y) + 2)
+
+    def loss(log_factor: float) -> float:
+        p = np.log(np.maximum(softmax(np.exp(log_factor) * scores), 1e-300))
+        return -((1 - doubt) * p[np.arange(len(y)), y].mean() + doubt * p.mean())
+
+    found = minimize_scalar(loss, bounds=np.log([0.01, 100]), method="bounded")
     return float(np.exp(found.x)), float(found.fun)
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #aa946611
-def fit(name: str,                     # A recipe's name
-        counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
-        y: np.ndarray,                 # Class of every text, shape (texts,); those of `others` beyond validation are not looked at
-        train: np.ndarray,             # Rows to fit on
-        validation: np.ndarray,        # Rows to choose by
-        others: np.ndarray,            # Rows to score
-        classes: list[str],            # Class names
-        seed: int = 0,                 # Of the solver
-        settings: dict | None = None   # Hyperparameters to fit with; None: the best of the grid
-       ) -> tuple[LinearText, np.ndarray]:
-    "The recipe's best model on the validation rows, and its scores for `others`, shape (rows, classes). Raises `UsageError`, `DataError`."
+@dataclass(frozen=True)
+class RowSplit:
+    "Which rows of the counted texts serve for what; each an array of row numbers."
+
+    train: np.ndarray  # To fit on
+    validation: np.ndarray  # To choose by
+    scored: np.ndarray  # To score with the model that was chosen
+
+
+def fit(
+    name: str,  # A recipe's name
+    counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
+    y: np.ndarray,  # Class of every text, shape (texts,); looked at in train and validation only
+    rows: RowSplit,  # What each text serves for
+    classes: list[str],  # Class names
+    seed: int = 0,  # Of the solver
+    settings: dict | None = None,  # Hyperparameters to fit with; None: the best of the grid
+) -> tuple[LinearText, np.ndarray]:
+    """The recipe's best model on the validation rows, and its scores for `rows.scored`.
+
+    The scores have the shape (rows, classes). Raises `UsageError` for an unknown recipe,
+    `DataError` without validation rows, or with training texts of fewer than two classes.
+    """
     from scipy.sparse import csr_matrix, hstack
-    if name not in recipes: raise UsageError(f"There is no recipe {name!r}; there are {', '.join(recipes)}.")
-    if len(set(y[train].tolist())) < 2 or not len(validation): raise DataError(f"{name} needs texts of two classes to train on, and validation texts to choose by.")
-    bags, kept, idfs = recipes[name][1], [], []
+
+    train = rows.train
+    validation = rows.validation
+    if name not in recipes:
+        raise UsageError(f"There is no recipe {name!r}; there are {', '.join(recipes)}.")
+    if len(set(y[train].tolist())) < 2 or not len(validation):
+        raise DataError(
+            f"{name} needs texts of two classes to train on, and validation texts to choose by."
+        )
+    bags = recipes[name].bags
+    kept = []
+    idfs = []
     for bag in bags:
         known = counted[bag.analyzer].matrix[train]
         texts_with = known.getnnz(axis=0)
-        kept.append(np.flatnonzero(texts_with >= (2 if (texts_with > 1).any() else 1)))   # what one text alone contains teaches little and fills the memory
+        # What one text alone contains teaches little and fills the memory.
+        kept.append(np.flatnonzero(texts_with >= (2 if (texts_with > 1).any() else 1)))
         idfs.append(inverse_document_frequency(known[:, kept[-1]]) if bag.idf else None)
-    def features(rows):
-        parts = [weight_counts(counted[bag.analyzer].matrix[rows][:, c], bag, idf) for bag, c, idf in zip(bags, kept, idfs)]
-        return parts[0] if len(parts) == 1 else hstack(parts, format="csr") if parts else csr_matrix((len(rows), 0))
-    x, x_validation, best = features(train), features(validation), None
-    for tried, w, b in candidates(name, x, y[train], len(classes), seed, settings):
-        scores = as_columns(x_validation @ w + b, len(classes))
-        scale, loss = fit_temperature(scores, y[validation])
-        if best is None or loss < best[0]: best = loss, tried, w, b, scale, float((scores.argmax(1) == y[validation]).mean())
-    del x, x_validation     # they are large, and the others come next
-    loss, tried, w, b, scale, accuracy = best
-    weights = [part.astype(np.float32) for part in np.split(w, np.cumsum([len(c) for c in kept])[:-1])] if bags else []
-    about = dict(settings=tried, labels=len(train), validation_accuracy=accuracy, validation_loss=loss, validation_items=len(validation), seed=seed)
-    model = LinearText(name, list(classes), bags, [counted[bag.analyzer].spell(c) for bag, c in zip(bags, kept)], idfs, weights, b, scale, about)
-    return model, as_columns(features(others) @ w + b, len(classes))
+
+    def features(rows: np.ndarray):
+        parts = [
+            weight_counts(counted[bag.analyzer].matrix[rows][:, c], bag, idf)
+            for bag, c, idf in zip(bags, kept, idfs)
+        ]
+        if not parts:
+            return csr_matrix((len(rows), 0))
+        return parts[0] if len(parts) == 1 else hstack(parts, format="csr")
+
+    x = features(train)
+    x_validation = features(validation)
+    best = None
+    least = np.inf
+    for tried in candidates(name, x, y[train], len(classes), seed, settings):
+        scores = as_columns(x_validation @ tried.weights + tried.bias, len(classes))
+        factor, loss = fit_temperature(scores, y[validation])
+        if best is None or loss < least:
+            best = tried
+            least = loss
+            scale = factor
+            accuracy = float((scores.argmax(1) == y[validation]).mean())
+    del x, x_validation  # they are large, and the rows to score come next
+    ends = np.cumsum([len(c) for c in kept])[:-1]
+    weights = [part.astype(np.float32) for part in np.split(best.weights, ends)] if bags else []
+    about = dict(
+        settings=best.settings,
+        labels=len(train),
+        validation_accuracy=accuracy,
+        validation_loss=least,
+        validation_items=len(validation),
+        seed=seed,
+    )
+    model = LinearText(
+        name=name,
+        classes=list(classes),
+        bags=bags,
+        vocabularies=[counted[bag.analyzer].spell(c) for bag, c in zip(bags, kept)],
+        idfs=idfs,
+        weights=weights,
+        bias=best.bias,
+        scale=scale,
+        about=about,
+    )
+    return model, as_columns(features(rows.scored) @ best.weights + best.bias, len(classes))

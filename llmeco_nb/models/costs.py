@@ -7,117 +7,309 @@ __all__ = ['published', 'count_blocks', 'parameters_of', 'published_config', 'ex
            'flops_of', 'activation_bytes', 'training_bytes', 'cost_row']
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #be40a4fa
+from typing import Any
+
 from ..core import UsageError
 from .conversion import architectures, config_from_stock, stock_class
 from .transformer import Bert, Gpt, Seq2Seq, TransformerConfig
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #afa78056
-def count_blocks(kind: type, s: TransformerConfig) -> tuple[int, int, int]:
-    "Blocks in all, those that look across, and stacks. Raises `UsageError` for a network that is none of ours."
-    if kind not in (Bert, Gpt, Seq2Seq): raise UsageError(f"{getattr(kind, '__name__', kind)} is none of Bert, Gpt and Seq2Seq.")
-    return (s.layers + s.decoder_layers, s.decoder_layers, 2) if kind is Seq2Seq else (s.layers, 0, 1)
+def count_blocks(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    config: TransformerConfig,
+) -> tuple[int, int, int]:
+    """Blocks in all, those with cross-attention, and stacks. Raises `UsageError` for a network that
+    is none of ours."""
+    if model_class not in (Bert, Gpt, Seq2Seq):
+        raise UsageError(
+            f"{getattr(model_class, '__name__', model_class)} is none of Bert, Gpt and Seq2Seq."
+        )
+    if model_class is Seq2Seq:
+        return config.num_layers + config.num_decoder_layers, config.num_decoder_layers, 2
+    return config.num_layers, 0, 1
 
-def parameters_of(kind: type,  # Bert, Gpt or Seq2Seq
-                  s: TransformerConfig) -> dict[str, int]:
+
+def parameters_of(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    config: TransformerConfig,
+) -> dict[str, int]:
     "Parameters by part; a table that two parts share counts once. Raises `UsageError`."
-    d, (blocks, cross, stacks) = s.width, count_blocks(kind, s)
-    norms = 2 * blocks + cross + stacks * (s.first_norm + (s.norm == "pre"))
-    tables = (s.vocabulary + s.segments + (stacks * s.positions if s.places == "learned" else 0)) * d
-    head = 2 * (d * d + d) + 2 * d + s.vocabulary + 2 * d + 2 if kind is Bert else 0
-    return dict(tables=tables, attention=blocks * 4 * (d * d + d), cross=cross * 4 * (d * d + d), feed=blocks * (2 * d * s.inner + s.inner + d), norms=norms * 2 * d, head=head)
+    d = config.hidden_size
+    blocks, cross, stacks = count_blocks(model_class, config)
+    norms = 2 * blocks + cross + stacks * (config.embedding_norm + (config.norm == "pre"))
+    rows = config.vocab_size + config.type_vocab_size
+    if config.position_embedding == "learned":
+        rows += stacks * config.max_position_embeddings
+    head = 0
+    if model_class is Bert:
+        head = 2 * (d * d + d) + 2 * d + config.vocab_size + 2 * d + 2
+    return dict(
+        tables=rows * d,
+        attention=blocks * 4 * (d * d + d),
+        cross=cross * 4 * (d * d + d),
+        mlp=blocks * (2 * d * config.intermediate_size + config.intermediate_size + d),
+        norms=norms * 2 * d,
+        head=head,
+    )
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #7f58c75b
-published = {   # name -> (stock class, what its configuration has other than the defaults, parameters as published, where)
-    "Transformer base": ("MarianMTModel", dict(vocab_size=37000, pad_token_id=0, decoder_start_token_id=0, d_model=512, encoder_layers=6, decoder_layers=6, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=2048, decoder_ffn_dim=2048), 65e6, "Vaswani et al. 2017, table 3"),
-    "Transformer big": ("MarianMTModel", dict(vocab_size=37000, pad_token_id=0, decoder_start_token_id=0, encoder_layers=6, decoder_layers=6), 213e6, "Vaswani et al. 2017, table 3"),
-    "GPT": ("OpenAIGPTLMHeadModel", {}, 117e6, "Devlin et al. 2019, for the GPT of Radford et al. 2018"),
+# Name -> (stock class, what its configuration has other than the defaults, parameters as
+# published, where)
+published = {
+    "Transformer base": (
+        "MarianMTModel",
+        dict(
+            vocab_size=37000,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+            d_model=512,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_attention_heads=8,
+            decoder_attention_heads=8,
+            encoder_ffn_dim=2048,
+            decoder_ffn_dim=2048,
+        ),
+        65e6,
+        "Vaswani et al. 2017, table 3",
+    ),
+    "Transformer big": (
+        "MarianMTModel",
+        dict(
+            vocab_size=37000,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+            encoder_layers=6,
+            decoder_layers=6,
+        ),
+        213e6,
+        "Vaswani et al. 2017, table 3",
+    ),
+    "GPT": (
+        "OpenAIGPTLMHeadModel",
+        {},
+        117e6,
+        "Devlin et al. 2019, for the GPT of Radford et al. 2018",
+    ),
     "BERT base": ("BertForPreTraining", {}, 110e6, "Devlin et al. 2019, section 3"),
-    "BERT large": ("BertForPreTraining", dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096), 340e6, "Devlin et al. 2019, section 3"),
+    "BERT large": (
+        "BertForPreTraining",
+        dict(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+        ),
+        340e6,
+        "Devlin et al. 2019, section 3",
+    ),
     "GPT-2": ("GPT2LMHeadModel", {}, 124e6, "openai/gpt-2, model names"),
-    "GPT-2 medium": ("GPT2LMHeadModel", dict(n_embd=1024, n_layer=24, n_head=16), 355e6, "openai/gpt-2, model names"),
-    "GPT-2 large": ("GPT2LMHeadModel", dict(n_embd=1280, n_layer=36, n_head=20), 774e6, "openai/gpt-2, model names"),
-    "GPT-2 XL": ("GPT2LMHeadModel", dict(n_embd=1600, n_layer=48, n_head=25), 1558e6, "openai/gpt-2, model names"),
-    "BART base": ("BartForConditionalGeneration", dict(d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072), 140e6, "fairseq, examples/bart"),
+    "GPT-2 medium": (
+        "GPT2LMHeadModel",
+        dict(n_embd=1024, n_layer=24, n_head=16),
+        355e6,
+        "openai/gpt-2, model names",
+    ),
+    "GPT-2 large": (
+        "GPT2LMHeadModel",
+        dict(n_embd=1280, n_layer=36, n_head=20),
+        774e6,
+        "openai/gpt-2, model names",
+    ),
+    "GPT-2 XL": (
+        "GPT2LMHeadModel",
+        dict(n_embd=1600, n_layer=48, n_head=25),
+        1558e6,
+        "openai/gpt-2, model names",
+    ),
+    "BART base": (
+        "BartForConditionalGeneration",
+        dict(
+            d_model=768,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_attention_heads=12,
+            decoder_attention_heads=12,
+            encoder_ffn_dim=3072,
+            decoder_ffn_dim=3072,
+        ),
+        140e6,
+        "fairseq, examples/bart",
+    ),
     "BART large": ("BartForConditionalGeneration", {}, 400e6, "fairseq, examples/bart"),
-    "PEGASUS large": ("PegasusForConditionalGeneration", dict(vocab_size=96103, d_model=1024, encoder_layers=16, decoder_layers=16, encoder_attention_heads=16, decoder_attention_heads=16, encoder_ffn_dim=4096, decoder_ffn_dim=4096), 568e6, "Zhang et al. 2020, section 6"),
+    "PEGASUS large": (
+        "PegasusForConditionalGeneration",
+        dict(
+            vocab_size=96103,
+            d_model=1024,
+            encoder_layers=16,
+            decoder_layers=16,
+            encoder_attention_heads=16,
+            decoder_attention_heads=16,
+            encoder_ffn_dim=4096,
+            decoder_ffn_dim=4096,
+        ),
+        568e6,
+        "Zhang et al. 2020, section 6",
+    ),
 }
 
-def published_config(name: str):
-    "The configuration of a published network, as its stock class has it. Raises `UsageError`."
-    if name not in published: raise UsageError(f"{name!r} is not among the published networks: {', '.join(published)}.")
+
+def published_config(name: str) -> Any:
+    "The `transformers` configuration of a network in `published`. Raises `UsageError`."
+    if name not in published:
+        raise UsageError(f"{name!r} is not among the published networks: {', '.join(published)}.")
     stock, other, _, _ = published[name]
     return stock_class(stock).config_class(**other)
 
-def extra_parameters(stock: str, s: TransformerConfig) -> int:
-    "What a stock class holds beyond ours: two unused rows in each table of positions (BART), or tables of waves that ours computes."
-    if architectures[stock][0] is not Seq2Seq: return 0
-    return 2 * s.width * (2 if s.places == "learned" else s.positions)
+
+def extra_parameters(
+    stock: str,  # A stock class
+    config: TransformerConfig,
+) -> int:
+    """What a stock class holds beyond ours: two unused rows in each table of positions (BART), or
+    tables of sinusoidal positions, which ours computes."""
+    if architectures[stock][0] is not Seq2Seq:
+        return 0
+    rows = 2 if config.position_embedding == "learned" else config.max_position_embeddings
+    return 2 * config.hidden_size * rows
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #790c18b3
-def check_target_length(kind: type, written: int):
+def check_target_length(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    target_len: int,  # Tokens of an answer
+):
     "Raise `UsageError` when an encoder-decoder writes nothing, or another network writes."
-    if (kind is Seq2Seq) != (written > 0): raise UsageError(f"written is {written}; an encoder-decoder writes at least one token, the others none.")
+    if (model_class is Seq2Seq) != (target_len > 0):
+        raise UsageError(
+            f"target_len is {target_len}; an encoder-decoder writes at least one token, the others "
+            "none."
+        )
 
-def flops_of(kind: type, s: TransformerConfig,
-             n: int,                  # Tokens of a text
-             written: int = 0,        # Tokens of the answer, for an encoder-decoder
-             predicted: float = 1.0,  # Share of an encoder's positions whose token is predicted
-             training: bool = False   # Forward and backward; else forward only
-            ) -> dict[str, float]:
-    "Floating-point operations of the matrix products for one text, by part; a multiply-add counts as 2. Raises `UsageError`."
-    d, cross = s.width, count_blocks(kind, s)[1]
-    check_target_length(kind, written)
-    tokens, squares = s.layers * n + cross * written, s.layers * n * n + cross * written * written
-    head = (written or n) * 2 * d * s.vocabulary if kind is not Bert else predicted * n * (2 * d * d + 2 * d * s.vocabulary) + 2 * d * d + 4 * d
-    found = dict(projections=8 * tokens * d * d, scores=4 * squares * d, cross=cross * (4 * (written + n) * d * d + 4 * written * n * d), feed=4 * tokens * d * s.inner, head=head)
+
+def flops_of(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    config: TransformerConfig,
+    seq_len: int,  # Tokens of a text
+    target_len: int = 0,  # Tokens of the answer, for an encoder-decoder
+    predicted_fraction: float = 1.0,  # Share of an encoder's positions whose token is predicted
+    training: bool = False,  # Forward and backward; else forward only
+) -> dict[str, float]:
+    """Floating-point operations of the matrix products for one text, by part; a multiply-add counts
+    as 2. Raises `UsageError`."""
+    d = config.hidden_size
+    cross = count_blocks(model_class, config)[1]
+    check_target_length(model_class, target_len)
+    tokens = config.num_layers * seq_len + cross * target_len
+    squares = config.num_layers * seq_len * seq_len + cross * target_len * target_len
+    if model_class is Bert:
+        one = 2 * d * d + 2 * d * config.vocab_size
+        head = predicted_fraction * seq_len * one + 2 * d * d + 4 * d
+    else:
+        head = (target_len or seq_len) * 2 * d * config.vocab_size
+    found = dict(
+        projections=8 * tokens * d * d,
+        scores=4 * squares * d,
+        cross=cross * (4 * (target_len + seq_len) * d * d + 4 * target_len * seq_len * d),
+        mlp=4 * tokens * d * config.intermediate_size,
+        head=head,
+    )
     return {k: v * (3 if training else 1) for k, v in found.items()}
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #d1f3a3b6
-def activation_bytes(kind: type, s: TransformerConfig,
-                     rows: int,            # Texts of a batch
-                     n: int,               # Tokens of each
-                     written: int = 0,     # Tokens of each answer, for an encoder-decoder
-                     each: int = 4         # Bytes of a number: 4 in fp32, 2 in bf16
-                    ) -> dict[str, int]:
-    "Bytes that autograd keeps for the backward pass of one batch with every position predicted, by part; fused attention, no dropout, no padding. Raises `UsageError`."
-    d, cross, bends = s.width, count_blocks(kind, s)[1], 1 if s.activation == "relu" else 2
-    check_target_length(kind, written)
-    found = dict(stream=0, attention=0, cross=0, feed=0, head=0, tokens=0)
-    for t, layers, read in [(rows * n, s.layers, 0)] + ([(rows * written, cross, rows * n)] if kind is Seq2Seq else []):
-        norms = (3 if read else 2) * layers + s.first_norm + (s.norm == "pre")
-        found["stream"] += each * t * d * (norms + (3 if read else 2) * layers + 1) + 2 * each * t * norms       # a norm's output, each sum of the stream, two numbers a norm
-        found["attention"] += layers * (each * 4 * t * d + 4 * s.heads * t)
-        if read: found["cross"] += layers * (each * 2 * (t + read) * d + 4 * s.heads * t)
-        found["feed"] += layers * each * t * s.inner * bends
-        found["tokens"] += 8 * t
-    asked = rows * (written or n)
-    found["head"] += 4 * asked * s.vocabulary
-    found["tokens"] += 8 * asked + 4                                                                             # the targets, and how many there were
-    if kind is Bert:
-        found["head"] += each * ((bends + 1) * asked * d + 2 * asked + rows * d) + 4 * rows * 2                            # transform, bend, norm; pooler; the pairs' probabilities
-        found["tokens"] += 8 * asked * bool(s.segments) + 8 * rows + 4
+def activation_bytes(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    config: TransformerConfig,
+    batch_size: int,  # Texts of a batch
+    seq_len: int,  # Tokens of each
+    target_len: int = 0,  # Tokens of each answer, for an encoder-decoder
+    bytes_per_value: int = 4,  # 4 in fp32, 2 in bf16
+) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward pass of one batch with every position predicted,
+    by part; fused attention, no dropout, no padding. Raises `UsageError`."""
+    d = config.hidden_size
+    cross = count_blocks(model_class, config)[1]
+    kept_by_activation = 1 if config.activation == "relu" else 2
+    check_target_length(model_class, target_len)
+    found = dict(stream=0, attention=0, cross=0, mlp=0, head=0, tokens=0)
+    stacks = [(batch_size * seq_len, config.num_layers, 0)]
+    if model_class is Seq2Seq:
+        stacks.append((batch_size * target_len, cross, batch_size * seq_len))
+    for tokens, layers, read in stacks:
+        parts = (3 if read else 2) * layers
+        norms = parts + config.embedding_norm + (config.norm == "pre")
+        # A norm's output, each sum of the stream, two numbers a norm
+        found["stream"] += bytes_per_value * tokens * (d * (norms + parts + 1) + 2 * norms)
+        statistics = 4 * config.num_heads * tokens
+        found["attention"] += layers * (bytes_per_value * 4 * tokens * d + statistics)
+        if read:
+            found["cross"] += layers * (bytes_per_value * 2 * (tokens + read) * d + statistics)
+        inner = tokens * config.intermediate_size
+        found["mlp"] += layers * bytes_per_value * inner * kept_by_activation
+        found["tokens"] += 8 * tokens
+    asked = batch_size * (target_len or seq_len)
+    found["head"] += 4 * asked * config.vocab_size
+    # The targets, and how many there were
+    found["tokens"] += 8 * asked + 4
+    if model_class is Bert:
+        # Transform, activation, norm; pooler; the pairs' probabilities
+        transform = (kept_by_activation + 1) * asked * d + 2 * asked
+        found["head"] += bytes_per_value * (transform + batch_size * d) + 4 * batch_size * 2
+        found["tokens"] += 8 * asked * bool(config.type_vocab_size) + 8 * batch_size + 4
     return found
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #90c1ebce
-def training_bytes(kind: type, s: TransformerConfig, rows: int, n: int, written: int = 0,
-                   precision: str = "fp32" # fp32, or bf16 with fp32 masters
-                  ) -> dict[str, int]:
-    "Bytes of weights, masters, moments, gradients, activations; of the two moments `at_loss` and `at_end`, and their `peak`, with AdamW as in 14_optim. Raises `UsageError`."
-    if precision not in ("fp32", "bf16"): raise UsageError(f"precision is {precision!r}; it is fp32 or bf16.")
-    each, count, asked = 4 if precision == "fp32" else 2, sum(parameters_of(kind, s).values()), rows * (written or n)
-    kept = activation_bytes(kind, s, rows, n, written, each)
-    activations = sum(v for k, v in kept.items() if k != "tokens")                 # the batch was there before
-    masters = dict(masters=4 * count, master_gradients=4 * count) if precision == "bf16" else dict(masters=0, master_gradients=0)
-    found = dict(weights=each * count, moments=8 * count, **masters)
+def training_bytes(
+    model_class: type,  # Bert, Gpt or Seq2Seq
+    config: TransformerConfig,
+    batch_size: int,  # Texts of a batch
+    seq_len: int,  # Tokens of each
+    target_len: int = 0,  # Tokens of each answer, for an encoder-decoder
+    precision: str = "fp32",  # fp32, or bf16 with fp32 masters
+) -> dict[str, int]:
+    """Bytes of weights, masters, moments, gradients, activations; of the two moments `at_loss` and
+    `at_end`, and their `peak`, with AdamW as in 14_optim. Raises `UsageError`."""
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(f"precision is {precision!r}; it is fp32 or bf16.")
+    each = 4 if precision == "fp32" else 2
+    count = sum(parameters_of(model_class, config).values())
+    asked = batch_size * (target_len or seq_len)
+    kept = activation_bytes(model_class, config, batch_size, seq_len, target_len, each)
+    # The batch was there before
+    activations = sum(v for k, v in kept.items() if k != "tokens")
+    masters = 4 * count if precision == "bf16" else 0
+    found = dict(
+        weights=each * count, moments=8 * count, masters=masters, master_gradients=masters
+    )
     stays = sum(found.values())
-    at_loss, at_end = stays + activations + 2 * 4 * asked * s.vocabulary, stays + each * count + 2 * each * s.vocabulary * s.width
-    return found | dict(gradients=each * count, activations=activations, at_loss=at_loss, at_end=at_end, peak=max(at_loss, at_end))
+    at_loss = stays + activations + 2 * 4 * asked * config.vocab_size
+    at_end = stays + each * count + 2 * each * config.vocab_size * config.hidden_size
+    return found | dict(
+        gradients=each * count,
+        activations=activations,
+        at_loss=at_loss,
+        at_end=at_end,
+        peak=max(at_loss, at_end),
+    )
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #671b4194
-def cost_row(name: str, rows: int = 8, n: int = 512) -> dict[str, float]:
-    "Of a published network: parameters, operations of a training step a token read, bytes to train in fp32 and bf16, and the activations' share of the former. Raises `UsageError`."
-    stock, config = published[name][0] if name in published else "", published_config(name)
-    kind, s = architectures[stock][0], config_from_stock(stock, config)
-    written = n if kind is Seq2Seq else 0
-    fp32, bf16 = (training_bytes(kind, s, rows, n, written, p) for p in ("fp32", "bf16"))
-    return dict(parameters=sum(parameters_of(kind, s).values()), flops=sum(flops_of(kind, s, n, written, training=True).values()) / n, fp32=fp32["peak"], bf16=bf16["peak"], activations=fp32["activations"] / fp32["peak"])
+def cost_row(
+    name: str,  # A key of `published`
+    batch_size: int = 8,  # Texts of a batch
+    seq_len: int = 512,  # Tokens of each, and of each answer
+) -> dict[str, float]:
+    """Of a published network: parameters, operations of a training step a token read, bytes to
+    train in fp32 and bf16, and the activations' share of the former. Raises `UsageError`."""
+    stock_config = published_config(name)
+    stock = published[name][0]
+    model_class = architectures[stock][0]
+    config = config_from_stock(stock, stock_config)
+    target_len = seq_len if model_class is Seq2Seq else 0
+    sizes = (model_class, config, batch_size, seq_len, target_len)
+    fp32 = training_bytes(*sizes, "fp32")
+    bf16 = training_bytes(*sizes, "bf16")
+    flops = flops_of(model_class, config, seq_len, target_len, training=True)
+    return dict(
+        parameters=sum(parameters_of(model_class, config).values()),
+        flops=sum(flops.values()) / seq_len,
+        fp32=fp32["peak"],
+        bf16=bf16["peak"],
+        activations=fp32["activations"] / fp32["peak"],
+    )

@@ -8,6 +8,7 @@ __all__ = ['sizes', 'bert', 'encoder_config', 'new_encoder', 'count_parameters',
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #20f44cb7
 import re
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,69 +16,110 @@ import torch.nn.functional as F
 from ..core import UsageError
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #5965f578
-sizes = {"tiny": "2x128", "mini": "4x256", "small": "4x512", "medium": "8x512", "base": "12x768"}   # Turc et al. 2019; base: Devlin et al. 2019
+# Layers x width: Turc et al. 2019; base: Devlin et al. 2019
+sizes = {"tiny": "2x128", "mini": "4x256", "small": "4x512", "medium": "8x512", "base": "12x768"}
 
-def bert():
-    "transformers' BertConfig and BertForMaskedLM; tqdm, imported along the way, would ask notebooks for a widget."
+
+def bert() -> tuple[type, type]:
+    """transformers' BertConfig and BertForMaskedLM; tqdm, imported along the way, would ask
+    notebooks for a widget."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import BertConfig, BertForMaskedLM
     return BertConfig, BertForMaskedLM
 
-def encoder_config(vocabulary: int,        # Number of pieces
-                   size: str = "mini",     # A name from `sizes`, or layers x width such as "4x256"
-                   positions: int = 512,   # Tokens a text may have
-                   dropout: float = 0.0):
+
+def encoder_config(
+    vocab_size: int,  # Tokens of the vocabulary
+    size: str = "mini",  # A name from `sizes`, or layers x width such as "4x256"
+    max_position_embeddings: int = 512,  # Tokens a text may have
+    dropout: float = 0.0,  # Probability with which a value is dropped in training
+) -> Any:
     "Configuration of a BERT of this size, as `transformers.BertConfig`. Raises `UsageError`."
     found = re.fullmatch(r"(\d+)x(\d+)", sizes.get(size, size))
     layers, width = map(int, found.groups()) if found else (0, 0)
     heads = max(2, width // 64)
     if layers < 1 or width < 2 or width % heads:
-        raise UsageError(f"size is {size!r}; give {', '.join(sizes)}, or layers x width with a width that {heads} heads can share, such as 4x256.")
-    return bert()[0](vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-                      max_position_embeddings=positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, pad_token_id=0)
+        raise UsageError(
+            f"size is {size!r}; give {', '.join(sizes)}, or layers x width with a width that "
+            f"{heads} heads can share, such as 4x256."
+        )
+    return bert()[0](
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=max_position_embeddings,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=0,
+    )
 
-def new_encoder(vocabulary: int, size: str = "mini", positions: int = 512, dropout: float = 0.0, seed: int = 0):
-    "A `transformers.BertForMaskedLM` with random weights that depend on the arguments alone; attention through torch's SDPA. Raises `UsageError`."
-    config = encoder_config(vocabulary, size, positions, dropout)
+
+def new_encoder(
+    vocab_size: int,  # See `encoder_config`, like the next three
+    size: str = "mini",
+    max_position_embeddings: int = 512,
+    dropout: float = 0.0,
+    seed: int = 0,  # Of the first weights
+) -> torch.nn.Module:
+    """A `transformers.BertForMaskedLM` with random weights that depend on the arguments alone;
+    attention through torch's SDPA. Raises `UsageError`."""
+    config = encoder_config(vocab_size, size, max_position_embeddings, dropout)
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return bert()[1](config)
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #332b6d40
-def count_parameters(config) -> dict[str, int]:
-    "Parameters of a BertForMaskedLM by part, from its configuration alone."
-    d, inner = config.hidden_size, config.intermediate_size
-    embeddings = (config.vocab_size + config.max_position_embeddings + config.type_vocab_size) * d + 2 * d
+def count_parameters(
+    config: Any,  # A transformers.BertConfig
+) -> dict[str, int]:
+    "Parameters of a BertForMaskedLM by part, and their `total`, from its configuration alone."
+    d = config.hidden_size
+    inner = config.intermediate_size
+    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    embeddings = rows * d + 2 * d
     layers = config.num_hidden_layers * (4 * (d * d + d) + 2 * d * inner + inner + d + 4 * d)
     head = d * d + 3 * d + config.vocab_size
     return dict(embeddings=embeddings, layers=layers, head=head, total=embeddings + layers + head)
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #e6f8168d
-def flops_per_token(config,
-                    length: int,              # Tokens a row
-                    predicted: float = 1.0,   # Share of positions whose token is predicted
-                    training: bool = True     # Forward and backward; else forward only
-                   ) -> float:
-    "Floating-point operations of the matrix products, per token read (a multiply-add counts as 2)."
+def flops_per_token(
+    config: Any,  # A transformers.BertConfig
+    seq_len: int,  # Tokens a row
+    predicted_fraction: float = 1.0,  # Share of positions whose token is predicted
+    training: bool = True,  # Forward and backward; else forward only
+) -> float:
+    "Floating-point operations of the products, per token read (a multiply-add counts as 2)."
     d = config.hidden_size
-    layers = config.num_hidden_layers * (8 * d * d + 4 * d * config.intermediate_size + 4 * length * d)
-    head = predicted * (2 * d * d + 2 * d * config.vocab_size)
-    return (3 if training else 1) * (layers + head)
+    layer = 8 * d * d + 4 * d * config.intermediate_size + 4 * seq_len * d
+    head = predicted_fraction * (2 * d * d + 2 * d * config.vocab_size)
+    return (3 if training else 1) * (config.num_hidden_layers * layer + head)
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #553a4f11
-def mlm_logits(model,               # BertForMaskedLM
-               input_ids,           # (rows, tokens)
-               positions,           # (n,) asked positions, as indices into the flattened input_ids
-               attention_mask=None  # (rows, tokens), 0 for padding; None: no padding
-              ):
-    "Logits (n, vocabulary) in fp32 at the asked positions, and only there."
+# Shapes: B batch, T tokens, N positions asked for, V vocabulary.
+
+
+def mlm_logits(
+    model: torch.nn.Module,  # A BertForMaskedLM
+    input_ids: torch.Tensor,  # (B, T)
+    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
+    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+) -> torch.Tensor:
+    "Logits (N, V) in fp32 at the asked positions, and only there."
     hidden = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return model.cls(hidden.flatten(0, 1).index_select(0, positions)).float()
 
-def mlm_loss(model, input_ids, positions,
-             targets,               # (n,) the tokens that stood there
-             attention_mask=None):
-    "Summed cross-entropy in nats of `targets` at `positions`; divide by their number for the mean."
-    return F.cross_entropy(mlm_logits(model, input_ids, positions, attention_mask), targets, reduction="sum")
+
+def mlm_loss(
+    model: torch.nn.Module,  # A BertForMaskedLM
+    input_ids: torch.Tensor,  # (B, T)
+    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
+    targets: torch.Tensor,  # (N,) the tokens that stood there
+    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+) -> torch.Tensor:
+    "Summed cross-entropy in nats at the asked positions; divide by their number for the mean."
+    logits = mlm_logits(model, input_ids, positions, attention_mask)
+    return F.cross_entropy(logits, targets, reduction="sum")

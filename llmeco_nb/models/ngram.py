@@ -13,109 +13,182 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..core import DataError
-from ..core import UsageError
+from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #0f7399f2
-def discounts(counts: np.ndarray) -> np.ndarray:
-    "What is taken off a count of 0, 1, 2, and 3 or more. Where the corpus is too small to tell, half an occurrence."
+def discounts(
+    counts: np.ndarray,  # How often each n-gram occurs, whole numbers
+) -> np.ndarray:
+    """What is taken off a count of 0, 1, 2, and 3 or more, (4,). Where the corpus is too small to
+    tell, half an occurrence."""
     n = np.bincount(np.minimum(counts, 5).astype(np.int64), minlength=6)[1:5].astype(float)
-    if (n == 0).any(): return np.array([0, 0.5, 0.5, 0.5])
+    if (n == 0).any():
+        return np.array([0, 0.5, 0.5, 0.5])
     y = n[0] / (n[0] + 2 * n[1])
     return np.array([0, *(min(max(k - (k + 1) * y * n[k] / n[k - 1], 0.05), k) for k in (1, 2, 3))])
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #735dfb92
-def concat_documents(documents: Iterable[np.ndarray], order: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    "All documents in one row, before each `order` - 1 end tokens (at least one) and one behind; and which places are asked for: a document's tokens and its end."
-    pad, parts, asked = max(1, order - 1), [], []
+def concat_documents(
+    documents: Iterable[np.ndarray],  # Token ids of each, (tokens,)
+    order: int,  # Tokens an n-gram has
+    eos_token_id: int,  # Token that ends a document
+) -> tuple[np.ndarray, np.ndarray]:
+    """All documents in one row (places,), before each `order` - 1 end tokens (at least one) and one
+    behind; and which places are asked for: a document's tokens and its end. Raises `DataError` for
+    no documents."""
+    pad = max(1, order - 1)
+    parts = []
+    asked = []
     for d in documents:
-        parts += [np.full(pad, end, np.int64), d, np.full(1, end, np.int64)]
+        parts += [np.full(pad, eos_token_id, np.int64), d, np.full(1, eos_token_id, np.int64)]
         asked += [np.zeros(pad, bool), np.ones(len(d) + 1, bool)]
-    if not parts: raise DataError("There is no document to count.")
+    if not parts:
+        raise DataError("There is no document to count.")
     return np.concatenate(parts).astype(np.int64), np.concatenate(asked)
+
 
 class Ngram:
     "Interpolated modified Kneser-Ney over token ids. Raises `UsageError`, `DataError`."
-    def __init__(self, documents: Iterable[np.ndarray],  # Token ids of each, end token not included
-                 vocabulary: int,                        # Ids are below it
-                 order: int = 5,                         # Tokens a stretch has; 1 is the unigram
-                 end: int = 0                            # Token that ends a document
-                ):
-        if order < 1: raise UsageError(f"order is {order}; a stretch has at least one token.")
-        stream, asked = concat_documents(documents, order, end)
-        if stream.max() >= vocabulary or stream.min() < 0: raise DataError(f"The documents hold the token {stream.max()}, and the vocabulary has only {vocabulary}: they were cut by another tokenizer.")
-        self.vocabulary, self.order, self.end, self.tokens = vocabulary, order, end, int(asked.sum())
-        numbers, raw, owner = [], [], []
-        self.keys = []
-        for n in range(order):
-            key = stream if n == 0 else np.concatenate([[0], numbers[-1][:-1]]) * vocabulary + stream     # what stands before the stream's first place is of no weight
-            keys, first, number = np.unique(key, return_index=True, return_inverse=True)
-            self.keys.append(keys)
-            raw.append(np.bincount(number[asked], minlength=len(keys)))
-            if n: owner.append(numbers[-1][first])        # each stretch's number without its first token is that of the shorter one ending at the same place
-            numbers = [*numbers[-1:], number]
-        self.taken, self.lent, self.total = [], [], []
-        for n in range(order):
-            counts = raw[n] if n == order - 1 else np.bincount(owner[n][raw[n + 1] > 0], minlength=len(raw[n]))
-            off = discounts(counts)[np.minimum(counts, 3)]
-            context = self.keys[n] // vocabulary
-            size = len(self.keys[n - 1]) if n else 1
-            self.taken.append((counts - off).astype(np.float32))
-            self.total.append(np.bincount(context if n else context * 0, counts, size))
-            self.lent.append(np.bincount(context if n else context * 0, off, size))
 
-    def probabilities(self, stream: np.ndarray) -> np.ndarray:
-        "For every place of the stream p(token | the tokens before it); only places with order - 1 tokens before them mean something."
-        p, before = np.full(len(stream), 1 / self.vocabulary), np.zeros(len(stream), np.int64)
+    def __init__(
+        self,
+        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
+        vocab_size: int,  # Ids are below it
+        order: int = 5,  # Tokens an n-gram has; 1 is the unigram
+        eos_token_id: int = 0,  # Token that ends a document
+    ):
+        if order < 1:
+            raise UsageError(f"order is {order}; a stretch has at least one token.")
+        stream, asked = concat_documents(documents, order, eos_token_id)
+        if stream.max() >= vocab_size or stream.min() < 0:
+            raise DataError(
+                f"The documents hold the token {stream.max()}, and the vocabulary has only "
+                f"{vocab_size}: they were cut by another tokenizer."
+            )
+        self.vocab_size = vocab_size
+        self.order = order
+        self.eos_token_id = eos_token_id
+        self.tokens = int(asked.sum())
+        self.keys: list[np.ndarray] = []  # A level an order: the n-grams, sorted
+        self.discounted: list[np.ndarray] = []  # Their counts, less the discount
+        self.total: list[np.ndarray] = []  # Of each context: the sum of its counts
+        self.backoff_mass: list[np.ndarray] = []  # And what the discounts took off them
+        raw, shorter = self._count(stream, asked)
+        for n in range(order):
+            counts = raw[n]
+            if n < order - 1:  # How many different tokens were met before it
+                counts = np.bincount(shorter[n][raw[n + 1] > 0], minlength=len(raw[n]))
+            off = discounts(counts)[np.minimum(counts, 3)]
+            context = self.keys[n] // vocab_size if n else self.keys[n] * 0
+            size = len(self.keys[n - 1]) if n else 1
+            self.discounted.append((counts - off).astype(np.float32))
+            self.total.append(np.bincount(context, counts, size))
+            self.backoff_mass.append(np.bincount(context, off, size))
+
+    def _count(self, stream: np.ndarray, asked: np.ndarray) -> tuple[list, list]:
+        """Fill `keys`. Of each order the counts (n-grams,); and for each n-gram of the next order
+        the number of the shorter one without its first token."""
+        raw, shorter = [], []
+        number = np.zeros(0, np.int64)
         for n in range(self.order):
-            key = before * self.vocabulary + stream
+            key = stream
+            if n:  # What stands before the stream's first place is of no weight
+                key = np.concatenate([[0], number[:-1]]) * self.vocab_size + stream
+            keys, first, following = np.unique(key, return_index=True, return_inverse=True)
+            self.keys.append(keys)
+            raw.append(np.bincount(following[asked], minlength=len(keys)))
+            if n:  # The shorter one ends at the same place
+                shorter.append(number[first])
+            number = following
+        return raw, shorter
+
+    def probabilities(
+        self,
+        stream: np.ndarray,  # (places,) token ids
+    ) -> np.ndarray:
+        """p(token | the tokens before it) for every place, (places,); only places with order - 1
+        tokens before them mean something."""
+        p = np.full(len(stream), 1 / self.vocab_size)
+        before = np.zeros(len(stream), np.int64)
+        for n in range(self.order):
+            key = before * self.vocab_size + stream
             at = np.minimum(np.searchsorted(self.keys[n], key), len(self.keys[n]) - 1)
             found = (before >= 0) & (self.keys[n][at] == key)
-            total = np.where(before >= 0, self.total[n][np.maximum(before, 0)], 0)
-            share = (np.where(found, self.taken[n][at], 0) + self.lent[n][np.maximum(before, 0)] * p) / np.maximum(total, 1)
+            context = np.maximum(before, 0)
+            total = np.where(before >= 0, self.total[n][context], 0)
+            counted = np.where(found, self.discounted[n][at], 0)
+            share = (counted + self.backoff_mass[n][context] * p) / np.maximum(total, 1)
             p = np.where(total > 0, share, p)
-            before = np.concatenate([[-1], np.where(found, at, -1)[:-1]])      # the next order's context ends one place earlier
+            # The next order's context ends one place earlier
+            before = np.concatenate([[-1], np.where(found, at, -1)[:-1]])
         return p
 
-    def surprises(self, documents: Iterable[np.ndarray], chunk: int = 2000) -> np.ndarray:
-        "Surprise in nats of each document, summed over its tokens and its end."
-        documents, found = list(documents), []
-        for i in range(0, len(documents), chunk):
-            stream, asked = concat_documents(documents[i:i + chunk], self.order, self.end)
-            starts = np.cumsum([0, *(len(d) + 1 for d in documents[i:i + chunk])])[:-1]
+    def surprisals(
+        self,
+        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
+        chunk_size: int = 2000,  # Documents at a time
+    ) -> np.ndarray:
+        "Surprisal in nats of each document, summed over its tokens and its end, (documents,)."
+        documents = list(documents)
+        found = []
+        for i in range(0, len(documents), chunk_size):
+            part = documents[i : i + chunk_size]
+            stream, asked = concat_documents(part, self.order, self.eos_token_id)
+            starts = np.cumsum([0, *(len(d) + 1 for d in part)])[:-1]
             found.append(np.add.reduceat(-np.log(self.probabilities(stream)[asked]), starts))
         return np.concatenate(found) if found else np.zeros(0)
 
-    def nats(self, documents: Iterable[np.ndarray]) -> tuple[float, int]:
-        "Summed surprise in nats of all documents, each token and each end predicted once, and their number."
+    def nats(
+        self,
+        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
+    ) -> tuple[float, int]:
+        "Summed surprisal in nats of all tokens and ends, each predicted once, and their number."
         documents = list(documents)
-        return float(self.surprises(documents).sum()), sum(len(d) + 1 for d in documents)
+        return float(self.surprisals(documents).sum()), sum(len(d) + 1 for d in documents)
 
-    def distribution(self, context: list[int]) -> np.ndarray:
-        "p (vocabulary,) of the token after `context`, which is filled up with end tokens on the left."
+    def distribution(
+        self,
+        context: list[int],  # Token ids; filled up with end tokens on the left
+    ) -> np.ndarray:
+        "p (vocab_size,) of the token after the context."
         width = self.order - 1
-        left = ([self.end] * width + list(context))[-width:] if width else []
-        stream = np.array([[*left, w] for w in range(self.vocabulary)], np.int64)
-        return self.probabilities(stream.ravel()).reshape(self.vocabulary, -1)[:, -1]
+        left = ([self.eos_token_id] * width + list(context))[-width:] if width else []
+        stream = np.array([[*left, w] for w in range(self.vocab_size)], np.int64)
+        return self.probabilities(stream.ravel()).reshape(self.vocab_size, -1)[:, -1]
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #cb03a306
-def bits_per_byte(nats: float, size: int) -> float:
-    "Summed surprise in nats over a text of `size` bytes, as bits per byte. Raises `DataError` for an empty text."
-    if size < 1: raise DataError("A text of no bytes has no bits per byte.")
-    return nats / size / math.log(2)
+def bits_per_byte(
+    nats: float,  # Summed surprisal of a text
+    num_bytes: int,  # Of the text
+) -> float:
+    "Bits per byte. Raises `DataError` for an empty text."
+    if num_bytes < 1:
+        raise DataError("A text of no bytes has no bits per byte.")
+    return nats / num_bytes / math.log(2)
 
-def compression_bits_per_byte(held: Iterable[str],            # Texts to compress, joined by line ends
-                              train: Iterable[str] = (),      # Texts to show xz before
-                              room: int = 2**23               # Bytes of training text to show, from the front
-                             ) -> dict[str, float]:
-    "Bits per byte of `held`: gzip alone, xz alone, xz after `room` bytes of `train` (left out where there are none). Raises `DataError`."
-    data, shown, have = "\n".join(held).encode(), [], 0
-    if not data: raise DataError("There is no text to compress.")
-    for t in train:
-        if have >= room: break
-        shown.append(t.encode()); have += len(shown[-1]) + 1
-    before = b"\n".join(shown)[:room]
-    xz = lambda d: 8 * len(lzma.compress(d, format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6, dict_size=2**25)]))
-    found = dict(gzip=8 * len(gzip.compress(data, 9, mtime=0)) / len(data), xz=xz(data) / len(data))
-    if before: found["xz_after_train"] = (xz(before + b"\n" + data) - xz(before)) / len(data)
+
+def compression_bits_per_byte(
+    texts: Iterable[str],  # Texts to compress, joined by line ends
+    train_texts: Iterable[str] = (),  # Texts to show xz before
+    max_train_bytes: int = 2**23,  # Bytes of training text to show, from the front
+) -> dict[str, float]:
+    """Bits per byte of `texts`: gzip alone, xz alone, and xz after the training texts (left out
+    where there are none). Raises `DataError` for no text."""
+    data = "\n".join(texts).encode()
+    if not data:
+        raise DataError("There is no text to compress.")
+    shown = []
+    have = 0
+    for t in train_texts:
+        if have >= max_train_bytes:
+            break
+        shown.append(t.encode())
+        have += len(shown[-1]) + 1
+    before = b"\n".join(shown)[:max_train_bytes]
+    filters = [dict(id=lzma.FILTER_LZMA2, preset=6, dict_size=2**25)]
+    xz = lambda d: 8 * len(lzma.compress(d, format=lzma.FORMAT_RAW, filters=filters))
+    gzipped = 8 * len(gzip.compress(data, 9, mtime=0))
+    found = dict(gzip=gzipped / len(data), xz=xz(data) / len(data))
+    if before:
+        found["xz_after_train"] = (xz(before + b"\n" + data) - xz(before)) / len(data)
     return found

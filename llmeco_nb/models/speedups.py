@@ -8,62 +8,124 @@ __all__ = ['EAGER_MAX_LENGTH', 'EagerAttention', 'eager_attention', 'auto_attent
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #bcf82b14
 import ctypes
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #b3d21022
+# Shapes: B batch, H heads, T tokens that look, S tokens looked at, d size of a head, N targets,
+# D hidden size, V vocabulary.
+
+
 class EagerAttention(torch.autograd.Function):
-    "softmax(q k^T scale) v over the last two dimensions of (rows, heads, tokens, d); `mask` is True where a query may look at a key. The shares are kept, not computed twice."
+    """softmax(q k^T scale) v. The weights (B, H, T, S) are kept for the backward pass, not computed
+    twice."""
+
     @staticmethod
-    def forward(ctx, q, k, v, scale: float, mask=None):
-        (b, h, n, d), m = q.shape, k.shape[2]
-        q, k, v = (q * scale).reshape(b * h, n, d), k.reshape(b * h, m, d), v.reshape(b * h, m, d)
-        s = torch.bmm(q, k.transpose(1, 2))
-        if mask is not None: s.view(b, h, n, m).masked_fill_(~mask, -torch.inf)
-        p = s.softmax(-1)
+    def forward(
+        ctx,
+        q: torch.Tensor,  # (B, H, T, d)
+        k: torch.Tensor,  # (B, H, S, d)
+        v: torch.Tensor,  # (B, H, S, d)
+        scale: float,  # Of the scores
+        mask: torch.Tensor | None = None,  # (B, H or 1, T, S); True: may look; None: all may
+    ) -> torch.Tensor:
+        "(B, H, T, d); in memory tokens stand before heads, as the next layer reads them."
+        b, h, n, d = q.shape
+        m = k.shape[2]
+        q = (q * scale).reshape(b * h, n, d)
+        k = k.reshape(b * h, m, d)
+        v = v.reshape(b * h, m, d)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if mask is not None:
+            scores.view(b, h, n, m).masked_fill_(~mask, -torch.inf)
+        p = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, p)
-        ctx.shape, ctx.scale = (b, h), scale
-        return torch.bmm(p, v).view(b, h, n, d).transpose(1, 2).contiguous().transpose(1, 2)     # in memory: tokens before heads, as the next layer reads them
+        ctx.shape = (b, h)
+        ctx.scale = scale
+        return torch.bmm(p, v).view(b, h, n, d).transpose(1, 2).contiguous().transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        "Gradients of q, k and v."
         q, k, v, p = ctx.saved_tensors
         grad = grad.reshape(q.shape)
-        by_v, by_p = torch.bmm(p.transpose(1, 2), grad), torch.bmm(grad, v.transpose(1, 2))
-        by_s = torch._softmax_backward_data(by_p, p, -1, p.dtype)
-        by_q, by_k = torch.bmm(by_s, k).mul_(ctx.scale), torch.bmm(by_s.transpose(1, 2), q)        # q was scaled on the way in
+        by_v = torch.bmm(p.transpose(1, 2), grad)
+        by_p = torch.bmm(grad, v.transpose(1, 2))
+        by_scores = torch._softmax_backward_data(by_p, p, -1, p.dtype)
+        by_q = torch.bmm(by_scores, k).mul_(ctx.scale)
+        by_k = torch.bmm(by_scores.transpose(1, 2), q)  # q was scaled on the way in
         laid = lambda g: g.unflatten(0, ctx.shape).transpose(1, 2).contiguous().transpose(1, 2)
         return laid(by_q), laid(by_k), laid(by_v), None, None
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #4b432c0c
-EAGER_MAX_LENGTH = 1024    # tokens a row, up to which products were faster than torch's fused kernel in bfloat16
+# Tokens a row, up to which products were faster than torch's fused kernel in bfloat16
+EAGER_MAX_LENGTH = 1024
 
-def eager_attention(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, always: bool = True, **more):
-    "For transformers' AttentionInterface: `EagerAttention` for encoders on a CPU, else torch's attention. Returns (output (rows, tokens, heads, d), None)."
+
+def _attend(module, query, key, value, attention_mask, always: bool, **more):
+    "What `eager_attention` does; `always`: also where torch's kernel is faster."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", False)
-    odd = attention_mask is not None and attention_mask.dtype != torch.bool
-    slow = not always and (query.dtype != torch.bfloat16 or key.shape[2] > EAGER_MAX_LENGTH)
-    if slow or dropout or causal or odd or query.device.type != "cpu" or key.shape[1] != query.shape[1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    causal = more.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", False)
+    added = attention_mask is not None and attention_mask.dtype != torch.bool
+    slower = query.dtype != torch.bfloat16 or key.shape[2] > EAGER_MAX_LENGTH
+    grouped = key.shape[1] != query.shape[1]
+    elsewhere = query.device.type != "cpu"
+    if (slower and not always) or more.get("dropout") or causal or added or elsewhere or grouped:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    scale = more.get("scaling")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     return EagerAttention.apply(query, key, value, scale, attention_mask).transpose(1, 2), None
 
-def auto_attention(*given, **more):
-    "`eager_attention` in bfloat16 and for rows of up to `EAGER_MAX_LENGTH` tokens, else torch's attention."
-    return eager_attention(*given, **more, always=False)
 
-def use_fast_attention(model: torch.nn.Module,
-                       always: bool = False     # Products also where torch's kernel is faster: in float32, or for very long rows
-                      ) -> torch.nn.Module:
-    "Let a transformers model compute its attention by products where that is faster; changes it in place and returns it. Weights, logits and what is saved stay the same."
+def eager_attention(
+    module: torch.nn.Module,  # The attention layer of transformers
+    query: torch.Tensor,  # (B, H, T, d)
+    key: torch.Tensor,  # (B, H, S, d)
+    value: torch.Tensor,  # (B, H, S, d)
+    attention_mask: torch.Tensor | None,  # (B, H or 1, T, S); True: may look; None: all may
+    **more,  # dropout, scaling, is_causal and what else `sdpa_attention_forward` takes
+) -> tuple[torch.Tensor, None]:
+    """For transformers' AttentionInterface: `EagerAttention` for encoders on a CPU, else torch's
+    attention. Returns (output (B, T, H, d), None)."""
+    return _attend(module, query, key, value, attention_mask, always=True, **more)
+
+
+def auto_attention(
+    module: torch.nn.Module,  # See `eager_attention`, like all the others
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **more,
+) -> tuple[torch.Tensor, None]:
+    """`eager_attention` in bfloat16 and for rows of up to `EAGER_MAX_LENGTH` tokens, else torch's
+    attention."""
+    return _attend(module, query, key, value, attention_mask, always=False, **more)
+
+
+def use_fast_attention(
+    model: torch.nn.Module,  # Of transformers; changed in place
+    always: bool = False,  # Products also where torch's kernel is faster: fp32, very long rows
+) -> torch.nn.Module:
+    """Let a transformers model compute its attention by products where that is faster; the model.
+    Weights, logits and what is saved stay the same."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    for name, attention in (("products", eager_attention), ("products-where-it-pays", auto_attention)):
+
+    for name, attention in (
+        ("products", eager_attention),
+        ("products-where-it-pays", auto_attention),
+    ):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation("products" if always else "products-where-it-pays")
@@ -71,59 +133,102 @@ def use_fast_attention(model: torch.nn.Module,
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #e956b752
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    "Summed cross-entropy in nats of `targets` (n,) under logits `hidden @ weight.T + bias`: hidden (n, d), weight (vocabulary, d). Stores gradients, never logits; works through `room` logits at a time."
+    "Summed cross-entropy under logits `hidden @ weight.T + bias`. Stores gradients, never logits."
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, room: int = 2**24):
-        wanted, loss = any(ctx.needs_input_grad[:3]), hidden.new_zeros((), dtype=torch.float32 if hidden.dtype == torch.bfloat16 else hidden.dtype)
-        by_hidden, by_weight, by_bias = torch.empty_like(hidden), None, 0
-        for start in range(0, len(targets), max(1, room // len(weight))):
-            part = slice(start, start + max(1, room // len(weight)))
-            x, y = hidden[part], targets[part]
-            z, at = F.linear(x, weight, bias), torch.arange(len(y), device=y.device)
+    def forward(
+        ctx,
+        hidden: torch.Tensor,  # (N, D)
+        weight: torch.Tensor,  # (V, D)
+        bias: torch.Tensor,  # (V,)
+        targets: torch.Tensor,  # (N,) tokens
+        max_logits: int = 2**24,  # Logits worked through at a time
+    ) -> torch.Tensor:
+        "Nats, a scalar in fp32 (fp64 for fp64)."
+        needs_grad = any(ctx.needs_input_grad[:3])
+        number = torch.float32 if hidden.dtype == torch.bfloat16 else hidden.dtype
+        loss = hidden.new_zeros((), dtype=number)
+        by_hidden = torch.empty_like(hidden)
+        by_weight = None
+        by_bias = 0
+        rows = max(1, max_logits // len(weight))
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            x = hidden[part]
+            y = targets[part]
+            z = F.linear(x, weight, bias)
+            at = torch.arange(len(y), device=y.device)
             p = z.softmax(-1)
             loss += (z.amax(-1).to(loss) - p.amax(-1).to(loss).log() - z[at, y].to(loss)).sum()
-            if not wanted: continue
+            if not needs_grad:
+                continue
             p[at, y] -= 1
             torch.mm(p, weight, out=by_hidden[part])
             by_weight = p.t() @ x if by_weight is None else by_weight.addmm_(p.t(), x)
             by_bias = by_bias + p.sum(0)
-        if wanted: ctx.save_for_backward(by_hidden, by_weight, by_bias)
+        if needs_grad:
+            ctx.save_for_backward(by_hidden, by_weight, by_bias)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        "Gradients of hidden, weight and bias."
         found = ctx.saved_tensors
         return (*(found if grad == 1 else [g * grad.to(g) for g in found]), None, None)
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #6186045f
-def num_loss_chunks(tokens: int, vocabulary: int, room: int = 2**24) -> int:
+def num_loss_chunks(
+    num_targets: int,  # N
+    vocab_size: int,  # V
+    max_logits: int = 2**24,  # Logits worked through at a time
+) -> int:
     "Parts in which `FusedLinearCrossEntropy` goes through so many targets."
-    return -(-tokens // max(1, room // vocabulary))
+    return -(-num_targets // max(1, max_logits // vocab_size))
 
-def fast_mlm_loss(model,               # BertForMaskedLM
-                  input_ids,           # (rows, tokens)
-                  positions,           # (n,) asked positions, as indices into the flattened input_ids
-                  targets,             # (n,) the tokens that stood there
-                  attention_mask=None, # (rows, tokens), 0 for padding; None: no padding
-                  room: int = 2**24    # Logits worked through at a time
-                 ):
-    "What `model.mlm_loss` gives, value and gradients; the logits are not kept. Summed nats; divide by the number of targets for the mean."
-    hidden, head = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, model.cls.predictions
+
+def fast_mlm_loss(
+    model: torch.nn.Module,  # A BertForMaskedLM
+    input_ids: torch.Tensor,  # (B, T)
+    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
+    targets: torch.Tensor,  # (N,) the tokens that stood there
+    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+    max_logits: int = 2**24,  # Logits worked through at a time
+) -> torch.Tensor:
+    """What `encoder.mlm_loss` gives, value and gradients; the logits are not kept. Summed nats;
+    divide by the number of targets for the mean."""
+    hidden = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    head = model.cls.predictions
     asked = head.transform(hidden.flatten(0, 1).index_select(0, positions))
-    return FusedLinearCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets, room)
+    weight, bias = head.decoder.weight, head.decoder.bias
+    return FusedLinearCrossEntropy.apply(asked, weight, bias, targets, max_logits)
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #9846ea69
+def _malloc_settings() -> tuple[Any, Any] | None:
+    "glibc's `mallopt` and `malloc_trim`; None where the C library has none."
+    try:
+        library = ctypes.CDLL(None)
+        return library.mallopt, library.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
 @contextmanager
-def retain_freed_memory():
-    "Let the process keep freed memory for its next allocation instead of returning it to the system; glibc only, elsewhere without effect. Peak memory stays what it was, but is held for the length of the block."
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4       # names of parameters in malloc.h
-    try: library = ctypes.CDLL(None); setting, trim = library.mallopt, library.malloc_trim
-    except (AttributeError, OSError, TypeError): setting = None
-    if setting is None: yield; return
+def retain_freed_memory() -> Iterator[None]:
+    """Let the process keep freed memory for its next allocation instead of returning it to the
+    system; glibc only, elsewhere without effect. Peak memory stays what it was, but is held for the
+    length of the block."""
+    found = _malloc_settings()
+    if found is None:
+        yield
+        return
+    setting, trim = found
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # Names of parameters in malloc.h
     setting(mmap_max, 0)
     setting(trim_threshold, 2**31 - 1)
-    try: yield
+    try:
+        yield
     finally:
-        for name, value in ((mmap_max, 65536), (mmap_threshold, 2**25), (trim_threshold, 2**26)): setting(name, value)
+        for name, value in ((mmap_max, 65536), (mmap_threshold, 2**25), (trim_threshold, 2**26)):
+            setting(name, value)
         trim(0)

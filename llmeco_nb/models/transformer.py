@@ -9,6 +9,7 @@ __all__ = ['activations', 'MultiHeadAttention', 'make_attn_mask', 'TransformerCo
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #e28de34b
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,199 +19,440 @@ from torch import nn
 from ..core import UsageError
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #a94f42dc
-class MultiHeadAttention(nn.Module):
-    "Multi-head attention (Vaswani et al. 2017, section 3.2): `x` (rows, n, width) looks at `memory` (rows, m, width), or at itself."
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+# Shapes: B batch, T tokens (of a query), S tokens looked at, D hidden size, H heads, V vocabulary.
 
-    def forward(self, x, memory=None, allowed=None, causal=False):
-        "`allowed`: True where a query may look at a key, broadcast to (rows, heads, n, m). `causal`: nobody looks ahead. Returns (rows, n, width)."
+
+class MultiHeadAttention(nn.Module):
+    "Multi-head attention (Vaswani et al. 2017, section 3.2)."
+
+    def __init__(
+        self,
+        hidden_size: int,  # D
+        num_heads: int,  # H; must divide D
+        dropout: float = 0.0,  # Probability with which a weight is dropped in training
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(hidden_size, hidden_size) for _ in range(4)
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, D), what looks
+        memory: torch.Tensor | None = None,  # (B, S, D), what is looked at; None: `x` itself
+        attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, S); True: may look
+        is_causal: bool = False,  # Whether no token looks ahead; only without `attn_mask`
+    ) -> torch.Tensor:
+        "What each token of `x` takes over, (B, T, D)."
         memory = x if memory is None else memory
-        cut = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)                   # (rows, n, width) -> (rows, heads, n, d)
-        q, k, v = cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, dropout_p=self.dropout if self.training else 0.0)
+        # (B, T, D) -> (B, H, T, D / H)
+        split_heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        o = F.scaled_dot_product_attention(
+            split_heads(self.query(x)),
+            split_heads(self.key(memory)),
+            split_heads(self.value(memory)),
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.output(o.transpose(1, 2).flatten(-2))
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #a2f5995a
-def make_attn_mask(keep, n: int, causal: bool):
-    "The mask (rows, 1, n, m) for keys that `keep` (rows, m) marks as no padding, below the diagonal only where `causal`. None where nothing needs to be said."
-    if keep is None: return None
-    pairs = keep.bool()[:, None, None, :].expand(-1, 1, n, -1)
-    return pairs & torch.ones(n, n, dtype=torch.bool, device=keep.device).tril() if causal else pairs
+def make_attn_mask(
+    attention_mask: torch.Tensor | None,  # (B, S), 0 for padding; None: no padding
+    num_queries: int,  # T
+    is_causal: bool,  # Whether no token looks ahead
+) -> torch.Tensor | None:
+    """Who may look at whom, (B, 1, T, S): no padding, and where `is_causal` nothing above the
+    diagonal. None without padding, where nothing needs to be said."""
+    if attention_mask is None:
+        return None
+    pairs = attention_mask.bool()[:, None, None, :].expand(-1, 1, num_queries, -1)
+    if not is_causal:
+        return pairs
+    ones = torch.ones(num_queries, num_queries, dtype=torch.bool, device=attention_mask.device)
+    return pairs & ones.tril()
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #9f49b340
-activations = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+activations = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
     "All sizes and options of a Transformer. Raises `UsageError` for those that make no network."
-    vocabulary: int
-    width: int = 64              # Of every token's vector
-    heads: int = 2               # Must divide the width
-    inner: int = 0               # Width inside the feed-forward part; 0: four times the width
-    layers: int = 2
-    decoder_layers: int = 0      # Of an encoder-decoder's decoder; 0: as many as the encoder
-    positions: int = 128         # Longest text
-    norm: str = "post"           # "post": after the sum; "pre": before each part
-    places: str = "learned"      # How positions are told: "learned" or "waves"
-    first_norm: bool = True      # A norm right after the embedding
-    scale: bool = False          # Word vectors times the root of the width
-    segments: int = 0            # Kinds of segments; 0: none
-    activation: str = "gelu"     # gelu, gelu_new (its tanh form), relu, silu
-    dropout: float = 0.0
-    eps: float = 1e-5            # Added to the variance in norms
+
+    vocab_size: int  # Tokens the network knows
+    hidden_size: int = 64  # Entries of every token's vector; even
+    num_heads: int = 2  # Must divide `hidden_size`
+    intermediate_size: int = 0  # Width inside the feed-forward part; 0: four times `hidden_size`
+    num_layers: int = 2  # Blocks of an encoder or decoder
+    num_decoder_layers: int = 0  # Of an encoder-decoder's decoder; 0: as many as the encoder
+    max_position_embeddings: int = 128  # Tokens of the longest text
+    norm: str = "post"  # "post": after the sum; "pre": before each part
+    position_embedding: str = "learned"  # "learned", or "sinusoidal", which is computed
+    embedding_norm: bool = True  # A norm right after the embedding
+    scale_embedding: bool = False  # Token vectors times the root of `hidden_size`
+    type_vocab_size: int = 0  # Kinds of segments; 0: none
+    activation: str = "gelu"  # gelu, gelu_new (its tanh form), relu, silu
+    dropout: float = 0.0  # Probability with which a value is dropped in training
+    layer_norm_eps: float = 1e-5  # Added to the variance in norms
 
     def __post_init__(self):
-        object.__setattr__(self, "inner", self.inner or 4 * self.width)
-        object.__setattr__(self, "decoder_layers", self.decoder_layers or self.layers)
-        choices = dict(norm=("post", "pre"), places=("learned", "waves"), activation=tuple(activations))
+        inner = self.intermediate_size or 4 * self.hidden_size
+        object.__setattr__(self, "intermediate_size", inner)
+        layers = self.num_decoder_layers or self.num_layers
+        object.__setattr__(self, "num_decoder_layers", layers)
+        choices = dict(
+            norm=("post", "pre"),
+            position_embedding=("learned", "sinusoidal"),
+            activation=tuple(activations),
+        )
         for name, known in choices.items():
-            if getattr(self, name) not in known: raise UsageError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(known)}.")
-        if self.width % self.heads or self.width % 2: raise UsageError(f"width is {self.width}; it must be even, and a multiple of the {self.heads} heads.")
-        if min(self.vocabulary, self.width, self.heads, self.layers, self.positions) < 1: raise UsageError(f"{self} holds a size below 1.")
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(known)}.")
+        if self.hidden_size % self.num_heads or self.hidden_size % 2:
+            raise UsageError(
+                f"hidden_size is {self.hidden_size}; it must be even, and a multiple of the "
+                f"{self.num_heads} heads."
+            )
+        sizes = (
+            self.vocab_size,
+            self.hidden_size,
+            self.num_heads,
+            self.num_layers,
+            self.max_position_embeddings,
+        )
+        if min(sizes) < 1:
+            raise UsageError(f"{self} holds a size below 1.")
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #df444125
 class FeedForward(nn.Module):
-    "What every token passes alone: widen, bend, narrow."
-    def __init__(self, s: TransformerConfig):
-        super().__init__()
-        self.widen, self.narrow, self.bend = nn.Linear(s.width, s.inner), nn.Linear(s.inner, s.width), activations[s.activation]
+    "What every token passes alone: a linear layer, the activation, a linear layer."
 
-    def forward(self, x): return self.narrow(self.bend(self.widen(x)))
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = activations[config.activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "(B, T, D) -> (B, T, D)."
+        return self.fc2(self.activation(self.fc1(x)))
+
 
 class Block(nn.Module):
-    "The layer of encoder, decoder and encoder-decoder: self-attention, cross-attention where `cross`, feed-forward; each added to what was there."
-    def __init__(self, s: TransformerConfig, cross: bool = False):
+    """The layer of encoder, decoder and encoder-decoder: self-attention, cross-attention where
+    `cross`, feed-forward; each is added to what was there."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        cross: bool = False,  # Whether it looks at a second text, too
+    ):
         super().__init__()
-        self.pre, self.drop, norm = s.norm == "pre", nn.Dropout(s.dropout), lambda: nn.LayerNorm(s.width, eps=s.eps)
-        self.look, self.look_norm = MultiHeadAttention(s.width, s.heads, s.dropout), norm()
-        if cross: self.across, self.across_norm = MultiHeadAttention(s.width, s.heads, s.dropout), norm()
-        self.work, self.work_norm = FeedForward(s), norm()
+        self.pre_norm = config.norm == "pre"
+        self.drop = nn.Dropout(config.dropout)
+        norm = lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        attention = lambda: MultiHeadAttention(
+            config.hidden_size, config.num_heads, config.dropout
+        )
+        self.self_attn = attention()
+        self.self_attn_norm = norm()
+        if cross:
+            self.cross_attn = attention()
+            self.cross_attn_norm = norm()
+        self.mlp = FeedForward(config)
+        self.mlp_norm = norm()
 
-    def add(self, x, norm, part):
-        "x + part(norm(x)), or norm(x + part(x))."
-        return x + self.drop(part(norm(x))) if self.pre else norm(x + self.drop(part(x)))
+    def add(self, x: torch.Tensor, norm: nn.Module, part: Callable) -> torch.Tensor:
+        "x + part(norm(x)) or norm(x + part(x)), (B, T, D), by the place of the norm."
+        if self.pre_norm:
+            return x + self.drop(part(norm(x)))
+        return norm(x + self.drop(part(x)))
 
-    def forward(self, x, allowed=None, causal=False, memory=None, memory_allowed=None):
-        x = self.add(x, self.look_norm, lambda x: self.look(x, None, allowed, causal))
-        if memory is not None: x = self.add(x, self.across_norm, lambda x: self.across(x, memory, memory_allowed))
-        return self.add(x, self.work_norm, self.work)
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, D)
+        attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, T); True: may look
+        is_causal: bool = False,  # Whether no token looks ahead; only without `attn_mask`
+        memory: torch.Tensor | None = None,  # (B, S, D), the second text; None: there is none
+        memory_attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, S)
+    ) -> torch.Tensor:
+        "(B, T, D)."
+        look = lambda x: self.self_attn(x, None, attn_mask, is_causal)
+        x = self.add(x, self.self_attn_norm, look)
+        if memory is not None:
+            look_across = lambda x: self.cross_attn(x, memory, memory_attn_mask)
+            x = self.add(x, self.cross_attn_norm, look_across)
+        return self.add(x, self.mlp_norm, self.mlp)
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #11b40ad6
-def sinusoidal_embedding(positions: int, width: int) -> torch.Tensor:
-    "Sinusoidal position vectors (positions, width): the sines in the first half, the cosines in the second. Vaswani et al. 2017, section 3.5."
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+def sinusoidal_embedding(
+    max_position_embeddings: int,  # Number of positions
+    hidden_size: int,  # D; even
+) -> torch.Tensor:
+    """Position vectors (positions, D) in fp32: the sines in the first half, the cosines in the
+    second. Vaswani et al. 2017, section 3.5."""
+    positions = torch.arange(max_position_embeddings, dtype=torch.float64)
+    pairs = torch.arange(0, hidden_size, 2, dtype=torch.float64)
+    angles = positions[:, None] / 10000 ** (pairs / hidden_size)
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #a5f0daea
 class Embeddings(nn.Module):
-    "Word, place and, where there are any, segment, added up: ids (rows, n) -> (rows, n, width)."
-    def __init__(self, s: TransformerConfig,
-                 words: nn.Embedding | None = None # Shared with another part of the model; None: its own
-                ):
-        super().__init__()
-        self.words = nn.Embedding(s.vocabulary, s.width) if words is None else words
-        self.factor, self.drop = math.sqrt(s.width) if s.scale else 1.0, nn.Dropout(s.dropout)
-        if s.places == "learned": self.places = nn.Parameter(torch.empty(s.positions, s.width))
-        else: self.register_buffer("places", sinusoidal_embedding(s.positions, s.width), persistent=False)
-        self.segments = nn.Embedding(s.segments, s.width) if s.segments else None
-        self.norm = nn.LayerNorm(s.width, eps=s.eps) if s.first_norm else nn.Identity()
+    "Token, position and, where there are any, segment, added up."
 
-    def forward(self, ids, segments=None):
-        if ids.shape[1] > len(self.places): raise UsageError(f"A text has {ids.shape[1]} tokens; this model reads {len(self.places)}.")
-        x = self.words(ids) * self.factor
-        x = x + self.places[:ids.shape[1]].to(x.dtype)
-        if self.segments is not None: x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        # Shared with another part of the model; None: its own
+        token_embedding: nn.Embedding | None = None,
+    ):
+        super().__init__()
+        if token_embedding is None:
+            token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = token_embedding
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.drop = nn.Dropout(config.dropout)
+        shape = (config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.position_embedding = nn.Parameter(torch.empty(shape))
+        else:
+            table = sinusoidal_embedding(*shape)
+            self.register_buffer("position_embedding", table, persistent=False)
+        self.token_type_embedding = None
+        if config.type_vocab_size:
+            self.token_type_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.Identity()
+        if config.embedding_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, T)
+        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+    ) -> torch.Tensor:
+        "(B, T, D). Raises `UsageError` for texts longer than the table of positions."
+        length = input_ids.shape[1]
+        if length > len(self.position_embedding):
+            raise UsageError(
+                f"A text has {length} tokens; this model reads {len(self.position_embedding)}."
+            )
+        x = self.token_embedding(input_ids) * self.scale
+        x = x + self.position_embedding[:length].to(x.dtype)
+        if self.token_type_embedding is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            x = x + self.token_type_embedding(token_type_ids)
         return self.drop(self.norm(x))
 
-class Stack(nn.Module):
-    "Blocks one after the other. With norms before the parts nothing has normalised the last sum, so a norm follows."
-    def __init__(self, s: TransformerConfig, layers: int, cross: bool = False):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(s, cross) for _ in range(layers))
-        self.norm = nn.LayerNorm(s.width, eps=s.eps) if s.norm == "pre" else nn.Identity()
 
-    def forward(self, x, keep=None, causal=False, memory=None, memory_keep=None):
-        "`keep` (rows, n) and `memory_keep` (rows, m): 0 for padding; None: there is none."
-        allowed, across = make_attn_mask(keep, x.shape[1], causal), make_attn_mask(memory_keep, x.shape[1], False)
-        for block in self.blocks: x = block(x, allowed, causal and allowed is None, memory, across)
+class Stack(nn.Module):
+    """Blocks one after the other. With norms before the parts nothing has normalised the last sum,
+    so a norm follows."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_layers: int,  # Blocks
+        cross: bool = False,  # Whether they look at a second text, too
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, cross) for _ in range(num_layers))
+        self.norm = nn.Identity()
+        if config.norm == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, D)
+        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+        is_causal: bool = False,  # Whether no token looks ahead
+        memory: torch.Tensor | None = None,  # (B, S, D), the second text; None: there is none
+        memory_mask: torch.Tensor | None = None,  # (B, S), 0 for its padding
+    ) -> torch.Tensor:
+        "(B, T, D)."
+        attn_mask = make_attn_mask(attention_mask, x.shape[1], is_causal)
+        memory_attn_mask = make_attn_mask(memory_mask, x.shape[1], False)
+        for block in self.blocks:
+            x = block(x, attn_mask, is_causal and attn_mask is None, memory, memory_attn_mask)
         return self.norm(x)
 
-def init_weights(model: nn.Module, seed: int, spread: float = 0.02) -> nn.Module:
-    "Matrices and tables drawn from a normal distribution of this spread, biases 0, norms 1; a function of the model's form and `seed` alone."
+
+def init_weights(
+    model: nn.Module,
+    seed: int,  # Of the generator
+    init_std: float = 0.02,  # Standard deviation of matrices and tables
+) -> nn.Module:
+    """The model with matrices and tables drawn from a normal distribution, biases 0, norms 1; a
+    function of the model's form and `seed` alone."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim > 1: p.normal_(0, spread, generator=draw)
-            elif not name.endswith("norm.weight"): p.zero_()
+            if p.ndim > 1:
+                p.normal_(0, init_std, generator=draw)
+            elif not name.endswith("norm.weight"):
+                p.zero_()
     return model
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #fb9c1c62
 class Bert(nn.Module):
     "Encoder with a head for hidden tokens (MLM) and one for pairs of segments (NSP)."
-    def __init__(self, s: TransformerConfig, seed: int = 0):
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        seed: int = 0,  # Of the first weights
+    ):
         super().__init__()
-        self.shape, self.embed, self.stack = s, Embeddings(s), Stack(s, s.layers)
-        self.transform, self.transform_norm, self.bias = nn.Linear(s.width, s.width), nn.LayerNorm(s.width, eps=s.eps), nn.Parameter(torch.zeros(s.vocabulary))
-        self.pooler, self.pair = nn.Linear(s.width, s.width), nn.Linear(s.width, 2)
+        width = config.hidden_size
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.stack = Stack(config, config.num_layers)
+        self.transform = nn.Linear(width, width)
+        self.transform_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.pooler = nn.Linear(width, width)
+        self.nsp_head = nn.Linear(width, 2)
         init_weights(self, seed)
 
-    def hidden(self, ids, keep=None, segments=None):
-        "(rows, n, width), one vector a token."
-        return self.stack(self.embed(ids, segments), keep)
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # (B, T)
+        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+    ) -> torch.Tensor:
+        "(B, T, D), one vector a token."
+        return self.stack(self.embeddings(input_ids, token_type_ids), attention_mask)
 
-    def tokens(self, h):
-        "Logits (..., vocabulary) of hidden vectors (..., width)."
-        return self.transform_norm(activations[self.shape.activation](self.transform(h))) @ self.embed.words.weight.T + self.bias
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        "Logits (..., V) of hidden vectors (..., D)."
+        activation = activations[self.config.activation]
+        transformed = self.transform_norm(activation(self.transform(hidden)))
+        return transformed @ self.embeddings.token_embedding.weight.T + self.bias
 
-    def forward(self, ids, keep=None, segments=None):
-        "Logits (rows, n, vocabulary) of the tokens, and (rows, 2) of `follows` and `does not follow`."
-        h = self.hidden(ids, keep, segments)
-        return self.tokens(h), self.pair(self.pooler(h[:, 0]).tanh())
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, T)
+        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "Logits (B, T, V) of the tokens, and (B, 2) of `follows` and `does not follow`."
+        hidden = self.hidden(input_ids, attention_mask, token_type_ids)
+        return self.lm_head(hidden), self.nsp_head(self.pooler(hidden[:, 0]).tanh())
 
-def bert_loss(model: Bert, ids, labels, follows, keep=None, segments=None):
-    "MLM and NSP: mean cross-entropy of `labels` (rows, n; -100 is not asked) plus that of `follows` (rows; 0: the second segment follows, 1: it does not)."
-    tokens, pair = model(ids, keep, segments)
-    return F.cross_entropy(tokens.flatten(0, 1).float(), labels.flatten()) + F.cross_entropy(pair.float(), follows)
+
+def bert_loss(
+    model: Bert,
+    input_ids: torch.Tensor,  # (B, T)
+    labels: torch.Tensor,  # (B, T), the hidden tokens; -100 is not asked
+    next_sentence_label: torch.Tensor,  # (B,), 0: the second segment follows; 1: it does not
+    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+    token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+) -> torch.Tensor:
+    "MLM and NSP: the sum of both mean cross-entropies, in nats."
+    tokens, pair = model(input_ids, attention_mask, token_type_ids)
+    mlm = F.cross_entropy(tokens.flatten(0, 1).float(), labels.flatten())
+    return mlm + F.cross_entropy(pair.float(), next_sentence_label)
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #5a63114b
 class Gpt(nn.Module):
-    "Decoder: ids (rows, n) -> logits (rows, n, vocabulary) of the token that follows each."
-    def __init__(self, s: TransformerConfig, seed: int = 0):
+    "Decoder: each token predicts the one that follows it."
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        seed: int = 0,  # Of the first weights
+    ):
         super().__init__()
-        self.shape, self.embed, self.stack = s, Embeddings(s), Stack(s, s.layers)
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.stack = Stack(config, config.num_layers)
         init_weights(self, seed)
 
-    def forward(self, ids, keep=None): return self.stack(self.embed(ids), keep, causal=True) @ self.embed.words.weight.T
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, T)
+        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+    ) -> torch.Tensor:
+        "Logits (B, T, V) of the token that follows each."
+        hidden = self.stack(self.embeddings(input_ids), attention_mask, is_causal=True)
+        return hidden @ self.embeddings.token_embedding.weight.T
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #21abc0f8
 class Seq2Seq(nn.Module):
-    "Encoder and decoder: what was read, and what has been written so far -> logits of what to write next."
-    def __init__(self, s: TransformerConfig, seed: int = 0):
+    "Encoder and decoder: what was read, and what was written so far, give what comes next."
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        seed: int = 0,  # Of the first weights
+    ):
         super().__init__()
-        if s.segments: raise UsageError(f"segments is {s.segments}; an encoder-decoder has none.")
-        self.shape, self.words = s, nn.Embedding(s.vocabulary, s.width)
-        self.reading, self.encoder = Embeddings(s, self.words), Stack(s, s.layers)
-        self.writing, self.decoder = Embeddings(s, self.words), Stack(s, s.decoder_layers, cross=True)
-        self.register_buffer("bias", torch.zeros(s.vocabulary))
+        if config.type_vocab_size:
+            raise UsageError(
+                f"type_vocab_size is {config.type_vocab_size}; an encoder-decoder has none."
+            )
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder_embeddings = Embeddings(config, self.token_embedding)
+        self.encoder = Stack(config, config.num_layers)
+        self.decoder_embeddings = Embeddings(config, self.token_embedding)
+        self.decoder = Stack(config, config.num_decoder_layers, cross=True)
+        self.register_buffer("bias", torch.zeros(config.vocab_size))
         init_weights(self, seed)
 
-    def encode(self, ids, keep=None):
-        "(rows, m, width), one vector for each token read."
-        return self.encoder(self.reading(ids), keep)
+    def encode(
+        self,
+        input_ids: torch.Tensor,  # (B, S), what is read
+        attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding; None: no padding
+    ) -> torch.Tensor:
+        "(B, S, D), one vector for each token read."
+        return self.encoder(self.encoder_embeddings(input_ids), attention_mask)
 
-    def decode(self, written, memory, keep=None):
-        "Logits (rows, n, vocabulary) of what follows each token written; `keep` (rows, m) belongs to `memory`."
-        return self.decoder(self.writing(written), None, True, memory, keep) @ self.words.weight.T + self.bias
+    def decode(
+        self,
+        decoder_input_ids: torch.Tensor,  # (B, T), what was written
+        memory: torch.Tensor,  # (B, S, D) from `encode`
+        attention_mask: torch.Tensor | None = None,  # (B, S), of `memory`, 0 for padding
+    ) -> torch.Tensor:
+        "Logits (B, T, V) of what follows each token written."
+        written = self.decoder_embeddings(decoder_input_ids)
+        hidden = self.decoder(written, None, True, memory, attention_mask)
+        return hidden @ self.token_embedding.weight.T + self.bias
 
-    def forward(self, ids, written, keep=None): return self.decode(written, self.encode(ids, keep), keep)
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, S), what is read
+        decoder_input_ids: torch.Tensor,  # (B, T), what was written
+        attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding of what is read
+    ) -> torch.Tensor:
+        "Logits (B, T, V) of what follows each token written."
+        memory = self.encode(input_ids, attention_mask)
+        return self.decode(decoder_input_ids, memory, attention_mask)
+
 
 @torch.no_grad()
-def greedy_decode(model: Seq2Seq, ids, start: int, end: int, longest: int, keep=None):
-    "Greedy answers (rows, at most `longest`) to `ids`: always the likeliest token, until every row has written `end`."
-    memory, written = model.encode(ids, keep), torch.full((len(ids), 1), start, device=ids.device)
-    while written.shape[1] <= longest and not (written == end).any(1).all():
-        written = torch.cat([written, model.decode(written, memory, keep)[:, -1:].argmax(-1)], 1)
+def greedy_decode(
+    model: Seq2Seq,
+    input_ids: torch.Tensor,  # (B, S), what is read
+    bos_token_id: int,  # Token that begins an answer; it is not returned
+    eos_token_id: int,  # Token that ends an answer
+    max_new_tokens: int,  # Tokens an answer has at most
+    attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding; None: no padding
+) -> torch.Tensor:
+    """Answers (B, up to `max_new_tokens`): always the likeliest token, until every row has written
+    `eos_token_id`."""
+    memory = model.encode(input_ids, attention_mask)
+    written = torch.full((len(input_ids), 1), bos_token_id, device=input_ids.device)
+    while written.shape[1] <= max_new_tokens and not (written == eos_token_id).any(1).all():
+        following = model.decode(written, memory, attention_mask)[:, -1:].argmax(-1)
+        written = torch.cat([written, following], 1)
     return written[:, 1:]

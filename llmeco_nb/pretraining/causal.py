@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_texts', 'eos_token_id', 'small_subword_tokenizer', 'best_fit_packing', 'pack_documents', 'select_rows',
            'fast_causal_loss', 'count_target_tokens', 'causal_loss_step', 'validation_nats', 'first_rows', 'generate',
-           'baselines', 'updates', 'pretrain_causal']
+           'baselines', 'updates', 'CausalConfig', 'pretrain_causal']
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #27a4e067
 import math
@@ -18,19 +18,25 @@ import torch
 import torch.nn.functional as F
 
 from ..core import DataError, MissingError, Record, UsageError, cached_fixture, read_json
-from ..core import seed_everything, sha256_of, sha256_text, write_json
-from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder, save_decoder
+from ..core import seed_everything, sha256_of, write_json
+from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder
+from ..models.decoder import save_decoder
 from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
 from ..training.forecast import chunked_memory_model, compile_layers
 from ..training.activation_checkpointing import enable_activation_checkpointing
 from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
 from ..training.optim import Optimiser
-from ..training.parallel import current_world, resolve_device
+from ..training.parallel import all_finished, current_world, resolve_device
 from ..tokenization.bpe import encode_subwords, open_subword_tokenizer
 from ..tokenization.bpe import save_subword_tokenizer, train_bpe
 from .mlm import peak_gflops, pretrain_plan
 from ..training.plan import plan_training, record_actual
 from ..training.loop import batch_indices, to_device, train
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from typing import Literal
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #6288abcc
 def read_texts(folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
@@ -107,7 +113,7 @@ def count_target_tokens(batch: dict) -> int:
 
 def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss, and the number of tokens that were predicted. `parts` the loss is made in; 0: as few as its memory allows."
-    loss = fast_causal_loss(model, **batch, **(dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocabulary) if parts else {}))
+    loss = fast_causal_loss(model, **batch, **(dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocab_size) if parts else {}))
     backward(loss)
     return loss.detach(), count_target_tokens(batch)
 
@@ -136,7 +142,7 @@ def generate(model: Decoder, tokenizer, prompt: str,
     end, g = eos_token_id(tokenizer), torch.Generator().manual_seed(seed)
     ids = [end, *encode_subwords(tokenizer, [prompt])[0].tolist()]
     for _ in range(tokens):
-        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context:]], device=model.lm_head.weight.device))[0, -1]).cpu()
+        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context_length:]], device=model.lm_head.weight.device))[0, -1]).cpu()
         ids.append(int(logits.argmax()) if temperature == 0 else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == end: break
     return tokenizer.decode([i for i in ids if i != end])
@@ -160,55 +166,90 @@ def updates(optimiser: Optimiser) -> int:
     "How many updates the optimiser has made."
     return max((int(s["step"]) for o in optimiser.inner for s in o.state.values() if "step" in s), default=0)
 
-def pretrain_causal(record: Record,              # Where the decoder goes: its artifact `decoder`
-                    prose: str | Path, pieces: str | Path,
-                    size: str = "2x64", context: int = 64, minutes: float = 0.0, steps: int = 60, batch: int | None = 16, lr: float | None = 3e-3, muon: float = 1e-2, weight_decay: float = 0.1,
-                    warmup: int = 2, decay: int = 50, judged: int = 64, evaluations: int = 6, precision: str = "bf16", counted: int = 2_000_000,
-                    prompts: list[str] = (), written: int = 40, temperature: float = 0.8, seed: int = 0,
-                    accumulation: int = 1, patience: int = 0, earlier: list[str] = (), recompute: int = 0, compiled: bool = False, device: str = "cpu") -> Path:
+@stage_config
+class CausalConfig(StageConfig):
+    "What the stage `causal` may be told."
+    size: str = "2x64"  # layers x hidden size
+    context_length: PositiveInt = 64  # tokens a row, and the most the decoder can read
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
+    steps: PositiveInt = 40  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = None  # rows a batch; none: by probes of their speed
+    grad_accum_steps: PositiveInt = 1  # batches a step
+    lr: PositiveFloat | None = None  # peak learning rate of tables and vectors; none: by probes
+    muon_lr: NonNegativeFloat = 1e-2  # Muon's peak rate, for an lr of 3e-3; 0: AdamW for all
+    weight_decay: NonNegativeFloat = 0.1  # of the matrices
+    warmup_ratio: Fraction = 0.02  # share of the steps until the peak
+    decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
+    eval_examples: PositiveInt = 64  # validation rows of each domain that choose the weights
+    num_evals: PositiveInt = 6  # how often they are asked, and samples drawn
+    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
+    torch_compile: bool = False  # compile the layers; other last bits; needs a C++ compiler
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    device: ExecutionOnly[Literal["cpu", "cuda", "xla"]] = "cpu"  # cpu, cuda or xla
+    baseline_tokens: NonNegativeInt = 2_000_000  # tokens for the counting baselines; 0: none
+    prompts: list[str] = Field(  # beginnings to go on from
+        default_factory=lambda: [
+            "The film",
+            "In the beginning",
+        ]
+    )
+    max_new_tokens: NonNegativeInt = 40  # tokens to write for each
+    temperature: NonNegativeFloat = 0.8  # of the sampling
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides first weights, order of rows and samples
+
+def pretrain_causal(
+    record: Record,  # Where the decoder goes: its artifact `decoder`
+    prose: str | Path,
+    pieces: str | Path,
+    config: CausalConfig = CausalConfig(),
+) -> Path:
     "Pretrain a decoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     begun = time.monotonic()
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k not in ("begun", "recompute", "device", "compiled")} | dict(prose=sha256_of(prose), pieces=sha256_of(pieces), prompts=sha256_text("\n".join(prompts)), **(dict(compiled=True) if compiled else {}))
-    if batch is not None and batch < 1 or judged < 1: raise UsageError(f"batch is {batch} and judged {judged}; both are at least 1.")
+    asked = config.fingerprint() | dict(prose=sha256_of(prose), pieces=sha256_of(pieces))
     tokenizer = open_subword_tokenizer(pieces)
     vocabulary, end, held_texts = tokenizer.get_vocab_size(), eos_token_id(tokenizer), read_texts(prose, "validation")
     if not held_texts: raise DataError(f"{prose} has no validation texts, and without them nobody knows which weights are best. Build it with a share for validation.")
     train_texts = [t for texts in read_texts(prose, "train").values() for t in texts]
-    order = np.random.default_rng([seed, 3]).permutation(len(train_texts))           # domains side by side, for rows and baselines
+    order = np.random.default_rng([config.seed, 3]).permutation(len(train_texts))           # domains side by side, for rows and baselines
     train_texts = [train_texts[i] for i in order]
     train_ids, held_ids = encode_subwords(tokenizer, train_texts), {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()}
-    rows, held = pack_documents(train_ids, context, end), {d: pack_documents(ids, context, end) for d, ids in held_ids.items()}
-    seed_everything(seed)
-    model = new_decoder(vocabulary, size, context, seed=seed, zero_init=True).to(resolve_device(device))
-    enable_activation_checkpointing(compile_layers(model) if compiled else model, recompute)
-    optimiser = Optimiser(model, lr or 3e-3, decay=weight_decay, betas=(0.9, 0.98), muon=muon, precision=precision)
-    make, a_row = lambda n, i: to_device(select_rows(rows, batch_indices(i, n, len(rows["targets"]), seed)), model.lm_head.weight.device), count_target_tokens(rows) / len(rows["targets"])
-    few, samples = {d: first_rows(p, judged) for d, p in held.items()}, record.resume/"samples"
+    rows, held = pack_documents(train_ids, config.context_length, end), {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()}
+    seed_everything(config.seed)
+    model = new_decoder(vocabulary, config.size, config.context_length, seed=config.seed, zero_init=True).to(resolve_device(config.device))
+    enable_activation_checkpointing(compile_layers(model) if config.torch_compile else model, config.activation_checkpointing)
+    optimiser = Optimiser(model, config.lr or 3e-3, decay=config.weight_decay, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision)
+    make, a_row = lambda n, i: to_device(select_rows(rows, batch_indices(i, n, len(rows["targets"]), config.seed)), model.lm_head.weight.device), count_target_tokens(rows) / len(rows["targets"])
+    few, samples = {d: first_rows(p, config.eval_examples) for d, p in held.items()}, record.resume/"samples"
     def evaluate(m):
         samples.mkdir(parents=True, exist_ok=True)                                  # another plan than last time clears what was begun
         sums = {d: validation_nats(m, p) for d, p in few.items()}
-        write_json(samples/f"{updates(optimiser):07d}.json", [dict(step=updates(optimiser), text=generate(m, tokenizer, p, written, temperature, seed)) for p in prompts])
+        write_json(samples/f"{updates(optimiser):07d}.json", [dict(step=updates(optimiser), text=generate(m, tokenizer, p, config.max_new_tokens, config.temperature, config.seed)) for p in config.prompts])
         return dict(validation_loss=sum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()), **{f"validation_loss_{d}": s / n for d, (s, n) in sums.items()})
-    peak = current_world().size * peak_gflops(torch.bfloat16 if precision == "bf16" else torch.float32)
+    peak = current_world().size * peak_gflops(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     law = chunked_memory_model(model, lambda parts: lambda m, b, backward: causal_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(round(n * a_row), vocabulary), a_row, make, optimiser)
     def plan_of(n, a_step, an_evaluation):
         rest = an_evaluation * sum(len(p["targets"]) for p in held.values()) / sum(len(p["targets"]) for p in few.values())      # at the end all validation rows are asked
-        return pretrain_plan(steps, minutes, time.monotonic() - begun + rest, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
-    plan = plan_training(record, asked, model, causal_loss_step, make, optimiser, plan_of, batch, lr, count_target_tokens, evaluate, accumulation, law, earlier=earlier)
-    result = train(model, causal_loss_step, lambda i: select_rows(rows, batch_indices(i, plan["batch"], len(rows["targets"]), seed, current_world().size, current_world().rank)), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
-                   flops=decoder_flops(model.config, context), roof=peak * 1e9)
+        return pretrain_plan(config, time.monotonic() - begun + rest, a_step, an_evaluation, n)
+    plan = plan_training(record, asked, model, causal_loss_step, make, optimiser, plan_of, config.batch_size, config.lr, count_target_tokens, evaluate, config.grad_accum_steps, law, earlier=config.previous_runs)
+    result = train(model, causal_loss_step, lambda i: select_rows(rows, batch_indices(i, plan["batch"], len(rows["targets"]), config.seed, current_world().size, current_world().rank)), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
+                   flops=decoder_flops(model.config, config.context_length), roof=peak * 1e9)
     foretold = record_actual(record, model, causal_loss_step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("decoder")
     optimiser.finish().eval().cpu()
     with torch.no_grad(): sums = {d: validation_nats(model, p) for d, p in held.items()}
     bytes_of = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     nats, n, total = sum(s for s, _ in sums.values()), sum(k for _, k in sums.values()), sum(bytes_of.values())
     domains = {d: dict(loss=s / k, perplexity=math.exp(s / k), bits_per_byte=bits_per_byte(s, bytes_of[d]), tokens=k, bytes=bytes_of[d]) for d, (s, k) in sums.items()}
-    beside = baselines(train_ids, held_ids, train_texts, held_texts, vocabulary, end, counted) if counted else {}
+    beside = baselines(train_ids, held_ids, train_texts, held_texts, vocabulary, end, config.baseline_tokens) if config.baseline_tokens else {}
     write_json(record.path/"domains.json", dict(domains=domains, baselines=beside))
     write_json(record.path/"samples.json", [s for f in sorted(samples.glob("*.json")) if int(f.stem) for s in read_json(f)] +
-               [dict(step="best", text=generate(model, tokenizer, p, written, temperature, seed + k)) for p in prompts for k in range(3)])
+               [dict(step="best", text=generate(model, tokenizer, p, config.max_new_tokens, config.temperature, config.seed + k)) for p in config.prompts for k in range(3)])
     save_decoder(model, pieces, record.artifact("decoder"))
-    speed, work, parts = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), decoder_flops(model.config, context), decoder_parameters(model.config)
+    speed, work, parts = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), decoder_flops(model.config, config.context_length), decoder_parameters(model.config)
     record.save_metrics(validation_loss=nats / n, perplexity=math.exp(nats / n), bits_per_byte=bits_per_byte(nats, total), bytes_per_token=total / n,
                         **{f"{name}_bits_per_byte": v["all"] for name, v in beside.items() if "all" in v}, **({"counted_tokens": beside["counted"]["tokens"]} if beside else {}),
                         best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed,

@@ -8,7 +8,7 @@ __all__ = ['bigram_baselines', 'random_partition', 'span_counts', 'sample_spans'
            'target_log_probs', 'EagerMultiHeadAttention', 'init_last_ffn', 'new_seq2seq', 'denoise_loss',
            'denoise_loss_step', 'edit_distances', 'most_frequent_successors', 'copy_baselines', 'apply_baseline',
            'best_baseline', 'copy_baseline_nats', 'ngram_nats', 'validation_scores', 'generate_spans', 'generate_text',
-           'denoise_texts', 'save_seq2seq', 'masks_to_sentinels', 'untrained_baselines', 'denoise']
+           'denoise_texts', 'save_seq2seq', 'masks_to_sentinels', 'untrained_baselines', 'DenoisingConfig', 'denoise']
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #c151ff78
 import math
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from ..core import DataError, Record, UsageError, seed_everything, sha256_of, sha256_text, write_bytes, write_json
+from ..core import DataError, Record, UsageError, seed_everything, sha256_of, write_bytes
+from ..core import write_json
 from ..data.corpus import read_split
 from ..models.conversion import save_pretrained
 from ..models.speedups import EagerAttention, FusedLinearCrossEntropy, num_loss_chunks
@@ -29,12 +30,18 @@ from ..training.forecast import chunked_memory_model
 from ..models.encoder import encoder_config
 from ..models.ngram import Ngram, concat_documents
 from ..training.optim import Optimiser
+from ..training.parallel import rank_rows, rank_slice
 from .mlm import CLS, MASK, SEP, group_texts, pretrain_plan, single_thread
 from ..training.plan import plan_training, record_actual
 from ..tokenization.wordpiece import encode_texts, open_tokenizer, special_tokens
 from ..training.loop import batch_indices, train
 from ..models.transformer import MultiHeadAttention, Seq2Seq, TransformerConfig
 from ..models.transformer import init_weights, sinusoidal_embedding
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from typing import Literal
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #e7fede61
 def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
@@ -67,9 +74,9 @@ def sample_spans(length: int,  # Tokens of the row
 def corrupt_spans(row: np.ndarray,    # (length,) token ids, from `group_texts`
                   holes: np.ndarray,  # From `sample_spans`
                   first: int,         # The token that marks hole 0
-                  answer: str = "missing") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+                  target: str = "spans") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "What is read, what the decoder has before it, what it is to write there, and which of that was cut out. Raises `UsageError`."
-    if answer not in ("missing", "whole"): raise UsageError(f"answer is {answer!r}; it is missing or whole.")
+    if target not in ("spans", "text"): raise UsageError(f"target is {target!r}; it is missing or whole.")
     seen, said, at, new = [], [], 0, []
     for k, (a, b) in enumerate(holes):
         seen += [row[at:a], [first + k]]
@@ -77,14 +84,14 @@ def corrupt_spans(row: np.ndarray,    # (length,) token ids, from `group_texts`
         new += [[False, False], np.ones(b - a, bool)]
         at = b
     seen, said = np.concatenate([*seen, row[at:]]), np.concatenate([*said, [first + len(holes)]])
-    if answer == "missing": return seen, said[:-1], said[1:], np.concatenate([*new, [False]])[1:]
+    if target == "spans": return seen, said[:-1], said[1:], np.concatenate([*new, [False]])[1:]
     cut = np.zeros(len(row), bool)
     for a, b in holes: cut[a:b] = True
     return seen, row[:-1], row[1:], cut[1:]
 
-def restore_spans(seen: np.ndarray, said: np.ndarray, first: int, answer: str = "missing") -> np.ndarray:
+def restore_spans(seen: np.ndarray, said: np.ndarray, first: int, target: str = "spans") -> np.ndarray:
     "The text, from what was read and what was written: each mark gives way to what was written after it and the repeated token. The mark after the last hole, or one written before, ends the answer."
-    if answer == "whole": return np.concatenate([seen[:1], said]).astype(seen.dtype)
+    if target == "text": return np.concatenate([seen[:1], said]).astype(seen.dtype)
     found, k, marks = {0: []}, 0, int((seen >= first).sum())
     for t in said.tolist():
         if t < first: found[k].append(t)
@@ -93,9 +100,9 @@ def restore_spans(seen: np.ndarray, said: np.ndarray, first: int, answer: str = 
     return np.concatenate([[t] if t < first else found.get(t - first, [])[1:] for t in seen.tolist()]).astype(seen.dtype)
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #dbdbd821
-def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean: float, first: int, answer: str = "missing") -> dict:
+def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean: float, first: int, target: str = "spans") -> dict:
     "Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a target was cut out of the text; padded with 0, targets with -100."
-    made = [corrupt_spans(rows[i], sample_spans(rows.shape[1], (seed, int(e), int(i)), share, mean), first, answer) for i, e in zip(which, epochs)]
+    made = [corrupt_spans(rows[i], sample_spans(rows.shape[1], (seed, int(e), int(i)), share, mean), first, target) for i, e in zip(which, epochs)]
     def table(k, empty, kind=np.int64):
         found = np.full((len(made), max(len(m[k]) for m in made)), empty, kind)
         for line, m in zip(found, made): line[:len(m[k])] = m[k]
@@ -103,9 +110,19 @@ def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean
     seen = table(0, 0)
     return dict(input_ids=seen, keep=(seen != 0).long(), written=table(1, 0), targets=table(2, -100), cut=table(3, False, bool))
 
-def denoise_batches(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int, answer: str = "missing"):
-    "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
-    return lambda index: denoise_batch(rows, batch_indices(index, batch, len(rows), seed), np.arange(index * batch, (index + 1) * batch) // len(rows), seed, share, mean, first, answer)
+def denoise_batches(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int,
+                    target: str = "spans",
+                    world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+                   ):
+    """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
+    Raises `UsageError` for more processes than rows in a batch."""
+    rank_slice(0, batch, world, rank)
+    def batches(index: int) -> dict:
+        which = batch_indices(index, batch, len(rows), seed)
+        epochs = np.arange(index * batch, (index + 1) * batch) // len(rows)
+        whole = denoise_batch(rows, which, epochs, seed, share, mean, first, target)
+        return rank_rows(whole, world, rank)
+    return batches
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #fbc2edcf
 def token_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -164,66 +181,66 @@ def fit_bigram_embeddings(rows: np.ndarray, vocabulary: int, width: int,
     return torch.nn.functional.normalize(after, dim=1).detach().numpy(), before.detach().numpy()
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4830e345
-def target_log_probs(rows: np.ndarray, vocabulary: int, share: float, mean: float, answer: str = "missing") -> np.ndarray:
-    "Log-probability (vocabulary + marks,) of each token in an answer by its frequency in `rows`, half an occurrence added to each."
+def target_log_probs(rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans") -> np.ndarray:
+    "Log-probability (vocabulary + marks,) of each token in an target by its frequency in `rows`, half an occurrence added to each."
     hidden, holes = span_counts(rows.shape[1], share, mean)
-    counts = np.bincount(rows[:, 1:].ravel() if answer == "whole" else rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
-    marks = np.r_[0.5, np.full(holes, 0.5 if answer == "whole" else counts.sum() / (hidden + holes))]     # for every row each mark but the first stands once in the answers
+    counts = np.bincount(rows[:, 1:].ravel() if target == "text" else rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
+    marks = np.r_[0.5, np.full(holes, 0.5 if target == "text" else counts.sum() / (hidden + holes))]     # for every row each mark but the first stands once in the answers
     return np.log(np.r_[counts, marks] / (counts.sum() + marks.sum())).astype(np.float32)
 
 class EagerMultiHeadAttention(MultiHeadAttention):
     "The same attention by plain products, which for short rows are faster on a CPU than torch's fused kernel; the scores are kept, not computed twice."
-    def forward(self, x, memory=None, allowed=None, causal=False):
+    def forward(self, x, memory=None, attn_mask=None, is_causal=False):
         memory = x if memory is None else memory
-        if x.device.type != "cpu" or self.dropout and self.training: return super().forward(x, memory, allowed, causal)
-        if causal and allowed is None: allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        cut = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        o = EagerAttention.apply(cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory)), (x.shape[-1] // self.heads) ** -0.5, allowed)
+        if x.device.type != "cpu" or self.dropout and self.training: return super().forward(x, memory, attn_mask, is_causal)
+        if is_causal and attn_mask is None: attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        cut = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        o = EagerAttention.apply(cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory)), (x.shape[-1] // self.num_heads) ** -0.5, attn_mask)
         return self.output(o.transpose(1, 2).flatten(-2))
 
 @torch.no_grad()
 def init_last_ffn(model: Seq2Seq):
     "The decoder's last feed-forward part begins as a linear map that moves the first half of a vector to the place of the second."
-    work, width = model.decoder.blocks[-1].work, model.shape.width
+    mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
     one, half = torch.eye(width), torch.eye(width // 2)
     move = torch.cat([torch.cat([-half, torch.zeros_like(half)], 1), torch.cat([half, -half], 1)])
-    work.widen.weight[:2 * width] = torch.cat([one, -one])
-    work.narrow.weight[:, :2 * width] = torch.cat([move, -move], 1)
+    mlp.fc1.weight[:2 * width] = torch.cat([one, -one])
+    mlp.fc2.weight[:, :2 * width] = torch.cat([move, -move], 1)
 
-def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, share: float, mean: float, answer: str = "missing", start: str = "counts", seed: int = 0) -> Seq2Seq:
-    "A new encoder-decoder that knows the tokens' frequencies and, with `start` 'counts', what follows what; its last tokens are the marks. Raises `UsageError`."
-    if start not in ("counts", "random"): raise UsageError(f"start is {start!r}; it is counts or random.")
+def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, share: float, mean: float, target: str = "spans", embedding_init: str = "bigram_ppmi", seed: int = 0) -> Seq2Seq:
+    "A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows what; its last tokens are the marks. Raises `UsageError`."
+    if embedding_init not in ("bigram_ppmi", "random"): raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
     c, holes = encoder_config(vocabulary, size, positions), span_counts(rows.shape[1], share, mean)[1]
-    model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, layers=c.num_hidden_layers, positions=positions, norm="pre"), seed)
-    if start == "counts": after, before = map(torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed))
-    spread = float(before.std()) if start == "counts" else 2 / c.hidden_size         # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
+    model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, num_layers=c.num_hidden_layers, max_position_embeddings=positions, norm="pre"), seed)
+    if embedding_init == "bigram_ppmi": after, before = map(torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed))
+    spread = float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size         # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
     init_weights(model, seed, 0.5 / math.sqrt(c.hidden_size))           # the usual 0.02 is meant for widths near 768
     for m in model.modules():
         if type(m) is MultiHeadAttention: m.__class__ = EagerMultiHeadAttention
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("output.weight", "narrow.weight")): p.zero_()
-        model.bias.copy_(torch.from_numpy(target_log_probs(rows, vocabulary, share, mean, answer)))
-        model.words.weight.mul_(spread / model.words.weight.std())
-        if start == "counts":
+            if name.endswith(("output.weight", "fc2.weight")): p.zero_()
+        model.bias.copy_(torch.from_numpy(target_log_probs(rows, vocabulary, share, mean, target)))
+        model.token_embedding.weight.mul_(spread / model.token_embedding.weight.std())
+        if embedding_init == "bigram_ppmi":
             met = after.abs().sum(1) > 0
-            model.words.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
+            model.token_embedding.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
             init_last_ffn(model)
-        for table in (model.reading.places, model.writing.places): table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
+        for table in (model.encoder_embeddings.position_embedding, model.decoder_embeddings.position_embedding): table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
         for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
-            for part in (block.across.query, block.across.key): part.weight.copy_(torch.eye(c.hidden_size))
+            for part in (block.cross_attn.query, block.cross_attn.key): part.weight.copy_(torch.eye(c.hidden_size))
     return model
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #a2a2efe2
 def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: int = 2**24):
     "Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep` (rows, m): 0 for padding; `room` logits are made at a time."
-    hidden, asked = model.decoder(model.writing(written), None, True, model.encode(input_ids, keep), keep), targets != -100
-    return FusedLinearCrossEntropy.apply(hidden[asked], model.words.weight, model.bias.to(hidden.dtype), targets[asked], room)
+    hidden, asked = model.decoder(model.decoder_embeddings(written), None, True, model.encode(input_ids, keep), keep), targets != -100
+    return FusedLinearCrossEntropy.apply(hidden[asked], model.token_embedding.weight, model.bias.to(hidden.dtype), targets[asked], room)
 
 def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss of the answers, and the number of tokens in them that count. `parts` the loss is made in; 0: as few as its memory allows."
     asked = int((batch["targets"] != -100).sum())
-    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"], **(dict(room=-(-asked // parts) * model.shape.vocabulary) if parts else {}))
+    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"], **(dict(room=-(-asked // parts) * model.config.vocab_size) if parts else {}))
     backward(loss)
     return loss.detach(), asked
 
@@ -292,16 +309,16 @@ def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) 
 
 def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
     "Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before each, (rows,)."
-    stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.end)
+    stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
     nats = -np.log(model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1])     # the last of each row is its end
     return np.array([sum(n[a - 1:b - 1].sum() for a, b in h) for n, h in zip(nats, holes)])
 
-def validation_scores(model: Seq2Seq, rows: np.ndarray, seed: int, share: float, mean: float, first: int, answer: str = "missing", batch: int = 50) -> np.ndarray:
-    "Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of the whole answer, its tokens. Holes are those of epoch 0."
+def validation_scores(model: Seq2Seq, rows: np.ndarray, seed: int, share: float, mean: float, first: int, target: str = "spans", batch: int = 50) -> np.ndarray:
+    "Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of the whole target, its tokens. Holes are those of epoch 0."
     found = []
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
-        b = denoise_batch(rows, which, [0] * len(which), seed, share, mean, first, answer)
+        b = denoise_batch(rows, which, [0] * len(which), seed, share, mean, first, target)
         with torch.inference_mode():
             logits, targets, asked = model(b["input_ids"], b["written"], b["keep"]).float(), b["targets"].clamp(min=0), (b["targets"] != -100).float()
             chosen = logits.gather(-1, targets[..., None])[..., 0]
@@ -336,27 +353,27 @@ def generate_text(model: Seq2Seq, ids: torch.Tensor, longest: int) -> torch.Tens
     while written.shape[1] <= longest: written = torch.cat([written, model.decode(written, memory)[:, -1:].argmax(-1)], 1)
     return written[:, 1:]
 
-def denoise_texts(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: int, mean: float, answer: str = "missing", batch: int = 50) -> list[np.ndarray]:
+def denoise_texts(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: int, mean: float, target: str = "spans", batch: int = 50) -> list[np.ndarray]:
     "Texts with their holes filled by the model; those of one length and number of holes at a time."
     found, kind = {}, lambda t: (len(t), int((t >= first).sum()))
     for k in sorted({kind(t) for t in texts}):
         same = [i for i, t in enumerate(texts) if kind(t) == k]
         for s in range(0, len(same), batch):
             ids = torch.from_numpy(np.stack([texts[i] for i in same[s:s + batch]]).astype(np.int64))
-            said = (generate_text(model, ids, longest) if answer == "whole" else generate_spans(model, ids, first, longest, mean)).numpy()
-            for i, row in zip(same[s:s + batch], said): found[i] = restore_spans(texts[i], row, first, answer)
+            said = (generate_text(model, ids, longest) if target == "text" else generate_spans(model, ids, first, longest, mean)).numpy()
+            for i, row in zip(same[s:s + batch], said): found[i] = restore_spans(texts[i], row, first, target)
     return [found[i] for i in range(len(texts))]
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4c7e71bd
-def save_seq2seq(model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, answer: str = "missing") -> Path:
+def save_seq2seq(model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans") -> Path:
     "A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>` and so on behind its pieces. Raises `UsageError` for a network no stock class has."
     made = open_tokenizer(tokenizer_folder)
-    pieces, total = made.get_vocab_size(), model.shape.vocabulary
+    pieces, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - pieces)])
-    save_pretrained(model, folder, start=CLS if answer == "whole" else pieces, end=SEP if answer == "whole" else total - 1)
+    save_pretrained(model, folder, bos_token_id=CLS if target == "text" else pieces, eos_token_id=SEP if target == "text" else total - 1)
     names = {f"{t.lower()}_token": f"[{t}]" for t in ("PAD", "UNK", "CLS", "SEP", "MASK")}
     write_bytes(folder/"tokenizer.json", made.to_str(pretty=True).encode())
-    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.shape.positions, clean_up_tokenization_spaces=False,
+    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.config.max_position_embeddings, clean_up_tokenization_spaces=False,
                                                     model_input_names=["input_ids", "attention_mask"], **names))
     return folder
 
@@ -381,62 +398,101 @@ def untrained_baselines(rows: np.ndarray, held: np.ndarray, train_ids: list, voc
     return dict(broken=broken, copies=copies, copier=copier, counter=counter, copy_share=best, copy_edits=edit_distances(copies, list(held)), counter_edits=edit_distances(followed, list(held)),
                 copy_nats=copy_nats, unigram_nats=unigram_nats, fivegram_nats=ngram_nats(Ngram(train_ids[:enough], vocabulary, 5, SEP), held, where))
 
-def denoise(record: Record,               # Where the model goes: its artifact `writer`
-            corpus: str | Path, tokenizer: str | Path,
-            size: str = "2x64", length: int = 64, positions: int = 128, share: float = 0.3, mean: float = 3.0, answer: str = "missing", start: str = "counts",
-            minutes: float = 0.0, steps: int = 60, batch: int | None = 32, lr: float | None = 1.5e-3, muon: float = 2e-3, warmup: int = 10, decay: int = 50,
-            judged: int = 64, evaluations: int = 5, compared: int = 300, counted: int = 2_000_000, precision: str = "bf16", prompts: list[str] = (), seed: int = 0,
-            accumulation: int = 1, patience: int = 0, earlier: list[str] = ()) -> Path:
+@stage_config
+class DenoisingConfig(StageConfig):
+    "What the stage `denoise` may be told."
+    size: str = "2x64"  # layers x hidden size, of the encoder and of the decoder
+    seq_len: PositiveInt = 64  # tokens a row
+    max_position_embeddings: PositiveInt = 128  # tokens the finished model can read, and write
+    noise_density: float = 0.3  # share of a row's tokens to cut out
+    mean_span_length: float = 3.0  # tokens a span has, on average
+    target: Literal["spans", "text"] = "spans"  # what is written: spans (T5) or text (BART)
+    embedding_init: Literal["bigram_ppmi", "random"] = "bigram_ppmi"  # bigram_ppmi or random
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
+    steps: PositiveInt = 60  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = 32  # rows a batch; none: by probes of their speed
+    grad_accum_steps: PositiveInt = 1  # batches a step
+    lr: PositiveFloat | None = 1.5e-3  # peak learning rate of tables and vectors; none: by probes
+    muon_lr: NonNegativeFloat = 2e-3  # Muon's peak rate, for an lr of 3e-3; 0: AdamW for all
+    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
+    decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
+    eval_examples: PositiveInt = 64  # validation rows that decide which weights are best
+    num_evals: PositiveInt = 5  # how often they are asked
+    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
+    final_eval_examples: PositiveInt = 300  # validation rows rewritten at the end, beside copying
+    baseline_tokens: NonNegativeInt = 2_000_000  # training tokens for the counting baselines
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    prompts: list[str] = Field(  # texts with spans to fill
+        default_factory=lambda: [
+            "This film was [MASK], and I [MASK] it.",
+        ]
+    )
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides first weights, order and spans
+
+def denoise(
+    record: Record,  # Where the model goes: its artifact `writer`
+    corpus: str | Path,
+    tokenizer: str | Path,
+    config: DenoisingConfig = DenoisingConfig(),
+) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    from llmeco_nb.training.parallel import all_finished, current_world
     begun = time.monotonic()
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str)) and k != "begun"} | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer), prompts=sha256_text("\n".join(prompts)))
-    hidden, holes = span_counts(length, share, mean)
-    if length > positions: raise UsageError(f"length is {length} and positions {positions}; a row cannot be longer than what the model reads.")
-    if batch is not None and batch < 1 or min(judged, compared) < 1: raise UsageError(f"batch is {batch}, judged {judged} and compared {compared}; each is at least 1.")
+    asked = config.fingerprint() | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
+    hidden, holes = span_counts(config.seq_len, config.noise_density, config.mean_span_length)
+    if config.seq_len > config.max_position_embeddings: raise UsageError(
+            f"seq_len is {config.seq_len} and max_position_embeddings {config.max_position_embeddings}; "
+            "a row cannot be longer than what the model reads."
+        )
     cutter = open_tokenizer(tokenizer)
     V, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
     if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation=0.1.")
-    marked = [masks_to_sentinels(cutter.encode(p).ids, V, holes) for p in prompts]
+    marked = [masks_to_sentinels(cutter.encode(p).ids, V, holes) for p in config.prompts]
     train_ids = encode_texts(cutter, read_split(corpus, "train").text)
-    rows, held = group_texts(train_ids, length), group_texts(encode_texts(cutter, unseen), length)
-    if len(held) <= judged: raise DataError(f"The validation texts fill {len(held)} rows, and {judged} of them (judged) choose the weights: none are left to compare. Lower judged, or take more texts.")
-    few, held = held[:judged], held[judged:][np.random.default_rng([seed, 22]).permutation(len(held) - judged)[:compared]]
-    beside = untrained_baselines(rows, held, train_ids, V, seed, share, mean, counted)         # before the plan, so that its time is in the budget
-    seed_everything(seed)
-    model, kind = new_seq2seq(rows, V, size, positions, share, mean, answer, start, seed), (seed, share, mean, V, answer)
+    rows, held = group_texts(train_ids, config.seq_len), group_texts(encode_texts(cutter, unseen), config.seq_len)
+    if len(held) <= config.eval_examples: raise DataError(f"The validation texts fill {len(held)} rows, and {config.eval_examples} of them (eval_examples) choose the weights: none are left to compare. Lower eval_examples, or take more texts.")
+    few, held = held[:config.eval_examples], held[config.eval_examples:][np.random.default_rng([config.seed, 22]).permutation(len(held) - config.eval_examples)[:config.final_eval_examples]]
+    beside = untrained_baselines(rows, held, train_ids, V, config.seed, config.noise_density, config.mean_span_length, config.baseline_tokens)         # before the plan, so that its time is in the budget
+    seed_everything(config.seed)
+    model, kind = new_seq2seq(rows, V, config.size, config.max_position_embeddings, config.noise_density, config.mean_span_length, config.target, config.embedding_init, config.seed), (config.seed, config.noise_density, config.mean_span_length, V, config.target)
     before = validation_scores(model.eval(), held, *kind)[:, 0]
-    optimiser = Optimiser(model, lr or 3e-3, betas=(0.9, 0.98), muon=muon, precision=precision)
+    optimiser = Optimiser(model, config.lr or 3e-3, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision)
     make, tokens = lambda n, index: denoise_batches(rows, n, *kind)(index), lambda b: b["input_ids"].numel() + b["written"].numel()
     def evaluate(m):
         nats, right, cut, every, said = validation_scores(m, few, *kind).sum(0)
         return dict(validation_loss=every / said, hidden_loss=nats / cut, hidden_accuracy=right / cut)
     def plan_of(n, a_step, an_evaluation):
         rest = 10 * an_evaluation * len(held) / len(few)                                    # at the end it writes, token by token
-        return pretrain_plan(steps, minutes, time.monotonic() - begun + rest, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads()) | dict(patience=patience)
-    a_row, padded = length - 1 if answer == "whole" else hidden + 2 * holes, lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()}      # rows of a large batch are as long as its longest
+        return pretrain_plan(config, time.monotonic() - begun + rest, a_step, an_evaluation, n)
+    a_row, padded = config.seq_len - 1 if config.target == "text" else hidden + 2 * holes, lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()}      # rows of a large batch are as long as its longest
     law = chunked_memory_model(model, lambda parts: lambda m, b, backward: denoise_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(n * a_row, V), a_row, padded, optimiser)
     with retain_freed_memory():
-        plan = plan_training(record, asked, model, denoise_loss_step, make, optimiser, plan_of, batch, lr, tokens, evaluate, accumulation, law, earlier=earlier)
-        result = train(model, denoise_loss_step, denoise_batches(rows, plan["batch"], *kind), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
+        plan = plan_training(record, asked, model, denoise_loss_step, make, optimiser, plan_of, config.batch_size, config.lr, tokens, evaluate, config.grad_accum_steps, law, earlier=config.previous_runs)
+        batches = denoise_batches(rows, plan["batch"], *kind, current_world().size, current_world().rank)
+        result = train(model, denoise_loss_step, batches, optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
         foretold = record_actual(record, model, denoise_loss_step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("writer")
     optimiser.finish().eval()
-    longest = length - 1 if answer == "whole" else min(positions, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
-    ours, final = denoise_texts(model, beside["broken"], V, longest, mean, answer), validation_scores(model, held, *kind)
+    longest = config.seq_len - 1 if config.target == "text" else min(config.max_position_embeddings, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
+    ours, final = denoise_texts(model, beside["broken"], V, longest, config.mean_span_length, config.target), validation_scores(model, held, *kind)
     wrong, hidden = edit_distances(ours, list(held)), float(final[:, 2].mean())                        # all numbers are given for each hidden token of an average row
     write_json(record.path/"held.json", [dict(edits=e / hidden, copy_edits=c / hidden, counter_edits=k / hidden, right=r / hidden, bits=n / hidden / math.log(2), copy_bits=q / hidden / math.log(2), fivegram_bits=f / hidden / math.log(2))
                                          for e, c, k, r, n, q, f in zip(*(a.tolist() for a in (wrong, beside["copy_edits"], beside["counter_edits"], final[:, 1], final[:, 0], beside["copy_nats"], beside["fivegram_nats"])))])
     words = lambda ids: cutter.decode([int(t) for t in ids])
     with_blanks = lambda ids: " ____ ".join(words(part[part < V]) for part in np.split(ids, np.flatnonzero(ids >= V)))
-    first_text = lambda ids: ids[:ids.tolist().index(SEP)] if SEP in ids else ids                     # a prompt is one text; what `whole` writes after it is another
-    write_json(record.path/"examples.json", [dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="") for m, f in zip(marked, denoise_texts(model, marked, V, longest, mean, answer))] +
+    first_text = lambda ids: ids[:ids.tolist().index(SEP)] if SEP in ids else ids                     # a prompt is one text; what `text` writes after it is another
+    write_json(record.path/"examples.json", [dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="") for m, f in zip(marked, denoise_texts(model, marked, V, longest, config.mean_span_length, config.target))] +
                [dict(text=with_blanks(b), truth=words(t), ours=words(o), copied=words(c)) for b, t, o, c in list(zip(beside["broken"], held, ours, beside["copies"]))[:4]])
-    save_seq2seq(model, tokenizer, record.artifact("writer"), answer)
+    save_seq2seq(model, tokenizer, record.artifact("writer"), config.target)
     copier, way = beside["copier"]
     speed, per_hidden, bits = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), lambda x: float(x.mean() / hidden), lambda nats: float(nats.mean() / hidden / math.log(2))
     record.save_metrics(edits=per_hidden(wrong), copy_edits=per_hidden(beside["copy_edits"]), counter_edits=per_hidden(beside["counter_edits"]), hidden_accuracy=per_hidden(final[:, 1]),
                         hidden_bits=bits(final[:, 0]), start_bits=bits(before), copy_bits=bits(beside["copy_nats"]), unigram_bits=bits(beside["unigram_nats"]), fivegram_bits=bits(beside["fivegram_nats"]),
                         copier=f"always “{words(way[1])}”" if way[0] == "fixed" and way[1] else copier, counter=beside["counter"][0], copy_share=beside["copy_share"],
                         validation_loss=final[:, 3].sum() / final[:, 4].sum(), best_step=result["best_step"], steps=result["steps"],
-                        tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed, epochs=result["steps"] * plan["batch"] * accumulation / len(rows), rows=len(rows), held_rows=len(held), hidden=hidden, holes=holes, vocabulary=V,
+                        tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed, epochs=result["steps"] * plan["batch"] * config.grad_accum_steps / len(rows), rows=len(rows), held_rows=len(held), hidden=hidden, holes=holes, vocabulary=V,
                         parameters=sum(p.numel() for p in model.parameters()), batch=plan["batch"], lr=optimiser.lr, **foretold)
     return record.artifact("writer")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NSP_LR_CANDIDATES', 'split_sentences', 'tokenize_documents', 'segment_lengths', 'pair_boundaries', 'nsp_example',
            'nsp_batch', 'nsp_batches', 'nsp_losses', 'nsp_loss_step', 'load_nsp_model', 'small_pretrained_encoder',
-           'nsp_validation', 'token_overlap', 'token_overlap_baseline', 'pretrain_nsp']
+           'made_encoder', 'nsp_validation', 'token_overlap', 'token_overlap_baseline', 'NSPConfig', 'pretrain_nsp']
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #bd928773
 import re
@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, Record, UsageError, cached_fixture, create_record
-from ..core import seed_everything
-from ..core import sha256_of, write_json
+from ..core import seed_everything, sha256_of, write_json
 from ..data.corpus import read_split
-from .mlm import CLS, SEP, mask_row, pretrain, pretrain_plan, save_encoder
-from .mlm import small_tokenizer
+from .mlm import CLS, MLMConfig, SEP, mask_row, pretrain, pretrain_plan
+from .mlm import save_encoder, small_tokenizer
 from ..tokenization.wordpiece import encode_texts, open_tokenizer
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from typing import Annotated, Literal
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #a7a59b11
 def split_sentences(text: str) -> list[str]:
@@ -79,10 +83,27 @@ def nsp_batch(docs, where, which, epochs, seed: int, length: int, share: float, 
     return dict(input_ids=whole(np.stack(seen)), token_type_ids=whole(np.tile(segments, (len(seen), 1))), next_sentence=whole(labels),
                 positions=whole(np.concatenate(positions)), targets=whole(np.concatenate(targets)))
 
-def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, vocabulary: int):
-    "Number of a batch -> its tensors; a pure function."
+def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, vocabulary: int,
+                world: int = 1, rank: int = 0   # Of so many processes, the part of this one
+               ):
+    """Number of a batch -> its tensors; a pure function. For several processes also
+    `pairs_per_token`, of the whole batch. Raises `UsageError` for more processes than pairs."""
+    from llmeco_nb.training.parallel import rank_slice
     from llmeco_nb.training.loop import batch_indices
-    return lambda index: nsp_batch(docs, where, batch_indices(index, batch, len(where), seed), np.arange(index * batch, (index + 1) * batch) // len(where), seed, length, share, vocabulary)
+    mine = rank_slice(0, batch, world, rank)
+    def batches(index: int) -> dict:
+        which = batch_indices(index, batch, len(where), seed)
+        epochs = np.arange(index * batch, (index + 1) * batch) // len(where)
+        whole = nsp_batch(docs, where, which, epochs, seed, length, share, vocabulary)
+        if world == 1:
+            return whole
+        by_pair = ("input_ids", "token_type_ids", "next_sentence")
+        found = {k: whole[k][mine.start:mine.stop] for k in by_pair}
+        positions = whole["positions"] - mine.start * length
+        inside = (positions >= 0) & (positions < len(mine) * length)
+        found |= dict(positions=positions[inside], targets=whole["targets"][inside])
+        return found | dict(pairs_per_token=batch / len(whole["targets"]))
+    return batches
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
 def nsp_losses(model,              # transformers.BertForPreTraining
@@ -100,9 +121,12 @@ def nsp_loss_step(mlm: float, parts: int = 0):
     "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens, whose loss is made in `parts`."
     import torch.nn.functional as F
     def step(model, batch, backward):
-        logits, tokens = nsp_losses(model, **batch, parts=parts)
         pairs = len(batch["next_sentence"])
-        loss = F.cross_entropy(logits, batch["next_sentence"], reduction="sum") + mlm * tokens * (pairs / len(batch["targets"]))
+        pairs_per_token = batch.get("pairs_per_token", pairs / len(batch["targets"]))
+        tensors = {k: v for k, v in batch.items() if k != "pairs_per_token"}
+        logits, tokens = nsp_losses(model, **tensors, parts=parts)
+        told_apart = F.cross_entropy(logits, batch["next_sentence"], reduction="sum")
+        loss = told_apart + mlm * tokens * pairs_per_token
         backward(loss)
         return loss.detach(), pairs
     return step
@@ -128,10 +152,19 @@ def load_nsp_model(encoder: str | Path, seed: int):
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #ce47ce3b
 def small_pretrained_encoder() -> Path:
-    "The folder of an encoder for the small corpus, pretrained for a few seconds at the first call, under runs/scratch."
+    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first call,
+    under runs/scratch. Of several processes the first makes it."""
+    from llmeco_nb.training.parallel import run_on_rank_zero, single_process
+    def alone() -> str:
+        with single_process():
+            return str(made_encoder())
+    return Path(run_on_rank_zero(alone))
+
+def made_encoder() -> Path:
+    "`small_pretrained_encoder` in one process."
     from llmeco_nb.data.corpus import small_corpus
     corpus, tokenizer = small_corpus(), small_tokenizer()
-    def make(folder): pretrain(create_record(folder, "pretrain"), corpus, tokenizer, judged=8, evaluations=1, steps=40)
+    def make(folder): pretrain(create_record(folder, "pretrain"), corpus, tokenizer, MLMConfig(eval_examples=8, num_evals=1, steps=40, batch_size=16, lr=3e-3))
     return cached_fixture("encoder-pretrained", make, pretrain, corpus, tokenizer)/"encoder"
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #5a2f8e1f
@@ -167,46 +200,69 @@ def token_overlap_baseline(train_docs, train_where, docs, where, n: int, seed: i
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #66e07dcb
 NSP_LR_CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)     # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
 
-def pretrain_nsp(record: Record,               # Where the model goes: its artifact `paired`
-                 corpus: str | Path, tokenizer: str | Path, encoder: str | Path,
-                 length: int = 64, minutes: float = 0.0, steps: int = 60, batch: int | None = 32, mask: float = 0.15, mlm: float = 0.1, lr: float | None = 3e-4,
-                 warmup: int = 5, decay: int = 40, judged: int = 200, evaluations: int = 4, precision: str = "bf16", seed: int = 0, earlier: list[str] = ()) -> Path:
+@stage_config
+class NSPConfig(StageConfig):
+    "What the stage `nsp` may be told."
+    seq_len: PositiveInt = 64  # tokens of a pair, special ones included
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
+    steps: PositiveInt = 60  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = 32  # pairs a step; none: by probes of their speed
+    mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.15  # share of tokens to hide
+    mlm_weight: NonNegativeFloat = 0.1  # weight of the hidden tokens' loss; BERT's was 1
+    lr: PositiveFloat | None = 3e-4  # learning rate at its peak; none: by probes of a few steps
+    warmup_ratio: Fraction = 0.05  # share of the steps until the peak
+    decay_ratio: Fraction = 0.4  # share of the steps from the peak to zero, at the end
+    eval_examples: Annotated[int, Field(ge=2)] = 200  # validation pairs, half of them true
+    num_evals: PositiveInt = 4  # how often they are asked
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides the pairs, their order and masks, and the new head
+
+def pretrain_nsp(
+    record: Record,  # Where the model goes: its artifact `paired`
+    corpus: str | Path,
+    tokenizer: str | Path,
+    encoder: str | Path,
+    config: NSPConfig = NSPConfig(),
+) -> Path:
     "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
-    import torch
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
     from llmeco_nb.training.optim import Optimiser
+    from llmeco_nb.training.parallel import all_finished, current_world
     from llmeco_nb.training.plan import plan_training, record_actual
     from llmeco_nb.training.loop import train
-    asked = {k: v for k, v in locals().items() if isinstance(v, (int, float, str))} | {k: sha256_of(v) for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()}
-    if not 0 < mask < 1: raise UsageError(f"mask is {mask}; it is a share between 0 and 1.")
-    if mlm < 0: raise UsageError(f"mlm is {mlm}; a weight is not negative.")
-    if judged < 2: raise UsageError(f"judged is {judged}; a true and a false pair are the least.")
+    asked = config.fingerprint() | {k: sha256_of(v) for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()}
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
-    model, vocabulary = load_nsp_model(encoder, seed), cutter.get_vocab_size()
+    model, vocabulary = load_nsp_model(encoder, config.seed), cutter.get_vocab_size()
     if model.config.vocab_size != vocabulary: raise DataError(f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they do not belong together.")
-    if length > model.config.max_position_embeddings: raise UsageError(f"length is {length}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower length, or pretrain the encoder with more positions.")
+    if config.seq_len > model.config.max_position_embeddings: raise UsageError(f"seq_len is {config.seq_len}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower seq_len, or pretrain the encoder with more positions.")
     docs, held = (tokenize_documents(cutter, read_split(corpus, split).text) for split in ("train", "validation"))
-    where, held_where = pair_boundaries(docs, length), pair_boundaries(held, length)
-    seed_everything(seed)
+    where, held_where = pair_boundaries(docs, config.seq_len), pair_boundaries(held, config.seq_len)
+    seed_everything(config.seed)
     use_fast_attention(model)
-    step, optimiser = nsp_loss_step(mlm), Optimiser(model, lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=precision)
-    make, tokens_of = lambda n, i: nsp_batches(docs, where, n, seed, length, mask, vocabulary)(i), lambda b: b["input_ids"].numel()
+    step, optimiser = nsp_loss_step(config.mlm_weight), Optimiser(model, config.lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=config.precision)
+    make, tokens_of = lambda n, i: nsp_batches(docs, where, n, config.seed, config.seq_len, config.mask_prob, vocabulary)(i), lambda b: b["input_ids"].numel()
     hidden = len(make(1, 0)["targets"])
-    law = chunked_memory_model(model, lambda parts: nsp_loss_step(mlm, parts), lambda n: num_loss_chunks(n * hidden, vocabulary), hidden, make, optimiser)
-    judge = lambda m: nsp_validation(m, held, held_where, judged, seed, length, mask, vocabulary)
+    law = chunked_memory_model(model, lambda parts: nsp_loss_step(config.mlm_weight, parts), lambda n: num_loss_chunks(n * hidden, vocabulary), hidden, make, optimiser)
+    judge = lambda m: nsp_validation(m, held, held_where, config.eval_examples, config.seed, config.seq_len, config.mask_prob, vocabulary)
     def evaluate(m):
         loss, right, tokens = judge(m).mean(0)
-        return dict(validation_loss=loss + mlm * tokens, pair_loss=loss, accuracy=right, token_loss=tokens)
-    def plan_of(n, a_step, an_evaluation): return pretrain_plan(steps, minutes, time.monotonic() - begun, a_step, an_evaluation, evaluations, warmup, decay, n, torch.get_num_threads())
+        return dict(validation_loss=loss + config.mlm_weight * tokens, pair_loss=loss, accuracy=right, token_loss=tokens)
+    def plan_of(n, a_step, an_evaluation): return pretrain_plan(config, time.monotonic() - begun, a_step, an_evaluation, n)
     with retain_freed_memory():
-        plan = plan_training(record, asked, model, step, make, optimiser, plan_of, batch, lr, tokens_of, evaluate, law=law, earlier=earlier, rates=NSP_LR_CANDIDATES)
-        result = train(model, step, lambda i: make(plan["batch"], i), optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
+        plan = plan_training(record, asked, model, step, make, optimiser, plan_of, config.batch_size, config.lr, tokens_of, evaluate, law=law, earlier=config.previous_runs, rates=NSP_LR_CANDIDATES)
+        rest = config.seed, config.seq_len, config.mask_prob, vocabulary, current_world().size, current_world().rank
+        batches = nsp_batches(docs, where, plan["batch"], *rest)
+        result = train(model, step, batches, optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
         foretold = record_actual(record, model, step, make, optimiser, plan, result, result["best"])
+    if not all_finished():
+        return record.artifact("paired")
     optimiser.finish().eval()
-    final, counted = judge(model), token_overlap_baseline(docs, where, held, held_where, judged, seed, length, vocabulary)
+    final, counted = judge(model), token_overlap_baseline(docs, where, held, held_where, config.eval_examples, config.seed, config.seq_len, vocabulary)
     write_json(record.path/"pairs.json", [dict(loss=loss, right=int(r), overlap=int(c)) for (loss, r, _), c in zip(final.astype(float).tolist(), counted)])
     save_encoder(model, tokenizer, record.artifact("paired"))
     record.save_metrics(accuracy=final[:, 1].mean(), pair_loss=final[:, 0].mean(), token_loss=final[:, 2].mean(), overlap_accuracy=counted.mean(), right=int(final[:, 1].sum()), pairs=len(final),
-                        places=len(where), held_places=len(held_where), best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], length=length, batch=plan["batch"], lr=optimiser.lr, **foretold)
+                        places=len(where), held_places=len(held_where), best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], length=config.seq_len, batch=plan["batch"], lr=optimiser.lr, **foretold)
     return record.artifact("paired")

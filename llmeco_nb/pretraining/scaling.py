@@ -15,7 +15,7 @@ from ..core import UsageError
 def active_parameters(c) -> int:
     "Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers and of the head."
     from llmeco_nb.models.decoder import decoder_parameters
-    return decoder_parameters(c)["layers"] + c.width * c.vocabulary
+    return decoder_parameters(c)["layers"] + c.hidden_size * c.vocab_size
 
 def scaling_law_loss(p: np.ndarray,    # ln E, ln A, alpha, ln B, beta
                      n, d):

@@ -35,6 +35,7 @@ from ..core import write_bytes
 from ..core import write_json
 from .stages import StageRegistry
 from .stages import Instance
+from .stages import current_overrides
 from .stages import import_by_name
 from .stages import needs
 from .stages import read_profile
@@ -96,7 +97,11 @@ def open_run(house: StageRegistry,
                  if (m := re.fullmatch(r".*-(\d+)(\.partial)?", f.name))]
         target = runs/f"{name}-{max(taken, default=0) + 1}"
         if path and not current: target = Path(path).absolute()
-        return Run.create(target, profile, parent, freeze if next_round else lambda folder: None)
+        run = Run.create(target, profile, parent, freeze if next_round else lambda folder: None)
+        stored = run["overrides"]         # of the parent, which may be of an earlier version
+        now = current_overrides(stored)
+        if now != stored: run.update(lambda info: info.update(overrides=now))
+        return run
 
 def _newest(runs: Path, profile: str, path: str | None) -> Run | None:
     "The run at `path`, or the newest of the profile in `runs`; None if there is none."
@@ -135,7 +140,7 @@ class Pipeline:
         self.instances, self.spec = read_profile(house, run["profile"])
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
-        set_stored(self.instances, run["overrides"], run.path/"run.json")
+        set_stored(self.instances, run["overrides"], run.path/"run.json", run["profile"])
 
     def select(self, name: str, told_by: str) -> list[Instance]:
         "The instances meant by an instance's or a stage's name. Raises `UsageError`."
@@ -238,12 +243,19 @@ def select_instances(instances: list[Instance],  # All of a profile
     raise UsageError(f"{told_by}: there is no stage {name} in this profile. "
                      f"{unknown_name_hint(name, known)}")
 
-def set_stored(instances: list[Instance], overrides: dict[str, dict], file: Path):
-    """Set the parameters that a run.json holds: instance -> name -> value.
-
-    Raises `UsageError` that names the file."""
-    for name, values in overrides.items():
-        select_instances(instances, name, str(file))[0].set(values, str(file))
+def set_stored(instances: list[Instance],   # All of a profile; their values change
+               overrides: dict[str, dict],  # What a run.json holds: instance -> name -> value
+               file: Path,                  # The run.json, to name in the error
+               profile: str                 # Of the run, to name in the error
+              ) -> None:
+    """Set the parameters that a run.json holds, whatever they were called when it was written.
+    Raises `UsageError` that names the file and the command that starts another run."""
+    try:
+        for name, values in current_overrides(overrides).items():
+            select_instances(instances, name, str(file))[0].set(values, str(file))
+    except UsageError as e:
+        raise UsageError(f"{e} The run may be of an earlier version; start another with "
+                         f"`llmeco run --profile {profile} --new-run`.") from None
 
 def set_parameters(instances: list[Instance],                # All of a profile; their values change
                    settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)

@@ -6,45 +6,47 @@
 __all__ = ['marks', 'p_text', 'Claim', 'claim', 'adjust_pvalues', 'claims_table', 'write_claims', 'read_claims']
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #c97aaf02
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from ..core import DataError
-from ..core import UsageError
-from ..core import read_json
-from ..core import write_json
-from .significance import Comparison
-from .significance import Interval
-from .significance import holm
+
+from ..core import DataError, UsageError, read_json, write_json
+from .significance import Comparison, Interval, holm
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #543e73c2
 marks = {"supported": "✓", "refuted": "✗", "not shown": "○"}
 
+
 def p_text(p: float) -> str:
-    "A p-value for people."
+    "The p-value `p` for people: what is below 0.0001 is said to be so."
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
 
 @dataclass(frozen=True)
 class Claim:
-    "That a difference exceeds a margin. Made by `claim`; holds plain values only, so that `asdict` is its JSON."
-    text: str                         # The sentence
-    difference: float                 # What was measured
-    p: float                          # Two-sided p-value of "the difference is the margin"
-    low: float | None = None          # Lower end of its interval, not adjusted for other claims
-    high: float | None = None         # Upper end
-    level: float = .95                # Level of that interval
-    margin: float = 0.                # What the difference must exceed
-    alpha: float = .05                # False alarm rate
-    detectable: float | None = None   # Difference that would have been found with 80 % probability
-    unit: str = "points"              # "points" shows a share times 100; any other unit is shown as it is
-    p_adjusted: float | None = None   # After `adjust_pvalues`
-    family: int = 1                   # How many claims were judged together
+    """That a difference exceeds a margin.
+
+    Made by `claim`; holds plain values only, so that `asdict` is its JSON.
+    """
+
+    text: str  # The sentence
+    difference: float  # What was measured
+    p: float  # Two-sided p-value of "the difference is the margin"
+    low: float | None = None  # Lower end of its interval, not adjusted for other claims
+    high: float | None = None  # Upper end
+    level: float = 0.95  # Level of that interval
+    margin: float = 0.0  # What the difference must exceed
+    alpha: float = 0.05  # False alarm rate
+    detectable: float | None = None  # Difference that would have been found with 80 % probability
+    unit: str = "points"  # "points" shows a share times 100; any other unit is shown as it is
+    p_adjusted: float | None = None  # After `adjust_pvalues`
+    family: int = 1  # How many claims were judged together
 
     @property
     def verdict(self) -> str:
         "supported, refuted or not shown"
-        if (self.p if self.p_adjusted is None else self.p_adjusted) > self.alpha: return "not shown"
+        if (self.p if self.p_adjusted is None else self.p_adjusted) > self.alpha:
+            return "not shown"
         return "supported" if self.difference > self.margin else "refuted"
 
     @property
@@ -53,63 +55,132 @@ class Claim:
         return f"{marks[self.verdict]} **{self.verdict}**"
 
     def amount(self, x: float, sign: str = "+") -> str:
-        "A difference with its unit."
-        number = f"{100*x:{sign}.1f}" if self.unit == "points" else f"{x:{sign}.3g}"
+        """The difference `x` with this claim's unit.
+
+        `sign`: "+" writes the sign of a gain, too; "" only that of a loss.
+        """
+        number = f"{100 * x:{sign}.1f}" if self.unit == "points" else f"{x:{sign}.3g}"
         return f"{number.replace('-', '−')} {self.unit}"
 
     def markdown(self) -> str:
         "Verdict, sentence and evidence in one line of Markdown."
         facts = [self.amount(self.difference)]
-        if self.low is not None: facts.append(f"{self.level:.0%} interval {self.amount(self.low)} to {self.amount(self.high)}")
-        if self.margin: facts.append(f"must exceed {self.amount(self.margin)}")
-        facts.append(p_text(self.p) if self.p_adjusted is None else f"{p_text(self.p_adjusted)}, adjusted for {self.family} claims")
-        if self.verdict == "not shown" and self.detectable is not None: facts.append(f"{self.amount(self.detectable, '')} would have shown")
+        if self.low is not None:
+            facts.append(
+                f"{self.level:.0%} interval {self.amount(self.low)} to {self.amount(self.high)}"
+            )
+        if self.margin:
+            facts.append(f"must exceed {self.amount(self.margin)}")
+        if self.p_adjusted is None:
+            facts.append(p_text(self.p))
+        else:
+            facts.append(f"{p_text(self.p_adjusted)}, adjusted for {self.family} claims")
+        if self.verdict == "not shown" and self.detectable is not None:
+            facts.append(f"{self.amount(self.detectable, '')} would have shown")
         return f"{self.badge}: {self.text} ({'; '.join(facts)})"
 
-    def _repr_markdown_(self): return self.markdown()
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #1a959b78
-def claim(text: str,                                   # The sentence, such as "fine-tuned beats the baseline on BANKING77"
-          difference: float | Interval | Comparison,   # The evidence; a bare number needs `p` or `interval`
-          p: float | None = None,                      # Two-sided p-value of "the difference is the margin"; None: from the evidence
-          interval: Interval | tuple | None = None,    # Interval of a bare difference, or its two ends at 95 %
-          margin: float = 0.,                          # What the difference must exceed
-          alpha: float = .05,                          # False alarm rate
-          detectable: float | None = None,             # Detectable difference; a `Comparison` brings its own
-          unit: str = "points"                         # "points" for shares; any other unit is shown as it is
-         ) -> Claim:
-    "Make a claim of a sentence and its evidence. Raises `UsageError` without evidence, `DataError` for evidence that is no number."
+def claim(
+    text: str,  # The sentence, such as "fine-tuned beats the baseline on BANKING77"
+    difference: float | Interval | Comparison,  # Evidence; a number needs `p` or `interval`
+    p: float | None = None,  # Two-sided, of "it is the margin"; None: from the evidence
+    interval: Interval | Sequence[float] | None = None,  # Of a number, or its ends at 95 %
+    margin: float = 0.0,  # What the difference must exceed
+    alpha: float = 0.05,  # False alarm rate
+    detectable: float | None = None,  # Detectable difference; a `Comparison` brings its own
+    unit: str = "points",  # "points" for shares; any other unit is shown as it is
+) -> Claim:
+    """Make a claim of a sentence and its evidence.
+
+    Raises `UsageError` without evidence, `DataError` for evidence that is no number.
+    """
     sure = difference
-    if isinstance(difference, Comparison): interval, detectable, difference = difference.interval, difference.detectable, difference.difference
-    elif isinstance(difference, Interval): interval, difference = difference, difference.estimate
-    else: sure = interval = Interval(difference, *interval) if isinstance(interval, (tuple, list)) else interval
-    if p is None and sure is None: raise UsageError(f"The claim {text!r} needs a p-value or an interval.")
+    if isinstance(sure, Comparison):
+        interval = sure.interval
+        detectable = sure.detectable
+        difference = sure.difference
+    elif isinstance(sure, Interval):
+        interval = sure
+        difference = sure.estimate
+    else:
+        if isinstance(interval, (tuple, list)):
+            interval = Interval(difference, *interval)
+        sure = interval
+    if p is None and sure is None:
+        raise UsageError(f"The claim {text!r} needs a p-value or an interval.")
     p = float(sure.p_value(margin) if p is None else p)
     if not (0 <= p <= 1 and abs(difference) < float("inf")):
         raise DataError(f"The claim {text!r} has the difference {difference} and the p-value {p}.")
-    ends = {} if interval is None else dict(low=float(interval.low), high=float(interval.high), level=interval.level)
-    return Claim(text, float(difference), p, **ends, margin=margin, alpha=alpha, detectable=detectable, unit=unit)
+    ends = {}
+    if interval is not None:
+        ends = dict(low=float(interval.low), high=float(interval.high), level=interval.level)
+    return Claim(
+        text,
+        float(difference),
+        p,
+        **ends,
+        margin=margin,
+        alpha=alpha,
+        detectable=detectable,
+        unit=unit,
+    )
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #cc4de6db
 def adjust_pvalues(claims: list[Claim]) -> list[Claim]:
-    "The same claims, their p-values adjusted by Holm over all of them. A claim that was judged before is judged anew."
-    return [replace(c, p_adjusted=float(p), family=len(claims)) for c, p in zip(claims, holm([c.p for c in claims]))]
+    """The same `claims`, their p-values adjusted by Holm over all of them.
+
+    A claim that was judged before is judged anew.
+    """
+    return [
+        replace(c, p_adjusted=float(p), family=len(claims))
+        for c, p in zip(claims, holm([c.p for c in claims]))
+    ]
+
 
 def claims_table(claims: list[Claim]) -> str:
-    "Claims as a Markdown table."
-    def row(c):
-        p = p_text(c.p if c.p_adjusted is None else c.p_adjusted).removeprefix("p ").removeprefix("= ")
-        interval = "" if c.low is None else f"{c.amount(c.low)} to {c.amount(c.high)}"
-        return [c.badge, c.text.replace("|", "\\|"), c.amount(c.difference), interval, c.amount(c.margin) if c.margin else "0", p]
-    adjusted = any(c.p_adjusted is not None for c in claims)
-    head = ["verdict", "claim", "difference", "interval", "must exceed", "p, adjusted" if adjusted else "p"]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"]*6, *map(row, claims)])
+    "The `claims` as a Markdown table, a row each."
 
-def write_claims(path: str | Path, claims: list[Claim]):
-    "Write claims as JSON, for a later stage to judge together with others."
+    def row(c: Claim) -> list[str]:
+        p = p_text(c.p if c.p_adjusted is None else c.p_adjusted)
+        p = p.removeprefix("p ").removeprefix("= ")
+        interval = "" if c.low is None else f"{c.amount(c.low)} to {c.amount(c.high)}"
+        return [
+            c.badge,
+            c.text.replace("|", "\\|"),
+            c.amount(c.difference),
+            interval,
+            c.amount(c.margin) if c.margin else "0",
+            p,
+        ]
+
+    adjusted = any(c.p_adjusted is not None for c in claims)
+    head = [
+        "verdict",
+        "claim",
+        "difference",
+        "interval",
+        "must exceed",
+        "p, adjusted" if adjusted else "p",
+    ]
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in [head, ["---"] * 6, *map(row, claims)]
+    )
+
+
+def write_claims(path: str | Path, claims: list[Claim]) -> None:
+    "Write `claims` to the file `path` as JSON, for a later stage to judge together with others."
     write_json(path, [asdict(c) for c in claims])
 
+
 def read_claims(path: str | Path) -> list[Claim]:
-    "Read what `write_claims` wrote. Raises `MissingError` and `DataError`."
-    try: return [Claim(**row) for row in read_json(path)]
-    except TypeError as e: raise DataError(f"{path} does not hold claims: {e}.") from None
+    """Read what `write_claims` wrote to the file `path`.
+
+    Raises `MissingError` without a file, `DataError` for one that holds something else.
+    """
+    try:
+        return [Claim(**row) for row in read_json(path)]
+    except TypeError as e:
+        raise DataError(f"{path} does not hold claims: {e}.") from None

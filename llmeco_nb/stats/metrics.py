@@ -5,165 +5,302 @@
 # %% auto #0
 __all__ = ['overall_metrics', 'class_metrics', 'check_labels', 'confusion_matrix', 'safe_divide', 'class_scores', 'averaged',
            'accuracy_of', 'balanced_accuracy_of', 'mcc_of', 'accuracy', 'balanced_accuracy', 'mcc',
-           'precision_recall_f1', 'score', 'classification_report', 'class_table', 'check_names', 'confusion_figure',
-           'confused_pairs', 'metric']
+           'precision_recall_f1', 'score', 'classification_report', 'ClassRow', 'class_table', 'check_names',
+           'confusion_figure', 'ConfusedPair', 'confused_pairs', 'metric']
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #2b803aa3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
-from ..core import DataError
-from ..core import UsageError
-from ..core import plain_text
+from ..core import DataError, UsageError, plain_text
+from numpy.typing import ArrayLike
+
+# %% ../../nbs/0_ground/02_metrics.ipynb #8928b17c
+if TYPE_CHECKING:  # read by type checkers alone: they are heavy
+    from evaluate import Metric
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #abc9a895
-def check_labels(labels,                      # True classes, 1-d, whole numbers in [0, n_classes)
-                 predicted,                   # Predicted classes, as many, same range
-                 n_classes: int | None = None # How many classes there are; None: the largest one seen, plus one
-                ) -> tuple[np.ndarray, np.ndarray, int]:
-    "Both columns as int64 arrays, and the number of classes. Raises `DataError` for anything that cannot be scored."
-    y, p = np.asarray(labels), np.asarray(predicted)
+def check_labels(
+    labels: ArrayLike,  # True classes, shape (items,), whole numbers in [0, n_classes)
+    predicted: ArrayLike,  # Predicted classes, as many, same range
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Both columns as int64 arrays, and the number of classes.
+
+    Raises `DataError` for anything that cannot be scored.
+    """
+    y = np.asarray(labels)
+    p = np.asarray(predicted)
     if y.ndim != 1 or y.shape != p.shape:
-        raise DataError(f"Labels have the shape {y.shape}, predictions {p.shape}; "
-                        "both must be one column with one entry per item.")
-    if not len(y): raise DataError("There is nothing to score: labels and predictions are empty.")
+        raise DataError(
+            f"Labels have the shape {y.shape}, predictions {p.shape}; "
+            "both must be one column with one entry per item."
+        )
+    if not len(y):
+        raise DataError("There is nothing to score: labels and predictions are empty.")
     for name, a in (("label", y), ("prediction", p)):
-        with np.errstate(invalid="ignore"): odd = a[a % 1 != 0] if a.dtype.kind == "f" else a[:0 if a.dtype.kind in "iub" else 1]
-        if len(odd): raise DataError(f"A {name} must be a whole number, the index of a class; found {odd.tolist()[0]!r}.")
+        with np.errstate(invalid="ignore"):
+            odd = a[a % 1 != 0] if a.dtype.kind == "f" else a[: 0 if a.dtype.kind in "iub" else 1]
+        if len(odd):
+            raise DataError(
+                f"A {name} must be a whole number, the index of a class; found {odd.tolist()[0]!r}."
+            )
     n = int(max(y.max(), p.max())) + 1 if n_classes is None else n_classes
     for name, a in (("label", y), ("prediction", p)):
         outside = np.flatnonzero((a < 0) | (a >= n))
         if len(outside):
-            raise DataError(f"The {name} of item {outside[0]} is {a[outside[0]]}; with {n} classes it must lie from 0 to {n - 1}.")
+            raise DataError(
+                f"The {name} of item {outside[0]} is {a[outside[0]]}; with {n} classes it must lie "
+                f"from 0 to {n - 1}."
+            )
     return y.astype(np.int64), p.astype(np.int64), n
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #0432aa12
-def confusion_matrix(labels,                       # True classes, shape (items,)
-                     predicted,                    # Predicted classes, shape (items,)
-                     n_classes: int | None = None  # Number of classes; None: the largest one seen, plus one
-                    ) -> np.ndarray:
-    "Confusion matrix, int64 of shape (n, n); row = truth, column = prediction. Raises `DataError` as `check_labels` does."
+def confusion_matrix(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+) -> np.ndarray:
+    """Confusion matrix, int64 of shape (n, n); row = truth, column = prediction.
+
+    Raises `DataError` as `check_labels` does.
+    """
     y, p, n = check_labels(labels, predicted, n_classes)
-    return np.bincount(y*n + p, minlength=n*n).reshape(n, n)
+    return np.bincount(y * n + p, minlength=n * n).reshape(n, n)
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #09d44cc2
-def safe_divide(above, below) -> np.ndarray:
-    "Elementwise `above / below`, with 0 / 0 = 0."
-    above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
+def safe_divide(
+    numerator: ArrayLike,  # Any shape
+    denominator: ArrayLike,  # A shape that broadcasts with it
+) -> np.ndarray:
+    "Elementwise `numerator / denominator` as float64, of the broadcast shape; 0 / 0 = 0."
+    above, below = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     return np.divide(above, below, out=np.zeros(above.shape), where=below != 0)
 
-def class_scores(matrix # Confusion matrix or a stack of them, shape (..., n, n)
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    "Precision, recall, F1 and support (the items of that class) of every class; each of shape (..., n). 0/0 counts as 0."
+
+def class_scores(
+    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall, F1 and support of every class, each of shape (..., n).
+
+    Precision, recall and F1 lie in [0, 1], where 0/0 counts as 0; support counts the class's items.
+    """
     m = np.asarray(matrix)
-    hit, called, actual = np.diagonal(m, axis1=-2, axis2=-1), m.sum(-2), m.sum(-1)
-    return safe_divide(hit, called), safe_divide(hit, actual), safe_divide(2*hit, called + actual), actual
+    hit = np.diagonal(m, axis1=-2, axis2=-1)
+    called = m.sum(-2)
+    actual = m.sum(-1)
+    return (
+        safe_divide(hit, called),
+        safe_divide(hit, actual),
+        safe_divide(2 * hit, called + actual),
+        actual,
+    )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #aa4fe720
-def averaged(matrix,              # Confusion matrix or a stack of them, shape (..., n, n)
-             name: str,           # "precision", "recall" or "f1"
-             average: str | None  # "macro", "weighted", "micro", "binary" (class 1 of two), or None for all classes
-            ) -> np.ndarray:
-    "A class score averaged over classes, shape (...), or (..., n) if not averaged. Raises `UsageError` for another average."
-    m, which = np.asarray(matrix), {"precision": 0, "recall": 1, "f1": 2}[name]
-    if average == "micro": return safe_divide(np.trace(m, axis1=-2, axis2=-1), m.sum((-2, -1)))
-    values, support = class_scores(m)[which], m.sum(-1)
-    if average is None: return values
+def averaged(
+    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
+    name: str,  # "precision", "recall" or "f1"
+    average: str | None,  # "macro", "weighted", "micro", "binary" (class 1 of two) or None
+) -> np.ndarray:
+    """A class score averaged over classes, shape (...), or (..., n) if not averaged.
+
+    Raises `UsageError` for another average.
+    """
+    m = np.asarray(matrix)
+    which = {"precision": 0, "recall": 1, "f1": 2}[name]
+    if average == "micro":
+        return safe_divide(np.trace(m, axis1=-2, axis2=-1), m.sum((-2, -1)))
+    values = class_scores(m)[which]
+    support = m.sum(-1)
+    if average is None:
+        return values
     if average == "binary":
-        if m.shape[-1] != 2: raise UsageError(f'The average "binary" is for two classes, here are {m.shape[-1]}; try "macro".')
+        if m.shape[-1] != 2:
+            raise UsageError(
+                f'The average "binary" is for two classes, here are {m.shape[-1]}; try "macro".'
+            )
         return values[..., 1]
     weights = {"macro": (support + m.sum(-2)) > 0, "weighted": support}.get(average)
     if weights is None:
-        raise UsageError(f'No average is called {average!r}; there are "macro", "weighted", "micro", "binary" and None.')
-    return safe_divide((values*weights).sum(-1), weights.sum(-1))
+        raise UsageError(
+            f'No average is called {average!r}; there are "macro", "weighted", "micro", "binary" '
+            "and None."
+        )
+    return safe_divide((values * weights).sum(-1), weights.sum(-1))
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #96be6aea
-def accuracy_of(matrix) -> np.ndarray:
-    "Share of items on the diagonal, in [0, 1]; `matrix` of shape (..., n, n), result of shape (...)."
+def accuracy_of(matrix: ArrayLike) -> np.ndarray:
+    """Share of items on the diagonal, in [0, 1].
+
+    `matrix`: confusion matrix or a stack of them, shape (..., n, n); the result has shape (...).
+    """
     m = np.asarray(matrix)
     return safe_divide(np.trace(m, axis1=-2, axis2=-1), m.sum((-2, -1)))
 
-def balanced_accuracy_of(matrix) -> np.ndarray:
-    "Mean recall over the classes that have items, in [0, 1]; `matrix` of shape (..., n, n), result of shape (...)."
+
+def balanced_accuracy_of(matrix: ArrayLike) -> np.ndarray:
+    """Mean recall over the classes that have items, in [0, 1].
+
+    `matrix`: confusion matrix or a stack of them, shape (..., n, n); the result has shape (...).
+    """
     _, recall, _, support = class_scores(matrix)
     return safe_divide(recall.sum(-1), (support > 0).sum(-1))
 
-def mcc_of(matrix) -> np.ndarray:
-    "Matthews' correlation coefficient (Gorodkin 2004) in [-1, 1], 0 where undefined; shapes as above."
-    m = np.asarray(matrix, float)    # as integers, the product of two squares would overflow
-    c, s, t, p = np.trace(m, axis1=-2, axis2=-1), m.sum((-2, -1)), m.sum(-1), m.sum(-2)
-    return safe_divide(c*s - (t*p).sum(-1), np.sqrt((s**2 - (p**2).sum(-1))*(s**2 - (t**2).sum(-1))))
+
+def mcc_of(matrix: ArrayLike) -> np.ndarray:
+    """Matthews' correlation coefficient (Gorodkin 2004) in [-1, 1], 0 where undefined.
+
+    `matrix`: confusion matrix or a stack of them, shape (..., n, n); the result has shape (...).
+    """
+    m = np.asarray(matrix, float)  # as integers, the product of two squares would overflow
+    c = np.trace(m, axis1=-2, axis2=-1)
+    s = m.sum((-2, -1))
+    t = m.sum(-1)
+    p = m.sum(-2)
+    return safe_divide(
+        c * s - (t * p).sum(-1), np.sqrt((s**2 - (p**2).sum(-1)) * (s**2 - (t**2).sum(-1)))
+    )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #85959021
-def accuracy(labels, predicted) -> float:
+def accuracy(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+) -> float:
     "Share of predictions that are right, in [0, 1]. Raises `DataError`."
     return float(accuracy_of(confusion_matrix(labels, predicted)))
 
-def balanced_accuracy(labels, predicted) -> float:
+
+def balanced_accuracy(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+) -> float:
     "Mean recall over the classes that occur among the labels, in [0, 1]. Raises `DataError`."
     return float(balanced_accuracy_of(confusion_matrix(labels, predicted)))
 
-def mcc(labels, predicted) -> float:
+
+def mcc(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+) -> float:
     "Matthews' correlation coefficient, in [-1, 1]. Raises `DataError`."
     return float(mcc_of(confusion_matrix(labels, predicted)))
 
-def precision_recall_f1(labels,                        # True classes, shape (items,)
-                        predicted,                     # Predicted classes, shape (items,)
-                        n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
-                        average: str | None = "macro"  # As for `averaged`; None gives arrays over all classes
-                       ) -> tuple:
-    "Precision, recall and F1 in [0, 1]; 0/0 counts as 0. Raises `DataError`, and `UsageError` for an unknown average."
+
+def precision_recall_f1(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    average: str | None = "macro",  # As for `averaged`; None gives arrays over all classes
+) -> tuple[float, float, float] | tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 in [0, 1]; 0/0 counts as 0.
+
+    Raises `DataError`, and `UsageError` for an unknown average.
+    """
     m = confusion_matrix(labels, predicted, n_classes)
     three = tuple(averaged(m, name, average) for name in ("precision", "recall", "f1"))
     return three if average is None else tuple(float(v) for v in three)
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #417e6600
-overall_metrics = {"accuracy": accuracy_of, "balanced_accuracy": balanced_accuracy_of, "mcc": mcc_of}
+overall_metrics = {
+    "accuracy": accuracy_of,
+    "balanced_accuracy": balanced_accuracy_of,
+    "mcc": mcc_of,
+}
 class_metrics = ("precision", "recall", "f1")
 
-def score(matrix,                        # Confusion matrix or a stack of them, shape (..., n, n)
-          name: str,                     # "accuracy", "balanced_accuracy", "mcc", "precision", "recall" or "f1"
-          average: str | None = "macro"  # For the last three: "macro", "weighted", "micro", "binary" or None
-         ) -> np.ndarray:
-    "A metric by its name. Raises `UsageError` for a name it does not know."
-    if name in overall_metrics: return overall_metrics[name](matrix)
-    if name in class_metrics: return averaged(matrix, name, average)
-    raise UsageError(f"No metric is called {name!r}; there are {', '.join((*overall_metrics, *class_metrics))}.")
 
-def classification_report(labels,                        # True classes, shape (items,)
-                          predicted,                     # Predicted classes, shape (items,)
-                          n_classes: int | None = None   # Number of classes; None: the largest one seen, plus one
-                         ) -> dict[str, float]:
-    "Every metric in one flat dictionary: accuracy, balanced_accuracy, mcc, macro_f1, weighted_f1, ..., items."
+def score(
+    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
+    name: str,  # "accuracy", "balanced_accuracy", "mcc", "precision", "recall" or "f1"
+    average: str | None = "macro",  # For the last three, as for `averaged`
+) -> np.ndarray:
+    "A metric by its name. Raises `UsageError` for a name it does not know."
+    if name in overall_metrics:
+        return overall_metrics[name](matrix)
+    if name in class_metrics:
+        return averaged(matrix, name, average)
+    raise UsageError(
+        f"No metric is called {name!r}; there are {', '.join((*overall_metrics, *class_metrics))}."
+    )
+
+
+def classification_report(
+    labels: ArrayLike,  # True classes, shape (items,)
+    predicted: ArrayLike,  # Predicted classes, shape (items,)
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+) -> dict[str, float]:
+    """Every metric by its name, flat as in a record: accuracy, ..., macro_f1, ..., items.
+
+    Raises `DataError` as `check_labels` does.
+    """
     m = confusion_matrix(labels, predicted, n_classes)
     numbers = {name: float(f(m)) for name, f in overall_metrics.items()}
     for average in ("macro", "weighted"):
-        numbers |= {f"{average}_{name}": float(averaged(m, name, average)) for name in class_metrics}
+        numbers |= {
+            f"{average}_{name}": float(averaged(m, name, average)) for name in class_metrics
+        }
     return numbers | {"items": int(m.sum())}
 
-def class_table(matrix,          # Confusion matrix, shape (n, n)
-                names: list[str] # Class names, n of them
-               ) -> list[dict]:
-    "One row per class: its name, precision, recall, F1, support and how often it was called."
-    check_names(matrix, names)
-    return [dict(name=name, precision=float(p), recall=float(r), f1=float(f), support=int(s), called=int(c))
-            for name, p, r, f, s, c in zip(names, *class_scores(matrix), np.asarray(matrix).sum(0))]
 
-def check_names(matrix, names):
+@dataclass(frozen=True)
+class ClassRow:
+    "One class of a confusion matrix."
+
+    name: str  # Class name
+    precision: float  # In [0, 1]
+    recall: float  # In [0, 1]
+    f1: float  # In [0, 1]
+    support: int  # Items of this class
+    called: int  # Items that were called this class
+
+
+def class_table(
+    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
+    names: list[str],  # Class names, n of them
+) -> list[ClassRow]:
+    "One row per class, in their order. Raises `DataError` when names are too few or too many."
+    check_names(matrix, names)
+    return [
+        ClassRow(
+            name=name,
+            precision=float(p),
+            recall=float(r),
+            f1=float(f),
+            support=int(s),
+            called=int(c),
+        )
+        for name, p, r, f, s, c in zip(names, *class_scores(matrix), np.asarray(matrix).sum(0))
+    ]
+
+
+def check_names(matrix: ArrayLike, names: list[str]) -> None:
     "Raises `DataError` unless `names` has one entry per row of `matrix`."
     if len(names) != len(matrix):
-        raise DataError(f"The confusion matrix has {len(matrix)} classes, but {len(names)} names were given.")
+        raise DataError(
+            f"The confusion matrix has {len(matrix)} classes, but {len(names)} names were given."
+        )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #2d2f0c4d
-def confusion_figure(matrix,           # Confusion matrix, shape (n, n)
-                     names: list[str]  # Class names, n of them
-                    ):
-    "Figure of the matrix: colour = share of the row, text = count (up to 15 classes), names on the axes (up to 40)."
+def confusion_figure(
+    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
+    names: list[str],  # Class names, n of them
+) -> "Figure":
+    """A matplotlib figure of the matrix: colour = share of the row, text = count.
+
+    Counts are printed for up to 15 classes, names on the axes for up to 40. Raises `DataError` when
+    names are too few or too many.
+    """
     import matplotlib.pyplot as plt
+
     m = np.asarray(matrix)
     check_names(m, names)
     names = [plain_text(name) for name in names]
-    n, shares = len(m), safe_divide(m, m.sum(1, keepdims=True))
-    size = min(3 + .45*n, 9)
-    fig, ax = plt.subplots(figsize=(size + .8, size))
+    n = len(m)
+    shares = safe_divide(m, m.sum(1, keepdims=True))
+    size = min(3 + 0.45 * n, 9)
+    fig, ax = plt.subplots(figsize=(size + 0.8, size))
     image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ax.grid(False)
     ax.set(xlabel="predicted", ylabel="truth")
@@ -172,42 +309,75 @@ def confusion_figure(matrix,           # Confusion matrix, shape (n, n)
         ax.set_yticks(range(n), names, fontsize=10 if n <= 15 else 7)
     if n <= 15:
         for i, j in np.ndindex(n, n):
-            ax.text(j, i, m[i, j], ha="center", va="center", color="white" if shares[i, j] > .55 else "#555555")
-    fig.colorbar(image, ax=ax, shrink=.75, label="share of the row", format=lambda v, _: f"{v:.0%}")
+            color = "white" if shares[i, j] > 0.55 else "#555555"
+            ax.text(j, i, m[i, j], ha="center", va="center", color=color)
+    fig.colorbar(
+        image, ax=ax, shrink=0.75, label="share of the row", format=lambda v, _: f"{v:.0%}"
+    )
     return fig
 
-def confused_pairs(matrix,            # Confusion matrix, shape (n, n)
-                   names: list[str],  # Class names, n of them
-                   top: int = 10      # At most so many
-                  ) -> list[dict]:
-    "The most frequent mistakes, worst first: truth, predicted, count and the share of the true class they make."
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    "A kind of mistake: items of one class that were called another."
+
+    truth: str  # True class
+    predicted: str  # Class it was taken for
+    count: int  # Items
+    share: float  # Of the true class's items, in (0, 1]
+
+
+def confused_pairs(
+    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
+    names: list[str],  # Class names, n of them
+    top: int = 10,  # At most so many
+) -> list[ConfusedPair]:
+    "The most frequent mistakes, worst first. Raises `DataError` when names do not fit."
     m = np.asarray(matrix)
     check_names(m, names)
-    wrong = sorted((-int(m[i, j]), i, j) for i, j in np.ndindex(*m.shape) if i != j and m[i, j])[:top]
-    return [dict(truth=names[i], predicted=names[j], count=-c, share=-c/int(m[i].sum())) for c, i, j in wrong]
+    wrong = sorted((-int(m[i, j]), i, j) for i, j in np.ndindex(*m.shape) if i != j and m[i, j])
+    return [ConfusedPair(names[i], names[j], -c, -c / int(m[i].sum())) for c, i, j in wrong[:top]]
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #b00fda03
-def metric(name: str,                       # As for `score`
-           average: str | None = "macro",   # As for `score`
-           n_classes: int | None = None,    # Number of classes; None: the largest one seen, plus one
-           **options                        # For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir
-          ):
-    "An `evaluate.Metric` that computes `score(confusion, name, average)` under the key `name` or `<average>_<name>`."
+def metric(
+    name: str,  # As for `score`
+    average: str | None = "macro",  # As for `score`
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    **options: object,  # For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir
+) -> "Metric":
+    """An `evaluate.Metric` that computes `score(matrix, name, average)`.
+
+    Its key is `name` or `<average>_<name>`. Raises `UsageError` for a name or average that `score`
+    does not know; computing raises `DataError` as `check_labels` does.
+    """
     import datasets
     import evaluate
-    score([[1, 0], [0, 1]], name, average)    # an unknown name is refused now, not after the last batch
+
+    # An unknown name is refused now, not after the last batch.
+    score([[1, 0], [0, 1]], name, average)
     key = f"{average}_{name}" if name in class_metrics and average else name
+
     class OfConfusion(evaluate.Metric):
         def _info(self):
-            columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-            return evaluate.MetricInfo(description=f"{key}, computed from the confusion matrix", citation="",
-                                       features=datasets.Features(columns),
-                                       inputs_description="predictions, references: class indices, one per item")
+            columns = {
+                "predictions": datasets.Value("float64"),
+                "references": datasets.Value("float64"),
+            }
+            return evaluate.MetricInfo(
+                description=f"{key}, computed from the confusion matrix",
+                citation="",
+                features=datasets.Features(columns),
+                inputs_description="predictions, references: class indices, one per item",
+            )
+
         def _finalize(self):
             if self.writer is None and self.num_process == 1:
                 raise DataError(f"There is nothing to score: {key} was given no predictions.")
             super()._finalize()
+
         def _compute(self, predictions, references):
-            return {key: score(confusion_matrix(references, predictions, n_classes), name, average).tolist()}
-    OfConfusion.__name__ = OfConfusion.__qualname__ = key    # evaluate names a metric after its class
+            matrix = confusion_matrix(references, predictions, n_classes)
+            return {key: score(matrix, name, average).tolist()}
+
+    OfConfusion.__name__ = OfConfusion.__qualname__ = key  # evaluate names a metric after its class
     return OfConfusion(**{"keep_in_memory": options.get("num_process", 1) == 1, **options})

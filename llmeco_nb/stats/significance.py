@@ -8,297 +8,487 @@ __all__ = ['Interval', 'check_level', 'wilson', 'average', 'difference', 'confus
            'minimum_detectable_difference', 'Comparison', 'compare', 'compare_metric', 'holm']
 
 # %% ../../nbs/0_ground/03_significance.ipynb #7f7531ef
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
 import numpy as np
-from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
-from ..core import DataError
-from ..core import UsageError
-from .metrics import check_labels
-from .metrics import confusion_matrix
-from .metrics import score
+from ..core import DataError, UsageError
+from .metrics import check_labels, confusion_matrix, score
+from numpy.typing import ArrayLike
 
 # %% ../../nbs/0_ground/03_significance.ipynb #dbc4d335
 @dataclass(frozen=True)
 class Interval:
-    "An estimate with its confidence interval. Prints as `0.912 [0.901, 0.922]`; `x in interval` asks whether it holds x."
-    estimate: float      # What the data say
-    low: float           # Lower end
-    high: float          # Upper end
-    level: float = .95   # How often such intervals contain the truth
-    method: str = ""     # How it was made
-    test: Callable[[float], float] | None = field(default=None, repr=False, compare=False)  # Two-sided p-value of a hypothetical truth
+    """An estimate with its confidence interval.
 
-    def __str__(self): return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
-    def __contains__(self, value): return self.low <= value <= self.high
+    Prints as `0.912 [0.901, 0.922]`; `x in interval` asks whether it holds x.
+    """
 
-    def p_value(self, value: float = 0.) -> float:
+    estimate: float  # What the data say
+    low: float  # Lower end
+    high: float  # Upper end
+    level: float = 0.95  # How often such intervals contain the truth
+    method: str = ""  # How it was made
+    # Two-sided p-value of a hypothetical truth; None: from the width, by a normal curve
+    test: Callable[[float], float] | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def p_value(self, value: float = 0.0) -> float:
         "Two-sided p-value of the hypothesis that the truth is `value`."
-        if self.test is not None: return float(self.test(value))
+        if self.test is not None:
+            return float(self.test(value))
         from scipy.special import ndtr, ndtri
-        error, off = (self.high - self.low)/2/ndtri(.5 + self.level/2), abs(self.estimate - value)
-        return float(2*ndtr(-off/error)) if error > 0 else float(off == 0)
 
-def check_level(level):
+        error = (self.high - self.low) / 2 / ndtri(0.5 + self.level / 2)
+        off = abs(self.estimate - value)
+        return float(2 * ndtr(-off / error)) if error > 0 else float(off == 0)
+
+
+def check_level(level: float) -> None:
     "Raises `UsageError` unless `level` lies between 0 and 1."
-    if not 0 < level < 1: raise UsageError(f"The level of an interval lies between 0 and 1, such as 0.95; found {level}.")
+    if not 0 < level < 1:
+        raise UsageError(
+            f"The level of an interval lies between 0 and 1, such as 0.95; found {level}."
+        )
 
-def wilson(right: int,         # Items that were right, 0 to `items`
-           items: int,         # Items in all, at least 1
-           level: float = .95  # Level of the interval, in (0, 1)
-          ) -> Interval:
-    "Wilson's score interval for a proportion (Wilson 1927), by scipy; `p_value` is the exact binomial test. Raises `DataError`."
+
+def wilson(
+    right: int,  # Items that were right, 0 to `items`
+    items: int,  # Items in all, at least 1
+    level: float = 0.95,  # Level of the interval, in (0, 1)
+) -> Interval:
+    """Wilson's score interval for a proportion (Wilson 1927), by scipy.
+
+    Its `p_value` is the exact binomial test. Raises `DataError` for counts that make no proportion,
+    `UsageError` for an impossible level.
+    """
     from scipy.stats import binomtest
+
     check_level(level)
-    if not (items >= 1 and 0 <= right <= items): raise DataError(f"{right} right out of {items} is no proportion.")
+    if not (items >= 1 and 0 <= right <= items):
+        raise DataError(f"{right} right out of {items} is no proportion.")
     low, high = binomtest(int(right), int(items)).proportion_ci(level, method="wilson")
-    return Interval(right/items, float(low), float(high), level, "wilson", lambda p: binomtest(int(right), int(items), p).pvalue)
+
+    def test(p: float) -> float:
+        return binomtest(int(right), int(items), p).pvalue
+
+    return Interval(right / items, float(low), float(high), level, "wilson", test)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #996792ab
-def average(w,     # How often each row is drawn, shape (resamples, rows)
-            values # A number per row, shape (rows,)
-           ) -> np.ndarray:
+def average(
+    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
+    values: np.ndarray,  # A number per row, shape (rows,)
+) -> np.ndarray:
     "Mean of `values` in every resample, shape (resamples,)."
-    return w @ values/w.sum(1)
+    return w @ values / w.sum(1)
 
-def difference(w, first, second) -> np.ndarray:
-    "Mean of `first` minus mean of `second` in every resample; both were measured on the same items. Shapes as in `average`."
-    return w @ (first - second)/w.sum(1)
 
-def confusion_statistic(name: str = "f1",             # A metric that `llmeco_nb.stats.metrics.score` knows
-                        kind: str | None = "macro",   # Its average over classes
-                        n_classes: int | None = None  # Number of classes; None: the largest one seen, plus one
-                       ) -> Callable:
-    "A statistic of the columns (labels, predicted), or, of (labels, first, second), the metric of first minus that of second."
-    def statistic(w, labels, *predictions):
+def difference(
+    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
+    first: np.ndarray,  # The first model's number per row, shape (rows,)
+    second: np.ndarray,  # The second model's, for the same items
+) -> np.ndarray:
+    "Mean of `first` minus mean of `second` in every resample, shape (resamples,)."
+    return w @ (first - second) / w.sum(1)
+
+
+def confusion_statistic(
+    name: str = "f1",  # A metric that `llmeco_nb.stats.metrics.score` knows
+    average: str | None = "macro",  # Its average over classes
+    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+) -> Callable[..., np.ndarray]:
+    """A statistic (w, *columns) -> values of shape (resamples,), for `bootstrap` and its kin.
+
+    Of the columns (labels, predicted) it is the metric; of (labels, first, second) the metric of
+    first minus that of second.
+    """
+
+    def statistic(w: np.ndarray, labels: np.ndarray, *predictions: np.ndarray) -> np.ndarray:
         n = n_classes or int(max(labels.max(), *(p.max() for p in predictions))) + 1
-        if len(w) > 1 and len(w)*n*n > 2**23:    # with many classes the stack of matrices would outgrow the memory
-            return np.concatenate([statistic(part, labels, *predictions) for part in np.array_split(w, 2)])
+        # With many classes the stack of matrices would outgrow the memory.
+        if len(w) > 1 and len(w) * n * n > 2**23:
+            return np.concatenate(
+                [statistic(part, labels, *predictions) for part in np.array_split(w, 2)]
+            )
+
         def metric(predicted):
             y, p, _ = check_labels(labels, predicted, n)
-            order = np.argsort(y*n + p, kind="stable")
-            cells, starts = np.unique((y*n + p)[order], return_index=True)
-            matrix = np.zeros((len(w), n*n))
+            order = np.argsort(y * n + p, kind="stable")
+            cells, starts = np.unique((y * n + p)[order], return_index=True)
+            matrix = np.zeros((len(w), n * n))
             matrix[:, cells] = np.add.reduceat(w[:, order], starts, axis=1)
-            return score(matrix.reshape(-1, n, n), name, kind)
+            return score(matrix.reshape(-1, n, n), name, average)
+
         scores = [metric(p) for p in predictions]
         return scores[0] if len(scores) == 1 else scores[0] - scores[1]
+
     return statistic
 
 # %% ../../nbs/0_ground/03_significance.ipynb #673aa4ed
-def unique_rows(columns) -> tuple[list[np.ndarray], np.ndarray]:
-    "The distinct rows of some equally long columns of numbers, and how often each occurs. Raises `DataError`."
-    try: table = [np.asarray(c, dtype=float) for c in columns]
-    except (TypeError, ValueError) as e: raise DataError(f"Only numbers can be resampled: {e}.") from None
+def unique_rows(
+    columns: Iterable[ArrayLike],  # Columns of numbers, each of shape (items,)
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct rows, column by column, and how often each occurs; each of shape (rows,).
+
+    Raises `DataError` for columns that are empty, of unequal length or hold what is no number.
+    """
+    try:
+        table = [np.asarray(c, dtype=float) for c in columns]
+    except (TypeError, ValueError) as e:
+        raise DataError(f"Only numbers can be resampled: {e}.") from None
     if len({c.shape for c in table}) != 1 or table[0].ndim != 1:
-        raise DataError(f"Columns must be equally long, one entry per item; found the shapes {[c.shape for c in table]}.")
-    if not len(table[0]): raise DataError("There is nothing to resample: the columns are empty.")
-    if not all(np.isfinite(c).all() for c in table): raise DataError("A column holds NaN or infinity; leave such items out, and say so.")
+        raise DataError(
+            "Columns must be equally long, one entry per item; found the shapes "
+            f"{[c.shape for c in table]}."
+        )
+    if not len(table[0]):
+        raise DataError("There is nothing to resample: the columns are empty.")
+    if not all(np.isfinite(c).all() for c in table):
+        raise DataError("A column holds NaN or infinity; leave such items out, and say so.")
     rows, sizes = np.unique(np.stack(table, 1), axis=0, return_counts=True)
     return list(rows.T), sizes
 
-def bootstrap_counts(sizes, resamples, rng):
-    "Yield the counts of `resamples` draws with replacement, a few hundred at a time, each of shape (some, len(sizes))."
-    n, kinds = int(sizes.sum()), len(sizes)
-    owner, some = np.repeat(np.arange(kinds), sizes), max(1, 2**21//n)
+
+def bootstrap_counts(
+    sizes: np.ndarray,  # How many items each distinct row stands for, shape (rows,)
+    resamples: int,  # How many draws of all items with replacement
+    rng: np.random.Generator,  # Source of the draws
+) -> Iterator[np.ndarray]:
+    "Yield how often each row was drawn, some resamples at a time, each of shape (some, rows)."
+    n = int(sizes.sum())
+    kinds = len(sizes)
+    owner = np.repeat(np.arange(kinds), sizes)
+    some = max(1, 2**21 // n)
     for start in range(0, resamples, some):
         b = min(some, resamples - start)
-        if 8*kinds < n: yield rng.multinomial(n, sizes/n, size=b)    # few kinds of items: throw the dice for kinds
+        if 8 * kinds < n:  # few kinds of items: throw the dice for kinds
+            yield rng.multinomial(n, sizes / n, size=b)
         else:
-            drawn = owner[rng.integers(0, n, (b, n))] + kinds*np.arange(b)[:, None]
-            yield np.bincount(drawn.ravel(), minlength=b*kinds).reshape(b, kinds)
+            drawn = owner[rng.integers(0, n, (b, n))] + kinds * np.arange(b)[:, None]
+            yield np.bincount(drawn.ravel(), minlength=b * kinds).reshape(b, kinds)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #a2575d96
-def bootstrap(statistic: Callable,     # `average`, `difference`, `confusion_statistic(...)`: (w, *columns) -> values, shape (resamples,)
-              *columns,                # What it needs of every item, each of shape (items,)
-              clusters=None,           # Which items belong together, shape (items,); None: every item stands alone
-              resamples: int = 2000,   # How many test sets to draw
-              level: float = .95,      # Level of the interval, in (0, 1)
-              method: str = "bca",     # "bca" or "percentile"
-              seed: int = 0            # Of the draws
-             ) -> Interval:
-    "Bootstrap interval for a statistic of the items; same seed, same interval. Raises `DataError` and `UsageError`."
+def bootstrap(
+    statistic: Callable[..., np.ndarray],  # Such as `average`; (w, *columns) -> (resamples,)
+    *columns: ArrayLike,  # What it needs of every item, each of shape (items,)
+    clusters: ArrayLike | None = None,  # Which items belong together, shape (items,); None: none
+    resamples: int = 2000,  # How many test sets to draw
+    level: float = 0.95,  # Level of the interval, in (0, 1)
+    method: str = "bca",  # "bca" or "percentile"
+    seed: int = 0,  # Of the draws
+) -> Interval:
+    """Bootstrap interval for a statistic of the items; same seed, same interval.
+
+    Raises `DataError` for columns that cannot be drawn from, `UsageError` for an unknown method or
+    an impossible level.
+    """
     from scipy.special import ndtr, ndtri
+
     check_level(level)
-    if method not in ("bca", "percentile"): raise UsageError(f'No bootstrap is called {method!r}; there are "bca" and "percentile".')
+    if method not in ("bca", "percentile"):
+        raise UsageError(f'No bootstrap is called {method!r}; there are "bca" and "percentile".')
     rows, sizes = unique_rows(columns)
     whole = lambda u: u
     if clusters is not None:
         names, owner = np.unique(np.asarray(clusters), return_inverse=True)
-        if len(owner) != len(columns[0]): raise DataError(f"There are {len(columns[0])} items, but clusters for {len(owner)}.")
-        rows, sizes, whole = [np.asarray(c, dtype=float) for c in columns], np.ones(len(names), dtype=int), lambda u: u[:, owner]
+        if len(owner) != len(columns[0]):
+            raise DataError(f"There are {len(columns[0])} items, but clusters for {len(owner)}.")
+        rows = [np.asarray(c, dtype=float) for c in columns]
+        sizes = np.ones(len(names), dtype=int)
+        whole = lambda u: u[:, owner]
     value = lambda u: statistic(whole(u), *rows)
     estimate = float(value(sizes[None])[0])
-    draws = np.sort(np.concatenate([value(u) for u in bootstrap_counts(sizes, resamples, np.random.default_rng(seed))]))
-    noise = 1e-12*np.abs(draws).max()    # sums taken in another order may differ in the last digits and are the same all the same
-    place = lambda x: np.clip((np.mean(draws < x - noise) + np.mean(draws <= x + noise))/2, 1/(resamples + 1), resamples/(resamples + 1))
-    bias = acceleration = 0.
+    counts = bootstrap_counts(sizes, resamples, np.random.default_rng(seed))
+    draws = np.sort(np.concatenate([value(u) for u in counts]))
+    # Sums taken in another order differ in their last digits, and count as equal.
+    noise = 1e-12 * np.abs(draws).max()
+    place = lambda x: np.clip(
+        (np.mean(draws < x - noise) + np.mean(draws <= x + noise)) / 2,
+        1 / (resamples + 1),
+        resamples / (resamples + 1),
+    )
+    bias = acceleration = 0.0
     if method == "bca" and draws[0] < draws[-1]:
-        parts = np.array_split(np.arange(len(sizes)), 1 + len(sizes)*len(sizes)//2**21)
-        left_out = np.concatenate([value(sizes - (part[:, None] == np.arange(len(sizes)))) for part in parts if len(part)])
-        pull = (sizes*left_out).sum()/sizes.sum() - left_out
-        bias, square = ndtri(place(estimate)), (sizes*pull**2).sum()
-        acceleration = (sizes*pull**3).sum()/(6*square**1.5) if square > 0 else 0.
+        parts = np.array_split(np.arange(len(sizes)), 1 + len(sizes) * len(sizes) // 2**21)
+        left_out = np.concatenate(
+            [value(sizes - (part[:, None] == np.arange(len(sizes)))) for part in parts if len(part)]
+        )
+        pull = (sizes * left_out).sum() / sizes.sum() - left_out
+        bias = ndtri(place(estimate))
+        square = (sizes * pull**2).sum()
+        acceleration = (sizes * pull**3).sum() / (6 * square**1.5) if square > 0 else 0.0
+
     def test(value):
-        if draws[0] == draws[-1]: return 1.    # draws without spread are no evidence
+        if draws[0] == draws[-1]:
+            return 1.0  # draws without spread are no evidence
         z = ndtri(place(value)) - bias
-        tail = ndtr(z/(1 + acceleration*z) - bias)
-        return min(1., 2*min(tail, 1 - tail))
-    z = bias + ndtri(np.array([.5 - level/2, .5 + level/2]))
-    low, high = np.quantile(draws, ndtr(bias + z/(1 - acceleration*z)))
+        tail = ndtr(z / (1 + acceleration * z) - bias)
+        return min(1.0, 2 * min(tail, 1 - tail))
+
+    z = bias + ndtri(np.array([0.5 - level / 2, 0.5 + level / 2]))
+    low, high = np.quantile(draws, ndtr(bias + z / (1 - acceleration * z)))
     return Interval(estimate, float(low), float(high), level, f"bootstrap, {method}", test)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #5ff74c18
-def check_right(right) -> np.ndarray:
-    "A column of right (1) and wrong (0) as booleans, shape (items,). Raises `DataError` for anything else, or nothing."
+def check_right(
+    right: ArrayLike,  # 1 where an item was right, 0 where not, shape (items,)
+) -> np.ndarray:
+    "The same as booleans, shape (items,). Raises `DataError` for anything else, or nothing."
     a = np.asarray(right)
     if a.ndim != 1 or not len(a) or not np.isin(a, (0, 1)).all():
-        raise DataError("Right and wrong must be a column of ones and zeros with at least one item.")
+        raise DataError(
+            "Right and wrong must be a column of ones and zeros with at least one item."
+        )
     return a.astype(bool)
 
-def discordant(first, second) -> tuple[int, int]:
+
+def discordant(
+    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
+    second: ArrayLike,  # The same for the second model
+) -> tuple[int, int]:
     "On how many items only `first` was right, and only `second`. Raises `DataError`."
     first, second = check_right(first), check_right(second)
     if len(first) != len(second):
-        raise DataError(f"The first model was scored on {len(first)} items, the second on {len(second)}; they must be the same items.")
+        raise DataError(
+            f"The first model was scored on {len(first)} items, the second on {len(second)}; they "
+            "must be the same items."
+        )
     return int((first & ~second).sum()), int((second & ~first).sum())
 
-def mcnemar(first, # 1 where the first model was right, 0 where not, shape (items,)
-            second # The same for the second model
-           ) -> float:
-    "Two-sided p-value of McNemar's exact test: could two equally good models differ so much? Raises `DataError`."
+
+def mcnemar(
+    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
+    second: ArrayLike,  # The same for the second model
+) -> float:
+    """Two-sided p-value of McNemar's exact test: could two equally good models differ so much?
+
+    Raises `DataError`.
+    """
     from scipy.stats import binomtest
+
     b, c = discordant(first, second)
-    return float(binomtest(b, b + c).pvalue) if b + c else 1.
+    return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 # %% ../../nbs/0_ground/03_significance.ipynb #3b111137
-def tango_z(b, c, n, delta):
-    "Tango's score statistic for the hypothesis that `first` is right more often by `delta`, in (-1, 1)."
-    middle = (2*n - b + c)*delta - b - c
-    q = (np.sqrt(middle**2 + 8*n*c*delta*(1 - delta)) - middle)/(4*n)
-    return (b - c - n*delta)/np.sqrt(np.maximum(n*(2*q + delta*(1 - delta)), 1e-12))
+def tango_z(
+    b: int,  # Items on which only the first model was right
+    c: int,  # Items on which only the second was
+    n: int,  # Items in all
+    delta: float,  # The hypothesis: how much more often the first is right, in (-1, 1)
+) -> float:
+    "Tango's score statistic for that hypothesis, standard normal if it is true."
+    middle = (2 * n - b + c) * delta - b - c
+    q = (np.sqrt(middle**2 + 8 * n * c * delta * (1 - delta)) - middle) / (4 * n)
+    return (b - c - n * delta) / np.sqrt(np.maximum(n * (2 * q + delta * (1 - delta)), 1e-12))
 
-def paired_difference(first,              # 1 where the first model was right, 0 where not, shape (items,)
-                      second,             # The same for the second model
-                      level: float = .95  # Level of the interval, in (0, 1)
-                     ) -> Interval:
-    "Accuracy of `first` minus that of `second` on the same items, with Tango's score interval (1998). Raises `DataError`."
+
+def paired_difference(
+    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
+    second: ArrayLike,  # The same for the second model
+    level: float = 0.95,  # Level of the interval, in (0, 1)
+) -> Interval:
+    """Accuracy of `first` minus that of `second` on the same items, in [-1, 1].
+
+    The interval is Tango's score interval (1998). Raises `DataError` for columns that are not right
+    and wrong of the same items, `UsageError` for an impossible level.
+    """
     from scipy.optimize import brentq
     from scipy.special import ndtr, ndtri
+
     check_level(level)
-    (b, c), n, z = discordant(first, second), len(first), ndtri(.5 + level/2)
-    estimate, edge = (b - c)/n, 1 - 1e-9
-    def end(sign):
+    b, c = discordant(first, second)
+    n = len(first)
+    z = ndtri(0.5 + level / 2)
+    estimate = (b - c) / n
+    edge = 1 - 1e-9
+
+    def end(sign: int) -> float:
         "The root on one side of the estimate: the lower end for -1, the upper for +1."
-        if sign*estimate >= edge: return float(sign)
-        return float(brentq(lambda d: tango_z(b, c, n, d) + sign*z, *sorted((estimate, sign*edge))))
-    return Interval(estimate, end(-1), end(1), level, "tango", lambda d: 2*ndtr(-abs(tango_z(b, c, n, d))))
+        if sign * estimate >= edge:
+            return float(sign)
+        return float(
+            brentq(lambda d: tango_z(b, c, n, d) + sign * z, *sorted((estimate, sign * edge)))
+        )
+
+    def test(delta: float) -> float:
+        return 2 * ndtr(-abs(tango_z(b, c, n, delta)))
+
+    return Interval(estimate, end(-1), end(1), level, "tango", test)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #93333272
-def permutation_test(statistic: Callable,     # `difference` or `confusion_statistic(...)`: (w, *columns) -> values, shape (resamples,)
-                     *columns,                # Its columns, each of shape (items,); the last two are those to be exchanged
-                     resamples: int = 9999,   # How many exchanges to try; no p-value is below 1/(resamples + 1)
-                     seed: int = 0            # Of the exchanges
-                    ) -> float:
+def permutation_test(
+    statistic: Callable[..., np.ndarray],  # Such as `difference`; (w, *columns) -> (resamples,)
+    *columns: ArrayLike,  # Its columns, each of shape (items,); the last two are exchanged
+    resamples: int = 9999,  # How many exchanges to try; no p-value is below 1/(resamples + 1)
+    seed: int = 0,  # Of the exchanges
+) -> float:
     "Two-sided p-value of the paired permutation test. Raises `DataError`."
     rows, sizes = unique_rows(columns)
     *shared, first, second = rows
-    doubled = [np.tile(s, 2) for s in shared] + [np.concatenate([first, second]), np.concatenate([second, first])]
+    doubled = [np.tile(s, 2) for s in shared] + [
+        np.concatenate([first, second]),
+        np.concatenate([second, first]),
+    ]
     counts = lambda exchanged: np.concatenate([sizes - exchanged, exchanged], axis=1)
-    observed = abs(statistic(counts(0*sizes[None]), *doubled)[0])
-    rng, some, extreme = np.random.default_rng(seed), max(1, 2**21//len(sizes)), 0
+    observed = abs(statistic(counts(0 * sizes[None]), *doubled)[0])
+    rng = np.random.default_rng(seed)
+    some = max(1, 2**21 // len(sizes))
+    extreme = 0
     for start in range(0, resamples, some):
         shape = (min(some, resamples - start), len(sizes))
-        exchanged = rng.binomial(sizes, .5, size=shape) if sizes.max() > 1 else rng.integers(0, 2, size=shape, dtype=np.int8)
-        extreme += int((np.abs(statistic(counts(exchanged), *doubled)) >= observed*(1 - 1e-9)).sum())
-    return (1 + extreme)/(1 + resamples)
+        if sizes.max() > 1:
+            exchanged = rng.binomial(sizes, 0.5, size=shape)
+        else:
+            exchanged = rng.integers(0, 2, size=shape, dtype=np.int8)
+        differences = np.abs(statistic(counts(exchanged), *doubled))
+        extreme += int((differences >= observed * (1 - 1e-9)).sum())
+    return (1 + extreme) / (1 + resamples)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #dbcbed5c
-def minimum_detectable_difference(items: int,               # Size of the test set, at least 1
-                                  discordance: float = .1,  # Share of items where exactly one model is right; else the mean squared difference
-                                  alpha: float = .05,       # Two-sided false alarm rate
-                                  power: float = .8         # Probability of finding a difference of the returned size
-                                 ) -> float:
-    "Smallest true difference that a paired test finds with probability `power`. Raises `DataError`."
+def minimum_detectable_difference(
+    items: int,  # Size of the test set, at least 1
+    discordance: float = 0.1,  # Share of items where one model alone is right, or mean square
+    alpha: float = 0.05,  # Two-sided false alarm rate
+    power: float = 0.8,  # Probability of finding a difference of the returned size
+) -> float:
+    """Smallest true difference that a paired test finds with probability `power`.
+
+    For scores other than right and wrong, `discordance` is the mean squared difference of an item.
+    Raises `DataError` without items, or for a negative discordance.
+    """
     from scipy.special import ndtri
-    if items < 1 or discordance < 0: raise DataError(f"{items} items with a discordance of {discordance} can show nothing.")
-    a, b, n, psi = ndtri(1 - alpha/2), ndtri(power), items, discordance
-    return float((a*np.sqrt(psi*n) + np.sqrt(max(0, a*a*psi*n - (n + b*b)*(a*a - b*b)*psi)))/(n + b*b))
+
+    if items < 1 or discordance < 0:
+        raise DataError(f"{items} items with a discordance of {discordance} can show nothing.")
+    a = ndtri(1 - alpha / 2)
+    b = ndtri(power)
+    n = items
+    psi = discordance
+    root = np.sqrt(max(0, a * a * psi * n - (n + b * b) * (a * a - b * b) * psi))
+    return float((a * np.sqrt(psi * n) + root) / (n + b * b))
 
 # %% ../../nbs/0_ground/03_significance.ipynb #97961d21
 @dataclass(frozen=True)
 class Comparison:
     "Two models on the same items. `difference` is first minus second."
-    items: int           # Items compared
-    first: float         # Score of the first model
-    second: float        # Score of the second
-    interval: Interval   # Of the difference
-    p: float             # Two-sided p-value of "no difference"
-    method: str          # The test
-    detectable: float    # Difference that would have been found with 80 % probability
 
-    def __str__(self):
-        return f"{self.first:.3f} against {self.second:.3f}, difference {self.interval}, p = {self.p:.2g} by {self.method}, detectable {self.detectable:.3f}"
+    items: int  # Items compared
+    first: float  # Score of the first model
+    second: float  # Score of the second
+    interval: Interval  # Of the difference
+    p: float  # Two-sided p-value of "no difference"
+    method: str  # The test
+    detectable: float  # Difference that would have been found with 80 % probability
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first:.3f} against {self.second:.3f}, difference {self.interval}, "
+            f"p = {self.p:.2g} by {self.method}, detectable {self.detectable:.3f}"
+        )
 
     @property
-    def difference(self) -> float: return self.interval.estimate
+    def difference(self) -> float:
+        "Score of the first model minus that of the second."
+        return self.interval.estimate
 
-    def p_value(self, value: float = 0.) -> float:
+    def p_value(self, value: float = 0.0) -> float:
         "Two-sided p-value of the hypothesis that the difference is `value`."
         return self.p if value == 0 else self.interval.p_value(value)
 
-    def metrics(self, prefix: str = "") -> dict:
-        "Flat numbers for a record's metrics."
-        numbers = dict(first=self.first, second=self.second, difference=self.difference, low=self.interval.low,
-                       high=self.interval.high, p=self.p, detectable=self.detectable, items=self.items)
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        "Flat numbers for a record's metrics, their names led by `prefix`."
+        numbers = dict(
+            first=self.first,
+            second=self.second,
+            difference=self.difference,
+            low=self.interval.low,
+            high=self.interval.high,
+            p=self.p,
+            detectable=self.detectable,
+            items=self.items,
+        )
         return {prefix + k: v for k, v in numbers.items()}
 
-def compare(first,                  # Score of the first model on every item, shape (items,)
-            second,                 # Score of the second model on the same items
-            clusters=None,          # Which items belong together, shape (items,)
-            level: float = .95,     # Of the interval
-            resamples: int = 9999,  # Of permutation and bootstrap
-            seed: int = 0           # Of permutation and bootstrap
-           ) -> Comparison:
+
+def compare(
+    first: ArrayLike,  # Score of the first model on every item, shape (items,)
+    second: ArrayLike,  # Score of the second model on the same items
+    clusters: ArrayLike | None = None,  # Which items belong together, shape (items,)
+    level: float = 0.95,  # Of the interval
+    resamples: int = 9999,  # Of permutation and bootstrap
+    seed: int = 0,  # Of permutation and bootstrap
+) -> Comparison:
     "Compare two models by a score per item, right and wrong included. Raises `DataError`."
     (a, b), sizes = unique_rows([first, second])
-    n, means = int(sizes.sum()), (float(sizes @ a/sizes.sum()), float(sizes @ b/sizes.sum()))
+    n = int(sizes.sum())
+    means = float(sizes @ a / sizes.sum()), float(sizes @ b / sizes.sum())
     if clusters is None and np.isin([a, b], (0, 1)).all():
         interval = paired_difference(first, second, level)
-        return Comparison(n, *means, interval, mcnemar(first, second), "McNemar, exact", minimum_detectable_difference(n, sizes @ (a - b)**2/n))
-    interval = bootstrap(difference, first, second, clusters=clusters, resamples=resamples, level=level, seed=seed)
+        p = mcnemar(first, second)
+        detectable = minimum_detectable_difference(n, sizes @ (a - b) ** 2 / n)
+        return Comparison(n, *means, interval, p, "McNemar, exact", detectable)
+    interval = bootstrap(
+        difference, first, second, clusters=clusters, resamples=resamples, level=level, seed=seed
+    )
     units = [np.asarray(x, dtype=float) for x in (first, second)]
-    if clusters is not None:    # a cluster's total, scaled so that the mean over clusters is the mean over items
+    if clusters is not None:
+        # A cluster's total, scaled so that the mean over clusters is the mean over items.
         names, owner = np.unique(np.asarray(clusters), return_inverse=True)
-        units = [np.bincount(owner, weights=x)*len(names)/n for x in units]
+        units = [np.bincount(owner, weights=x) * len(names) / n for x in units]
     p = permutation_test(difference, *units, resamples=resamples, seed=seed)
-    return Comparison(n, *means, interval, p, "permutation", minimum_detectable_difference(len(units[0]), float(np.mean((units[0] - units[1])**2))))
+    mean_square = float(np.mean((units[0] - units[1]) ** 2))
+    detectable = minimum_detectable_difference(len(units[0]), mean_square)
+    return Comparison(n, *means, interval, p, "permutation", detectable)
 
-def compare_metric(labels,                        # True classes, shape (items,)
-                   first,                         # Classes predicted by the first model
-                   second,                        # Classes predicted by the second
-                   name: str = "f1",              # A metric that `llmeco_nb.stats.metrics.score` knows
-                   average: str | None = "macro", # Its average over classes
-                   level: float = .95,            # Of the interval
-                   resamples: int = 9999,         # Of permutation and bootstrap
-                   seed: int = 0                  # Of permutation and bootstrap
-                  ) -> Comparison:
-    "Compare two models by a metric of the confusion matrix. Accuracy goes to `compare`. Raises `DataError` and `UsageError`."
+
+def compare_metric(
+    labels: ArrayLike,  # True classes, shape (items,)
+    first: ArrayLike,  # Classes predicted by the first model, shape (items,)
+    second: ArrayLike,  # Classes predicted by the second
+    name: str = "f1",  # A metric that `llmeco_nb.stats.metrics.score` knows
+    average: str | None = "macro",  # Its average over classes
+    level: float = 0.95,  # Of the interval
+    resamples: int = 9999,  # Of permutation and bootstrap
+    seed: int = 0,  # Of permutation and bootstrap
+) -> Comparison:
+    """Compare two models by a metric of the confusion matrix.
+
+    Accuracy goes to `compare`. Raises `DataError` and `UsageError`.
+    """
     from scipy.special import ndtri
+
     n = max(check_labels(labels, predicted)[2] for predicted in (first, second))
-    if name == "accuracy": return compare(*(np.asarray(labels) == np.asarray(p) for p in (first, second)), level=level)
-    statistic, means = confusion_statistic(name, average, n), [float(score(confusion_matrix(labels, p, n), name, average)) for p in (first, second)]
-    interval = bootstrap(statistic, labels, first, second, resamples=resamples, level=level, seed=seed)
+    if name == "accuracy":
+        return compare(*(np.asarray(labels) == np.asarray(p) for p in (first, second)), level=level)
+    statistic = confusion_statistic(name, average, n)
+    matrices = [confusion_matrix(labels, p, n) for p in (first, second)]
+    means = [float(score(m, name, average)) for m in matrices]
+    interval = bootstrap(
+        statistic, labels, first, second, resamples=resamples, level=level, seed=seed
+    )
     p = permutation_test(statistic, labels, first, second, resamples=resamples, seed=seed)
-    error = (interval.high - interval.low)/2/ndtri(.5 + level/2)
-    return Comparison(len(labels), *means, interval, p, "permutation", float((ndtri(.975) + ndtri(.8))*error))
+    error = (interval.high - interval.low) / 2 / ndtri(0.5 + level / 2)
+    detectable = float((ndtri(0.975) + ndtri(0.8)) * error)
+    return Comparison(len(labels), *means, interval, p, "permutation", detectable)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #5399b249
-def holm(p_values # p-values in [0, 1], any number of them
-        ) -> np.ndarray:
-    "Adjusted p-values, same order: those up to alpha contain a false alarm with probability alpha at most. Raises `DataError`."
+def holm(
+    p_values: ArrayLike,  # p-values in [0, 1], any number of them
+) -> np.ndarray:
+    """Adjusted p-values in the same order (Holm 1979).
+
+    Those up to alpha contain a false alarm with probability alpha at most. Raises `DataError` for
+    what is no p-value.
+    """
     p = np.asarray(p_values, dtype=float)
-    if not ((0 <= p) & (p <= 1)).all(): raise DataError(f"p-values lie from 0 to 1; found {p}.")
-    order, adjusted = np.argsort(p), np.empty(len(p))
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)))
+    if not ((0 <= p) & (p <= 1)).all():
+        raise DataError(f"p-values lie from 0 to 1; found {p}.")
+    order = np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted

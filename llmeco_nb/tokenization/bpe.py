@@ -10,8 +10,9 @@ __all__ = ['chat_tokens', 'gpt2_split_pattern', 'chat_template', 'make_pre_token
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #2b71138e
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,88 +20,159 @@ from ..core import DataError, UsageError, write_bytes, write_json
 from .wordpiece import open_tokenizer
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #6a55c35c
-chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]   # their ids are 0 to 3
-gpt2_split_pattern = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"   # letters, digits and signs never share a word
+chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]  # Their ids are 0 to 3
+# Letters, digits and signs never share a word
+gpt2_split_pattern = (
+    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 
-def make_pre_tokenizer(kind: str):
-    "The library's pre-tokenizer for a kind: words by `gpt2_split_pattern`, for `bpe` written in shapes of bytes."
+
+def make_pre_tokenizer(
+    kind: str,  # One of `tokenizer_kinds`
+) -> Any:
+    "The library's pre-tokenizer: words by `gpt2_split_pattern`, for `bpe` in signs for bytes."
     from tokenizers import Regex, pre_tokenizers
-    return pre_tokenizers.ByteLevel(add_prefix_space=False) if kind == "bpe" else pre_tokenizers.Split(Regex(gpt2_split_pattern), "isolated")
 
-def count_pretokens(texts: Iterable[str], kind: str = "bpe") -> Counter:
+    if kind == "bpe":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Split(Regex(gpt2_split_pattern), "isolated")
+
+
+def count_pretokens(
+    texts: Iterable[str],
+    kind: str = "bpe",  # One of `tokenizer_kinds`
+) -> Counter:
     "How often each word occurs in `texts`."
-    cut, found = make_pre_tokenizer(kind), Counter()
-    for text in texts: found.update(w for w, _ in cut.pre_tokenize_str(text))
+    splitter = make_pre_tokenizer(kind)
+    found = Counter()
+    for text in texts:
+        found.update(w for w, _ in splitter.pre_tokenize_str(text))
     return found
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #4e67a90b
-def check_size(vocabulary: int, least: int):
-    "Raise `UsageError` when `vocabulary` has no room for what every text needs."
-    if vocabulary <= least: raise UsageError(f"vocabulary is {vocabulary}; the special tokens, bytes and characters alone take {least}. Give more.")
+def check_size(
+    vocab_size: int,  # Tokens asked for
+    min_size: int,  # Tokens that every text needs
+):
+    "Raise `UsageError` when `vocab_size` has no room for what every text needs."
+    if vocab_size <= min_size:
+        raise UsageError(
+            f"vocab_size is {vocab_size}; the special tokens, bytes and characters alone take "
+            f"{min_size}. Give more."
+        )
 
-def warn_small(got: int, asked: int):
-    "Warn that the texts offer fewer pieces than were asked for."
-    if got < asked: warnings.warn(f"The texts give {got:,} pieces, not the {asked:,} asked for: nothing further occurs often enough. Take more texts, "
-                                  "or a lower `minimum`, or a smaller vocabulary.", stacklevel=3)
 
-def train_bpe(texts: Iterable[str],           # Training texts
-              vocabulary: int = 8192,         # Pieces, the special ones and the 256 bytes included
-              minimum: int = 2,               # A pair must occur this often to be merged
-              special: list[str] | None = None):  # Special tokens, ids from 0; None for those of a chat
-    "A byte-level BPE `tokenizers.Tokenizer`; equal texts give an equal one. Warns when the texts give fewer pieces. Raises `UsageError`, `DataError`."
+def warn_small(
+    vocab_size: int,  # Tokens learned
+    requested: int,  # Tokens asked for
+):
+    "Warn that the texts offer fewer tokens than were asked for."
+    if vocab_size < requested:
+        warnings.warn(
+            f"The texts give {vocab_size:,} pieces, not the {requested:,} asked for: nothing "
+            "further occurs often enough. Take more texts, or a lower `min_frequency`, or a "
+            "smaller vocabulary.",
+            stacklevel=3,
+        )
+
+
+def train_bpe(
+    texts: Iterable[str],  # Training texts
+    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
+    min_frequency: int = 2,  # A pair must occur this often to be merged
+    special_tokens: list[str] | None = None,  # Ids from 0; None for those of a chat
+) -> Any:
+    """A byte-level BPE `tokenizers.Tokenizer`; equal texts give an equal one. Warns when the texts
+    give fewer tokens. Raises `UsageError`, `DataError`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    special = chat_tokens if special is None else special
-    check_size(vocabulary, len(special) + 256)
+
+    special_tokens = chat_tokens if special_tokens is None else special_tokens
+    check_size(vocab_size, len(special_tokens) + 256)
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = make_pre_tokenizer("bpe"), decoders.ByteLevel()
-    made.train_from_iterator(require_text(texts), trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=minimum, special_tokens=special, show_progress=False,
-                                                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    warn_small(made.get_vocab_size(), vocabulary)
+    made.pre_tokenizer = make_pre_tokenizer("bpe")
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special_tokens,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    made.train_from_iterator(require_text(texts), trainer)
+    warn_small(made.get_vocab_size(), vocab_size)
     return made
 
-def require_text(texts: Iterable[str]) -> Iterable[str]:
+
+def require_text(texts: Iterable[str]) -> Iterator[str]:
     "The texts as they are; raises `DataError` at the end if there was not a single character."
     seen = False
     for text in texts:
         seen = seen or bool(text)
         yield text
-    if not seen: raise DataError("There is no text to learn pieces from: not a single character.")
+    if not seen:
+        raise DataError("There is no text to learn pieces from: not a single character.")
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #35fa9a01
-def encode_subwords(tokenizer, texts: Iterable[str],
-                    special: bool = False,       # Whether `<|im_end|>` and the like, written in a text, are the special tokens
-                    chunk: int = 512             # Texts handed over at a time
-                   ) -> list[np.ndarray]:
-    "Token ids of every text as int32 arrays, nothing added around them; for every kind of tokenizer of this chapter and of 12_wordpiece."
-    texts, found, before = list(texts), [], tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = not special
+def encode_subwords(
+    tokenizer: Any,  # A `tokenizers.Tokenizer` of this chapter or of 12_wordpiece
+    texts: Iterable[str],
+    # Whether `<|im_end|>` and the like, written in a text, are the special tokens
+    allow_special: bool = False,
+    batch_size: int = 512,  # Texts handed over at a time
+) -> list[np.ndarray]:
+    "Token ids of every text as int32 arrays (tokens,), nothing added around them."
+    texts = list(texts)
+    found = []
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = not allow_special
     try:
-        for i in range(0, len(texts), chunk):
-            found += [np.array(e.ids, dtype=np.int32) for e in tokenizer.encode_batch_fast(texts[i:i + chunk], add_special_tokens=False)]
-    finally: tokenizer.encode_special_tokens = before
+        for i in range(0, len(texts), batch_size):
+            part = texts[i : i + batch_size]
+            encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            found += [np.array(e.ids, dtype=np.int32) for e in encodings]
+    finally:
+        tokenizer.encode_special_tokens = before
     return found
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #a23726cc
-chat_template = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-                 "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-                 "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+chat_template = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
-def save_subword_tokenizer(tokenizer,                   # From `train_bpe` and its kin
-                           folder: str | Path,
-                           longest: int = 1024,         # Tokens a model is expected to read
-                           template: str | None = chat_template):  # Jinja chat template; None for none
-    "Write the tokenizer as a folder that plain `transformers` opens, `<|endoftext|>` as its end, `<|pad|>` for padding where it has them."
-    folder, ids = Path(folder), tokenizer.get_vocab()
+
+def save_subword_tokenizer(
+    tokenizer: Any,  # From `train_bpe` and its kin
+    folder: str | Path,  # Where to; made if it is not there
+    model_max_length: int = 1024,  # Tokens a model is expected to read
+    template: str | None = chat_template,  # Jinja chat template; None for none
+):
+    """Write the tokenizer as a folder that plain `transformers` opens, with `<|endoftext|>` as its
+    end and `<|pad|>` for padding where it has them."""
+    folder = Path(folder)
+    ids = tokenizer.get_vocab()
     folder.mkdir(parents=True, exist_ok=True)
-    roles = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>", unk_token="<unk>")
+    roles = dict(
+        bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>", unk_token="<unk>"
+    )
     extra = [t for t in chat_tokens if t in ids and t not in roles.values()]
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=longest, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
-                  extra_special_tokens=extra, **{k: t for k, t in roles.items() if t in ids})
-    if template and all(t in ids for t in ("<|im_start|>", "<|im_end|>")): config["chat_template"] = template
-    write_bytes(folder/"tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write_json(folder/"tokenizer_config.json", config)
+    config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        extra_special_tokens=extra,
+        **{k: t for k, t in roles.items() if t in ids},
+    )
+    if template and all(t in ids for t in ("<|im_start|>", "<|im_end|>")):
+        config["chat_template"] = template
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_json(folder / "tokenizer_config.json", config)
 
-def open_subword_tokenizer(folder: str | Path):
+
+def open_subword_tokenizer(folder: str | Path) -> Any:
     "The `tokenizers.Tokenizer` of a folder, without padding or truncation. Raises `MissingError`."
     return open_tokenizer(folder)

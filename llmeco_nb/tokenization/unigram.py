@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['byte_tokens', 'longest_word', 'longest_piece', 'tokenizer_kinds', 'frequent_characters', 'train_byte_fallback_bpe',
-           'split_at_unknown', 'seed_pieces', 'Lattice', 'learn_unigram', 'train_unigram', 'train_tokenizer',
-           'domain_texts', 'measure_subwords', 'build_subword_tokenizer']
+           'split_at_unknown', 'seed_pieces', 'Lattice', 'learn_unigram', 'train_unigram', 'SubwordTokenizerConfig',
+           'train_tokenizer', 'domain_texts', 'measure_subwords', 'build_subword_tokenizer']
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #0d5aa380
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import PositiveInt
 
+from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError
 from ..data.corpus import read_split
 from .bpe import chat_tokens, check_size, count_pretokens, encode_subwords
@@ -23,170 +26,324 @@ from .bpe import train_bpe, warn_small
 from ..data.mixture import read_mixture
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #a2f4c5ba
-byte_tokens = [f"<0x{b:02X}>" for b in range(256)]   # what the library's byte fallback looks for
-longest_word, longest_piece = 24, 16                 # in characters; longer words are cut before learning
+byte_tokens = [f"<0x{b:02X}>" for b in range(256)]  # What the library's byte fallback looks for
+longest_word = 24  # In characters; longer words are cut before learning
+longest_piece = 16  # In characters
 
-def frequent_characters(words: Counter, characters: int = 1000) -> list[str]:
+
+def frequent_characters(
+    words: Counter,  # From `count_pretokens`
+    limit_alphabet: int = 1000,  # Distinct characters to keep
+) -> list[str]:
     "The most frequent characters of the words, sorted by code point."
     count = Counter()
     for word, n in words.items():
-        for c in word: count[c] += n
-    return sorted(sorted(count, key=lambda c: (-count[c], c))[:characters])
+        for c in word:
+            count[c] += n
+    return sorted(sorted(count, key=lambda c: (-count[c], c))[:limit_alphabet])
 
-def train_byte_fallback_bpe(texts: Iterable[str],           # Training texts
-                            vocabulary: int = 8192,         # Pieces, the special ones and the 256 bytes included
-                            minimum: int = 2,               # A pair must occur this often to be merged
-                            characters: int = 1000):        # Distinct characters to know
-    "BPE over characters with byte fallback, as a `tokenizers.Tokenizer`. Warns when the texts give fewer pieces. Raises `UsageError`, `DataError`."
+
+def train_byte_fallback_bpe(
+    texts: Iterable[str],  # Training texts
+    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
+    min_frequency: int = 2,  # A pair must occur this often to be merged
+    limit_alphabet: int = 1000,  # Distinct characters to know
+) -> Any:
+    """BPE over characters with byte fallback, as a `tokenizers.Tokenizer`. Warns when the texts
+    give fewer tokens. Raises `UsageError`, `DataError`."""
     from tokenizers import Tokenizer, decoders, models, trainers
+
     texts = list(require_text(texts))
-    letters = frequent_characters(count_pretokens(texts, "fallback"), characters)
-    check_size(vocabulary, len(chat_tokens) + 256 + len(letters))
+    letters = frequent_characters(count_pretokens(texts, "fallback"), limit_alphabet)
+    check_size(vocab_size, len(chat_tokens) + 256 + len(letters))
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = make_pre_tokenizer("fallback")
-    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=minimum, special_tokens=chat_tokens + byte_tokens, show_progress=False,
-                                                       initial_alphabet=letters, limit_alphabet=len(letters)))
-    learned = json.loads(raw.to_str())["model"]          # built anew: there the bytes are plain pieces, not special tokens that a text could spell
-    made = Tokenizer(models.BPE(learned["vocab"], [tuple(m) for m in learned["merges"]], byte_fallback=True))
-    made.pre_tokenizer, made.decoder = make_pre_tokenizer("fallback"), decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=chat_tokens + byte_tokens,
+        show_progress=False,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+    )
+    raw.train_from_iterator(texts, trainer)
+    # Built anew: there the bytes are plain tokens, not special ones that a text could spell
+    learned = json.loads(raw.to_str())["model"]
+    merges = [tuple(m) for m in learned["merges"]]
+    made = Tokenizer(models.BPE(learned["vocab"], merges, byte_fallback=True))
+    made.pre_tokenizer = make_pre_tokenizer("fallback")
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     made.add_special_tokens(chat_tokens)
-    warn_small(made.get_vocab_size(), vocabulary)
+    warn_small(made.get_vocab_size(), vocab_size)
     return made
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #8e3bf8ed
-def split_at_unknown(words: Counter, letters: Iterable[str]) -> dict[str, int]:
-    "Words without unknown characters, cut there and after `longest_word` characters, sorted, with their counts."
-    known, found = set(letters), Counter()
+def split_at_unknown(
+    words: Counter,  # From `count_pretokens`
+    alphabet: Iterable[str],  # The characters that are known
+) -> dict[str, int]:
+    """Words without unknown characters, cut there and after `longest_word` characters, sorted, with
+    their counts."""
+    known = set(alphabet)
+    found = Counter()
     for word, n in words.items():
-        parts = [word] if known.issuperset(word) else "".join(c if c in known else "\0" for c in word).split("\0")
+        parts = [word]
+        if not known.issuperset(word):
+            parts = "".join(c if c in known else "\0" for c in word).split("\0")
         for part in parts:
-            for i in range(0, len(part), longest_word): found[part[i:i + longest_word]] += n
+            for i in range(0, len(part), longest_word):
+                found[part[i : i + longest_word]] += n
     return dict(sorted(found.items()))
 
-def seed_pieces(words: dict[str, int], letters: list[str], size: int) -> tuple[list[str], np.ndarray]:
-    "The letters and up to `size` repeated substrings that cover the most text, with their counts."
+
+def seed_pieces(
+    words: dict[str, int],  # From `split_at_unknown`
+    alphabet: list[str],  # The characters that are known
+    size: int,  # Most substrings
+) -> tuple[list[str], np.ndarray]:
+    """The characters and up to `size` repeated substrings that cover the most text, with their
+    counts (pieces,)."""
     count = Counter()
     for w, n in words.items():
         for i in range(len(w)):
-            for j in range(i + 1, min(len(w), i + longest_piece) + 1): count[w[i:j]] += n
-    long = sorted((p for p, n in count.items() if n > 1 and len(p) > 1), key=lambda p: (-count[p] * len(p), p))[:size]
-    return letters + long, np.array([max(count[p], 1) for p in letters + long], dtype=float)
+            for j in range(i + 1, min(len(w), i + longest_piece) + 1):
+                count[w[i:j]] += n
+    repeated = (p for p, n in count.items() if n > 1 and len(p) > 1)
+    pieces = alphabet + sorted(repeated, key=lambda p: (-count[p] * len(p), p))[:size]
+    return pieces, np.array([max(count[p], 1) for p in pieces], dtype=float)
+
 
 class Lattice:
-    "Every way to cut `words` into `pieces`; `whole=False` leaves out a word that is itself a piece."
-    def __init__(self, words: Iterable[str], pieces: list[str], whole: bool = True):
-        words, ids, rows = list(words), {p: i for i, p in enumerate(pieces)}, []
+    "Every way to cut words into pieces."
+
+    def __init__(
+        self,
+        words: Iterable[str],
+        pieces: list[str],
+        whole: bool = True,  # False leaves out a word that is itself a piece
+    ):
+        words = list(words)
+        ids = {p: i for i, p in enumerate(pieces)}
+        rows = []
         for k, w in enumerate(words):
             for i in range(len(w)):
                 for j in range(i + 1, min(len(w), i + longest_piece) + 1):
                     p = ids.get(w[i:j])
-                    if p is not None and (whole or j - i < len(w)): rows.append((k, i, j, p))
-        self.edges, self.length = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array([len(w) for w in words])
+                    if p is not None and (whole or j - i < len(w)):
+                        rows.append((k, i, j, p))
+        # A row for each place of a piece: word, first character, character after, piece
+        self.edges = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        self.length = np.array([len(w) for w in words])
 
-    def keep(self, alive: np.ndarray, words: bool = False):
-        "Drop the pieces (and with `words` the words, too) that are not `alive`, and number the rest anew."
-        new, e = np.cumsum(alive) - 1, self.edges[alive[self.edges[:, 3]]]
-        if words: e, self.length = e[alive[e[:, 0]]], self.length[alive]
-        self.edges = np.stack([new[e[:, 0]] if words else e[:, 0], e[:, 1], e[:, 2], new[e[:, 3]]], axis=1)
+    def keep(
+        self,
+        alive: np.ndarray,  # (pieces,) of bool
+        words: bool = False,  # Whether the words are the pieces, and go with them
+    ):
+        "Drop the pieces that are not `alive`, and number the rest anew."
+        new = np.cumsum(alive) - 1
+        edges = self.edges[alive[self.edges[:, 3]]]
+        if words:
+            edges = edges[alive[edges[:, 0]]]
+            self.length = self.length[alive]
+        word, start, end, piece = edges.T
+        self.edges = np.stack([new[word] if words else word, start, end, new[piece]], axis=1)
 
-    def sweep(self, p: np.ndarray, back: bool = False) -> np.ndarray:
-        "Probability of what lies before (with `back`: behind) each place of each word, shape (places, words); `p` has one value a piece."
-        top, n = self.length.max(), len(self.length)
-        word, start, end, piece = self.edges[np.argsort(self.edges[:, 1 if back else 2], kind="stable")].T
+    def sweep(
+        self,
+        p: np.ndarray,  # (pieces,), their probabilities
+        back: bool = False,  # From the end
+    ) -> np.ndarray:
+        "Probability of what lies before (`back`: behind) each place of each word, (places, words)."
+        top = self.length.max()
+        n = len(self.length)
+        order = np.argsort(self.edges[:, 1 if back else 2], kind="stable")
+        word, start, end, piece = self.edges[order].T
         here, there = (start, end) if back else (end, start)
-        bounds, reached = np.searchsorted(here, np.arange(top + 2)), np.zeros((top + 1, n))
+        bounds = np.searchsorted(here, np.arange(top + 2))
+        reached = np.zeros((top + 1, n))
         reached[self.length if back else 0, np.arange(n)] = 1
         for at in range(top - 1, -1, -1) if back else range(1, top + 1):
             s = slice(bounds[at], bounds[at + 1])
-            reached[at] += np.bincount(word[s], weights=reached[there[s], word[s]] * p[piece[s]], minlength=n)
+            weights = reached[there[s], word[s]] * p[piece[s]]
+            reached[at] += np.bincount(word[s], weights=weights, minlength=n)
         return reached
 
     def totals(self, p: np.ndarray) -> np.ndarray:
-        "Probability of each word."
+        "Probability of each word, (words,), from those of the pieces, (pieces,)."
         return self.sweep(p)[self.length, np.arange(len(self.length))]
 
-    def expect(self, p: np.ndarray, n: np.ndarray) -> np.ndarray:
-        "How often each piece is expected in `n` copies of each word."
-        ahead, behind = self.sweep(p), self.sweep(p, back=True)
+    def expected_counts(
+        self,
+        p: np.ndarray,  # (pieces,), their probabilities
+        n: np.ndarray,  # (words,), copies of each
+    ) -> np.ndarray:
+        "How often each piece is expected, (pieces,)."
+        ahead = self.sweep(p)
+        behind = self.sweep(p, back=True)
         word, start, end, piece = self.edges.T
         share = ahead[start, word] * p[piece] * behind[end, word] / behind[0, word]
         return np.bincount(piece, weights=n[word] * share, minlength=len(p))
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #627b55da
-def learn_unigram(words: Counter, letters: list[str],   # From `count_pretokens`, `frequent_characters`
-                  size: int,                            # Pieces to keep, the letters included
-                  rounds: int = 2,                      # Rounds of estimation between two prunings
-                  shrink: float = 0.75                  # Share of the pieces that survives a pruning
-                 ) -> dict[str, float]:
-    "Pieces with their log probabilities, the likeliest first; fewer than `size` where the texts have no more. Equal words give equal pieces."
-    words, m = split_at_unknown(words, letters), len(letters)
-    pieces, count = seed_pieces(words, letters, 8 * size)
-    n, lattice, inner = np.array(list(words.values()), dtype=float), Lattice(words, pieces), Lattice(pieces, pieces, whole=False)
+def learn_unigram(
+    words: Counter,  # From `count_pretokens`
+    alphabet: list[str],  # From `frequent_characters`
+    size: int,  # Pieces to keep, the characters included
+    n_sub_iterations: int = 2,  # Rounds of estimation between two prunings
+    shrinking_factor: float = 0.75,  # Share of the pieces that survives a pruning
+) -> dict[str, float]:
+    """Pieces with their log probabilities, the likeliest first; fewer than `size` where the texts
+    have no more. Equal words give equal pieces."""
+    words = split_at_unknown(words, alphabet)
+    pieces, count = seed_pieces(words, alphabet, 8 * size)
+    n = np.array(list(words.values()), dtype=float)
+    lattice = Lattice(words, pieces)
+    inner = Lattice(pieces, pieces, whole=False)
     p = count / count.sum()
     while True:
-        for _ in range(rounds):
-            count = np.maximum(lattice.expect(p, n), np.where(np.arange(len(p)) < m, 0.5, 1e-3))   # nothing may become impossible
+        is_letter = np.arange(len(p)) < len(alphabet)
+        for _ in range(n_sub_iterations):
+            # Nothing may become impossible
+            count = np.maximum(lattice.expected_counts(p, n), np.where(is_letter, 0.5, 1e-3))
             p = count / count.sum()
-        if len(pieces) <= size: break
-        with np.errstate(divide="ignore"): cost = np.where(np.arange(len(p)) < m, np.inf, count * (np.log(p) - np.log(inner.totals(p))))
+        if len(pieces) <= size:
+            break
+        with np.errstate(divide="ignore"):
+            cost = count * (np.log(p) - np.log(inner.totals(p)))
+        cost = np.where(is_letter, np.inf, cost)
         alive = np.zeros(len(pieces), dtype=bool)
-        alive[np.argsort(-cost, kind="stable")[:max(size, int(shrink * len(pieces)))]] = True
+        left = max(size, int(shrinking_factor * len(pieces)))
+        alive[np.argsort(-cost, kind="stable")[:left]] = True
         lattice.keep(alive)
         inner.keep(alive, words=True)
-        pieces, p = [q for q, a in zip(pieces, alive) if a], p[alive] / p[alive].sum()
+        pieces = [q for q, a in zip(pieces, alive) if a]
+        p = p[alive] / p[alive].sum()
     return dict(sorted(zip(pieces, np.log(p).tolist()), key=lambda x: (-x[1], x[0])))
 
-def train_unigram(texts: Iterable[str],           # Training texts
-                  vocabulary: int = 8192,         # Pieces, the special ones and the 256 bytes included
-                  characters: int = 1000):        # Distinct characters to know
-    "A Unigram `tokenizers.Tokenizer` with byte fallback; equal texts give an equal one. Warns when the texts give fewer pieces. Raises `UsageError`, `DataError`."
+
+def train_unigram(
+    texts: Iterable[str],  # Training texts
+    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
+    limit_alphabet: int = 1000,  # Distinct characters to know
+) -> Any:
+    """A Unigram `tokenizers.Tokenizer` with byte fallback; equal texts give an equal one. Warns
+    when the texts give fewer tokens. Raises `UsageError`, `DataError`."""
     from tokenizers import Tokenizer, decoders, models
+
     words = count_pretokens(require_text(texts), "unigram")
-    letters, fixed = frequent_characters(words, characters), [*chat_tokens, "<unk>", *byte_tokens]
-    check_size(vocabulary, len(fixed) + len(letters))
-    learned = learn_unigram(words, letters, vocabulary - len(fixed))
-    made = Tokenizer(models.Unigram([(t, -1000.0) for t in fixed] + list(learned.items()), unk_id=fixed.index("<unk>"), byte_fallback=True))
-    made.pre_tokenizer, made.decoder = make_pre_tokenizer("unigram"), decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    letters = frequent_characters(words, limit_alphabet)
+    fixed = [*chat_tokens, "<unk>", *byte_tokens]
+    check_size(vocab_size, len(fixed) + len(letters))
+    learned = learn_unigram(words, letters, vocab_size - len(fixed))
+    scores = [(t, -1000.0) for t in fixed] + list(learned.items())
+    made = Tokenizer(models.Unigram(scores, unk_id=fixed.index("<unk>"), byte_fallback=True))
+    made.pre_tokenizer = make_pre_tokenizer("unigram")
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     made.add_special_tokens(chat_tokens)
-    warn_small(made.get_vocab_size(), vocabulary)
+    warn_small(made.get_vocab_size(), vocab_size)
     return made
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #6ab9e90b
 tokenizer_kinds = ("bpe", "fallback", "unigram")
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocabulary: int, minimum: int = 2, characters: int = 1000):
-    "A tokenizer of one of `tokenizer_kinds`. Raises `UsageError`, `DataError`."
-    if kind not in tokenizer_kinds: raise UsageError(f"There is no kind {kind!r}; there are {', '.join(tokenizer_kinds)}. WordPiece is made by the stage tokenizer.")
-    if kind == "bpe": return train_bpe(texts, vocabulary, minimum)
-    return train_byte_fallback_bpe(texts, vocabulary, minimum, characters) if kind == "fallback" else train_unigram(texts, vocabulary, characters)
 
-def domain_texts(folder: str | Path, split: str) -> list[tuple[str, str]]:
-    "Domain and text of each document of a prose; of a corpus the domain is `all`. Raises `UsageError`, `MissingError`."
+@stage_config
+class SubwordTokenizerConfig(StageConfig):
+    "What a tokenizer that loses no byte is learned with."
+
+    kind: Literal["bpe", "fallback", "unigram"] = "bpe"  # of bytes, of characters, by likelihood
+    vocab_size: PositiveInt = 2048  # tokens to learn, special ones and bytes included
+    max_texts: PositiveInt | None = None  # training texts to learn from, the first; none for all
+    min_frequency: PositiveInt = 2  # bpe, fallback: a pair must occur this often to be merged
+    limit_alphabet: PositiveInt = 1000  # fallback, unigram: distinct characters
+
+
+def train_tokenizer(
+    kind: str,  # One of `tokenizer_kinds`
+    texts: Iterable[str],  # Training texts
+    vocab_size: int,  # Tokens, special ones and bytes included
+    min_frequency: int = 2,  # `bpe`, `fallback`: a pair must occur this often to be merged
+    limit_alphabet: int = 1000,  # `fallback`, `unigram`: distinct characters to know
+) -> Any:
+    "A `tokenizers.Tokenizer` of this kind. Raises `UsageError`, `DataError`."
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size, min_frequency)
+    if kind == "fallback":
+        return train_byte_fallback_bpe(texts, vocab_size, min_frequency, limit_alphabet)
+    if kind == "unigram":
+        return train_unigram(texts, vocab_size, limit_alphabet)
+    raise UsageError(
+        f"There is no kind {kind!r}; there are {', '.join(tokenizer_kinds)}. WordPiece is made by "
+        "the stage tokenizer."
+    )
+
+
+def domain_texts(
+    folder: str | Path,  # Of a pretraining mixture or a corpus
+    split: str,  # "train" or "validation"
+) -> list[tuple[str, str]]:
+    """Domain and text of each document; of a corpus the domain is `all`. Raises `UsageError`,
+    `MissingError`."""
     import pyarrow.parquet as pq
-    file = Path(folder)/f"{split}.parquet"
-    if not file.is_file(): raise MissingError(f"{folder} is neither a prose nor a corpus: {file.name} is not in it. The stages prose and data make one.")
-    if "domain" in pq.read_schema(file).names: return [(r["domain"], r["text"]) for r in read_mixture(folder, split)]
+
+    file = Path(folder) / f"{split}.parquet"
+    if not file.is_file():
+        raise MissingError(
+            f"{folder} is neither a prose nor a corpus: {file.name} is not in it. The stages prose "
+            "and data make one."
+        )
+    if "domain" in pq.read_schema(file).names:
+        return [(r["domain"], r["text"]) for r in read_mixture(folder, split)]
     return [("all", t) for t in read_split(folder, split).text]
 
-def measure_subwords(tokenizer, texts: list[str]) -> dict[str, float]:
-    "Tokens per word between spaces, bytes per token, share of texts that come back byte for byte. Raises `DataError` for texts without a word."
-    ids, words = encode_subwords(tokenizer, texts), sum(len(t.split()) for t in texts)
-    if not words: raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
-    tokens = sum(map(len, ids))
-    back = sum(tokenizer.decode(i.tolist(), skip_special_tokens=False) == t for i, t in zip(ids, texts))
-    return dict(tokens_per_word=tokens / words, bytes_per_token=sum(len(t.encode()) for t in texts) / tokens, round_trip=back / len(texts))
 
-def build_subword_tokenizer(record: Record, folder: str | Path, kind: str = "bpe", vocabulary: int = 8192, texts: int | None = None, minimum: int = 2, characters: int = 1000) -> Path:
-    "Learn pieces from the training texts, measure them on the validation texts, return the tokenizer's folder; parameters are the chapter's. Raises `UsageError`, `DataError`."
-    if texts is not None and texts < 1: raise UsageError(f"texts is {texts}; give a positive number, or none for all training texts.")
-    train, held = [t for _, t in domain_texts(folder, "train")][:texts], domain_texts(folder, "validation")
+def measure_subwords(
+    tokenizer: Any,  # From `train_tokenizer`
+    texts: list[str],
+) -> dict[str, float]:
+    """Tokens per word between spaces, bytes per token, share of texts that come back byte for byte.
+    Raises `DataError` for texts without a word."""
+    ids = encode_subwords(tokenizer, texts)
+    words = sum(len(t.split()) for t in texts)
+    if not words:
+        raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
+    tokens = sum(map(len, ids))
+    decode = lambda i: tokenizer.decode(i.tolist(), skip_special_tokens=False)
+    return dict(
+        tokens_per_word=tokens / words,
+        bytes_per_token=sum(len(t.encode()) for t in texts) / tokens,
+        round_trip=sum(decode(i) == t for i, t in zip(ids, texts)) / len(texts),
+    )
+
+
+def build_subword_tokenizer(
+    record: Record,  # Gets the artifact `pieces`
+    prose: str | Path,  # Folder of a pretraining mixture or a corpus
+    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),
+) -> Path:
+    """Learn a vocabulary from the training texts, measure it on the validation texts, return the
+    tokenizer's folder. Raises `UsageError`, `DataError`, `MissingError`."""
+    train = [t for _, t in domain_texts(prose, "train")][: config.max_texts]
+    held = domain_texts(prose, "validation")
     record.progress(0, 2, "parts")
-    made = train_tokenizer(kind, train, vocabulary, minimum, characters)
+    made = train_tokenizer(
+        config.kind, train, config.vocab_size, config.min_frequency, config.limit_alphabet
+    )
     save_subword_tokenizer(made, record.artifact("pieces"))
     record.progress(1, 2, "parts")
-    on = "validation" if held else "train"                  # without validation texts it is measured on what it learned from, and says so
-    held = held or domain_texts(folder, "train")
-    for domain in sorted({d for d, _ in held}): record.log(kind="domain", domain=domain, **measure_subwords(made, [t for d, t in held if d == domain]))
-    record.save_metrics(vocabulary=made.get_vocab_size(), asked=vocabulary, texts=len(train), measured_on=on, **measure_subwords(made, [t for _, t in held]))
+    # Without validation texts it is measured on what it learned from, and says so
+    on = "validation" if held else "train"
+    held = held or domain_texts(prose, "train")
+    for domain in sorted({d for d, _ in held}):
+        found = measure_subwords(made, [t for d, t in held if d == domain])
+        record.log(kind="domain", domain=domain, **found)
+    record.save_metrics(
+        vocabulary=made.get_vocab_size(),
+        asked=config.vocab_size,
+        texts=len(train),
+        measured_on=on,
+        **measure_subwords(made, [t for _, t in held]),
+    )
     record.progress(2, 2, "parts")
     return record.artifact("pieces")

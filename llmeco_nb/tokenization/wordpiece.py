@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..core import DataError, MissingError, Record, UsageError, write_bytes, write_json
 from ..data.corpus import read_split
@@ -18,164 +19,271 @@ from ..config import StageConfig, stage_config
 
 from pydantic import PositiveInt
 
-
-
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #cf460676
-special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]   # their ids are 0 to 4
+special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # Their ids are 0 to 4
 
-def bert_rules(lower: bool = True):
+
+def bert_rules(
+    lowercase: bool = True,  # Fold case and strip accents
+) -> tuple[Any, Any]:
     "BERT's normaliser and its splitter into words, from the library `tokenizers`."
     from tokenizers import normalizers, pre_tokenizers
-    return normalizers.BertNormalizer(lowercase=lower, strip_accents=lower), pre_tokenizers.BertPreTokenizer()
 
-def word_counts(texts: Iterable[str], lower: bool = True) -> Counter:
+    normaliser = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
+    return normaliser, pre_tokenizers.BertPreTokenizer()
+
+
+def word_counts(
+    texts: Iterable[str],
+    lowercase: bool = True,  # Fold case and strip accents
+) -> Counter:
     "How often each word, normalised and split off as BERT does, occurs in `texts`."
-    normaliser, splitter = bert_rules(lower)
-    stretches, words = Counter(), Counter()
-    for text in texts: stretches.update(text.split())
+    normaliser, splitter = bert_rules(lowercase)
+    stretches = Counter()
+    words = Counter()
+    for text in texts:
+        stretches.update(text.split())
     for stretch, n in stretches.items():
-        for word, _ in splitter.pre_tokenize_str(normaliser.normalize_str(stretch)): words[word] += n
+        for word, _ in splitter.pre_tokenize_str(normaliser.normalize_str(stretch)):
+            words[word] += n
     return words
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #713c8caf
-def initial_alphabet(words: Counter,          # From `word_counts`
-                     characters: int = 1000   # Distinct characters to keep, the most frequent
-                    ) -> list[str]:
-    "Single-character pieces in a fixed order: those that may begin a word, then (with ##) those that continue one."
-    count, inside = Counter(), set()
+def initial_alphabet(
+    words: Counter,  # From `word_counts`
+    limit_alphabet: int = 1000,  # Distinct characters to keep, the most frequent
+) -> list[str]:
+    """Single-character tokens in a fixed order: those that may begin a word, then (with ##) those
+    that continue one."""
+    count = Counter()
+    inside = set()
     for word, n in words.items():
-        for c in set(word): count[c] += n
+        for c in set(word):
+            count[c] += n
         inside.update(word[1:])
-    kept = sorted(sorted(count), key=count.get, reverse=True)[:characters]
+    kept = sorted(sorted(count), key=count.get, reverse=True)[:limit_alphabet]
     return sorted(kept) + ["##" + c for c in sorted(inside.intersection(kept))]
 
-def train_wordpiece(texts: list[str],         # What to learn from
-                    vocabulary: int = 8192,   # Size to reach
-                    minimum: int = 2,         # A pair must occur this often to be merged
-                    characters: int = 1000,   # Distinct characters to know
-                    lower: bool = True) -> list[str]:
-    "WordPiece vocabulary in the order of its ids: special tokens, letters, merges. Equal texts give equal lists. Warns when the texts give fewer pieces. Raises `DataError`, `UsageError`."
+
+def train_wordpiece(
+    texts: list[str],  # What to learn from
+    vocab_size: int = 8192,  # Tokens to reach, the special ones included
+    min_frequency: int = 2,  # A pair must occur this often to be merged
+    limit_alphabet: int = 1000,  # Distinct characters to know
+    lowercase: bool = True,  # Fold case and strip accents
+) -> list[str]:
+    """WordPiece vocabulary in the order of its ids: special tokens, letters, merges. Equal texts
+    give equal lists. Warns when the texts give fewer tokens. Raises `DataError`, `UsageError`."""
     from tokenizers import Tokenizer, models, trainers
-    letters = initial_alphabet(word_counts(texts, lower), characters)
-    if not letters: raise DataError(f"A vocabulary cannot be learned from {len(texts)} texts without a single character.")
+
+    letters = initial_alphabet(word_counts(texts, lowercase), limit_alphabet)
+    if not letters:
+        raise DataError(
+            f"A vocabulary cannot be learned from {len(texts)} texts without a single character."
+        )
     start = special_tokens + letters
-    if vocabulary < len(start):
-        raise UsageError(f"vocabulary is {vocabulary}; {len(special_tokens)} special tokens and the {len(letters)} letters of these texts need at least {len(start)}. "
-                         f"Raise vocabulary, or lower characters (now {characters}).")
+    if vocab_size < len(start):
+        raise UsageError(
+            f"vocab_size is {vocab_size}; {len(special_tokens)} special tokens and the "
+            f"{len(letters)} letters of these texts need at least {len(start)}. "
+            f"Raise vocab_size, or lower limit_alphabet (now {limit_alphabet})."
+        )
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    raw.normalizer, raw.pre_tokenizer = bert_rules(lower)
-    raw.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocabulary, min_frequency=minimum, special_tokens=start,
-                                                             limit_alphabet=characters, show_progress=False))
+    raw.normalizer, raw.pre_tokenizer = bert_rules(lowercase)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=start,
+        limit_alphabet=limit_alphabet,
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
     ids = raw.get_vocab()
-    if len(ids) < vocabulary: warnings.warn(f"The texts give {len(ids):,} pieces, not the {vocabulary:,} asked for: nothing further occurs often enough. Take more texts, "
-                                            "or a lower `minimum`, or a smaller vocabulary.", stacklevel=2)
+    if len(ids) < vocab_size:
+        warnings.warn(
+            f"The texts give {len(ids):,} pieces, not the {vocab_size:,} asked for: nothing "
+            "further occurs often enough. Take more texts, or a lower `min_frequency`, or a "
+            "smaller vocabulary.",
+            stacklevel=2,
+        )
     return sorted(ids, key=ids.get)
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #3c717aa7
-def wordpiece(pieces: list[str], lower: bool = True):
-    "A `tokenizers.Tokenizer` over these pieces, with BERT's normaliser, splitter, template and decoder."
+def wordpiece(
+    pieces: list[str],  # The vocabulary in the order of its ids, from `train_wordpiece`
+    lowercase: bool = True,  # Fold case and strip accents
+) -> Any:
+    """A `tokenizers.Tokenizer` over this vocabulary, with BERT's normaliser, splitter, template and
+    decoder."""
     from tokenizers import Tokenizer, decoders, models, processors
+
     ids = {p: i for i, p in enumerate(pieces)}
     made = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = bert_rules(lower)
-    made.post_processor = processors.TemplateProcessing(single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-                                                        special_tokens=[(t, ids[t]) for t in ("[CLS]", "[SEP]")])
+    made.normalizer, made.pre_tokenizer = bert_rules(lowercase)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(t, ids[t]) for t in ("[CLS]", "[SEP]")],
+    )
     made.decoder = decoders.WordPiece(prefix="##")
     made.add_special_tokens(special_tokens)
     return made
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #bf99527e
-def measure(tokenizer,             # From `wordpiece`
-            texts: list[str],      # Texts it was not trained on
-            words: Counter | None = None  # Their `word_counts`, where they are at hand
-           ) -> dict[str, float]:
-    "Fertility, bytes per token, unknown rate, shares of whole words and of words that survive the round trip. Raises `DataError` for no words."
+def measure(
+    tokenizer: Any,  # From `wordpiece`
+    texts: list[str],  # Texts it was not trained on
+    words: Counter | None = None,  # Their `word_counts`, where they are at hand
+) -> dict[str, float]:
+    """Tokens per word, bytes per token, unknown rate, shares of whole words and of words that
+    survive the round trip. Raises `DataError` for no words."""
     words = word_counts(texts, tokenizer.normalizer.lowercase) if words is None else words
-    if not words: raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
+    if not words:
+        raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
     tokens = whole = unknown = back = 0
     for word, n in words.items():
         cut = [t.value for t in tokenizer.model.tokenize(word)]
-        tokens, whole, unknown = tokens + n * len(cut), whole + n * (cut == [word]), unknown + n * cut.count("[UNK]")
+        tokens += n * len(cut)
+        whole += n * (cut == [word])
+        unknown += n * cut.count("[UNK]")
         back += n * ("".join(p.removeprefix("##") if k else p for k, p in enumerate(cut)) == word)
     total = words.total()
-    return dict(tokens_per_word=tokens / total, bytes_per_token=sum(len(t.encode()) for t in texts) / tokens, unknown_rate=unknown / tokens,
-                whole_words=whole / total, round_trip=back / total)
+    return dict(
+        tokens_per_word=tokens / total,
+        bytes_per_token=sum(len(t.encode()) for t in texts) / tokens,
+        unknown_rate=unknown / tokens,
+        whole_words=whole / total,
+        round_trip=back / total,
+    )
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #807bf9a4
-def save_tokenizer(tokenizer, folder: str | Path, longest: int = 512):
-    "Write the tokenizer as a folder that plain `transformers` opens. `longest` is the number of tokens a model is expected to read."
-    folder, ids = Path(folder), tokenizer.get_vocab()
+def save_tokenizer(
+    tokenizer: Any,  # From `wordpiece`
+    folder: str | Path,  # Where to; made if it is not there
+    model_max_length: int = 512,  # Tokens a model is expected to read
+):
+    "Write the tokenizer as a folder that plain `transformers` opens."
+    folder = Path(folder)
+    ids = tokenizer.get_vocab()
     folder.mkdir(parents=True, exist_ok=True)
-    lower = tokenizer.normalizer.lowercase
+    lowercase = tokenizer.normalizer.lowercase
     names = {f"{t.strip('[]').lower()}_token": t for t in special_tokens}
-    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="BertTokenizer", do_lower_case=lower, strip_accents=lower, tokenize_chinese_chars=True,
-                                                    model_max_length=longest, clean_up_tokenization_spaces=False, **names))
-    write_bytes(folder/"tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write_bytes(folder/"vocab.txt", "".join(p + "\n" for p in sorted(ids, key=ids.get)).encode())
+    config = dict(
+        tokenizer_class="BertTokenizer",
+        do_lower_case=lowercase,
+        strip_accents=lowercase,
+        tokenize_chinese_chars=True,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+    write_json(folder / "tokenizer_config.json", config)
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_bytes(folder / "vocab.txt", "".join(p + "\n" for p in sorted(ids, key=ids.get)).encode())
 
-def open_tokenizer(folder: str | Path):
+
+def open_tokenizer(folder: str | Path) -> Any:
     "The `tokenizers.Tokenizer` of a folder, without padding or truncation. Raises `MissingError`."
     from tokenizers import Tokenizer
-    file = Path(folder)/"tokenizer.json"
-    if not file.is_file(): raise MissingError(f"{folder} is not a tokenizer: tokenizer.json is not in it. The stages tokenizer and pieces make one.")
+
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise MissingError(
+            f"{folder} is not a tokenizer: tokenizer.json is not in it. The stages tokenizer and "
+            "pieces make one."
+        )
     made = Tokenizer.from_file(str(file))
     made.no_padding()
     made.no_truncation()
     return made
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #522c3739
-def encode_texts(tokenizer, texts: Iterable[str]) -> list:
-    "Token ids of every text, without special tokens around it, as int32 arrays; the same ids as `tokenizer.encode` gives, only faster."
+def encode_texts(
+    tokenizer: Any,  # From `wordpiece` or `open_tokenizer`
+    texts: Iterable[str],
+) -> list:
+    """Token ids of every text, without special tokens around it, as int32 arrays (tokens,); the
+    same ids as `tokenizer.encode` gives, only faster."""
     import numpy as np
-    known, found = {}, []
+
+    known = {}
+    found = []
     for text in texts:
         ids = []
         for stretch in text.split():
-            if stretch not in known: known[stretch] = tokenizer.encode(stretch, add_special_tokens=False).ids
+            if stretch not in known:
+                known[stretch] = tokenizer.encode(stretch, add_special_tokens=False).ids
             ids += known[stretch]
         found.append(np.array(ids, dtype=np.int32))
     return found
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #5ed4cfc9
-def zipf_rows(words: Counter, tokenizer) -> list[dict]:
-    "How often the word and the token of rank r occur, at about 60 ranks spread evenly on a logarithmic axis."
+def zipf_rows(
+    words: Counter,  # From `word_counts`
+    tokenizer: Any,  # From `wordpiece`
+) -> list[dict]:
+    """How often the word and the token of rank r occur, at about 60 ranks spread evenly on a
+    logarithmic axis."""
     tokens = Counter()
     for word, n in words.items():
-        for t in tokenizer.model.tokenize(word): tokens[t.value] += n
+        for t in tokenizer.model.tokenize(word):
+            tokens[t.value] += n
     by_rank = [sorted(c.values(), reverse=True) for c in (words, tokens)]
     ranks = sorted({round(max(map(len, by_rank)) ** (k / 60)) for k in range(61)})
     at = lambda counts, r: counts[r - 1] if r <= len(counts) else None
-    return [dict(kind="rank", rank=r, word=at(by_rank[0], r), token=at(by_rank[1], r)) for r in ranks]
+    return [
+        dict(kind="rank", rank=r, word=at(by_rank[0], r), token=at(by_rank[1], r)) for r in ranks
+    ]
+
 
 @stage_config
 class TokenizerConfig(StageConfig):
     "What a WordPiece tokenizer is learned with."
-    vocab_size: PositiveInt = 8192           # tokens to learn, special ones included; texts that offer fewer give fewer
-    max_texts: PositiveInt | None = None     # training texts to learn from, taken from the front; none for all
-    min_frequency: PositiveInt = 2           # a pair must occur this often to be merged
-    limit_alphabet: PositiveInt = 1000       # distinct characters to know; rarer ones become [UNK]
-    lowercase: bool = True                   # fold case and strip accents
 
-def build_tokenizer(record: Record,      # Gets the artifact `tokenizer`
-                    corpus: str | Path,  # Folder of a corpus
-                    config: TokenizerConfig = TokenizerConfig()
-                   ) -> Path:
-    "Learn a WordPiece vocabulary from a corpus' training texts, measure it on its validation texts, return the folder. Raises `UsageError`, `DataError`."
-    train = read_split(corpus, "train").text.tolist()[:config.max_texts]
+    vocab_size: PositiveInt = 8192  # tokens to learn, special ones included; few texts give fewer
+    max_texts: PositiveInt | None = None  # training texts to learn from, the first; none for all
+    min_frequency: PositiveInt = 2  # a pair must occur this often to be merged
+    limit_alphabet: PositiveInt = 1000  # distinct characters to know; rarer ones become [UNK]
+    lowercase: bool = True  # fold case and strip accents
+
+
+def build_tokenizer(
+    record: Record,  # Gets the artifact `tokenizer`
+    corpus: str | Path,  # Folder of a corpus
+    config: TokenizerConfig = TokenizerConfig(),
+) -> Path:
+    """Learn a WordPiece vocabulary from a corpus' training texts, measure it on its validation
+    texts, return the folder. Raises `UsageError`, `DataError`."""
+    train = read_split(corpus, "train").text.tolist()[: config.max_texts]
     held = read_split(corpus, "validation").text.tolist()
     record.progress(0, 3, "parts")
-    pieces = train_wordpiece(train, config.vocab_size, config.min_frequency, config.limit_alphabet, config.lowercase)
+    pieces = train_wordpiece(
+        train, config.vocab_size, config.min_frequency, config.limit_alphabet, config.lowercase
+    )
     record.progress(1, 3, "parts")
     made = wordpiece(pieces, config.lowercase)
     save_tokenizer(made, record.artifact("tokenizer"))
-    on = "validation" if held else "train"                  # a corpus without a validation set is measured on what it was learned from, and says so
-    if not held: held = train
-    words, letters = word_counts(held, config.lowercase), sum(p in special_tokens or len(p.removeprefix("##")) == 1 for p in pieces)
+    # A corpus without a validation set is measured on what it was learned from, and says so
+    on = "validation" if held else "train"
+    if not held:
+        held = train
+    words = word_counts(held, config.lowercase)
+    letters = sum(p in special_tokens or len(p.removeprefix("##")) == 1 for p in pieces)
     record.progress(2, 3, "parts")
-    sizes = sorted({letters, *(2**k for k in range(8, 30) if letters < 2**k < len(pieces)), len(pieces)})
+    powers = (2**k for k in range(8, 30) if letters < 2**k < len(pieces))
+    sizes = sorted({letters, *powers, len(pieces)})
     rows = {n: measure(wordpiece(pieces[:n], config.lowercase), held, words) for n in sizes}
-    for n, found in rows.items(): record.log(kind="size", vocabulary=n, **found)
-    for row in zipf_rows(words, made): record.log(**row)
-    record.save_metrics(vocabulary=len(pieces), asked=config.vocab_size, letters=letters, texts=len(train), measured_on=on, **rows[len(pieces)])
+    for n, found in rows.items():
+        record.log(kind="size", vocabulary=n, **found)
+    for row in zipf_rows(words, made):
+        record.log(**row)
+    record.save_metrics(
+        vocabulary=len(pieces),
+        asked=config.vocab_size,
+        letters=letters,
+        texts=len(train),
+        measured_on=on,
+        **rows[len(pieces)],
+    )
     record.progress(3, 3, "parts")
     return record.artifact("tokenizer")

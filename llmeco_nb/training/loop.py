@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['epoch_permutation', 'batch_indices', 'length_bucketed_batches', 'measure_step_time', 'resolve_plan',
-           'resolve_plan_on_rank_zero', 'first_state', 'to_device', 'train_step', 'rows_before', 'train', 'spike_guard',
-           'rollback', 'run_evaluation']
+           'resolve_plan_on_rank_zero', 'first_state', 'to_device', 'digest', 'must_share', 'train_step', 'rows_before',
+           'train', 'spike_guard', 'rollback', 'run_evaluation']
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #dd6b2d6f
 import json
@@ -27,7 +27,7 @@ from .loss_spikes import UnstableStep, is_loss_spike, rolled_back_state
 from .optim import Optimiser, schedule_of
 from .parallel import all_reduce_sum, barrier, current_world, mark_step
 from .parallel import rank_slice, reduce_gradients, run_on_rank_zero
-from .parallel import seed_per_rank
+from .parallel import seed_per_rank, told_by_all
 from .prefetch import Prefetch
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #55b1291c
@@ -98,7 +98,7 @@ def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], di
 # %% ../../nbs/1_pretraining/17_loop.ipynb #0c0ec91a
 def first_state() -> dict:
     "The loop's numbers before the first step."
-    return dict(step=0, tokens=0, seconds=0.0, loss_sum=0.0, weight=0.0, since=0, logged=0.0, loss=None, rows=0, stale=0, best=None, best_step=None, best_sha256=None, stopped=False, done=False,
+    return dict(step=0, tokens=0, seconds=0.0, loss_sum=0.0, weight=0.0, since=0, logged=0.0, loss=None, rows=0, stale=0, best=None, best_step=None, best_sha256=None, lowest_loss=None, stopped=False, done=False,
                 rewinds=0, instead={}, rate=1.0, recent=[])     # the guard's: see 15a_loss_spikes
 
 def to_device(batch, device: torch.device):
@@ -106,6 +106,24 @@ def to_device(batch, device: torch.device):
     if isinstance(batch, torch.Tensor): return batch.to(device)
     if isinstance(batch, dict): return {k: to_device(v, device) for k, v in batch.items()}
     return type(batch)(to_device(v, device) for v in batch) if isinstance(batch, (tuple, list)) else batch
+
+def digest(batch) -> str:
+    "SHA-256 in hex of a batch: tensors, plain values, and dictionaries and lists of them."
+    def plain(b):
+        if isinstance(b, torch.Tensor):
+            return b.tolist()
+        if isinstance(b, dict):
+            return {k: plain(v) for k, v in b.items()}
+        return [plain(v) for v in b] if isinstance(b, (tuple, list)) else b
+    return sha256_text(repr(plain(batch)))
+
+def must_share(name: str, batches: Callable):
+    "Raise `UsageError` where several processes would all learn from the same batches."
+    size = current_world().size
+    if size > 1 and len(set(told_by_all(digest(batches(0))))) == 1:
+        raise UsageError(f"The training {name} gives each of the {size} processes the same batches, "
+                         "so all would do the same work. Start it in one process, or let its "
+                         "batches depend on the rank (see 16_parallel).")
 
 def train_step(model, step, batches, optimiser, factor: float, s: int, accumulation: int, size, sound: Callable, b: int) -> tuple[float, float, int, float]:
     "Step `s` on the micro-batches of place `b`, then the update. Returns (loss sum, weight, tokens read, norm of the gradient). Raises `UnstableStep` for a loss that is no number, or that `sound` refuses."
@@ -139,7 +157,7 @@ def train(model: torch.nn.Module,
           optimiser: Optimiser,             # Of this model
           plan: dict,                       # Whole numbers and names, see above
           record: Record,
-          evaluate: Callable | None = None, # model -> {name: number}; holds `watch`
+          evaluate: Callable | None = None, # model -> {name: number}; holds `watch`; see `run_evaluation`
           on_checkpoint: Callable | None = None, # Called with the step after each checkpoint
           watch: str = "validation_loss",   # What decides which weights are best
           higher: bool = False,             # Whether more of it is better
@@ -158,6 +176,7 @@ def train(model: torch.nn.Module,
     state = {**first_state(), **(load_checkpoint(folder, optimiser, belongs) or {"rows": run_on_rank_zero(lambda: rows_before(folder, record))})}
     if not state["done"]: record.rewind(state["rows"])    # after a training that is done, the rows of the next one may follow
     barrier()                                             # nobody writes a checkpoint that somebody is still reading
+    if not state["done"]: must_share(name, batches)
     if plan.get("guard") and run_on_rank_zero(lambda: not (folder/"checkpoint.json").exists()): save_checkpoint(folder, optimiser, state, belongs, current_world().rank == 0)    # somewhere to go back to
     begun, due = time.monotonic() - state["seconds"], lambda key, s: plan.get(key) and s % plan[key] == 0
     model.train()
@@ -183,7 +202,8 @@ def train(model: torch.nn.Module,
                 state.update(loss_sum=0.0, weight=0.0, since=0, logged=spent, rows=state["rows"] + 1)
             record.progress(state["tokens"], round(state["tokens"] / s * plan["steps"]), "tokens")
             if evaluate and (last or due("evaluate_every", s)):
-                run_evaluation(model, optimiser, evaluate, state, record, folder, watch, higher)
+                warmup = plan.get("warmup", 0)
+                run_evaluation(model, optimiser, evaluate, state, record, folder, watch, higher, warmup)
                 state["stopped"] = bool(plan.get("patience")) and state["stale"] >= plan["patience"]
             state["done"] = last or state["stopped"]
             if state["done"] or due("checkpoint_every", s):
@@ -212,8 +232,13 @@ def rollback(folder, optimiser, belongs: dict, state: dict, plan: dict, record: 
     barrier()
     return after
 
-def run_evaluation(model, optimiser, evaluate, state: dict, record: Record, folder, watch: str, higher: bool):
-    "Evaluate, log, and keep the weights if they are the best so far. Raises `UsageError` when `watch` is not among the values."
+def run_evaluation(model, optimiser, evaluate, state: dict, record: Record, folder, watch: str, higher: bool,
+                   warmup: int = 0   # Steps; an evaluation within them does not count against patience
+                  ):
+    """Evaluate, log, and keep the weights if `watch` is the best so far. Progress is a better
+    `watch` or a lower `validation_loss`, if that is among the values; evaluations without it are
+    counted in `state`. Raises `UsageError` when `watch` is not among the values, `DataError` when
+    it is no number."""
     model.eval()
     with optimiser.averaged(), torch.inference_mode(): values = {k: float(v) for k, v in evaluate(model).items()}
     values = run_on_rank_zero(lambda: values)
@@ -223,8 +248,17 @@ def run_evaluation(model, optimiser, evaluate, state: dict, record: Record, fold
     state["rows"] += 1
     value = values[watch]
     if math.isnan(value): raise DataError(f"{watch} is nan at step {state['step']}.")
-    if state["best"] is None or (value > state["best"] if higher else value < state["best"]):
+    best = state["best"]
+    better = best is None or (value > best if higher else value < best)
+    if better:
         sha256 = save_best(folder, optimiser, state["step"], current_world().rank == 0)
         sha256 = run_on_rank_zero(lambda: sha256)
-        state.update(best=value, best_step=state["step"], best_sha256=sha256, stale=0)
-    else: state["stale"] += 1
+        state.update(best=value, best_step=state["step"], best_sha256=sha256)
+    lowest = math.inf if state["lowest_loss"] is None else state["lowest_loss"]
+    lower = values.get("validation_loss", math.inf) < lowest
+    if lower:
+        state["lowest_loss"] = values["validation_loss"]
+    if better or lower:
+        state["stale"] = 0
+    elif state["step"] > warmup:
+        state["stale"] += 1
