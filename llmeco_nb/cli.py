@@ -31,7 +31,8 @@ from .runner.store import link
 
 # %% ../nbs/0_ground/01c_cli.ipynb #21bfbd25
 def parse_settings(given: list[str], files: list[Path], single: bool = False) -> list[tuple[str, str, object]]:
-    "(stage, parameter, value) for every -f entry and then every -p; with `single` there is no stage part. Raises `UsageError`."
+    """(stage, parameter, value) for every -f entry and then every -p; with `single` there is no
+    stage part. Raises `UsageError`."""
     found = []
     for f in files:
         for stage, values in read_yaml(f).items():
@@ -66,8 +67,10 @@ def status_table(pipe, board):
         spent = time.monotonic() - p.watch.started if p.watch and p.state == "running" else p.seconds
         done, total = state.get("done"), state.get("total")
         row = state.get("row") or {}
-        first, pace = state.get("first", 0), time.monotonic() - state.get("since", time.monotonic())      # of what was seen to be done; before that it prepared, or another attempt did it
-        rate = row.get("tokens_per_s") if state.get("unit") == "tokens" else None                     # a training measures its own speed
+        # of what was seen to be done; before that it prepared, or another attempt did it
+        first, pace = state.get("first", 0), time.monotonic() - state.get("since", time.monotonic())
+        # a training measures its own speed
+        rate = row.get("tokens_per_s") if state.get("unit") == "tokens" else None
         if not rate: rate = (done - first) / pace if done and pace > 1 else 0
         left = remaining_seconds(done - first, total - first, pace) if done and total else None
         speed = f"{rate:,.0f} {state.get('unit', '')}/s  " if done and rate else ""
@@ -126,7 +129,7 @@ def command(options: type    # A dataclass whose fields are made by `option`
         return work
     return register
 
-def option(default,                     # Value where nothing is typed
+def option(default: object,                      # Value where nothing is typed
            names: str,                  # Such as "--profile -P"
            said: str,                   # What the help says of it
            metavar: str | None = None   # What the help shows for a value
@@ -217,7 +220,9 @@ def chosen_stages(instances: list[Instance],    # All of a profile, in the order
                   only: list[str],              # What --only was told
                   start: str | None             # What --from was told
                  ) -> set[str] | None:
-    "Names of the instances that --only and --from leave in play; None for all. Raises `UsageError`."
+    """Names of the instances that --only and --from leave in play; None for all.
+
+    Raises `UsageError`."""
     from llmeco_nb.runner.pipeline import select_instances
     if only and start: raise UsageError("Give --only or --from, not both.")
     if only: return {o.name for name in only for o in select_instances(instances, name, "--only")}
@@ -235,7 +240,8 @@ def stages(o: Settings):
     from llmeco_nb.runner.pipeline import Pipeline, open_run, set_parameters
     house = StageRegistry.find()
     pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
-    set_parameters(pipe.instances, parse_settings(o.given, o.files), "-p")   # "what if": nothing is stored
+    # "what if": nothing is stored
+    set_parameters(pipe.instances, parse_settings(o.given, o.files), "-p")
     t = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("stage", "state", "why"): t.add_column(column, overflow="fold")
     for name, look in pipe.looks().items():

@@ -39,18 +39,22 @@ def _read(value: Any, kind: Any) -> Any:
 RULES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=False)
 
 def adapter(kind: Any) -> TypeAdapter:
-    "What turns a written value into the type `kind`, which may carry bounds as `Annotated`. Raises `ValidationError`."
+    """What turns a written value into the type `kind`, which may carry bounds as `Annotated`.
+
+    Raises `ValidationError`."""
     return TypeAdapter(Annotated[kind, BeforeValidator(lambda value: _read(value, kind))], config=RULES)
 
 # %% ../nbs/0_ground/00f_config.ipynb #313f1e2f
 T = TypeVar("T")
-EXECUTION_ONLY = "execution only"      # mark of a field that changes how a result is computed, never which
+# mark of a field that changes how a result is computed, never which
+EXECUTION_ONLY = "execution only"
 ExecutionOnly = Annotated[T, EXECUTION_ONLY]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def stage_config(cls: type) -> type:
-    "Make a class a frozen, keyword-only dataclass whose fields pydantic validates; a wrong value raises `UsageError`."
+    """Make a class a frozen, keyword-only dataclass whose fields pydantic validates; a wrong value
+    raises `UsageError`."""
     made = dataclass(frozen=True, kw_only=True, config=RULES)(cls)
     validated = made.__init__
     @functools.wraps(validated)
@@ -69,7 +73,9 @@ def refusal(where: str, error: ValidationError, name: str = "") -> str:
 
 @stage_config
 class StageConfig:
-    "What a stage may be told. Subclasses are frozen, keyword-only pydantic dataclasses, one commented line a field."
+    """What a stage may be told.
+
+    Subclasses are frozen, keyword-only pydantic dataclasses, one commented line a field."""
 
     @classmethod
     def types(cls) -> dict[str, Any]:
@@ -78,12 +84,16 @@ class StageConfig:
 
     @classmethod
     def from_cell(cls, names: Mapping[str, Any]) -> Self:
-        "The config whose fields stand in `names`, usually a notebook's globals(). Raises `UsageError` naming each wrong field."
+        """The config whose fields stand in `names`, usually a notebook's globals().
+
+        Raises `UsageError` naming each wrong field."""
         return cls.of({name: names[name] for name in cls.types() if name in names})
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        "The config with these values, read as `adapter` does; the rest at its defaults. Raises `UsageError`, prefixed with `where`."
+        """The config with these values, read as `adapter` does; the rest at its defaults.
+
+        Raises `UsageError`, prefixed with `where`."""
         known = cls.types()
         if unknown := [name for name in values if name not in known]:
             raise UsageError(f"{where or cls.__name__} has no parameter {', '.join(unknown)}. There are: {', '.join(known)}.")
@@ -91,7 +101,9 @@ class StageConfig:
 
     @classmethod
     def read(cls, name: str, value: Any, where: str = "") -> Any:
-        "One field's value as its type has it. Raises `UsageError` that names field, value, reason and default."
+        """One field's value as its type has it.
+
+        Raises `UsageError` that names field, value, reason and default."""
         field = next(f for f in dataclasses.fields(cls) if f.name == name)
         return read_value(f"{where}.{name}" if where else name, value, field.type, default_of(field))
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 # %% ../nbs/0_ground/00_core.ipynb #3b363d6f
 class LlmecoError(Exception):
-    "An error we foresaw: its message is shown to people without a traceback; `code` becomes the exit status."
+    """An error we foresaw: its message is shown to people without a traceback; `code` becomes the
+    exit status."""
     code = 1
 
 class UsageError(LlmecoError):
@@ -38,7 +39,8 @@ class MissingError(LlmecoError):
     code = 3
 
 class DataError(LlmecoError):
-    "Data that are here but cannot be used: empty, one class only, broken encoding, a column that does not exist."
+    """Data that are here but cannot be used: empty, one class only, broken encoding, a column that
+    does not exist."""
     code = 4
 
 class CellError(LlmecoError):
@@ -68,7 +70,8 @@ def fsync_folder(path: Path):
 
 def write_bytes(path: str | Path, # Final name; its folder must exist
                 data: bytes):     # What the file shall hold
-    "Write `data` under `path` so that a crash leaves the former file or the new one, never a mixture."
+    """Write `data` under `path` so that a crash leaves the former file or the new one, never a
+    mixture."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -83,7 +86,7 @@ def write_bytes(path: str | Path, # Final name; its folder must exist
     fsync_folder(path.parent)
 
 # %% ../nbs/0_ground/00_core.ipynb #799d7148
-def write_json(path: str | Path, obj):
+def write_json(path: str | Path, obj: object):
     "Write `obj` as readable JSON through `write_bytes`."
     write_bytes(path, (json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
@@ -95,7 +98,9 @@ def read_json(path: str | Path):
 
 # %% ../nbs/0_ground/00_core.ipynb #2d164e10
 def sha256_of(path: str | Path) -> str:
-    "SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs. Raises `MissingError`."
+    """SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs.
+
+    Raises `MissingError`."""
     path = Path(path)
     if path.is_dir():
         files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
@@ -112,7 +117,8 @@ def sha256_text(text: str) -> str:
 @contextmanager
 def lock(path: str | Path,                          # Lock file; made here, removed on leaving
          waiting: Callable[[], None] | None = None): # Called once if somebody else holds it
-    "Hold the lock at `path` for the length of a `with` block, waiting as long as another living process holds it."
+    """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
+    process holds it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -132,7 +138,8 @@ def lock(path: str | Path,                          # Lock file; made here, remo
 
 # %% ../nbs/0_ground/00_core.ipynb #5b6f3073
 def runs_dir() -> Path:
-    "The folder of all runs: `$LLMECO_RUNS`, else `runs` beside the enclosing checkout's settings.ini, else `runs` here."
+    """The folder of all runs: `$LLMECO_RUNS`, else `runs` beside the enclosing checkout's
+    settings.ini, else `runs` here."""
     if os.environ.get("LLMECO_RUNS"): return Path(os.environ["LLMECO_RUNS"]).absolute()
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -149,7 +156,8 @@ def scratch(name: str) -> Path:
 
 # %% ../nbs/0_ground/00_core.ipynb #77116da5
 def source_digest(function: Callable) -> str:
-    "SHA-256 in hex of the file a function stands in, wherever that is; of its bytecode where it was typed into a notebook."
+    """SHA-256 in hex of the file a function stands in, wherever that is; of its bytecode where it
+    was typed into a notebook."""
     code = inspect.unwrap(function).__code__
     file = Path(code.co_filename)
     return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
@@ -158,7 +166,8 @@ def cached_fixture(name: str,                    # Of its folder under runs/scra
                    make: Callable[[Path], None], # Fills the folder it is given, which does not exist yet
                    *depends: object              # Functions count by the file they stand in, paths by content, all else as text
                   ) -> Path:
-    "The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash leaves none."
+    """The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash
+    leaves none."""
     def digest(one) -> str:
         if isinstance(one, Path): return sha256_of(one)
         return source_digest(one) if callable(one) else repr(one)
@@ -173,7 +182,9 @@ def cached_fixture(name: str,                    # Of its folder under runs/scra
 
 # %% ../nbs/0_ground/00_core.ipynb #5f88a0fa
 class Record:
-    "One stage's folder: artifacts, metrics, log, plan, progress. Made by `create_record`, read by `open_record`."
+    """One stage's folder: artifacts, metrics, log, plan, progress.
+
+    Made by `create_record`, read by `open_record`."""
     def __init__(self, path: str | Path, stage: str): self.path, self.stage, self._shown = Path(path), stage, 0.0
     def __repr__(self): return f"Record({self.stage}, {self.path.name})"
 
@@ -194,7 +205,10 @@ class Record:
         return read_json(file) if file.exists() else {}
 
     def save_metrics(self, **numbers):
-        "Add to the final numbers. Values are numbers, strings or booleans; NaN and infinity are refused with `DataError`."
+        """Add to the final numbers.
+
+        Values are numbers, strings or booleans; NaN and infinity are refused with
+        `DataError`."""
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in numbers.items()}
         for k, v in plain.items():
             if isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))): raise DataError(f"The metric {k} is {v}, which is no result.")
@@ -212,12 +226,15 @@ class Record:
         return [json.loads(line) for line in lines]
 
     def rewind(self, rows: int):
-        "Keep the first `rows` rows of the log: a stage that resumes from a checkpoint drops what was logged after it."
+        """Keep the first `rows` rows of the log: a stage that resumes from a checkpoint drops what
+        was logged after it."""
         file = self.path/"log.jsonl"
         if file.exists(): write_bytes(file, b"".join(line + b"\n" for line in file.read_bytes().split(b"\n")[:-1][:rows]))
 
     def plan(self, make: Callable[[], dict]) -> dict:
-        "The stage's plan: `make()` the first time, what was stored ever after. Kept beside the record, so a rerun takes it too."
+        """The stage's plan: `make()` the first time, what was stored ever after.
+
+        Kept beside the record, so a rerun takes it too."""
         file = self.path.with_name(self.path.name.removesuffix(".partial") + ".plan.json")
         if not file.exists():
             plan = make()
@@ -227,12 +244,15 @@ class Record:
         return read_json(file)
 
     def progress(self, done: int, total: int | None, unit: str = "items"):
-        "Tell the terminal how far the stage is; cheap enough for every step, written at most five times a second."
+        """Tell the terminal how far the stage is; cheap enough for every step, written at most
+        five times a second."""
         now = time.monotonic()
         if now - self._shown < 0.2 and done != total: return
         self._shown = now
         try: (self.path/"progress.json").write_text(json.dumps(dict(done=done, total=total, unit=unit)))
-        except OSError: pass    # a display is no reason to fail; a disk that is full will show itself at the next real write
+        # a display is no reason to fail; a disk that is full will show itself at the next real
+        # write
+        except OSError: pass
 
     def track(self, items: Iterable, total: int | None = None, unit: str = "items") -> Iterator:
         "Yield `items` while telling `progress`."
@@ -242,14 +262,18 @@ class Record:
             self.progress(n, total, unit)
 
 # %% ../nbs/0_ground/00_core.ipynb #c3aec377
-kept_files = {"record.json", "resume", "notebook.ipynb"}  # what `create_record` leaves of an earlier attempt; the notebook is being written by its runner
+# what `create_record` leaves of an earlier attempt; the notebook is being written by its runner
+kept_files = {"record.json", "resume", "notebook.ipynb"}
 
 def create_record(out: str | Path,      # The record's folder; "" for runs/scratch/<stage>
                   stage: str) -> Record: # Name of the stage
-    "Open a record for a new attempt, empty but for `resume/` and its log. Raises `WriteError` if the folder is somebody else's."
+    """Open a record for a new attempt, empty but for `resume/` and its log.
+
+    Raises `WriteError` if the folder is somebody else's."""
     path = Path(out) if str(out) else scratch(stage)
     path.mkdir(parents=True, exist_ok=True)
-    foreign = {f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.\d+\.tmp", f.name)} - kept_files    # `write_bytes` leaves such a file when killed
+    # `write_bytes` leaves such a file when killed
+    foreign = {f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.\d+\.tmp", f.name)} - kept_files
     if foreign and not (path/"record.json").exists():
         raise WriteError(f"{path} holds files that are not a stage's record (such as {sorted(foreign)[0]}). Give `out` a new or empty folder.")
     write_json(path/"record.json", {"stage": stage})
@@ -260,7 +284,9 @@ def create_record(out: str | Path,      # The record's folder; "" for runs/scrat
     return Record(path, stage)
 
 def open_record(out: str | Path, stage: str) -> Record:
-    'Open the record that `create_record` with the same arguments made. Raises `MissingError` if there is none.'
+    """Open the record that `create_record` with the same arguments made.
+
+    Raises `MissingError` if there is none."""
     path = Path(out) if str(out) else runs_dir()/"scratch"/stage
     if not (path/"record.json").exists(): raise MissingError(f"There is no record of the stage {stage} in {path}. Run the stage first.")
     return Record(path, stage)
@@ -275,7 +301,9 @@ def format_duration(seconds: float | None) -> str:
 
 # %% ../nbs/0_ground/00_core.ipynb #9bc2785f
 def seed_everything(seed: int):
-    "Seed Python's, numpy's and (where imported) torch's generators. `seed` is an integer in [0, 2**32)."
+    """Seed Python's, numpy's and (where imported) torch's generators.
+
+    `seed` is an integer in [0, 2**32)."""
     if not 0 <= seed < 2**32: raise UsageError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}.")
     random.seed(seed)
     import numpy as np
@@ -286,7 +314,8 @@ def seed_everything(seed: int):
 palette = ["#3866a8", "#d9793b", "#4a9a6a", "#b8476b", "#7d6bb0", "#8a7a5c", "#3fa3b5", "#6b6b6b"]
 
 def figure_style():
-    "Set matplotlib's defaults to the house style: quiet axes, direct labels, eight colours told apart by the colour-blind too."
+    """Set matplotlib's defaults to the house style: quiet axes, direct labels, eight colours told
+    apart by the colour-blind too."""
     import matplotlib as mpl
     mpl.rcParams.update({
         "figure.figsize": (7, 3.6), "figure.dpi": 110, "savefig.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
@@ -295,15 +324,16 @@ def figure_style():
         "axes.axisbelow": True, "axes.edgecolor": "#888888", "xtick.color": "#555555", "ytick.color": "#555555",
         "legend.frameon": False, "lines.linewidth": 1.8, "axes.prop_cycle": mpl.cycler(color=palette)})
 
-def save_figure(fig, record: Record, name: str) -> Path:
-    "Save a matplotlib figure as figures/<name>.png of the record (or of the page that is being made from it)."
+def save_figure(fig: object, record: Record, name: str) -> Path:
+    """Save the matplotlib figure `fig` as figures/<name>.png of the record (or of the page that is being
+    made from it)."""
     folder = Path(os.environ.get("LLMECO_PAGE") or record.path)/"figures"
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder/f"{name}.png", metadata={"Software": None})
     return folder/f"{name}.png"
 
 # %% ../nbs/0_ground/00_core.ipynb #4f275dd2
-def plain_text(label) -> str:
+def plain_text(label: object) -> str:
     """A label for matplotlib that is drawn as the text it is, whatever a user put into it.
 
     Without it `$` begins a formula, and a line whose label begins with `_` has no place in a legend."""

@@ -43,7 +43,8 @@ def code_key(house: StageRegistry, notebook: Notebook) -> str:
 def run_benchmark(house: StageRegistry, name: str,
                   settings: dict,      # Parameters to change, such as level, data, peer
                   watching=lambda watch: None) -> Path:
-    "Run a benchmark into runs/bench/<name>, replacing the former result when the new one is whole. Raises `UsageError`."
+    """Run a benchmark into runs/bench/<name>, replacing the former result when the new one is
+    whole. Raises `UsageError`."""
     if name not in benchmarks(house): raise UsageError(f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(house))}")
     one = Instance(name, Notebook.read(benchmarks(house)[name]))
     one.values = {k: p.default for k, p in one.parameters.items()}
@@ -51,9 +52,12 @@ def run_benchmark(house: StageRegistry, name: str,
     final = runs_dir()/"bench"/name
     partial, former = final.with_name(name + ".partial"), final.with_name(name + ".former")
     with lock(final.with_name(f".{name}.lock")):
-        if former.exists() and not final.exists(): former.rename(final)       # a runner died between the two renames below
-        plan, asked, key = final.with_name(name + ".plan.json"), final.with_name(name + ".asked.json"), code_key(house, one.notebook)      # the key of the code that runs, whatever is edited meanwhile
-        if asked.exists() and read_json(asked) != one.values:                 # an interrupted run with other parameters left parts that are none of this one
+        # a runner died between the two renames below
+        if former.exists() and not final.exists(): former.rename(final)
+        # the key of the code that runs, whatever is edited meanwhile
+        plan, asked, key = final.with_name(name + ".plan.json"), final.with_name(name + ".asked.json"), code_key(house, one.notebook)
+        # an interrupted run with other parameters left parts that are none of this one
+        if asked.exists() and read_json(asked) != one.values:
             shutil.rmtree(partial, ignore_errors=True)
             plan.unlink(missing_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,8 @@ def run_benchmark(house: StageRegistry, name: str,
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #01fa7bdb
 def keep_record(house: StageRegistry, result: Path) -> Path:
-    "Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON artifacts, plan, machine, key."
+    """Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON
+    artifacts, plan, machine, key."""
     if not house.checkout: raise UsageError("Records are kept in a checkout of the project; this is an installed package.")
     m = read_json(result/"manifest.json")
     rows = (result/"log.jsonl").read_text().splitlines() if (result/"log.jsonl").exists() else []
@@ -92,7 +97,8 @@ def kept_record(house: StageRegistry, notebook: Path) -> Path | None:
     return next((file for name, p in benchmarks(house).items() if p == notebook and (file := house.nbs/"records"/f"{name}.json").exists()), None)
 
 def restore_record(file: Path, folder: Path):
-    "Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the JSON artifacts that were kept."
+    """Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the
+    JSON artifacts that were kept."""
     kept = read_json(file)
     write_json(folder/"record.json", {"stage": file.stem})
     write_json(folder/"metrics.json", kept["metrics"])
@@ -105,7 +111,8 @@ def is_stale(house: StageRegistry, file: Path) -> bool:
     return not notebook or read_json(file)["key"] != code_key(house, Notebook.read(notebook))
 
 def quote(name: str, metric: str, digits: int = 3, house: StageRegistry | None = None, times: float = 1) -> str:
-    "A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark has changed since; 'not measured' if there is none."
+    """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
+    has changed since; 'not measured' if there is none."""
     house = house or StageRegistry.find()
     file = house.nbs/"records"/f"{name}.json"
     if not file.exists() or metric not in read_json(file)["metrics"]: return "not measured"

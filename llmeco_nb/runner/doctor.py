@@ -80,7 +80,8 @@ def prune_runs(runs: Path,
         key = entry.name.removesuffix(".partial").removesuffix(".page").removesuffix(".plan.json").rpartition("-")[2]
         if key not in needed or entry.name.endswith((".partial", ".page")): gone.append(entry)
     hour_ago = time.time() - 3600
-    gone += [f for folder in (runs, store, *(r.path for r in known)) for f in sorted(folder.glob(".*.tmp")) if f.lstat().st_mtime < hour_ago]   # half-written files of killed processes
+    # half-written files of killed processes
+    gone += [f for folder in (runs, store, *(r.path for r in known)) for f in sorted(folder.glob(".*.tmp")) if f.lstat().st_mtime < hour_ago]
     sizes = [(p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink())) for p in gone]
     for p in gone if not dry_run else []:
         if p.name.endswith(".tmp"): p.unlink(missing_ok=True); continue

@@ -21,18 +21,21 @@ from typing import Literal, Optional
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #4a48e0f5
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores"}     # fields that say nothing about what is computed
+# fields that say nothing about what is computed
+NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores"}
 
 def meaning(code: str | ast.AST,
             package: str = ""     # Imports from this package count without their module
            ) -> str:
-    "Normal form of Python code, the same under every Python: no comments, docstrings, layout. Raises `SyntaxError`."
+    """Normal form of Python code, the same under every Python: no comments, docstrings, layout.
+    Raises `SyntaxError`."""
     return _written(ast.parse(code) if isinstance(code, str) else code, package)
 
 def _written(node, package: str) -> str:
     "A syntax tree as text: class names and the fields that are set, by name."
     if isinstance(node, list): return "[" + " ".join(_written(n, package) for n in node) + "]"
-    if not isinstance(node, ast.AST): return ascii(node)     # `repr` follows Unicode's tables, which grow with Python
+    # `repr` follows Unicode's tables, which grow with Python
+    if not isinstance(node, ast.AST): return ascii(node)
     if isinstance(node, (ast.Import, ast.ImportFrom)) and package:
         ours, others = _imported(node, package)
         if ours: return f"(import {' '.join(ours)})" + (_written(others, package) if others else "")
@@ -42,7 +45,8 @@ def _written(node, package: str) -> str:
     return f"({type(node).__name__}" + "".join(f" {k}={_written(fields[k], package)}" for k in sorted(fields)) + ")"
 
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:
-    "The parts of an f-string with neighbouring texts made one and empty ones left out; Python 3.12 adds some."
+    """The parts of an f-string with neighbouring texts made one and empty ones left out; Python
+    3.12 adds some."""
     found: list[ast.expr] = []
     for part in parts:
         text = part.value if isinstance(part, ast.Constant) else None
@@ -52,13 +56,15 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     return found
 
 def _without_docstring(node: ast.AST) -> list[ast.stmt]:
-    "The statements of a body but for its docstring; a definition that is nothing else does nothing."
+    """The statements of a body but for its docstring; a definition that is nothing else does
+    nothing."""
     first = node.body[0] if node.body else None
     if not (isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)): return node.body
     return node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
 
 def _imported(node: ast.Import | ast.ImportFrom, package: str) -> tuple[list[str], ast.Import | None]:
-    "What an import brings from `package`, by name alone; and the import of the rest, if there is any."
+    """What an import brings from `package`, by name alone; and the import of the rest, if there is
+    any."""
     def written(a: ast.alias, bound: str) -> str: return f"{a.name if isinstance(node, ast.ImportFrom) else ''}>{bound}"
     if isinstance(node, ast.ImportFrom):
         inside = node.level > 0 or (node.module or "").split(".")[0] == package
@@ -82,7 +88,8 @@ class Cell:
 
     @cached_property
     def tree(self) -> ast.Module:
-        "Syntax tree of the cell; IPython's line magics and shell lines are left out (they count through `text`)."
+        """Syntax tree of the cell; IPython's line magics and shell lines are left out (they count
+        through `text`)."""
         return ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in self.source.splitlines()))
 
     def text(self, package: str = "") -> str:
@@ -100,7 +107,10 @@ class Notebook:
 
     @classmethod
     def read(cls, path: str | Path) -> "Notebook":
-        "Read an .ipynb file. Raises `MissingError`, or `DataError` naming the notebook and the cell that cannot be read."
+        """Read an .ipynb file.
+
+        Raises `MissingError`, or `DataError` naming the notebook and the cell that cannot
+        be read."""
         path = Path(path)
         try: nb = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError: raise MissingError(f"There is no notebook {path}.") from None
@@ -122,7 +132,8 @@ class Notebook:
         return [c for c in self.cells if c.role in roles]
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #7ca0ad24
-TYPES = dict(int=int, float=float, bool=bool, str=str, list=list, Literal=Literal, Optional=Optional)     # of parameter cells
+# of parameter cells
+TYPES = dict(int=int, float=float, bool=bool, str=str, list=list, Literal=Literal, Optional=Optional)
 
 @dataclass
 class Parameter:
@@ -132,14 +143,19 @@ class Parameter:
     default: object
     comment: str = ""
 
-    def coerce(self, value, where: str = ""):
-        "Turn `value` (from YAML or the command line) into this parameter's type. Raises `UsageError`."
+    def coerce(self, value: object, where: str = ""):
+        """Turn `value` (from YAML or the command line) into this parameter's type.
+
+        Raises `UsageError`."""
         from llmeco_nb.config import read_value               # pydantic, only where a value is read
-        kind = eval(self.type, {"__builtins__": {}}, TYPES)     # an annotation of our own notebooks, read as syntax before
+        # an annotation of our own notebooks, read as syntax before
+        kind = eval(self.type, {"__builtins__": {}}, TYPES)
         return read_value(f"{where}.{self.name}" if where else self.name, value, kind, self.default)
 
 def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
-    "The parameters of a notebook by name, in order. Raises `DataError` where a line is not `name: type = value`."
+    """The parameters of a notebook by name, in order.
+
+    Raises `DataError` where a line is not `name: type = value`."""
     found = {}
     for cell in notebook.role("parameters"):
         lines = cell.source.splitlines()
@@ -199,9 +215,11 @@ def bound_names(node: ast.Import | ast.ImportFrom, package: str,
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #3e068f17
 def dotted_names(node: ast.AST) -> set[str]:
-    "Every name read inside `node`, with the attributes taken of it: `core.write_json` gives 'core.write_json'."
+    """Every name read inside `node`, with the attributes taken of it: `core.write_json` gives
+    'core.write_json'."""
     found, inner = set(), set()
-    for n in ast.walk(node):                              # breadth first: an attribute is met before the name inside it
+    # breadth first: an attribute is met before the name inside it
+    for n in ast.walk(node):
         chain, root = [], n
         while isinstance(root, ast.Attribute): chain.append(root.attr); root = root.value
         if isinstance(root, ast.Name) and id(root) not in inner:
@@ -218,7 +236,8 @@ class Package:
         self._facts: dict[tuple[str, str], tuple[str | None, set[tuple[str, str]]]] = {}
 
     def file(self, name: str) -> Path | None:
-        "The file of the module `name`, such as `training.loop`, or None if the package has none of that name."
+        """The file of the module `name`, such as `training.loop`, or None if the package has none
+        of that name."""
         if name not in self._files:
             path = self.folder.joinpath(*name.split("."))
             there = [f for f in (path.with_suffix(".py"), path/"__init__.py") if name and f.is_file()]
@@ -243,7 +262,8 @@ class Package:
         return max((k for k in range(1, len(path) + 1) if self.file(".".join(path[:k]))), default=0)
 
     def find(self, name: str, imports: dict[str, str]) -> set[tuple[str, str]]:
-        "Which (module, definition) pairs the dotted `name` means where `imports` holds; a whole module is (module, '*')."
+        """Which (module, definition) pairs the dotted `name` means where `imports` holds; a whole
+        module is (module, '*')."""
         root, *rest = name.split(".")
         if root not in imports: return set()
         origin, _, wanted = imports[root].partition(":")
@@ -253,7 +273,8 @@ class Package:
         return {(".".join(path[:depth]), path[depth] if len(path) > depth else "*")} if depth else set()
 
     def targets(self, node: ast.AST, imports: dict[str, str], home: str | None = None) -> set[tuple[str, str]]:
-        "The (module, definition) pairs that `node` reads, in a place where `imports` holds; `home` is the module it stands in."
+        """The (module, definition) pairs that `node` reads, in a place where `imports` holds;
+        `home` is the module it stands in."""
         around = dict(imports)
         for n in ast.walk(node):                          # imports inside functions count as well
             if isinstance(n, (ast.Import, ast.ImportFrom)):
@@ -265,7 +286,9 @@ class Package:
         return found
 
     def facts(self, origin: str, name: str) -> tuple[str | None, set[tuple[str, str]]]:
-        "What a definition means (None if it only hands something on) and what it reads. A module's effects are its definition ''."
+        """What a definition means (None if it only hands something on) and what it reads.
+
+        A module's effects are its definition ''."""
         if (origin, name) not in self._facts:
             module = self.module(origin)
             if name == "*": facts = None, {(origin, one) for one in module.definitions}
@@ -277,7 +300,8 @@ class Package:
         return self._facts[origin, name]
 
     def reach(self, nodes: list[ast.AST], imports: dict[str, str]) -> dict[str, str]:
-        "Everything `nodes` reach, given the imports around them: 'module.definition' -> hash of its meaning."
+        """Everything `nodes` reach, given the imports around them: 'module.definition' -> hash of
+        its meaning."""
         found, todo, met = {}, set().union(*(self.targets(n, imports) for n in nodes)), set()
         while todo:
             met.add(target := todo.pop())
@@ -295,7 +319,8 @@ def cell_parts(notebook: Notebook, package: Package, roles: tuple[str, ...]) -> 
             if not isinstance(n, (ast.Import, ast.ImportFrom)): continue
             imports.update(bound_names(n, package.folder.name))
             if cell.role in roles: own.update(bound_names(n, package.folder.name))
-    used = [c.tree for c in mine] + [ast.Name(name, ast.Load()) for name in own]   # what such a cell imports itself may be there for its effect
+    # what such a cell imports itself may be there for its effect
+    used = [c.tree for c in mine] + [ast.Name(name, ast.Load()) for name in own]
     return {"cells": {c.id: sha256_text(c.text(package.folder.name))[:16] for c in mine}, "functions": package.reach(used, imports)}
 
 def work_parts(notebook: Notebook, package: Package,
@@ -320,7 +345,9 @@ def key_of(parts: dict) -> str:
     return sha256_text(json.dumps(counted, sort_keys=True, ensure_ascii=False))[:16]
 
 def _placeless(functions: dict[str, str]) -> set[tuple[str, str]]:
-    "Functions as pairs of bare name and hash of meaning, without the modules they stand in. A library's import keeps its address."
+    """Functions as pairs of bare name and hash of meaning, without the modules they stand in.
+
+    A library's import keeps its address."""
     return {(name if name.startswith("outside.") else name.rpartition(".")[2], hashed) for name, hashed in functions.items()}
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #b4bc7ab2
@@ -333,7 +360,8 @@ def differences(old: dict, new: dict) -> list[str]:
         for name in [*a, *(n for n in b if n not in a)]:
             if a.get(name) == b.get(name) and (name in a) == (name in b): continue
             if kind == "functions" and (name in a) != (name in b):
-                if (name.rpartition(".")[2], a.get(name) or b.get(name)) in moved: continue     # it only stands elsewhere
+                # it only stands elsewhere
+                if (name.rpartition(".")[2], a.get(name) or b.get(name)) in moved: continue
             label = f"{name}module level" if name.endswith(".") else name.removeprefix("outside.")
             if name.startswith("outside."): label = f"library import {label}"
             if kind == "parameters" and name in a and name in b: said.append(f"parameter {name}: {short(a[name])} → {short(b[name])}")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,14 +26,16 @@ from ..core import read_json
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #af0a4278
 def die_with_parent(parent: int):
-    "Arrange for this process to be killed when the process `parent` ends (Linux; elsewhere ipykernel itself looks every second)."
+    """Arrange for this process to be killed when the process `parent` ends (Linux; elsewhere
+    ipykernel itself looks every second)."""
     if sys.platform == "linux":
         import ctypes, signal
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
     if os.getppid() != parent: os._exit(1)              # it had died before we asked
 
 def kernel_class(env: dict[str, str], sockets: Path, started):
-    "A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and complain into its file `stderr`; `started(pid)` is called."
+    """A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and
+    complain into its file `stderr`; `started(pid)` is called."""
     from jupyter_client import AsyncKernelManager
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
@@ -47,7 +50,8 @@ def kernel_class(env: dict[str, str], sockets: Path, started):
 # %% ../../nbs/0_ground/00d_kernel.ipynb #8f6c3840
 @contextmanager
 def socket_folder():
-    "A short-named private folder for a kernel's sockets; those of runners that were killed are swept away first."
+    """A short-named private folder for a kernel's sockets; those of runners that were killed are
+    swept away first."""
     import psutil
     for old in Path(tempfile.gettempdir()).glob("llmeco-*-*"):
         pid = old.name.split("-")[1]
@@ -61,8 +65,11 @@ def execute(notebook,                  # Path, or a notebook node
             output: Path,              # Where the executed notebook goes; kept when a cell fails
             parameters: dict,
             env: dict[str, str] | None = None,
-            started=lambda pid: None): # Told the kernel's process id
-    "Execute a notebook through papermill. Raises the error of the package that a cell raised, `WriteError`, or `CellError` naming the cell."
+            started: Callable[[int], object] = lambda pid: None): # Told the kernel's process id
+    """Execute a notebook through papermill.
+
+    Raises the error of the package that a cell raised, `WriteError`, or `CellError` naming the
+    cell."""
     import logging
     import nbformat
     import papermill
@@ -98,7 +105,8 @@ def _said_by_cell(error, name: str, output: Path) -> LlmecoError:
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #2faf43c8
 class KernelMonitor:
-    "Looks at a kernel and its record a few times a second; `state` is for the display, `peak_mib` for the manifest."
+    """Looks at a kernel and its record a few times a second; `state` is for the display,
+    `peak_mib` for the manifest."""
     def __init__(self, record: Path):
         self.record, self.pid, self.peak_mib, self.state, self._stop, self._speed = record, None, 0.0, {}, threading.Event(), {}
         self._began = {}
@@ -118,15 +126,19 @@ class KernelMonitor:
             except OSError: pass
             row = last_row(self.record/"log.jsonl")
             if row:
-                self._speed |= {k: row[k] for k in ("tokens_per_s", "roof_share") if k in row}      # an evaluation's row has none; the last one still holds
+                # an evaluation's row has none; the last one still holds
+                self._speed |= {k: row[k] for k in ("tokens_per_s", "roof_share") if k in row}
                 self.state = {**self.state, "row": {**self._speed, **row}}
 
     def _progress(self) -> dict:
-        "The record's progress, with `first`, what was done when this work was first seen, and `since`, when that was: preparation, and what an earlier attempt did, say nothing of the pace."
+        """The record's progress, with `first`, what was done when this work was first seen, and
+        `since`, when that was: preparation, and what an earlier attempt did, say nothing of the
+        pace."""
         file = self.record/"progress.json"
         if not file.exists(): self._began = {}; return {}
         now = json_or({}, file)
-        if "done" not in now: return self.state                                          # half written
+        # half written
+        if "done" not in now: return self.state
         same = self._began and all(self.state.get(k) == now.get(k) for k in ("total", "unit")) and now["done"] >= self.state["done"]
         if not same: self._began = dict(first=now["done"], since=time.monotonic())
         return {**now, **self._began}

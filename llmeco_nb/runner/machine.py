@@ -23,7 +23,8 @@ def gflops(n: int,           # Side of the square matrices
            dtype,            # torch.float32 or torch.bfloat16
            seconds: float    # How long to try
           ) -> float:
-    "Best speed seen of an n x n matrix product, in GFLOP/s (1e9 multiply-adds count as 2e9 operations)."
+    """Best speed seen of an n x n matrix product, in GFLOP/s (1e9 multiply-adds count as 2e9
+    operations)."""
     import torch
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     best, until = float("inf"), time.perf_counter() + seconds
@@ -40,7 +41,8 @@ def probe(seconds: float = 0.7  # Per measurement
     for threads in sorted({1, *(2**k for k in range(1, 8) if 2**k <= cores), cores}):
         torch.set_num_threads(threads)
         speed[threads] = gflops(384, torch.float32, seconds)
-    best = max(speed, key=lambda t: speed[t] * (1 - 0.05 * (t > 1)))      # a second thread must earn its keep
+    # a second thread must earn its keep
+    best = max(speed, key=lambda t: speed[t] * (1 - 0.05 * (t > 1)))
     torch.set_num_threads(best)
     return dict(threads=best, fp32_gflops=round(gflops(1536, torch.float32, seconds), 1), bf16_gflops=round(gflops(1536, torch.bfloat16, seconds), 1),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
@@ -57,7 +59,8 @@ def describe() -> dict:
     return dict(processor=model, cores=cores, memory_gib=round(psutil.virtual_memory().total / 2**30, 1), system=platform.system(), python=platform.python_version())
 
 def versions(names=("torch", "transformers", "datasets", "evaluate", "scikit-learn", "numpy", "pandas", "papermill", "nbdev", "matplotlib", "onnxruntime")) -> dict[str, str]:
-    "Versions of the libraries a result may depend on, without importing them; absent ones are left out."
+    """Versions of the libraries a result may depend on, without importing them; absent ones are
+    left out."""
     from importlib.metadata import PackageNotFoundError, version
     found = {}
     for name in names:

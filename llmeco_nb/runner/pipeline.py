@@ -129,7 +129,8 @@ class StageStatus:
     inputs: dict = field(default_factory=dict)   # input -> [(where from, path)]
 
     def paths(self, one: Instance) -> dict[str, str | list[str]]:
-        "The inputs as the notebook's parameters want them: a path, '' for none, or a list of paths."
+        """The inputs as the notebook's parameters want them: a path, '' for none, or a list of
+        paths."""
         return {i: [str(p) for _, p in found] if one.inputs[i] == "[]" else str(found[0][1]) if found else "" for i, found in self.inputs.items()}
 
 class Pipeline:
@@ -154,7 +155,8 @@ class Pipeline:
         if chosen: self.run.update(change)
 
     def inputs(self, one: Instance) -> dict[str, list[tuple[str, Path]]] | str:
-        "Input -> [(where from, path of the artifact)]; or the name of an instance that must be made first."
+        """Input -> [(where from, path of the artifact)]; or the name of an instance that must be
+        made first."""
         found = {}
         for i, refs in one.wires.items():
             found[i] = []
@@ -203,7 +205,8 @@ class Pipeline:
         return look
 
     def looks(self) -> dict[str, StageStatus]:
-        "The state of every instance, as `llmeco stages` shows it: what depends on something stale is stale."
+        """The state of every instance, as `llmeco stages` shows it: what depends on something
+        stale is stale."""
         found: dict[str, StageStatus] = {}
         for one in self.instances:
             upstream = [n for n in needs(one) if found[n].state not in ("current", "page")]
@@ -214,7 +217,8 @@ class Pipeline:
         return found
 
     def check_sources(self, one: Instance) -> dict[str, str]:
-        "Revisions of the outside sources; raises `ChangedSourceError` if one is not what this run saw before."
+        """Revisions of the outside sources; raises `ChangedSourceError` if one is not what this
+        run saw before."""
         now, said = self.revisions(one), self.run["sources"].get(one.name, {})
         changed = [p for p in now if p in said and said[p][0] == one.values[p] and said[p][1] != now[p]]
         if changed and not self.accept_changed:
@@ -294,7 +298,10 @@ def _absolute_path(one: Instance, name: str, value):
     return value if bare else str(Path(value).absolute())
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #35cd2beb
-def make_entry(pipe: Pipeline, one: Instance, look: StageStatus, force: bool, watching, notice) -> Path:
+def make_entry(pipe: Pipeline, one: Instance, look: StageStatus, force: bool,
+               watching: Callable[[KernelMonitor], object],   # Given the monitor of the kernel that starts
+               notice: Callable[[str], object]                # Told sentences worth printing
+              ) -> Path:
     "Execute the instance, unless another runner has meanwhile, and return its finished entry."
     entry = pipe.store.entry(one.stage, look.key)
     with lock(pipe.store.folder/".locks"/entry.name, waiting=lambda: notice(f"{one.name}: another runner is making it, waiting")):
@@ -360,7 +367,8 @@ def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
 # %% ../../nbs/0_ground/01_pipeline.ipynb #42959e1e
 @dataclass
 class Progress:
-    "What the display shows of an instance: waiting, running, drawing, then done, page, kept, left or failed."
+    """What the display shows of an instance: waiting, running, drawing, then done, page, kept,
+    left or failed."""
     state: str = "waiting"
     seconds: float = 0.0
     watch: KernelMonitor | None = None
@@ -369,7 +377,7 @@ class Progress:
 def run_pipeline(pipe: Pipeline,
                  only: set[str] | None = None,   # Names of the instances to consider; None for all
                  force: bool = False,            # Make them even if they are current
-                 notice=print,                   # Told sentences worth printing
+                 notice: Callable[[str], object] = print,  # Told sentences worth printing
                  board: dict[str, Progress] | None = None  # Kept up to date for a display
                 ) -> dict[str, Progress]:
     "Bring every considered instance up to date and return what happened to each."
@@ -383,7 +391,8 @@ def run_pipeline(pipe: Pipeline,
     todo, running, free = [o for o in pipe.instances if o.name in names], {}, capacity
     try:
         with ThreadPoolExecutor(len(todo) or 1) as pool, kill_kernels_on_interrupt(board):
-            error = None                                       # the first; what runs already may finish, nothing new starts
+            # the first; what runs already may finish, nothing new starts
+            error = None
             while todo or running:
                 waiting = {o.name for o in todo} | {o.name for o, _ in running.values()}
                 for o in list(todo):

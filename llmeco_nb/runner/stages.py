@@ -37,7 +37,8 @@ class StageRegistry:
 
     @cached_property
     def notebooks(self) -> list[Path]:
-        "All notebooks: those of `nbs` and of its numbered folders, in the order of their own numbers."
+        """All notebooks: those of `nbs` and of its numbered folders, in the order of their own
+        numbers."""
         found = [*self.nbs.glob("*.ipynb"), *self.nbs.glob("[0-9]*_*/*.ipynb")]
         return sorted(found, key=lambda p: p.name)
 
@@ -48,7 +49,9 @@ class StageRegistry:
         return {n.contract["stage"]: n for n in notebooks if n.contract.get("stage")}
 
     def out_of_step(self) -> list[str]:
-        "Names of notebooks whose export cells do not mean what the package's module does. Always empty for an installed wheel."
+        """Names of notebooks whose export cells do not mean what the package's module does.
+
+        Always empty for an installed wheel."""
         return [p.name for p in self.notebooks if not export_is_current(p, self.package.folder)] if self.checkout else []
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #8fb27119
@@ -64,12 +67,14 @@ def export_is_current(notebook: Path, package: Path) -> bool:
     return _same_text(exported, text) or _bare("\n".join(exported)) == _bare(text)
 
 def _absolute_imports(text: str, folders: list[str]) -> str:
-    "A module's text with its relative imports written out, as its notebook has them; `folders` is where it stands."
+    """A module's text with its relative imports written out, as its notebook has them; `folders`
+    is where it stands."""
     def whole(m): return m[1] + ".".join([*folders[:len(folders) - len(m[2]) + 1], *filter(None, [m[3]])])
     return re.sub(r"^(\s*from )(\.+)([\w.]*)(?= import\b)", whole, text, flags=re.M)
 
 def _same_text(exported: list[str], text: str) -> bool:
-    "Whether the module holds the cells letter by letter and nothing else that acts: the usual case, found out without much parsing."
+    """Whether the module holds the cells letter by letter and nothing else that acts: the usual
+    case, found out without much parsing."""
     at, rest = 0, []
     for cell in exported:
         code = "\n".join(line for line in cell.splitlines() if not line.lstrip().startswith("#|")).strip()
@@ -100,7 +105,8 @@ class Instance:
     def cores(self) -> int: return int(self.notebook.contract.get("cores", 1))
     @property
     def execution_only(self) -> set[str]:
-        "Parameters that change how a result is computed, never which; they are no part of the work key."
+        """Parameters that change how a result is computed, never which; they are no part of the
+        work key."""
         return set(self.notebook.contract.get("execution_only", []))
 
     @property
@@ -124,7 +130,9 @@ class Instance:
         return {k: p for k, p in read_parameters(self.notebook).items() if k != "out" and k not in self.inputs}
 
     def set(self, values: dict, told_by: str):
-        "Set parameters by name, read as their types want. Raises `UsageError` naming who told us, and what a name is called today."
+        """Set parameters by name, read as their types want.
+
+        Raises `UsageError` naming who told us, and what a name is called today."""
         for name, value in values.items():
             if name not in self.parameters:
                 renamed = renamed_parameters(self.stage).get(name)
@@ -142,7 +150,8 @@ def renamed_parameters(stage: str) -> dict[str, str]:
     return {old: new for old, kind, where, new in rows if kind == "parameter" and where == f"stage:{stage}"}
 
 def headline(one: Instance, metrics: dict) -> str:
-    "The metric worth a column: the one the notebook's contract names, else the first; empty if it was not saved."
+    """The metric worth a column: the one the notebook's contract names, else the first; empty if
+    it was not saved."""
     name = one.notebook.contract.get("headline") or next(iter(metrics), None)
     if name not in metrics: return ""
     value = metrics[name]
@@ -214,7 +223,9 @@ def profile_folder(house: StageRegistry, profile: str) -> Path:
     raise UsageError(f"There is no profile {profile}. {unknown_name_hint(profile, [p.parent.name for p in house.nbs.glob('profiles/*/pipeline.yaml')])}")
 
 def read_profile(house: StageRegistry, profile: str) -> tuple[list[Instance], dict]:
-    "The instances of a profile in the order they can run, and the rest of its pipeline.yaml. Raises `UsageError`."
+    """The instances of a profile in the order they can run, and the rest of its pipeline.yaml.
+
+    Raises `UsageError`."""
     folder = profile_folder(house, profile)
     spec, file = read_yaml(folder/"pipeline.yaml"), folder/"pipeline.yaml"
     made: dict[str, Instance] = {}

@@ -9,6 +9,7 @@ __all__ = ['Store', 'Run', 'new_run_info', 'link']
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..core import DataError
@@ -26,7 +27,8 @@ class Store:
     def __init__(self, runs: Path):
         self.runs, self.folder, self._seen_file = runs, runs/"store", runs/"store"/".seen.json"
         try: self._seen = read_json(self._seen_file)
-        except (MissingError, DataError): self._seen = {}       # only a cache: a damaged one is made again
+        # only a cache: a damaged one is made again
+        except (MissingError, DataError): self._seen = {}
 
     def entry(self, stage: str, key: str) -> Path: return self.folder/f"{stage}-{key}"
 
@@ -68,7 +70,7 @@ class Run:
         return sorted((cls(f.parent) for f in runs.glob("*/run.json") if f.parent.suffix != ".partial" and not f.parent.is_symlink()), key=lambda r: (r["created"], r.path.name))
 
     @classmethod
-    def create(cls, path: Path, profile: str, parent: "Run | None" = None, freeze=lambda folder: None) -> "Run":
+    def create(cls, path: Path, profile: str, parent: "Run | None" = None, freeze: Callable[[Path], object] = lambda folder: None) -> "Run":
         "Make a run folder, whole or not at all; `freeze(folder)` puts snapshots into it first."
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,7 +81,7 @@ class Run:
         fsync_folder(path.parent)
         return cls(path)
 
-    def update(self, change):
+    def update(self, change: Callable[[dict], object]):
         "Apply `change(info)` to what is on disk now, safely beside other runners."
         with lock(self.path/".run.lock"):
             self.info = read_json(self.path/"run.json")
@@ -89,7 +91,9 @@ class Run:
     def key(self, instance: str) -> str | None: return self.info["instances"].get(instance, {}).get("key")
 
 def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
-    "What run.json holds of a run that has made nothing yet. A later round takes its parent's overrides."
+    """What run.json holds of a run that has made nothing yet.
+
+    A later round takes its parent's overrides."""
     return dict(profile=profile, created=time.time(),
                 parent=parent.path.name if parent else None,
                 round=parent["round"] + 1 if parent else 1,
@@ -99,6 +103,7 @@ def link(at: Path, to: Path):
     "Point the symbolic link `at` to `to`, replacing it in one step."
     with lock(at.with_name(f".{at.name}.lock")):
         beside = at.with_name(f".{at.name}.tmp")
-        beside.unlink(missing_ok=True)                          # left by a runner that was killed between the next two lines
+        # left by a runner that was killed between the next two lines
+        beside.unlink(missing_ok=True)
         beside.symlink_to(os.path.relpath(to, at.parent))
         os.replace(beside, at)

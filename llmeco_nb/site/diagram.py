@@ -12,6 +12,7 @@ __all__ = ['box_height', 'column_gap', 'wide_letters', 'narrow_letters', 'arrow_
 import math
 import re
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -29,7 +30,8 @@ def ranks(names: list[str], arrows: list[tuple[str, str]]) -> dict[str, int]:
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #0ffc9012
 def waypoints(rank: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list[list], dict]:
-    "Columns of boxes (names) and waypoints (pairs name, column), and for each arrow the points it goes through."
+    """Columns of boxes (names) and waypoints (pairs name, column), and for each arrow the points
+    it goes through."""
     columns = [[n for n in rank if rank[n] == k] for k in range(max(rank.values(), default=0) + 1)]
     paths = {}
     for a, b in arrows:
@@ -39,7 +41,8 @@ def waypoints(rank: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list
     return columns, paths
 
 def minimize_crossings(columns: list[list], paths: dict, sweeps: int = 8) -> list[list]:
-    "Sort each column by the mean position of its neighbours, back and forth, and keep the order with the fewest crossings."
+    """Sort each column by the mean position of its neighbours, back and forth, and keep the order
+    with the fewest crossings."""
     links = {pair for p in paths.values() for pair in zip(p, p[1:])}
     best = columns = [list(c) for c in columns]
     for sweep in range(sweeps):
@@ -61,8 +64,10 @@ def crossings(columns: list[list], links: set) -> int:
     return sum(k == l and (a - c) * (b - d) < 0 for i, (k, a, b) in enumerate(spans) for l, c, d in spans[i + 1:])
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #77432fbc
-def heights(columns: list[list], paths: dict, gap, sweeps: int = 12) -> dict:
-    "Height of every box and waypoint; `gap(a, b)` is the least distance between two that follow each other."
+def heights(columns: list[list], paths: dict, gap: Callable[[object, object], float],
+            sweeps: int = 12) -> dict:
+    """Height of every box and waypoint; `gap(a, b)` is the least distance between two that follow
+    each other."""
     links = {pair for p in paths.values() for pair in zip(p, p[1:])}
     near = {n: [a if b == n else b for a, b in links if n in (a, b)] for c in columns for n in c}
     y = {}
@@ -80,7 +85,7 @@ def heights(columns: list[list], paths: dict, gap, sweeps: int = 12) -> dict:
     low = min(y.values(), default=0.0)
     return {n: v - low for n, v in y.items()}
 
-def cumulative_sums(steps) -> list[float]:
+def cumulative_sums(steps: Iterable[float]) -> list[float]:
     "Running sums."
     total, found = 0.0, []
     for s in steps: total += s; found.append(total)
@@ -110,7 +115,8 @@ column_gap = 34       # room between two columns
 wide_letters, narrow_letters = set("mwMW@%—"), set("iljtfrI.,:;'|()[] -")
 
 def text_width(text: str, size: float = 13) -> float:
-    "How wide a line of bold text is at most, in the unit of `size`: no two systems have the same letters."
+    """How wide a line of bold text is at most, in the unit of `size`: no two systems have the same
+    letters."""
     def share(letter: str) -> float:
         if letter in wide_letters: return 1.0
         return 0.45 if letter in narrow_letters else 0.72 if letter.isupper() else 0.64
@@ -174,7 +180,8 @@ def _box(box: Box, left: float, right: float, y: float) -> str:
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #f10a0002
 def parse_mermaid(source: str) -> tuple[dict[str, tuple[str, bool]], list[tuple[str, str, str]]]:
-    "Boxes, name -> (words, whether it is a circle), and arrows (from, to, words) of a `graph LR` in Mermaid's language. Raises `ValueError` naming the line it cannot read."
+    """Boxes, name -> (words, whether it is a circle), and arrows (from, to, words) of a `graph LR`
+    in Mermaid's language. Raises `ValueError` naming the line it cannot read."""
     node, arrow = re.compile(r"\s*(\w+)(?:\[([^\]]+)\]|\(\(([^)]+)\)\))?\s*"), re.compile(r"-->(?:\|([^|]*)\|)?|-\.(.*?)\.->")
     first, *rest = [line.strip() for line in source.strip().splitlines()]
     if first.split() != ["graph", "LR"]: raise ValueError(f"{first!r} is no graph LR")
@@ -192,7 +199,7 @@ def parse_mermaid(source: str) -> tuple[dict[str, tuple[str, bool]], list[tuple[
         else: raise ValueError(f"cannot read {line!r}: a box should stand at {line[at:]!r}")
     return boxes, arrows
 
-def topological_order(names, arrows: list[tuple[str, str, str]]) -> tuple[list[str], list[tuple[str, str, str]]]:
+def topological_order(names: Iterable[str], arrows: list[tuple[str, str, str]]) -> tuple[list[str], list[tuple[str, str, str]]]:
     "Names in an order in which arrows lead forward, and the arrows that lead back all the same."
     order, open_, back = [], [], []
     def visit(n):
@@ -206,7 +213,9 @@ def topological_order(names, arrows: list[tuple[str, str, str]]) -> tuple[list[s
     return order, back
 
 def flow_svg(source: str) -> str:
-    "A flow in Mermaid's words, drawn from left to right. Raises `ValueError` for words it does not know."
+    """A flow in Mermaid's words, drawn from left to right.
+
+    Raises `ValueError` for words it does not know."""
     boxes, arrows = parse_mermaid(source)
     order, back = topological_order(boxes, arrows)
     ahead = [a for a in arrows if a not in back]
@@ -218,7 +227,8 @@ def flow_svg(source: str) -> str:
     tall = lambda n: 26 if isinstance(n, str) and boxes[n][1] else 16 * len(lines[n]) + 14 if isinstance(n, str) else 6
     y = heights(columns, paths, lambda a, b: (tall(a) + tall(b)) / 2 + 14)
     widths = [max((26 if boxes[n][1] else max(text_width(t, 12) for t in lines[n]) + 18 for n in c if isinstance(n, str)), default=20) for c in columns]
-    gaps = [max([30, *(text_width(said, 12) + 16 for a, b, said in ahead if said and rank[a] == k == rank[b] - 1)]) for k in range(len(columns))]      # room for what stands at an arrow
+    # room for what stands at an arrow
+    gaps = [max([30, *(text_width(said, 12) + 16 for a, b, said in ahead if said and rank[a] == k == rank[b] - 1)]) for k in range(len(columns))]
     lefts = [0.0, *cumulative_sums(w + g for w, g in zip(widths, gaps))]
     span = lambda n: (lefts[k := rank[n] if isinstance(n, str) else n[1]], lefts[k] + widths[k])
     top, bottom = min(y[n] - tall(n) / 2 for n in y), max(y[n] + tall(n) / 2 for n in y)
@@ -228,7 +238,8 @@ def flow_svg(source: str) -> str:
     text = lambda x, h, said, kind="": f'<text{kind} x="{x:.0f}" y="{h:.1f}" font-size="12" text-anchor="middle">{escape(said)}</text>'
     parts += [f'<path class="arrow" d="{_line(paths[p], span, y)}" marker-end="url(#head)"/>' for p in pairs]
     for a, b, said in ahead:
-        over = paths[a, b][1:-1]                                                        # a long arrow has a level stretch, and words fit above it
+        # a long arrow has a level stretch, and words fit above it
+        over = paths[a, b][1:-1]
         if said: parts.append(text(sum(span(over[len(over) // 2])) / 2, y[over[len(over) // 2]] - 4, said, ' class="t2"') if over else
                               text((span(a)[1] + span(b)[0]) / 2, (y[a] + y[b]) / 2 - 5, said, ' class="t2"'))
     for k, (a, b, said) in enumerate(back):
@@ -242,7 +253,8 @@ def flow_svg(source: str) -> str:
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #498cf2f2
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    "Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], which must not be empty."
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], which must not be
+    empty."""
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= about + 0.5)
     return [float(f"{k * step:.12g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -254,7 +266,8 @@ def padded_range(values: list[float], share: float) -> tuple[float, float]:
     return low - edge, high + edge
 
 def downsample(points: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
-    "At most about `most` of the points: first and last, and of each stretch between the lowest and the highest."
+    """At most about `most` of the points: first and last, and of each stretch between the lowest
+    and the highest."""
     if len(points) <= most: return points
     size, kept = math.ceil(2 * len(points) / most), [points[0]]
     for k in range(0, len(points), size):
@@ -272,7 +285,9 @@ def short_number(x: float) -> str:
 def curves_svg(series: dict[str, list[tuple[float, float]]],   # Name -> points, each with at least one
                xlabel: str,
                width: int = 380, height: int = 210) -> str:
-    "Curves over a common axis, in the colours --c0, --c1, ... of the page; their names are for the caption."
+    """Curves over a common axis, in the colours --c0, --c1, ...
+
+    of the page; their names are for the caption."""
     series = {n: downsample(sorted(p)) for n, p in series.items() if p}
     every = [p for points in series.values() for p in points]
     (x0, x1), (y0, y1) = padded_range([a for a, _ in every], 0), padded_range([b for _, b in every], 0.06)
@@ -328,7 +343,8 @@ def ring_svg(href: str = "#decade-{}",      # Where a segment leads; '' for a pi
     middle = (inner + outer) / 2
     for number, name in stages_of_life.items():
         a = -126 + 72 * (number - 1) + 1.5
-        b, nose = a + 69, 7.5                                                      # each segment points at the next
+        # each segment points at the next
+        b, nose = a + 69, 7.5
         d = (f"M{point(outer, a)} A{outer},{outer} 0 0 1 {point(outer, b)} L{point(middle, b + nose)} L{point(inner, b)} "
              f"A{inner},{inner} 0 0 0 {point(inner, a)} L{point(middle, a + nose)} z")
         colour = palette[number - 1] if alone else f"var(--c{number - 1})"

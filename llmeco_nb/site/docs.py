@@ -14,6 +14,7 @@ import html
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,14 @@ def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker"
     return any(re.search(rf"^\s*#\s*\|\s*{word}\s*$", source, re.M) for word in (r"eval:\s*false", *flags))
 
 def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
-    "The notebook as `execute_notebook` has executed it, if nothing has changed since, neither in its code nor in a benchmark's record."
+    """The notebook as `execute_notebook` has executed it, if nothing has changed since, neither in
+    its code nor in a benchmark's record."""
     found, file = kept_lessons(path, house.package), kept_record(house, path)
     return found if found and found["metadata"].get("llmeco_record") == (sha256_of(file) if file else None) else None
 
 def execute_notebook(house: StageRegistry, path: Path) -> str:
-    "Execute a notebook at its defaults, or the show cells of a benchmark on its kept record, unless it is kept already; returns what went wrong, or ''."
+    """Execute a notebook at its defaults, or the show cells of a benchmark on its kept record,
+    unless it is kept already; returns what went wrong, or ''."""
     import nbformat
     if executed_notebook(house, path): return ""
     folder = runs_dir()/"lessons"
@@ -170,7 +173,8 @@ def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
     a, found = n.args, []
     positional = [*a.posonlyargs, *a.args]
     defaults = dict(zip([p.arg for p in positional[len(positional) - len(a.defaults):]], a.defaults)) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
-    last = {p.end_lineno: p for p in _arguments(a)}           # of several on a line the comment belongs to the last
+    # of several on a line the comment belongs to the last
+    last = {p.end_lineno: p for p in _arguments(a)}
     for p in _arguments(a):
         if p.arg in ("self", "cls"): continue
         end = defaults.get(p.arg, p)
@@ -181,7 +185,8 @@ def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #6d7e1ab9
 def escape_tags(text: str) -> str:
-    "Markdown in which a `<` outside of code is a sign and begins no tag: so it is meant in docstrings and comments."
+    """Markdown in which a `<` outside of code is a sign and begins no tag: so it is meant in
+    docstrings and comments."""
     return re.sub(r"(`+[^`]*`+)|<", lambda m: m[1] or "&lt;", text)
 
 def render_inline(scribe: PageRenderer, text: str) -> str:
@@ -277,9 +282,10 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
 def render_site(house: StageRegistry,
                 pipe: Pipeline | None = None,   # Take the stages' outputs from this pipeline's run
                 execute: bool = True,           # Execute chapters whose outputs are not kept
-                notice=lambda sentence: None    # Told what is being executed
+                notice: Callable[[str], object] = lambda sentence: None  # Told what is being executed
                ) -> tuple[Path, dict[str, str]]:
-    "Write `_docs/` and return its index.html, and which chapters could not be executed: {name: why}."
+    """Write `_docs/` and return its index.html, and which chapters could not be executed: {name:
+    why}."""
     target, known, failed = (house.nbs.parent if house.checkout else Path.cwd())/"_docs", chapters(house), {}
     for c in known if execute else []:
         if executed_notebook(house, c.path): continue
@@ -298,14 +304,16 @@ def render_site(house: StageRegistry,
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #49a6a88c
 def evaluated(source: str, space: dict):
-    "Run a cell of index.ipynb in the namespace `space`; the value of its last expression, None without one."
+    """Run a cell of index.ipynb in the namespace `space`; the value of its last expression, None
+    without one."""
     tree = ast.parse(source)
     last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "index.ipynb", "exec"), space)
     return None if last is None else eval(compile(ast.Expression(last), "index.ipynb", "eval"), space)
 
 def from_root(house: StageRegistry, markdown: str) -> str:
-    "Markdown whose links start beside the notebooks, with links that start at the repository's root."
+    """Markdown whose links start beside the notebooks, with links that start at the repository's
+    root."""
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
 
 def render_readme(house: StageRegistry) -> str:

@@ -37,26 +37,31 @@ def mathml(tex: str, display: bool = False) -> str:
     tex = re.sub(r"\\(mathrm|operatorname)\{(\w{2,})\}", r"\\text{\2}", tex)
     tex = function_name.sub(lambda m: m[0] + r"\,", tex)
     try: found = convert(tex, display="block" if display else "inline")
-    except Exception: return f"<code>{html.escape(tex)}</code>"           # the library raises a dozen kinds
+    # the library raises a dozen kinds
+    except Exception: return f"<code>{html.escape(tex)}</code>"
     found = re.sub(r"&(?!#?\w+;)", "&amp;", found).replace("negativethinmathspace", "-0.167em")
-    found = re.sub(r"<mi>(&#x0*(?:B1|D7|B7|7E|223C|2213);)</mi>", r"<mo>\1</mo>", found).replace("<mo>&#x0002F;</mo>", '<mo lspace="0em" rspace="0em">/</mo>')   # spaced as TeX does
+    # spaced as TeX does
+    found = re.sub(r"<mi>(&#x0*(?:B1|D7|B7|7E|223C|2213);)</mi>", r"<mo>\1</mo>", found).replace("<mo>&#x0002F;</mo>", '<mo lspace="0em" rspace="0em">/</mo>')
     return f'<span class="display">{found}</span>' if display else found
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #f97bfa2e
 void_elements = set("area base br col embed hr img input link meta source track wbr".split())
 forbidden_elements = set("script style iframe object embed link meta base template form".split())
 block_elements = set("address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 hr ol p pre section table ul".split())
-implied_end_tags = {"li": {"li"}, "tr": {"tr", "td", "th"}, "td": {"td", "th"}, "th": {"td", "th"}, "dt": {"dt", "dd"}, "dd": {"dt", "dd"}, "option": {"option"}}   # what an opening tag closes
+# what an opening tag closes
+implied_end_tags = {"li": {"li"}, "tr": {"tr", "td", "th"}, "td": {"td", "th"}, "th": {"td", "th"}, "dt": {"dt", "dd"}, "dd": {"dt", "dd"}, "option": {"option"}}
 
 table_box = scroll_box("\n").split("\n")      # what stands before and after a table
 
 class HTMLSanitizer(HTMLParser):
-    "Writes HTML anew: harmless, balanced, with links and pictures as `link` and `image` give them (None: without)."
+    """Writes HTML anew: harmless, balanced, with links and pictures as `link` and `image` give
+    them (None: without)."""
     def __init__(self, link: Callable, image: Callable):
         super().__init__(convert_charrefs=True)
         self.link, self.image = link, image
         self.parts, self.stack, self.skip = [], [], []
-        self.cells = []       # of the open cells of tables, where each one's content begins in `parts`
+        # of the open cells of tables, where each one's content begins in `parts`
+        self.cells = []
         self.anchors = []     # of the open <a>, whether each leads somewhere
 
     def handle_starttag(self, tag, attrs, empty=False):
@@ -76,7 +81,8 @@ class HTMLSanitizer(HTMLParser):
         shown = tag
         if tag == "a":
             self.anchors.append("href" in keep)
-            if not self.anchors[-1]: shown = "span"           # what leads nowhere must not look like a link
+            # what leads nowhere must not look like a link
+            if not self.anchors[-1]: shown = "span"
         if tag == "table": self.parts.append(table_box[0])
         self.parts.append(f"<{shown}" + "".join(f' {k}="{html.escape(v)}"' for k, v in keep.items()) + ">")
         if tag in ("td", "th"): self.cells.append(len(self.parts))
@@ -105,7 +111,9 @@ class HTMLSanitizer(HTMLParser):
         self.parts.append(f"</{shown}>" + (table_box[1] if tag == "table" else ""))
 
     def _end_cell(self, tag: str, start: int) -> str:
-        "Mark a cell whose content begins at `start`; the tag that closes it. An empty header is no header."
+        """Mark a cell whose content begins at `start`; the tag that closes it.
+
+        An empty header is no header."""
         text = re.sub(r"<[^>]*>", "", "".join(self.parts[start:])).strip()
         if tag == "th" and not text and "<img" not in "".join(self.parts[start:]):
             self.parts[start - 1] = "<td" + self.parts[start - 1].removeprefix("<th")
@@ -123,7 +131,9 @@ class HTMLSanitizer(HTMLParser):
         if not self.skip: self.parts.append(html.escape(data, quote=False))
 
 def sanitize_html(markup: str, link: Callable = lambda href: href, image: Callable = lambda src: None) -> str:
-    "Harmless and balanced HTML. `link(href)` gives the new address or None, `image(src)` the new attributes or None."
+    """Harmless and balanced HTML.
+
+    `link(href)` gives the new address or None, `image(src)` the new attributes or None."""
     tidy = HTMLSanitizer(link, image)
     tidy.feed(markup); tidy.close()
     while tidy.stack: tidy._end(tidy.stack.pop())
@@ -131,7 +141,8 @@ def sanitize_html(markup: str, link: Callable = lambda href: href, image: Callab
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #cf3c6215
 def hanging_indent(line: str) -> str:
-    "A line of code that may be broken where it does not fit, its further lines indented four characters more than the first."
+    """A line of code that may be broken where it does not fit, its further lines indented four
+    characters more than the first."""
     text = html.unescape(re.sub("<[^>]*>", "", line))
     return f'<span class="line" style="--by:{len(text) - len(text.lstrip()) + 4}ch">{line}</span>' if len(text) > 40 else line
 
@@ -143,7 +154,8 @@ def highlight_code(code: str, language: str = "python") -> str:
     from pygments.util import ClassNotFound
     try: lexer = get_lexer_by_name(language or "text", stripnl=True)
     except ClassNotFound: lexer = get_lexer_by_name("text")
-    lines = highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip().split("\n")          # no span of Pygments goes beyond its line
+    # no span of Pygments goes beyond its line
+    lines = highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip().split("\n")
     return f"<pre><code>{chr(10).join(map(hanging_indent, lines))}</code></pre>\n"
 
 def strip_directives(source: str) -> str:
@@ -161,7 +173,8 @@ def code_summary(source: str) -> str:
     return source.splitlines()[said[0].lineno - 1].strip() if said else ""
 
 def opens_record(statement: ast.stmt) -> bool:
-    "Whether a statement only opens a stage's record, as nearly every show cell does first: it says nothing of the cell."
+    """Whether a statement only opens a stage's record, as nearly every show cell does first: it
+    says nothing of the cell."""
     called = statement.value.func if isinstance(getattr(statement, "value", None), ast.Call) else None
     return isinstance(statement, ast.Assign) and isinstance(called, ast.Name) and called.id == "open_record"
 
@@ -204,7 +217,8 @@ class PageRenderer:
             if m["code"] is not None and not (flow := re.fullmatch(r"```mermaid\n([\s\S]*?)```", m[0])): return m[0]
             if m["code"] is not None:
                 try: formulas.append(scroll_box(flow_svg(flow[1]), "Flow"))
-                except ValueError: return m[0]                               # what cannot be drawn stays code
+                # what cannot be drawn stays code
+                except ValueError: return m[0]
             else: formulas.append(mathml(m["block"] or m["line"], m["block"] is not None))
             return f"\ue000{len(formulas) - 1}\ue001"
         tokens = markdown_parser().parse(formula.sub(out, text))
@@ -217,7 +231,8 @@ class PageRenderer:
         return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], markup)
 
     def picture(self, source: str) -> dict | None:
-        "Attributes of a picture named in the prose: kept as a file if it lies beside the notebook, else none."
+        """Attributes of a picture named in the prose: kept as a file if it lies beside the
+        notebook, else none."""
         if m := re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,(.+)", source, re.S): return self.keep(base64.b64decode(m[2]), m[1].removesuffix("+xml"))
         file = self.home/source if self.home and not re.match(r"\w+:|/|\.\.", source) else None
         return self.keep(file.read_bytes(), file.suffix[1:]) if file and file.is_file() else None

@@ -112,7 +112,8 @@ def cells_with_outputs(today: dict,                # The notebook as it is now
                 one.outputs, one.origin = ran[one.id].get("outputs", []), "run"
             else: one.changed = True
         elif one.role not in ("markdown", "parameters") and one.id in taught and cell_source(taught[one.id]) == one.source:
-            one.outputs, one.origin = [o for o in taught[one.id].get("outputs", []) if o.get("name") != "stderr"], "lesson"    # what libraries complain of is no part of a chapter
+            # what libraries complain of is no part of a chapter
+            one.outputs, one.origin = [o for o in taught[one.id].get("outputs", []) if o.get("name") != "stderr"], "lesson"
         found.append(one)
     return found
 

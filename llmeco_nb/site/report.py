@@ -25,7 +25,7 @@ from ..runner.kernel import json_or
 from .markup import PageRenderer, slug
 from .page import cells_with_outputs, kept_lessons, render_chapter, split_title
 from ..runner.pipeline import Pipeline
-from ..runner.store import Run
+from ..runner.store import Run, Store
 from .template import Page, align_decimals, chips, format_value, html_table, is_number
 from .template import metrics_grid, scroll_box
 from .template import replaced_folder, write_pages
@@ -54,7 +54,8 @@ class StageResult:
         return line.removeprefix("# ") if line.startswith("# ") else self.one.stage
     @property
     def about(self) -> str:
-        "The chapter's title, and of one variant among several the parameters that its profile or run changed."
+        """The chapter's title, and of one variant among several the parameters that its profile or
+        run changed."""
         if "@" not in self.name: return self.title
         known = self.one.parameters
         changed = [f"{k} {v}" for k, v in self.one.values.items() if k in known and known[k].default != v]
@@ -94,7 +95,9 @@ def comparison_rows(entry: Path) -> list[dict]:
     return []
 
 def add_durations(rows: list[dict], log: list[dict]) -> list[dict]:
-    "The rows, each with the seconds that the log states for its model and number of labels. Times stand in logs: a table has the same bytes whenever it is made."
+    """The rows, each with the seconds that the log states for its model and number of labels.
+
+    Times stand in logs: a table has the same bytes whenever it is made."""
     seconds = {(r["model"], r.get("labels")): r["seconds"] for r in log if "model" in r and "seconds" in r}
     return [r | ({"seconds": seconds[key]} if "seconds" not in r and (key := (r.get("model"), r.get("labels"))) in seconds else {}) for r in rows]
 
@@ -182,7 +185,8 @@ def verdict_of(row: dict) -> str:
     return f"{claimed}: {row['verdict']}" if claimed else row["verdict"]
 
 def accuracy_picture(rows: list[dict]) -> str:
-    "Each model's accuracy with its interval, for the largest number of labels; empty without intervals."
+    """Each model's accuracy with its interval, for the largest number of labels; empty without
+    intervals."""
     most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
     found = [(str(r.get("title") or r.get("model")), r["accuracy"], r["accuracy_low"], r["accuracy_high"])
              for r in rows if (r.get("labels") == most)
@@ -200,7 +204,8 @@ schedule_columns = {*axis_columns, "lr", "learning_rate", "tokens_per_second", "
 def curves(rows: list[dict], most: int = 3) -> list[str]:
     "SVG pictures of a log, at most `most`."
     good = lambda r, k: is_number(r.get(k)) and math.isfinite(r[k])
-    runs = lambda values: len(values) > 1 and all(a <= b for a, b in zip(values, values[1:]))        # an axis never turns back
+    # an axis never turns back
+    runs = lambda values: len(values) > 1 and all(a <= b for a, b in zip(values, values[1:]))
     axis = next((a for a in axis_columns if runs([r[a] for r in rows if good(r, a)])), None)
     if axis is None: return []
     keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in schedule_columns]
@@ -245,7 +250,8 @@ def stages_table(made: list[StageResult]) -> str:
     rows = []
     for m in made:
         first = m.one.notebook.contract.get("headline")
-        keys = sorted((k for k, v in m.metrics.items() if is_number(v)), key=lambda k: (k != first, m.metrics[k] == 0))[:4]   # zeros say least
+        # zeros say least
+        keys = sorted((k for k, v in m.metrics.items() if is_number(v)), key=lambda k: (k != first, m.metrics[k] == 0))[:4]
         said = " · ".join(f'{html.escape(k.replace("_", " "))}&nbsp;<b>{format_value(m.metrics[k])}</b>' for k in keys)
         rows.append([f'<a href="{m.file}">{html.escape(m.name)}</a><small>{html.escape(m.about)}</small>', state_badge(m), said or '<span class="quiet">–</span>'])
     return html_table(["stage", "state", "key metrics"], rows, raw=True)
@@ -266,7 +272,7 @@ def costs(made: list[StageResult]) -> str:
     return scroll_box(f"<table>{body}</table>", "Cost")
 
 # %% ../../nbs/0_ground/05_report.ipynb #52367750
-def rounds(made: list[StageResult], parent: Run, store) -> str:
+def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
     "Metrics that differ from the parent's, side by side."
     rows, equal = [], 0
     for m in made:
@@ -281,16 +287,19 @@ def rounds(made: list[StageResult], parent: Run, store) -> str:
     return body + (f'<p class="quiet">{equal} further number{"s are" if equal != 1 else " is"} the same in both rounds.</p>' if equal else "")
 
 def claims(made: list[StageResult]) -> str:
-    "The claims of all stages that wrote claims.json, beside their artifacts or in one, judged together."
+    """The claims of all stages that wrote claims.json, beside their artifacts or in one, judged
+    together."""
     files = [f for m in made if m.entry for f in sorted([*m.entry.glob("claims.json"), *m.entry.glob("*/claims.json")])]
     if not files: return ""
     from llmeco_nb.stats.claims import adjust_pvalues, claims_table, read_claims
-    found = list({(c.text, c.difference): c for f in files for c in read_claims(f)}.values())       # a later stage may carry a copy
+    # a later stage may carry a copy
+    found = list({(c.text, c.difference): c for f in files for c in read_claims(f)}.values())
     return claims_table(adjust_pvalues(found)) if found else ""
 
 # %% ../../nbs/0_ground/05_report.ipynb #475baf1e
 def machine_facts(made: list[StageResult]) -> tuple[str, str]:
-    "The machine in a line, and the libraries as a folded table; of the instance that was made last."
+    """The machine in a line, and the libraries as a folded table; of the instance that was made
+    last."""
     there = sorted((m for m in made if m.entry), key=lambda m: m.manifest.get("started", 0))
     if not there: return "", ""
     box, libraries = there[-1].manifest.get("machine", {}), there[-1].manifest.get("versions", {})
@@ -343,7 +352,8 @@ def parameters(m: StageResult, overrides: dict) -> str:
     return "".join(parts) or "<p>This stage has no parameters.</p>"
 
 def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
-    "Inputs and outputs with the first digits of their hashes; inputs link to the page of whom they are from."
+    """Inputs and outputs with the first digits of their hashes; inputs link to the page of whom
+    they are from."""
     pages, rows = {o.name: o.file for o in made}, []
     for i, given in m.manifest.get("inputs", {}).items():
         for g in given:

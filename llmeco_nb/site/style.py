@@ -213,4 +213,5 @@ diagram_css = """
 .diagram .axis{stroke:var(--faint)}.diagram .rule{stroke:var(--line)}.diagram .range{stroke:var(--c0);stroke-width:3;stroke-opacity:.45;stroke-linecap:round}.diagram .dot{fill:var(--c0)}.diagram .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
 """
 
-style = base_css + content_css + code_css + diagram_css + layout_css     # layout last: its rules for small screens override
+# layout last: its rules for small screens override
+style = base_css + content_css + code_css + diagram_css + layout_css

@@ -22,10 +22,12 @@ from ..core import lock
 from .style import style
 
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
-number_pattern = re.compile(r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*")   # how a cell with a number reads
+# how a cell with a number reads
+number_pattern = re.compile(r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*")
 
-def format_value(value) -> str:
-    "A value for people, as HTML: thousands with a comma, a true minus, four digits of a measurement."
+def format_value(value: object) -> str:
+    """A value for people, as HTML: thousands with a comma, a true minus, four digits of a
+    measurement."""
     if isinstance(value, bool): return "yes" if value else "no"
     if isinstance(value, int): return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     if isinstance(value, float):
@@ -34,7 +36,7 @@ def format_value(value) -> str:
     if value is None: return "–"
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
-def is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 def align_decimals(values: list) -> list[str]:
     """The numbers of a column, floats with as many decimals as the one that needs most.
@@ -284,7 +286,8 @@ def write_pages(folder: Path,        # An existing folder
 # %% ../../nbs/0_ground/04b_template.ipynb #bb957ec2
 @contextmanager
 def replaced_folder(target: Path):
-    "Yield an empty folder; when the `with` block ends well, it becomes `target`, and what was there is gone."
+    """Yield an empty folder; when the `with` block ends well, it becomes `target`, and what was
+    there is gone."""
     partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old.partial")
     with lock(target.with_name(f".{target.name}.lock")):
         for left in (partial, old): shutil.rmtree(left, ignore_errors=True)
