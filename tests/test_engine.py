@@ -1,4 +1,4 @@
-"""The engine: bundles that are refused, answers that do not depend on the batch, a bounded queue."""
+"""The engine: bundles that are refused, answers that hold in any batch, a bounded queue."""
 
 import asyncio
 import json
