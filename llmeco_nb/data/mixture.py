@@ -371,36 +371,31 @@ def check_nonempty(index: dict[tuple[str, str], np.ndarray],  # From `index_docu
 @stage_config
 class MixtureConfig(StageConfig):
     "What goes into a pretraining corpus, and how it is mixed."
-    domains: list[str] = Field(
+    domains: list[str] = Field(  # read in this order
         default_factory=lambda: ["reviews", "literature", "technical", "news"]
-    )  # read in this order
-    extra_sources: list[str] = Field(
-        default_factory=lambda: [])  # your sources: name, equals sign and what to read
-    text_column: str = "text"        # column of your tables that holds the text
-    quality_rules: list[str] = Field(
-        default_factory=lambda: [])  # domain, equals sign and gopher, verse, web or none
-    min_words: NonNegativeInt = 20   # documents with fewer words are left out (not with rules none)
-    min_english: Fraction = 0.5      # smallest share of English words; 0 takes any language
-    min_jaccard: Annotated[
-        float, Field(gt=0, le=1)
-    ] = 0.8                          # texts at least so similar are copies (runs of five words)
-    on_leak: Literal["drop", "stop"] = "drop"  # drop documents that leak an evaluation text, or stop
-    weights: list[str] = Field(
-        default_factory=lambda: [])  # domain, equals sign and its weight, where not 1
+    )
+    extra_sources: list[str] = Field(  # your sources: name, equals sign and what to read
+        default_factory=lambda: []
+    )
+    text_column: str = "text"  # column of your tables that holds the text
+    quality_rules: list[str] = Field(  # domain, equals sign and gopher, verse, web or none
+        default_factory=lambda: []
+    )
+    min_words: NonNegativeInt = 20  # documents with fewer words are left out (not with rules none)
+    min_english: Fraction = 0.5  # smallest share of English words; 0 takes any language
+    min_jaccard: Annotated[float, Field(gt=0, le=1)] = 0.8  # texts at least so similar are copies
+    on_leak: Literal["drop", "stop"] = "drop"  # drop what leaks an evaluation text, or stop
+    weights: list[str] = Field(  # domain, equals sign and its weight, where not 1
+        default_factory=lambda: []
+    )
     max_documents: PositiveInt | None = 120  # documents read of each domain; none for all there are
-    max_characters: (
-        PositiveInt | None
-    ) = None                         # training characters in all; none: as weights and epochs allow
-    max_epochs: PositiveInt = 2      # how often a domain that is exhausted may be repeated
-    on_exhausted: Literal[
-        "limit", "fill"
-    ] = "limit"                      # then limit the other domains to its measure, or fill up with them
-    order: Literal[
-        "mixed", "short"
-    ] = "mixed"                      # mixed, or short: short documents first (a curriculum)
+    max_characters: PositiveInt | None = None  # training characters in all; none: what weights allow
+    max_epochs: PositiveInt = 2  # how often a domain that is exhausted may be repeated
+    on_exhausted: Literal["limit", "fill"] = "limit"  # then limit the others to its measure, or fill up
+    order: Literal["mixed", "short"] = "mixed"  # mixed, or short: short documents first
     validation_size: Fraction = 0.05  # share of each domain for validation
-    test_size: Fraction = 0.05       # share of each domain for testing
-    seed: int = 0                    # decides who goes into which split, and the order
+    test_size: Fraction = 0.05  # share of each domain for testing
+    seed: int = 0  # decides who goes into which split, and the order
 
 def build_mixture(record: Record,            # Gets the artifact `prose`
                   corpus: str | Path = "",   # Folder of a labelled corpus; empty: no check for leaks
