@@ -389,9 +389,9 @@ class MixtureConfig(StageConfig):
         default_factory=lambda: []
     )
     max_documents: PositiveInt | None = 120  # documents read of each domain; none for all there are
-    max_characters: PositiveInt | None = None  # training characters in all; none: what weights allow
+    max_characters: PositiveInt | None = None  # characters in all; none: what weights allow
     max_epochs: PositiveInt = 2  # how often a domain that is exhausted may be repeated
-    on_exhausted: Literal["limit", "fill"] = "limit"  # then limit the others to its measure, or fill up
+    on_exhausted: Literal["limit", "fill"] = "limit"  # limit the others to its measure, or fill up
     order: Literal["mixed", "short"] = "mixed"  # mixed, or short: short documents first
     validation_size: Fraction = 0.05  # share of each domain for validation
     test_size: Fraction = 0.05  # share of each domain for testing
