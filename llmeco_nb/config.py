@@ -36,7 +36,8 @@ def _read(value: Any, kind: Any) -> Any:
         return [_read(v.strip(), get_args(kind)[0]) for v in inside.split(",") if v.strip()]
     return value
 
-RULES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=False)
+RULES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, validate_default=True,
+                   arbitrary_types_allowed=False, extra="forbid")
 
 def adapter(kind: Any) -> TypeAdapter:
     """What turns a written value into the type `kind`, which may carry bounds as `Annotated`.

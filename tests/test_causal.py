@@ -144,9 +144,9 @@ def test_a_labelled_corpus_is_one_domain(inputs, tmp_path):
 
 def test_refusals(inputs, tmp_path):
     run = lambda prose=inputs[0], pieces=inputs[1], **more: pretrain_causal(create_record(tmp_path/"run", "causal"), prose, pieces, CausalConfig(**QUICK | more))
-    with pytest.raises(UsageError, match="batch is 0"): run(batch=0)
+    with pytest.raises(UsageError, match="batch_size is 0"): run(batch_size=0)
     with pytest.raises(UsageError, match="layers x width"): run(size="big")
-    with pytest.raises(UsageError, match="cannot be packed"): run(context=1)
+    with pytest.raises(UsageError, match="cannot be packed"): run(context_length=1)
     with pytest.raises(MissingError, match="train.parquet|validation.parquet"): run(prose=tmp_path)
     with pytest.raises(MissingError, match="tokenizer.json"): run(pieces=tmp_path)
     (tmp_path/"silent").mkdir()

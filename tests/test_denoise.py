@@ -315,7 +315,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_it_is_made(inputs, tmp_path, 
 
 def test_refusals(inputs, tmp_path):
     corpus, tokenizer = inputs
-    for words, more in (("share is 1", dict(noise_density=1.0)), ("mean is 0.5", dict(mean_span_length=0.5)), ("too few between them", dict(noise_density=0.9, mean_span_length=1.0)), ("positions 16", dict(max_position_embeddings=16)), ("answer is 'half'", dict(target="half")),
+    for words, more in (("noise_density is 1", dict(noise_density=1.0)), ("mean_span_length is 0.5", dict(mean_span_length=0.5)), ("too few between them", dict(noise_density=0.9, mean_span_length=1.0)), ("max_position_embeddings 16", dict(max_position_embeddings=16)), ("target is 'half'", dict(target="half")),
                         ("embedding_init is 'warm'", dict(embedding_init="warm")), ("batch_size is 0", dict(batch_size=0)), (r"0 \[MASK\]", dict(prompts=["no hole"])), ("size is", dict(size="huge"))):
         with pytest.raises(UsageError, match=words): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, DenoisingConfig(**QUICK | more))
     with pytest.raises(DataError, match="none are left"): denoise(create_record(tmp_path/"run", "denoise"), corpus, tokenizer, DenoisingConfig(**QUICK | dict(eval_examples=10_000)))

@@ -147,12 +147,12 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     assert record.metrics["labels"] == 12 and set(pd.read_parquet(record.artifact("predictions")).labels) == {12}
 
 
-@pytest.mark.parametrize("labels,epochs,warmup,lr", [(24, 40, 40, 2e-3), (0, 12, 50, 1e-3)])
+@pytest.mark.parametrize("labels,epochs,warmup,lr", [(24, 40, 0.4, 2e-3), (0, 12, 0.5, 1e-3)])
 def test_patience_waits_until_it_has_begun_to_learn(corpus, tmp_path, labels, epochs, warmup, lr):
     """Few labels, or a long warm-up: the first evaluations, more than patience allows, find the
     accuracy of a guess, and the best one does not."""
     record = create_record(tmp_path/"r", "finetune")
-    how = dict(labels=labels, epochs=epochs, warmup=warmup, lr=lr, evaluations=30, patience=3)
+    how = dict(num_labeled=labels, epochs=epochs, warmup_ratio=warmup, lr=lr, num_evals=30, patience=3)
     fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, **how}))
     found = [r["validation_accuracy"] for r in record.rows() if "validation_accuracy" in r]
     assert max(found[:4]) < 0.4
@@ -220,10 +220,14 @@ def test_a_corpus_without_test_texts_is_enough(tmp_path):
 
 
 def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
-    def attempt(corpus=corpus, **more): return fine_tune(create_record(tmp_path/"r", "finetune"), corpus, config=ClassifierConfig(**{**SMALL, **more}))
-    with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(tokens=1000)
-    with pytest.raises(UsageError, match="pool is 'middle'; it is first or mean"): attempt(pool="middle")
-    with pytest.raises(UsageError, match="labels is -1, and there are 3 classes"): attempt(labels=-1)
+    def attempt(corpus=corpus, encoder="", **more):
+        config = ClassifierConfig(**{**SMALL, **more})
+        return fine_tune(create_record(tmp_path/"r", "finetune"), corpus, encoder, config)
+    with pytest.raises(UsageError, match="reads from 2 to 512"): attempt(max_length=1000)
+    with pytest.raises(UsageError, match="pooling is 'middle'.*'cls' or 'mean'"): attempt(pooling="middle")
+    with pytest.raises(UsageError, match="num_labeled is -1"): attempt(num_labeled=-1)
+    with pytest.raises(UsageError, match="num_labeled is 2, and there are 3 classes"):
+        labelled_subset(pd.read_parquet(f"{corpus}/train.parquet"), 2, 0)
     with pytest.raises(UsageError, match="minutes is"): attempt(minutes=1e-6)
     with pytest.raises(MissingError, match="There is no encoder in"): attempt(encoder=str(tmp_path/"nowhere"))
     with pytest.raises(MissingError, match="There is no encoder in no such thing"): attempt(weights="no such thing")

@@ -76,7 +76,7 @@ def test_what_is_advised_would_fit(pair, batch, accumulation):
     law = fit_memory_model(model, step, wide, optimiser)
     limit = (predict_peak_bytes(law, 20) + predict_peak_bytes(law, 21)) / 2
     with pytest.raises(UsageError) as e: forecast(model, step, wide, optimiser, dict(steps=10, accumulation=accumulation), batch, limit=limit)
-    largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
+    largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with grad_accum_steps (\d+)", str(e.value)).groups())
     assert largest == 20 and rows == batch * accumulation == instead * times and instead <= largest
     assert peak_step_bytes(model, step, wide(largest), optimiser) <= limit < peak_step_bytes(model, step, wide(largest + 1), optimiser)      # measured, not foretold
     check_fits_memory(instead, times, law, limit)

@@ -125,7 +125,7 @@ def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
 
 def test_too_little_text_is_refused(docs):
     with pytest.raises(DataError, match="fewer than two"): pair_boundaries(docs[:1], 24)
-    with pytest.raises(DataError, match="lower length"): pair_boundaries(docs, 400)
+    with pytest.raises(DataError, match="lower seq_len"): pair_boundaries(docs, 400)
     with pytest.raises(UsageError, match="at least 11"): pair_boundaries(docs, 8)
 
 

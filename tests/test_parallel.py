@@ -202,7 +202,7 @@ def test_a_real_stage_in_two_processes(tmp_path):
     from llmeco_nb.models.decoder import qwen3
     from llmeco_nb.data.mixture import small_mixture
     qwen3(), small_subword_tokenizer(small_mixture())                  # before the fork, once for all
-    args = ["causal", "-p", "size=1x32", "-p", "context=32", "-p", "steps=6", "-p", "batch=6", "-p", "judged=8", "-p", "evaluations=2", "-p", "counted=0", "-p", "precision=fp32", "-p", "written=2", "-p", "recompute=1", "-p", "muon=0"]      # Muon rounds to bf16 inside, and a last bit becomes a third digit
+    args = ["causal", "-p", "size=1x32", "-p", "context_length=32", "-p", "steps=6", "-p", "batch_size=6", "-p", "lr=3e-3", "-p", "eval_examples=8", "-p", "num_evals=2", "-p", "baseline_tokens=0", "-p", "precision=fp32", "-p", "max_new_tokens=2", "-p", "activation_checkpointing=1", "-p", "muon_lr=0"]      # Muon rounds to bf16 inside, and a last bit becomes a third digit
     runs = {n: forked(lambda: run_notebook([*args, "-p", f"out={tmp_path/str(n)}"]), n, tmp_path, joined=False) and open_record(tmp_path/str(n), "causal") for n in (1, 2)}
     for a, b in zip(runs[1].rows(), runs[2].rows(), strict=True):
         for k in {"loss", "norm", "validation_loss", "tokens"} & a.keys(): assert a[k] == pytest.approx(b[k], rel=1e-4), k
@@ -212,15 +212,17 @@ def test_a_real_stage_in_two_processes(tmp_path):
 
 
 STAGES = StageRegistry.find().stages
-ENCODER = "size=1x32 start=random length=32 positions=64 precision=fp32"
-BRIEF = "steps=6 batch=5 judged=8 evaluations=2"                 # of odd batches the shares differ
+ENCODER = "size=1x32 embedding_init=random seq_len=32 max_position_embeddings=64 precision=fp32"
+BRIEF = "steps=6 batch_size=5 eval_examples=8 num_evals=2"                 # of odd batches the shares differ
 SHARING = dict(                                     # how to ask a stage for a second of its work
     pretrain=f"{BRIEF} {ENCODER} lr=3e-3",
-    causal=f"{BRIEF} size=1x32 context=32 lr=3e-3 muon=0 counted=0 written=2 precision=fp32",
-    denoise=f"{BRIEF} {ENCODER} lr=3e-3 muon=0 compared=8 counted=1000",
-    nsp=f"{BRIEF} length=32 lr=3e-4 precision=fp32",
+    causal=f"{BRIEF} size=1x32 context_length=32 lr=3e-3 muon_lr=0 baseline_tokens=0 max_new_tokens=2 "
+           "precision=fp32",
+    denoise=f"{BRIEF} {ENCODER} lr=3e-3 muon_lr=0 final_eval_examples=8 baseline_tokens=1000",
+    nsp=f"{BRIEF} seq_len=32 lr=3e-4 precision=fp32",
     # an epoch of 17 texts ends with a batch of one, and of two processes one has none
-    finetune="labels=17 tokens=24 epochs=2 batch=8 judged=20 evaluations=2 device=cpu")
+    finetune="num_labeled=17 max_length=24 epochs=2 batch_size=8 eval_examples=20 num_evals=2 "
+             "device=cpu")
 ROUNDING = dict(finetune=0.01)                      # it trains in bf16
 
 
@@ -232,13 +234,16 @@ def asked(stage, out):
 @pytest.fixture(scope="module")
 def small_inputs():
     "What the stages make when they are given nothing, and what they import, once for all forks."
-    from llmeco_nb import causal, decoder, finetune, nsp
+    from llmeco_nb.finetuning.classifier import small_random_encoder
+    from llmeco_nb.models.decoder import qwen3
+    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.pretraining.nsp import small_pretrained_encoder
     from llmeco_nb.data.corpus import small_corpus
     from llmeco_nb.data.mixture import small_mixture
-    decoder.qwen3()
-    causal.small_pieces(small_mixture())
-    nsp.small_encoder()
-    finetune.small_encoder(small_corpus())
+    qwen3()
+    small_subword_tokenizer(small_mixture())
+    small_pretrained_encoder()
+    small_random_encoder(small_corpus())
     for stage in SHARING:
         for cell in STAGES[stage].role("imports"):
             exec(cell.source, {})
@@ -248,7 +253,7 @@ def small_inputs():
 def test_every_stage_shares_its_work_or_is_refused(stage, tmp_path, request):
     """In two processes a stage learns what it learns in one, up to rounding, from batches of the
     same size; or it does not begin, and says its name."""
-    assert (stage in SHARING) == ("processes" in read_parameters(STAGES[stage]))
+    assert (stage in SHARING) == ("nproc" in read_parameters(STAGES[stage]))
     if stage not in SHARING:
         def refusing():
             with pytest.raises(UsageError, match=f"^{stage} does not share its work: each of the 2"):
@@ -333,7 +338,7 @@ def test_a_training_that_shares_nothing_is_refused(tmp_path):
 @pytest.mark.gpu
 def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2: pytest.skip("needs two CUDA devices")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "llmeco_nb.training.parallel", "causal", "-p", "steps=3", "-p", "counted=0", "-p", f"out={tmp_path/'run'}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "llmeco_nb.training.parallel", "causal", "-p", "steps=3", "-p", "baseline_tokens=0", "-p", f"out={tmp_path/'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert open_record(tmp_path/"run", "causal").metrics["steps"] == 3

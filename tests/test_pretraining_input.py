@@ -102,19 +102,19 @@ BAD = [
     ("nothing left of a prose", prose_of(["no", "too short", "also"]), DataError, ["domain mine", "Of 3 documents", "3", "Loosen the rule|give the domain more text"]),
     ("a vocabulary too small", lambda house, tmp: train_wordpiece([said(1)], 9), UsageError, ["vocab_size is 9", "letters", "Raise vocab_size"]),
     ("pieces too few", lambda house, tmp: train_tokenizer("bpe", [said(1)], 100), UsageError, ["vocab_size is 100", "260", "Give more"]),
-    ("an encoder's rows too long", lambda house, tmp: encoder(house, tmp, length=64), UsageError, ["length is 64", "positions 32", "Lower length, or raise positions"]),
+    ("an encoder's rows too long", lambda house, tmp: encoder(house, tmp, seq_len=64), UsageError, ["seq_len is 64", "max_position_embeddings 32", "Lower seq_len, or raise max_position_embeddings"]),
     ("a next-sentence row too long", lambda house, tmp: pretrain_nsp(create_record(tmp/"run", "nsp"), house/"corpus", house/"t"/"tokenizer", house/"e"/"encoder", NSPConfig(seq_len=32, steps=2)), UsageError, ["seq_len is 32", "at most 24", "Lower seq_len"]),
     ("a decoder's row too long", lambda house, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)), DataError, ["17 tokens", "context is 16", "Cut the rows, or make it with a longer context"]),
-    ("a row longer than all text", lambda house, tmp: encoder(house, tmp, length=4000, positions=4000), DataError, ["do not fill a single row of 4000", "Take more texts, or lower length"]),
-    ("a batch of nothing", lambda house, tmp: encoder(house, tmp, batch=0), UsageError, ["batch is 0", "at least 1"]),
-    ("an encoder's batch too large", lambda house, tmp: encoder(house, tmp, batch=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch \d+ with accumulation \d+"]),
-    ("a decoder's batch too large", lambda house, tmp: decoder(house, tmp, batch=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch \d+ with accumulation \d+"]),
+    ("a row longer than all text", lambda house, tmp: encoder(house, tmp, seq_len=4000, max_position_embeddings=4000), DataError, ["do not fill a single row of 4000", "Take more texts, or lower seq_len"]),
+    ("a batch of nothing", lambda house, tmp: encoder(house, tmp, batch_size=0), UsageError, [r"batch_size is 0", "greater than 0"]),
+    ("an encoder's batch too large", lambda house, tmp: encoder(house, tmp, batch_size=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch_size \d+ with grad_accum_steps \d+"]),
+    ("a decoder's batch too large", lambda house, tmp: decoder(house, tmp, batch_size=4096), UsageError, ["batch of 4096 rows", "MiB", "set for this test", r"largest batch that fits is \d+", r"batch_size \d+ with grad_accum_steps \d+"]),
     ("a checkpoint of another model", another_model, DataError, ["checkpoint.json", "belongs to another run", "model is 'BertForMaskedLM .*' there and 'BertForMaskedLM .*' here", "to begin anew"]),
     ("an encoder where a decoder belongs", foreign_folder, DataError, ["encoder", "bert"]),
     ("a model without its tokenizer", no_tokenizer, MissingError, ["no tokenizer folder", "nowhere"]),
     ("a folder that is no corpus", lambda house, tmp: pretrain(create_record(tmp/"run", "pretrain"), house/"pieces", house/"t"/"tokenizer", MLMConfig(**QUICK, batch_size=16)), MissingError, ["pieces is not a corpus", "parquet", "stage data makes one"]),
-    ("an earlier run that is none", lambda house, tmp: encoder(house, tmp, earlier=[str(tmp/"old")]), MissingError, ["earlier names", "old", "forecast.json"]),
-    ("an earlier run of another recipe", lambda house, tmp: encoder(house, tmp, earlier=[str(house/"e")]), UsageError, ["earlier names", "positions is 24 there and 32 here", "Leave it out"]),
+    ("an earlier run that is none", lambda house, tmp: encoder(house, tmp, previous_runs=[str(tmp/"old")]), MissingError, ["previous_runs names", "old", "forecast.json"]),
+    ("an earlier run of another recipe", lambda house, tmp: encoder(house, tmp, previous_runs=[str(house/"e")]), UsageError, ["previous_runs names", "max_position_embeddings is 24 there and 32 here", "Leave it out"]),
     ("evaluation texts in the training text", leaking, DataError, ["The training text leaks", "3 of the evaluation set validation of the corpus", "3 exact", "on_leak to drop"]),
 ]
 
@@ -142,10 +142,10 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
     made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
     monkeypatch.setattr(llmeco_nb.pretraining.mlm, "masked_batch", lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more))
     monkeypatch.setattr(llmeco_nb.training.plan, "memory_budget", lambda model, optimiser: (2**23, "set for this test"))
-    with pytest.raises(UsageError) as e: encoder(house, tmp_path, batch=512)
-    largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch (\d+) with accumulation (\d+)", str(e.value)).groups())
+    with pytest.raises(UsageError) as e: encoder(house, tmp_path, batch_size=512)
+    largest, rows, instead, times = map(int, re.search(r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with grad_accum_steps (\d+)", str(e.value)).groups())
     assert max(made) <= 4 < largest < 512 == rows == instead * times and not (tmp_path/"run.plan.json").exists()
-    encoder(house, tmp_path, batch=instead, accumulation=times, steps=1)                         # the advice can be followed
+    encoder(house, tmp_path, batch_size=instead, grad_accum_steps=times, steps=1)                         # the advice can be followed
     assert read_json(tmp_path/"run"/"forecast.json")["came"]["bytes"] <= 2**23
 
 

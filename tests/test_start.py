@@ -54,7 +54,7 @@ def what_stays(record):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_path, monkeypatch, capsys, killed_at):
-    whole = run(kind, inputs, tmp_path/"whole", batch=None, lr=None)
+    whole = run(kind, inputs, tmp_path/"whole", batch_size=None, lr=None)
     plan, printed = read_json(tmp_path/"whole.plan.json"), capsys.readouterr().out
     assert plan["batch"] in BATCH_SIZE_CANDIDATES and float(plan["lr"]) in LR_CANDIDATES and whole.metrics["batch"] == plan["batch"] and whole.metrics["lr"] == float(plan["lr"])
     assert printed.startswith(f"batch {plan['batch']}: ") and f"learning rate {float(plan['lr']):g}: left of 4" in printed and all(f"\n{what}: " in printed for what in ("time", "memory", "loss"))
@@ -63,9 +63,9 @@ def test_what_is_probed_is_kept_and_a_killed_run_is_the_same(kind, inputs, tmp_p
     (tmp_path/"hit.plan.json").write_text((tmp_path/"whole.plan.json").read_text())                    # as after a kill before the first step
     monkeypatch.setattr(llmeco_nb.training.plan, "successive_halving", lambda *a, **k: pytest.fail("probed a second time"))
     monkeypatch.setattr(llmeco_nb.training.plan, "fastest_batch_size", lambda *a, **k: pytest.fail("probed a second time"))
-    killed_at(5, lambda: run(kind, inputs, tmp_path/"hit", batch=None, lr=None))
-    assert what_stays(run(kind, inputs, tmp_path/"hit", batch=None, lr=None)) == what_stays(whole)
-    other = run(kind, inputs, tmp_path/"other", batch=plan["batch"], lr=float(plan["lr"]), **({"muon": 1e-2 * float(plan["lr"]) / 3e-3} if kind == "decoder" else {}))
+    killed_at(5, lambda: run(kind, inputs, tmp_path/"hit", batch_size=None, lr=None))
+    assert what_stays(run(kind, inputs, tmp_path/"hit", batch_size=None, lr=None)) == what_stays(whole)
+    other = run(kind, inputs, tmp_path/"other", batch_size=plan["batch"], lr=float(plan["lr"]), **({"muon_lr": 1e-2 * float(plan["lr"]) / 3e-3} if kind == "decoder" else {}))
     assert what_stays(other)[0] == what_stays(whole)[0] or kind == "decoder"                           # given by hand they make the same model (Muon's rate may differ in its last bit)
     assert [r["loss"] for r in other.rows() if "loss" in r] == pytest.approx([r["loss"] for r in whole.rows() if "loss" in r], rel=1e-3)
 
@@ -78,19 +78,19 @@ def test_a_rate_of_nothing_is_refused(kind, inputs, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
-    told = run(kind, inputs, tmp_path/"told", batch=4, lr=2e-3)
+    told = run(kind, inputs, tmp_path/"told", batch_size=4, lr=2e-3)
     def silent(record, asked, model, step, make, optimiser, plan_of, batch, lr, *more, **named):
         plan = llmeco_nb.training.loop.resolve_plan(record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1})
         (record.resume/"forecast.json").write_text(json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[])))
         return plan
     monkeypatch.setattr(llmeco_nb.training.plan, "plan_training", silent)                                              # the encoder's stage imports it when called
     monkeypatch.setattr("llmeco_nb.pretraining.causal.plan_training", silent)
-    assert what_stays(run(kind, inputs, tmp_path/"silent", batch=4, lr=2e-3))[:2] == what_stays(told)[:2]
+    assert what_stays(run(kind, inputs, tmp_path/"silent", batch_size=4, lr=2e-3))[:2] == what_stays(told)[:2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_told_and_come(kind, inputs, tmp_path):
-    record = run(kind, inputs, tmp_path/"run", batch=8, lr=3e-3, accumulation=2)
+    record = run(kind, inputs, tmp_path/"run", batch_size=8, lr=3e-3, grad_accum_steps=2)
     told = read_json(record.path/"forecast.json")
     assert told["loss"] is None and "unknown" in told["says"][-1] and "| loss | unknown |" in forecast_vs_actual(record)
     assert told["bytes"] == pytest.approx(told["came"]["bytes"], rel=0.05) and record.metrics["peak_mib"] == told["came"]["bytes"] / 2**20
@@ -100,8 +100,8 @@ def test_told_and_come(kind, inputs, tmp_path):
 
 def test_earlier_runs_give_a_loss_and_others_are_refused(inputs, tmp_path):
     given = dict(batch_size=8, lr=3e-3)
-    shorter = [str(run("encoder", inputs, tmp_path/f"run{n}", steps=n, evaluations=1, **{**given, "seed": n}).path) for n in (6, 12, 24, 48)]
-    record = run("encoder", inputs, tmp_path/"long", steps=60, evaluations=1, earlier=shorter, **given)
+    shorter = [str(run("encoder", inputs, tmp_path/f"run{n}", steps=n, num_evals=1, **{**given, "seed": n}).path) for n in (6, 12, 24, 48)]
+    record = run("encoder", inputs, tmp_path/"long", steps=60, num_evals=1, previous_runs=shorter, **given)
     told = read_json(record.path/"forecast.json")
     losses = [read_json(f"{f}/forecast.json")["came"]["loss"] for f in shorter]
     assert record.metrics["forecast_loss"] == told["loss"] and losses[0] > losses[-1] and 0.3 * losses[-1] < told["loss"] < losses[0]
@@ -111,7 +111,7 @@ def test_earlier_runs_give_a_loss_and_others_are_refused(inputs, tmp_path):
 
 
 def test_early_stop_and_roof_in_the_rows(inputs, tmp_path):
-    record = run("encoder", inputs, tmp_path/"run", batch=4, lr=1e-9, steps=400, evaluations=200, patience=2, warmup=0, decay=0, precision="bf16")
+    record = run("encoder", inputs, tmp_path/"run", batch_size=4, lr=1e-9, steps=400, num_evals=200, patience=2, warmup_ratio=0, decay_ratio=0, precision="bf16")
     assert record.metrics["steps"] < 60 and record.metrics["best_step"] < record.metrics["steps"]       # at such a rate nothing gets better for long
     assert all(0 < row["roof_share"] < 1.5 for row in record.rows() if "tokens_per_s" in row) and any("tokens_per_s" in row for row in record.rows())
 

@@ -38,7 +38,7 @@ def labelled_subset(rows,            # Columns id, text, label
                     seed: int = 0):
     "`n` rows, each class in its proportion, in the order of their lots; the same for equal arguments. Raises `UsageError` for fewer than one a class."
     counts = rows.label.value_counts().to_dict()
-    if n and n < len(counts): raise UsageError(f"labels is {n}, and there are {len(counts)} classes; take at least one of each, or 0 for all.")
+    if n and n < len(counts): raise UsageError(f"num_labeled is {n}, and there are {len(counts)} classes; take at least one of each, or 0 for all.")
     rows = sort_by_split_hash(rows, seed)
     if n == 0 or n >= len(rows): return rows
     return rows[rows.groupby("label").cumcount() < rows.label.map(stratified_counts(n, counts))].reset_index(drop=True)
@@ -349,7 +349,7 @@ def fine_tune(
     names, begun = label_names(corpus), time.monotonic()
     if len(names) < 2: raise DataError(f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column.")
     splits = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
-    if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation=0.1.")
+    if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation_size=0.1.")
     enough = enough_labels(splits["train"], config.num_labeled)
     splits["train"] = labelled_subset(splits["train"], enough, config.seed)
     splits["validation"] = sort_by_split_hash(splits["validation"], config.seed)

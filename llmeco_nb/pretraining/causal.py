@@ -206,7 +206,7 @@ def pretrain_causal(
     pieces: str | Path,
     config: CausalConfig = CausalConfig(),
 ) -> Path:
-    "Pretrain a decoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    "Pretrain a decoder (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     begun = time.monotonic()
     asked = config.fingerprint() | dict(prose=sha256_of(prose), pieces=sha256_of(pieces))
     tokenizer = open_subword_tokenizer(pieces)

@@ -52,11 +52,11 @@ def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> n
 
 def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
     "Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and the holes they make. Raises `UsageError` for numbers that leave no room."
-    if not 0 < share < 1: raise UsageError(f"share is {share}; it is a share of the tokens between 0 and 1.")
-    if mean < 1: raise UsageError(f"mean is {mean}; a hole has at least one token.")
+    if not 0 < share < 1: raise UsageError(f"noise_density is {share}; it is a share of the tokens between 0 and 1.")
+    if mean < 1: raise UsageError(f"mean_span_length is {mean}; a span has at least one token.")
     inner, holes = length - 2, max(1, round(share * (length - 2) / mean))
     hidden = round(holes * mean)
-    if 1.5 * hidden + holes > inner: raise UsageError(f"share {share} and mean {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower share, or raise length.")
+    if 1.5 * hidden + holes > inner: raise UsageError(f"noise_density {share} and mean_span_length {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower noise_density, or raise seq_len.")
     return hidden, holes
 
 def sample_spans(length: int,  # Tokens of the row
@@ -76,7 +76,7 @@ def corrupt_spans(row: np.ndarray,    # (length,) token ids, from `group_texts`
                   first: int,         # The token that marks hole 0
                   target: str = "spans") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "What is read, what the decoder has before it, what it is to write there, and which of that was cut out. Raises `UsageError`."
-    if target not in ("spans", "text"): raise UsageError(f"target is {target!r}; it is missing or whole.")
+    if target not in ("spans", "text"): raise UsageError(f"target is {target!r}; it is spans or text.")
     seen, said, at, new = [], [], 0, []
     for k, (a, b) in enumerate(holes):
         seen += [row[at:a], [first + k]]
@@ -437,7 +437,7 @@ def denoise(
     tokenizer: str | Path,
     config: DenoisingConfig = DenoisingConfig(),
 ) -> Path:
-    "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     from llmeco_nb.training.parallel import all_finished, current_world
     begun = time.monotonic()
     asked = config.fingerprint() | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
@@ -448,7 +448,7 @@ def denoise(
         )
     cutter = open_tokenizer(tokenizer)
     V, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
-    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation=0.1.")
+    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1.")
     marked = [masks_to_sentinels(cutter.encode(p).ids, V, holes) for p in config.prompts]
     train_ids = encode_texts(cutter, read_split(corpus, "train").text)
     rows, held = group_texts(train_ids, config.seq_len), group_texts(encode_texts(cutter, unseen), config.seq_len)

@@ -44,11 +44,11 @@ def group_texts(encoded: list,  # Token ids of every text
                 length: int     # Tokens a row, special ones included
                ) -> np.ndarray:
     "Rows (n, length) of int32 that hold all texts one after the other; what does not fill a last row is left out. Raises `UsageError`, `DataError`."
-    if length < 8: raise UsageError(f"length is {length}; a row needs at least 8 tokens.")
+    if length < 8: raise UsageError(f"seq_len is {length}; a row needs at least 8 tokens.")
     inner = length - 2
     stream = np.concatenate([np.append(e, SEP) for e in encoded]) if encoded else np.zeros(0)
     n = len(stream) // inner
-    if not n: raise DataError(f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of {length}. Take more texts, or lower length.")
+    if not n: raise DataError(f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of {length}. Take more texts, or lower seq_len.")
     rows = np.empty((n, length), dtype=np.int32)
     rows[:, 0], rows[:, -1], rows[:, 1:-1] = CLS, SEP, stream[:n * inner].reshape(n, inner)
     return rows
@@ -328,7 +328,7 @@ def pretrain(
     tokenizer: str | Path,
     config: MLMConfig = MLMConfig(),
 ) -> Path:
-    "Pretrain an encoder (the parameters are those of the chapter; `batch` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    "Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
@@ -351,7 +351,7 @@ def pretrain(
         )
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
-    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation=0.1.")
+    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1.")
     for p in config.prompts:
         if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
     encoded = encode_texts(cutter, read_split(corpus, "train").text)

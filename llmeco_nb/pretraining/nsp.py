@@ -44,7 +44,7 @@ def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #8f55f19e
 def segment_lengths(length: int) -> tuple[int, int]:
     "Tokens of A and of B in a pair of `length` tokens, three of which are special. Raises `UsageError`."
-    if length < 11: raise UsageError(f"length is {length}; a pair needs at least 11 tokens, 3 of them special.")
+    if length < 11: raise UsageError(f"seq_len is {length}; a pair needs at least 11 tokens, 3 of them special.")
     return (length - 3) // 2, length - 3 - (length - 3) // 2
 
 def pair_boundaries(docs, length: int) -> np.ndarray:
@@ -52,7 +52,7 @@ def pair_boundaries(docs, length: int) -> np.ndarray:
     a, b = segment_lengths(length)
     found = np.array([(d, at) for d, (ids, borders) in enumerate(docs) for at in borders if at >= a and len(ids) - at >= b], dtype=np.int64).reshape(-1, 2)
     if len(np.unique(found[:, 0])) < 2:
-        raise DataError(f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens before and {b} after it. Take longer or more texts, or lower length.")
+        raise DataError(f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens before and {b} after it. Take longer or more texts, or lower seq_len.")
     return found
 
 def nsp_example(docs, where: np.ndarray,
@@ -226,7 +226,7 @@ def pretrain_nsp(
     encoder: str | Path,
     config: NSPConfig = NSPConfig(),
 ) -> Path:
-    "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
     from llmeco_nb.training.optim import Optimiser

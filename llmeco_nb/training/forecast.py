@@ -146,7 +146,7 @@ def check_fits_memory(batch: int,              # Rows of a micro-batch
     why = f"A batch of {batch} rows needs about {mib(predict_peak_bytes(law(largest + 1) if callable(law) else law, batch))} and there are {mib(limit)} ({says})."
     if largest < 1: raise UsageError(f"{why} Not even one row fits, which needs {mib(predict_peak_bytes(law, 1))}; take a smaller model, shorter texts, or another optimiser.")
     divisor = max(d for d in range(1, largest + 1) if effective % d == 0)
-    raise UsageError(f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch {divisor} with accumulation {effective // divisor}.")
+    raise UsageError(f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch_size {divisor} with grad_accum_steps {effective // divisor}.")
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ef046bcd
 def chunked_memory_model(model: torch.nn.Module,
@@ -243,7 +243,7 @@ def torch_cpp_compiler() -> str:
     "Path of the C++ compiler that torch.compile calls for a processor. Raises `MissingError` where there is none."
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if path := shutil.which(name): return path
-    raise MissingError(f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another in the environment variable CXX, or train without compiling (compiled=False).")
+    raise MissingError(f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another in the environment variable CXX, or train without compiling (torch_compile=False).")
 
 @lru_cache(None)
 def compiled_layer_class(kind: type) -> type:

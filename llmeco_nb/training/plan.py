@@ -28,7 +28,8 @@ from .loop import measure_step_time, resolve_plan
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ac2025ad
 def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
     "What runs must share for their losses to lie on one curve: all that was asked but length, budget, seed and what is only looked at."
-    length = ("minutes", "steps", "seed", "evaluations", "patience", "batch", "lr", "accumulation", "counted", "prompts", "written", "temperature")
+    length = ("minutes", "steps", "seed", "num_evals", "patience", "batch_size", "lr", "grad_accum_steps",
+              "baseline_tokens", "prompts", "max_new_tokens", "temperature", "previous_runs")
     return {k: v for k, v in asked.items() if k not in length} | dict(rows=plan["batch"] * plan.get("accumulation", 1), rate=optimiser.lr)
 
 def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
@@ -36,11 +37,11 @@ def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
     found = []
     for folder in folders:
         file = Path(folder)/"forecast.json"
-        if not file.exists(): raise MissingError(f"earlier names {folder}, which is not the record of a finished training: forecast.json is not in it.")
+        if not file.exists(): raise MissingError(f"previous_runs names {folder}, which is not the record of a finished training: forecast.json is not in it.")
         stored = read_json(file)
-        if "came" not in stored or "recipe" not in stored: raise DataError(f"{file} does not say what came of that run. Run the stage again, or leave it out of earlier.")
+        if "came" not in stored or "recipe" not in stored: raise DataError(f"{file} does not say what came of that run. Run the stage again, or leave it out of previous_runs.")
         differ = [f"{k} is {stored['recipe'].get(k)!r} there and {recipe.get(k)!r} here" for k in {**stored["recipe"], **recipe} if stored["recipe"].get(k) != recipe.get(k)]
-        if differ: raise UsageError(f"earlier names {folder}, whose loss says nothing of this run: {', '.join(differ)}. Leave it out.")
+        if differ: raise UsageError(f"previous_runs names {folder}, whose loss says nothing of this run: {', '.join(differ)}. Leave it out.")
         found.append((float(stored["came"]["tokens"]), float(stored["came"]["loss"])))
     return found
 
