@@ -281,7 +281,7 @@ def test_readme_is_in_step_with_its_notebook():
 def test_readme_leads_somewhere():
     text = (ROOT/"README.md").read_text(encoding="utf-8")
     local = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t and not t.startswith("#")]
-    missing = [t for t in local if not (ROOT/t.split("#")[0]).is_file()]
+    missing = [t for t in local if not (ROOT / t.split("#")[0]).exists()]
     assert local and not missing, missing
     for picture in (t for t in local if t.endswith((".png", ".svg"))): assert (ROOT/picture).stat().st_size < 200_000, f"{picture} is too large"
     assert chapter_map(StageRegistry.find(), "nbs/") in text

@@ -80,12 +80,25 @@ def chapters(house: StageRegistry) -> list[Chapter]:
         found.append(Chapter(path, number, title or path.stem, subtitle, module, nb["metadata"].get("llmeco", {}).get("stage", "")))
     return sorted(found, key=lambda c: (c.number != "", c.path.name))
 
-def chapter_map(house: StageRegistry, folder: str = "") -> str:
-    "The chapters by decade as a Markdown table with links to the notebooks in `folder`."
+def chapter_map(
+    house: StageRegistry,  # Whose chapters
+    folder: str = "",  # Put before every link
+) -> str:
+    """The stages of life as a Markdown table: how many chapters each has, its first and last, and a
+    link to the folder that holds them all."""
     known = chapters(house)
-    rows = [(name, [c for c in known if c.decade == d]) for d, name in decades.items()]
-    link = lambda c: f"[{c.title}]({folder}{c.path.relative_to(house.nbs).as_posix()})"
-    return "\n".join(["| | stage of life | chapters |", "|---|---|---|", *(f"| {d}0–{d}9 | **{name}** | {' · '.join(map(link, found))} |" for (name, found), d in zip(rows, decades) if found)])
+    lines = ["| | stage of life | chapters |", "|---|---|---|"]
+    for decade, name in decades.items():
+        found = [c for c in known if c.decade == decade]
+        if not found:
+            continue
+        paths = [folder + c.path.relative_to(house.nbs).as_posix() for c in found]
+        ends = f"[{found[0].title}]({paths[0]})"
+        if len(found) > 1:
+            ends += f" to [{found[-1].title}]({paths[-1]})"
+        number = f"[{len(found)}]({paths[0].rpartition('/')[0]})"
+        lines.append(f"| {decade}0–{decade}9 | **{name}** | {number}: {ends} |")
+    return "\n".join(lines)
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #a14d7310
 def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker")) -> bool:
