@@ -169,6 +169,8 @@ def document_ppmi_embeddings(encoded: list,        # Token ids of every text
     return spread * width**0.5 * found / np.where(length > 0, length, 1)
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #fb880147
+EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
+
 def init_mlm_model(rows: np.ndarray, vocabulary: int, size: str, positions: int, embedding_init: str, seed: int,
                    encoded: list = ()  # Token ids of every text, for document_ppmi
                   ):
@@ -287,8 +289,6 @@ def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
     loss = fast_mlm_loss(model, **batch, **room)
     backward(loss)
     return loss.detach(), len(batch["targets"])
-
-EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
 
 @stage_config
 class MLMConfig(StageConfig):

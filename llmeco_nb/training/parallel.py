@@ -313,8 +313,8 @@ def worker_main(world: World, work: str, record: str, name: str, given: list, na
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #0bef6c8b
 def shares_work(notebook: Notebook) -> bool:
-    "Whether it is a stage that several processes can share: one with a parameter `processes`."
-    return "stage" in notebook.contract and "processes" in read_parameters(notebook)
+    "Whether it is a stage that several processes can share: one with a parameter `nproc`."
+    return "stage" in notebook.contract and "nproc" in read_parameters(notebook)
 
 def run_notebook(arguments: list[str]   # NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times
                 ):
