@@ -280,7 +280,8 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(ro
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
     "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
     from llmeco_nb.stats.significance import compare
-    denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(size="1x64", seq_len=32, max_position_embeddings=48, steps=100, batch_size=16, lr=5e-3, muon_lr=1e-2, eval_examples=10, num_evals=2, final_eval_examples=50))
+    denoise(create_record(tmp_path/"run", "denoise"), *inputs, DenoisingConfig(size="1x64", seq_len=32, max_position_embeddings=48, steps=150, batch_size=16,
+        lr=5e-3, muon_lr=1e-2, eval_examples=10, num_evals=2, final_eval_examples=60))
     held, n = pd.DataFrame(read_json(tmp_path/"run"/"held.json")), open_record(tmp_path/"run", "denoise").metrics
     for a, b in (("copy_edits", "edits"), ("counter_edits", "edits"), ("copy_bits", "bits")): assert compare(held[a], held[b]).interval.low > 0
     assert n["edits"] < n["counter_edits"] < n["copy_edits"] < 1 and n["hidden_accuracy"] > 0.5

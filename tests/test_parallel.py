@@ -321,7 +321,7 @@ def test_small_inputs_are_made_by_the_first_process(stage, tmp_path, monkeypatch
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path/"runs"))
     forked(lambda: run_notebook(asked(stage, tmp_path/"run")), 2, tmp_path, joined=False)
     assert open_record(tmp_path/"run", stage).metrics
-    made = tmp_path/"runs"/"scratch"/"encoder-small"
+    made = tmp_path/"runs"/"scratch"/dict(nsp="encoder-pretrained", finetune="encoder-small")[stage]
     assert len(list(made.glob("**/model.safetensors"))) == len(list(made.glob("**/config.json"))) == 1
 
 

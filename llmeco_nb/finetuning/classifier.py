@@ -6,8 +6,8 @@
 __all__ = ['dropout_fields', 'labelled_subset', 'enough_labels', 'truncate_middle', 'tokenize_texts', 'collate',
            'classifier_batches', 'quiet_transformers', 'packaged_minilm', 'weights_revision', 'small_random_encoder',
            'encoder_folder', 'build_classifier', 'add_mean_layer', 'centre_mean_layer', 'layerwise_lr_scales',
-           'classification_loss_step', 'predict_proba', 'finetune_plan', 'predictions_table', 'save_classifier',
-           'mistakes', 'ClassifierConfig', 'fine_tune', 'reload_and_compare']
+           'classification_loss_step', 'predict_proba', 'ClassifierConfig', 'finetune_plan', 'predictions_table',
+           'save_classifier', 'mistakes', 'fine_tune', 'reload_and_compare']
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1ee904d3
 import copy
@@ -256,6 +256,30 @@ def predict_proba(model, rows: list[list[int]],  # Token ids of each text
             if record: record.progress(done, len(rows), "texts")
     return found
 
+# %% ../../nbs/2_finetuning/20_classifier.ipynb #bf0cf3c8
+@stage_config
+class ClassifierConfig(StageConfig):
+    "What the stage `finetune` may be told."
+    weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
+    name: str = "own"  # what the model is called in tables
+    num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
+    max_length: Annotated[int, Field(ge=2)] = 64  # tokens the model reads of a text
+    head_fraction: Fraction = 0.25  # share of them from the text's beginning, the rest from its end
+    pooling: Literal["cls", "mean"] = "cls"  # what is read: cls, or mean (a new layer on top)
+    epochs: PositiveInt = 3  # times every text is seen, at most
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: epochs decide
+    batch_size: PositiveInt = 16  # texts a step
+    lr: PositiveFloat = 1e-3  # learning rate at its peak
+    layerwise_lr_decay: PositiveFloat = 1.0  # factor on the rate from layer to layer; 1: none
+    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
+    label_smoothing: Fraction = 0.0  # share of the probability to spread over all classes
+    eval_examples: PositiveInt = 500  # validation texts that decide which weights are best
+    num_evals: PositiveInt = 6  # how often they are asked
+    patience: NonNegativeInt = 3  # evaluations without progress before it stops; 0: never
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    device: ExecutionOnly[Literal["auto", "cpu", "cuda", "xla"]] = "auto"  # cpu, cuda, xla or auto
+    seed: NonNegativeInt = 0  # decides the labelled subset, the order, and the new layer
+
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #74933f66
 def finetune_plan(
     config: StageConfig,  # With epochs, minutes, batch_size, num_evals, patience, warmup_ratio
@@ -307,29 +331,6 @@ def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
     return [dict(id=wrong.id[i], label=int(wrong.label[i]), predicted=int(wrong.predicted[i]), sure=round(float(wrong[f"score_{wrong.predicted[i]}"][i]), 4), text=texts[wrong.id[i]][-400:]) for i in sure]
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
-@stage_config
-class ClassifierConfig(StageConfig):
-    "What the stage `finetune` may be told."
-    weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
-    name: str = "own"  # what the model is called in tables
-    num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
-    max_length: Annotated[int, Field(ge=2)] = 64  # tokens the model reads of a text
-    head_fraction: Fraction = 0.25  # share of them from the text's beginning, the rest from its end
-    pooling: Literal["cls", "mean"] = "cls"  # what is read: cls, or mean (a new layer on top)
-    epochs: PositiveInt = 3  # times every text is seen, at most
-    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: epochs decide
-    batch_size: PositiveInt = 16  # texts a step
-    lr: PositiveFloat = 1e-3  # learning rate at its peak
-    layerwise_lr_decay: PositiveFloat = 1.0  # factor on the rate from layer to layer; 1: none
-    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
-    label_smoothing: Fraction = 0.0  # share of the probability to spread over all classes
-    eval_examples: PositiveInt = 500  # validation texts that decide which weights are best
-    num_evals: PositiveInt = 6  # how often they are asked
-    patience: NonNegativeInt = 3  # evaluations without progress before it stops; 0: never
-    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
-    device: ExecutionOnly[Literal["auto", "cpu", "cuda", "xla"]] = "auto"  # cpu, cuda, xla or auto
-    seed: NonNegativeInt = 0  # decides the labelled subset, the order, and the new layer
-
 def fine_tune(
     record: Record,  # Gets the artifacts classifier and predictions
     corpus: str,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLS', 'SEP', 'MASK', 'EmbeddingInit', 'small_tokenizer', 'group_texts', 'mask_row', 'masked_batch', 'mlm_batches',
            'unigram_log_probs', 'single_thread', 'window_ppmi_embeddings', 'ppmi_svd', 'document_ppmi_embeddings',
-           'init_mlm_model', 'validation_losses', 'pretrain_plan', 'tile_position_embeddings', 'fill_mask', 'examples',
-           'peak_gflops', 'save_encoder', 'mlm_loss_step', 'MLMConfig', 'pretrain']
+           'init_mlm_model', 'validation_losses', 'MLMConfig', 'pretrain_plan', 'tile_position_embeddings', 'fill_mask',
+           'examples', 'peak_gflops', 'save_encoder', 'mlm_loss_step', 'pretrain']
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #041af3f2
 import math
@@ -205,6 +205,39 @@ def validation_losses(model, rows: np.ndarray, seed: int, share: float, vocabula
         for k, column in enumerate((loss.numpy(), right.numpy(), np.ones(len(owner)))): np.add.at(found[:, k], owner, column)
     return found
 
+# %% ../../nbs/1_pretraining/18_mlm.ipynb #376ef0a4
+@stage_config
+class MLMConfig(StageConfig):
+    "What the stage `pretrain` may be told."
+    size: str = "2x64"  # layers x hidden size, or tiny, mini, small, medium, base
+    seq_len: PositiveInt = 64  # tokens a row
+    max_position_embeddings: PositiveInt = 512  # tokens the finished encoder can read
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
+    steps: PositiveInt = 40  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = None  # rows a batch; none: by probes of their speed
+    grad_accum_steps: PositiveInt = 1  # batches a step
+    mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of tokens to hide
+    embedding_lr_scale: Fraction = 1.0  # share of the rate for word embeddings; 0 holds them
+    embedding_init: EmbeddingInit = "window_ppmi"  # window_ppmi, document_ppmi or random
+    lr: PositiveFloat | None = None  # learning rate at its peak; none: by probes of a few steps
+    warmup_ratio: Fraction = 0.05  # share of the steps until the peak
+    decay_ratio: Fraction = 0.4  # share of the steps from the peak to zero, at the end
+    eval_examples: PositiveInt = 64  # validation rows that decide which weights are best
+    num_evals: PositiveInt = 6  # how often they are asked
+    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
+    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
+    device: ExecutionOnly[Literal["cpu", "cuda", "xla"]] = "cpu"  # cpu, cuda or xla
+    prompts: list[str] = Field(  # to complete
+        default_factory=lambda: [
+            "This film was [MASK].",
+            "I would [MASK] watch it again.",
+        ]
+    )
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides first weights, order and masks
+
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #ae41f410
 def pretrain_plan(
     config: StageConfig,  # With steps, minutes, num_evals, warmup_ratio, decay_ratio, and patience or not
@@ -289,38 +322,6 @@ def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
     loss = fast_mlm_loss(model, **batch, **room)
     backward(loss)
     return loss.detach(), len(batch["targets"])
-
-@stage_config
-class MLMConfig(StageConfig):
-    "What the stage `pretrain` may be told."
-    size: str = "2x64"  # layers x hidden size, or tiny, mini, small, medium, base
-    seq_len: PositiveInt = 64  # tokens a row
-    max_position_embeddings: PositiveInt = 512  # tokens the finished encoder can read
-    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
-    steps: PositiveInt = 40  # optimiser steps, where minutes is 0
-    batch_size: PositiveInt | None = None  # rows a batch; none: by probes of their speed
-    grad_accum_steps: PositiveInt = 1  # batches a step
-    mask_prob: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of tokens to hide
-    embedding_lr_scale: Fraction = 1.0  # share of the rate for word embeddings; 0 holds them
-    embedding_init: EmbeddingInit = "window_ppmi"  # window_ppmi, document_ppmi or random
-    lr: PositiveFloat | None = None  # learning rate at its peak; none: by probes of a few steps
-    warmup_ratio: Fraction = 0.05  # share of the steps until the peak
-    decay_ratio: Fraction = 0.4  # share of the steps from the peak to zero, at the end
-    eval_examples: PositiveInt = 64  # validation rows that decide which weights are best
-    num_evals: PositiveInt = 6  # how often they are asked
-    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
-    activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
-    nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
-    device: ExecutionOnly[Literal["cpu", "cuda", "xla"]] = "cpu"  # cpu, cuda or xla
-    prompts: list[str] = Field(  # to complete
-        default_factory=lambda: [
-            "This film was [MASK].",
-            "I would [MASK] watch it again.",
-        ]
-    )
-    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
-    seed: NonNegativeInt = 0  # decides first weights, order and masks
 
 def pretrain(
     record: Record,  # Where the encoder goes: its artifact `encoder`
