@@ -22,31 +22,63 @@ from typing import Optional
 
 import typer
 
-from .core import ExportError, LlmecoError, MissingError, UsageError, WriteError
-from .core import format_duration
-from .core import runs_dir
-from .runner.stages import Instance, StageRegistry, headline, needs
-from .runner.stages import read_profile, read_yaml
+from llmeco_nb.core import (
+    ExportError,
+    LlmecoError,
+    MissingError,
+    UsageError,
+    WriteError,
+    format_duration,
+    runs_dir,
+)
+from llmeco_nb.runner.stages import (
+    Instance,
+    StageRegistry,
+    headline,
+    needs,
+    read_profile,
+    read_yaml,
+)
 from .runner.store import link
 
 # %% ../nbs/0_ground/01c_cli.ipynb #21bfbd25
-def parse_settings(given: list[str], files: list[Path], single: bool = False) -> list[tuple[str, str, object]]:
+def parse_settings(
+    given: list[str], files: list[Path], single: bool = False
+) -> list[tuple[str, str, object]]:
     """(stage, parameter, value) for every -f entry and then every -p; with `single` there is no
     stage part. Raises `UsageError`."""
     found = []
     for f in files:
         for stage, values in read_yaml(f).items():
-            if not isinstance(values, dict) and not single: raise UsageError(f"{f}: {stage} must hold `name: value` lines, found {values!r}.")
-            found += [("", stage, values)] if single else [(str(stage), str(k), v) for k, v in values.items()]
+            if not isinstance(values, dict) and not single:
+                raise UsageError(f"{f}: {stage} must hold `name: value` lines, found {values!r}.")
+            found += (
+                [("", stage, values)]
+                if single
+                else [(str(stage), str(k), v) for k, v in values.items()]
+            )
     for text in given:
         name, equals, value = text.partition("=")
         stage, dot, parameter = name.partition(".")
-        if not equals or (not single and not (dot and stage and parameter)): raise UsageError(f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.max_rows=400'}.")
+        if not equals or (not single and not (dot and stage and parameter)):
+            raise UsageError(
+                f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.max_rows=400'}."
+            )
         found.append(("", name, value) if single else (stage, parameter, value))
     return found
 
 # %% ../nbs/0_ground/01c_cli.ipynb #ff096f61
-state_words = dict(waiting="waiting", running="running", drawing="drawing its page", done="done", kept="current", page="page redrawn", failed="failed", left="left as it is")
+state_words = dict(
+    waiting="waiting",
+    running="running",
+    drawing="drawing its page",
+    done="done",
+    kept="current",
+    page="page redrawn",
+    failed="failed",
+    left="left as it is",
+)
+
 
 def remaining_seconds(done: int | None, total: int | None, elapsed: float) -> float | None:
     "Seconds left if the rest goes as fast as what is done."
@@ -57,145 +89,234 @@ def status_table(pipe, board):
     "The board as a rich table."
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+
     t = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("stage", "state", "time", "left", "", "newest"): t.add_column(column, no_wrap=True)
+    for column in ("stage", "state", "time", "left", "", "newest"):
+        t.add_column(column, no_wrap=True)
     colours = dict(running="bold cyan", done="green", failed="bold red", page="green")
     for one in pipe.instances:
         p = board.get(one.name)
-        if p is None: continue
+        if p is None:
+            continue
         state = p.watch.state if p.watch and p.state == "running" else {}
-        spent = time.monotonic() - p.watch.started if p.watch and p.state == "running" else p.seconds
+        spent = (
+            time.monotonic() - p.watch.started if p.watch and p.state == "running" else p.seconds
+        )
         done, total = state.get("done"), state.get("total")
         row = state.get("row") or {}
         # of what was seen to be done; before that it prepared, or another attempt did it
         first, pace = state.get("first", 0), time.monotonic() - state.get("since", time.monotonic())
         # a training measures its own speed
         rate = row.get("tokens_per_s") if state.get("unit") == "tokens" else None
-        if not rate: rate = (done - first) / pace if done and pace > 1 else 0
+        if not rate:
+            rate = (done - first) / pace if done and pace > 1 else 0
         left = remaining_seconds(done - first, total - first, pace) if done and total else None
         speed = f"{rate:,.0f} {state.get('unit', '')}/s  " if done and rate else ""
-        if row.get("roof_share"): speed += f"{row['roof_share']:.0%} of the roof  "
-        row = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("seconds", "tokens_per_s", "roof_share"))
-        t.add_row(one.name, f"[{colours[p.state]}]{state_words[p.state]}" if p.state in colours else f"[dim]{state_words[p.state]}", format_duration(spent) if spent else "", format_duration(left),
-                  ProgressBar(total or 1, done, width=16) if total else "", speed + row if p.state == "running" else headline(one, p.metrics))
+        if row.get("roof_share"):
+            speed += f"{row['roof_share']:.0%} of the roof  "
+        row = "  ".join(
+            f"{k} {v:.4g}"
+            for k, v in row.items()
+            if isinstance(v, float) and k not in ("seconds", "tokens_per_s", "roof_share")
+        )
+        t.add_row(
+            one.name,
+            f"[{colours[p.state]}]{state_words[p.state]}"
+            if p.state in colours
+            else f"[dim]{state_words[p.state]}",
+            format_duration(spent) if spent else "",
+            format_duration(left),
+            ProgressBar(total or 1, done, width=16) if total else "",
+            speed + row if p.state == "running" else headline(one, p.metrics),
+        )
     return t
 
 # %% ../nbs/0_ground/01c_cli.ipynb #cf2cbec0
 class Display:
     "Shows the board while a `with` block runs."
+
     def __init__(self, pipe, board):
         from rich.console import Console
         from rich.live import Live
+
         self.pipe, self.board, self.console, self.told = pipe, board, Console(), {}
-        self.live = Live(get_renderable=lambda: status_table(pipe, board), console=self.console, refresh_per_second=4) if self.console.is_terminal else None
-    def say(self, sentence: str): self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        self.live = (
+            Live(
+                get_renderable=lambda: status_table(pipe, board),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            if self.console.is_terminal
+            else None
+        )
+
+    def say(self, sentence: str):
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self):
         import threading
+
         self.over = threading.Event()
-        if self.live: self.live.start()
-        else: self.thread = threading.Thread(target=self._lines, daemon=True); self.thread.start()
+        if self.live:
+            self.live.start()
+        else:
+            self.thread = threading.Thread(target=self._lines, daemon=True)
+            self.thread.start()
         return self
+
     def __exit__(self, *_):
         self.over.set()
         self.live.stop() if self.live else self.thread.join()
+
     def _lines(self):
-        while not self.over.wait(0.1): self._tell()
+        while not self.over.wait(0.1):
+            self._tell()
         self._tell()
+
     def _tell(self):
         for one in self.pipe.instances:
             p = self.board.get(one.name)
-            if p is None or p.state in ("waiting", "left") or self.told.get(one.name) == p.state: continue
+            if p is None or p.state in ("waiting", "left") or self.told.get(one.name) == p.state:
+                continue
             self.told[one.name] = p.state
-            self.say(f"{one.name}: {state_words[p.state]}" + (f", {format_duration(p.seconds)}" if p.state in ("done", "page") else "") + (f", {headline(one, p.metrics)}" if p.metrics else ""))
+            self.say(
+                f"{one.name}: {state_words[p.state]}"
+                + (f", {format_duration(p.seconds)}" if p.state in ("done", "page") else "")
+                + (f", {headline(one, p.metrics)}" if p.metrics else "")
+            )
 
 # %% ../nbs/0_ground/01c_cli.ipynb #76b725f7
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A language model's whole life, from raw text to a served and improving model, "
-         "told in notebooks.")
+    "told in notebooks.",
+)
 
-def command(options: type    # A dataclass whose fields are made by `option`
-           ) -> Callable:
+
+def command(
+    options: type,  # A dataclass whose fields are made by `option`
+) -> Callable:
     "Register a function as a command of its name that takes what was typed as one object."
+
     def register(work: Callable) -> Callable:
-        def typed(**values): return work(options(**values))
+        def typed(**values):
+            return work(options(**values))
+
         fields = dataclasses.fields(options)
-        typed.__signature__ = inspect.Signature([
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=f.type,
-                              default=f.metadata["option"]) for f in fields])
+        typed.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    f.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    annotation=f.type,
+                    default=f.metadata["option"],
+                )
+                for f in fields
+            ]
+        )
         typed.__annotations__ = {f.name: f.type for f in fields}
         app.command()(functools.wraps(work, ("__name__", "__doc__"), ())(typed))
         return work
+
     return register
 
-def option(default: object,                      # Value where nothing is typed
-           names: str,                  # Such as "--profile -P"
-           said: str,                   # What the help says of it
-           metavar: str | None = None   # What the help shows for a value
-          ) -> dataclasses.Field:
+
+def option(
+    default: object,  # Value where nothing is typed
+    names: str,  # Such as "--profile -P"
+    said: str,  # What the help says of it
+    metavar: str | None = None,  # What the help shows for a value
+) -> dataclasses.Field:
     "A field of the options of a command."
     typed = typer.Option(default, *names.split(), help=said, metavar=metavar)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata={"option": typed})
     return dataclasses.field(default=default, metadata={"option": typed})
 
+
 @dataclass(frozen=True)
 class RunChoice:
     "Which run a command works on."
+
     profile: str = option(
-        "laptop", "--profile -P", "Which profile: a name, or a folder with a pipeline.yaml.")
+        "laptop", "--profile -P", "Which profile: a name, or a folder with a pipeline.yaml."
+    )
     run: Optional[str] = option(
-        None, "--run", "The folder of the run to work on (default: the newest of the profile).")
+        None, "--run", "The folder of the run to work on (default: the newest of the profile)."
+    )
+
 
 @dataclass(frozen=True)
 class Settings(RunChoice):
     "A run, and parameters set in the terminal."
+
     given: list[str] = option([], "-p", "Set a parameter; may be repeated.", "STAGE.NAME=VALUE")
     files: list[Path] = option(
-        [], "-f", "Set parameters from a YAML file, `stage: {name: value}`.", "FILE")
+        [], "-f", "Set parameters from a YAML file, `stage: {name: value}`.", "FILE"
+    )
+
 
 @dataclass(frozen=True)
 class RunOptions(Settings):
     "What `llmeco run` is told."
+
     next: bool = option(
-        False, "--next", "Start the next round: a new run whose parent is the current one.")
-    new_run: bool = option(
-        False, "--new-run", "Start a new run instead of continuing the newest.")
-    only: list[str] = option(
-        [], "--only", "Consider this stage alone; may be repeated.", "STAGE")
+        False, "--next", "Start the next round: a new run whose parent is the current one."
+    )
+    new_run: bool = option(False, "--new-run", "Start a new run instead of continuing the newest.")
+    only: list[str] = option([], "--only", "Consider this stage alone; may be repeated.", "STAGE")
     start: Optional[str] = option(
-        None, "--from", "Consider this stage and what depends on it.", "STAGE")
+        None, "--from", "Consider this stage and what depends on it.", "STAGE"
+    )
     force: bool = option(
-        False, "--force", "Make the considered stages again even if they are current.")
+        False, "--force", "Make the considered stages again even if they are current."
+    )
     accept_changed: bool = option(
-        False, "--accept-changed", "Take outside sources as they are now.")
+        False, "--accept-changed", "Take outside sources as they are now."
+    )
+
 
 def prepare_run(o: RunOptions):
     """The pipeline to run, and the names of the stages to consider (None for all).
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
-    from llmeco_nb.runner.pipeline import Pipeline, open_run, require_inputs, set_parameters, set_stored
+    from llmeco_nb.runner.pipeline import (
+        Pipeline,
+        open_run,
+        require_inputs,
+        set_parameters,
+        set_stored,
+    )
+
     house = StageRegistry.find()
     if behind := house.out_of_step():
-        raise ExportError(f"The package is out of step with {', '.join(behind)}. "
-                          f"Run `nbdev_export` in {house.nbs.parent}, then try again.")
+        raise ExportError(
+            f"The package is out of step with {', '.join(behind)}. "
+            f"Run `nbdev_export` in {house.nbs.parent}, then try again."
+        )
     settings = parse_settings(o.given, o.files)
+
     def check(info: dict):
         instances = read_profile(house, o.profile)[0]
         set_stored(instances, info["overrides"], Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
+
     run = open_run(house, o.profile, o.run, o.next, o.new_run, check=check)
     pipe = Pipeline(house, run, o.accept_changed)
     pipe.override(settings, "-p")
     return pipe, chosen_stages(pipe.instances, o.only, o.start)
 
+
 @command(RunOptions)
 def run(o: RunOptions):
     "Bring a run up to date: make what is missing or stale, in order, and nothing else."
     from llmeco_nb.runner.pipeline import run_pipeline
+
     begun = time.monotonic()
     pipe, chosen = prepare_run(o)
     board: dict = {}
@@ -205,30 +326,40 @@ def run(o: RunOptions):
     with Display(pipe, board) as display:
         display.say("\n".join(told))
         run_pipeline(pipe, chosen, o.force, display.say, board)
-        link(info.path.parent/"latest", info.path)
+        link(info.path.parent / "latest", info.path)
     for one in pipe.instances:
-        summary = info.path/one.name/"summary.txt"
-        if summary.is_file(): display.say("\n" + summary.read_text().rstrip())
+        summary = info.path / one.name / "summary.txt"
+        if summary.is_file():
+            display.say("\n" + summary.read_text().rstrip())
     states = [p.state for p in board.values()]
     made = states.count("done") + states.count("page")
     left = states.count("left")
-    counts = f"{made} made, {len(board) - made - left} current" + (f", {left} left out" if left else "")
+    counts = f"{made} made, {len(board) - made - left} current" + (
+        f", {left} left out" if left else ""
+    )
     spent = format_duration(time.monotonic() - begun)
     display.say(f"\n{counts}, in {spent}. Records: {os.path.relpath(info.path)}")
 
-def chosen_stages(instances: list[Instance],    # All of a profile, in the order in which they run
-                  only: list[str],              # What --only was told
-                  start: str | None             # What --from was told
-                 ) -> set[str] | None:
+
+def chosen_stages(
+    instances: list[Instance],  # All of a profile, in the order in which they run
+    only: list[str],  # What --only was told
+    start: str | None,  # What --from was told
+) -> set[str] | None:
     """Names of the instances that --only and --from leave in play; None for all.
 
     Raises `UsageError`."""
     from llmeco_nb.runner.pipeline import select_instances
-    if only and start: raise UsageError("Give --only or --from, not both.")
-    if only: return {o.name for name in only for o in select_instances(instances, name, "--only")}
-    if not start: return None
+
+    if only and start:
+        raise UsageError("Give --only or --from, not both.")
+    if only:
+        return {o.name for name in only for o in select_instances(instances, name, "--only")}
+    if not start:
+        return None
     chosen = {o.name for o in select_instances(instances, start, "--from")}
-    for one in instances: chosen |= {one.name} if needs(one) & chosen else set()
+    for one in instances:
+        chosen |= {one.name} if needs(one) & chosen else set()
     return chosen
 
 # %% ../nbs/0_ground/01c_cli.ipynb #7a692052
@@ -237,13 +368,16 @@ def stages(o: Settings):
     "Say of every stage whether it is current, stale or missing, and why."
     from rich.console import Console
     from rich.table import Table
+
     from llmeco_nb.runner.pipeline import Pipeline, open_run, set_parameters
+
     house = StageRegistry.find()
     pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
     # "what if": nothing is stored
     set_parameters(pipe.instances, parse_settings(o.given, o.files), "-p")
     t = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("stage", "state", "why"): t.add_column(column, overflow="fold")
+    for column in ("stage", "state", "why"):
+        t.add_column(column, overflow="fold")
     for name, look in pipe.looks().items():
         state = "current, page stale" if look.state == "page" else look.state
         t.add_row(name, state, first_reasons(look.reasons))
@@ -251,114 +385,189 @@ def stages(o: Settings):
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(t)
     if behind:
-        console.print(f"\nThe package is out of step with {', '.join(behind)}: run `nbdev_export`.",
-                      highlight=False)
+        console.print(
+            f"\nThe package is out of step with {', '.join(behind)}: run `nbdev_export`.",
+            highlight=False,
+        )
 
-def first_reasons(reasons: list[str],
-                  most: int = 8          # A run of an earlier version has hundreds
-                 ) -> str:
+
+def first_reasons(
+    reasons: list[str],
+    most: int = 8,  # A run of an earlier version has hundreds
+) -> str:
     "The first reasons in one line, and how many more there are."
     left = len(reasons) - most
     return "; ".join(reasons[:most]) + (f"; and {left} more" if left > 0 else "")
 
+
 @app.command()
-def bench(name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),
-          level: str = typer.Option("check", help="check: minutes, a subset, one seed; record: whole, resumable."),
-          given: list[str] = typer.Option([], "-p", metavar="NAME=VALUE", help="Set a parameter, such as data=DIR or peer=DIR."),
-          keep: bool = typer.Option(False, "--keep", help="Keep the result as nbs/records/NAME.json, to be quoted.")):
+def bench(
+    name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),
+    level: str = typer.Option(
+        "check", help="check: minutes, a subset, one seed; record: whole, resumable."
+    ),
+    given: list[str] = typer.Option(
+        [], "-p", metavar="NAME=VALUE", help="Set a parameter, such as data=DIR or peer=DIR."
+    ),
+    keep: bool = typer.Option(
+        False, "--keep", help="Keep the result as nbs/records/NAME.json, to be quoted."
+    ),
+):
     "List the benchmarks, or run one into runs/bench/NAME."
-    from llmeco_nb.runner.benchmarks import benchmarks, keep_record, run_benchmark
     from llmeco_nb.core import read_json
+    from llmeco_nb.runner.benchmarks import benchmarks, keep_record, run_benchmark
+
     house = StageRegistry.find()
     if name is None:
-        for each, path in benchmarks(house).items(): typer.echo(f"{each:20} {first_line(path)}")
+        for each, path in benchmarks(house).items():
+            typer.echo(f"{each:20} {first_line(path)}")
         return
-    result = run_benchmark(house, name, {"level": level, **{k: v for _, k, v in parse_settings(given, [], single=True)}})
-    for k, v in read_json(result/"metrics.json").items(): typer.echo(f"{k} {v}")
+    result = run_benchmark(
+        house,
+        name,
+        {"level": level, **{k: v for _, k, v in parse_settings(given, [], single=True)}},
+    )
+    for k, v in read_json(result / "metrics.json").items():
+        typer.echo(f"{k} {v}")
     typer.echo(f"\nResult: {os.path.relpath(result)}")
-    if keep: typer.echo(f"Kept: {os.path.relpath(keep_record(house, result))}")
+    if keep:
+        typer.echo(f"Kept: {os.path.relpath(keep_record(house, result))}")
+
 
 def first_line(notebook: Path) -> str:
     "A notebook's subtitle."
     from llmeco_nb.core import read_json
-    text = "\n".join("".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "markdown")
-    return next((line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")), "")
+
+    text = "\n".join(
+        "".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "markdown"
+    )
+    return next(
+        (line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")), ""
+    )
+
 
 @app.command()
 def doctor():
     "Look whether this machine is fit to run, and say what is not."
     from llmeco_nb.runner.doctor import findings
+
     well = True
     for what, good, found in findings(StageRegistry.find(), runs_dir()):
         well &= good
         typer.echo(f"{'well ' if good else 'WRONG'}  {what:10} {found}")
     raise typer.Exit(0 if well else 1)
 
+
 @app.command()
-def prune(keep: int = typer.Option(None, help="Also drop all but the newest N runs of each profile."),
-          dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go.")):
+def prune(
+    keep: int = typer.Option(None, help="Also drop all but the newest N runs of each profile."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
+):
     "Remove store entries no run names, and what killed attempts left."
     from llmeco_nb.runner.doctor import prune_runs
+
     gone = prune_runs(runs_dir(), keep, dry_run)
-    for path, size in gone: typer.echo(f"{size / 2**20:9.1f} MiB  {os.path.relpath(path)}")
+    for path, size in gone:
+        typer.echo(f"{size / 2**20:9.1f} MiB  {os.path.relpath(path)}")
     freed = sum(size for _, size in gone) / 2**20
     typer.echo(f"{freed:.1f} MiB {'would be ' if dry_run else ''}freed.")
+
 
 @command(RunChoice)
 def report(o: RunChoice):
     "Render the run's report: runs/<run>/report/index.html."
     from llmeco_nb.runner.pipeline import Pipeline, open_run
     from llmeco_nb.site.report import render_report
+
     house = StageRegistry.find()
     pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
     typer.echo(f"Report: {os.path.relpath(render_report(pipe))}")
 
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f
 @app.command()
-def serve(bundle: Path = typer.Option(None, help="A bundle's folder (default: the newest champion or bundle in runs)."),
-          host: str = typer.Option("127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."),
-          port: int = typer.Option(8000, help="The port; 0 takes a free one."),
-          database: str = typer.Option(None, help="Where answers and feedback are stored: a file or a postgresql:// URL (default: runs/feedback.sqlite).")):
+def serve(
+    bundle: Path = typer.Option(
+        None, help="A bundle's folder (default: the newest champion or bundle in runs)."
+    ),
+    host: str = typer.Option(
+        "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
+    ),
+    port: int = typer.Option(8000, help="The port; 0 takes a free one."),
+    database: str = typer.Option(
+        None,
+        help="Where answers and feedback are stored: a file or a postgresql:// URL (default: runs/feedback.sqlite).",
+    ),
+):
     "Answer over HTTP with the newest bundle, and take feedback."
-    try: from llmeco_nb.deployment import server
+    try:
+        from llmeco_nb.deployment import server
     except ModuleNotFoundError as e:
-        if (e.name or "").startswith("llmeco_nb"): raise
-        raise MissingError(f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'") from None
+        if (e.name or "").startswith("llmeco_nb"):
+            raise
+        raise MissingError(
+            f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
+        ) from None
     server.run_server(bundle, host, port, database, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command()
-def docs(run: str = typer.Option(None, "--run", help="Show the stages' outputs of this run; without it, those of an execution at the defaults."),
-         quick: bool = typer.Option(False, "--quick", help="Execute nothing; show the outputs there are."),
-         readme: bool = typer.Option(False, "--readme", help="Write README.md from nbs/index.ipynb, and nothing else.")):
+def docs(
+    run: str = typer.Option(
+        None,
+        "--run",
+        help="Show the stages' outputs of this run; without it, those of an execution at the defaults.",
+    ),
+    quick: bool = typer.Option(
+        False, "--quick", help="Execute nothing; show the outputs there are."
+    ),
+    readme: bool = typer.Option(
+        False, "--readme", help="Write README.md from nbs/index.ipynb, and nothing else."
+    ),
+):
     "Write the site of all chapters into _docs."
     from llmeco_nb.site import docs as pages
+
     house = StageRegistry.find()
-    if readme: typer.echo(f"Written: {os.path.relpath(pages.write_readme(house))}"); return
+    if readme:
+        typer.echo(f"Written: {os.path.relpath(pages.write_readme(house))}")
+        return
     pipe = None
     if run:
         from llmeco_nb.runner.pipeline import Pipeline
         from llmeco_nb.runner.store import Run
+
         pipe = Pipeline(house, Run(Path(run).absolute()))
     page, failed = pages.render_site(house, pipe, not quick, typer.echo)
-    typer.echo(f"Site: {os.path.relpath(page)}" + (f"; {len(failed)} chapters without outputs" if failed else ""))
+    typer.echo(
+        f"Site: {os.path.relpath(page)}"
+        + (f"; {len(failed)} chapters without outputs" if failed else "")
+    )
 
 # %% ../nbs/0_ground/01c_cli.ipynb #0beed08b
-renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}     # of earlier versions
+renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}  # of earlier versions
+
 
 def main():
     "Entry point of the command."
     try:
         for word in sys.argv[1:]:
-            if word in renamed_options: raise UsageError(f"{word} is called {renamed_options[word]} now.")
+            if word in renamed_options:
+                raise UsageError(f"{word} is called {renamed_options[word]} now.")
         app()
-    except LlmecoError as e: exit_with(str(e), e.code)
-    except KeyboardInterrupt: exit_with("stopped. Run again to carry on.", 130)
+    except LlmecoError as e:
+        exit_with(str(e), e.code)
+    except KeyboardInterrupt:
+        exit_with("stopped. Run again to carry on.", 130)
     except OSError as e:
         told = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
-        if e.errno not in told: raise
-        exit_with(f"{e.filename or runs_dir()}: {e.strerror}. "
-                  "Free some room or set LLMECO_RUNS to another folder.", WriteError.code)
+        if e.errno not in told:
+            raise
+        exit_with(
+            f"{e.filename or runs_dir()}: {e.strerror}. "
+            "Free some room or set LLMECO_RUNS to another folder.",
+            WriteError.code,
+        )
+
 
 def exit_with(sentence: str, code: int):
     "Print a sentence for people and end the process with `code`."

@@ -12,7 +12,17 @@ import functools
 import re
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, dataclass_transform, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -22,28 +32,53 @@ from .core import UsageError
 # %% ../nbs/0_ground/00f_config.ipynb #acc187b0
 def _read(value: Any, kind: Any) -> Any:
     "A value as people write it, brought nearer to the type `kind`; pydantic judges what comes out."
-    if get_origin(kind) is Annotated: return _read(value, get_args(kind)[0])
+    if get_origin(kind) is Annotated:
+        return _read(value, get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
         choices = get_args(kind)
-        if NoneType in choices and isinstance(value, str) and value.strip().lower() in ("none", "null"): return None
-        return value if value is None else _read(value, next(c for c in choices if c is not NoneType))
-    if get_origin(kind) is Literal: return next((c for c in get_args(kind) if str(c) == str(value)), value)
-    if kind in (int, float) and isinstance(value, bool): raise ValueError("a number is wanted")
-    if kind is str and isinstance(value, bool): raise ValueError("a text is wanted; put it in quotes")
-    if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+e\+?\d+", value.strip().lower()): return float(value)
+        if (
+            NoneType in choices
+            and isinstance(value, str)
+            and value.strip().lower() in ("none", "null")
+        ):
+            return None
+        return (
+            value if value is None else _read(value, next(c for c in choices if c is not NoneType))
+        )
+    if get_origin(kind) is Literal:
+        return next((c for c in get_args(kind) if str(c) == str(value)), value)
+    if kind in (int, float) and isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    if kind is str and isinstance(value, bool):
+        raise ValueError("a text is wanted; put it in quotes")
+    if (
+        kind is int
+        and isinstance(value, str)
+        and re.fullmatch(r"[+-]?[\d.]+e\+?\d+", value.strip().lower())
+    ):
+        return float(value)
     if get_origin(kind) is list and isinstance(value, str):
         inside = value.strip().removeprefix("[").removesuffix("]")
         return [_read(v.strip(), get_args(kind)[0]) for v in inside.split(",") if v.strip()]
     return value
 
-RULES = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False, validate_default=True,
-                   arbitrary_types_allowed=False, extra="forbid")
+
+RULES = ConfigDict(
+    coerce_numbers_to_str=True,
+    allow_inf_nan=False,
+    validate_default=True,
+    arbitrary_types_allowed=False,
+    extra="forbid",
+)
+
 
 def adapter(kind: Any) -> TypeAdapter:
     """What turns a written value into the type `kind`, which may carry bounds as `Annotated`.
 
     Raises `ValidationError`."""
-    return TypeAdapter(Annotated[kind, BeforeValidator(lambda value: _read(value, kind))], config=RULES)
+    return TypeAdapter(
+        Annotated[kind, BeforeValidator(lambda value: _read(value, kind))], config=RULES
+    )
 
 # %% ../nbs/0_ground/00f_config.ipynb #313f1e2f
 T = TypeVar("T")
@@ -52,25 +87,39 @@ EXECUTION_ONLY = "execution only"
 ExecutionOnly = Annotated[T, EXECUTION_ONLY]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def stage_config(cls: type) -> type:
     """Make a class a frozen, keyword-only dataclass whose fields pydantic validates; a wrong value
     raises `UsageError`."""
     made = dataclass(frozen=True, kw_only=True, config=RULES)(cls)
     validated = made.__init__
+
     @functools.wraps(validated)
     def __init__(self, **values):
-        try: validated(self, **values)
-        except ValidationError as e: raise UsageError(refusal(cls.__name__, e)) from None
+        try:
+            validated(self, **values)
+        except ValidationError as e:
+            raise UsageError(refusal(cls.__name__, e)) from None
+
     made.__init__ = __init__
     return made
+
 
 def refusal(where: str, error: ValidationError, name: str = "") -> str:
     "The first thing pydantic found wrong, in one sentence: field, value, reason."
     first = error.errors()[0]
     loc = [name, *first["loc"]] if name else list(first["loc"])
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not str(part).startswith("function-"))
-    return f"{where}{field}".removeprefix(".") + f" is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+    field = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}"
+        for part in loc
+        if not str(part).startswith("function-")
+    )
+    return (
+        f"{where}{field}".removeprefix(".")
+        + f" is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+    )
+
 
 @stage_config
 class StageConfig:
@@ -97,7 +146,9 @@ class StageConfig:
         Raises `UsageError`, prefixed with `where`."""
         known = cls.types()
         if unknown := [name for name in values if name not in known]:
-            raise UsageError(f"{where or cls.__name__} has no parameter {', '.join(unknown)}. There are: {', '.join(known)}.")
+            raise UsageError(
+                f"{where or cls.__name__} has no parameter {', '.join(unknown)}. There are: {', '.join(known)}."
+            )
         return cls(**{name: cls.read(name, value, where) for name, value in values.items()})
 
     @classmethod
@@ -106,7 +157,9 @@ class StageConfig:
 
         Raises `UsageError` that names field, value, reason and default."""
         field = next(f for f in dataclasses.fields(cls) if f.name == name)
-        return read_value(f"{where}.{name}" if where else name, value, field.type, default_of(field))
+        return read_value(
+            f"{where}.{name}" if where else name, value, field.type, default_of(field)
+        )
 
     @classmethod
     def execution_only(cls) -> set[str]:
@@ -115,18 +168,27 @@ class StageConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         "The fields a result depends on, by name, as plain JSON values."
-        return {name: getattr(self, name) for name in self.types() if name not in self.execution_only()}
+        return {
+            name: getattr(self, name) for name in self.types() if name not in self.execution_only()
+        }
 
     def replace(self, **values: Any) -> Self:
         "This config with some fields changed, validated as a whole. Raises `UsageError`."
         return self.of({**{name: getattr(self, name) for name in self.types()}, **values})
 
+
 def default_of(field: dataclasses.Field) -> Any:
     "A dataclass field's default; lists are made by a factory."
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return (
+        field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+    )
+
 
 def read_value(name: str, value: Any, kind: Any, default: Any) -> Any:
     "`value` as the type `kind`. Raises `UsageError` with name, value, reason and default."
-    try: return adapter(kind).validate_python(value)
+    try:
+        return adapter(kind).validate_python(value)
     except ValidationError as e:
         raise UsageError(f"{refusal('', e, name)}. Its default is {default!r}.") from None

@@ -28,48 +28,69 @@ from pathlib import Path
 class LlmecoError(Exception):
     """An error we foresaw: its message is shown to people without a traceback; `code` becomes the
     exit status."""
+
     code = 1
+
 
 class UsageError(LlmecoError):
     "A name nobody knows (profile, stage, parameter), or a value of the wrong type."
+
     code = 2
+
 
 class MissingError(LlmecoError):
     "A file, package, data set or neighbouring project that is not here."
+
     code = 3
+
 
 class DataError(LlmecoError):
     """Data that are here but cannot be used: empty, one class only, broken encoding, a column that
     does not exist."""
+
     code = 4
+
 
 class CellError(LlmecoError):
     "A notebook cell failed, or its kernel died."
+
     code = 5
+
 
 class WriteError(LlmecoError):
     "Something could not be written: no right, no room, or the folder belongs to somebody else."
+
     code = 6
+
 
 class ExportError(LlmecoError):
     "The package is not what its notebooks would export."
+
     code = 7
+
 
 class ChangedSourceError(LlmecoError):
     "An outside source is not what it was when the run first read it."
+
     code = 8
 
 # %% ../nbs/0_ground/00_core.ipynb #6faf3b5e
 def fsync_folder(path: Path):
     "Push a folder's list of names to the disk; file systems without the notion are left in peace."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
+    try:
+        os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(fd)
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
 
-def write_bytes(path: str | Path, # Final name; its folder must exist
-                data: bytes):     # What the file shall hold
+
+def write_bytes(
+    path: str | Path,  # Final name; its folder must exist
+    data: bytes,
+):  # What the file shall hold
     """Write `data` under `path` so that a crash leaves the former file or the new one, never a
     mixture."""
     path = Path(path)
@@ -88,13 +109,19 @@ def write_bytes(path: str | Path, # Final name; its folder must exist
 # %% ../nbs/0_ground/00_core.ipynb #799d7148
 def write_json(path: str | Path, obj: object):
     "Write `obj` as readable JSON through `write_bytes`."
-    write_bytes(path, (json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
+
 
 def read_json(path: str | Path):
     "Read a JSON file. Raises `MissingError` when it is not there, `DataError` when it is not JSON."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise MissingError(f"{path} is not there.") from None
-    except ValueError as e: raise DataError(f"{path} is not JSON: {e}. Remove it and run again.") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"{path} is not there.") from None
+    except ValueError as e:
+        raise DataError(f"{path} is not JSON: {e}. Remove it and run again.") from None
 
 # %% ../nbs/0_ground/00_core.ipynb #2d164e10
 def sha256_of(path: str | Path) -> str:
@@ -104,10 +131,13 @@ def sha256_of(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
         files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
-        return sha256_text("\n".join(f"{f} {sha256_of(path/f)}" for f in files))
+        return sha256_text("\n".join(f"{f} {sha256_of(path / f)}" for f in files))
     try:
-        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-    except FileNotFoundError: raise MissingError(f"{path} is not there.") from None
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise MissingError(f"{path} is not there.") from None
+
 
 def sha256_text(text: str) -> str:
     "SHA-256 in hex of a text's UTF-8 bytes."
@@ -115,23 +145,32 @@ def sha256_text(text: str) -> str:
 
 # %% ../nbs/0_ground/00_core.ipynb #c3aba0b8
 @contextmanager
-def lock(path: str | Path,                          # Lock file; made here, removed on leaving
-         waiting: Callable[[], None] | None = None): # Called once if somebody else holds it
+def lock(
+    path: str | Path,  # Lock file; made here, removed on leaving
+    waiting: Callable[[], None] | None = None,
+):  # Called once if somebody else holds it
     """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
     process holds it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting: waiting(); waiting = None
+            if waiting:
+                waiting()
+                waiting = None
             fcntl.flock(fd, fcntl.LOCK_EX)
-        try: ours = os.stat(path).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError: ours = False
-        if ours: break
+        try:
+            ours = os.stat(path).st_ino == os.fstat(fd).st_ino
+        except FileNotFoundError:
+            ours = False
+        if ours:
+            break
         os.close(fd)
-    try: yield
+    try:
+        yield
     finally:
         path.unlink(missing_ok=True)
         os.close(fd)
@@ -140,17 +179,21 @@ def lock(path: str | Path,                          # Lock file; made here, remo
 def runs_dir() -> Path:
     """The folder of all runs: `$LLMECO_RUNS`, else `runs` beside the enclosing checkout's
     settings.ini, else `runs` here."""
-    if os.environ.get("LLMECO_RUNS"): return Path(os.environ["LLMECO_RUNS"]).absolute()
+    if os.environ.get("LLMECO_RUNS"):
+        return Path(os.environ["LLMECO_RUNS"]).absolute()
     here = Path.cwd()
     for folder in (here, *here.parents):
-        ini = folder/"settings.ini"
-        if ini.is_file() and re.search(r"^lib_name *= *llmeco$", ini.read_text(encoding="utf-8", errors="replace"), re.M):
-            return folder/"runs"
-    return here/"runs"
+        ini = folder / "settings.ini"
+        if ini.is_file() and re.search(
+            r"^lib_name *= *llmeco$", ini.read_text(encoding="utf-8", errors="replace"), re.M
+        ):
+            return folder / "runs"
+    return here / "runs"
+
 
 def scratch(name: str) -> Path:
     "A folder for what a chapter makes for itself when it is read alone: `runs/scratch/<name>`."
-    path = runs_dir()/"scratch"/name
+    path = runs_dir() / "scratch" / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -162,20 +205,27 @@ def source_digest(function: Callable) -> str:
     file = Path(code.co_filename)
     return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
 
-def cached_fixture(name: str,                    # Of its folder under runs/scratch
-                   make: Callable[[Path], None], # Fills the folder it is given, which does not exist yet
-                   *depends: object              # Functions count by the file they stand in, paths by content, all else as text
-                  ) -> Path:
+
+def cached_fixture(
+    name: str,  # Of its folder under runs/scratch
+    make: Callable[[Path], None],  # Fills the folder it is given, which does not exist yet
+    *depends: object,  # Functions count by the file they stand in, paths by content, all else as text
+) -> Path:
     """The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash
     leaves none."""
+
     def digest(one) -> str:
-        if isinstance(one, Path): return sha256_of(one)
+        if isinstance(one, Path):
+            return sha256_of(one)
         return source_digest(one) if callable(one) else repr(one)
-    place = scratch(name)/sha256_text("\n".join(map(digest, depends)))[:8]
+
+    place = scratch(name) / sha256_text("\n".join(map(digest, depends)))[:8]
     with lock(place.with_name(place.name + ".lock")):
-        if place.exists(): return place
+        if place.exists():
+            return place
         partial = place.with_name(place.name + ".partial")
-        if partial.exists(): shutil.rmtree(partial)
+        if partial.exists():
+            shutil.rmtree(partial)
         make(partial)
         partial.rename(place)
     return place
@@ -185,23 +235,27 @@ class Record:
     """One stage's folder: artifacts, metrics, log, plan, progress.
 
     Made by `create_record`, read by `open_record`."""
-    def __init__(self, path: str | Path, stage: str): self.path, self.stage, self._shown = Path(path), stage, 0.0
-    def __repr__(self): return f"Record({self.stage}, {self.path.name})"
+
+    def __init__(self, path: str | Path, stage: str):
+        self.path, self.stage, self._shown = Path(path), stage, 0.0
+
+    def __repr__(self):
+        return f"Record({self.stage}, {self.path.name})"
 
     def artifact(self, name: str) -> Path:
         "Where the artifact `name` is written or read."
-        return self.path/name
+        return self.path / name
 
     @property
     def resume(self) -> Path:
         "A folder that survives a kill and is removed when the stage is whole."
-        (self.path/"resume").mkdir(exist_ok=True)
-        return self.path/"resume"
+        (self.path / "resume").mkdir(exist_ok=True)
+        return self.path / "resume"
 
     @property
     def metrics(self) -> dict:
         "The final numbers so far, one flat dictionary."
-        file = self.path/"metrics.json"
+        file = self.path / "metrics.json"
         return read_json(file) if file.exists() else {}
 
     def save_metrics(self, **numbers):
@@ -211,25 +265,32 @@ class Record:
         `DataError`."""
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in numbers.items()}
         for k, v in plain.items():
-            if isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))): raise DataError(f"The metric {k} is {v}, which is no result.")
-        write_json(self.path/"metrics.json", {**self.metrics, **plain})
+            if isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))):
+                raise DataError(f"The metric {k} is {v}, which is no result.")
+        write_json(self.path / "metrics.json", {**self.metrics, **plain})
 
     def log(self, **row):
         "Append one row to log.jsonl: step, tokens, seconds, loss, lr, ..."
-        with open(self.path/"log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()}) + "\n")
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(
+                json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})
+                + "\n"
+            )
 
     def rows(self) -> list[dict]:
         "All rows of the log. A last line cut short by a kill is not a row."
-        file = self.path/"log.jsonl"
+        file = self.path / "log.jsonl"
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return [json.loads(line) for line in lines]
 
     def rewind(self, rows: int):
         """Keep the first `rows` rows of the log: a stage that resumes from a checkpoint drops what
         was logged after it."""
-        file = self.path/"log.jsonl"
-        if file.exists(): write_bytes(file, b"".join(line + b"\n" for line in file.read_bytes().split(b"\n")[:-1][:rows]))
+        file = self.path / "log.jsonl"
+        if file.exists():
+            write_bytes(
+                file, b"".join(line + b"\n" for line in file.read_bytes().split(b"\n")[:-1][:rows])
+            )
 
     def plan(self, make: Callable[[], dict]) -> dict:
         """The stage's plan: `make()` the first time, what was stored ever after.
@@ -239,7 +300,10 @@ class Record:
         if not file.exists():
             plan = make()
             wrong = {k: v for k, v in plan.items() if isinstance(v, float)}
-            if wrong: raise DataError(f"A plan holds whole numbers and names, so that it means the same everywhere; found {wrong}.")
+            if wrong:
+                raise DataError(
+                    f"A plan holds whole numbers and names, so that it means the same everywhere; found {wrong}."
+                )
             write_json(file, plan)
         return read_json(file)
 
@@ -247,12 +311,17 @@ class Record:
         """Tell the terminal how far the stage is; cheap enough for every step, written at most
         five times a second."""
         now = time.monotonic()
-        if now - self._shown < 0.2 and done != total: return
+        if now - self._shown < 0.2 and done != total:
+            return
         self._shown = now
-        try: (self.path/"progress.json").write_text(json.dumps(dict(done=done, total=total, unit=unit)))
+        try:
+            (self.path / "progress.json").write_text(
+                json.dumps(dict(done=done, total=total, unit=unit))
+            )
         # a display is no reason to fail; a disk that is full will show itself at the next real
         # write
-        except OSError: pass
+        except OSError:
+            pass
 
     def track(self, items: Iterable, total: int | None = None, unit: str = "items") -> Iterator:
         "Yield `items` while telling `progress`."
@@ -265,72 +334,116 @@ class Record:
 # what `create_record` leaves of an earlier attempt; the notebook is being written by its runner
 kept_files = {"record.json", "resume", "notebook.ipynb"}
 
-def create_record(out: str | Path,      # The record's folder; "" for runs/scratch/<stage>
-                  stage: str) -> Record: # Name of the stage
+
+def create_record(
+    out: str | Path,  # The record's folder; "" for runs/scratch/<stage>
+    stage: str,
+) -> Record:  # Name of the stage
     """Open a record for a new attempt, empty but for `resume/` and its log.
 
     Raises `WriteError` if the folder is somebody else's."""
     path = Path(out) if str(out) else scratch(stage)
     path.mkdir(parents=True, exist_ok=True)
     # `write_bytes` leaves such a file when killed
-    foreign = {f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.\d+\.tmp", f.name)} - kept_files
-    if foreign and not (path/"record.json").exists():
-        raise WriteError(f"{path} holds files that are not a stage's record (such as {sorted(foreign)[0]}). Give `out` a new or empty folder.")
-    write_json(path/"record.json", {"stage": stage})
-    resuming = (path/"resume").is_dir() and any((path/"resume").iterdir())
+    foreign = {
+        f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.\d+\.tmp", f.name)
+    } - kept_files
+    if foreign and not (path / "record.json").exists():
+        raise WriteError(
+            f"{path} holds files that are not a stage's record (such as {sorted(foreign)[0]}). Give `out` a new or empty folder."
+        )
+    write_json(path / "record.json", {"stage": stage})
+    resuming = (path / "resume").is_dir() and any((path / "resume").iterdir())
     for f in path.iterdir():
-        if f.name in kept_files or (resuming and f.name == "log.jsonl"): continue
+        if f.name in kept_files or (resuming and f.name == "log.jsonl"):
+            continue
         shutil.rmtree(f) if f.is_dir() else f.unlink()
     return Record(path, stage)
+
 
 def open_record(out: str | Path, stage: str) -> Record:
     """Open the record that `create_record` with the same arguments made.
 
     Raises `MissingError` if there is none."""
-    path = Path(out) if str(out) else runs_dir()/"scratch"/stage
-    if not (path/"record.json").exists(): raise MissingError(f"There is no record of the stage {stage} in {path}. Run the stage first.")
+    path = Path(out) if str(out) else runs_dir() / "scratch" / stage
+    if not (path / "record.json").exists():
+        raise MissingError(
+            f"There is no record of the stage {stage} in {path}. Run the stage first."
+        )
     return Record(path, stage)
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
 def format_duration(seconds: float | None) -> str:
     "Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None."
-    if seconds is None: return ""
-    if seconds < 60: return f"{seconds:.1f} s"
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 # %% ../nbs/0_ground/00_core.ipynb #9bc2785f
 def seed_everything(seed: int):
     """Seed Python's, numpy's and (where imported) torch's generators.
 
     `seed` is an integer in [0, 2**32)."""
-    if not 0 <= seed < 2**32: raise UsageError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}.")
     random.seed(seed)
     import numpy as np
+
     np.random.seed(seed)
-    if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 # %% ../nbs/0_ground/00_core.ipynb #168baaeb
 palette = ["#3866a8", "#d9793b", "#4a9a6a", "#b8476b", "#7d6bb0", "#8a7a5c", "#3fa3b5", "#6b6b6b"]
+
 
 def figure_style():
     """Set matplotlib's defaults to the house style: quiet axes, direct labels, eight colours told
     apart by the colour-blind too."""
     import matplotlib as mpl
-    mpl.rcParams.update({
-        "figure.figsize": (7, 3.6), "figure.dpi": 110, "savefig.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.labelcolor": "#333333",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8,
-        "axes.axisbelow": True, "axes.edgecolor": "#888888", "xtick.color": "#555555", "ytick.color": "#555555",
-        "legend.frameon": False, "lines.linewidth": 1.8, "axes.prop_cycle": mpl.cycler(color=palette)})
+
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7, 3.6),
+            "figure.dpi": 110,
+            "savefig.dpi": 110,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.labelcolor": "#333333",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "grid.linewidth": 0.8,
+            "axes.axisbelow": True,
+            "axes.edgecolor": "#888888",
+            "xtick.color": "#555555",
+            "ytick.color": "#555555",
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "axes.prop_cycle": mpl.cycler(color=palette),
+        }
+    )
+
 
 def save_figure(fig: object, record: Record, name: str) -> Path:
     """Save the matplotlib figure `fig` as figures/<name>.png of the record (or of the page that is being
     made from it)."""
-    folder = Path(os.environ.get("LLMECO_PAGE") or record.path)/"figures"
+    folder = Path(os.environ.get("LLMECO_PAGE") or record.path) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder/f"{name}.png", metadata={"Software": None})
-    return folder/f"{name}.png"
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return folder / f"{name}.png"
 
 # %% ../nbs/0_ground/00_core.ipynb #4f275dd2
 def plain_text(label: object) -> str:
@@ -338,4 +451,4 @@ def plain_text(label: object) -> str:
 
     Without it `$` begins a formula, and a line whose label begins with `_` has no place in a legend."""
     text = str(label).replace("$", r"\$")
-    return "\u200b" + text if text.startswith("_") else text      # a space of zero width
+    return "\u200b" + text if text.startswith("_") else text  # a space of zero width

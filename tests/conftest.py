@@ -1,4 +1,5 @@
 """What every test finds: a home of its own, no network, the outside data, and markers for what this machine may lack."""
+
 import os
 import shutil
 import signal
@@ -12,63 +13,116 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("shared machine", deadline=None)    # how long an example takes says more of the neighbours than of the code
+settings.register_profile(
+    "shared machine", deadline=None
+)  # how long an example takes says more of the neighbours than of the code
 settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="llmeco-tests-"))
 
 # Set before anything imports a library that reads them at import. A test that wants otherwise says so with monkeypatch.
-os.environ.update(HOME=str(HOME), XDG_CACHE_HOME=str(HOME/".cache"), XDG_CONFIG_HOME=str(HOME/".config"), HF_HOME=str(HOME/"hf"), MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HOME=str(HOME),
+    XDG_CACHE_HOME=str(HOME / ".cache"),
+    XDG_CONFIG_HOME=str(HOME / ".config"),
+    HF_HOME=str(HOME / "hf"),
+    MPLBACKEND="agg",
+    TOKENIZERS_PARALLELISM="false",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # two threads on a busy machine can be several times slower than one
-for name in ("LLMECO_RUNS", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "TRANSFORMERS_CACHE"): os.environ.pop(name, None)
-sys.path.insert(0, str(ROOT))                    # the checkout, whatever is installed
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two threads on a busy machine can be several times slower than one
+for name in (
+    "LLMECO_RUNS",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_MODULES_CACHE",
+    "HF_EVALUATE_CACHE",
+    "TRANSFORMERS_CACHE",
+):
+    os.environ.pop(name, None)
+sys.path.insert(0, str(ROOT))  # the checkout, whatever is installed
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
 
 @cache
 def available(what: str) -> bool:
     "Whether this machine has a `gpu`, a `docker` daemon, or leave to ask the `hub`."
-    if what == "hub": return os.environ["HF_HUB_OFFLINE"] == "0"
-    if what == "docker": return bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+    if what == "hub":
+        return os.environ["HF_HUB_OFFLINE"] == "0"
+    if what == "docker":
+        return (
+            bool(shutil.which("docker"))
+            and subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+        )
     import torch
+
     return torch.cuda.is_available()
 
-MARKERS = dict(gpu="needs a CUDA device, and torch sees none", docker="needs Docker, and no daemon answers", hub="needs the Hugging Face hub: set HF_HUB_OFFLINE=0 to ask it")
+
+MARKERS = dict(
+    gpu="needs a CUDA device, and torch sees none",
+    docker="needs Docker, and no daemon answers",
+    hub="needs the Hugging Face hub: set HF_HUB_OFFLINE=0 to ask it",
+)
+
 
 def pytest_configure(config):
-    for name, reason in MARKERS.items(): config.addinivalue_line("markers", f"{name}: {reason}; skipped then")
+    for name, reason in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {reason}; skipped then")
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         for name, reason in MARKERS.items():
-            if item.get_closest_marker(name) and not available(name): item.add_marker(pytest.mark.skip(reason=reason))
+            if item.get_closest_marker(name) and not available(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
-def pytest_unconfigure(): shutil.rmtree(HOME, ignore_errors=True)
+
+def pytest_unconfigure():
+    shutil.rmtree(HOME, ignore_errors=True)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     "The folder of outside data sets (IMDB's official test split, BANKING77, ...), which are not part of this repository."
-    folder = Path(os.environ.get("LLMECO_DATA") or ROOT.parent/"shared"/"data")
-    if not folder.is_dir(): pytest.skip(f"needs the data sets of the tests: there is no folder {folder}; name another in LLMECO_DATA")
+    folder = Path(os.environ.get("LLMECO_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(
+            f"needs the data sets of the tests: there is no folder {folder}; name another in LLMECO_DATA"
+        )
     return folder
+
 
 @pytest.fixture
 def killed_at():
     "`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its training begins that step."
+
     def killed(at: int, work):
         import llmeco_nb.training.loop
+
         one_step = llmeco_nb.training.loop.train_step
+
         def dying(*given):
-            if given[5] == at: os.kill(os.getpid(), signal.SIGKILL)
+            if given[5] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
             return one_step(*given)
+
         pid = os.fork()
         if pid == 0:
-            try: llmeco_nb.training.loop.train_step = dying; work()
-            except BaseException: traceback.print_exc()
-            finally: os._exit(1)
+            try:
+                llmeco_nb.training.loop.train_step = dying
+                work()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
     return killed
+
 
 @pytest.fixture(scope="session")
 def flags() -> list[str]:

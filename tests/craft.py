@@ -1,7 +1,7 @@
 """Measure the craft of package, notebooks and tests: width, parameters, names, docstrings, size.
 
-    python tests/craft.py            print a table of counts
-    python tests/craft.py --list     and every place found
+python tests/craft.py            print a table of counts
+python tests/craft.py --list     and every place found
 """
 
 import ast
@@ -126,7 +126,9 @@ def undocumented_parameters() -> list[Place]:
                 and not re.search(rf"\b{re.escape(p.arg)}\b", text)
             ]
             if bare:
-                found.append(Place(name, str(function.lineno), f"{function.name}: {', '.join(bare)}"))
+                found.append(
+                    Place(name, str(function.lineno), f"{function.name}: {', '.join(bare)}")
+                )
     return found
 
 
@@ -137,7 +139,9 @@ def unannotated() -> list[Place]:
         for function in public_functions(ast.parse(source)):
             bare = [p.arg for p in parameters_of(function) if p.annotation is None]
             if bare:
-                found.append(Place(name, str(function.lineno), f"{function.name}: {', '.join(bare)}"))
+                found.append(
+                    Place(name, str(function.lineno), f"{function.name}: {', '.join(bare)}")
+                )
     return found
 
 

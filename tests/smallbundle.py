@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from llmeco_nb.deployment.bundle import Manifest, write_manifest
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from llmeco_nb.core import DataError, MissingError  # noqa: E402
 from llmeco_nb.evaluation.blimp import (  # noqa: E402
     accuracy_by_set,
     blimp_figure,
@@ -19,10 +20,9 @@ from llmeco_nb.evaluation.blimp import (  # noqa: E402
     score_pairs,
     sentence_scores,
 )
-from llmeco_nb.pretraining.causal import eos_token_id  # noqa: E402
-from llmeco_nb.core import DataError, MissingError  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
+from llmeco_nb.pretraining.causal import eos_token_id  # noqa: E402
 from llmeco_nb.tokenization.bpe import (  # noqa: E402
     encode_subwords,
     open_subword_tokenizer,

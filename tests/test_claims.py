@@ -7,8 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llmeco_nb.core import DataError, MissingError, UsageError
 from llmeco_nb.stats.claims import (
     Claim,
     adjust_pvalues,
@@ -17,8 +19,7 @@ from llmeco_nb.stats.claims import (
     read_claims,
     write_claims,
 )
-from llmeco_nb.core import DataError, MissingError, UsageError
-from llmeco_nb.stats.significance import bootstrap, average, compare, holm, wilson
+from llmeco_nb.stats.significance import average, bootstrap, compare, holm, wilson
 
 fast = settings(max_examples=80, deadline=None)
 probability = st.floats(0, 1)

@@ -1,4 +1,5 @@
 """A hundred seeded kills: runner, kernel, at a chosen rename, two runners at once. What comes out is what an undisturbed run gives."""
+
 import os
 import random
 import signal
@@ -7,8 +8,10 @@ import time
 
 import psutil
 import pytest
-from toyhouse import ToyHouse
-from toyhouse import machine_json  # noqa: F401  (a fixture)
+from toyhouse import (
+    ToyHouse,
+    machine_json,  # noqa: F401  (a fixture)
+)
 
 KILLS_EACH, SCENARIOS = 10, 10
 WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
@@ -16,7 +19,7 @@ WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, machine_json):  # noqa: F811
-    house = ToyHouse(tmp_path_factory.mktemp("undisturbed")/"house", machine_json)
+    house = ToyHouse(tmp_path_factory.mktemp("undisturbed") / "house", machine_json)
     house.run()
     return house.artifacts()
 
@@ -26,15 +29,23 @@ def kernels(house):
     found = []
     for p in psutil.process_iter():
         try:
-            if p.pid != os.getpid() and p.environ().get("LLMECO_RUNS") == str(house.runs) and any("ipykernel" in w for w in p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
-        except (psutil.Error, OSError): pass
+            if (
+                p.pid != os.getpid()
+                and p.environ().get("LLMECO_RUNS") == str(house.runs)
+                and any("ipykernel" in w for w in p.cmdline())
+                and p.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(p)
+        except (psutil.Error, OSError):
+            pass
     return found
 
 
 def wait_for_kernel(house, runner, seconds):
     until = time.monotonic() + seconds
     while time.monotonic() < until and runner.poll() is None:
-        if found := kernels(house): return found[0]
+        if found := kernels(house):
+            return found[0]
         time.sleep(0.02)
 
 
@@ -46,7 +57,9 @@ def end(process):
 def kill_once(house, way, rng):
     "Start the run and kill it in one of the ways, at a seeded moment. A run that ends first was quicker than its killer."
     if way == "rename":
-        p = house.start("run", "--profile", "toy", DIE_AT=f"{rng.randint(1, 40)}{rng.choice(['', '+'])}")
+        p = house.start(
+            "run", "--profile", "toy", DIE_AT=f"{rng.randint(1, 40)}{rng.choice(['', '+'])}"
+        )
         p.communicate(timeout=120)
         return p.returncode == -signal.SIGKILL
     p = house.start("run", "--profile", "toy")
@@ -54,11 +67,14 @@ def kill_once(house, way, rng):
         kernel = wait_for_kernel(house, p, 10)
         time.sleep(rng.uniform(0, 1.2))
         if kernel and kernel.is_running():
-            try: kernel.kill()
-            except psutil.Error: pass
+            try:
+                kernel.kill()
+            except psutil.Error:
+                pass
         out, err = p.communicate(timeout=120)
         assert p.returncode in (0, 5), (p.returncode, out, err)
-        if p.returncode == 5: assert "kernel died" in err and "Traceback" not in err, err
+        if p.returncode == 5:
+            assert "kernel died" in err and "Traceback" not in err, err
         return p.returncode == 5
     if way == "runner":
         time.sleep(rng.uniform(0.2, 4))
@@ -71,7 +87,9 @@ def kill_once(house, way, rng):
         time.sleep(rng.uniform(0, 0.5))
         end(q)
         return True
-    out, err = q.communicate(timeout=120)                  # the other one waits for the lock, or works, and finishes
+    out, err = q.communicate(
+        timeout=120
+    )  # the other one waits for the lock, or works, and finishes
     assert q.returncode == 0, (out, err)
     return True
 
@@ -79,42 +97,57 @@ def kill_once(house, way, rng):
 def only_whole_entries(house):
     "Every entry under a final name is whole, whatever happened."
     from llmeco_nb.runner.store import Store
+
     store = Store(house.runs)
     for entry in house.entries():
-        if entry.suffix in (".partial", ".page"): continue
-        assert (entry/"manifest.json").is_file(), entry
+        if entry.suffix in (".partial", ".page"):
+            continue
+        assert (entry / "manifest.json").is_file(), entry
         assert store.damage(entry) == [], entry
 
 
 @pytest.mark.parametrize("seed", range(SCENARIOS))
 def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # noqa: F811
-    rng, house = random.Random(seed), ToyHouse(tmp_path/"house", machine_json)
+    rng, house = random.Random(seed), ToyHouse(tmp_path / "house", machine_json)
     ways = [WAYS[(seed + k) % len(WAYS)] for k in range(KILLS_EACH)]
     for way in ways:
         kill_once(house, way, rng)
         only_whole_entries(house)
         deadline = time.monotonic() + 2
-        while (left := kernels(house)) and time.monotonic() < deadline: time.sleep(0.05)
+        while (left := kernels(house)) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert not left, f"{way}: an orphan kernel is still at work: {left}"
-        if rng.random() < 0.4:                             # come back to an unfinished house half of the time, to a fresh one otherwise
-            subprocess.run(["rm", "-rf", *map(str, house.runs.glob("toy-*")), str(house.runs/"store")], check=True)
+        if (
+            rng.random() < 0.4
+        ):  # come back to an unfinished house half of the time, to a fresh one otherwise
+            subprocess.run(
+                ["rm", "-rf", *map(str, house.runs.glob("toy-*")), str(house.runs / "store")],
+                check=True,
+            )
     start = time.monotonic()
     house.run()
     assert time.monotonic() - start < 60, "a stale lock?"
     assert set(house.run().values()) == {"current"}
     assert house.artifacts(max(p.name for p in house.runs.glob("toy-?"))) == undisturbed
-    assert not list((house.runs/"store"/".locks").glob("*")), "a lock was left behind"
+    assert not list((house.runs / "store" / ".locks").glob("*")), "a lock was left behind"
 
 
 def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F811
     "Both find no run and want to make one; the second must take what the first has made in the meantime."
     from llmeco_nb.core import lock
-    house = ToyHouse(tmp_path/"house", machine_json)
+
+    house = ToyHouse(tmp_path / "house", machine_json)
     house.runs.mkdir(parents=True, exist_ok=True)
-    with lock(house.runs/".new.lock"):                     # held until both stand before it
-        started, deadline = [house.start("run", "--profile", "toy") for _ in range(2)], time.monotonic() + 60
-        before = lambda p: any(f.path.endswith(".new.lock") for f in psutil.Process(p.pid).open_files())
-        while not all(before(p) for p in started) and time.monotonic() < deadline: time.sleep(0.05)
+    with lock(house.runs / ".new.lock"):  # held until both stand before it
+        started, deadline = (
+            [house.start("run", "--profile", "toy") for _ in range(2)],
+            time.monotonic() + 60,
+        )
+        before = lambda p: any(
+            f.path.endswith(".new.lock") for f in psutil.Process(p.pid).open_files()
+        )
+        while not all(before(p) for p in started) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert all(before(p) for p in started)
     for p in started:
         out, err = p.communicate(timeout=120)
@@ -125,9 +158,10 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F
 def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # noqa: F811
     "A runner that looks in the moment before the folder gets its name, or after one died then, must not take the unfinished one for the newest run."
     from llmeco_nb.runner.store import Run
-    house = ToyHouse(tmp_path/"house", machine_json)
+
+    house = ToyHouse(tmp_path / "house", machine_json)
     house.runs.mkdir(parents=True, exist_ok=True)
-    Run.create(house.runs/"toy-1", "toy").path.rename(house.runs/"toy-1.partial")
+    Run.create(house.runs / "toy-1", "toy").path.rename(house.runs / "toy-1.partial")
     assert Run.all(house.runs) == []
     house.run()
     assert [r.path.name for r in Run.all(house.runs)] == ["toy-2"]
@@ -135,7 +169,7 @@ def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # 
 
 def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
     "The crash tests would prove nothing if nobody died: a runner told to die at a rename does, before and after it."
-    house = ToyHouse(tmp_path/"house", machine_json)
+    house = ToyHouse(tmp_path / "house", machine_json)
     for at in ("2", "2+", "6"):
         p = house.start("run", "--profile", "toy", DIE_AT=at)
         p.communicate(timeout=120)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
-from llmeco_nb.deployment.bundle import Manifest, manifest_digest, verify, write_manifest
-from llmeco_nb.core import DataError, MissingError
-from llmeco_nb.deployment.engine import Answer, BatchingEngine, Busy, Expired, Predictor
 from smallbundle import WORDS, make_bundle
+
+from llmeco_nb.core import DataError, MissingError
+from llmeco_nb.deployment.bundle import Manifest, manifest_digest, verify, write_manifest
+from llmeco_nb.deployment.engine import Answer, BatchingEngine, Busy, Expired, Predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,15 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, split_rows, write_corpus
-from llmeco_nb.evaluation.comparison_table import ComparisonTable
 from llmeco_nb.evaluation.comparison import (
     EvaluationConfig,
     evaluate_models,
     label_sizes,
 )
+from llmeco_nb.evaluation.comparison_table import ComparisonTable
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     BagOfNgrams,
@@ -35,6 +34,7 @@ from llmeco_nb.finetuning.linear import (
     recipes,
     token_pattern,
 )
+from llmeco_nb.stats.claims import read_claims
 
 WORDS = {
     1: "awful terrible worst",
@@ -85,10 +85,12 @@ def stars_table(n: int, classes: int = 5) -> pd.DataFrame:
 def stars(tmp_path_factory):
     "A corpus of five classes, from a CSV with columns of its own names."
     folder = tmp_path_factory.mktemp("stars")
-    stars_table(400).to_csv(folder/"reviews.csv", index=False)
-    config = CorpusConfig(source=str(folder/"reviews.csv"), text_column="body", label_column="stars",
-                          max_rows=None)
-    return build_corpus(create_record(folder/"data", "data"), config)
+    stars_table(400).to_csv(folder / "reviews.csv", index=False)
+    config = CorpusConfig(
+        source=str(folder / "reviews.csv"), text_column="body", label_column="stars", max_rows=None
+    )
+    return build_corpus(create_record(folder / "data", "data"), config)
+
 
 @pytest.fixture(scope="module")
 def outside(stars, tmp_path_factory):
@@ -592,8 +594,14 @@ def test_wrong_parameters_are_named(stars, tmp_path):
 
 
 def test_a_corpus_without_validation_is_refused(tmp_path):
-    stars_table(60).to_csv(tmp_path/"reviews.csv", index=False)
-    config = CorpusConfig(source=str(tmp_path/"reviews.csv"), text_column="body",
-                          label_column="stars", max_rows=None, validation_size=0)
-    corpus = build_corpus(create_record(tmp_path/"data", "data"), config)
-    with pytest.raises(DataError, match="validation"): evaluate_models(create_record(tmp_path/"r", "evaluate"), str(corpus))
+    stars_table(60).to_csv(tmp_path / "reviews.csv", index=False)
+    config = CorpusConfig(
+        source=str(tmp_path / "reviews.csv"),
+        text_column="body",
+        label_column="stars",
+        max_rows=None,
+        validation_size=0,
+    )
+    corpus = build_corpus(create_record(tmp_path / "data", "data"), config)
+    with pytest.raises(DataError, match="validation"):
+        evaluate_models(create_record(tmp_path / "r", "evaluate"), str(corpus))

@@ -15,10 +15,22 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
-from llmeco_nb.deployment.bundle import Manifest, Origin, verify, write_manifest
-from llmeco_nb.deployment.engine import Answer
+from smallbundle import make_bundle
+
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.deployment.bundle import Manifest, Origin, verify, write_manifest
+from llmeco_nb.deployment.engine import Answer
+from llmeco_nb.deployment.ledger import (
+    Conflict,
+    Ledger,
+    UnknownRequest,
+    keep_feedback,
+    keep_predictions,
+    read_feedback,
+)
+from llmeco_nb.finetuning.classifier import labelled_subset
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from llmeco_nb.interaction.feedback import (
     Client,
     InteractConfig,
@@ -28,7 +40,6 @@ from llmeco_nb.interaction.feedback import (
     read_frozen,
     running_server,
 )
-from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.interaction.improve import (
     CorrectionCounts,
     gate,
@@ -37,16 +48,6 @@ from llmeco_nb.interaction.improve import (
     refit_linear,
     usable_corrections,
 )
-from llmeco_nb.deployment.ledger import (
-    Conflict,
-    Ledger,
-    UnknownRequest,
-    keep_feedback,
-    keep_predictions,
-    read_feedback,
-)
-from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
-from smallbundle import make_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER = Answer("positive", {"negative": 0.4, "positive": 0.6})

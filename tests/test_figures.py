@@ -65,7 +65,7 @@ def show(notebook: str, out: Path, **parameters) -> set[str]:
     cells = json.loads(next(NBS.glob(f"*/{notebook}")).read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     tags = lambda c: c["metadata"].get("tags", [])
-    names = dict(Optional=Optional)         # the types of parameters that may be missing
+    names = dict(Optional=Optional)  # the types of parameters that may be missing
     for c in code:
         if "parameters" in tags(c):
             exec("".join(c["source"]), names)
@@ -83,9 +83,11 @@ def corpus(tmp_path_factory):
     "A labelled table with such names as classes, through the stage data."
     folder = tmp_path_factory.mktemp("named")
     rows = [(f"word{k} and number {i}", name) for i in range(30) for k, name in enumerate(NAMES)]
-    pd.DataFrame(rows, columns=["text", "label"]).to_csv(folder/"named.csv", index=False)
-    record = create_record(folder/"data", "data")
-    return record, build_corpus(record, CorpusConfig(source=str(folder/"named.csv"), max_rows=None))
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(folder / "named.csv", index=False)
+    record = create_record(folder / "data", "data")
+    return record, build_corpus(
+        record, CorpusConfig(source=str(folder / "named.csv"), max_rows=None)
+    )
 
 
 def test_figures_of_the_data_stage(corpus):
@@ -115,11 +117,16 @@ def test_figures_of_a_mixture_with_domains_of_ones_own(tmp_path):
     own = []
     for k, name in enumerate(("_mine", "$$")):
         lines = [f"In story {i} of shelf {k} somebody came home and said hello." for i in range(60)]
-        (tmp_path/f"{k}.txt").write_text("\n\n".join(lines) + "\n")
-        own.append(f"{name}={tmp_path/f'{k}.txt'}")
-    record = create_record(tmp_path/"r", "prose")
-    config = mixture.MixtureConfig(domains=[], extra_sources=own, min_jaccard=1.0, max_epochs=1,
-                                   quality_rules=["_mine=none", "$$=none"])
+        (tmp_path / f"{k}.txt").write_text("\n\n".join(lines) + "\n")
+        own.append(f"{name}={tmp_path / f'{k}.txt'}")
+    record = create_record(tmp_path / "r", "prose")
+    config = mixture.MixtureConfig(
+        domains=[],
+        extra_sources=own,
+        min_jaccard=1.0,
+        max_epochs=1,
+        quality_rules=["_mine=none", "$$=none"],
+    )
     mixture.build_mixture(record, config=config)
     texts = show("10d_mixture.ipynb", record.path)
     assert {plain_text("_mine"), plain_text("$$")} <= texts

@@ -21,12 +21,13 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
-from llmeco_nb.deployment.bundle import verify
-from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.interaction.feedback import server_script
-from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
-from llmeco_nb.deployment.ledger import read_feedback
 from smallbundle import make_bundle
+
+from llmeco_nb.core import MissingError, UsageError
+from llmeco_nb.deployment.bundle import verify
+from llmeco_nb.deployment.ledger import read_feedback
+from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
+from llmeco_nb.interaction.feedback import server_script
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library

@@ -1,4 +1,5 @@
 """Exactly the right stages run again, or only their show cells, and `llmeco stages` says why."""
+
 import json
 import os
 import shutil
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from toyhouse import ToyHouse
-from toyhouse import machine_json  # noqa: F401  (a fixture)
+from toyhouse import (
+    ToyHouse,
+    machine_json,  # noqa: F401  (a fixture)
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = ["make", "train@a", "train@b", "compare"]
@@ -17,7 +20,7 @@ ALL = ["make", "train@a", "train@b", "compare"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, machine_json):
     "A toy house with a finished run; tests work on copies of it."
-    house = ToyHouse(tmp_path_factory.mktemp("identity")/"house", machine_json)
+    house = ToyHouse(tmp_path_factory.mktemp("identity") / "house", machine_json)
     assert house.run() == dict.fromkeys(ALL, "made")
     assert house.run() == dict.fromkeys(ALL, "current")
     return house
@@ -26,7 +29,7 @@ def finished(tmp_path_factory, machine_json):
 @pytest.fixture
 def house(finished, tmp_path):
     copy = object.__new__(ToyHouse)
-    copy.folder, copy.runs = tmp_path/"house", tmp_path/"house"/"runs"
+    copy.folder, copy.runs = tmp_path / "house", tmp_path / "house" / "runs"
     shutil.copytree(finished.folder, copy.folder, symlinks=True)
     return copy
 
@@ -37,21 +40,88 @@ TRAINS = {"train@a": "made", "train@b": "made", "compare": "made"}
 # after these edits of numbers' maker the numbers are the same, so nothing that reads them runs
 SAME_NUMBERS = {"make": "made"}
 TABLE = {
-    "markdown edited": (lambda h: h.edit("71_make", "Writes numbers", "Writes down numbers"), NOTHING, ""),
-    "comment in the run cell": (lambda h: h.edit("71_make", "record.rewind(rows)", "record.rewind(rows)  # drop what came later"), NOTHING, ""),
-    "comment in a parameter": (lambda h: h.edit("71_make", "# how many", "# how many numbers"), NOTHING, ""),
-    "comment in a function": (lambda h: h.edit("70_toys", "return x * SCALE", "return x * SCALE  # thrice"), NOTHING, ""),
-    "docstring": (lambda h: h.edit("70_toys", "Used by the stage make.", "Used by make."), NOTHING, ""),
-    "show cell": (lambda h: h.edit("71_make", "caption(open_record(out, 'make').metrics['total'])", "caption(2 * open_record(out, 'make').metrics['total'])"), PAGE, "cell 71-4 changed"),
-    "function a show cell uses": (lambda h: h.edit("70_toys", "the sum is", "the sum was"), PAGE, "function toys.caption changed"),
-    "run cell, same result": (lambda h: h.edit("71_make", "sum(done)", "sum(list(done))"), SAME_NUMBERS, "cell 71-3 changed"),
-    "function used": (lambda h: h.edit("70_toys", "return x * SCALE", "return SCALE * x + 1"), EVERYTHING, "function toys.scaled changed"),
-    "constant used": (lambda h: h.edit("70_toys", "SCALE = 3", "SCALE = 4"), EVERYTHING, "function toys.SCALE changed"),
+    "markdown edited": (
+        lambda h: h.edit("71_make", "Writes numbers", "Writes down numbers"),
+        NOTHING,
+        "",
+    ),
+    "comment in the run cell": (
+        lambda h: h.edit(
+            "71_make", "record.rewind(rows)", "record.rewind(rows)  # drop what came later"
+        ),
+        NOTHING,
+        "",
+    ),
+    "comment in a parameter": (
+        lambda h: h.edit("71_make", "# how many", "# how many numbers"),
+        NOTHING,
+        "",
+    ),
+    "comment in a function": (
+        lambda h: h.edit("70_toys", "return x * SCALE", "return x * SCALE  # thrice"),
+        NOTHING,
+        "",
+    ),
+    "docstring": (
+        lambda h: h.edit("70_toys", "Used by the stage make.", "Used by make."),
+        NOTHING,
+        "",
+    ),
+    "show cell": (
+        lambda h: h.edit(
+            "71_make",
+            "caption(open_record(out, 'make').metrics['total'])",
+            "caption(2 * open_record(out, 'make').metrics['total'])",
+        ),
+        PAGE,
+        "cell 71-4 changed",
+    ),
+    "function a show cell uses": (
+        lambda h: h.edit("70_toys", "the sum is", "the sum was"),
+        PAGE,
+        "function toys.caption changed",
+    ),
+    "run cell, same result": (
+        lambda h: h.edit("71_make", "sum(done)", "sum(list(done))"),
+        SAME_NUMBERS,
+        "cell 71-3 changed",
+    ),
+    "function used": (
+        lambda h: h.edit("70_toys", "return x * SCALE", "return SCALE * x + 1"),
+        EVERYTHING,
+        "function toys.scaled changed",
+    ),
+    "constant used": (
+        lambda h: h.edit("70_toys", "SCALE = 3", "SCALE = 4"),
+        EVERYTHING,
+        "function toys.SCALE changed",
+    ),
     "function not used": (lambda h: h.edit("70_toys", "return x + 1", "return x + 2"), NOTHING, ""),
-    "function of core not used": (lambda h: h.edit_core("if not 0 <= seed < 2**32:", "if not 0 <= seed < 2**31:"), NOTHING, ""),
-    "function of core used": (lambda h: h.edit_core("indent=1, ensure_ascii=False, allow_nan=False", "ensure_ascii=False, indent=1, allow_nan=False"), EVERYTHING, "function core.write_json changed"),
-    "import only lessons use": (lambda h: h.edit("71_make", "import json\nimport time", "import json\nimport math\nimport time"), NOTHING, ""),
-    "a default one instance takes": (lambda h: h.edit("72_train", "factor: int = 2", "factor: int = 3"), {"train@a": "made", "compare": "made"}, "parameter factor: 2 → 3"),
+    "function of core not used": (
+        lambda h: h.edit_core("if not 0 <= seed < 2**32:", "if not 0 <= seed < 2**31:"),
+        NOTHING,
+        "",
+    ),
+    "function of core used": (
+        lambda h: h.edit_core(
+            "indent=1, ensure_ascii=False, allow_nan=False",
+            "ensure_ascii=False, indent=1, allow_nan=False",
+        ),
+        EVERYTHING,
+        "function core.write_json changed",
+    ),
+    "import only lessons use": (
+        lambda h: h.edit(
+            "71_make", "import json\nimport time", "import json\nimport math\nimport time"
+        ),
+        NOTHING,
+        "",
+    ),
+    "a default one instance takes": (
+        lambda h: h.edit("72_train", "factor: int = 2", "factor: int = 3"),
+        {"train@a": "made", "compare": "made"},
+        "parameter factor: 2 → 3",
+    ),
 }
 
 
@@ -61,36 +131,55 @@ def test_what_runs_again_and_why(house, change):
     before = house.artifacts()
     act(house)
     said = house.why()
-    if reason: assert any(reason in why for _, why in said.values()), said
-    else: assert all(state == "current" for state, _ in said.values()), said
+    if reason:
+        assert any(reason in why for _, why in said.values()), said
+    else:
+        assert all(state == "current" for state, _ in said.values()), said
     assert house.run() == {**dict.fromkeys(ALL, "current"), **expected}
     assert house.run() == dict.fromkeys(ALL, "current")
-    if expected in (NOTHING, PAGE): assert house.artifacts() == before
+    if expected in (NOTHING, PAGE):
+        assert house.artifacts() == before
 
 
 def test_a_parameter_on_the_command_line(house):
     assert house.why("-p", "train@a.factor=7")["train@a"] == ("stale", "parameter factor: 2 → 7")
-    assert house.run("-p", "train@a.factor=7") == {"make": "current", "train@a": "made", "train@b": "current", "compare": "made"}
-    assert house.run() == dict.fromkeys(ALL, "current")                        # it stays with the run
+    assert house.run("-p", "train@a.factor=7") == {
+        "make": "current",
+        "train@a": "made",
+        "train@b": "current",
+        "compare": "made",
+    }
+    assert house.run() == dict.fromkeys(ALL, "current")  # it stays with the run
     # both instances with one value are one and the same work: the store has it already
-    assert house.run("-p", "train.factor=7") == {"make": "current", "train@a": "current", "train@b": "current", "compare": "made"}
-    assert house.run("--new-run")["train@a"] == "current"                        # a fresh run starts from the profile's values; the store still has them
+    assert house.run("-p", "train.factor=7") == {
+        "make": "current",
+        "train@a": "current",
+        "train@b": "current",
+        "compare": "made",
+    }
+    assert (
+        house.run("--new-run")["train@a"] == "current"
+    )  # a fresh run starts from the profile's values; the store still has them
 
 
 def test_a_library_version_is_recorded_and_changes_nothing(house):
-    site = house.folder/"llmeco_nb"/"runner"/"machine.py"
+    site = house.folder / "llmeco_nb" / "runner" / "machine.py"
     # versions() reads installed metadata; a newer papermill is played by a metadata folder that comes first on the path
-    fake = house.folder/"papermill-99.0.dist-info"
+    fake = house.folder / "papermill-99.0.dist-info"
     fake.mkdir()
-    (fake/"METADATA").write_text("Metadata-Version: 2.1\nName: papermill\nVersion: 99.0\n")
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: papermill\nVersion: 99.0\n")
     assert site.exists() and house.run() == dict.fromkeys(ALL, "current")
     from llmeco_nb.core import read_json
+
     assert house.run("--force", "--only", "make")["make"] == "made"
-    assert read_json(house.runs/"toy-1"/"make"/"manifest.json")["versions"]["papermill"] == "99.0"
+    assert (
+        read_json(house.runs / "toy-1" / "make" / "manifest.json")["versions"]["papermill"]
+        == "99.0"
+    )
 
 
 def test_outside_source_touched_and_changed(house):
-    source = house.folder/"words.txt"
+    source = house.folder / "words.txt"
     source.write_text("some words")
     assert house.run("-p", "make.source=words.txt") == EVERYTHING
     os.utime(source, (1, 1))
@@ -100,25 +189,34 @@ def test_outside_source_touched_and_changed(house):
     code, _, err = house.llmeco("run", "--profile", "toy")
     assert code == 8 and "words.txt" in err and "--accept-changed" in err and "Traceback" not in err
     assert house.run("--accept-changed") == EVERYTHING
-    source.write_text("some words")                                             # the old content again: it is still in the store
+    source.write_text("some words")  # the old content again: it is still in the store
     assert house.run("--accept-changed") == dict.fromkeys(ALL, "current")
 
 
 def test_second_round(house):
     first = house.artifacts("toy-1")
-    assert house.run("--next") == {"make": "current", "train@a": "current", "train@b": "made", "compare": "made"}
+    assert house.run("--next") == {
+        "make": "current",
+        "train@a": "current",
+        "train@b": "made",
+        "compare": "made",
+    }
     from llmeco_nb.core import read_json
-    second = read_json(house.runs/"toy-2"/"run.json")
+
+    second = read_json(house.runs / "toy-2" / "run.json")
     assert second["parent"] == "toy-1" and second["round"] == 2
     assert house.artifacts("toy-1") == first
-    assert read_json(house.runs/"toy-2"/"train@b"/"model")["total"] == 2 * read_json(house.runs/"toy-1"/"train@b"/"model")["total"]
-    assert house.run() == dict.fromkeys(ALL, "current")                         # continues the second round
-    assert (house.runs/"latest").resolve() == (house.runs/"toy-2").resolve()
+    assert (
+        read_json(house.runs / "toy-2" / "train@b" / "model")["total"]
+        == 2 * read_json(house.runs / "toy-1" / "train@b" / "model")["total"]
+    )
+    assert house.run() == dict.fromkeys(ALL, "current")  # continues the second round
+    assert (house.runs / "latest").resolve() == (house.runs / "toy-2").resolve()
 
 
 def test_tampered_output_is_made_again_with_a_warning(house):
     before = house.artifacts()
-    (house.runs/"toy-1"/"make"/"numbers"/"00.txt").write_text("666\n")
+    (house.runs / "toy-1" / "make" / "numbers" / "00.txt").write_text("666\n")
     assert "numbers was changed after it was made" in house.why()["make"][1]
     code, out, err = house.llmeco("run", "--profile", "toy")
     assert code == 0 and "numbers is not what it was when it was made" in out
@@ -132,7 +230,7 @@ def test_only_from_and_force(house):
 
 
 def test_export_out_of_step_is_refused(house):
-    module = house.folder/"llmeco_nb"/"toys.py"
+    module = house.folder / "llmeco_nb" / "toys.py"
     module.write_text(module.read_text().replace("SCALE = 3", "SCALE = 4"))
     code, _, err = house.llmeco("run", "--profile", "toy")
     assert code == 7 and "70_toys.ipynb" in err and "nbdev_export" in err and "Traceback" not in err
@@ -142,12 +240,36 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
     "The notebooks are ordinary papermill notebooks; the profile's flat files are ordinary parameter files."
     import subprocess
     import sys
-    numbers = (house.runs/"toy-1"/"make"/"numbers").resolve()
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/72_train.ipynb", str(tmp_path/"done.ipynb"), "-f", "nbs/profiles/toy/train@b.yaml",
-                           "-p", "numbers", str(numbers), "-p", "out", str(tmp_path/"record")], cwd=house.folder, env=house.env(), capture_output=True, text=True)
+
+    numbers = (house.runs / "toy-1" / "make" / "numbers").resolve()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/72_train.ipynb",
+            str(tmp_path / "done.ipynb"),
+            "-f",
+            "nbs/profiles/toy/train@b.yaml",
+            "-p",
+            "numbers",
+            str(numbers),
+            "-p",
+            "out",
+            str(tmp_path / "record"),
+        ],
+        cwd=house.folder,
+        env=house.env(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     from llmeco_nb.core import read_json
-    assert read_json(tmp_path/"record"/"model") == read_json(house.runs/"toy-1"/"train@b"/"model")
+
+    assert read_json(tmp_path / "record" / "model") == read_json(
+        house.runs / "toy-1" / "train@b" / "model"
+    )
+
 
 # -- the same under every Python
 
@@ -162,26 +284,35 @@ for path in house.notebooks:
 print(json.dumps(found))
 """
 
+
 def interpreter(name: str) -> str | None:
     "The path of `python3.12`, say: on the path, or among the versions of a pyenv whose shim is on the path."
     shim = shutil.which(name)
-    if shim is None: return None
+    if shim is None:
+        return None
     installed = sorted(Path(shim).parent.parent.glob(f"versions/*/bin/{name}"))
     return str(installed[0]) if installed else None if Path(shim).parent.name == "shims" else shim
+
 
 def keys_under(python: str) -> dict:
     "The keys of all notebooks as the interpreter `python` computes them, without any library."
     env = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
-    done = subprocess.run([python, "-B", "-c", KEYS], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [python, "-B", "-c", KEYS], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
+
 @pytest.fixture(scope="module")
-def keys_here() -> dict: return keys_under(sys.executable)
+def keys_here() -> dict:
+    return keys_under(sys.executable)
+
 
 @pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13", "python3.14"])
 def test_keys_are_the_same_under_every_python(python, keys_here):
     "A result must not read as stale because the interpreter was upgraded."
     other = interpreter(python)
-    if other is None: pytest.skip(f"there is no {python} here")
+    if other is None:
+        pytest.skip(f"there is no {python} here")
     assert len(keys_here) > 30 and keys_under(other) == keys_here

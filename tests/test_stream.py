@@ -1,4 +1,5 @@
 "Streams: the texts that `read_table` gives, one at a time; broken sources are named with their line; memory does not grow with the source."
+
 import gzip
 import json
 import tracemalloc
@@ -17,92 +18,154 @@ drawn = settings(max_examples=80, deadline=None)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory): return tmp_path_factory.mktemp("s")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("s")
 
-def whole(file, **more): return read_table(str(file), label_column="", **more).text.tolist()
-def streamed(file, **more): return [t for t in stream_texts(str(file), **more) if t.strip()]
+
+def whole(file, **more):
+    return read_table(str(file), label_column="", **more).text.tolist()
+
+
+def streamed(file, **more):
+    return [t for t in stream_texts(str(file), **more) if t.strip()]
 
 
 @drawn
-@given(st.text(st.sampled_from("ab \t\n\n\r\x0b\u2003é"), max_size=40), st.sampled_from(["line", "paragraph", "file"]))
+@given(
+    st.text(st.sampled_from("ab \t\n\n\r\x0b\u2003é"), max_size=40),
+    st.sampled_from(["line", "paragraph", "file"]),
+)
 def test_plain_text_is_cut_as_read_table_cuts_it(place, text, unit):
-    (file := place/"t.txt").write_bytes(text.encode())
-    if text.strip(): assert streamed(file, unit=unit) == whole(file, unit=unit)
-    else: assert streamed(file, unit=unit) == []
+    (file := place / "t.txt").write_bytes(text.encode())
+    if text.strip():
+        assert streamed(file, unit=unit) == whole(file, unit=unit)
+    else:
+        assert streamed(file, unit=unit) == []
 
 
 @drawn
-@given(st.lists(anything, min_size=1, max_size=8), st.sampled_from([".csv", ".csv.gz", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"]), st.sampled_from([0, 1]))
+@given(
+    st.lists(anything, min_size=1, max_size=8),
+    st.sampled_from([".csv", ".csv.gz", ".tsv", ".jsonl", ".jsonl.gz", ".parquet"]),
+    st.sampled_from([0, 1]),
+)
 @example(["\t", "\n1\t"], ".tsv", 1)
 def test_tables_give_the_same_texts(place, texts, ending, quoting):
     "`quoting` 1 is around all cells; 0 only where one must, and then neither a tab nor a lone carriage return inside a text can be told from a border."
     assume(quoting or not any(c in t for t in texts for c in "\t\r"))
     texts = [*texts, "at least one"]
-    table, file = pd.DataFrame(dict(id=range(len(texts)), text=texts)), place/f"t{ending}"
-    if ending == ".parquet": table.to_parquet(file, row_group_size=3)
+    table, file = pd.DataFrame(dict(id=range(len(texts)), text=texts)), place / f"t{ending}"
+    if ending == ".parquet":
+        table.to_parquet(file, row_group_size=3)
     elif ending.startswith(".jsonl"):
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_dict("records")).encode()
+        data = "".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_dict("records")
+        ).encode()
         file.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
-    else: table.to_csv(file, index=False, sep="\t" if ending == ".tsv" else ",", quoting=quoting)
+    else:
+        table.to_csv(file, index=False, sep="\t" if ending == ".tsv" else ",", quoting=quoting)
     assert streamed(file) == whole(file) == [t for t in texts if t.strip()]
 
 
 def test_other_forms(tmp_path):
-    (tmp_path/"bare.tsv").write_text('id\ttext\n1\tHe said "no\n2\tShe "did"\n')
-    (tmp_path/"semi.csv").write_text("id;text\n1;one, two\n")
-    (tmp_path/"mac.csv").write_bytes(b"id,text\r1,one\r2,two\r")
-    (tmp_path/"array.json").write_text(json.dumps([{"text": "one"}, {"text": None}, {"text": "two"}]))
-    (tmp_path/"holes.jsonl").write_text('{"text": "one"}\n\n{"id": 2}\n{"text": null}\n{"text": 5}\n')
-    for name in ("bare.tsv", "semi.csv", "mac.csv", "array.json", "holes.jsonl"): assert streamed(tmp_path/name) == whole(tmp_path/name), name
-    assert list(stream_texts(str(tmp_path/"holes.jsonl"))) == ["one", "", "", "5"]
-    for name in ("imdb", "rotten_tomatoes"): assert list(stream_texts(name)) == read_table(name).text.tolist()
-    (tmp_path/"b"/"deep"/".git").mkdir(parents=True)
-    for name, text in (("b/two.MD", "two"), ("b/one.txt", "one"), ("b/deep/three.txt", "three"), ("b/deep/.git/four.txt", "four"), ("b/five.csv", "five")): (tmp_path/name).write_text(text)
-    assert list(stream_texts(str(tmp_path/"b"))) == ["three", "one", "two"]
+    (tmp_path / "bare.tsv").write_text('id\ttext\n1\tHe said "no\n2\tShe "did"\n')
+    (tmp_path / "semi.csv").write_text("id;text\n1;one, two\n")
+    (tmp_path / "mac.csv").write_bytes(b"id,text\r1,one\r2,two\r")
+    (tmp_path / "array.json").write_text(
+        json.dumps([{"text": "one"}, {"text": None}, {"text": "two"}])
+    )
+    (tmp_path / "holes.jsonl").write_text(
+        '{"text": "one"}\n\n{"id": 2}\n{"text": null}\n{"text": 5}\n'
+    )
+    for name in ("bare.tsv", "semi.csv", "mac.csv", "array.json", "holes.jsonl"):
+        assert streamed(tmp_path / name) == whole(tmp_path / name), name
+    assert list(stream_texts(str(tmp_path / "holes.jsonl"))) == ["one", "", "", "5"]
+    for name in ("imdb", "rotten_tomatoes"):
+        assert list(stream_texts(name)) == read_table(name).text.tolist()
+    (tmp_path / "b" / "deep" / ".git").mkdir(parents=True)
+    for name, text in (
+        ("b/two.MD", "two"),
+        ("b/one.txt", "one"),
+        ("b/deep/three.txt", "three"),
+        ("b/deep/.git/four.txt", "four"),
+        ("b/five.csv", "five"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert list(stream_texts(str(tmp_path / "b"))) == ["three", "one", "two"]
 
 
 @drawn
 @given(st.lists(st.binary(max_size=12), max_size=12))
 def test_broken_lines_are_named(place, lines):
-    (file := place/"broken.txt").write_bytes(data := b"\n".join(lines))
-    try: text = data.decode("utf-8-sig")
+    (file := place / "broken.txt").write_bytes(data := b"\n".join(lines))
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         marked = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-        with pytest.raises(DataError) as said: list(read_lines(str(file)))
+        with pytest.raises(DataError) as said:
+            list(read_lines(str(file)))
         at = e.start + marked
-        if "\0" in data[:at].decode("utf-8", "replace") or "UTF-16" in str(said.value): return       # another fault comes first
+        if "\0" in data[:at].decode("utf-8", "replace") or "UTF-16" in str(said.value):
+            return  # another fault comes first
         assert f"line {data.count(10, 0, at) + 1}, byte {at}" in str(said.value)
     else:
-        if "\0" not in text: assert "".join(read_lines(str(file))) == text
+        if "\0" not in text:
+            assert "".join(read_lines(str(file))) == text
         else:
-            with pytest.raises(DataError, match=f"byte {data.index(0)}: a zero byte"): list(read_lines(str(file)))
+            with pytest.raises(DataError, match=f"byte {data.index(0)}: a zero byte"):
+                list(read_lines(str(file)))
 
 
 def test_bad_sources(tmp_path):
     def said(name, data, **more):
-        (tmp_path/name).write_bytes(data)
-        with pytest.raises((DataError, UsageError, MissingError)) as e: list(stream_texts(str(tmp_path/name), **more))
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises((DataError, UsageError, MissingError)) as e:
+            list(stream_texts(str(tmp_path / name), **more))
         return str(e.value)
+
     assert "line 3: 1 columns where the header has 2" in said("a.csv", b"id,text\n1,one\ntwo\n")
-    assert "no column `body`" in said("b.csv", b"id,text\n1,one\n", column="body") and "no column `text`. Did you mean `texts`" in said("c.jsonl", b'{"texts": "x"}\n')
-    assert "line 2, column 1: not JSON" in said("d.jsonl", b'{"text": "x"}\n?\n') and "must be an object" in said("e.jsonl", b'"x"\n')
-    assert "each row needs one text" in said("f.jsonl", b'{"text": ["x"]}\n') and "UTF-16" in said("g.csv", "text\nä".encode("utf-16"))
-    assert "not a readable Parquet file" in said("h.parquet", b"PAR1 is not enough") and "not a whole gzip file" in said("i.txt.gz", gzip.compress(b"some text " * 999)[:40])
-    assert "ends in .doc" in said("j.doc", b"x") and "line, paragraph, file" in said("k.txt", b"x", unit="word")
-    with pytest.raises(MissingError, match="absent.txt"): stream_texts(str(tmp_path/"absent.txt"))
-    (tmp_path/"empty").mkdir()
-    with pytest.raises(DataError, match="no .txt or .md"): list(stream_texts(str(tmp_path/"empty")))
+    assert "no column `body`" in said(
+        "b.csv", b"id,text\n1,one\n", column="body"
+    ) and "no column `text`. Did you mean `texts`" in said("c.jsonl", b'{"texts": "x"}\n')
+    assert "line 2, column 1: not JSON" in said(
+        "d.jsonl", b'{"text": "x"}\n?\n'
+    ) and "must be an object" in said("e.jsonl", b'"x"\n')
+    assert "each row needs one text" in said("f.jsonl", b'{"text": ["x"]}\n') and "UTF-16" in said(
+        "g.csv", "text\nä".encode("utf-16")
+    )
+    assert "not a readable Parquet file" in said(
+        "h.parquet", b"PAR1 is not enough"
+    ) and "not a whole gzip file" in said("i.txt.gz", gzip.compress(b"some text " * 999)[:40])
+    assert "ends in .doc" in said("j.doc", b"x") and "line, paragraph, file" in said(
+        "k.txt", b"x", unit="word"
+    )
+    with pytest.raises(MissingError, match="absent.txt"):
+        stream_texts(str(tmp_path / "absent.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no .txt or .md"):
+        list(stream_texts(str(tmp_path / "empty")))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".txt"])
 def test_memory_does_not_grow(tmp_path, ending):
     def peak(n):
         rows = (f"Text {i} of many, which says little." for i in range(n))
-        (tmp_path/f"{n}{ending}").write_text("text\n" * (ending == ".csv") + "".join(json.dumps({"text": t}) + "\n" if ending == ".jsonl" else f'"{t}"\n' if ending == ".csv" else t + "\n\n" for t in rows))
+        (tmp_path / f"{n}{ending}").write_text(
+            "text\n" * (ending == ".csv")
+            + "".join(
+                json.dumps({"text": t}) + "\n"
+                if ending == ".jsonl"
+                else f'"{t}"\n'
+                if ending == ".csv"
+                else t + "\n\n"
+                for t in rows
+            )
+        )
         tracemalloc.start()
-        assert sum(1 for _ in stream_texts(str(tmp_path/f"{n}{ending}"))) == n
+        assert sum(1 for _ in stream_texts(str(tmp_path / f"{n}{ending}"))) == n
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
+
     peak(100)
     assert peak(20_000) < 1.5 * peak(2000)

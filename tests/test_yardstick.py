@@ -1,4 +1,5 @@
 """The yardstick: it sees a single bit that differs, and passes what the map explains."""
+
 import json
 import os
 import re
@@ -108,31 +109,60 @@ def negative_zero(path: Path) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[Path], object], str, str, str]] = [
-    ("model/model.safetensors", lambda p: write_tensors(p, 1.0000001), "tensors.layer.weight[3]",
-     "1.0", "1.0000001192092896"),
-    ("model/model.safetensors", lambda p: save_file({"other": torch.ones(1)}, p),
-     "tensors.layer.weight", "torch.float32 (2, 2)", ABSENT),
+    (
+        "model/model.safetensors",
+        lambda p: write_tensors(p, 1.0000001),
+        "tensors.layer.weight[3]",
+        "1.0",
+        "1.0000001192092896",
+    ),
+    (
+        "model/model.safetensors",
+        lambda p: save_file({"other": torch.ones(1)}, p),
+        "tensors.layer.weight",
+        "torch.float32 (2, 2)",
+        ABSENT,
+    ),
     ("predictions", lambda p: write_table(p, cell=8), "label[1]", "7", "8"),
-    ("state.pt", lambda p: torch.save({"step": 3, "state": [torch.zeros(2)]}, p), "state.0[0]",
-     "1.0", "0.0"),
+    (
+        "state.pt",
+        lambda p: torch.save({"step": 3, "state": [torch.zeros(2)]}, p),
+        "state.0[0]",
+        "1.0",
+        "0.0",
+    ),
     ("idf.npy", negative_zero, "[2]", "0.0", "-0.0"),
     ("idf.npy", lambda p: np.save(p, np.zeros(3)), "", "float32 (3,)", "float64 (3,)"),
-    ("idf.npy", lambda p: np.save(p, np.zeros(4, np.float32)), "", "float32 (3,)",
-     "float32 (4,)"),
+    ("idf.npy", lambda p: np.save(p, np.zeros(4, np.float32)), "", "float32 (3,)", "float32 (4,)"),
     ("arrays.npz", lambda p: np.savez(p, a=np.arange(2), b=np.array([1.0])), "b[0]", "nan", "1.0"),
     ("table.csv", lambda p: p.write_text("a,b\n1,2.0\n"), "b[0]", "'2'", "'2.0'"),
     ("log.jsonl", lambda p: p.write_text('{"step": 1, "seconds": 0.1}\n'), "1.step", "2", ABSENT),
-    ("metrics.json", lambda p: write_json(p, {"loss": 0.25, "steps": 4.0, "name": "own"}),
-     "steps", "4", "4.0"),
-    ("metrics.json", lambda p: write_json(p, {"loss": 0.25, "steps": 4, "name": "own", "x": 1}),
-     "x", ABSENT, "1"),
+    (
+        "metrics.json",
+        lambda p: write_json(p, {"loss": 0.25, "steps": 4.0, "name": "own"}),
+        "steps",
+        "4",
+        "4.0",
+    ),
+    (
+        "metrics.json",
+        lambda p: write_json(p, {"loss": 0.25, "steps": 4, "name": "own", "x": 1}),
+        "x",
+        ABSENT,
+        "1",
+    ),
     ("vocab.txt", lambda p: p.write_text("the\nfilms\n"), "1", "'film'", "'films'"),
     ("model.onnx", lambda p: write_onnx(p, weight=0.75), "initializers.w[0]", "0.5", "0.75"),
     ("model.onnx", lambda p: write_onnx(p, scale=2.0), "nodes.0.alpha", "1.0", "2.0"),
     ("vocab.txt", Path.unlink, "", "a file", ABSENT),
     ("more.txt", lambda p: p.write_text("more"), "", ABSENT, "a file"),
-    ("../../feedback.sqlite", lambda p: write_database(p, "A movie."), "predictions.text[0]",
-     "'A film.'", "'A movie.'"),
+    (
+        "../../feedback.sqlite",
+        lambda p: write_database(p, "A movie."),
+        "predictions.text[0]",
+        "'A film.'",
+        "'A movie.'",
+    ),
 ]
 
 
@@ -166,8 +196,10 @@ def test_a_stage_and_a_run_that_are_not_there(sides):
 
 def test_a_renamed_column_needs_the_map(sides):
     write_table(sides[1] / "predictions", label="target")
-    differs = [("predictions", "label", "int64 (2,)", ABSENT),
-               ("predictions", "target", ABSENT, "int64 (2,)")]
+    differs = [
+        ("predictions", "label", "int64 (2,)", ABSENT),
+        ("predictions", "target", ABSENT, "int64 (2,)"),
+    ]
     assert told(compared(sides)) == differs
     names = {"label": Rename("target")}
     assert told(compared(sides, Map(columns={"train/predictions": names}))) == []
@@ -187,8 +219,10 @@ def test_renamed_files_folders_metrics_and_fields(sides):
     config = {"llmeco": {"head_fraction": 0.25, "pooling": "cls"}}
     write_json(stage / "classifier" / "config.json", config)
     write_json(stage / "metrics.json", {"validation_loss": 0.25, "steps": 4, "name": "own"})
-    fields = {"llmeco.head": Rename("llmeco.head_fraction", divide_by=100),
-              "llmeco.pool": Rename("llmeco.pooling", {"first": "cls"})}
+    fields = {
+        "llmeco.head": Rename("llmeco.head_fraction", divide_by=100),
+        "llmeco.pool": Rename("llmeco.pooling", {"first": "cls"}),
+    }
     renamed = Map(
         files={"train/idf.npy": "weights.npy", "train/model": "classifier"},
         metrics={"train": {"loss": Rename("validation_loss")}},
@@ -210,14 +244,21 @@ def test_renamed_stages_and_parameters(tmp_path):
     parameters = {"eval_examples": 5, "head_fraction": 0.25}
     write_json(new / "manifest.json", {"parameters": parameters, "seconds": 1.5})
     about = json.loads((new.parents[1] / "smoke-1" / "run.json").read_text())
-    write_json(new.parents[1] / "smoke-1" / "run.json",
-               about | {"overrides": {"tune@a": {"eval_examples": 5}}})
-    names = {"train.judged": Rename("tune.eval_examples"),
-             "train.head": Rename("tune.head_fraction", divide_by=100)}
+    write_json(
+        new.parents[1] / "smoke-1" / "run.json",
+        about | {"overrides": {"tune@a": {"eval_examples": 5}}},
+    )
+    names = {
+        "train.judged": Rename("tune.eval_examples"),
+        "train.head": Rename("tune.head_fraction", divide_by=100),
+    }
     renamed = Map(stages={"train": "tune"}, parameters=names)
     assert told(compared((old, new), renamed)) == []
     assert {t.label for t in compared((old, new), renamed).tallies} == {
-        "smoke-1 train@a", "smoke-1 run", "smoke runs"}
+        "smoke-1 train@a",
+        "smoke-1 run",
+        "smoke runs",
+    }
     assert compared((old, new), Map(stages={"train": "tune"})).differences
 
 
@@ -225,11 +266,13 @@ def test_exceptions_pass_and_are_counted(sides):
     lines = '{"step": 1, "seconds": 0.1}\n{"step": 2, "seconds": 0.3}\n'
     (sides[1] / "log.jsonl").write_text(lines)
     (sides[1] / "figure.png").unlink()
-    allowed = Map(exceptions=[
-        Allowed("*/log.jsonl", "*.seconds", "a time"),
-        Allowed("train/figure.png", "**", "drawn"),
-        Allowed("*/metrics.json", "speed", "a speed"),
-    ])
+    allowed = Map(
+        exceptions=[
+            Allowed("*/log.jsonl", "*.seconds", "a time"),
+            Allowed("train/figure.png", "**", "drawn"),
+            Allowed("*/metrics.json", "speed", "a speed"),
+        ]
+    )
     found = compared(sides, allowed)
     assert told(found) == []
     assert [(e.differed, e.matched) for e in allowed.exceptions] == [(1, 2), (1, 1), (0, 0)]
@@ -240,8 +283,12 @@ def test_exceptions_pass_and_are_counted(sides):
 
 def test_an_exception_allows_no_more_than_it_says(sides):
     write_json(sides[1] / "model" / "config.json", {"llmeco": {"head": 30, "pool": "first"}})
-    for file, field in (("*/config.json", "**"), ("**/config.json", "head"),
-                        ("**/config.json", "*"), ("tune/**", "**")):
+    for file, field in (
+        ("*/config.json", "**"),
+        ("**/config.json", "head"),
+        ("**/config.json", "*"),
+        ("tune/**", "**"),
+    ):
         found = compared(sides, Map(exceptions=[Allowed(file, field, "too narrow")]))
         assert told(found) == [("model/config.json", "llmeco.head", "25", "30")]
     for file in ("**/config.json", "train/model/*", "train@a/**"):
@@ -277,7 +324,7 @@ def test_the_report_shows_five_differences_of_a_file_and_fifty_in_all(sides):
 
 # -- The runner, with a checkout whose command writes a run in milliseconds
 
-CHECKOUT = '''
+CHECKOUT = """
 import json, os, sys
 from pathlib import Path
 
@@ -297,7 +344,7 @@ def main():
     result = dict(given=given, home=os.environ["HOME"].startswith(str(runs.parent)), seen=seen)
     (stage/"metrics.json").write_text(json.dumps(result))
     print("said by the command")
-'''
+"""
 INI = "[DEFAULT]\nlib_path = toy\nnbs_path = nbs\nconsole_scripts = llmeco=toy.cli:main\n"
 
 
@@ -312,8 +359,12 @@ def checkout(tmp_path: Path) -> Path:
 
 def side_of(checkout: Path, name: str = "old", seed: int | None = None, **settings) -> Side:
     names = {"train.steps": Rename("train.num_steps")}
-    map_ = Map(settings={"smoke": settings.get("smoke", {})}, rounds={"smoke": 2},
-               seeds=["train.seed"], parameters=names)
+    map_ = Map(
+        settings={"smoke": settings.get("smoke", {})},
+        rounds={"smoke": 2},
+        seeds=["train.seed"],
+        parameters=names,
+    )
     return Side(name, checkout, checkout.parent / "work", sys.executable, map_, seed)
 
 
@@ -323,8 +374,9 @@ def test_runs_are_apart_complete_and_taken_again(checkout, monkeypatch):
     side = side_of(checkout, smoke={"train.steps": 3})
     runs = side.make("smoke", said.append)
     made = json.loads((runs / "smoke-1" / "train" / "metrics.json").read_text())
-    wanted = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", LLMECO_DATA=None,
-                  PYTHONPATH=str(checkout))
+    wanted = dict(
+        HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", LLMECO_DATA=None, PYTHONPATH=str(checkout)
+    )
     assert made == dict(given={"train.steps": "3"}, home=True, seen=wanted)
     assert json.loads((runs / "smoke-2" / "run.json").read_text())["cpus"] == 1
     assert ["whole already" in line for line in said] == [False, False]
@@ -346,9 +398,14 @@ def test_other_code_or_settings_are_run_anew(checkout):
 def test_settings_are_named_as_each_side_names_them(checkout):
     given = {"train@a.steps": 3, "train.models": ["a", "b"]}
     assert side_of(checkout, "old", smoke=given).settings("smoke") == [
-        "train@a.steps=3", "train.models=[a,b]"]
+        "train@a.steps=3",
+        "train.models=[a,b]",
+    ]
     assert side_of(checkout, "new", 7, smoke=given).settings("smoke") == [
-        "train@a.num_steps=3", "train.models=[a,b]", "train.seed=7"]
+        "train@a.num_steps=3",
+        "train.models=[a,b]",
+        "train.seed=7",
+    ]
 
 
 def test_a_run_that_fails_says_why(checkout):
@@ -395,7 +452,7 @@ def stage_parameters() -> dict[str, set[str]]:
 def test_the_map_fits_this_checkout():
     map_, known = Map.read(MAP), stage_parameters()
     stage_of = lambda name: map_.parameter(name).to.partition(".")[0].partition("@")[0]
-    renamed = {name for name in map_.parameters if stage_of(name) in known}     # of these profiles
+    renamed = {name for name in map_.parameters if stage_of(name) in known}  # of these profiles
     names = {*renamed, *map_.seeds, *map_.settings["laptop"], *map_.settings["smoke"]}
     for name in names:
         stage, _, parameter = map_.parameter(name).to.rpartition(".")

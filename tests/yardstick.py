@@ -11,6 +11,7 @@ differs, 1 if something does, 2 if a run fails. A run that is whole in DIR is ta
 
 `--seed N` gives every stage of NEW the seed N: the comparison must then fail.
 """
+
 import argparse
 import configparser
 import hashlib
@@ -181,12 +182,22 @@ def read_onnx(path: Path) -> Leaves:
 
 Reader = Callable[[Path], Leaves]
 BY_SUFFIX: dict[str, Reader] = {
-    ".safetensors": read_safetensors, ".onnx": read_onnx, ".npz": read_numpy, ".json": read_json,
-    ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".txt": read_text,
-    ".pt": read_checkpoint, ".ckpt": read_checkpoint, ".bin": read_checkpoint,
+    ".safetensors": read_safetensors,
+    ".onnx": read_onnx,
+    ".npz": read_numpy,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_text,
+    ".pt": read_checkpoint,
+    ".ckpt": read_checkpoint,
+    ".bin": read_checkpoint,
 }
 BY_MAGIC: dict[bytes, Reader] = {
-    b"PAR1": read_parquet, b"SQLite format 3\0": read_sqlite, b"\x93NUMPY": read_numpy,
+    b"PAR1": read_parquet,
+    b"SQLite format 3\0": read_sqlite,
+    b"\x93NUMPY": read_numpy,
 }
 
 
@@ -242,7 +253,11 @@ def renamed_parameters(table: Path) -> dict[str, str]:
     """`stage.old` -> `stage.new`, from the table of all renamings where the checkout has one."""
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    told = [(old, where.removeprefix("stage:"), new) for old, kind, where, new in rows if kind == "parameter"]
+    told = [
+        (old, where.removeprefix("stage:"), new)
+        for old, kind, where, new in rows
+        if kind == "parameter"
+    ]
     return {f"{stage}.{old}": f"{stage}.{new}" for old, stage, new in told}
 
 
@@ -682,8 +697,10 @@ class Side:
             say(f"{self.name} {profile}-{n}: run in {time.monotonic() - began:.0f} s, in {folder}")
         made = [stages_of(run) for run in runs_of(folder / "runs")]
         if len(made) != rounds or not all(made):
-            raise RunError(f"{self.name}: {folder}/runs holds {len(made)} runs with "
-                           f"{sum(map(len, made))} stages; {rounds} runs with stages are wanted.")
+            raise RunError(
+                f"{self.name}: {folder}/runs holds {len(made)} runs with "
+                f"{sum(map(len, made))} stages; {rounds} runs with stages are wanted."
+            )
         return folder / "runs"
 
     def run(self, folder: Path, words: list[str]) -> None:
@@ -701,8 +718,10 @@ class Side:
             )
         if done.returncode:
             end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
-            raise RunError(f"{self.name}: llmeco {' '.join(words)} ended with {done.returncode}. "
-                           f"The end of {log}:\n{end}")
+            raise RunError(
+                f"{self.name}: llmeco {' '.join(words)} ended with {done.returncode}. "
+                f"The end of {log}:\n{end}"
+            )
 
 
 def written(value: object) -> str:

@@ -29,117 +29,167 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #9de73906
-apertium_mode = r"[a-z]{2,3}(_[A-Z]+)?-[a-z]{2,3}(_[A-Z]+)?"   # en-eo, spa-eng, oci-oci_gascon
+apertium_mode = r"[a-z]{2,3}(_[A-Z]+)?-[a-z]{2,3}(_[A-Z]+)?"  # en-eo, spa-eng, oci-oci_gascon
+
 
 def apertium_modes() -> Path:
     "The folder of Apertium's modes: under `share` beside the folder of the command; the command itself looks there."
     found = shutil.which("apertium")
-    return (Path(found).resolve().parent.parent if found else Path("/usr"))/"share"/"apertium"/"modes"
+    return (
+        (Path(found).resolve().parent.parent if found else Path("/usr"))
+        / "share"
+        / "apertium"
+        / "modes"
+    )
+
 
 def apertium(mode: str) -> Callable[[list[str]], list[str]]:
     """A function that translates texts by Apertium's `mode`, such as `en-eo`; unknown words stay.
 
     Raises `MissingError` naming the packages to install."""
     if not shutil.which("apertium"):
-        raise MissingError("Apertium is not installed. On Debian and Ubuntu: "
-                           "apt-get install apertium apertium-eo-en apertium-eng-spa")
+        raise MissingError(
+            "Apertium is not installed. On Debian and Ubuntu: "
+            "apt-get install apertium apertium-eo-en apertium-eng-spa"
+        )
     modes = subprocess.run(["apertium", "-l"], capture_output=True, text=True).stdout.split()
     if mode not in modes:
-        raise MissingError(f"Apertium has no mode {mode!r}; here it has {', '.join(modes) or 'none'}. "
-                           "Packages: apertium-eo-en for en-eo, apertium-eng-spa for eng-spa.")
+        raise MissingError(
+            f"Apertium has no mode {mode!r}; here it has {', '.join(modes) or 'none'}. "
+            "Packages: apertium-eo-en for en-eo, apertium-eng-spa for eng-spa."
+        )
+
     def through(lines: list[str]) -> list[str]:
         "As many lines as given. Should a rule reach over a line's end all the same, the halves go apart."
         given = ".\n" + "".join(f"{line}.\n" if line else "\n" for line in lines)
-        done = subprocess.run(["apertium", "-f", "line", "-u", mode], input=given,
-                              capture_output=True, text=True, encoding="utf-8")
+        done = subprocess.run(
+            ["apertium", "-f", "line", "-u", mode],
+            input=given,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
         if done.returncode:
             said = done.stderr.strip()[:300]
             raise DataError(f"Apertium ended with status {done.returncode}: {said}")
         back = done.stdout.split("\n")[1:-1]
-        if len(back) == len(lines): return back
-        if len(lines) == 1: return [" ".join(back)]
+        if len(back) == len(lines):
+            return back
+        if len(lines) == 1:
+            return [" ".join(back)]
         half = len(lines) // 2
         return through(lines[:half]) + through(lines[half:])
+
     def translate(texts: list[str]) -> list[str]:
         lines = [text.splitlines() or [""] for text in texts]
         plain = [" ".join(line.replace("\0", " ").split()) for group in lines for line in group]
         back = iter(through(plain))
         return ["\n".join(next(back).strip() for _ in group) for group in lines]
+
     return translate
 
-def load_pretrained(kind: type,  # Auto class of transformers
-                    name: str,   # Folder, or name on the hub
-                    what: str    # What it is, for an error
-                   ) -> tuple:
+
+def load_pretrained(
+    kind: type,  # Auto class of transformers
+    name: str,  # Folder, or name on the hub
+    what: str,  # What it is, for an error
+) -> tuple:
     "Tokenizer and model (transformers' auto class `kind`) of a folder or hub name. Raises `MissingError`."
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name).eval()
+
+    try:
+        return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name).eval()
     except (OSError, ValueError, ImportError) as e:
         said = str(e).splitlines()[0]
         raise MissingError(f"{name} does not open as a {what}: {said}") from None
 
-def marian(name: str,               # Folder, or name on the hub
-           batch_size: int = 16,    # Texts translated at once
-           max_length: int = 256    # Tokens of a text; the rest is cut
-          ) -> Callable[[list[str]], list[str]]:
+
+def marian(
+    name: str,  # Folder, or name on the hub
+    batch_size: int = 16,  # Texts translated at once
+    max_length: int = 256,  # Tokens of a text; the rest is cut
+) -> Callable[[list[str]], list[str]]:
     "A function that translates texts by a Marian model. Raises `MissingError`."
     import torch
     from transformers import AutoModelForSeq2SeqLM
+
     tokenizer, model = load_pretrained(AutoModelForSeq2SeqLM, name, "translation model")
+
     def translate(texts: list[str]) -> list[str]:
         found = []
         for i in range(0, len(texts), batch_size):
-            given = tokenizer(texts[i:i + batch_size], return_tensors="pt", padding=True,
-                              truncation=True, max_length=max_length)
+            given = tokenizer(
+                texts[i : i + batch_size],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+            )
             with torch.inference_mode():
-                made = model.generate(**given, num_beams=1, do_sample=False, max_new_tokens=max_length)
+                made = model.generate(
+                    **given, num_beams=1, do_sample=False, max_new_tokens=max_length
+                )
             found += tokenizer.batch_decode(made, skip_special_tokens=True)
         return found
+
     return translate
 
-def translator(name: str   # Mode of Apertium, folder, or name on the hub
-              ) -> Callable[[list[str]], list[str]]:
+
+def translator(
+    name: str,  # Mode of Apertium, folder, or name on the hub
+) -> Callable[[list[str]], list[str]]:
     "Apertium for a mode such as `en-eo`, Marian for everything else."
     return apertium(name) if re.fullmatch(apertium_mode, name) else marian(name)
 
-def back_translate(texts: list[str],                           # As many come back
-                   there: Callable[[list[str]], list[str]],    # From `translator`
-                   back: Callable[[list[str]], list[str]]      # Likewise
-                  ) -> list[str]:
+
+def back_translate(
+    texts: list[str],  # As many come back
+    there: Callable[[list[str]], list[str]],  # From `translator`
+    back: Callable[[list[str]], list[str]],  # Likewise
+) -> list[str]:
     "Every text translated there and back."
     return back(there(texts))
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #853da146
-wordnet_folder = "/usr/share/wordnet"   # where Debian's package wordnet-base puts it
+wordnet_folder = "/usr/share/wordnet"  # where Debian's package wordnet-base puts it
+
 
 class WordNet:
     "Synonyms from WordNet's dictionary files in `folder`. Raises `MissingError`."
+
     def __init__(self, folder: str | Path = wordnet_folder):
         self.senses, self.data = {}, {}
         for pos in ("noun", "verb", "adj", "adv"):
-            files = [Path(folder)/f"{kind}.{pos}" for kind in ("index", "data")]
+            files = [Path(folder) / f"{kind}.{pos}" for kind in ("index", "data")]
             for file in files:
                 if not file.is_file():
-                    raise MissingError(f"WordNet is not here: there is no {file.name} in {folder}. "
-                                       "On Debian and Ubuntu: apt-get install wordnet-base")
+                    raise MissingError(
+                        f"WordNet is not here: there is no {file.name} in {folder}. "
+                        "On Debian and Ubuntu: apt-get install wordnet-base"
+                    )
             self.data[pos] = files[1].read_bytes()
             for line in files[0].read_text(encoding="utf-8").splitlines():
-                if line.startswith(" "): continue
+                if line.startswith(" "):
+                    continue
                 lemma, _, count, *rest = line.split()
-                self.senses.setdefault(lemma, []).append((pos, [int(o) for o in rest[-int(count):]]))
+                self.senses.setdefault(lemma, []).append(
+                    (pos, [int(o) for o in rest[-int(count) :]])
+                )
 
     def synonyms(self, word: str, meanings: int = 1) -> list[str]:
         """Single words that share one of the first `meanings` of `word` (lower case).
 
         None of a word that has several parts of speech."""
         found, listed = [], self.senses.get(word, [])
-        if len(listed) != 1: return []
-        (pos, offsets), = listed
+        if len(listed) != 1:
+            return []
+        ((pos, offsets),) = listed
         for offset in offsets[:meanings]:
-            fields = self.data[pos][offset:self.data[pos].index(b"\n", offset)].decode().split()
-            named = [re.sub(r"\(\w+\)$", "", w) for w in fields[4:4 + 2 * int(fields[3], 16):2]]
-            found += [w for w in named
-                      if w != word and w.isalpha() and w.islower() and w not in found]
+            fields = self.data[pos][offset : self.data[pos].index(b"\n", offset)].decode().split()
+            named = [re.sub(r"\(\w+\)$", "", w) for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            found += [
+                w for w in named if w != word and w.isalpha() and w.islower() and w not in found
+            ]
         return found
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #d0927c64
@@ -147,71 +197,87 @@ class MaskedLMScorer:
     """A masked language model (folder or hub name) that says how likely words are in a place.
 
     Raises `MissingError`, `UsageError`."""
+
     def __init__(self, name: str):
         from transformers import AutoModelForMaskedLM
+
         what = "masked language model"
         self.tokenizer, self.model = load_pretrained(AutoModelForMaskedLM, name, what)
         if self.tokenizer.mask_token is None:
             raise UsageError(f"{name} has no mask token; give a masked language model.")
 
-    def gaps(self,
-             before: str,         # Text in front of the word
-             word: str,           # What stands there
-             after: str,          # Text behind it
-             options: list[str],  # What may replace it
-             radius: int = 200    # Characters of text to read on each side
-            ) -> list[float]:
+    def gaps(
+        self,
+        before: str,  # Text in front of the word
+        word: str,  # What stands there
+        after: str,  # Text behind it
+        options: list[str],  # What may replace it
+        radius: int = 200,  # Characters of text to read on each side
+    ) -> list[float]:
         """For every option its log-probability minus that of `word`, in nats.
 
         Minus infinity where one of the two is not a single token."""
         import torch
+
         ids = [self.tokenizer.encode(w, add_special_tokens=False) for w in [word, *options]]
         unknown = self.tokenizer.unk_token_id
-        if len(ids[0]) != 1 or ids[0][0] == unknown: return [-np.inf] * len(options)
+        if len(ids[0]) != 1 or ids[0][0] == unknown:
+            return [-np.inf] * len(options)
         masked = before[-radius:] + self.tokenizer.mask_token + after[:radius]
         given = self.tokenizer(masked, return_tensors="pt")
-        places = (given["input_ids"][0] == self.tokenizer.mask_token_id).nonzero().flatten().tolist()
-        if len(places) != 1: return [-np.inf] * len(options)
+        places = (
+            (given["input_ids"][0] == self.tokenizer.mask_token_id).nonzero().flatten().tolist()
+        )
+        if len(places) != 1:
+            return [-np.inf] * len(options)
         with torch.inference_mode():
             scores = self.model(**given).logits[0, places[0]].float().log_softmax(-1)
         known = [len(i) == 1 and i[0] != unknown for i in ids[1:]]
-        return [float(scores[i[0]] - scores[ids[0][0]]) if ok else -np.inf
-                for i, ok in zip(ids[1:], known)]
+        return [
+            float(scores[i[0]] - scores[ids[0][0]]) if ok else -np.inf
+            for i, ok in zip(ids[1:], known)
+        ]
 
-def replace_words(text: str,                            # A text
-                  net: WordNet,                         # Gives the synonyms of a word
-                  key: tuple[int, ...],                 # Whole numbers that decide
-                  fraction: float = 0.15,               # Of the words to replace, at most
-                  scorer: MaskedLMScorer | None = None, # Says which synonyms fit; None: all do
-                  slack: float = 1.0                    # Nats that a synonym may be less likely
-                 ) -> str:
+
+def replace_words(
+    text: str,  # A text
+    net: WordNet,  # Gives the synonyms of a word
+    key: tuple[int, ...],  # Whole numbers that decide
+    fraction: float = 0.15,  # Of the words to replace, at most
+    scorer: MaskedLMScorer | None = None,  # Says which synonyms fit; None: all do
+    slack: float = 1.0,  # Nats that a synonym may be less likely
+) -> str:
     "The text with some words replaced by synonyms; a function of the arguments alone."
     draw = np.random.default_rng(key)
     words = list(re.finditer(r"[A-Za-z]+(?:['’][A-Za-z]+)*", text))
     wanted, swaps = round(fraction * len(words)), {}
     for i in draw.permutation(len(words)):
-        if len(swaps) >= wanted: break
+        if len(swaps) >= wanted:
+            break
         m = words[i]
         options = net.synonyms(m[0]) if len(m[0]) > 2 and m[0].islower() else []
         if scorer and options:
-            gaps = scorer.gaps(text[:m.start()], m[0], text[m.end():], options)
+            gaps = scorer.gaps(text[: m.start()], m[0], text[m.end() :], options)
             options = [o for o, g in zip(options, gaps) if g >= -slack]
-        if options: swaps[int(i)] = options[int(draw.integers(len(options)))]
+        if options:
+            swaps[int(i)] = options[int(draw.integers(len(options)))]
     for i in sorted(swaps, reverse=True):
-        text = text[:words[i].start()] + swaps[i] + text[words[i].end():]
+        text = text[: words[i].start()] + swaps[i] + text[words[i].end() :]
     return text
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #3edec748
-def mix_augmented(originals: "pd.DataFrame",       # Columns id, text, label
-                  new: dict[str, "pd.DataFrame"],  # Kind -> the same columns
-                  taken: set[str] = frozenset(),   # `normalized_key` of texts that must not come in
-                  seed: int = 0                    # Of the order
-                 ) -> tuple["pd.DataFrame", int]:
+def mix_augmented(
+    originals: "pd.DataFrame",  # Columns id, text, label
+    new: dict[str, "pd.DataFrame"],  # Kind -> the same columns
+    taken: set[str] = frozenset(),  # `normalized_key` of texts that must not come in
+    seed: int = 0,  # Of the order
+) -> tuple["pd.DataFrame", int]:
     """Originals and new texts shuffled together, and how many new texts were left out.
 
     The column `origin` says `original` or the kind. A new text that is empty, there already or in
     `taken` is left out."""
     import pandas as pd
+
     known, dropped = set(taken) | set(originals.text.map(normalized_key)), 0
     parts = [originals.assign(origin="original")]
     for kind, rows in new.items():
@@ -224,28 +290,36 @@ def mix_augmented(originals: "pd.DataFrame",       # Columns id, text, label
             kept = rows[np.array(keep)]
             parts.append(kept.assign(origin=kind, id=kept.id + f"~{kind}"))
     both = pd.concat(parts, ignore_index=True)
-    return both.iloc[np.random.default_rng(seed).permutation(len(both))].reset_index(drop=True), dropped
+    return both.iloc[np.random.default_rng(seed).permutation(len(both))].reset_index(
+        drop=True
+    ), dropped
+
 
 def available_engines() -> list[str]:
     "The kinds of augmentation whose engine is on this machine."
-    found = {"translation": shutil.which("apertium") is not None,
-             "synonyms": (Path(wordnet_folder)/"index.noun").is_file()}
+    found = {
+        "translation": shutil.which("apertium") is not None,
+        "synonyms": (Path(wordnet_folder) / "index.noun").is_file(),
+    }
     return [kind for kind, there in found.items() if there]
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #413f34d6
 def distinct_n(texts: list[str], n: int = 2) -> float:
     "Different word n-grams over all word n-grams of `texts`; 0 without any."
     words = [t.lower().split() for t in texts]
-    grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
-def change_ratio(a: str,  # A text
-                 b: str   # Another text
-                ) -> float:
+
+def change_ratio(
+    a: str,  # A text
+    b: str,  # Another text
+) -> float:
     """How much of two texts differs, word by word: 0 for equal, 1 for nothing in common.
 
     One minus difflib's ratio."""
     from difflib import SequenceMatcher
+
     return 1 - SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #698b8347
@@ -253,64 +327,83 @@ def engines_revision(kinds: list[str]) -> str:
     """The kinds that `build_augmented` makes of `kinds` on this machine.
 
     For synonyms with the hash of WordNet's files."""
-    files = [Path(wordnet_folder)/f"{kind}.{pos}" for pos in ("noun", "verb", "adj", "adv")
-             for kind in ("index", "data")]
+    files = [
+        Path(wordnet_folder) / f"{kind}.{pos}"
+        for pos in ("noun", "verb", "adj", "adv")
+        for kind in ("index", "data")
+    ]
     wordnet = "absent"
     if all(f.is_file() for f in files):
         wordnet = sha256_text(" ".join(sha256_of(f) for f in files))[:12]
     named = [f"{k} {wordnet}" if k == "synonyms" else k for k in kinds or available_engines()]
     return ", ".join(named) or "none"
 
+
 def pivot_revision(pivot: str) -> str:
     """What each translator of `pivot` is here.
 
     The hash of a folder, or of the files that a mode of Apertium names; else the name itself."""
+
     def one(name: str) -> str:
-        if Path(name).is_dir(): return sha256_of(name)[:12]
-        if not re.fullmatch(apertium_mode, name): return name
-        mode = apertium_modes()/f"{name}.mode"
-        if not mode.is_file(): return f"{name} absent"
+        if Path(name).is_dir():
+            return sha256_of(name)[:12]
+        if not re.fullmatch(apertium_mode, name):
+            return name
+        mode = apertium_modes() / f"{name}.mode"
+        if not mode.is_file():
+            return f"{name} absent"
         named = set(re.findall(r"'([^']+)'", mode.read_text(encoding="utf-8")))
         files = [mode, *(f for f in sorted(map(Path, named)) if f.is_file())]
         return f"{name} {sha256_text(' '.join(sha256_of(f) for f in files))[:12]}"
+
     return ", ".join(map(one, pivot.split()))
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #f2a3cae8
 @stage_config
 class AugmentConfig(StageConfig):
     "Which texts are added to a corpus."
+
     kinds: list[Literal["translation", "synonyms"]] = Field(
         default_factory=lambda: []
     )  # of translation, synonyms; empty: those this machine has engines for
     added_ratio: NonNegativeFloat = 0.5  # new texts for each training text
-    pivot: str = "en-eo eo-en"           # Apertium's two modes, or two Marian models, there and back
-    replaced_fraction: Fraction = 0.15   # fraction of a text's words to replace by synonyms
-    seed: NonNegativeInt = 0             # decides which texts and words
+    pivot: str = "en-eo eo-en"  # Apertium's two modes, or two Marian models, there and back
+    replaced_fraction: Fraction = 0.15  # fraction of a text's words to replace by synonyms
+    seed: NonNegativeInt = 0  # decides which texts and words
 
-def sample_epochs(rows: "pd.DataFrame",  # The training texts
-                  n: int,                # Rows to draw
-                  key: tuple[int, ...]   # Whole numbers that decide
-                 ) -> "pd.DataFrame":
+
+def sample_epochs(
+    rows: "pd.DataFrame",  # The training texts
+    n: int,  # Rows to draw
+    key: tuple[int, ...],  # Whole numbers that decide
+) -> "pd.DataFrame":
     "`n` rows in random order; each is drawn once before any is drawn again. None of an empty table."
-    if not len(rows): return rows
-    epochs = [np.random.default_rng((*key, e)).permutation(len(rows))
-              for e in range(n // len(rows) + 1)]
+    if not len(rows):
+        return rows
+    epochs = [
+        np.random.default_rng((*key, e)).permutation(len(rows)) for e in range(n // len(rows) + 1)
+    ]
     return rows.iloc[np.concatenate(epochs)[:n]]
 
-def build_augmented(record: Record,       # Gets the artifact `augmented`
-                    corpus: str | Path,   # Folder of a corpus
-                    encoder: str = "",    # Masked language model that judges synonyms; empty: none
-                    config: AugmentConfig = AugmentConfig()  # Parameters of the stage
-                   ) -> Path:
+
+def build_augmented(
+    record: Record,  # Gets the artifact `augmented`
+    corpus: str | Path,  # Folder of a corpus
+    encoder: str = "",  # Masked language model that judges synonyms; empty: none
+    config: AugmentConfig = AugmentConfig(),  # Parameters of the stage
+) -> Path:
     """Write the corpus with `added_ratio` new training texts for each one it has, and return its folder.
 
     The new texts are split evenly over the kinds. Raises `UsageError`, `MissingError`, `DataError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     kinds, seed = list(config.kinds) or available_engines(), config.seed
     if len(config.pivot.split()) != 2:
-        raise UsageError(f"pivot is {config.pivot!r}; it names two translators with a space between, "
-                         "there and back.")
+        raise UsageError(
+            f"pivot is {config.pivot!r}; it names two translators with a space between, "
+            "there and back."
+        )
     parts = {s: read_split(corpus, s) for s in split_names}
     train, new, total, seconds = parts["train"], {}, 0, {}
     for k, kind in enumerate(kinds):
@@ -318,14 +411,16 @@ def build_augmented(record: Record,       # Gets the artifact `augmented`
         total += n
         chosen = sample_epochs(train, n, (seed, k))
         if kind == "translation":
-            chosen = chosen.drop_duplicates("id")     # translated again it would be the same
+            chosen = chosen.drop_duplicates("id")  # translated again it would be the same
         start = time.perf_counter()
         if kind == "translation":
             texts = back_translate(chosen.text.tolist(), *map(translator, config.pivot.split()))
         else:
             net, scorer = WordNet(), MaskedLMScorer(encoder) if encoder else None
-            texts = [replace_words(t, net, (seed, i), config.replaced_fraction, scorer)
-                     for i, t in enumerate(chosen.text)]
+            texts = [
+                replace_words(t, net, (seed, i), config.replaced_fraction, scorer)
+                for i, t in enumerate(chosen.text)
+            ]
         seconds[kind] = time.perf_counter() - start
         new[kind] = chosen.assign(text=texts)
         for a, b, _ in zip(chosen.text, texts, range(20)):
@@ -338,14 +433,23 @@ def build_augmented(record: Record,       # Gets the artifact `augmented`
     write_corpus(folder, {**parts, "train": mixed}, label_names(corpus), datasheet)
     for s in split_names:
         rows = mixed if s == "train" else parts[s].assign(origin="original")
-        table = pq.read_table(folder/f"{s}.parquet")
+        table = pq.read_table(folder / f"{s}.parquet")
         table = table.append_column("origin", pa.array(rows.origin.tolist(), pa.string()))
-        pq.write_table(table, folder/f"{s}.parquet", compression="zstd")
+        pq.write_table(table, folder / f"{s}.parquet", compression="zstd")
     for kind in kinds:
         after = mixed[mixed.origin == kind].text.tolist()
-        record.log(summary=kind, texts=made[kind],
-                   texts_per_second=len(new[kind]) / max(seconds[kind], 1e-9),
-                   distinct_bigrams=distinct_n(after), judged=bool(encoder and kind == "synonyms"))
-    record.save_metrics(originals=len(train), added=sum(made.values()), left_out=dropped,
-                        kinds=len(kinds), distinct_bigrams=distinct_n(mixed.text.tolist()))
+        record.log(
+            summary=kind,
+            texts=made[kind],
+            texts_per_second=len(new[kind]) / max(seconds[kind], 1e-9),
+            distinct_bigrams=distinct_n(after),
+            judged=bool(encoder and kind == "synonyms"),
+        )
+    record.save_metrics(
+        originals=len(train),
+        added=sum(made.values()),
+        left_out=dropped,
+        kinds=len(kinds),
+        distinct_bigrams=distinct_n(mixed.text.tolist()),
+    )
     return folder

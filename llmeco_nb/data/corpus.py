@@ -23,10 +23,24 @@ from typing import TYPE_CHECKING
 from pydantic import NonNegativeFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
-from ..core import DataError, MissingError, Record, UsageError, cached_fixture
-from ..core import create_record, read_json, write_json
-from .sources import citations, is_blank, local_path, read_table, revision
-from .sources import source_kind
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    Record,
+    UsageError,
+    cached_fixture,
+    create_record,
+    read_json,
+    write_json,
+)
+from llmeco_nb.data.sources import (
+    citations,
+    is_blank,
+    local_path,
+    read_table,
+    revision,
+    source_kind,
+)
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -38,89 +52,122 @@ block_tag_names = """address article blockquote body br caption center dd div dl
 inline_tag_names = """a abbr acronym b big cite code del em font i iframe img input ins kbd label link mark meta option q s samp select small
             span strike strong sub sup tt u var""".split()
 
+
 def tag_pattern(names: list[str]) -> re.Pattern:
     "Matches opening, closing and empty HTML tags with these names."
     attribute = r"""\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s<>"']+)"""
-    return re.compile(rf"</?(?:{'|'.join(sorted(names, key=len, reverse=True))})(?:{attribute})*\s*/?>", re.I)
+    return re.compile(
+        rf"</?(?:{'|'.join(sorted(names, key=len, reverse=True))})(?:{attribute})*\s*/?>", re.I
+    )
+
 
 block_tag, inline_tag = tag_pattern(block_tag_names), tag_pattern(inline_tag_names)
 entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]\w{1,30});")
 
-def strip_html(text: str   # May hold HTML
-              ) -> str:
+
+def strip_html(
+    text: str,  # May hold HTML
+) -> str:
     "Remove HTML tags and comments; a tag that breaks a line leaves a line break."
-    if "<" not in text: return text
+    if "<" not in text:
+        return text
     return inline_tag.sub("", block_tag.sub("\n", re.sub(r"<!--[^<>]*-->", "", text)))
 
-def unescape(text: str   # May hold entities
-            ) -> str:
+
+def unescape(
+    text: str,  # May hold entities
+) -> str:
     "Turn HTML entities into characters. Only those closed by a semicolon, so that `R&B` and `&not` stay."
-    if "&" not in text: return text
-    text = re.sub("&(?:(?:amp|#38);)+", "&", text)   # however often it was escaped
+    if "&" not in text:
+        return text
+    text = re.sub("&(?:(?:amp|#38);)+", "&", text)  # however often it was escaped
     return entity.sub(lambda m: html.unescape(m[0]), text)
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #38f7fb27
 # characters beyond ASCII, joined when they are close
 non_ascii_runs = re.compile(r"[^\x00-\x7f](?:.{0,24}[^\x00-\x7f])*", re.S)
 
+
 @lru_cache(10_000)
 def fix_encoding_piece(piece: str) -> str:
     "ftfy on one piece of text; pieces recur, since people misspell the same words."
     import ftfy
-    config = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False,
-                                  fix_character_width=False)
+
+    config = ftfy.TextFixerConfig(
+        unescape_html=False, uncurl_quotes=False, fix_character_width=False
+    )
     return ftfy.fix_text(piece, config)
 
-def fix_encoding(text: str   # May be decoded wrongly
-                ) -> str:
+
+def fix_encoding(
+    text: str,  # May be decoded wrongly
+) -> str:
     "Undo wrong decodings (`Ã©` for `é`, U+0096 for a dash) and compose accents (NFC)."
-    if text.isascii(): return text
+    if text.isascii():
+        return text
     done, end = [], 0
     for m in non_ascii_runs.finditer(text):
-        a, b = max(m.start() - 8, end), min(m.end() + 8, len(text))   # what may belong to them
+        a, b = max(m.start() - 8, end), min(m.end() + 8, len(text))  # what may belong to them
         done += [text[end:a], fix_encoding_piece(text[a:b])]
         end = b
     return "".join([*done, text[end:]])
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #19055fee
 # of zero width: they stand inside words
-invisible_chars = re.compile("[\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+invisible_chars = re.compile(
+    "[\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+)
 # between words
-control_chars = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff"
-                           "\ufffe\uffff\U000f0000-\U0010ffff]")
+control_chars = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ue000-\uf8ff"
+    "\ufffe\uffff\U000f0000-\U0010ffff]"
+)
 
-def remove_control_chars(text: str   # May hold such characters
-                        ) -> str:
+
+def remove_control_chars(
+    text: str,  # May hold such characters
+) -> str:
     "Remove characters without a shape: zero-width ones vanish, controls and private ones become a space."
-    if text.replace("\n", " ").isprintable(): return text    # the common case, ten times faster
+    if text.replace("\n", " ").isprintable():
+        return text  # the common case, ten times faster
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
 
-def normalize_whitespace(text: str,                    # Any string
-                         keep_newlines: bool = False   # Keep line breaks
-                        ) -> str:
+
+def normalize_whitespace(
+    text: str,  # Any string
+    keep_newlines: bool = False,  # Keep line breaks
+) -> str:
     """One space for any white space.
 
     With `keep_newlines` line breaks stay, and at most one empty line in a row."""
-    if not keep_newlines: return " ".join(text.split())
+    if not keep_newlines:
+        return " ".join(text.split())
     lines = "\n".join(" ".join(line.split()) for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", lines).strip()
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #0589ffce
-def clean_text(text: str,                    # Any string
-               keep_newlines: bool = False,  # Keep line breaks
-               changes: dict[str, tuple[str, str]] | None = None  # Filled: step -> before, after
-              ) -> str:
+def clean_text(
+    text: str,  # Any string
+    keep_newlines: bool = False,  # Keep line breaks
+    changes: dict[str, tuple[str, str]] | None = None,  # Filled: step -> before, after
+) -> str:
     """The text without markup, wrong decodings, invisible characters and superfluous space.
 
     Idempotent."""
-    steps = {"encoding": fix_encoding, "spaces": lambda t: normalize_whitespace(t, keep_newlines),
-             "entities": unescape, "tags": strip_html, "controls": remove_control_chars}
+    steps = {
+        "encoding": fix_encoding,
+        "spaces": lambda t: normalize_whitespace(t, keep_newlines),
+        "entities": unescape,
+        "tags": strip_html,
+        "controls": remove_control_chars,
+    }
     before, first = None, True
     while text != before:
         before = text
         for name, step in steps.items():
             after = step(text)
-            if first and changes is not None and after != text: changes[name] = (text, after)
+            if first and changes is not None and after != text:
+                changes[name] = (text, after)
             text = after
         first = False
     return text
@@ -130,14 +177,16 @@ def excerpt(before: str, after: str, width: int = 60) -> dict[str, str]:
     "About `width` characters `before` and `after`, from where the two texts first differ."
     shorter = min(len(before), len(after))
     at = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), shorter)
-    at = max(0, at - width//2)
-    visible = before[at:at + width].encode("utf-8", "backslashreplace").decode()
-    return {"before": visible, "after": after[at:at + width]}
+    at = max(0, at - width // 2)
+    visible = before[at : at + width].encode("utf-8", "backslashreplace").decode()
+    return {"before": visible, "after": after[at : at + width]}
 
-def clean_table(rows: "pd.DataFrame",         # From `read_table`
-                keep_newlines: bool = False,  # Keep line breaks
-                record: Record | None = None  # Shows the progress
-               ) -> tuple["pd.DataFrame", dict[str, dict]]:
+
+def clean_table(
+    rows: "pd.DataFrame",  # From `read_table`
+    keep_newlines: bool = False,  # Keep line breaks
+    record: Record | None = None,  # Shows the progress
+) -> tuple["pd.DataFrame", dict[str, dict]]:
     """The table with its texts cleaned and without empty ones; and what each step did.
 
     That is, for each step the number of `texts` changed and three `samples`."""
@@ -147,47 +196,62 @@ def clean_table(rows: "pd.DataFrame",         # From `read_table`
     for one, raw in record.track(pairs, unit="texts") if record else pairs:
         changes = {}
         texts.append(clean_text(raw, keep_newlines, changes))
-        for step in changes: changed[step].append((one, raw))
+        for step in changes:
+            changed[step].append((one, raw))
+
     def samples(step: str) -> list[dict[str, str]]:
         found = []
         for one, raw in sorted(changed[step])[:3]:
             clean_text(raw, keep_newlines, changes := {})
             found.append({"id": one, **excerpt(*changes[step])})
         return found
+
     report = {step: {"texts": len(changed[step]), "samples": samples(step)} for step in changed}
     cleaned = rows.assign(text=texts)
     return cleaned[~cleaned.text.map(is_blank)].reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #bf4221ce
-def normalized_key(text: str   # Any string
-                  ) -> str:
+def normalized_key(
+    text: str,  # Any string
+) -> str:
     "What equal texts share: their characters in lower case, any white space as one space."
     return " ".join(text.casefold().split())
 
-def drop_duplicates(rows: "pd.DataFrame"  # Columns id, text, label
-                   ) -> tuple["pd.DataFrame", dict]:
+
+def drop_duplicates(
+    rows: "pd.DataFrame",  # Columns id, text, label
+) -> tuple["pd.DataFrame", dict]:
     """One row for each text, none where equal texts carry different labels; ordered by id.
 
     Beside it a report: numbers of `duplicates`, `conflicts` and `groups`, and three `samples`."""
-    rows = rows.assign(key=[normalized_key(t) for t in rows.text]).sort_values("id", ignore_index=True)
+    rows = rows.assign(key=[normalized_key(t) for t in rows.text]).sort_values(
+        "id", ignore_index=True
+    )
     again, twins = rows.duplicated("key"), rows[rows.duplicated("key", keep=False)]
     groups = [g for _, g in twins.groupby("key", sort=False)]
     conflicting = rows.key.isin({g.key.iloc[0] for g in groups if g.label.nunique() > 1})
     samples = [{"texts": [t[:120] for t in g.text], "ids": list(g.id)} for g in groups[:3]]
-    report = {"duplicates": int((again & ~conflicting).sum()), "conflicts": int(conflicting.sum()),
-              "groups": len(groups), "samples": samples}
+    report = {
+        "duplicates": int((again & ~conflicting).sum()),
+        "conflicts": int(conflicting.sum()),
+        "groups": len(groups),
+        "samples": samples,
+    }
     return rows[~again & ~conflicting].drop(columns="key").reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #f78d841f
-def split_hashes(ids: Iterable[str],  # Of the rows
-                 seed: int            # Another seed gives other hashes
-                ) -> list[str]:
+def split_hashes(
+    ids: Iterable[str],  # Of the rows
+    seed: int,  # Another seed gives other hashes
+) -> list[str]:
     "For each id a hash of seed and id, 64 hex digits, whatever stands beside it."
     return [hashlib.sha256(f"{seed}:{i}".encode()).hexdigest() for i in ids]
 
-def sort_by_split_hash(rows: "pd.DataFrame",  # With a column id
-                       seed: int              # Another seed gives another order
-                      ) -> "pd.DataFrame":
+
+def sort_by_split_hash(
+    rows: "pd.DataFrame",  # With a column id
+    seed: int,  # Another seed gives another order
+) -> "pd.DataFrame":
     "The rows in the order of their hashes."
     hashes = split_hashes(rows.id, seed)
     return rows.iloc[sorted(range(len(rows)), key=hashes.__getitem__)].reset_index(drop=True)
@@ -199,38 +263,48 @@ def stratified_counts(n: int, counts: dict[int, int]) -> dict[int, int]:
     Needs len(counts) <= n <= their sum."""
     exact = {c: n * k / sum(counts.values()) for c, k in counts.items()}
     part = {c: max(1, math.floor(e)) for c, e in exact.items()}
-    while sum(part.values()) < n: part[min(part, key=lambda c: (part[c] - exact[c], c))] += 1
+    while sum(part.values()) < n:
+        part[min(part, key=lambda c: (part[c] - exact[c], c))] += 1
     while sum(part.values()) > n:
         several = (c for c in part if part[c] > 1)
         part[max(several, key=lambda c: (part[c] - exact[c], -c))] -= 1
     return part
 
-def split_sizes(total: int,         # Rows there are
-                validation: float,  # Share below 1, or number of rows
-                test: float,        # Likewise
-                classes: int        # Each gets a row in each split that is not empty
-               ) -> dict[str, int]:
+
+def split_sizes(
+    total: int,  # Rows there are
+    validation: float,  # Share below 1, or number of rows
+    test: float,  # Likewise
+    classes: int,  # Each gets a row in each split that is not empty
+) -> dict[str, int]:
     "How many of `total` rows each split gets. Raises `DataError` if nothing is left to train on."
+
     def size(share: float) -> int:
-        if share <= 0: return 0
+        if share <= 0:
+            return 0
         return max(classes, round(share * total) if share < 1 else int(share))
+
     sizes = {"validation": size(validation), "test": size(test)}
     train = total - sum(sizes.values())
     if train < classes:
-        raise DataError(f"Of {total} rows, validation_size={validation} and test_size={test} leave "
-                        f"{max(0, train)} for training, and there are {classes} classes. "
-                        "Take more rows, or lower validation_size or test_size.")
+        raise DataError(
+            f"Of {total} rows, validation_size={validation} and test_size={test} leave "
+            f"{max(0, train)} for training, and there are {classes} classes. "
+            "Take more rows, or lower validation_size or test_size."
+        )
     return {"train": train, **sizes}
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #6982ea92
 split_names = ("train", "validation", "test")
 
-def split_rows(rows: "pd.DataFrame",  # Columns id, text, label; every text once
-               validation: float,     # Share below 1, or number of rows
-               test: float,           # Likewise; 0 when there is an official test set
-               seed: int = 0,         # Decides which rows go where
-               labels: list[str] = () # Class names, for the messages
-              ) -> dict[str, "pd.DataFrame"]:
+
+def split_rows(
+    rows: "pd.DataFrame",  # Columns id, text, label; every text once
+    validation: float,  # Share below 1, or number of rows
+    test: float,  # Likewise; 0 when there is an official test set
+    seed: int = 0,  # Decides which rows go where
+    labels: list[str] = (),  # Class names, for the messages
+) -> dict[str, "pd.DataFrame"]:
     """The rows of train, validation and test: disjoint, stratified, in the order of their hashes.
 
     A function of seed and set of rows. Raises `DataError`."""
@@ -239,118 +313,145 @@ def split_rows(rows: "pd.DataFrame",  # Columns id, text, label; every text once
     needed = 1 + (validation > 0) + (test > 0)
     for c, n in counts.items():
         if n < needed:
-            raise DataError(f"{name(c)} has {n} usable row{'s' * (n != 1)} and needs {needed}, one for "
-                            "each split. Add rows, leave the class out, or set validation_size or "
-                            "test_size to 0.")
+            raise DataError(
+                f"{name(c)} has {n} usable row{'s' * (n != 1)} and needs {needed}, one for "
+                "each split. Add rows, leave the class out, or set validation_size or "
+                "test_size to 0."
+            )
     sizes = split_sizes(len(rows), validation, test, len(counts))
     rows = sort_by_split_hash(rows, seed)
     rank, start, parts = rows.groupby("label").cumcount(), 0, {}
     for split in ("test", "validation"):
         stop = start
-        if sizes[split]: stop = start + rows.label.map(stratified_counts(sizes[split], counts))
+        if sizes[split]:
+            stop = start + rows.label.map(stratified_counts(sizes[split], counts))
         parts[split] = rows[(rank >= start) & (rank < stop)]
         start = stop
     parts["train"] = rows[rank >= start]
     for c in set(counts) - set(parts["train"].label):
-        raise DataError(f"{name(c)} has {counts[c]} rows, and validation and test take them all. "
-                        f"Lower validation_size={validation} or test_size={test}.")
+        raise DataError(
+            f"{name(c)} has {counts[c]} rows, and validation and test take them all. "
+            f"Lower validation_size={validation} or test_size={test}."
+        )
     return {split: parts[split].reset_index(drop=True) for split in split_names}
 
-def subsample_splits(parts: dict[str, "pd.DataFrame"],  # From `split_rows`
-                     limit: int,                        # Rows in all, at most
-                     validation: float,                 # Share below 1, or number of rows
-                     test: float                        # Likewise
-                    ) -> dict[str, "pd.DataFrame"]:
+
+def subsample_splits(
+    parts: dict[str, "pd.DataFrame"],  # From `split_rows`
+    limit: int,  # Rows in all, at most
+    validation: float,  # Share below 1, or number of rows
+    test: float,  # Likewise
+) -> dict[str, "pd.DataFrame"]:
     """A smaller corpus: the head of every split, each class in its proportion.
 
     Raises `DataError` if too few train."""
+
     def head(rows: "pd.DataFrame", n: int) -> "pd.DataFrame":
         # a split of size 0 is empty, or an official test set that is wanted whole
-        if n == 0 or n >= len(rows): return rows
+        if n == 0 or n >= len(rows):
+            return rows
         part = stratified_counts(n, rows.label.value_counts().to_dict())
         return rows[rows.groupby("label").cumcount() < rows.label.map(part)].reset_index(drop=True)
-    if limit >= sum(map(len, parts.values())): return parts
+
+    if limit >= sum(map(len, parts.values())):
+        return parts
     sizes = split_sizes(limit, validation, test, parts["train"].label.nunique())
     return {split: head(p, sizes[split]) for split, p in parts.items()}
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #0b6fc52b
-def write_corpus(folder: Path,                      # Made if it is not there
-                 parts: dict[str, "pd.DataFrame"],  # Split -> columns id, text, label
-                 labels: list[str],                 # Class names; a label is an index into them
-                 datasheet: dict                    # What there is to say of the corpus
-                ) -> None:
+def write_corpus(
+    folder: Path,  # Made if it is not there
+    parts: dict[str, "pd.DataFrame"],  # Split -> columns id, text, label
+    labels: list[str],  # Class names; a label is an index into them
+    datasheet: dict,  # What there is to say of the corpus
+) -> None:
     "Write the splits, the class names and the datasheet into `folder`."
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     folder.mkdir(parents=True, exist_ok=True)
     schema = pa.schema({"id": pa.string(), "text": pa.string(), "label": pa.int64()})
     for split, p in parts.items():
         table = pa.table([p[c].tolist() for c in schema.names], schema=schema)
-        pq.write_table(table, folder/f"{split}.parquet", compression="zstd")
-    write_json(folder/"labels.json", labels)
-    write_json(folder/"datasheet.json", datasheet)
+        pq.write_table(table, folder / f"{split}.parquet", compression="zstd")
+    write_json(folder / "labels.json", labels)
+    write_json(folder / "datasheet.json", datasheet)
 
-def read_split(corpus: str | Path,  # Its folder
-               name: str            # train, validation or test
-              ) -> "pd.DataFrame":
+
+def read_split(
+    corpus: str | Path,  # Its folder
+    name: str,  # train, validation or test
+) -> "pd.DataFrame":
     "One split of a corpus, with columns id, text, label. Raises `UsageError`, `MissingError`."
     import pandas as pd
+
     if name not in split_names:
         raise UsageError(f"A corpus has no split {name!r}; it has {', '.join(split_names)}.")
-    file = Path(corpus)/f"{name}.parquet"
+    file = Path(corpus) / f"{name}.parquet"
     if not file.exists():
-        raise MissingError(f"{corpus} is not a corpus: {file.name} is not in it. "
-                           "The stage data makes one.")
+        raise MissingError(
+            f"{corpus} is not a corpus: {file.name} is not in it. The stage data makes one."
+        )
     return pd.read_parquet(file)
+
 
 def label_names(corpus: str | Path) -> list[str]:
     """The class names of the corpus in a folder; a label is an index into them.
 
     Empty when its texts have no labels."""
-    return read_json(Path(corpus)/"labels.json")
+    return read_json(Path(corpus) / "labels.json")
 
-def count_split_leakage(parts: dict[str, "pd.DataFrame"]   # Split -> rows with a column text
-                       ) -> int:
+
+def count_split_leakage(
+    parts: dict[str, "pd.DataFrame"],  # Split -> rows with a column text
+) -> int:
     "How many texts (by `normalized_key`) stand in more than one split."
     sets = [set(p.text.map(normalized_key)) for p in parts.values()]
     return sum(map(len, sets)) - len(set().union(*sets))
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #44de55ef
-def drop_test_overlap(rows: "pd.DataFrame",     # With a column text
-                      official: "pd.DataFrame"  # Likewise: the official test set
-                     ) -> tuple["pd.DataFrame", int]:
+def drop_test_overlap(
+    rows: "pd.DataFrame",  # With a column text
+    official: "pd.DataFrame",  # Likewise: the official test set
+) -> tuple["pd.DataFrame", int]:
     "The rows whose text does not stand in the official test set, and how many had to go."
     known = rows.text.map(normalized_key).isin(set(official.text.map(normalized_key)))
     return rows[~known].reset_index(drop=True), int(known.sum())
+
 
 def public_name(source: str) -> str:
     "A source's name for others to read: a local path without its folders."
     local = source and source_kind(source) in ("file", "folder")
     return local_path(source).name if local else source
 
+
 @stage_config
 class CorpusConfig(StageConfig):
     "How a table becomes a corpus of three splits."
-    source: str = "imdb"           # short name, hf:org/name, path, URL or folder
-    text_column: str = "text"      # column that holds the text
-    label_column: str = "label"    # column that holds the class; empty for text without labels
+
+    source: str = "imdb"  # short name, hf:org/name, path, URL or folder
+    text_column: str = "text"  # column that holds the text
+    label_column: str = "label"  # column that holds the class; empty for text without labels
     max_rows: PositiveInt | None = 400  # rows in all three splits together; none for all there are
     validation_size: NonNegativeFloat = 0.1  # validation set: a share below 1, or a number of rows
     test_size: NonNegativeFloat = 0.2  # test set: likewise
     test_source: str = ""  # an official test set to use as it is; its texts leave training
-    max_labels: PositiveInt = 50   # more distinct labels than this are refused
+    max_labels: PositiveInt = 50  # more distinct labels than this are refused
     keep_newlines: bool = False  # keep line breaks (prose, poems, code); else one text is one line
-    seed: int = 0                  # decides who goes into which split, and the order
+    seed: int = 0  # decides who goes into which split, and the order
 
-def build_corpus(record: Record,  # Gets the artifact `corpus`
-                 config: CorpusConfig = CorpusConfig()  # Parameters of the stage
-                ) -> Path:
+
+def build_corpus(
+    record: Record,  # Gets the artifact `corpus`
+    config: CorpusConfig = CorpusConfig(),  # Parameters of the stage
+) -> Path:
     """Build a corpus and return its folder; metrics and datasheet account for every row.
 
     Raises `MissingError`, `UsageError`, `DataError`."""
     source, test_source, seed = config.source, config.test_source, config.seed
-    table = read_table(source, config.text_column, config.label_column,
-                       max_labels=config.max_labels)
+    table = read_table(
+        source, config.text_column, config.label_column, max_labels=config.max_labels
+    )
     labels, read = table.attrs["labels"], table.attrs["report"]
     filled = len(table)
     table, cleaning = clean_table(table, config.keep_newlines, record)
@@ -358,50 +459,84 @@ def build_corpus(record: Record,  # Gets the artifact `corpus`
     table, copies = drop_duplicates(table)
     official, leaks = None, 0
     if test_source:
-        official = read_table(test_source, config.text_column, config.label_column if labels else "",
-                              labels or None)
+        official = read_table(
+            test_source, config.text_column, config.label_column if labels else "", labels or None
+        )
         tested = official.attrs["report"]
         filled = len(official)
         official, _ = clean_table(official, config.keep_newlines)
         tested["empty"] = filled - len(official)
         table, leaks = drop_test_overlap(table, official)
-    removed = {"null_texts": read["null_texts"], "null_labels": read["null_labels"], "empty": empty,
-               "duplicates": copies["duplicates"], "conflicts": copies["conflicts"], "leaks": leaks}
+    removed = {
+        "null_texts": read["null_texts"],
+        "null_labels": read["null_labels"],
+        "empty": empty,
+        "duplicates": copies["duplicates"],
+        "conflicts": copies["conflicts"],
+        "leaks": leaks,
+    }
     if not len(table):
         ranked = sorted(removed.items(), key=lambda r: -r[1])
         took = ", ".join(f"{rule} took {n}" for rule, n in ranked if n)
-        raise DataError(f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
-                        "Look at some of them in the file, and whether "
-                        f"`{config.text_column}` is the column of the texts.")
+        raise DataError(
+            f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
+            "Look at some of them in the file, and whether "
+            f"`{config.text_column}` is the column of the texts."
+        )
     validation, test = config.validation_size, config.test_size
     parts = split_rows(table, validation, 0 if test_source else test, seed, labels)
-    if test_source: parts["test"] = sort_by_split_hash(official, seed)
+    if test_source:
+        parts["test"] = sort_by_split_hash(official, seed)
     if config.max_rows is not None:
         parts = subsample_splits(parts, config.max_rows, validation, test)
-    counts = {"read": read["rows_read"], **removed, "usable": len(table),
-              **{s: len(p) for s, p in parts.items()},
-              "classes": len(labels), "overlap": count_split_leakage(parts)}
+    counts = {
+        "read": read["rows_read"],
+        **removed,
+        "usable": len(table),
+        **{s: len(p) for s, p in parts.items()},
+        "classes": len(labels),
+        "overlap": count_split_leakage(parts),
+    }
     if test_source:
         counts["test_read"] = tested["rows_read"]
         counts |= {f"test_{why}": tested[why] for why in ("null_texts", "null_labels", "empty")}
-    balance = {s: {str(c): int(n) for c, n in p.label.value_counts().sort_index().items()}
-               for s, p in parts.items()}
-    datasheet = {**config.fingerprint(),
-                 "source": public_name(source), "revision": revision(source),
-                 "about": citations.get(source, ""),
-                 "test_source": public_name(test_source), "test_revision": revision(test_source),
-                 "labels": labels, "counts": counts, "balance": balance,
-                 "cleaning": cleaning, "copies": copies}
-    del datasheet["max_labels"]     # it refuses a table, and changes none
+    balance = {
+        s: {str(c): int(n) for c, n in p.label.value_counts().sort_index().items()}
+        for s, p in parts.items()
+    }
+    datasheet = {
+        **config.fingerprint(),
+        "source": public_name(source),
+        "revision": revision(source),
+        "about": citations.get(source, ""),
+        "test_source": public_name(test_source),
+        "test_revision": revision(test_source),
+        "labels": labels,
+        "counts": counts,
+        "balance": balance,
+        "cleaning": cleaning,
+        "copies": copies,
+    }
+    del datasheet["max_labels"]  # it refuses a table, and changes none
     write_corpus(record.artifact("corpus"), parts, labels, datasheet)
     words = parts["train"].text.str.split().str.len()
     changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
-    record.save_metrics(**counts, **changed, words_median=float(words.median()),
-                        words_p95=float(words.quantile(0.95)))
+    record.save_metrics(
+        **counts,
+        **changed,
+        words_median=float(words.median()),
+        words_p95=float(words.quantile(0.95)),
+    )
     return record.artifact("corpus")
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #d5777ee5
 def small_corpus(rows: int = 400) -> Path:
     "The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts all three splits."
-    def make(folder: Path) -> None: build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))
-    return cached_fixture("corpus-small", make, rows, build_corpus, read_table, revision("imdb"))/"corpus"
+
+    def make(folder: Path) -> None:
+        build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))
+
+    return (
+        cached_fixture("corpus-small", make, rows, build_corpus, read_table, revision("imdb"))
+        / "corpus"
+    )

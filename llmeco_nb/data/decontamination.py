@@ -23,19 +23,24 @@ from .filters import FilterReport, note
 # letters and digits of any script; an apostrophe belongs to its word
 word_pattern = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
+
 def normalized_words(text: str) -> list[str]:
     "The words of a text in lower case, without punctuation."
     return word_pattern.findall(text.casefold())
+
 
 class WordHashes(dict):
     """Word -> 64 bits of its BLAKE2: the same in every process, unlike Python's own `hash`.
 
     Remembers up to 200,000 words."""
+
     def __missing__(self, one: str) -> int:
-        if len(self) >= 200_000: self.clear()
+        if len(self) >= 200_000:
+            self.clear()
         digest = hashlib.blake2b(one.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         self[one] = found = int.from_bytes(digest, "little")
         return found
+
 
 word_hash = WordHashes()
 
@@ -44,30 +49,37 @@ def ngram_hashes(words: list[str], n: int) -> np.ndarray:
     "Hashes (uint64) of all runs of `n` words, in order; none when there are fewer words."
     return rolling_hashes(hash_words(words), n)
 
+
 def hash_words(words: list[str]) -> np.ndarray:
     "The hashes of words, uint64 [len(words)]."
     return np.fromiter(map(word_hash.__getitem__, words), np.uint64, len(words))
 
+
 def rolling_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     "The hashes of all runs of `n` words from the `hashes` of the words, both uint64."
-    if len(hashes) < n: return np.empty(0, np.uint64)
+    if len(hashes) < n:
+        return np.empty(0, np.uint64)
     count = len(hashes) - n + 1
     found = np.zeros(count, np.uint64)
-    for k in range(n): found = found * np.uint64(0x9E3779B97F4A7C15) + hashes[k:count + k]
+    for k in range(n):
+        found = found * np.uint64(0x9E3779B97F4A7C15) + hashes[k : count + k]
     return found
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #620cabf5
 class Leak(NamedTuple):
     "What `LeakIndex.check` found."
-    set: str        # name of the evaluation set
-    kind: str       # exact, 13-gram or near
-    text: int       # number of the text in its set
-    share: float    # share of it that is contained, 0 to 1
+
+    set: str  # name of the evaluation set
+    kind: str  # exact, 13-gram or near
+    text: int  # number of the text in its set
+    share: float  # share of it that is contained, 0 to 1
+
 
 class HashPrefilter:
     """Which leading bits occur among `hashes` (uint64).
 
     Says no to most numbers that are not there, and never to one that is."""
+
     def __init__(self, hashes: np.ndarray):
         bits = min(26, max(6, int(8 * len(hashes)).bit_length()))
         self.shift, self.table = np.uint64(64 - bits), np.zeros(1 << bits, bool)
@@ -77,21 +89,26 @@ class HashPrefilter:
         "Those of `hashes` that may be there."
         return hashes[self.table[hashes >> self.shift]]
 
+
 class LeakIndex:
     """All evaluation sets, ready to be asked whether a text leaks.
 
     Evaluation texts of fewer than `min_words` words are looked for exactly only, since such short
     sentences recur by chance. Raises `UsageError`, `DataError`."""
-    long, short = 13, 3     # words of a run that is a leak, and of those that are counted
 
-    def __init__(self,
-                 sets: dict[str, Iterable[str]],  # Name of an evaluation set -> its texts
-                 min_containment: float = 0.5,    # From which a text is a near copy, (0, 1]
-                 min_words: int = 8               # Of a text that is looked for in parts
-                ):
+    long, short = 13, 3  # words of a run that is a leak, and of those that are counted
+
+    def __init__(
+        self,
+        sets: dict[str, Iterable[str]],  # Name of an evaluation set -> its texts
+        min_containment: float = 0.5,  # From which a text is a near copy, (0, 1]
+        min_words: int = 8,  # Of a text that is looked for in parts
+    ):
         if not 0 < min_containment <= 1:
-            raise UsageError(f"min_containment is {min_containment}; it is the share of an evaluation text "
-                             "that makes a near copy, above 0 and at most 1.")
+            raise UsageError(
+                f"min_containment is {min_containment}; it is the share of an evaluation text "
+                "that makes a near copy, above 0 and at most 1."
+            )
         self.min_containment, self.names = min_containment, list(sets)
         self.owner, self.number, self.exact = [], [], {}
         runs, triples = [], []
@@ -101,14 +118,17 @@ class LeakIndex:
                 words, me = normalized_words(text), len(self.owner)
                 self.owner.append(self.names.index(name))
                 self.number.append(number)
-                if words: self.exact.setdefault(self.key(words), me)
+                if words:
+                    self.exact.setdefault(self.key(words), me)
                 runs.append((ngram_hashes(words, self.long), me))
                 three = np.empty(0, np.uint64)
-                if len(words) >= min_words: three = np.unique(ngram_hashes(words, self.short))
+                if len(words) >= min_words:
+                    three = np.unique(ngram_hashes(words, self.short))
                 triples.append((three, me))
             if len(self.owner) == before:
-                raise DataError(f"The evaluation set {name} holds no text, so nothing can be held "
-                                "against it.")
+                raise DataError(
+                    f"The evaluation set {name} holds no text, so nothing can be held against it."
+                )
         self.size = np.array([len(t) for t, _ in triples])
         self.runs, self.run_of = self.table(runs, True)
         self.triples, self.triple_of = self.table(triples, False)
@@ -136,8 +156,14 @@ class LeakIndex:
     @property
     def bytes(self) -> int:
         "Memory of the tables."
-        tables = (self.runs, self.run_of, self.triples, self.triple_of, self.may_run.table,
-                  self.may_triple.table)
+        tables = (
+            self.runs,
+            self.run_of,
+            self.triples,
+            self.triple_of,
+            self.may_run.table,
+            self.may_triple.table,
+        )
         return sum(table.nbytes for table in tables)
 
     def containment(self, mine: np.ndarray) -> tuple[int, float]:
@@ -147,7 +173,8 @@ class LeakIndex:
         mine = np.unique(self.may_triple(mine))
         low = np.searchsorted(self.triples, mine, "left")
         count = np.searchsorted(self.triples, mine, "right") - low
-        if not count.any(): return -1, 0.0
+        if not count.any():
+            return -1, 0.0
         first = np.cumsum(count) - count
         at = np.repeat(low, count) + np.arange(count.sum()) - np.repeat(first, count)
         who, shared = np.unique(self.triple_of[at], return_counts=True)
@@ -157,9 +184,13 @@ class LeakIndex:
     def check(self, text: str) -> Leak | None:
         "How `text` leaks, the plainest kind first, or None."
         words = normalized_words(text)
-        if not words: return None
-        leak = lambda kind, who, share: Leak(self.names[self.owner[who]], kind, self.number[who], share)
-        if (who := self.exact.get(self.key(words))) is not None: return leak("exact", who, 1.0)
+        if not words:
+            return None
+        leak = lambda kind, who, share: Leak(
+            self.names[self.owner[who]], kind, self.number[who], share
+        )
+        if (who := self.exact.get(self.key(words))) is not None:
+            return leak("exact", who, 1.0)
         hashes = hash_words(words)
         runs = self.may_run(rolling_hashes(hashes, self.long))
         triples = rolling_hashes(hashes, self.short)
@@ -177,12 +208,14 @@ class LeakIndex:
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #bef17c20
 leak_policies = ("stop", "drop")
 
-def without_leaks(documents: Iterable[dict],   # Each with id, text, domain
-                  index: LeakIndex | None,     # None: nothing is held against them
-                  report: FilterReport,        # Gets leaks as removed, and by set and kind
-                  on_leak: str = "drop",       # drop, or stop: raise DataError after the last one
-                  exact_only: Iterable[str] = () # Domains of which only exact copies leak
-                 ) -> Iterator[dict]:
+
+def without_leaks(
+    documents: Iterable[dict],  # Each with id, text, domain
+    index: LeakIndex | None,  # None: nothing is held against them
+    report: FilterReport,  # Gets leaks as removed, and by set and kind
+    on_leak: str = "drop",  # drop, or stop: raise DataError after the last one
+    exact_only: Iterable[str] = (),  # Domains of which only exact copies leak
+) -> Iterator[dict]:
     """The documents that leak no evaluation text. One document is held at a time.
 
     What stays of the domains `exact_only` in spite of a likeness is counted as `resembling`.
@@ -192,12 +225,14 @@ def without_leaks(documents: Iterable[dict],   # Each with id, text, domain
     report.leaks, report.resembling = {}, {}
     return leak_filter(documents, index, report, on_leak, frozenset(exact_only))
 
-def leak_filter(documents: Iterable[dict],  # Each with id, text, domain
-                index: LeakIndex | None,    # None: nothing is held against them
-                report: FilterReport,       # Gets leaks as removed, and by set and kind
-                on_leak: str,               # drop or stop
-                exact_only: frozenset[str]  # Domains of which only exact copies leak
-               ) -> Iterator[dict]:
+
+def leak_filter(
+    documents: Iterable[dict],  # Each with id, text, domain
+    index: LeakIndex | None,  # None: nothing is held against them
+    report: FilterReport,  # Gets leaks as removed, and by set and kind
+    on_leak: str,  # drop or stop
+    exact_only: frozenset[str],  # Domains of which only exact copies leak
+) -> Iterator[dict]:
     "The generator behind `without_leaks`, which checks its arguments before the first document."
     asked = 0
     for asked, d in enumerate(documents, 1):
@@ -211,19 +246,35 @@ def leak_filter(documents: Iterable[dict],  # Each with id, text, domain
         if stays:
             yield d
             continue
-        note(report.removed, "leak", d, d["text"], set=leak.set, kind=leak.kind,
-             share=round(leak.share, 3))
+        note(
+            report.removed,
+            "leak",
+            d,
+            d["text"],
+            set=leak.set,
+            kind=leak.kind,
+            share=round(leak.share, 3),
+        )
     if on_leak == "stop" and report.leaks:
-        listed = {s: ", ".join(f"{n} {kind}" for kind, n in k.items()) for s, k in report.leaks.items()}
-        said = "; ".join(f"{sum(k.values())} of the evaluation set {s} ({listed[s]})"
-                         for s, k in report.leaks.items())
+        listed = {
+            s: ", ".join(f"{n} {kind}" for kind, n in k.items()) for s, k in report.leaks.items()
+        }
+        said = "; ".join(
+            f"{sum(k.values())} of the evaluation set {s} ({listed[s]})"
+            for s, k in report.leaks.items()
+        )
         first = report.removed["leak"].samples[0]
-        raise DataError(f"The training text leaks: of {asked} documents {said}. The first is "
-                        f"{first['id']} ({first['domain']}): “{first['text'][:80]}”. "
-                        "Take these texts out of the source, or set on_leak to drop.")
+        raise DataError(
+            f"The training text leaks: of {asked} documents {said}. The first is "
+            f"{first['id']} ({first['domain']}): “{first['text'][:80]}”. "
+            "Take these texts out of the source, or set on_leak to drop."
+        )
+
 
 def evaluation_sets(corpus: str | Path) -> dict[str, list[str]]:
     "The evaluation sets of the labelled corpus in a folder: its validation and test texts, if any."
-    found = {f"{split} of the corpus": read_split(corpus, split).text.tolist()
-             for split in ("validation", "test")}
+    found = {
+        f"{split} of the corpus": read_split(corpus, split).text.tolist()
+        for split in ("validation", "test")
+    }
     return {name: texts for name, texts in found.items() if texts}

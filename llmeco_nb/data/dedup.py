@@ -25,34 +25,44 @@ from .corpus import normalized_key
 from .filters import FilterReport, note
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #cd50c84a
-def mix64(x: np.ndarray   # Whole numbers, of any shape
-         ) -> np.ndarray:
+def mix64(
+    x: np.ndarray,  # Whole numbers, of any shape
+) -> np.ndarray:
     "Scatter 64-bit numbers: equal ones stay equal, near ones end far apart. A bijection. Works on a copy."
     x = x.astype(np.uint64)
     x ^= x >> np.uint64(30)
-    x *= np.uint64(0xbf58476d1ce4e5b9)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94d049bb133111eb)
+    x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
 
-slice_bytes = 1 << 18             # bytes whose words are hashed at once
-hash_base = 0x9e3779b97f4a7c15
+
+slice_bytes = 1 << 18  # bytes whose words are hashed at once
+hash_base = 0x9E3779B97F4A7C15
+
 
 def powers_of(base: int) -> np.ndarray:
     "uint64 [slice_bytes + 1]: `base` to the power of 0, 1, 2, ..., modulo 2**64."
     factors = [np.ones(1, np.uint64), np.full(slice_bytes, base, np.uint64)]
     return np.cumprod(np.concatenate(factors))
 
+
 powers = powers_of(hash_base)
 inverse_powers = powers_of(pow(hash_base, -1, 1 << 64))
 in_word = np.array([chr(b).isalnum() or b == ord("_") or b > 127 for b in range(256)])
 non_word = re.compile(r"\W+")
 
+
 def as_bytes(text: str) -> bytes:
     "The text in lower case, as bytes in which every character beyond ASCII belongs to a word."
     text = text.casefold()
-    return text.encode() if text.isascii() else non_word.sub(" ", text).encode("utf-8", "surrogatepass")
+    return (
+        text.encode()
+        if text.isascii()
+        else non_word.sub(" ", text).encode("utf-8", "surrogatepass")
+    )
+
 
 def word_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """For each word in `data` its hash (uint64) and the offset of its first byte (int64).
@@ -63,23 +73,25 @@ def word_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         part = np.frombuffer(data, np.uint8, min(slice_bytes, len(data) - begin), begin)
         inside = in_word[part]
         cut = begin + len(part) < len(data) and inside[-1]
-        if cut and not inside.all():                # do not cut a word in two
-            part = part[:len(part) - inside[::-1].argmin()]
-            inside = inside[:len(part)]
+        if cut and not inside.all():  # do not cut a word in two
+            part = part[: len(part) - inside[::-1].argmin()]
+            inside = inside[: len(part)]
         edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
         sums = np.zeros(len(part) + 1, np.uint64)
-        np.cumsum((part + np.uint64(1)) * powers[:len(part)], out=sums[1:])
+        np.cumsum((part + np.uint64(1)) * powers[: len(part)], out=sums[1:])
         starts, ends = edges[::2], edges[1::2]
         hashes.append(mix64((sums[ends] - sums[starts]) * inverse_powers[starts]))
         offsets.append(starts + begin)
         begin += len(part)
-    if not hashes: return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    if not hashes:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     return np.concatenate(hashes), np.concatenate(offsets)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2cef1d73
-def shingles(texts: list[str],  # All of them at once
-             n: int = 5         # Words of a run
-            ) -> tuple[np.ndarray, np.ndarray]:
+def shingles(
+    texts: list[str],  # All of them at once
+    n: int = 5,  # Words of a run
+) -> tuple[np.ndarray, np.ndarray]:
     """The hashes (uint64) of all runs of `n` words, and of which text each is (int64, ascending).
 
     A text of fewer words has one; without words, none."""
@@ -90,14 +102,19 @@ def shingles(texts: list[str],  # All of them at once
     owner = np.searchsorted(starts, offsets, side="right") - 1
     runs = max(0, len(hashes) - n + 1)
     sums = np.zeros(runs, np.uint64)
-    for i in range(n): sums += hashes[i:i + runs] * weights[i]
-    whole = owner[:runs] == owner[n - 1:] if runs else np.zeros(0, bool)
+    for i in range(n):
+        sums += hashes[i : i + runs] * weights[i]
+    whole = owner[:runs] == owner[n - 1 :] if runs else np.zeros(0, bool)
     found, owners = sums[whole], owner[:runs][whole]
     bounds = np.searchsorted(owner, np.arange(len(texts) + 1))
     short = [t for t in np.flatnonzero(np.diff(bounds) < n) if bounds[t] < bounds[t + 1]]
     if short:
-        extra = [(hashes[bounds[t]:bounds[t + 1]] * weights[:bounds[t + 1] - bounds[t]]).sum(
-            dtype=np.uint64) for t in short]
+        extra = [
+            (hashes[bounds[t] : bounds[t + 1]] * weights[: bounds[t + 1] - bounds[t]]).sum(
+                dtype=np.uint64
+            )
+            for t in short
+        ]
         found = np.concatenate([found, np.array(extra, np.uint64)])
         owners = np.concatenate([owners, np.array(short)])
         order = np.argsort(owners, kind="stable")
@@ -105,60 +122,70 @@ def shingles(texts: list[str],  # All of them at once
     return mix64(found), owners.astype(np.int64)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2e2f6890
-def densification_order(k: int,         # Bins of a signature
-                        seed: int = 0   # Of the hash functions
-                       ) -> np.ndarray:
+def densification_order(
+    k: int,  # Bins of a signature
+    seed: int = 0,  # Of the hash functions
+) -> np.ndarray:
     "For each of `k` bins the order, [k, k] by column, in which it asks the others when it is empty."
-    draws = mix64(np.arange(k*k) + (seed + 1) * 1_000_003)
+    draws = mix64(np.arange(k * k) + (seed + 1) * 1_000_003)
     return np.argsort(draws.reshape(k, k), axis=0)
 
-def minhash_signatures(found: np.ndarray,   # uint64 [n]: hashes of shingles
-                       owners: np.ndarray,  # int64 [n]: the text of each, from 0
-                       texts: int,          # Number of texts
-                       k: int,              # Numbers in a signature
-                       seed: int = 0        # Of the hash functions
-                      ) -> np.ndarray:
+
+def minhash_signatures(
+    found: np.ndarray,  # uint64 [n]: hashes of shingles
+    owners: np.ndarray,  # int64 [n]: the text of each, from 0
+    texts: int,  # Number of texts
+    k: int,  # Numbers in a signature
+    seed: int = 0,  # Of the hash functions
+) -> np.ndarray:
     """uint32 [texts, k]: for every bin the smallest draw among a text's shingles.
 
     Texts without shingles are all ones (2**32 - 1)."""
     number = mix64(found ^ mix64(np.array([seed], np.uint64)))
     bins = ((number >> np.uint64(32)) * np.uint64(k)) >> np.uint64(32)
-    empty = np.uint32(0xffffffff)
+    empty = np.uint32(0xFFFFFFFF)
     flat = np.full(texts * k, empty)
-    draws = np.minimum(number & np.uint64(0xffffffff), np.uint64(0xfffffffe)).astype(np.uint32)
+    draws = np.minimum(number & np.uint64(0xFFFFFFFF), np.uint64(0xFFFFFFFE)).astype(np.uint32)
     np.minimum.at(flat, owners * k + bins.astype(np.int64), draws)
     table = flat.reshape(texts, k)
     row, column = np.nonzero((table == empty) & (table != empty).any(1, keepdims=True))
     first, order = table.copy(), densification_order(k, seed)
     for turn in range(k):
-        if not len(row): break
+        if not len(row):
+            break
         table[row, column] = given = first[row, order[turn, column]]
         row, column = row[given == empty], column[given == empty]
     return table
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #122bf7d8
-def candidate_probability(similarity: float | np.ndarray,  # Jaccard similarity, 0 to 1
-                          bands: int,                      # Bands of a signature
-                          rows: int                        # Numbers in each of them
-                         ) -> float | np.ndarray:
+def candidate_probability(
+    similarity: float | np.ndarray,  # Jaccard similarity, 0 to 1
+    bands: int,  # Bands of a signature
+    rows: int,  # Numbers in each of them
+) -> float | np.ndarray:
     "Probability that two texts agree in at least one band."
-    return 1 - (1 - similarity**rows)**bands
+    return 1 - (1 - similarity**rows) ** bands
 
-def choose_bands(threshold: float,     # Jaccard similarity, above 0 and at most 1
-                 hashes: int = 128,    # Numbers in a signature, at most
-                 recall: float = .995  # Probability that texts at the threshold meet
-                ) -> tuple[int, int]:
+
+def choose_bands(
+    threshold: float,  # Jaccard similarity, above 0 and at most 1
+    hashes: int = 128,  # Numbers in a signature, at most
+    recall: float = 0.995,  # Probability that texts at the threshold meet
+) -> tuple[int, int]:
     "(bands, rows) of the steepest curve that has the `recall` asked for. Raises `UsageError`."
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold is {threshold}; a similarity lies above 0 and is at most 1.")
     for rows in range(hashes, 1, -1):
-        if candidate_probability(threshold, hashes//rows, rows) >= recall: return hashes//rows, rows
+        if candidate_probability(threshold, hashes // rows, rows) >= recall:
+            return hashes // rows, rows
     return hashes, 1
 
-def band_keys(table: np.ndarray,  # uint32 [texts, bands * rows]
-              bands: int,         # Of a signature
-              rows: int           # Numbers in a band
-             ) -> np.ndarray:
+
+def band_keys(
+    table: np.ndarray,  # uint32 [texts, bands * rows]
+    bands: int,  # Of a signature
+    rows: int,  # Numbers in a band
+) -> np.ndarray:
     "uint64 [texts, bands]: one key for each band of a table of signatures."
     weights = mix64(np.arange(1, rows + 1)) | np.uint64(1)
     mixed = mix64(table.astype(np.uint64) + np.uint64(1)).reshape(len(table), bands, rows)
@@ -168,50 +195,64 @@ def band_keys(table: np.ndarray,  # uint32 [texts, bands * rows]
 @dataclass(frozen=True)
 class MinHashConfig:
     "What must stay the same between two calls on one folder."
-    threshold: float    # Jaccard similarity from which texts are duplicates
-    words: int          # of a shingle
-    bands: int          # of a signature
-    rows: int           # numbers in a band
-    seed: int           # of the hash functions
 
-def content_digest(text: str   # Any string
-                  ) -> bytes:
+    threshold: float  # Jaccard similarity from which texts are duplicates
+    words: int  # of a shingle
+    bands: int  # of a signature
+    rows: int  # numbers in a band
+    seed: int  # of the hash functions
+
+
+def content_digest(
+    text: str,  # Any string
+) -> bytes:
     "16 bytes that two texts share when they are equal after folding."
-    return hashlib.blake2b(normalized_key(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(
+        normalized_key(text).encode("utf-8", "surrogatepass"), digest_size=16
+    ).digest()
+
 
 class SignatureStore:
     "The files of one corpus: keys of each band, digests, shingles and where each document's end."
+
     def __init__(self, folder: Path, plan: MinHashConfig):
         self.folder, self.plan, self.files = folder, plan, {}
         self.state = {"plan": asdict(plan), "documents": 0, "shingles": 0}
-        if (folder/"state.json").exists(): self.state = read_json(folder/"state.json")
+        if (folder / "state.json").exists():
+            self.state = read_json(folder / "state.json")
         if self.state["plan"] != asdict(plan):
-            raise UsageError(f"{folder} holds signatures made with {self.state['plan']}, and asked for "
-                             f"is {asdict(plan)}. Take another folder, or remove this one.")
+            raise UsageError(
+                f"{folder} holds signatures made with {self.state['plan']}, and asked for "
+                f"is {asdict(plan)}. Take another folder, or remove this one."
+            )
         self.sizes = {"digests": 16, "ends": 8, **{f"keys{b:02}": 8 for b in range(plan.bands)}}
 
     def length(self, name: str) -> int:
         "Bytes of the file `name` that count."
-        if name == "shingles": return 4 * self.state["shingles"]
+        if name == "shingles":
+            return 4 * self.state["shingles"]
         return self.sizes[name] * self.state["documents"]
 
     def path(self, name: str) -> Path:
         "Where the file `name` lies."
-        return self.folder/f"{name}.bin"
+        return self.folder / f"{name}.bin"
 
     def __enter__(self) -> "SignatureStore":
         for name in ["shingles", *self.sizes]:
             self.path(name).touch()
             if self.path(name).stat().st_size < self.length(name):
-                raise DataError(f"{self.path(name)} is shorter than state.json says. "
-                                f"Remove the folder {self.folder} and start again.")
+                raise DataError(
+                    f"{self.path(name)} is shorter than state.json says. "
+                    f"Remove the folder {self.folder} and start again."
+                )
             self.files[name] = open(self.path(name), "r+b", buffering=0)
             self.files[name].truncate(self.length(name))
             self.files[name].seek(0, os.SEEK_END)
         return self
 
     def __exit__(self, *_):
-        for f in self.files.values(): f.close()
+        for f in self.files.values():
+            f.close()
 
     def append(self, texts: list[str], digests: list[bytes]) -> None:
         "Sign a block of texts, whose `content_digest` are `digests`, and make it count."
@@ -222,26 +263,36 @@ class SignatureStore:
         counts = np.bincount(owners, minlength=len(texts))
         mute = np.flatnonzero(counts == 0)
         number = mute.astype(np.uint64) + np.uint64(before)
-        keys[mute] = mix64(np.uint64(1 << 63) + number)[:, None]   # documents without words meet nobody
+        keys[mute] = mix64(np.uint64(1 << 63) + number)[
+            :, None
+        ]  # documents without words meet nobody
         self.write("shingles", found.astype("<u4"))
         self.write("ends", (np.cumsum(counts) + self.state["shingles"]).astype("<i8"))
         self.write("digests", np.frombuffer(b"".join(digests), np.uint8))
-        for b in range(p.bands): self.write(f"keys{b:02}", np.ascontiguousarray(keys[:, b], "<u8"))
-        for f in self.files.values(): os.fsync(f.fileno())
-        self.state = {**self.state, "documents": before + len(texts),
-                      "shingles": self.state["shingles"] + len(found)}
-        write_json(self.folder/"state.json", self.state)
+        for b in range(p.bands):
+            self.write(f"keys{b:02}", np.ascontiguousarray(keys[:, b], "<u8"))
+        for f in self.files.values():
+            os.fsync(f.fileno())
+        self.state = {
+            **self.state,
+            "documents": before + len(texts),
+            "shingles": self.state["shingles"] + len(found),
+        }
+        write_json(self.folder / "state.json", self.state)
 
     def write(self, name: str, array: np.ndarray) -> None:
         "Append all bytes of `array` to the file `name`."
         left = memoryview(array).cast("B") if len(array) else b""
-        while len(left): left = left[self.files[name].write(left):]
+        while len(left):
+            left = left[self.files[name].write(left) :]
 
-def write_signatures(documents: Iterable[dict],  # Each with id, text
-                     folder: Path,               # Of the files
-                     plan: MinHashConfig,        # How to sign
-                     block: int = 1 << 20        # Characters to sign at once
-                    ) -> SignatureStore:
+
+def write_signatures(
+    documents: Iterable[dict],  # Each with id, text
+    folder: Path,  # Of the files
+    plan: MinHashConfig,  # How to sign
+    block: int = 1 << 20,  # Characters to sign at once
+) -> SignatureStore:
     """Write what `find_duplicates` needs of the documents; go on where an earlier call was ended.
 
     Raises `DataError` if that call read another corpus."""
@@ -253,9 +304,12 @@ def write_signatures(documents: Iterable[dict],  # Each with id, text
             for n, document in enumerate(documents, 1):
                 mark = content_digest(document["text"])
                 if n <= known:
-                    if before.read(16) == mark: continue
-                    raise DataError(f"Document {n} ({document['id']}) is not the one that {folder} was "
-                                    "made from. Take another folder, or remove this one.")
+                    if before.read(16) == mark:
+                        continue
+                    raise DataError(
+                        f"Document {n} ({document['id']}) is not the one that {folder} was "
+                        "made from. Take another folder, or remove this one."
+                    )
                 texts.append(document["text"])
                 digests.append(mark)
                 size += len(document["text"])
@@ -263,17 +317,21 @@ def write_signatures(documents: Iterable[dict],  # Each with id, text
                     store.append(texts, digests)
                     texts, digests, size = [], [], 0
         if n < known:
-            raise DataError(f"The corpus has {n} documents, and {folder} was made from {known}. "
-                            "Take another folder, or remove this one.")
-        if texts: store.append(texts, digests)
+            raise DataError(
+                f"The corpus has {n} documents, and {folder} was made from {known}. "
+                "Take another folder, or remove this one."
+            )
+        if texts:
+            store.append(texts, digests)
     return store
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #8a3e2b03
-def pairs_with_equal_keys(path: Path,            # File of keys, uint64
-                          count: int,            # Keys in it
-                          item: int = 1,         # uint64 of a key; the first of them is compared
-                          memory: int = 1 << 25  # Bytes to use, about
-                         ) -> Iterator[np.ndarray]:
+def pairs_with_equal_keys(
+    path: Path,  # File of keys, uint64
+    count: int,  # Keys in it
+    item: int = 1,  # uint64 of a key; the first of them is compared
+    memory: int = 1 << 25,  # Bytes to use, about
+) -> Iterator[np.ndarray]:
     "Pairs (earlier, later), int64 [n, 2], of the numbers of equal keys."
     chunk = max(1024, memory // (64 * item))
     passes = max(1, math.ceil(count * 64 / memory))
@@ -295,8 +353,10 @@ def pairs_with_equal_keys(path: Path,            # File of keys, uint64
                 keys, mine = keys[new], mine[new]
                 at = np.searchsorted(known, keys)
                 old = np.zeros(len(keys), bool)
-                if len(known): old = known[np.minimum(at, len(known) - 1)] == keys
-                if old.any(): yield np.stack([firsts[at[old]], mine[old]], 1)
+                if len(known):
+                    old = known[np.minimum(at, len(known) - 1)] == keys
+                if old.any():
+                    yield np.stack([firsts[at[old]], mine[old]], 1)
                 known = np.insert(known, at[~old], keys[~old])
                 firsts = np.insert(firsts, at[~old], mine[~old])
 
@@ -305,12 +365,14 @@ class UnionFind:
     """Union-find over document numbers; the smallest number of a group is its root.
 
     `parent` is an int64 array, in memory or mapped from a file."""
-    def __init__(self, parent: np.ndarray): self.parent = parent
+
+    def __init__(self, parent: np.ndarray):
+        self.parent = parent
 
     def root(self, i: int) -> int:
         "The smallest number of the group of document `i`."
         while (p := int(self.parent[i])) != i:
-            self.parent[i] = up = int(self.parent[p])      # shorten, so that chains do not grow
+            self.parent[i] = up = int(self.parent[p])  # shorten, so that chains do not grow
             i = up
         return i
 
@@ -319,10 +381,12 @@ class UnionFind:
         a, b = self.root(a), self.root(b)
         self.parent[max(a, b)] = min(a, b)
 
+
 class ShingleReader:
     """The shingles of single documents, read from disk when they are asked for.
 
     A mapped file would be counted as memory of the process, page by page."""
+
     def __init__(self, store: SignatureStore):
         self.ends = os.open(store.path("ends"), os.O_RDONLY)
         self.shingles = os.open(store.path("shingles"), os.O_RDONLY)
@@ -334,113 +398,137 @@ class ShingleReader:
 
     def __getitem__(self, i: int) -> np.ndarray:
         begin, end = 0, int.from_bytes(os.pread(self.ends, 8, 0), "little")
-        if i: begin, end = np.frombuffer(os.pread(self.ends, 16, 8*i - 8), "<i8")
-        found = os.pread(self.shingles, 4*int(end - begin), 4*int(begin))
+        if i:
+            begin, end = np.frombuffer(os.pread(self.ends, 16, 8 * i - 8), "<i8")
+        found = os.pread(self.shingles, 4 * int(end - begin), 4 * int(begin))
         return np.unique(np.frombuffer(found, "<u4"))
 
-    def similarity(self,
-                   i: int,  # Number of a document
-                   j: int   # Number of another
-                  ) -> float:
+    def similarity(
+        self,
+        i: int,  # Number of a document
+        j: int,  # Number of another
+    ) -> float:
         "The exact Jaccard similarity of two documents; 0 if neither has words."
         a, b = self[i], self[j]
         both = len(np.intersect1d(a, b, assume_unique=True))
-        return both/max(1, len(a) + len(b) - both)
+        return both / max(1, len(a) + len(b) - both)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #cf1c15f4
 @dataclass(frozen=True)
 class Duplicates:
     "Which documents of a corpus say the same as an earlier one."
-    leaders: np.ndarray     # int64 [documents]: number of the first that says the same, or its own
-    equal: np.ndarray       # bool [documents]: whether it is equal to an earlier one
-    exact: int              # number of exact copies
-    near: int               # number of near copies
-    samples: list[dict]     # pairs (first, second, similarity), ten at most
 
-    def __len__(self) -> int: return len(self.leaders)
+    leaders: np.ndarray  # int64 [documents]: number of the first that says the same, or its own
+    equal: np.ndarray  # bool [documents]: whether it is equal to an earlier one
+    exact: int  # number of exact copies
+    near: int  # number of near copies
+    samples: list[dict]  # pairs (first, second, similarity), ten at most
 
-    def kept(self,
-             documents: Iterable[dict],           # The same as were looked at, in the same order
-             report: FilterReport | None = None   # Counts exact and near copies as removed
-            ) -> Iterator[dict]:
+    def __len__(self) -> int:
+        return len(self.leaders)
+
+    def kept(
+        self,
+        documents: Iterable[dict],  # The same as were looked at, in the same order
+        report: FilterReport | None = None,  # Counts exact and near copies as removed
+    ) -> Iterator[dict]:
         "The documents that stay. Raises `DataError` if the corpus has another length."
         n = 0
         for n, document in enumerate(documents, 1):
             if n > len(self):
-                raise DataError(f"The corpus has more than the {len(self)} documents that were looked at. "
-                                "Call find_duplicates again.")
+                raise DataError(
+                    f"The corpus has more than the {len(self)} documents that were looked at. "
+                    "Call find_duplicates again."
+                )
             leader = int(self.leaders[n - 1])
-            if leader == n - 1: yield document
+            if leader == n - 1:
+                yield document
             elif report is not None:
                 step = "exact copy" if self.equal[n - 1] else "near copy"
                 note(report.removed, step, document, document["text"], like=leader)
         if n < len(self):
-            raise DataError(f"The corpus has {n} documents, and {len(self)} were looked at. "
-                            "Call find_duplicates again.")
+            raise DataError(
+                f"The corpus has {n} documents, and {len(self)} were looked at. "
+                "Call find_duplicates again."
+            )
+
 
 @dataclass(frozen=True)
 class DuplicateCounts:
     "What `cluster_duplicates` found."
-    documents: int = 0      # all there are
-    exact: int = 0          # exact copies of earlier ones
-    near: int = 0           # near copies of earlier ones
-    samples: list[dict] = field(default_factory=list)   # pairs (first, second, similarity)
 
-def cluster_duplicates(store: SignatureStore,  # Of all documents
-                       parent: np.ndarray,     # int64 [documents]: each its own number
-                       memory: int             # Bytes to use, about
-                      ) -> DuplicateCounts:
+    documents: int = 0  # all there are
+    exact: int = 0  # exact copies of earlier ones
+    near: int = 0  # near copies of earlier ones
+    samples: list[dict] = field(default_factory=list)  # pairs (first, second, similarity)
+
+
+def cluster_duplicates(
+    store: SignatureStore,  # Of all documents
+    parent: np.ndarray,  # int64 [documents]: each its own number
+    memory: int,  # Bytes to use, about
+) -> DuplicateCounts:
     "Join what is similar in `parent`, and make every pointer lead to the root."
     count, samples = store.state["documents"], []
     groups, shingle_sets = UnionFind(parent), ShingleReader(store)
     with open(store.path("digests"), "rb", buffering=0) as digests:
-        digest = lambda i: os.pread(digests.fileno(), 16, 16*i)
+        digest = lambda i: os.pread(digests.fileno(), 16, 16 * i)
         for pairs in pairs_with_equal_keys(store.path("digests"), count, 2, memory):
             for i, j in pairs.tolist():
-                if digest(i) == digest(j): groups.join(i, j)
-    copies = lambda: (parent[a:a + 65536] != np.arange(a, min(a + 65536, count))
-                      for a in range(0, count, 65536))
+                if digest(i) == digest(j):
+                    groups.join(i, j)
+    copies = lambda: (
+        parent[a : a + 65536] != np.arange(a, min(a + 65536, count)) for a in range(0, count, 65536)
+    )
     with open(store.path("equal"), "wb") as equal:
-        for part in copies(): part.tofile(equal)
+        for part in copies():
+            part.tofile(equal)
     exact = sum(int(part.sum()) for part in copies())
     for b in range(store.plan.bands):
         for pairs in pairs_with_equal_keys(store.path(f"keys{b:02}"), count, 1, memory):
             for i, j in pairs.tolist():
-                if groups.root(i) == groups.root(j): continue
+                if groups.root(i) == groups.root(j):
+                    continue
                 similarity = shingle_sets.similarity(i, j)
-                if similarity < store.plan.threshold: continue
+                if similarity < store.plan.threshold:
+                    continue
                 if len(samples) < 10:
                     samples.append({"first": i, "second": j, "similarity": round(similarity, 4)})
                 groups.join(i, j)
     shingle_sets.close()
     for a in range(0, count, 65536):
-        part = parent[a:a + 65536]
-        while not np.array_equal(up := parent[part], part): part[:] = up
+        part = parent[a : a + 65536]
+        while not np.array_equal(up := parent[part], part):
+            part[:] = up
     near = sum(int(part.sum()) for part in copies()) - exact
     return DuplicateCounts(count, exact, near, samples)
 
-def find_duplicates(documents: Iterable[dict],  # Each with id, text; read here, and by `kept`
-                    folder: str | Path,     # Signatures, about as large as the text; here a killed call goes on
-                    threshold: float = .8,  # Jaccard similarity from which texts are duplicates
-                    words: int = 5,         # Words of a shingle
-                    bands: tuple[int, int] | None = None,  # (bands, rows); None: by the threshold
-                    seed: int = 0,          # Of the hash functions
-                    memory_mib: int = 32    # MiB beside the interpreter and the longest document, about
-                   ) -> Duplicates:
+
+def find_duplicates(
+    documents: Iterable[dict],  # Each with id, text; read here, and by `kept`
+    folder: str | Path,  # Signatures, about as large as the text; here a killed call goes on
+    threshold: float = 0.8,  # Jaccard similarity from which texts are duplicates
+    words: int = 5,  # Words of a shingle
+    bands: tuple[int, int] | None = None,  # (bands, rows); None: by the threshold
+    seed: int = 0,  # Of the hash functions
+    memory_mib: int = 32,  # MiB beside the interpreter and the longest document, about
+) -> Duplicates:
     """Find exact and near-duplicates (Broder 1997).
 
     The same corpus and arguments give the same answer. Raises `UsageError`, `DataError`."""
     if words < 1 or memory_mib < 8:
-        raise UsageError(f"words is {words} and memory_mib {memory_mib}; at least 1 and 8 are needed.")
+        raise UsageError(
+            f"words is {words} and memory_mib {memory_mib}; at least 1 and 8 are needed."
+        )
     plan = MinHashConfig(threshold, words, *(bands or choose_bands(threshold)), seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder/".lock"):
+    with lock(folder / ".lock"):
         store = write_signatures(documents, folder, plan, block=memory_mib << 15)
-        count, result, done = store.state["documents"], folder/"leaders.bin", folder/"done.json"
+        count, result, done = store.state["documents"], folder / "leaders.bin", folder / "done.json"
         if not done.exists() or read_json(done)["documents"] != count:
             done.unlink(missing_ok=True)
-            partial = folder/"leaders.partial"
+            partial = folder / "leaders.partial"
             if count:
                 with open(partial, "wb") as f:
                     for a in range(0, count, 65536):

@@ -23,253 +23,362 @@ from .corpus import clean_text
 @dataclass(frozen=True)
 class Rules:
     "Thresholds for `quality_rule`. The defaults are those of Gopher's appendix A; shares lie in 0 to 1."
-    words: tuple[int, int] = (50, 100_000)        # smallest and largest number of words
-    word_length: tuple[float, float] = (3., 10.)  # bounds of their mean length in characters
-    symbols: float = .1         # most hashes, and most ellipses, for a word
-    min_lines: int = 4          # `bullets` and `ellipses` look at documents of so many lines
-    bullets: float = .9         # largest share of lines that begin with a bullet
-    ellipses: float = .3        # largest share of lines that end in an ellipsis
-    alphabetic: float = .8      # smallest share of words that hold a letter
-    stop_words: int = 2         # least number of different ones of `stop_words`
+
+    words: tuple[int, int] = (50, 100_000)  # smallest and largest number of words
+    word_length: tuple[float, float] = (3.0, 10.0)  # bounds of their mean length in characters
+    symbols: float = 0.1  # most hashes, and most ellipses, for a word
+    min_lines: int = 4  # `bullets` and `ellipses` look at documents of so many lines
+    bullets: float = 0.9  # largest share of lines that begin with a bullet
+    ellipses: float = 0.3  # largest share of lines that end in an ellipsis
+    alphabetic: float = 0.8  # smallest share of words that hold a letter
+    stop_words: int = 2  # least number of different ones of `stop_words`
     # largest share of lines, and of characters, in lines that stood there before
-    repeated_lines: tuple[float, float] = (.3, .2)
-    repeated_paragraphs: tuple[float, float] = (.3, .2)     # likewise for paragraphs
+    repeated_lines: tuple[float, float] = (0.3, 0.2)
+    repeated_paragraphs: tuple[float, float] = (0.3, 0.2)  # likewise for paragraphs
     # (n, largest share of characters that the most frequent n-gram takes)
-    top_ngrams: tuple[tuple[int, float], ...] = ((2, .2), (3, .18), (4, .16))
+    top_ngrams: tuple[tuple[int, float], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
     # (n, largest share of characters in n-grams that stood there before)
     repeated_ngrams: tuple[tuple[int, float], ...] = (
-        (5, .15), (6, .14), (7, .13), (8, .12), (9, .11), (10, .10))
-    sentences: int = 0          # least number of ends of sentences (C4: 5)
+        (5, 0.15),
+        (6, 0.14),
+        (7, 0.13),
+        (8, 0.12),
+        (9, 0.11),
+        (10, 0.10),
+    )
+    sentences: int = 0  # least number of ends of sentences (C4: 5)
     # a document with one of these goes; C4 adds "{", which would take all text about programs
     banned: tuple[str, ...] = ("lorem ipsum",)
+
 
 stop_words = frozenset("the be to of and that have with".split())
 letter = re.compile(r"[^\W\d_]")
 sentence_end = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
-def shape_rule(text: str,               # The document
-               words: list[str],        # Its words
-               rules: Rules = Rules()   # Thresholds
-              ) -> str | None:
+
+def shape_rule(
+    text: str,  # The document
+    words: list[str],  # Its words
+    rules: Rules = Rules(),  # Thresholds
+) -> str | None:
     "The rule about words and symbols that `text` breaks, or None."
-    if not rules.words[0] <= len(words) <= rules.words[1]: return "words"
-    if not words: return None
+    if not rules.words[0] <= len(words) <= rules.words[1]:
+        return "words"
+    if not words:
+        return None
     shortest, longest = rules.word_length
-    if not shortest <= sum(map(len, words)) / len(words) <= longest: return "word length"
+    if not shortest <= sum(map(len, words)) / len(words) <= longest:
+        return "word length"
     ellipses = text.count("...") + text.count("…")
-    if max(text.count("#"), ellipses) > rules.symbols * len(words): return "symbols"
+    if max(text.count("#"), ellipses) > rules.symbols * len(words):
+        return "symbols"
     lettered = sum(1 for w in words if w.isalpha() or letter.search(w))
-    if lettered < rules.alphabetic * len(words): return "alphabetic"
+    if lettered < rules.alphabetic * len(words):
+        return "alphabetic"
     if len(stop_words.intersection(words)) < rules.stop_words:
-        bare = (w.strip('.,;:!?"()').lower() for w in words)    # slower, and rarely needed
-        if len(stop_words.intersection(bare)) < rules.stop_words: return "stop words"
+        bare = (w.strip('.,;:!?"()').lower() for w in words)  # slower, and rarely needed
+        if len(stop_words.intersection(bare)) < rules.stop_words:
+            return "stop words"
     if rules.sentences and sum(1 for _ in sentence_end.finditer(text)) < rules.sentences:
         return "sentences"
     lower = text.lower() if rules.banned else ""
     return next((f"banned: {b}" for b in rules.banned if b in lower), None)
 
-def line_rule(lines: list[str],        # Of the document, not empty
-              rules: Rules = Rules()   # Thresholds
-             ) -> str | None:
+
+def line_rule(
+    lines: list[str],  # Of the document, not empty
+    rules: Rules = Rules(),  # Thresholds
+) -> str | None:
     "The rule about the beginnings and ends of lines that these (not empty) `lines` break, or None."
-    if len(lines) < rules.min_lines: return None  # one paragraph that trails off is no page of teasers
+    if len(lines) < rules.min_lines:
+        return None  # one paragraph that trails off is no page of teasers
     bullets = sum(1 for s in lines if s.lstrip().startswith(("•", "-", "*")))
-    if bullets > rules.bullets * len(lines): return "bullets"
+    if bullets > rules.bullets * len(lines):
+        return "bullets"
     ellipses = sum(1 for s in lines if s.rstrip().endswith(("...", "…")))
-    if ellipses > rules.ellipses * len(lines): return "ellipses"
+    if ellipses > rules.ellipses * len(lines):
+        return "ellipses"
     return None
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #a08c71bc
 def repeated(parts: list[str]) -> tuple[float, int]:
     "Of `parts`: the share that stood earlier in the list, and the characters in those."
-    if len(set(parts)) == len(parts): return 0., 0
+    if len(set(parts)) == len(parts):
+        return 0.0, 0
     counts = Counter(parts)
-    return 1 - len(counts)/len(parts), sum((k - 1) * len(p) for p, k in counts.items())
+    return 1 - len(counts) / len(parts), sum((k - 1) * len(p) for p, k in counts.items())
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #a29e5406
 def ngrams(words: list[str], n: int) -> Iterator[tuple]:
     "All runs of `n` words."
     return zip(*(words[i:] for i in range(n)))
 
+
 def top_ngram_chars(words: list[str], n: int) -> int:
     "Characters that the most frequent run of `n` words takes; 0 if none occurs twice."
     found = Counter(ngrams(words, n)).most_common(1)
     return sum(map(len, found[0][0])) * found[0][1] if found and found[0][1] > 1 else 0
 
+
 def repeated_ngram_chars(words: list[str], n: int) -> int:
     "Characters of the words that stand in a run of `n` words that occurred before, each counted once."
     runs = list(ngrams(words, n))
-    if len(set(runs)) == len(runs): return 0
+    if len(set(runs)) == len(runs):
+        return 0
     seen, covered = set(), set()
     for i, run in enumerate(runs):
-        if run in seen: covered.update(range(i, i + n))
+        if run in seen:
+            covered.update(range(i, i + n))
         seen.add(run)
     return sum(len(words[i]) for i in covered)
 
-def repetition_rule(text: str,          # The document
-                    words: list[str],   # Its words
-                    lines: list[str],   # Its lines that are not empty
-                    rules: Rules = Rules()  # Thresholds
-                   ) -> str | None:
+
+def repetition_rule(
+    text: str,  # The document
+    words: list[str],  # Its words
+    lines: list[str],  # Its lines that are not empty
+    rules: Rules = Rules(),  # Thresholds
+) -> str | None:
     "The rule about repetition that `text` breaks, or None."
     size = max(1, len(text))
     paragraphs = text.split("\n\n") if "\n\n" in text else []
-    units = (("repeated lines", lines, rules.repeated_lines),
-             ("repeated paragraphs", paragraphs, rules.repeated_paragraphs))
+    units = (
+        ("repeated lines", lines, rules.repeated_lines),
+        ("repeated paragraphs", paragraphs, rules.repeated_paragraphs),
+    )
     for name, parts, (share, chars) in units:
         count, taken = repeated(parts) if len(parts) > 1 else (0, 0)
-        if count > share or taken > chars * size: return name
+        if count > share or taken > chars * size:
+            return name
     for n, share in rules.top_ngrams:
         top = top_ngram_chars(words, n)
-        if top > share * size: return f"top {n}-gram"
-        if not top: break
+        if top > share * size:
+            return f"top {n}-gram"
+        if not top:
+            break
     for n, share in rules.repeated_ngrams:
         taken = repeated_ngram_chars(words, n)
-        if taken > share * size: return f"repeated {n}-grams"
-        if taken <= min(s for _, s in rules.repeated_ngrams) * size: break
+        if taken > share * size:
+            return f"repeated {n}-grams"
+        if taken <= min(s for _, s in rules.repeated_ngrams) * size:
+            break
     return None
 
-def quality_rule(text: str,               # The document
-                 rules: Rules = Rules()   # Thresholds
-                ) -> str | None:
+
+def quality_rule(
+    text: str,  # The document
+    rules: Rules = Rules(),  # Thresholds
+) -> str | None:
     """The name of the first rule that takes the document away, or None if it may stay.
 
     Sources: Rae et al. 2021; Raffel et al. 2020."""
     words = text.split()
     lines = [s for s in text.split("\n") if s.strip()]
-    return (shape_rule(text, words, rules) or line_rule(lines, rules)
-            or repetition_rule(text, words, lines, rules))
+    return (
+        shape_rule(text, words, rules)
+        or line_rule(lines, rules)
+        or repetition_rule(text, words, lines, rules)
+    )
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #616f2142
-policy_phrases = ("terms of use", "privacy policy", "cookie policy", "uses cookies",
-                  "use of cookies", "use cookies", "javascript")
+policy_phrases = (
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+    "javascript",
+)
 
-def terminal_lines(text: str,                 # A document
-                   min_words: int = 3,        # Words of a line that stays, at least
-                   max_word_chars: int = 1000 # Characters of each of them, at most
-                  ) -> str:
+
+def terminal_lines(
+    text: str,  # A document
+    min_words: int = 3,  # Words of a line that stays, at least
+    max_word_chars: int = 1000,  # Characters of each of them, at most
+) -> str:
     "The lines that end a sentence and are no notice (C4's rules for lines)."
+
     def stays(line: str) -> bool:
         end = line.rstrip()
-        if not end.endswith((".", "!", "?", '"', "'", "”", "’")) or end.endswith("..."): return False
+        if not end.endswith((".", "!", "?", '"', "'", "”", "’")) or end.endswith("..."):
+            return False
         parts, lower = line.split(), line.lower()
-        if len(parts) < min_words: return False
-        if len(line) > max_word_chars and max(map(len, parts)) > max_word_chars: return False
+        if len(parts) < min_words:
+            return False
+        if len(line) > max_word_chars and max(map(len, parts)) > max_word_chars:
+            return False
         return not any(p in lower for p in policy_phrases)
+
     return "\n".join(line for line in text.split("\n") if stays(line))
+
 
 def drop_repeated_lines(text: str, min_chars: int = 20) -> str:
     "The text without lines of at least `min_chars` characters that stood in it before."
     lines = text.split("\n")
-    if len(set(lines)) == len(lines): return text
+    if len(set(lines)) == len(lines):
+        return text
     seen, kept = set(), []
     for line in lines:
-        if len(line) >= min_chars and line in seen: continue
+        if len(line) >= min_chars and line in seen:
+            continue
         seen.add(line)
         kept.append(line)
     return "\n".join(kept)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #5008ae55
-function_words = frozenset("""the of and to a in that is was it for as with his he be on by i this had not are
+function_words = frozenset(
+    """the of and to a in that is was it for as with his he be on by i this had not are
     but at from or have an they which you were     there one all their her she him been
     has when who will no more if out so what up said its about than into them can only
     other some could time these two     may then do any my now such like our over me
     even most made after also did many before must through your where much should well
     people how too very just     those same because each between under while us against
-    without never would both during here own off again we does don't it's""".split())
-trigrams = frozenset("""_a_ _ac _al _an _ar _as _ba _be _bu _ca _ch _co _de _di _do _ev _fa _fi _fo _fr
+    without never would both during here own off again we does don't it's""".split()
+)
+trigrams = frozenset(
+    """_a_ _ac _al _an _ar _as _ba _be _bu _ca _ch _co _de _di _do _ev _fa _fi _fo _fr
     _go _ha _he _hi _ho _i_ _in _is _it _li _lo _ma _me _mo     _no _of _on _pr _re _s_
     _se _sh _so _st _su _t_ _th _to _wa _we _wh _wi _wo _yo act ad_ al_ all an_ and are
     as_ at_ ate ave ay_ but ce_ ch_ com ed_ en_     ent er_ ere ers es_ ess est eve ey_
     fil for hat hav he_ her hin his ie_ ill ilm in_ ing int ion is_ it_ ith ke_ ld_ le_
     ll_ lly lm_ ly_ man me_ mov nce     nd_ ne_ ng_ not nt_ of_ ome on_ one or_ ot_ ou_
     out ovi ow_ re_ rea rs_ ry_ se_ st_ te_ ted ter th_ tha the thi tin tio to_ tor ts_
-    ut_ ve_ ver vie was     wit you""".split())
+    ut_ ve_ ver vie was     wit you""".split()
+)
 spoken = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+
 
 def english_signs(words: list[str]) -> tuple[float, float]:
     "Share of function words among lower-case `words`, and share of English trigrams among theirs."
     line = f"_{'_'.join(words)}_"
-    known = sum(1 for i in range(len(line) - 2) if line[i:i + 3] in trigrams)
-    return sum(1 for w in words if w in function_words)/len(words), known/max(1, len(line) - 2)
+    known = sum(1 for i in range(len(line) - 2) if line[i : i + 3] in trigrams)
+    return sum(1 for w in words if w in function_words) / len(words), known / max(1, len(line) - 2)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #6341d980
-def is_english(words: list[str],           # In lower case
-               min_function: float = .28,  # Share of function words that suffices
-               min_both: float = .40       # Sum of their share and that of trigrams that suffices
-              ) -> bool:
+def is_english(
+    words: list[str],  # In lower case
+    min_function: float = 0.28,  # Share of function words that suffices
+    min_both: float = 0.40,  # Sum of their share and that of trigrams that suffices
+) -> bool:
     "Whether words are English, by function words or by these and English trigrams together."
-    share = sum(1 for w in words if w in function_words)/len(words)
+    share = sum(1 for w in words if w in function_words) / len(words)
     return share >= min_function or sum(english_signs(words)) >= min_both
+
 
 def english_share(text: str, window: int = 40) -> float:
     """The share of words of `text` that stand in English stretches of about `window` words.
 
     From 0 to 1; 0 for a text without words."""
     words = spoken.findall(text.lower().replace("’", "'"))
-    if not words: return 0.
-    pieces = max(1, round(len(words)/window))
-    cuts = [len(words)*i//pieces for i in range(pieces + 1)]
+    if not words:
+        return 0.0
+    pieces = max(1, round(len(words) / window))
+    cuts = [len(words) * i // pieces for i in range(pieces + 1)]
     return sum(b - a for a, b in zip(cuts, cuts[1:]) if is_english(words[a:b])) / len(words)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #b79c8307
-def luhn(digits: str   # Digits alone
-        ) -> bool:
+def luhn(
+    digits: str,  # Digits alone
+) -> bool:
     "Whether the checksum of a card number holds."
-    return sum(sum(divmod(int(d) * (1 + i % 2), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
+    return (
+        sum(sum(divmod(int(d) * (1 + i % 2), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
+    )
 
-def mod97(account: str   # Without spaces
-         ) -> bool:
+
+def mod97(
+    account: str,  # Without spaces
+) -> bool:
     "Whether the checksum of an IBAN (no spaces, upper case) holds."
     return int("".join(str(int(c, 36)) for c in account[4:] + account[:4])) % 97 == 1
 
-iban_lengths = {c[:2]: int(c[2:]) for c in """AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22
+
+iban_lengths = {
+    c[:2]: int(c[2:])
+    for c in """AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22
     DK18 DO28 EE20 EG29 ES24 FI18 FO18 FR27     GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28
     IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22
     MK19 MR27 MT31 MU30 NL18     NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24
-    SI19 SK24 SM27 TN24 TR26 UA29 VA22 VG24 XK20""".split()}
+    SI19 SK24 SM27 TN24 TR26 UA29 VA22 VG24 XK20""".split()
+}
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #696aa29c
-email = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}"
-                   r"[^\W\d_]{2,24}(?![\w@])")
+email = re.compile(
+    r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,6}"
+    r"[^\W\d_]{2,24}(?![\w@])"
+)
 iban = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
 card = re.compile(r"(?<![\d.,+-])(?<!\d )[2-6]\d{3}(?:[ -]?\d){8,15}(?![\d]|[.,-]\d)")
 octet = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 ip4 = re.compile(rf"(?<![\w.])(?<!version )(?<!Version ){octet}(?:\.{octet}){{3}}(?![\w]|\.\d)")
-ip6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f.]*:)(?=[A-Fa-f:.]*\d)[0-9A-Fa-f:]{4,39}"
-                 r"(?:\.\d{1,3}){0,3}(?![\w:])")
-phone = re.compile(r"(?<![\w.,+/-])(?:\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"
-                   r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})"
-                   r"(?![\w]|[.,/-]\d)")
+ip6 = re.compile(
+    r"(?<![\w:.])(?=[0-9A-Fa-f.]*:)(?=[A-Fa-f:.]*\d)[0-9A-Fa-f:]{4,39}"
+    r"(?:\.\d{1,3}){0,3}(?![\w:])"
+)
+phone = re.compile(
+    r"(?<![\w.,+/-])(?:\+[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,4}\)?){2,6}"
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4})"
+    r"(?![\w]|[.,/-]\d)"
+)
+
 
 def valid_iban(found: str) -> str:
     "The IBAN at the head of `found`, as it is written there; empty if its country, length or checksum is not one."
     length, taken = iban_lengths.get(found[:2], 99), 0
     for end, c in enumerate(found, 1):
         taken += c != " "
-        if taken == length: return found[:end] if mod97(found[:end].replace(" ", "")) and not found[end:end + 1].isalnum() else ""
+        if taken == length:
+            return (
+                found[:end]
+                if mod97(found[:end].replace(" ", "")) and not found[end : end + 1].isalnum()
+                else ""
+            )
     return ""
+
 
 def valid_card(found: str) -> str:
     "`found` if it is a card number."
     digits = re.sub("[ -]", "", found)
     return found if len(digits) <= 19 and luhn(digits) else ""
 
+
 def valid_ip6(found: str) -> str:
     "`found` if it is an IPv6 address that belongs to some machine."
     found = found.rstrip(".") if not found.endswith("::") else found
-    try: address = IPv6Address(found)
-    except AddressValueError: return ""
-    return found if not address.is_loopback and not address.is_unspecified and sum(map(bool, found.split(":"))) > 1 else ""
+    try:
+        address = IPv6Address(found)
+    except AddressValueError:
+        return ""
+    return (
+        found
+        if not address.is_loopback
+        and not address.is_unspecified
+        and sum(map(bool, found.split(":"))) > 1
+        else ""
+    )
+
 
 def valid_phone(found: str) -> str:
     "`found` if it has as many digits as telephone numbers have (E.164: at most 15)."
-    return found if 7 <= sum(c.isdigit() for c in found) <= 15 and found.count("(") == found.count(")") else ""
+    return (
+        found
+        if 7 <= sum(c.isdigit() for c in found) <= 15 and found.count("(") == found.count(")")
+        else ""
+    )
+
 
 # name, pattern, function that gives what is valid of a match, character that every match holds
-pii_kinds = (("email", email, str, "@"), ("iban", iban, valid_iban, ""), ("card", card, valid_card, ""),
-             ("ip", ip4, str, "."), ("ip", ip6, valid_ip6, ":"), ("phone", phone, valid_phone, ""))
+pii_kinds = (
+    ("email", email, str, "@"),
+    ("iban", iban, valid_iban, ""),
+    ("card", card, valid_card, ""),
+    ("ip", ip4, str, "."),
+    ("ip", ip6, valid_ip6, ":"),
+    ("phone", phone, valid_phone, ""),
+)
 digit_run = re.compile(r"\d(?:[ .,()/:-]{0,2}[\dA-Z]){3}|[0-9A-Fa-f]:[0-9A-Fa-f:]*\d|\d::?[A-Fa-f]")
+
 
 def mask_pii(text: str) -> tuple[str, dict[str, int]]:
     """The text with personal data replaced by `[email]` and so on, and how many of each kind.
@@ -278,11 +387,15 @@ def mask_pii(text: str) -> tuple[str, dict[str, int]]:
     counts = {}
     numbers = digit_run.search(text) is not None
     for name, pattern, check, sign in pii_kinds:
-        if sign not in text or not (numbers or name == "email"): continue
+        if sign not in text or not (numbers or name == "email"):
+            continue
+
         def replace(m: re.Match) -> str:
-            if not (found := check(m[0])): return m[0]
+            if not (found := check(m[0])):
+                return m[0]
             counts[name] = counts.get(name, 0) + 1
-            return f"[{name}]{m[0][len(found):]}"
+            return f"[{name}]{m[0][len(found) :]}"
+
         text = pattern.sub(replace, text)
     return text, counts
 
@@ -290,36 +403,43 @@ def mask_pii(text: str) -> tuple[str, dict[str, int]]:
 @dataclass
 class StepReport:
     "What one step of filtering did."
-    documents: int = 0                                      # how many it removed or changed
-    domains: dict[str, int] = field(default_factory=dict)   # the same by domain
-    samples: list[dict] = field(default_factory=list)       # id, domain and beginning of three
+
+    documents: int = 0  # how many it removed or changed
+    domains: dict[str, int] = field(default_factory=dict)  # the same by domain
+    samples: list[dict] = field(default_factory=list)  # id, domain and beginning of three
+
 
 @dataclass
 class FilterReport:
     "What became of the documents of a stream. The steps fill it as the stream is read."
-    read: dict[str, int] = field(default_factory=dict)            # documents by domain
+
+    read: dict[str, int] = field(default_factory=dict)  # documents by domain
     removed: dict[str, StepReport] = field(default_factory=dict)  # by rule
     changed: dict[str, StepReport] = field(default_factory=dict)  # by step
-    masked: dict[str, int] = field(default_factory=dict)          # personal data by kind
-    leaks: dict[str, dict[str, int]] = field(default_factory=dict)       # evaluation set -> kind
+    masked: dict[str, int] = field(default_factory=dict)  # personal data by kind
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)  # evaluation set -> kind
     resembling: dict[str, dict[str, int]] = field(default_factory=dict)  # the same, of what stays
+
 
 @dataclass(frozen=True)
 class FilterConfig:
     "What `filter_documents` asks of a document, and what it does to it."
-    rules: Rules | None = Rules()     # thresholds of quality; None to take any
-    min_english: float = 0.5          # smallest `english_share`, 0 to 1; 0 to take any language
-    terminal_lines: bool = False      # keep only lines that end a sentence (C4); for web pages
-    drop_repeated_lines: bool = True  # drop lines that stood in the document before
-    mask_pii: bool = True             # mask personal data
-    clean: bool = True                # clean the text first, as `clean_text` does
 
-def note(steps: dict[str, StepReport],  # `removed` or `changed` of a report
-         step: str,                     # The rule or step
-         document: dict,                # With id and domain
-         text: str,                     # What to show of it
-         **more: str | int | float      # What a sample says beside
-        ) -> None:
+    rules: Rules | None = Rules()  # thresholds of quality; None to take any
+    min_english: float = 0.5  # smallest `english_share`, 0 to 1; 0 to take any language
+    terminal_lines: bool = False  # keep only lines that end a sentence (C4); for web pages
+    drop_repeated_lines: bool = True  # drop lines that stood in the document before
+    mask_pii: bool = True  # mask personal data
+    clean: bool = True  # clean the text first, as `clean_text` does
+
+
+def note(
+    steps: dict[str, StepReport],  # `removed` or `changed` of a report
+    step: str,  # The rule or step
+    document: dict,  # With id and domain
+    text: str,  # What to show of it
+    **more: str | int | float,  # What a sample says beside
+) -> None:
     "Count a document under `step`; of the first three the beginning of the text is kept."
     entry, domain = steps.setdefault(step, StepReport()), document.get("domain", "")
     entry.documents += 1
@@ -328,8 +448,10 @@ def note(steps: dict[str, StepReport],  # `removed` or `changed` of a report
         shown = text[:200].encode("utf-8", "replace").decode()
         entry.samples.append({"id": document["id"], "domain": domain, "text": shown, **more})
 
-def counts_by_domain(report: FilterReport   # Filled by the steps
-                    ) -> dict[str, dict[str, int]]:
+
+def counts_by_domain(
+    report: FilterReport,  # Filled by the steps
+) -> dict[str, dict[str, int]]:
     "For each domain how many documents were `read`, what each step removed, how many are `kept`."
     found = {}
     for domain, n in report.read.items():
@@ -337,10 +459,12 @@ def counts_by_domain(report: FilterReport   # Filled by the steps
         found[domain] = {"read": n, **taken, "kept": n - sum(taken.values())}
     return found
 
-def filter_documents(documents: Iterable[dict],  # Each with id, text, domain; read once
-                     report: FilterReport,       # Empty, or of an earlier part of the stream
-                     config: FilterConfig = FilterConfig()  # What is asked of a document
-                    ) -> Iterator[dict]:
+
+def filter_documents(
+    documents: Iterable[dict],  # Each with id, text, domain; read once
+    report: FilterReport,  # Empty, or of an earlier part of the stream
+    config: FilterConfig = FilterConfig(),  # What is asked of a document
+) -> Iterator[dict]:
     """Yield the documents that stay, cleaned.
 
     `report` counts what was read, and for each rule the documents it removed or changed."""
@@ -348,14 +472,19 @@ def filter_documents(documents: Iterable[dict],  # Each with id, text, domain; r
         domain = document.get("domain", "")
         report.read[domain] = report.read.get(domain, 0) + 1
         text = before = document["text"]
-        if config.clean: text = clean_text(text, keep_newlines=True)
+        if config.clean:
+            text = clean_text(text, keep_newlines=True)
         if config.terminal_lines:
             before = text
             text = terminal_lines(text)
-            if text != before: note(report.changed, "terminal lines", document, before)
-        if not text.strip(): rule = "empty"
-        elif config.min_english and english_share(text) < config.min_english: rule = "language"
-        else: rule = config.rules and quality_rule(text, config.rules)
+            if text != before:
+                note(report.changed, "terminal lines", document, before)
+        if not text.strip():
+            rule = "empty"
+        elif config.min_english and english_share(text) < config.min_english:
+            rule = "language"
+        else:
+            rule = config.rules and quality_rule(text, config.rules)
         if rule:
             note(report.removed, rule, document, text or before)
             continue
@@ -364,6 +493,8 @@ def filter_documents(documents: Iterable[dict],  # Each with id, text, domain; r
             text = fewer
         if config.mask_pii:
             text, counts = mask_pii(text)
-            for kind, k in counts.items(): report.masked[kind] = report.masked.get(kind, 0) + k
-            if counts: note(report.changed, "personal data", document, text)
+            for kind, k in counts.items():
+                report.masked[kind] = report.masked.get(kind, 0) + k
+            if counts:
+                note(report.changed, "personal data", document, text)
         yield {**document, "text": text}

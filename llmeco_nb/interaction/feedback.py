@@ -25,25 +25,21 @@ import httpx
 from pydantic import NonNegativeInt, PositiveInt
 
 import llmeco_nb
-from ..config import StageConfig
-from ..config import stage_config
-from ..core import DataError
-from ..core import LlmecoError
-from ..core import MissingError
-from ..core import Record
-from ..core import UsageError
-from ..core import scratch
-from ..core import sha256_of
-from ..core import write_bytes
-from ..core import write_json
-from ..data.corpus import label_names
-from ..data.corpus import read_split
-from ..data.corpus import small_corpus
-from ..deployment.engine import ItemAnswer
-from ..deployment.engine import ModelName
-from ..deployment.engine import PredictReply
-from ..deployment.ledger import FeedbackReply
-from ..deployment.ledger import read_feedback
+from ..config import StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    LlmecoError,
+    MissingError,
+    Record,
+    UsageError,
+    scratch,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from ..data.corpus import label_names, read_split, small_corpus
+from ..deployment.engine import ItemAnswer, ModelName, PredictReply
+from ..deployment.ledger import FeedbackReply, read_feedback
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #73db89f7
 class Client:

@@ -19,17 +19,40 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..config import Fraction, StageConfig, stage_config
-from ..deployment.bundle import Manifest
-from ..deployment.bundle import open_classifier, open_model, pack_encoder
-from ..deployment.bundle import reference_probabilities, truncation_of
-from ..deployment.bundle import pack_linear, parity, small_bundle, verify, write_manifest
-from ..core import MissingError, Record, cached_fixture, read_json, sha256_of, sha256_text
-from ..core import write_bytes, write_json
-from ..data.corpus import clean_text, label_names, normalized_key, read_split, small_corpus
-from ..data.corpus import sort_by_split_hash
-from .feedback import freeze, read_frozen
+from llmeco_nb.core import (
+    MissingError,
+    Record,
+    cached_fixture,
+    read_json,
+    sha256_of,
+    sha256_text,
+    write_bytes,
+    write_json,
+)
+from llmeco_nb.data.corpus import (
+    clean_text,
+    label_names,
+    normalized_key,
+    read_split,
+    small_corpus,
+    sort_by_split_hash,
+)
+from llmeco_nb.deployment.bundle import (
+    Manifest,
+    open_classifier,
+    open_model,
+    pack_encoder,
+    pack_linear,
+    parity,
+    reference_probabilities,
+    small_bundle,
+    truncation_of,
+    verify,
+    write_manifest,
+)
 from ..finetuning.classifier import labelled_subset
 from ..finetuning.linear import LinearText
+from .feedback import freeze, read_frozen
 from ..stats.significance import compare
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #db29f0a7
@@ -127,6 +150,7 @@ def refit_linear(
 ) -> LinearText:
     "The recipe of `model` fitted on its training texts and the corrections."
     import pandas as pd
+
     from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
 
     corrected = set(corrections.text.map(normalized_key))
@@ -175,10 +199,15 @@ def refit_encoder(
     "Fine-tune a classifier briefly on corrections and replayed training texts."
     import pandas as pd
     import torch
-    from llmeco_nb.finetuning.classifier import classification_loss_step, classifier_batches
-    from llmeco_nb.finetuning.classifier import save_classifier, tokenize_texts
-    from llmeco_nb.training.optim import Optimiser
+
+    from llmeco_nb.finetuning.classifier import (
+        classification_loss_step,
+        classifier_batches,
+        save_classifier,
+        tokenize_texts,
+    )
     from llmeco_nb.training.loop import resolve_plan, train
+    from llmeco_nb.training.optim import Optimiser
 
     model, tokenizer = open_classifier(source)
     max_length, head_fraction = truncation_of(model.config)

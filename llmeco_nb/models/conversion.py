@@ -16,8 +16,14 @@ from typing import Any
 import torch
 
 from ..core import DataError, UsageError
-from .transformer import Bert, Gpt, Seq2Seq, TransformerConfig
-from .transformer import activations, sinusoidal_embedding
+from llmeco_nb.models.transformer import (
+    Bert,
+    Gpt,
+    Seq2Seq,
+    TransformerConfig,
+    activations,
+    sinusoidal_embedding,
+)
 
 # %% ../../nbs/1_pretraining/13c_conversion.ipynb #4551155b
 def _options(norm: str, position_embedding: str, embedding_norm: bool, **more) -> dict[str, Any]:

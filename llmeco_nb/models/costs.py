@@ -275,9 +275,7 @@ def training_bytes(
     # The batch was there before
     activations = sum(v for k, v in kept.items() if k != "tokens")
     masters = 4 * count if precision == "bf16" else 0
-    found = dict(
-        weights=each * count, moments=8 * count, masters=masters, master_gradients=masters
-    )
+    found = dict(weights=each * count, moments=8 * count, masters=masters, master_gradients=masters)
     stays = sum(found.values())
     at_loss = stays + activations + 2 * 4 * asked * config.vocab_size
     at_end = stays + each * count + 2 * each * config.vocab_size * config.hidden_size

@@ -249,9 +249,7 @@ def decoder_config(
             "even width."
         )
     if num_heads % num_kv_heads:
-        raise UsageError(
-            f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}."
-        )
+        raise UsageError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}.")
     mlp_type = options.get("mlp_type", "gated")
     if mlp_type not in ("gated", "relu2"):
         raise UsageError(f"mlp_type is {mlp_type!r}; it is gated or relu2.")

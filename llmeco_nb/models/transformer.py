@@ -160,9 +160,7 @@ class Block(nn.Module):
         self.pre_norm = config.norm == "pre"
         self.drop = nn.Dropout(config.dropout)
         norm = lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        attention = lambda: MultiHeadAttention(
-            config.hidden_size, config.num_heads, config.dropout
-        )
+        attention = lambda: MultiHeadAttention(config.hidden_size, config.num_heads, config.dropout)
         self.self_attn = attention()
         self.self_attn_norm = norm()
         if cross:

@@ -12,108 +12,194 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from ..core import DataError, MissingError, Record, UsageError, cached_fixture, read_json
-from ..core import seed_everything, sha256_of, write_json
-from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder
-from ..models.decoder import save_decoder
-from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
-from ..training.forecast import chunked_memory_model, compile_layers
-from ..training.activation_checkpointing import enable_activation_checkpointing
-from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
-from ..training.optim import Optimiser
-from ..training.parallel import all_finished, current_world, resolve_device
-from ..tokenization.bpe import encode_subwords, open_subword_tokenizer
-from ..tokenization.bpe import save_subword_tokenizer, train_bpe
-from .mlm import peak_gflops, pretrain_plan
-from ..training.plan import plan_training, record_actual
-from ..training.loop import batch_indices, to_device, train
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from typing import Literal
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    Record,
+    UsageError,
+    cached_fixture,
+    read_json,
+    seed_everything,
+    sha256_of,
+    write_json,
+)
+from llmeco_nb.models.decoder import (
+    Decoder,
+    decoder_flops,
+    decoder_parameters,
+    new_decoder,
+    save_decoder,
+)
+from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
+from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
+from .mlm import peak_gflops, pretrain_plan
+from llmeco_nb.tokenization.bpe import (
+    encode_subwords,
+    open_subword_tokenizer,
+    save_subword_tokenizer,
+    train_bpe,
+)
+from ..training.activation_checkpointing import enable_activation_checkpointing
+from ..training.forecast import chunked_memory_model, compile_layers
+from ..training.loop import batch_indices, to_device, train
+from ..training.optim import Optimiser
+from ..training.parallel import all_finished, current_world, resolve_device
+from ..training.plan import plan_training, record_actual
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #6288abcc
-def read_texts(folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
-               split: str           # train, validation or test
-              ) -> dict[str, list[str]]:
+def read_texts(
+    folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
+    split: str,  # train, validation or test
+) -> dict[str, list[str]]:
     "The texts of a split by domain; without domains, all of them under `texts`. Raises `MissingError`, `DataError`."
     import pyarrow.parquet as pq
-    file = Path(folder)/f"{split}.parquet"
-    if not file.is_file(): raise MissingError(f"{folder} is not a corpus: {file.name} is not in it. The stages prose and data make one.")
+
+    file = Path(folder) / f"{split}.parquet"
+    if not file.is_file():
+        raise MissingError(
+            f"{folder} is not a corpus: {file.name} is not in it. The stages prose and data make one."
+        )
     names, found = pq.read_schema(file).names, {}
-    if "text" not in names: raise DataError(f"{file} has no column text; it has {', '.join(names)}.")
+    if "text" not in names:
+        raise DataError(f"{file} has no column text; it has {', '.join(names)}.")
     table = pq.read_table(file, columns=[c for c in ("text", "domain") if c in names]).to_pydict()
-    for text, domain in zip(table["text"], table.get("domain") or ["texts"] * len(table["text"])): found.setdefault(domain, []).append(text)
+    for text, domain in zip(table["text"], table.get("domain") or ["texts"] * len(table["text"])):
+        found.setdefault(domain, []).append(text)
     return found
+
 
 def eos_token_id(tokenizer) -> int:
     "The token that ends a document and, before the first, begins it. Raises `DataError` for a tokenizer that has none."
     for name in ("<|endoftext|>", "[SEP]", "</s>"):
-        if (found := tokenizer.token_to_id(name)) is not None: return found
-    raise DataError("The tokenizer has no token to end a document: neither <|endoftext|>, [SEP] nor </s>.")
+        if (found := tokenizer.token_to_id(name)) is not None:
+            return found
+    raise DataError(
+        "The tokenizer has no token to end a document: neither <|endoftext|>, [SEP] nor </s>."
+    )
+
 
 def small_subword_tokenizer(prose: str | Path, vocabulary: int = 1024) -> Path:
     "The folder of a small tokenizer for a small corpus, made at the first call under runs/scratch."
-    def make(folder): save_subword_tokenizer(train_bpe((t for texts in read_texts(prose, "train").values() for t in texts), vocabulary), folder)
+
+    def make(folder):
+        save_subword_tokenizer(
+            train_bpe(
+                (t for texts in read_texts(prose, "train").values() for t in texts), vocabulary
+            ),
+            folder,
+        )
+
     return cached_fixture("pieces-small", make, vocabulary, train_bpe, Path(prose))
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #c46c9321
 def best_fit_packing(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, int]:
     "For pieces of 1 to `length` tokens: the row of each, where in it the piece begins, and the number of rows. Each piece, in order, goes where it leaves least room."
-    room, mask, rows, row, start = [[] for _ in range(length + 1)], 0, 0, np.empty(len(sizes), np.int64), np.empty(len(sizes), np.int64)
+    room, mask, rows, row, start = (
+        [[] for _ in range(length + 1)],
+        0,
+        0,
+        np.empty(len(sizes), np.int64),
+        np.empty(len(sizes), np.int64),
+    )
     for i, n in enumerate(sizes):
         enough = mask >> n
         if enough:
-            r = n + (enough & -enough).bit_length() - 1      # the lowest bit set: the least room that is enough
+            r = (
+                n + (enough & -enough).bit_length() - 1
+            )  # the lowest bit set: the least room that is enough
             k = room[r].pop()
-            if not room[r]: mask &= ~(1 << r)
-        else: r, k, rows = length, rows, rows + 1
+            if not room[r]:
+                mask &= ~(1 << r)
+        else:
+            r, k, rows = length, rows, rows + 1
         row[i], start[i] = k, length - r
-        if r > n: room[r - n].append(k); mask |= 1 << (r - n)
+        if r > n:
+            room[r - n].append(k)
+            mask |= 1 << (r - n)
     return row, start, rows
 
-def pack_documents(encoded: list[np.ndarray],  # Token ids of every document
-                   length: int,                # Tokens a row
-                   end: int                    # Token that ends a document
-                  ) -> dict[str, np.ndarray]:
+
+def pack_documents(
+    encoded: list[np.ndarray],  # Token ids of every document
+    length: int,  # Tokens a row
+    end: int,  # Token that ends a document
+) -> dict[str, np.ndarray]:
     "input_ids, targets (-100 where nothing is asked), documents (0 where there is none), all (rows, length). Raises `UsageError`, `DataError`."
-    if not 2 <= length < 2**15: raise UsageError(f"A row of {length} tokens cannot be packed; give 2 to {2**15 - 1}.")
+    if not 2 <= length < 2**15:
+        raise UsageError(f"A row of {length} tokens cannot be packed; give 2 to {2**15 - 1}.")
     seen, wanted = [], []
     for e in encoded:
         whole = np.concatenate([[end], e, [end]]).astype(np.int32)
-        for s in range(0, len(whole) - 1, length): seen.append(whole[s:min(s + length, len(whole) - 1)]); wanted.append(whole[s + 1:s + length + 1])
-    if not seen: raise DataError("There is no document to pack.")
+        for s in range(0, len(whole) - 1, length):
+            seen.append(whole[s : min(s + length, len(whole) - 1)])
+            wanted.append(whole[s + 1 : s + length + 1])
+    if not seen:
+        raise DataError("There is no document to pack.")
     row, start, rows = best_fit_packing([len(p) for p in seen], length)
-    packed = dict(input_ids=np.full((rows, length), end, np.int32), targets=np.full((rows, length), -100, np.int32), documents=np.zeros((rows, length), np.int16))
+    packed = dict(
+        input_ids=np.full((rows, length), end, np.int32),
+        targets=np.full((rows, length), -100, np.int32),
+        documents=np.zeros((rows, length), np.int16),
+    )
     for k, s, p, w in zip(row.tolist(), start.tolist(), seen, wanted):
         here = slice(s, s + len(p))
-        packed["input_ids"][k, here], packed["targets"][k, here], packed["documents"][k, here] = p, w, s + 1
+        packed["input_ids"][k, here], packed["targets"][k, here], packed["documents"][k, here] = (
+            p,
+            w,
+            s + 1,
+        )
     return packed
+
 
 def select_rows(packed: dict, which) -> dict:
     "These rows as int64 tensors."
     return {k: torch.from_numpy(v[which].astype(np.int64)) for k, v in packed.items()}
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #62fbc2cf
-def fast_causal_loss(model: Decoder, input_ids: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor | None = None, room: int = 2**24) -> torch.Tensor:
+def fast_causal_loss(
+    model: Decoder,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    documents: torch.Tensor | None = None,
+    room: int = 2**24,
+) -> torch.Tensor:
     "What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `room` of them made at a time. Summed nats of the targets that are not -100."
-    if model.config.softcap: raise UsageError("This loss has no softcap; use decoder.causal_loss.")
+    if model.config.softcap:
+        raise UsageError("This loss has no softcap; use decoder.causal_loss.")
     asked, weight = targets != -100, model.lm_head.weight
-    return FusedLinearCrossEntropy.apply(model.hidden(input_ids, documents)[asked], weight, torch.zeros(len(weight), dtype=weight.dtype, device=weight.device), targets[asked], room)
+    return FusedLinearCrossEntropy.apply(
+        model.hidden(input_ids, documents)[asked],
+        weight,
+        torch.zeros(len(weight), dtype=weight.dtype, device=weight.device),
+        targets[asked],
+        room,
+    )
+
 
 def count_target_tokens(batch: dict) -> int:
     "Tokens of a batch that are predicted."
     return int((batch["targets"] != -100).sum())
 
+
 def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss, and the number of tokens that were predicted. `parts` the loss is made in; 0: as few as its memory allows."
-    loss = fast_causal_loss(model, **batch, **(dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocab_size) if parts else {}))
+    loss = fast_causal_loss(
+        model,
+        **batch,
+        **(
+            dict(room=-(-count_target_tokens(batch) // parts) * model.config.vocab_size)
+            if parts
+            else {}
+        ),
+    )
     backward(loss)
     return loss.detach(), count_target_tokens(batch)
 
@@ -124,8 +210,13 @@ def validation_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[floa
     for s in range(0, len(packed["targets"]), batch):
         b = to_device(select_rows(packed, slice(s, s + batch)), model.lm_head.weight.device)
         asked = b["targets"] != -100
-        nats += F.cross_entropy(model.logits(model.hidden(b["input_ids"], b["documents"])[asked]), b["targets"][asked], reduction="sum").item()
+        nats += F.cross_entropy(
+            model.logits(model.hidden(b["input_ids"], b["documents"])[asked]),
+            b["targets"][asked],
+            reduction="sum",
+        ).item()
     return nats, int((packed["targets"] != -100).sum())
+
 
 def first_rows(packed: dict, rows: int) -> dict:
     "The first rows."
@@ -133,22 +224,46 @@ def first_rows(packed: dict, rows: int) -> dict:
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #a566cd8b
 @torch.no_grad()
-def generate(model: Decoder, tokenizer, prompt: str,
-             tokens: int = 40,           # To write at most; it may end sooner
-             temperature: float = 0.8,   # 0 takes the likeliest
-             seed: int = 0) -> str:
+def generate(
+    model: Decoder,
+    tokenizer,
+    prompt: str,
+    tokens: int = 40,  # To write at most; it may end sooner
+    temperature: float = 0.8,  # 0 takes the likeliest
+    seed: int = 0,
+) -> str:
     "`prompt` and how the decoder goes on. A function of its arguments. Raises `UsageError`."
-    if temperature < 0: raise UsageError(f"temperature is {temperature}; it is 0 or more.")
+    if temperature < 0:
+        raise UsageError(f"temperature is {temperature}; it is 0 or more.")
     end, g = eos_token_id(tokenizer), torch.Generator().manual_seed(seed)
     ids = [end, *encode_subwords(tokenizer, [prompt])[0].tolist()]
     for _ in range(tokens):
-        logits = model.logits(model.hidden(torch.tensor([ids[-model.config.context_length:]], device=model.lm_head.weight.device))[0, -1]).cpu()
-        ids.append(int(logits.argmax()) if temperature == 0 else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)))
-        if ids[-1] == end: break
+        logits = model.logits(
+            model.hidden(
+                torch.tensor(
+                    [ids[-model.config.context_length :]], device=model.lm_head.weight.device
+                )
+            )[0, -1]
+        ).cpu()
+        ids.append(
+            int(logits.argmax())
+            if temperature == 0
+            else int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g))
+        )
+        if ids[-1] == end:
+            break
     return tokenizer.decode([i for i in ids if i != end])
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #5ae65454
-def baselines(train_ids: list, held_ids: dict, train_texts: list, held_texts: dict, vocabulary: int, end: int, counted: int) -> dict[str, dict]:
+def baselines(
+    train_ids: list,
+    held_ids: dict,
+    train_texts: list,
+    held_texts: dict,
+    vocabulary: int,
+    end: int,
+    counted: int,
+) -> dict[str, dict]:
     "For unigram, fivegram, gzip, xz, xz_after_train: {domain: bits per byte}, over all under `all`; and `counted`: {tokens}."
     size = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     enough = int(np.searchsorted(np.cumsum([len(e) + 1 for e in train_ids]), counted)) + 1
@@ -156,19 +271,30 @@ def baselines(train_ids: list, held_ids: dict, train_texts: list, held_texts: di
     for name, order in (("unigram", 1), ("fivegram", 5)):
         model = Ngram(train_ids[:enough], vocabulary, order, end)
         nats = {d: model.nats(ids)[0] for d, ids in held_ids.items()}
-        found[name] = {d: bits_per_byte(n, size[d]) for d, n in nats.items()} | dict(all=bits_per_byte(sum(nats.values()), sum(size.values())))
-    for d, texts in [*held_texts.items(), ("all", [t for texts in held_texts.values() for t in texts])]:
-        for name, value in compression_bits_per_byte(texts, train_texts).items(): found.setdefault(name, {})[d] = value
+        found[name] = {d: bits_per_byte(n, size[d]) for d, n in nats.items()} | dict(
+            all=bits_per_byte(sum(nats.values()), sum(size.values()))
+        )
+    for d, texts in [
+        *held_texts.items(),
+        ("all", [t for texts in held_texts.values() for t in texts]),
+    ]:
+        for name, value in compression_bits_per_byte(texts, train_texts).items():
+            found.setdefault(name, {})[d] = value
     return found | dict(counted=dict(tokens=model.tokens))
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #d09a4525
 def updates(optimiser: Optimiser) -> int:
     "How many updates the optimiser has made."
-    return max((int(s["step"]) for o in optimiser.inner for s in o.state.values() if "step" in s), default=0)
+    return max(
+        (int(s["step"]) for o in optimiser.inner for s in o.state.values() if "step" in s),
+        default=0,
+    )
+
 
 @stage_config
 class CausalConfig(StageConfig):
     "What the stage `causal` may be told."
+
     size: str = "2x64"  # layers x hidden size
     context_length: PositiveInt = 64  # tokens a row, and the most the decoder can read
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
@@ -200,6 +326,7 @@ class CausalConfig(StageConfig):
     previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
     seed: NonNegativeInt = 0  # decides first weights, order of rows and samples
 
+
 def pretrain_causal(
     record: Record,  # Where the decoder goes: its artifact `decoder`
     prose: str | Path,
@@ -210,50 +337,214 @@ def pretrain_causal(
     begun = time.monotonic()
     asked = config.fingerprint() | dict(prose=sha256_of(prose), pieces=sha256_of(pieces))
     tokenizer = open_subword_tokenizer(pieces)
-    vocabulary, end, held_texts = tokenizer.get_vocab_size(), eos_token_id(tokenizer), read_texts(prose, "validation")
-    if not held_texts: raise DataError(f"{prose} has no validation texts, and without them nobody knows which weights are best. Build it with a share for validation.")
+    vocabulary, end, held_texts = (
+        tokenizer.get_vocab_size(),
+        eos_token_id(tokenizer),
+        read_texts(prose, "validation"),
+    )
+    if not held_texts:
+        raise DataError(
+            f"{prose} has no validation texts, and without them nobody knows which weights are best. Build it with a share for validation."
+        )
     train_texts = [t for texts in read_texts(prose, "train").values() for t in texts]
-    order = np.random.default_rng([config.seed, 3]).permutation(len(train_texts))           # domains side by side, for rows and baselines
+    order = np.random.default_rng([config.seed, 3]).permutation(
+        len(train_texts)
+    )  # domains side by side, for rows and baselines
     train_texts = [train_texts[i] for i in order]
-    train_ids, held_ids = encode_subwords(tokenizer, train_texts), {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()}
-    rows, held = pack_documents(train_ids, config.context_length, end), {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()}
+    train_ids, held_ids = (
+        encode_subwords(tokenizer, train_texts),
+        {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()},
+    )
+    rows, held = (
+        pack_documents(train_ids, config.context_length, end),
+        {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()},
+    )
     seed_everything(config.seed)
-    model = new_decoder(vocabulary, config.size, config.context_length, seed=config.seed, zero_init=True).to(resolve_device(config.device))
-    enable_activation_checkpointing(compile_layers(model) if config.torch_compile else model, config.activation_checkpointing)
-    optimiser = Optimiser(model, config.lr or 3e-3, decay=config.weight_decay, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision)
-    make, a_row = lambda n, i: to_device(select_rows(rows, batch_indices(i, n, len(rows["targets"]), config.seed)), model.lm_head.weight.device), count_target_tokens(rows) / len(rows["targets"])
-    few, samples = {d: first_rows(p, config.eval_examples) for d, p in held.items()}, record.resume/"samples"
+    model = new_decoder(
+        vocabulary, config.size, config.context_length, seed=config.seed, zero_init=True
+    ).to(resolve_device(config.device))
+    enable_activation_checkpointing(
+        compile_layers(model) if config.torch_compile else model, config.activation_checkpointing
+    )
+    optimiser = Optimiser(
+        model,
+        config.lr or 3e-3,
+        decay=config.weight_decay,
+        betas=(0.9, 0.98),
+        muon=config.muon_lr,
+        precision=config.precision,
+    )
+    make, a_row = (
+        lambda n, i: to_device(
+            select_rows(rows, batch_indices(i, n, len(rows["targets"]), config.seed)),
+            model.lm_head.weight.device,
+        ),
+        count_target_tokens(rows) / len(rows["targets"]),
+    )
+    few, samples = (
+        {d: first_rows(p, config.eval_examples) for d, p in held.items()},
+        record.resume / "samples",
+    )
+
     def evaluate(m):
-        samples.mkdir(parents=True, exist_ok=True)                                  # another plan than last time clears what was begun
+        samples.mkdir(
+            parents=True, exist_ok=True
+        )  # another plan than last time clears what was begun
         sums = {d: validation_nats(m, p) for d, p in few.items()}
-        write_json(samples/f"{updates(optimiser):07d}.json", [dict(step=updates(optimiser), text=generate(m, tokenizer, p, config.max_new_tokens, config.temperature, config.seed)) for p in config.prompts])
-        return dict(validation_loss=sum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()), **{f"validation_loss_{d}": s / n for d, (s, n) in sums.items()})
-    peak = current_world().size * peak_gflops(torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    law = chunked_memory_model(model, lambda parts: lambda m, b, backward: causal_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(round(n * a_row), vocabulary), a_row, make, optimiser)
+        write_json(
+            samples / f"{updates(optimiser):07d}.json",
+            [
+                dict(
+                    step=updates(optimiser),
+                    text=generate(
+                        m, tokenizer, p, config.max_new_tokens, config.temperature, config.seed
+                    ),
+                )
+                for p in config.prompts
+            ],
+        )
+        return dict(
+            validation_loss=sum(s for s, _ in sums.values()) / sum(n for _, n in sums.values()),
+            **{f"validation_loss_{d}": s / n for d, (s, n) in sums.items()},
+        )
+
+    peak = current_world().size * peak_gflops(
+        torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
+    law = chunked_memory_model(
+        model,
+        lambda parts: lambda m, b, backward: causal_loss_step(m, b, backward, parts),
+        lambda n: num_loss_chunks(round(n * a_row), vocabulary),
+        a_row,
+        make,
+        optimiser,
+    )
+
     def plan_of(n, a_step, an_evaluation):
-        rest = an_evaluation * sum(len(p["targets"]) for p in held.values()) / sum(len(p["targets"]) for p in few.values())      # at the end all validation rows are asked
+        rest = (
+            an_evaluation
+            * sum(len(p["targets"]) for p in held.values())
+            / sum(len(p["targets"]) for p in few.values())
+        )  # at the end all validation rows are asked
         return pretrain_plan(config, time.monotonic() - begun + rest, a_step, an_evaluation, n)
-    plan = plan_training(record, asked, model, causal_loss_step, make, optimiser, plan_of, config.batch_size, config.lr, count_target_tokens, evaluate, config.grad_accum_steps, law, earlier=config.previous_runs)
-    result = train(model, causal_loss_step, lambda i: select_rows(rows, batch_indices(i, plan["batch"], len(rows["targets"]), config.seed, current_world().size, current_world().rank)), optimiser, plan, record, evaluate, identity=dict(asked=plan["asked"]), name="causal",
-                   flops=decoder_flops(model.config, config.context_length), roof=peak * 1e9)
-    foretold = record_actual(record, model, causal_loss_step, make, optimiser, plan, result, result["best"])
+
+    plan = plan_training(
+        record,
+        asked,
+        model,
+        causal_loss_step,
+        make,
+        optimiser,
+        plan_of,
+        config.batch_size,
+        config.lr,
+        count_target_tokens,
+        evaluate,
+        config.grad_accum_steps,
+        law,
+        earlier=config.previous_runs,
+    )
+    result = train(
+        model,
+        causal_loss_step,
+        lambda i: select_rows(
+            rows,
+            batch_indices(
+                i,
+                plan["batch"],
+                len(rows["targets"]),
+                config.seed,
+                current_world().size,
+                current_world().rank,
+            ),
+        ),
+        optimiser,
+        plan,
+        record,
+        evaluate,
+        identity=dict(asked=plan["asked"]),
+        name="causal",
+        flops=decoder_flops(model.config, config.context_length),
+        roof=peak * 1e9,
+    )
+    foretold = record_actual(
+        record, model, causal_loss_step, make, optimiser, plan, result, result["best"]
+    )
     if not all_finished():
         return record.artifact("decoder")
     optimiser.finish().eval().cpu()
-    with torch.no_grad(): sums = {d: validation_nats(model, p) for d, p in held.items()}
+    with torch.no_grad():
+        sums = {d: validation_nats(model, p) for d, p in held.items()}
     bytes_of = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
-    nats, n, total = sum(s for s, _ in sums.values()), sum(k for _, k in sums.values()), sum(bytes_of.values())
-    domains = {d: dict(loss=s / k, perplexity=math.exp(s / k), bits_per_byte=bits_per_byte(s, bytes_of[d]), tokens=k, bytes=bytes_of[d]) for d, (s, k) in sums.items()}
-    beside = baselines(train_ids, held_ids, train_texts, held_texts, vocabulary, end, config.baseline_tokens) if config.baseline_tokens else {}
-    write_json(record.path/"domains.json", dict(domains=domains, baselines=beside))
-    write_json(record.path/"samples.json", [s for f in sorted(samples.glob("*.json")) if int(f.stem) for s in read_json(f)] +
-               [dict(step="best", text=generate(model, tokenizer, p, config.max_new_tokens, config.temperature, config.seed + k)) for p in config.prompts for k in range(3)])
+    nats, n, total = (
+        sum(s for s, _ in sums.values()),
+        sum(k for _, k in sums.values()),
+        sum(bytes_of.values()),
+    )
+    domains = {
+        d: dict(
+            loss=s / k,
+            perplexity=math.exp(s / k),
+            bits_per_byte=bits_per_byte(s, bytes_of[d]),
+            tokens=k,
+            bytes=bytes_of[d],
+        )
+        for d, (s, k) in sums.items()
+    }
+    beside = (
+        baselines(
+            train_ids, held_ids, train_texts, held_texts, vocabulary, end, config.baseline_tokens
+        )
+        if config.baseline_tokens
+        else {}
+    )
+    write_json(record.path / "domains.json", dict(domains=domains, baselines=beside))
+    write_json(
+        record.path / "samples.json",
+        [s for f in sorted(samples.glob("*.json")) if int(f.stem) for s in read_json(f)]
+        + [
+            dict(
+                step="best",
+                text=generate(
+                    model, tokenizer, p, config.max_new_tokens, config.temperature, config.seed + k
+                ),
+            )
+            for p in config.prompts
+            for k in range(3)
+        ],
+    )
     save_decoder(model, pieces, record.artifact("decoder"))
-    speed, work, parts = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), decoder_flops(model.config, config.context_length), decoder_parameters(model.config)
-    record.save_metrics(validation_loss=nats / n, perplexity=math.exp(nats / n), bits_per_byte=bits_per_byte(nats, total), bytes_per_token=total / n,
-                        **{f"{name}_bits_per_byte": v["all"] for name, v in beside.items() if "all" in v}, **({"counted_tokens": beside["counted"]["tokens"]} if beside else {}),
-                        best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed,
-                        epochs=result["tokens"] / int((rows["targets"] != -100).sum()), train_tokens=int((rows["targets"] != -100).sum()), empty=float((rows["targets"] == -100).mean()),
-                        gflops=speed * work / 1e9, roof_gflops=peak, roof_share=speed * work / 1e9 / peak, flops_per_token=work, rows=len(rows["targets"]),
-                        parameters=parts["total"], parameters_layers=parts["layers"], vocabulary=vocabulary, domains=len(domains), batch=plan["batch"], lr=optimiser.lr, **foretold)
+    speed, work, parts = (
+        statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r),
+        decoder_flops(model.config, config.context_length),
+        decoder_parameters(model.config),
+    )
+    record.save_metrics(
+        validation_loss=nats / n,
+        perplexity=math.exp(nats / n),
+        bits_per_byte=bits_per_byte(nats, total),
+        bytes_per_token=total / n,
+        **{f"{name}_bits_per_byte": v["all"] for name, v in beside.items() if "all" in v},
+        **({"counted_tokens": beside["counted"]["tokens"]} if beside else {}),
+        best_step=result["best_step"],
+        steps=result["steps"],
+        tokens=result["tokens"],
+        seconds=result["seconds"],
+        tokens_per_s=speed,
+        epochs=result["tokens"] / int((rows["targets"] != -100).sum()),
+        train_tokens=int((rows["targets"] != -100).sum()),
+        empty=float((rows["targets"] == -100).mean()),
+        gflops=speed * work / 1e9,
+        roof_gflops=peak,
+        roof_share=speed * work / 1e9 / peak,
+        flops_per_token=work,
+        rows=len(rows["targets"]),
+        parameters=parts["total"],
+        parameters_layers=parts["layers"],
+        vocabulary=vocabulary,
+        domains=len(domains),
+        batch=plan["batch"],
+        lr=optimiser.lr,
+        **foretold,
+    )
     return record.artifact("decoder")

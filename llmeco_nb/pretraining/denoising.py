@@ -15,33 +15,47 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy.sparse import csr_matrix
 
-from ..core import DataError, Record, UsageError, seed_everything, sha256_of, write_bytes
-from ..core import write_json
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    Record,
+    UsageError,
+    seed_everything,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from ..data.corpus import read_split
 from ..models.conversion import save_pretrained
-from ..models.speedups import EagerAttention, FusedLinearCrossEntropy, num_loss_chunks
-from ..models.speedups import retain_freed_memory
-from ..training.forecast import chunked_memory_model
 from ..models.encoder import encoder_config
 from ..models.ngram import Ngram, concat_documents
+from llmeco_nb.models.speedups import (
+    EagerAttention,
+    FusedLinearCrossEntropy,
+    num_loss_chunks,
+    retain_freed_memory,
+)
+from llmeco_nb.models.transformer import (
+    MultiHeadAttention,
+    Seq2Seq,
+    TransformerConfig,
+    init_weights,
+    sinusoidal_embedding,
+)
+from .mlm import CLS, MASK, SEP, group_texts, pretrain_plan, single_thread
+from ..tokenization.wordpiece import encode_texts, open_tokenizer, special_tokens
+from ..training.forecast import chunked_memory_model
+from ..training.loop import batch_indices, train
 from ..training.optim import Optimiser
 from ..training.parallel import rank_rows, rank_slice
-from .mlm import CLS, MASK, SEP, group_texts, pretrain_plan, single_thread
 from ..training.plan import plan_training, record_actual
-from ..tokenization.wordpiece import encode_texts, open_tokenizer, special_tokens
-from ..training.loop import batch_indices, train
-from ..models.transformer import MultiHeadAttention, Seq2Seq, TransformerConfig
-from ..models.transformer import init_weights, sinusoidal_embedding
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from typing import Literal
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #e7fede61
 def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
@@ -50,78 +64,142 @@ def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> n
     cuts = np.sort(draw.choice(free + k - 1, k - 1, replace=False))
     return np.diff(np.r_[-1, cuts, free + k - 1]) - 1 + least
 
+
 def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
     "Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and the holes they make. Raises `UsageError` for numbers that leave no room."
-    if not 0 < share < 1: raise UsageError(f"noise_density is {share}; it is a share of the tokens between 0 and 1.")
-    if mean < 1: raise UsageError(f"mean_span_length is {mean}; a span has at least one token.")
+    if not 0 < share < 1:
+        raise UsageError(f"noise_density is {share}; it is a share of the tokens between 0 and 1.")
+    if mean < 1:
+        raise UsageError(f"mean_span_length is {mean}; a span has at least one token.")
     inner, holes = length - 2, max(1, round(share * (length - 2) / mean))
     hidden = round(holes * mean)
-    if 1.5 * hidden + holes > inner: raise UsageError(f"noise_density {share} and mean_span_length {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower noise_density, or raise seq_len.")
+    if 1.5 * hidden + holes > inner:
+        raise UsageError(
+            f"noise_density {share} and mean_span_length {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower noise_density, or raise seq_len."
+        )
     return hidden, holes
 
-def sample_spans(length: int,  # Tokens of the row
-                 key: tuple,   # Whole numbers that decide: seed, epoch, index of the row
-                 share: float, mean: float) -> np.ndarray:
+
+def sample_spans(
+    length: int,  # Tokens of the row
+    key: tuple,  # Whole numbers that decide: seed, epoch, index of the row
+    share: float,
+    mean: float,
+) -> np.ndarray:
     "First place and end of each hole, (holes, 2), in order, never touching. A function of the arguments alone. Raises `UsageError`."
     (_, holes), draw = span_counts(length, share, mean), np.random.default_rng(key)
     sizes = draw.geometric(1 / mean, holes)
-    while sizes.sum() > length - 2 - holes: sizes = draw.geometric(1 / mean, holes)              # at least one token stays between two holes, and one more
-    gaps = random_partition(draw, length - 2 - sizes.sum() - (holes - 1), holes + 1, 0) + np.r_[0, np.ones(holes - 1, np.int64), 0]
+    while sizes.sum() > length - 2 - holes:
+        sizes = draw.geometric(
+            1 / mean, holes
+        )  # at least one token stays between two holes, and one more
+    gaps = (
+        random_partition(draw, length - 2 - sizes.sum() - (holes - 1), holes + 1, 0)
+        + np.r_[0, np.ones(holes - 1, np.int64), 0]
+    )
     ends = 1 + np.cumsum(gaps[:-1] + sizes)
     return np.stack([ends - sizes, ends], 1)
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #9c9400f0
-def corrupt_spans(row: np.ndarray,    # (length,) token ids, from `group_texts`
-                  holes: np.ndarray,  # From `sample_spans`
-                  first: int,         # The token that marks hole 0
-                  target: str = "spans") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def corrupt_spans(
+    row: np.ndarray,  # (length,) token ids, from `group_texts`
+    holes: np.ndarray,  # From `sample_spans`
+    first: int,  # The token that marks hole 0
+    target: str = "spans",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "What is read, what the decoder has before it, what it is to write there, and which of that was cut out. Raises `UsageError`."
-    if target not in ("spans", "text"): raise UsageError(f"target is {target!r}; it is spans or text.")
+    if target not in ("spans", "text"):
+        raise UsageError(f"target is {target!r}; it is spans or text.")
     seen, said, at, new = [], [], 0, []
     for k, (a, b) in enumerate(holes):
         seen += [row[at:a], [first + k]]
-        said += [[first + k], row[a - 1:b]]
+        said += [[first + k], row[a - 1 : b]]
         new += [[False, False], np.ones(b - a, bool)]
         at = b
     seen, said = np.concatenate([*seen, row[at:]]), np.concatenate([*said, [first + len(holes)]])
-    if target == "spans": return seen, said[:-1], said[1:], np.concatenate([*new, [False]])[1:]
+    if target == "spans":
+        return seen, said[:-1], said[1:], np.concatenate([*new, [False]])[1:]
     cut = np.zeros(len(row), bool)
-    for a, b in holes: cut[a:b] = True
+    for a, b in holes:
+        cut[a:b] = True
     return seen, row[:-1], row[1:], cut[1:]
 
-def restore_spans(seen: np.ndarray, said: np.ndarray, first: int, target: str = "spans") -> np.ndarray:
+
+def restore_spans(
+    seen: np.ndarray, said: np.ndarray, first: int, target: str = "spans"
+) -> np.ndarray:
     "The text, from what was read and what was written: each mark gives way to what was written after it and the repeated token. The mark after the last hole, or one written before, ends the answer."
-    if target == "text": return np.concatenate([seen[:1], said]).astype(seen.dtype)
+    if target == "text":
+        return np.concatenate([seen[:1], said]).astype(seen.dtype)
     found, k, marks = {0: []}, 0, int((seen >= first).sum())
     for t in said.tolist():
-        if t < first: found[k].append(t)
-        elif t - first in found or t - first >= marks: break
-        else: k = t - first; found[k] = []
-    return np.concatenate([[t] if t < first else found.get(t - first, [])[1:] for t in seen.tolist()]).astype(seen.dtype)
+        if t < first:
+            found[k].append(t)
+        elif t - first in found or t - first >= marks:
+            break
+        else:
+            k = t - first
+            found[k] = []
+    return np.concatenate(
+        [[t] if t < first else found.get(t - first, [])[1:] for t in seen.tolist()]
+    ).astype(seen.dtype)
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #dbdbd821
-def denoise_batch(rows: np.ndarray, which, epochs, seed: int, share: float, mean: float, first: int, target: str = "spans") -> dict:
+def denoise_batch(
+    rows: np.ndarray,
+    which,
+    epochs,
+    seed: int,
+    share: float,
+    mean: float,
+    first: int,
+    target: str = "spans",
+) -> dict:
     "Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a target was cut out of the text; padded with 0, targets with -100."
-    made = [corrupt_spans(rows[i], sample_spans(rows.shape[1], (seed, int(e), int(i)), share, mean), first, target) for i, e in zip(which, epochs)]
+    made = [
+        corrupt_spans(
+            rows[i], sample_spans(rows.shape[1], (seed, int(e), int(i)), share, mean), first, target
+        )
+        for i, e in zip(which, epochs)
+    ]
+
     def table(k, empty, kind=np.int64):
         found = np.full((len(made), max(len(m[k]) for m in made)), empty, kind)
-        for line, m in zip(found, made): line[:len(m[k])] = m[k]
+        for line, m in zip(found, made):
+            line[: len(m[k])] = m[k]
         return torch.from_numpy(found)
-    seen = table(0, 0)
-    return dict(input_ids=seen, keep=(seen != 0).long(), written=table(1, 0), targets=table(2, -100), cut=table(3, False, bool))
 
-def denoise_batches(rows: np.ndarray, batch: int, seed: int, share: float, mean: float, first: int,
-                    target: str = "spans",
-                    world: int = 1, rank: int = 0   # Of so many processes, the part of this one
-                   ):
+    seen = table(0, 0)
+    return dict(
+        input_ids=seen,
+        keep=(seen != 0).long(),
+        written=table(1, 0),
+        targets=table(2, -100),
+        cut=table(3, False, bool),
+    )
+
+
+def denoise_batches(
+    rows: np.ndarray,
+    batch: int,
+    seed: int,
+    share: float,
+    mean: float,
+    first: int,
+    target: str = "spans",
+    world: int = 1,
+    rank: int = 0,  # Of so many processes, the part of this one
+):
     """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
     Raises `UsageError` for more processes than rows in a batch."""
     rank_slice(0, batch, world, rank)
+
     def batches(index: int) -> dict:
         which = batch_indices(index, batch, len(rows), seed)
         epochs = np.arange(index * batch, (index + 1) * batch) // len(rows)
         whole = denoise_batch(rows, which, epochs, seed, share, mean, first, target)
         return rank_rows(whole, world, rank)
+
     return batches
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #fbc2edcf
@@ -130,73 +208,134 @@ def token_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
     counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
     return np.log(counts / counts.sum())
 
+
 @single_thread()
-def neighbour_ppmi_embeddings(rows: np.ndarray, vocabulary: int,
-                              width: int,           # Of both halves together
-                              contexts: int = 1000  # Most frequent tokens to count as neighbours
-                             ) -> np.ndarray:
+def neighbour_ppmi_embeddings(
+    rows: np.ndarray,
+    vocabulary: int,
+    width: int,  # Of both halves together
+    contexts: int = 1000,  # Most frequent tokens to count as neighbours
+) -> np.ndarray:
     "Word vectors (vocabulary, width), float32: what comes after a token in the first half, before what it comes in the second, each of length 1. The half of a token without neighbours is 0."
     frequency = np.bincount(rows.ravel(), minlength=vocabulary)
-    frequency[:len(special_tokens)] = 0
-    top = np.argsort(-frequency, kind="stable")[:min(contexts, int((frequency > 0).sum()))]
-    column, root = np.full(vocabulary, -1), torch.from_numpy(np.sqrt(frequency[top] / frequency.sum()).astype(np.float32))
+    frequency[: len(special_tokens)] = 0
+    top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
+    column, root = (
+        np.full(vocabulary, -1),
+        torch.from_numpy(np.sqrt(frequency[top] / frequency.sum()).astype(np.float32)),
+    )
     column[top] = np.arange(len(top))
+
     def surprising(token, neighbour):
         known = (column[neighbour] >= 0) & (token >= len(special_tokens))
-        met = torch.from_numpy(np.bincount(token[known].astype(np.int64) * len(top) + column[neighbour[known]], minlength=vocabulary * len(top)).reshape(vocabulary, -1).astype(np.float32))
-        return (met / met.sum(1, keepdim=True).clamp(min=1) / (met.sum(0) / met.sum()).clamp(min=1e-12)).clamp(min=1).log() * root
+        met = torch.from_numpy(
+            np.bincount(
+                token[known].astype(np.int64) * len(top) + column[neighbour[known]],
+                minlength=vocabulary * len(top),
+            )
+            .reshape(vocabulary, -1)
+            .astype(np.float32)
+        )
+        return (
+            met / met.sum(1, keepdim=True).clamp(min=1) / (met.sum(0) / met.sum()).clamp(min=1e-12)
+        ).clamp(min=1).log() * root
+
     left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
     after, before = surprising(left, right), surprising(right, left)
     core = after[top] * root[:, None]
-    values, vectors = torch.linalg.eigh(core.T @ core)                    # singular values squared, ascending
-    values, vectors = values.flip(0)[:width // 2].clamp(min=1e-12), vectors.flip(1)[:, :width // 2]
+    values, vectors = torch.linalg.eigh(core.T @ core)  # singular values squared, ascending
+    values, vectors = (
+        values.flip(0)[: width // 2].clamp(min=1e-12),
+        vectors.flip(1)[:, : width // 2],
+    )
     halves = after @ vectors * values**-0.25, before @ (core @ vectors) * values**-0.75
     found = torch.zeros(2, vocabulary, width // 2)
-    for table, half in zip(found, halves): table[:, :half.shape[1]] = half / half.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    for table, half in zip(found, halves):
+        table[:, : half.shape[1]] = half / half.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return torch.cat([*found], 1).numpy()
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #13a73476
 @single_thread()
-def fit_bigram_embeddings(rows: np.ndarray, vocabulary: int, width: int,
-                          passes: int = 8,     # Over all tokens
-                          rate: float = 0.03,  # Of AdamW at the beginning; it falls to 0
-                          most: int = 512,     # Tokens at a time
-                          seed: int = 0        # Decides their order
-                         ) -> tuple[np.ndarray, np.ndarray]:
+def fit_bigram_embeddings(
+    rows: np.ndarray,
+    vocabulary: int,
+    width: int,
+    passes: int = 8,  # Over all tokens
+    rate: float = 0.03,  # Of AdamW at the beginning; it falls to 0
+    most: int = 512,  # Tokens at a time
+    seed: int = 0,  # Decides their order
+) -> tuple[np.ndarray, np.ndarray]:
     "The halves (vocabulary, width / 2) of `neighbour_ppmi_embeddings`, fitted as a softmax to the counted pairs: what comes after a token, of length 1, and before what it comes, of any length."
     left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
-    pairs, logp = csr_matrix((np.ones(len(left), np.float32), (left, right)), (vocabulary, vocabulary)), torch.from_numpy(token_log_probs(rows, vocabulary)).float()
-    after, before = (half.clone().requires_grad_() for half in torch.from_numpy(neighbour_ppmi_embeddings(rows, vocabulary, width)).chunk(2, 1))
-    with torch.no_grad(): before *= 6.4 / width * math.sqrt(width / 2)
+    pairs, logp = (
+        csr_matrix((np.ones(len(left), np.float32), (left, right)), (vocabulary, vocabulary)),
+        torch.from_numpy(token_log_probs(rows, vocabulary)).float(),
+    )
+    after, before = (
+        half.clone().requires_grad_()
+        for half in torch.from_numpy(neighbour_ppmi_embeddings(rows, vocabulary, width)).chunk(2, 1)
+    )
+    with torch.no_grad():
+        before *= 6.4 / width * math.sqrt(width / 2)
     size = min(most, -(-vocabulary // 8))
-    optimiser, draw, total = torch.optim.AdamW([after, before], rate, betas=(0.9, 0.98), weight_decay=0), np.random.default_rng([seed, 23]), passes * -(-vocabulary // size)
+    optimiser, draw, total = (
+        torch.optim.AdamW([after, before], rate, betas=(0.9, 0.98), weight_decay=0),
+        np.random.default_rng([seed, 23]),
+        passes * -(-vocabulary // size),
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / total, total)
     for _ in range(passes):
         for which in np.array_split(draw.permutation(vocabulary), -(-vocabulary // size)):
-            n, logits = torch.from_numpy(pairs[which].toarray()), math.sqrt(width) * torch.nn.functional.normalize(after[which], dim=1) @ before.T + logp
+            n, logits = (
+                torch.from_numpy(pairs[which].toarray()),
+                math.sqrt(width) * torch.nn.functional.normalize(after[which], dim=1) @ before.T
+                + logp,
+            )
             optimiser.zero_grad()
-            ((n.sum(1) * logits.logsumexp(1) - (n * logits).sum(1)).sum() / n.sum().clamp(min=1)).backward()
+            (
+                (n.sum(1) * logits.logsumexp(1) - (n * logits).sum(1)).sum() / n.sum().clamp(min=1)
+            ).backward()
             optimiser.step()
             schedule.step()
     return torch.nn.functional.normalize(after, dim=1).detach().numpy(), before.detach().numpy()
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4830e345
-def target_log_probs(rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans") -> np.ndarray:
+def target_log_probs(
+    rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans"
+) -> np.ndarray:
     "Log-probability (vocabulary + marks,) of each token in an target by its frequency in `rows`, half an occurrence added to each."
     hidden, holes = span_counts(rows.shape[1], share, mean)
-    counts = np.bincount(rows[:, 1:].ravel() if target == "text" else rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
-    marks = np.r_[0.5, np.full(holes, 0.5 if target == "text" else counts.sum() / (hidden + holes))]     # for every row each mark but the first stands once in the answers
+    counts = (
+        np.bincount(
+            rows[:, 1:].ravel() if target == "text" else rows[:, 1:-1].ravel(), minlength=vocabulary
+        )
+        + 0.5
+    )
+    marks = np.r_[
+        0.5, np.full(holes, 0.5 if target == "text" else counts.sum() / (hidden + holes))
+    ]  # for every row each mark but the first stands once in the answers
     return np.log(np.r_[counts, marks] / (counts.sum() + marks.sum())).astype(np.float32)
+
 
 class EagerMultiHeadAttention(MultiHeadAttention):
     "The same attention by plain products, which for short rows are faster on a CPU than torch's fused kernel; the scores are kept, not computed twice."
+
     def forward(self, x, memory=None, attn_mask=None, is_causal=False):
         memory = x if memory is None else memory
-        if x.device.type != "cpu" or self.dropout and self.training: return super().forward(x, memory, attn_mask, is_causal)
-        if is_causal and attn_mask is None: attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        if x.device.type != "cpu" or self.dropout and self.training:
+            return super().forward(x, memory, attn_mask, is_causal)
+        if is_causal and attn_mask is None:
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         cut = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        o = EagerAttention.apply(cut(self.query(x)), cut(self.key(memory)), cut(self.value(memory)), (x.shape[-1] // self.num_heads) ** -0.5, attn_mask)
+        o = EagerAttention.apply(
+            cut(self.query(x)),
+            cut(self.key(memory)),
+            cut(self.value(memory)),
+            (x.shape[-1] // self.num_heads) ** -0.5,
+            attn_mask,
+        )
         return self.output(o.transpose(1, 2).flatten(-2))
+
 
 @torch.no_grad()
 def init_last_ffn(model: Seq2Seq):
@@ -204,95 +343,204 @@ def init_last_ffn(model: Seq2Seq):
     mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
     one, half = torch.eye(width), torch.eye(width // 2)
     move = torch.cat([torch.cat([-half, torch.zeros_like(half)], 1), torch.cat([half, -half], 1)])
-    mlp.fc1.weight[:2 * width] = torch.cat([one, -one])
-    mlp.fc2.weight[:, :2 * width] = torch.cat([move, -move], 1)
+    mlp.fc1.weight[: 2 * width] = torch.cat([one, -one])
+    mlp.fc2.weight[:, : 2 * width] = torch.cat([move, -move], 1)
 
-def new_seq2seq(rows: np.ndarray, vocabulary: int, size: str, positions: int, share: float, mean: float, target: str = "spans", embedding_init: str = "bigram_ppmi", seed: int = 0) -> Seq2Seq:
+
+def new_seq2seq(
+    rows: np.ndarray,
+    vocabulary: int,
+    size: str,
+    positions: int,
+    share: float,
+    mean: float,
+    target: str = "spans",
+    embedding_init: str = "bigram_ppmi",
+    seed: int = 0,
+) -> Seq2Seq:
     "A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows what; its last tokens are the marks. Raises `UsageError`."
-    if embedding_init not in ("bigram_ppmi", "random"): raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
-    c, holes = encoder_config(vocabulary, size, positions), span_counts(rows.shape[1], share, mean)[1]
-    model = Seq2Seq(TransformerConfig(vocabulary + holes + 1, c.hidden_size, c.num_attention_heads, num_layers=c.num_hidden_layers, max_position_embeddings=positions, norm="pre"), seed)
-    if embedding_init == "bigram_ppmi": after, before = map(torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed))
-    spread = float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size         # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
-    init_weights(model, seed, 0.5 / math.sqrt(c.hidden_size))           # the usual 0.02 is meant for widths near 768
+    if embedding_init not in ("bigram_ppmi", "random"):
+        raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
+    c, holes = (
+        encoder_config(vocabulary, size, positions),
+        span_counts(rows.shape[1], share, mean)[1],
+    )
+    model = Seq2Seq(
+        TransformerConfig(
+            vocabulary + holes + 1,
+            c.hidden_size,
+            c.num_attention_heads,
+            num_layers=c.num_hidden_layers,
+            max_position_embeddings=positions,
+            norm="pre",
+        ),
+        seed,
+    )
+    if embedding_init == "bigram_ppmi":
+        after, before = map(
+            torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed)
+        )
+    spread = (
+        float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size
+    )  # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
+    init_weights(
+        model, seed, 0.5 / math.sqrt(c.hidden_size)
+    )  # the usual 0.02 is meant for widths near 768
     for m in model.modules():
-        if type(m) is MultiHeadAttention: m.__class__ = EagerMultiHeadAttention
+        if type(m) is MultiHeadAttention:
+            m.__class__ = EagerMultiHeadAttention
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("output.weight", "fc2.weight")): p.zero_()
+            if name.endswith(("output.weight", "fc2.weight")):
+                p.zero_()
         model.bias.copy_(torch.from_numpy(target_log_probs(rows, vocabulary, share, mean, target)))
         model.token_embedding.weight.mul_(spread / model.token_embedding.weight.std())
         if embedding_init == "bigram_ppmi":
             met = after.abs().sum(1) > 0
-            model.token_embedding.weight[:vocabulary][met] = torch.cat([after * before.norm(dim=1).mean(), before], 1)[met]
+            model.token_embedding.weight[:vocabulary][met] = torch.cat(
+                [after * before.norm(dim=1).mean(), before], 1
+            )[met]
             init_last_ffn(model)
-        for table in (model.encoder_embeddings.position_embedding, model.decoder_embeddings.position_embedding): table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
-        for block in model.decoder.blocks:                       # a mark that is written finds its equal among those read
-            for part in (block.cross_attn.query, block.cross_attn.key): part.weight.copy_(torch.eye(c.hidden_size))
+        for table in (
+            model.encoder_embeddings.position_embedding,
+            model.decoder_embeddings.position_embedding,
+        ):
+            table.copy_(0.3 * spread * sinusoidal_embedding(*table.shape))
+        for (
+            block
+        ) in model.decoder.blocks:  # a mark that is written finds its equal among those read
+            for part in (block.cross_attn.query, block.cross_attn.key):
+                part.weight.copy_(torch.eye(c.hidden_size))
     return model
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #a2a2efe2
 def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: int = 2**24):
     "Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep` (rows, m): 0 for padding; `room` logits are made at a time."
-    hidden, asked = model.decoder(model.decoder_embeddings(written), None, True, model.encode(input_ids, keep), keep), targets != -100
-    return FusedLinearCrossEntropy.apply(hidden[asked], model.token_embedding.weight, model.bias.to(hidden.dtype), targets[asked], room)
+    hidden, asked = (
+        model.decoder(
+            model.decoder_embeddings(written), None, True, model.encode(input_ids, keep), keep
+        ),
+        targets != -100,
+    )
+    return FusedLinearCrossEntropy.apply(
+        hidden[asked],
+        model.token_embedding.weight,
+        model.bias.to(hidden.dtype),
+        targets[asked],
+        room,
+    )
+
 
 def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss of the answers, and the number of tokens in them that count. `parts` the loss is made in; 0: as few as its memory allows."
     asked = int((batch["targets"] != -100).sum())
-    loss = denoise_loss(model, batch["input_ids"], batch["written"], batch["targets"], batch["keep"], **(dict(room=-(-asked // parts) * model.config.vocab_size) if parts else {}))
+    loss = denoise_loss(
+        model,
+        batch["input_ids"],
+        batch["written"],
+        batch["targets"],
+        batch["keep"],
+        **(dict(room=-(-asked // parts) * model.config.vocab_size) if parts else {}),
+    )
     backward(loss)
     return loss.detach(), asked
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #f40845c6
 def edit_distances(ours: list, truths: list) -> np.ndarray:
     "Edit distance (Levenshtein) of each pair of token sequences, shape (pairs,)."
-    a, b = (np.full((len(some), max(1, *map(len, some))), empty) for some, empty in ((ours, -1), (truths, -2)))
+    a, b = (
+        np.full((len(some), max(1, *map(len, some))), empty)
+        for some, empty in ((ours, -1), (truths, -2))
+    )
     for table, some in ((a, ours), (b, truths)):
-        for i, s in enumerate(some): table[i, :len(s)] = s
+        for i, s in enumerate(some):
+            table[i, : len(s)] = s
     across = np.arange(b.shape[1] + 1)
     d, size = np.tile(across, (len(a), 1)), np.array([len(s) for s in ours])
     for i in range(a.shape[1]):
-        best = np.concatenate([d[:, :1] + 1, np.minimum(d[:, 1:] + 1, d[:, :-1] + (a[:, i, None] != b))], 1)
+        best = np.concatenate(
+            [d[:, :1] + 1, np.minimum(d[:, 1:] + 1, d[:, :-1] + (a[:, i, None] != b))], 1
+        )
         d = np.where((i < size)[:, None], np.minimum.accumulate(best - across, 1) + across, d)
     return d[np.arange(len(a)), [len(s) for s in truths]]
 
+
 def most_frequent_successors(rows: np.ndarray, vocabulary: int) -> np.ndarray:
     "For each token (vocabulary,) the one that most often came after it in `rows`; for those never seen the most frequent."
-    pairs, n = np.unique(rows[:, 1:-2].astype(np.int64) * vocabulary + rows[:, 2:-1], return_counts=True)
-    order = np.argsort(n, kind="stable")                          # of several, the last assignment stays: the most frequent
+    pairs, n = np.unique(
+        rows[:, 1:-2].astype(np.int64) * vocabulary + rows[:, 2:-1], return_counts=True
+    )
+    order = np.argsort(n, kind="stable")  # of several, the last assignment stays: the most frequent
     found = np.full(vocabulary, np.bincount(rows[:, 1:-1].ravel()).argmax())
     found[pairs[order] // vocabulary] = pairs[order] % vocabulary
     return found
 
+
 def copy_baselines(rows: np.ndarray, vocabulary: int, top: int = 5) -> dict[str, tuple]:
     "Ways to fill a hole with copies, {name: (kind, tokens)}: nothing, the left neighbour, the row's most frequent token, or one of the `top` most frequent stretches of one, two, three tokens."
-    found = {"nothing": ("fixed", ()), "the left neighbour again": ("again", 1), "the row's most frequent token": ("often", 1)}
+    found = {
+        "nothing": ("fixed", ()),
+        "the left neighbour again": ("again", 1),
+        "the row's most frequent token": ("often", 1),
+    }
     for n in (1, 2, 3):
-        stretches = sum(rows[:, 1 + k:rows.shape[1] - n + k].astype(np.int64) * vocabulary**k for k in range(n))
+        stretches = sum(
+            rows[:, 1 + k : rows.shape[1] - n + k].astype(np.int64) * vocabulary**k
+            for k in range(n)
+        )
         kinds, times = np.unique(stretches, return_counts=True)
-        for s in kinds[np.argsort(-times, kind="stable")[:top]].tolist(): found[f"always {s}/{n}"] = ("fixed", tuple(s // vocabulary**k % vocabulary for k in range(n)))
+        for s in kinds[np.argsort(-times, kind="stable")[:top]].tolist():
+            found[f"always {s}/{n}"] = (
+                "fixed",
+                tuple(s // vocabulary**k % vocabulary for k in range(n)),
+            )
     return found
 
+
 bigram_baselines = {f"{n} after the left neighbour": ("after", n) for n in (1, 2, 3)}
+
 
 def apply_baseline(seen: np.ndarray, way: tuple, follower: np.ndarray, first: int) -> np.ndarray:
     "What a way to fill holes, from `copy_baselines` or `bigram_baselines`, makes of a text."
     out, (kind, what) = [], way
     often = int(np.bincount(seen[1:-1][seen[1:-1] < first]).argmax()) if kind == "often" else None
     for t in seen.tolist():
-        if t < first: out.append(t)
-        elif kind == "fixed": out.extend(what)
+        if t < first:
+            out.append(t)
+        elif kind == "fixed":
+            out.extend(what)
         elif kind == "after":
-            for _ in range(what): out.append(int(follower[out[-1]]))
-        else: out.append(out[-1] if kind == "again" else often)
+            for _ in range(what):
+                out.append(int(follower[out[-1]]))
+        else:
+            out.append(out[-1] if kind == "again" else often)
     return np.array(out, seen.dtype)
 
-def best_baseline(ways: dict[str, tuple], rows: np.ndarray, vocabulary: int, follower: np.ndarray, seed: int, share: float, mean: float, tried: int = 200) -> tuple[str, tuple]:
+
+def best_baseline(
+    ways: dict[str, tuple],
+    rows: np.ndarray,
+    vocabulary: int,
+    follower: np.ndarray,
+    seed: int,
+    share: float,
+    mean: float,
+    tried: int = 200,
+) -> tuple[str, tuple]:
     "The way with the fewest edits on `tried` training rows, with its name."
     some = np.random.default_rng([seed, 21]).permutation(len(rows))[:tried]
-    texts = [corrupt_spans(rows[i], sample_spans(rows.shape[1], (seed, 0, int(i)), share, mean), vocabulary)[0] for i in some]
-    name = min(ways, key=lambda k: edit_distances([apply_baseline(s, ways[k], follower, vocabulary) for s in texts], list(rows[some])).sum())
+    texts = [
+        corrupt_spans(
+            rows[i], sample_spans(rows.shape[1], (seed, 0, int(i)), share, mean), vocabulary
+        )[0]
+        for i in some
+    ]
+    name = min(
+        ways,
+        key=lambda k: edit_distances(
+            [apply_baseline(s, ways[k], follower, vocabulary) for s in texts], list(rows[some])
+        ).sum(),
+    )
     return name, ways[name]
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #946b505e
@@ -301,106 +549,252 @@ def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) 
     found, shares = [], np.asarray(shares, float)
     for row, h in zip(rows, holes):
         cut = np.zeros(len(row), bool)
-        for a, b in h: cut[a:b] = True
+        for a, b in h:
+            cut[a:b] = True
         cut[[0, -1]] = False
         open_ = np.bincount(row[1:-1][~cut[1:-1]], minlength=len(logp)) / (~cut[1:-1]).sum()
-        found.append(-np.log(shares * open_[row[cut], None] + (1 - shares) * np.exp(logp[row[cut], None])).sum(0))
+        found.append(
+            -np.log(
+                shares * open_[row[cut], None] + (1 - shares) * np.exp(logp[row[cut], None])
+            ).sum(0)
+        )
     return np.array(found)
+
 
 def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
     "Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before each, (rows,)."
     stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
-    nats = -np.log(model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1])     # the last of each row is its end
-    return np.array([sum(n[a - 1:b - 1].sum() for a, b in h) for n, h in zip(nats, holes)])
+    nats = -np.log(
+        model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1]
+    )  # the last of each row is its end
+    return np.array([sum(n[a - 1 : b - 1].sum() for a, b in h) for n, h in zip(nats, holes)])
 
-def validation_scores(model: Seq2Seq, rows: np.ndarray, seed: int, share: float, mean: float, first: int, target: str = "spans", batch: int = 50) -> np.ndarray:
+
+def validation_scores(
+    model: Seq2Seq,
+    rows: np.ndarray,
+    seed: int,
+    share: float,
+    mean: float,
+    first: int,
+    target: str = "spans",
+    batch: int = 50,
+) -> np.ndarray:
     "Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of the whole target, its tokens. Holes are those of epoch 0."
     found = []
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
         b = denoise_batch(rows, which, [0] * len(which), seed, share, mean, first, target)
         with torch.inference_mode():
-            logits, targets, asked = model(b["input_ids"], b["written"], b["keep"]).float(), b["targets"].clamp(min=0), (b["targets"] != -100).float()
+            logits, targets, asked = (
+                model(b["input_ids"], b["written"], b["keep"]).float(),
+                b["targets"].clamp(min=0),
+                (b["targets"] != -100).float(),
+            )
             chosen = logits.gather(-1, targets[..., None])[..., 0]
-            every, hidden = logits.logsumexp(-1) - chosen, logits[..., :first].logsumexp(-1) - chosen
+            every, hidden = (
+                logits.logsumexp(-1) - chosen,
+                logits[..., :first].logsumexp(-1) - chosen,
+            )
         cut, right = b["cut"].float(), (logits[..., :first].argmax(-1) == targets).float()
-        found.append(torch.stack([(hidden * cut).sum(1), (right * cut).sum(1), cut.sum(1), (every * asked).sum(1), asked.sum(1)], 1).double().numpy())
+        found.append(
+            torch.stack(
+                [
+                    (hidden * cut).sum(1),
+                    (right * cut).sum(1),
+                    cut.sum(1),
+                    (every * asked).sum(1),
+                    asked.sum(1),
+                ],
+                1,
+            )
+            .double()
+            .numpy()
+        )
     return np.concatenate(found)
 
+
 @torch.no_grad()
-def generate_spans(model: Seq2Seq, ids: torch.Tensor,  # (rows, m), the same number of marks in each
-                   first: int, longest: int, mean: float) -> torch.Tensor:
+def generate_spans(
+    model: Seq2Seq,
+    ids: torch.Tensor,  # (rows, m), the same number of marks in each
+    first: int,
+    longest: int,
+    mean: float,
+) -> torch.Tensor:
     "Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further one only where all so far are likelier right than one too many; no mark but the next can follow, and the token before a hole is known."
     # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole ends as holes of this `mean` do
-    memory, written, marks = model.encode(ids), torch.full((len(ids), 1), first), int((ids[0] >= first).sum())
+    memory, written, marks = (
+        model.encode(ids),
+        torch.full((len(ids), 1), first),
+        int((ids[0] >= first).sum()),
+    )
     before = torch.cat([ids[:, :-1][ids[:, 1:] >= first].view(len(ids), marks), ids[:, :1]], 1)
-    at, inside, open_, sure = torch.zeros(len(ids), dtype=torch.long), torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids)), torch.ones(len(ids))
-    while written.shape[1] <= longest and (at < marks).any():                           # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that all in it is right
+    at, inside, open_, sure = (
+        torch.zeros(len(ids), dtype=torch.long),
+        torch.zeros(len(ids), dtype=torch.long),
+        torch.ones(len(ids)),
+        torch.ones(len(ids)),
+    )
+    while (
+        written.shape[1] <= longest and (at < marks).any()
+    ):  # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that all in it is right
         p = model.decode(written, memory)[:, -1].float().softmax(-1)
         (right, word), known = p[:, :first].max(-1), written[:, -1] >= first
         still = torch.where(inside > 0, open_ * (1 - p[:, first:].sum(-1)), 1.0)
-        ended = sure * (1 - still) + (1 - sure) * (1 - (1 - 1 / mean)**inside)
+        ended = sure * (1 - still) + (1 - sure) * (1 - (1 - 1 / mean) ** inside)
         on = ~known & (inside > 0) & (ended > sure * right) | (at == marks)
         at = (at + on).clamp(max=marks)
-        inside, open_, sure = (torch.where(on | known, new, kept) for new, kept in ((0, inside + 1), (1.0, still), (1.0, sure * right)))
-        written = torch.cat([written, torch.where(on, first + at, torch.where(known, before.gather(1, at[:, None])[:, 0], word))[:, None]], 1)
+        inside, open_, sure = (
+            torch.where(on | known, new, kept)
+            for new, kept in ((0, inside + 1), (1.0, still), (1.0, sure * right))
+        )
+        written = torch.cat(
+            [
+                written,
+                torch.where(
+                    on, first + at, torch.where(known, before.gather(1, at[:, None])[:, 0], word)
+                )[:, None],
+            ],
+            1,
+        )
     return written[:, 1:]
+
 
 @torch.no_grad()
 def generate_text(model: Seq2Seq, ids: torch.Tensor, longest: int) -> torch.Tensor:
     "Greedy answers (rows, `longest`) of a model that writes the whole text."
     memory, written = model.encode(ids), torch.full((len(ids), 1), CLS)
-    while written.shape[1] <= longest: written = torch.cat([written, model.decode(written, memory)[:, -1:].argmax(-1)], 1)
+    while written.shape[1] <= longest:
+        written = torch.cat([written, model.decode(written, memory)[:, -1:].argmax(-1)], 1)
     return written[:, 1:]
 
-def denoise_texts(model: Seq2Seq, texts: list[np.ndarray], first: int, longest: int, mean: float, target: str = "spans", batch: int = 50) -> list[np.ndarray]:
+
+def denoise_texts(
+    model: Seq2Seq,
+    texts: list[np.ndarray],
+    first: int,
+    longest: int,
+    mean: float,
+    target: str = "spans",
+    batch: int = 50,
+) -> list[np.ndarray]:
     "Texts with their holes filled by the model; those of one length and number of holes at a time."
     found, kind = {}, lambda t: (len(t), int((t >= first).sum()))
     for k in sorted({kind(t) for t in texts}):
         same = [i for i, t in enumerate(texts) if kind(t) == k]
         for s in range(0, len(same), batch):
-            ids = torch.from_numpy(np.stack([texts[i] for i in same[s:s + batch]]).astype(np.int64))
-            said = (generate_text(model, ids, longest) if target == "text" else generate_spans(model, ids, first, longest, mean)).numpy()
-            for i, row in zip(same[s:s + batch], said): found[i] = restore_spans(texts[i], row, first, target)
+            ids = torch.from_numpy(
+                np.stack([texts[i] for i in same[s : s + batch]]).astype(np.int64)
+            )
+            said = (
+                generate_text(model, ids, longest)
+                if target == "text"
+                else generate_spans(model, ids, first, longest, mean)
+            ).numpy()
+            for i, row in zip(same[s : s + batch], said):
+                found[i] = restore_spans(texts[i], row, first, target)
     return [found[i] for i in range(len(texts))]
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4c7e71bd
-def save_seq2seq(model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans") -> Path:
+def save_seq2seq(
+    model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans"
+) -> Path:
     "A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>` and so on behind its pieces. Raises `UsageError` for a network no stock class has."
     made = open_tokenizer(tokenizer_folder)
     pieces, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - pieces)])
-    save_pretrained(model, folder, bos_token_id=CLS if target == "text" else pieces, eos_token_id=SEP if target == "text" else total - 1)
+    save_pretrained(
+        model,
+        folder,
+        bos_token_id=CLS if target == "text" else pieces,
+        eos_token_id=SEP if target == "text" else total - 1,
+    )
     names = {f"{t.lower()}_token": f"[{t}]" for t in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-    write_bytes(folder/"tokenizer.json", made.to_str(pretty=True).encode())
-    write_json(folder/"tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=model.config.max_position_embeddings, clean_up_tokenization_spaces=False,
-                                                    model_input_names=["input_ids", "attention_mask"], **names))
+    write_bytes(folder / "tokenizer.json", made.to_str(pretty=True).encode())
+    write_json(
+        folder / "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            model_max_length=model.config.max_position_embeddings,
+            clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"],
+            **names,
+        ),
+    )
     return folder
+
 
 def masks_to_sentinels(ids: list[int], first: int, holes: int) -> np.ndarray:
     "Token ids in which each [MASK] has become the mark of the next hole. Raises `UsageError` for none, or more than `holes`."
     row = np.array(ids, np.int32)
     n = int((row == MASK).sum())
-    if not 1 <= n <= holes: raise UsageError(f"A prompt has {n} [MASK]; this model fills 1 to {holes} holes.")
+    if not 1 <= n <= holes:
+        raise UsageError(f"A prompt has {n} [MASK]; this model fills 1 to {holes} holes.")
     row[row == MASK] = first + np.arange(n)
     return row
 
-def untrained_baselines(rows: np.ndarray, held: np.ndarray, train_ids: list, vocabulary: int, seed: int, share: float, mean: float, counted: int) -> dict:
+
+def untrained_baselines(
+    rows: np.ndarray,
+    held: np.ndarray,
+    train_ids: list,
+    vocabulary: int,
+    seed: int,
+    share: float,
+    mean: float,
+    counted: int,
+) -> dict:
     "What copying and counting make of the held rows: texts with holes, copies, edits and nats of each row, and the names of the ways."
     where = [sample_spans(rows.shape[1], (seed, 0, i), share, mean) for i in range(len(held))]
-    broken, follower = [corrupt_spans(row, h, vocabulary)[0] for row, h in zip(held, where)], most_frequent_successors(rows, vocabulary)
-    copier, counter = (best_baseline(ways, rows, vocabulary, follower, seed, share, mean) for ways in (copy_baselines(rows, vocabulary), bigram_baselines))
-    copies, followed = ([apply_baseline(b, way, follower, vocabulary) for b in broken] for _, way in (copier, counter))
+    broken, follower = (
+        [corrupt_spans(row, h, vocabulary)[0] for row, h in zip(held, where)],
+        most_frequent_successors(rows, vocabulary),
+    )
+    copier, counter = (
+        best_baseline(ways, rows, vocabulary, follower, seed, share, mean)
+        for ways in (copy_baselines(rows, vocabulary), bigram_baselines)
+    )
+    copies, followed = (
+        [apply_baseline(b, way, follower, vocabulary) for b in broken]
+        for _, way in (copier, counter)
+    )
     logp, tuned = token_log_probs(rows, vocabulary), np.linspace(0, 0.5, 26)
-    best = float(tuned[copy_baseline_nats(rows[:200], [sample_spans(rows.shape[1], (seed, 0, i), share, mean) for i in range(len(rows[:200]))], logp, tuned).sum(0).argmin()])
+    best = float(
+        tuned[
+            copy_baseline_nats(
+                rows[:200],
+                [
+                    sample_spans(rows.shape[1], (seed, 0, i), share, mean)
+                    for i in range(len(rows[:200]))
+                ],
+                logp,
+                tuned,
+            )
+            .sum(0)
+            .argmin()
+        ]
+    )
     copy_nats, unigram_nats = copy_baseline_nats(held, where, logp, [best, 0]).T
     enough = int(np.searchsorted(np.cumsum([len(e) + 1 for e in train_ids]), counted)) + 1
-    return dict(broken=broken, copies=copies, copier=copier, counter=counter, copy_share=best, copy_edits=edit_distances(copies, list(held)), counter_edits=edit_distances(followed, list(held)),
-                copy_nats=copy_nats, unigram_nats=unigram_nats, fivegram_nats=ngram_nats(Ngram(train_ids[:enough], vocabulary, 5, SEP), held, where))
+    return dict(
+        broken=broken,
+        copies=copies,
+        copier=copier,
+        counter=counter,
+        copy_share=best,
+        copy_edits=edit_distances(copies, list(held)),
+        counter_edits=edit_distances(followed, list(held)),
+        copy_nats=copy_nats,
+        unigram_nats=unigram_nats,
+        fivegram_nats=ngram_nats(Ngram(train_ids[:enough], vocabulary, 5, SEP), held, where),
+    )
+
 
 @stage_config
 class DenoisingConfig(StageConfig):
     "What the stage `denoise` may be told."
+
     size: str = "2x64"  # layers x hidden size, of the encoder and of the decoder
     seq_len: PositiveInt = 64  # tokens a row
     max_position_embeddings: PositiveInt = 128  # tokens the finished model can read, and write
@@ -431,6 +825,7 @@ class DenoisingConfig(StageConfig):
     previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
     seed: NonNegativeInt = 0  # decides first weights, order and spans
 
+
 def denoise(
     record: Record,  # Where the model goes: its artifact `writer`
     corpus: str | Path,
@@ -439,60 +834,230 @@ def denoise(
 ) -> Path:
     "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     from llmeco_nb.training.parallel import all_finished, current_world
+
     begun = time.monotonic()
     asked = config.fingerprint() | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     hidden, holes = span_counts(config.seq_len, config.noise_density, config.mean_span_length)
-    if config.seq_len > config.max_position_embeddings: raise UsageError(
+    if config.seq_len > config.max_position_embeddings:
+        raise UsageError(
             f"seq_len is {config.seq_len} and max_position_embeddings {config.max_position_embeddings}; "
             "a row cannot be longer than what the model reads."
         )
     cutter = open_tokenizer(tokenizer)
     V, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
-    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1.")
+    if not unseen:
+        raise DataError(
+            f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1."
+        )
     marked = [masks_to_sentinels(cutter.encode(p).ids, V, holes) for p in config.prompts]
     train_ids = encode_texts(cutter, read_split(corpus, "train").text)
-    rows, held = group_texts(train_ids, config.seq_len), group_texts(encode_texts(cutter, unseen), config.seq_len)
-    if len(held) <= config.eval_examples: raise DataError(f"The validation texts fill {len(held)} rows, and {config.eval_examples} of them (eval_examples) choose the weights: none are left to compare. Lower eval_examples, or take more texts.")
-    few, held = held[:config.eval_examples], held[config.eval_examples:][np.random.default_rng([config.seed, 22]).permutation(len(held) - config.eval_examples)[:config.final_eval_examples]]
-    beside = untrained_baselines(rows, held, train_ids, V, config.seed, config.noise_density, config.mean_span_length, config.baseline_tokens)         # before the plan, so that its time is in the budget
+    rows, held = (
+        group_texts(train_ids, config.seq_len),
+        group_texts(encode_texts(cutter, unseen), config.seq_len),
+    )
+    if len(held) <= config.eval_examples:
+        raise DataError(
+            f"The validation texts fill {len(held)} rows, and {config.eval_examples} of them (eval_examples) choose the weights: none are left to compare. Lower eval_examples, or take more texts."
+        )
+    few, held = (
+        held[: config.eval_examples],
+        held[config.eval_examples :][
+            np.random.default_rng([config.seed, 22]).permutation(len(held) - config.eval_examples)[
+                : config.final_eval_examples
+            ]
+        ],
+    )
+    beside = untrained_baselines(
+        rows,
+        held,
+        train_ids,
+        V,
+        config.seed,
+        config.noise_density,
+        config.mean_span_length,
+        config.baseline_tokens,
+    )  # before the plan, so that its time is in the budget
     seed_everything(config.seed)
-    model, kind = new_seq2seq(rows, V, config.size, config.max_position_embeddings, config.noise_density, config.mean_span_length, config.target, config.embedding_init, config.seed), (config.seed, config.noise_density, config.mean_span_length, V, config.target)
+    model, kind = (
+        new_seq2seq(
+            rows,
+            V,
+            config.size,
+            config.max_position_embeddings,
+            config.noise_density,
+            config.mean_span_length,
+            config.target,
+            config.embedding_init,
+            config.seed,
+        ),
+        (config.seed, config.noise_density, config.mean_span_length, V, config.target),
+    )
     before = validation_scores(model.eval(), held, *kind)[:, 0]
-    optimiser = Optimiser(model, config.lr or 3e-3, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision)
-    make, tokens = lambda n, index: denoise_batches(rows, n, *kind)(index), lambda b: b["input_ids"].numel() + b["written"].numel()
+    optimiser = Optimiser(
+        model, config.lr or 3e-3, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision
+    )
+    make, tokens = (
+        lambda n, index: denoise_batches(rows, n, *kind)(index),
+        lambda b: b["input_ids"].numel() + b["written"].numel(),
+    )
+
     def evaluate(m):
         nats, right, cut, every, said = validation_scores(m, few, *kind).sum(0)
-        return dict(validation_loss=every / said, hidden_loss=nats / cut, hidden_accuracy=right / cut)
+        return dict(
+            validation_loss=every / said, hidden_loss=nats / cut, hidden_accuracy=right / cut
+        )
+
     def plan_of(n, a_step, an_evaluation):
-        rest = 10 * an_evaluation * len(held) / len(few)                                    # at the end it writes, token by token
+        rest = 10 * an_evaluation * len(held) / len(few)  # at the end it writes, token by token
         return pretrain_plan(config, time.monotonic() - begun + rest, a_step, an_evaluation, n)
-    a_row, padded = config.seq_len - 1 if config.target == "text" else hidden + 2 * holes, lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()}      # rows of a large batch are as long as its longest
-    law = chunked_memory_model(model, lambda parts: lambda m, b, backward: denoise_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(n * a_row, V), a_row, padded, optimiser)
+
+    a_row, padded = (
+        config.seq_len - 1 if config.target == "text" else hidden + 2 * holes,
+        lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()},
+    )  # rows of a large batch are as long as its longest
+    law = chunked_memory_model(
+        model,
+        lambda parts: lambda m, b, backward: denoise_loss_step(m, b, backward, parts),
+        lambda n: num_loss_chunks(n * a_row, V),
+        a_row,
+        padded,
+        optimiser,
+    )
     with retain_freed_memory():
-        plan = plan_training(record, asked, model, denoise_loss_step, make, optimiser, plan_of, config.batch_size, config.lr, tokens, evaluate, config.grad_accum_steps, law, earlier=config.previous_runs)
-        batches = denoise_batches(rows, plan["batch"], *kind, current_world().size, current_world().rank)
-        result = train(model, denoise_loss_step, batches, optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="denoise")
-        foretold = record_actual(record, model, denoise_loss_step, make, optimiser, plan, result, result["best"])
+        plan = plan_training(
+            record,
+            asked,
+            model,
+            denoise_loss_step,
+            make,
+            optimiser,
+            plan_of,
+            config.batch_size,
+            config.lr,
+            tokens,
+            evaluate,
+            config.grad_accum_steps,
+            law,
+            earlier=config.previous_runs,
+        )
+        batches = denoise_batches(
+            rows, plan["batch"], *kind, current_world().size, current_world().rank
+        )
+        result = train(
+            model,
+            denoise_loss_step,
+            batches,
+            optimiser,
+            plan,
+            record,
+            evaluate,
+            size=tokens,
+            identity=dict(asked=plan["asked"]),
+            name="denoise",
+        )
+        foretold = record_actual(
+            record, model, denoise_loss_step, make, optimiser, plan, result, result["best"]
+        )
     if not all_finished():
         return record.artifact("writer")
     optimiser.finish().eval()
-    longest = config.seq_len - 1 if config.target == "text" else min(config.max_position_embeddings, 3 * hidden + 2 * holes)     # holes may be filled with more than was cut out
-    ours, final = denoise_texts(model, beside["broken"], V, longest, config.mean_span_length, config.target), validation_scores(model, held, *kind)
-    wrong, hidden = edit_distances(ours, list(held)), float(final[:, 2].mean())                        # all numbers are given for each hidden token of an average row
-    write_json(record.path/"held.json", [dict(edits=e / hidden, copy_edits=c / hidden, counter_edits=k / hidden, right=r / hidden, bits=n / hidden / math.log(2), copy_bits=q / hidden / math.log(2), fivegram_bits=f / hidden / math.log(2))
-                                         for e, c, k, r, n, q, f in zip(*(a.tolist() for a in (wrong, beside["copy_edits"], beside["counter_edits"], final[:, 1], final[:, 0], beside["copy_nats"], beside["fivegram_nats"])))])
+    longest = (
+        config.seq_len - 1
+        if config.target == "text"
+        else min(config.max_position_embeddings, 3 * hidden + 2 * holes)
+    )  # holes may be filled with more than was cut out
+    ours, final = (
+        denoise_texts(model, beside["broken"], V, longest, config.mean_span_length, config.target),
+        validation_scores(model, held, *kind),
+    )
+    wrong, hidden = (
+        edit_distances(ours, list(held)),
+        float(final[:, 2].mean()),
+    )  # all numbers are given for each hidden token of an average row
+    write_json(
+        record.path / "held.json",
+        [
+            dict(
+                edits=e / hidden,
+                copy_edits=c / hidden,
+                counter_edits=k / hidden,
+                right=r / hidden,
+                bits=n / hidden / math.log(2),
+                copy_bits=q / hidden / math.log(2),
+                fivegram_bits=f / hidden / math.log(2),
+            )
+            for e, c, k, r, n, q, f in zip(
+                *(
+                    a.tolist()
+                    for a in (
+                        wrong,
+                        beside["copy_edits"],
+                        beside["counter_edits"],
+                        final[:, 1],
+                        final[:, 0],
+                        beside["copy_nats"],
+                        beside["fivegram_nats"],
+                    )
+                )
+            )
+        ],
+    )
     words = lambda ids: cutter.decode([int(t) for t in ids])
-    with_blanks = lambda ids: " ____ ".join(words(part[part < V]) for part in np.split(ids, np.flatnonzero(ids >= V)))
-    first_text = lambda ids: ids[:ids.tolist().index(SEP)] if SEP in ids else ids                     # a prompt is one text; what `text` writes after it is another
-    write_json(record.path/"examples.json", [dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="") for m, f in zip(marked, denoise_texts(model, marked, V, longest, config.mean_span_length, config.target))] +
-               [dict(text=with_blanks(b), truth=words(t), ours=words(o), copied=words(c)) for b, t, o, c in list(zip(beside["broken"], held, ours, beside["copies"]))[:4]])
+    with_blanks = lambda ids: " ____ ".join(
+        words(part[part < V]) for part in np.split(ids, np.flatnonzero(ids >= V))
+    )
+    first_text = lambda ids: (
+        ids[: ids.tolist().index(SEP)] if SEP in ids else ids
+    )  # a prompt is one text; what `text` writes after it is another
+    write_json(
+        record.path / "examples.json",
+        [
+            dict(text=with_blanks(m), truth="", ours=words(first_text(f)), copied="")
+            for m, f in zip(
+                marked,
+                denoise_texts(model, marked, V, longest, config.mean_span_length, config.target),
+            )
+        ]
+        + [
+            dict(text=with_blanks(b), truth=words(t), ours=words(o), copied=words(c))
+            for b, t, o, c in list(zip(beside["broken"], held, ours, beside["copies"]))[:4]
+        ],
+    )
     save_seq2seq(model, tokenizer, record.artifact("writer"), config.target)
     copier, way = beside["copier"]
-    speed, per_hidden, bits = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r), lambda x: float(x.mean() / hidden), lambda nats: float(nats.mean() / hidden / math.log(2))
-    record.save_metrics(edits=per_hidden(wrong), copy_edits=per_hidden(beside["copy_edits"]), counter_edits=per_hidden(beside["counter_edits"]), hidden_accuracy=per_hidden(final[:, 1]),
-                        hidden_bits=bits(final[:, 0]), start_bits=bits(before), copy_bits=bits(beside["copy_nats"]), unigram_bits=bits(beside["unigram_nats"]), fivegram_bits=bits(beside["fivegram_nats"]),
-                        copier=f"always “{words(way[1])}”" if way[0] == "fixed" and way[1] else copier, counter=beside["counter"][0], copy_share=beside["copy_share"],
-                        validation_loss=final[:, 3].sum() / final[:, 4].sum(), best_step=result["best_step"], steps=result["steps"],
-                        tokens=result["tokens"], seconds=result["seconds"], tokens_per_s=speed, epochs=result["steps"] * plan["batch"] * config.grad_accum_steps / len(rows), rows=len(rows), held_rows=len(held), hidden=hidden, holes=holes, vocabulary=V,
-                        parameters=sum(p.numel() for p in model.parameters()), batch=plan["batch"], lr=optimiser.lr, **foretold)
+    speed, per_hidden, bits = (
+        statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r),
+        lambda x: float(x.mean() / hidden),
+        lambda nats: float(nats.mean() / hidden / math.log(2)),
+    )
+    record.save_metrics(
+        edits=per_hidden(wrong),
+        copy_edits=per_hidden(beside["copy_edits"]),
+        counter_edits=per_hidden(beside["counter_edits"]),
+        hidden_accuracy=per_hidden(final[:, 1]),
+        hidden_bits=bits(final[:, 0]),
+        start_bits=bits(before),
+        copy_bits=bits(beside["copy_nats"]),
+        unigram_bits=bits(beside["unigram_nats"]),
+        fivegram_bits=bits(beside["fivegram_nats"]),
+        copier=f"always “{words(way[1])}”" if way[0] == "fixed" and way[1] else copier,
+        counter=beside["counter"][0],
+        copy_share=beside["copy_share"],
+        validation_loss=final[:, 3].sum() / final[:, 4].sum(),
+        best_step=result["best_step"],
+        steps=result["steps"],
+        tokens=result["tokens"],
+        seconds=result["seconds"],
+        tokens_per_s=speed,
+        epochs=result["steps"] * plan["batch"] * config.grad_accum_steps / len(rows),
+        rows=len(rows),
+        held_rows=len(held),
+        hidden=hidden,
+        holes=holes,
+        vocabulary=V,
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch=plan["batch"],
+        lr=optimiser.lr,
+        **foretold,
+    )
     return record.artifact("writer")

@@ -15,89 +15,143 @@ import statistics
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import numpy as np
-
-from ..core import DataError, Record, UsageError, cached_fixture, create_record
-from ..core import seed_everything, sha256_of, write_json
-from ..data.corpus import read_split
-from ..tokenization.wordpiece import TokenizerConfig, build_tokenizer, encode_texts
-from ..tokenization.wordpiece import open_tokenizer, special_tokens
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from typing import Annotated, Literal, get_args
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    Record,
+    UsageError,
+    cached_fixture,
+    create_record,
+    seed_everything,
+    sha256_of,
+    write_json,
+)
+from ..data.corpus import read_split
+from llmeco_nb.tokenization.wordpiece import (
+    TokenizerConfig,
+    build_tokenizer,
+    encode_texts,
+    open_tokenizer,
+    special_tokens,
+)
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #c0219f90
 def small_tokenizer(vocabulary: int = 2000) -> Path:
     "The folder of a tokenizer for the small corpus, made at the first call under runs/scratch."
     from llmeco_nb.data.corpus import small_corpus
+
     corpus = small_corpus()
-    def make(folder): build_tokenizer(create_record(folder, "tokenizer"), corpus, TokenizerConfig(vocab_size=vocabulary))
-    return cached_fixture("tokenizer-small", make, vocabulary, build_tokenizer, corpus)/"tokenizer"
+
+    def make(folder):
+        build_tokenizer(
+            create_record(folder, "tokenizer"), corpus, TokenizerConfig(vocab_size=vocabulary)
+        )
+
+    return (
+        cached_fixture("tokenizer-small", make, vocabulary, build_tokenizer, corpus) / "tokenizer"
+    )
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #6c3139ad
 CLS, SEP, MASK = (special_tokens.index(f"[{name}]") for name in ("CLS", "SEP", "MASK"))
 
-def group_texts(encoded: list,  # Token ids of every text
-                length: int     # Tokens a row, special ones included
-               ) -> np.ndarray:
+
+def group_texts(
+    encoded: list,  # Token ids of every text
+    length: int,  # Tokens a row, special ones included
+) -> np.ndarray:
     "Rows (n, length) of int32 that hold all texts one after the other; what does not fill a last row is left out. Raises `UsageError`, `DataError`."
-    if length < 8: raise UsageError(f"seq_len is {length}; a row needs at least 8 tokens.")
+    if length < 8:
+        raise UsageError(f"seq_len is {length}; a row needs at least 8 tokens.")
     inner = length - 2
     stream = np.concatenate([np.append(e, SEP) for e in encoded]) if encoded else np.zeros(0)
     n = len(stream) // inner
-    if not n: raise DataError(f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of {length}. Take more texts, or lower seq_len.")
+    if not n:
+        raise DataError(
+            f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of {length}. Take more texts, or lower seq_len."
+        )
     rows = np.empty((n, length), dtype=np.int32)
-    rows[:, 0], rows[:, -1], rows[:, 1:-1] = CLS, SEP, stream[:n * inner].reshape(n, inner)
+    rows[:, 0], rows[:, -1], rows[:, 1:-1] = CLS, SEP, stream[: n * inner].reshape(n, inner)
     return rows
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #8af6f6da
-def mask_row(row: np.ndarray,   # (length,) token ids
-             key: tuple,        # Whole numbers that decide: seed, epoch, index of the row
-             share: float,      # Of the ordinary tokens, to hide
-             vocabulary: int    # Number of pieces
-            ) -> tuple[np.ndarray, np.ndarray]:
+def mask_row(
+    row: np.ndarray,  # (length,) token ids
+    key: tuple,  # Whole numbers that decide: seed, epoch, index of the row
+    share: float,  # Of the ordinary tokens, to hide
+    vocabulary: int,  # Number of pieces
+) -> tuple[np.ndarray, np.ndarray]:
     "The row as the network sees it, and the positions it is asked about. A function of the arguments alone; special tokens are never hidden."
     draw = np.random.default_rng(key)
     ordinary = np.flatnonzero(row >= len(special_tokens))
-    hidden = np.sort(draw.permutation(ordinary)[:max(1, round(share * len(ordinary)))])
-    lot, other = draw.random(len(hidden)), draw.integers(len(special_tokens), vocabulary, len(hidden))
+    hidden = np.sort(draw.permutation(ordinary)[: max(1, round(share * len(ordinary)))])
+    lot, other = (
+        draw.random(len(hidden)),
+        draw.integers(len(special_tokens), vocabulary, len(hidden)),
+    )
     seen = row.copy()
     seen[hidden] = np.where(lot < 0.8, MASK, np.where(lot < 0.9, other, row[hidden]))
     return seen, hidden
 
-def masked_batch(rows: np.ndarray, # (n, length)
-                 which,            # Indices of the rows of this batch
-                 epochs,           # Epoch of each
-                 seed: int, share: float, vocabulary: int) -> dict:
+
+def masked_batch(
+    rows: np.ndarray,  # (n, length)
+    which,  # Indices of the rows of this batch
+    epochs,  # Epoch of each
+    seed: int,
+    share: float,
+    vocabulary: int,
+) -> dict:
     "Tensors input_ids (len(which), length), positions and targets (hidden,): positions index the flattened input_ids."
     import torch
+
     seen, places, length = [], [], rows.shape[1]
     for k, (i, e) in enumerate(zip(which, epochs)):
         row, hidden = mask_row(rows[i], (seed, int(e), int(i)), share, vocabulary)
-        seen.append(row); places.append(hidden + k * length)
+        seen.append(row)
+        places.append(hidden + k * length)
     positions = np.concatenate(places)
-    return dict(input_ids=torch.from_numpy(np.stack(seen).astype(np.int64)), positions=torch.from_numpy(positions),
-                targets=torch.from_numpy(rows[np.asarray(which)].ravel()[positions].astype(np.int64)))
+    return dict(
+        input_ids=torch.from_numpy(np.stack(seen).astype(np.int64)),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(rows[np.asarray(which)].ravel()[positions].astype(np.int64)),
+    )
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #e8eeb443
-def mlm_batches(rows: np.ndarray, batch: int, seed: int, share: float, vocabulary: int,
-                world: int = 1, rank: int = 0   # Of so many processes, the part of this one
-               ):
+def mlm_batches(
+    rows: np.ndarray,
+    batch: int,
+    seed: int,
+    share: float,
+    vocabulary: int,
+    world: int = 1,
+    rank: int = 0,  # Of so many processes, the part of this one
+):
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
-    from llmeco_nb.training.parallel import rank_slice
     from llmeco_nb.training.loop import batch_indices
+    from llmeco_nb.training.parallel import rank_slice
+
     def batches(index: int) -> dict:
-        return masked_batch(rows, batch_indices(index, batch, len(rows), seed, world, rank), np.array(rank_slice(index, batch, world, rank)) // len(rows), seed, share, vocabulary)
+        return masked_batch(
+            rows,
+            batch_indices(index, batch, len(rows), seed, world, rank),
+            np.array(rank_slice(index, batch, world, rank)) // len(rows),
+            seed,
+            share,
+            vocabulary,
+        )
+
     return batches
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #b4769ae7
 def unigram_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
     "Log-probability (vocabulary,) of each token by its frequency in `rows`, half an occurrence added to each; special tokens counted as absent."
     counts = np.bincount(rows.ravel(), minlength=vocabulary)[:vocabulary] + 0.0
-    counts[:len(special_tokens)] = 0
+    counts[: len(special_tokens)] = 0
     return np.log((counts + 0.5) / (counts + 0.5).sum()).astype(np.float32)
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #8292c293
@@ -105,110 +159,168 @@ def unigram_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
 def single_thread():
     "torch works with one thread in the block: with several, the last digits of a sum depend on how many the machine has at that moment, and an interrupted run would not begin where the first attempt did."
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-def window_ppmi_embeddings(rows: np.ndarray,   # (n, length)
-                           vocabulary: int,
-                           width: int,         # Of the embeddings
-                           contexts: int = 2000, # Most frequent tokens to count as company
-                           window: int = 5,    # Places to each side
-                           spread: float = 0.04 # Standard deviation of the result
-                          ) -> np.ndarray:
+
+def window_ppmi_embeddings(
+    rows: np.ndarray,  # (n, length)
+    vocabulary: int,
+    width: int,  # Of the embeddings
+    contexts: int = 2000,  # Most frequent tokens to count as company
+    window: int = 5,  # Places to each side
+    spread: float = 0.04,  # Standard deviation of the result
+) -> np.ndarray:
     "Word embeddings (vocabulary, width) from the singular vectors of positive pointwise mutual information; float32, mean 0. Tokens never seen get 0."
     import torch
+
     frequency = np.bincount(rows.ravel(), minlength=vocabulary)
-    frequency[:len(special_tokens)] = 0
-    top = np.argsort(-frequency, kind="stable")[:min(contexts, int((frequency > 0).sum()))]
+    frequency[: len(special_tokens)] = 0
+    top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
     column = np.full(vocabulary, -1)
     column[top] = np.arange(len(top))
     met = np.zeros(vocabulary * len(top), dtype=np.float32)
     for k in range(1, window + 1):
         for a, c in ((rows[:, :-k], rows[:, k:]), (rows[:, k:], rows[:, :-k])):
             c = column[c].ravel()
-            met += np.bincount(a.ravel()[c >= 0].astype(np.int64) * len(top) + c[c >= 0], minlength=len(met)).astype(np.float32)
+            met += np.bincount(
+                a.ravel()[c >= 0].astype(np.int64) * len(top) + c[c >= 0], minlength=len(met)
+            ).astype(np.float32)
     met = torch.from_numpy(met.reshape(vocabulary, len(top)))
     return ppmi_svd(met, width, spread)
+
 
 @single_thread()
 def ppmi_svd(met, width: int, spread: float) -> np.ndarray:
     "Word vectors (vocabulary, width), mean 0 and standard deviation `spread`, from how often each token met each context: `met`, float32 (vocabulary, contexts). Who met nobody gets 0."
     import torch
-    met[:len(special_tokens)] = 0
-    common = met.sum(0).pow(0.75)                              # the power keeps rare company from dominating (Levy et al. 2015)
-    ppmi = (met / met.sum(1, keepdim=True).clamp(min=1) / (common / common.sum()).clamp(min=1e-12)).clamp(min=1).log()
-    values, vectors = torch.linalg.eigh(ppmi.T @ ppmi)         # singular values squared, ascending
+
+    met[: len(special_tokens)] = 0
+    common = met.sum(0).pow(0.75)  # the power keeps rare company from dominating (Levy et al. 2015)
+    ppmi = (
+        (met / met.sum(1, keepdim=True).clamp(min=1) / (common / common.sum()).clamp(min=1e-12))
+        .clamp(min=1)
+        .log()
+    )
+    values, vectors = torch.linalg.eigh(ppmi.T @ ppmi)  # singular values squared, ascending
     values, vectors = values.flip(0)[:width].clamp(min=1e-6), vectors.flip(1)[:, :width]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()   # a sign is free; fix it
+    vectors = (
+        vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    )  # a sign is free; fix it
     found = torch.zeros(len(met), width)
-    found[:, :vectors.shape[1]] = ppmi @ vectors * values.pow(-0.25)
+    found[:, : vectors.shape[1]] = ppmi @ vectors * values.pow(-0.25)
     seen = met.sum(1) > 0
     found[seen] -= found[seen].mean(0)
     return (found / found[seen].std() * spread).numpy()
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #d55d067c
-def document_ppmi_embeddings(encoded: list,        # Token ids of every text
-                             vocabulary: int,
-                             width: int,           # Of the embeddings
-                             contexts: int = 2000, # Tokens in most texts, to count as company
-                             spread: float = 0.04  # Root mean square of every vector
-                            ) -> np.ndarray:
+def document_ppmi_embeddings(
+    encoded: list,  # Token ids of every text
+    vocabulary: int,
+    width: int,  # Of the embeddings
+    contexts: int = 2000,  # Tokens in most texts, to count as company
+    spread: float = 0.04,  # Root mean square of every vector
+) -> np.ndarray:
     "Word embeddings from the same factorisation, with all tokens of a text as the company of each, however often they occur; all of one length; float32 (vocabulary, width)."
     import torch
     from scipy.sparse import csr_matrix
-    flat, owner = np.concatenate(encoded), np.repeat(np.arange(len(encoded)), [len(e) for e in encoded])
-    inside = csr_matrix((np.ones(len(flat), np.float32), (owner, flat)), shape=(len(encoded), vocabulary))
+
+    flat, owner = (
+        np.concatenate(encoded),
+        np.repeat(np.arange(len(encoded)), [len(e) for e in encoded]),
+    )
+    inside = csr_matrix(
+        (np.ones(len(flat), np.float32), (owner, flat)), shape=(len(encoded), vocabulary)
+    )
     inside.data[:] = 1
     texts_with = inside.getnnz(axis=0)
-    texts_with[:len(special_tokens)] = 0
-    top = np.argsort(-texts_with, kind="stable")[:min(contexts, int((texts_with > 0).sum()))]
+    texts_with[: len(special_tokens)] = 0
+    top = np.argsort(-texts_with, kind="stable")[: min(contexts, int((texts_with > 0).sum()))]
     found = ppmi_svd(torch.from_numpy((inside.T @ inside[:, top]).toarray()), width, spread)
-    length = np.linalg.norm(found, axis=1, keepdims=True)            # the rarer a token, the longer its vector, which says how rare it is and no more
+    length = np.linalg.norm(
+        found, axis=1, keepdims=True
+    )  # the rarer a token, the longer its vector, which says how rare it is and no more
     return spread * width**0.5 * found / np.where(length > 0, length, 1)
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #fb880147
 EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
 
-def init_mlm_model(rows: np.ndarray, vocabulary: int, size: str, positions: int, embedding_init: str, seed: int,
-                   encoded: list = ()  # Token ids of every text, for document_ppmi
-                  ):
+
+def init_mlm_model(
+    rows: np.ndarray,
+    vocabulary: int,
+    size: str,
+    positions: int,
+    embedding_init: str,
+    seed: int,
+    encoded: list = (),  # Token ids of every text, for document_ppmi
+):
     "A new BertForMaskedLM that knows the tokens' frequencies and, unless `embedding_init` is random, what they occur with. Raises `UsageError`."
     import torch
+
     from llmeco_nb.models.encoder import new_encoder
-    if embedding_init not in get_args(EmbeddingInit): raise UsageError(f"embedding_init is {embedding_init!r}; it is window_ppmi, document_ppmi or random.")
-    if embedding_init == "document_ppmi" and not len(encoded): raise UsageError("embedding_init is document_ppmi, and no texts are given as encoded. Give the token ids of every text.")
+
+    if embedding_init not in get_args(EmbeddingInit):
+        raise UsageError(
+            f"embedding_init is {embedding_init!r}; it is window_ppmi, document_ppmi or random."
+        )
+    if embedding_init == "document_ppmi" and not len(encoded):
+        raise UsageError(
+            "embedding_init is document_ppmi, and no texts are given as encoded. Give the token ids of every text."
+        )
     model = new_encoder(vocabulary, size, positions, seed=seed)
     with torch.no_grad():
         model.cls.predictions.bias.copy_(torch.from_numpy(unigram_log_probs(rows, vocabulary)))
         table = model.bert.embeddings.word_embeddings.weight
         if embedding_init != "random":
             width = table.shape[1]
-            found = torch.from_numpy(window_ppmi_embeddings(rows, vocabulary, width) if embedding_init == "window_ppmi" else document_ppmi_embeddings(encoded, vocabulary, width))
-            seen = found.abs().sum(1) > 0                          # special tokens and what was never met keep their random vectors
+            found = torch.from_numpy(
+                window_ppmi_embeddings(rows, vocabulary, width)
+                if embedding_init == "window_ppmi"
+                else document_ppmi_embeddings(encoded, vocabulary, width)
+            )
+            seen = (
+                found.abs().sum(1) > 0
+            )  # special tokens and what was never met keep their random vectors
             table[seen] = found[seen]
     return model
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #0a65ff69
-def validation_losses(model, rows: np.ndarray, seed: int, share: float, vocabulary: int, batch: int = 32) -> np.ndarray:
+def validation_losses(
+    model, rows: np.ndarray, seed: int, share: float, vocabulary: int, batch: int = 32
+) -> np.ndarray:
     "Per row (n, 3): summed loss in nats, number of right guesses, number of hidden tokens; masks are those of epoch 0."
     import torch
+
     from llmeco_nb.models.encoder import mlm_logits
+
     found = np.zeros((len(rows), 3))
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
         b = masked_batch(rows, which, [0] * len(which), seed, share, vocabulary)
-        with torch.inference_mode(): logits = mlm_logits(model, b["input_ids"].to(model.device), b["positions"].to(model.device)).cpu()
-        loss, right = torch.nn.functional.cross_entropy(logits, b["targets"], reduction="none"), logits.argmax(-1) == b["targets"]
+        with torch.inference_mode():
+            logits = mlm_logits(
+                model, b["input_ids"].to(model.device), b["positions"].to(model.device)
+            ).cpu()
+        loss, right = (
+            torch.nn.functional.cross_entropy(logits, b["targets"], reduction="none"),
+            logits.argmax(-1) == b["targets"],
+        )
         owner = s + b["positions"].numpy() // rows.shape[1]
-        for k, column in enumerate((loss.numpy(), right.numpy(), np.ones(len(owner)))): np.add.at(found[:, k], owner, column)
+        for k, column in enumerate((loss.numpy(), right.numpy(), np.ones(len(owner)))):
+            np.add.at(found[:, k], owner, column)
     return found
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #376ef0a4
 @stage_config
 class MLMConfig(StageConfig):
     "What the stage `pretrain` may be told."
+
     size: str = "2x64"  # layers x hidden size, or tiny, mini, small, medium, base
     seq_len: PositiveInt = 64  # tokens a row
     max_position_embeddings: PositiveInt = 512  # tokens the finished encoder can read
@@ -249,18 +361,29 @@ def pretrain_plan(
     """The plan: whole numbers and names. At least ten steps, however short the time. Raises `UsageError`
     for ratios that are together more than 1."""
     import torch
+
     if config.warmup_ratio + config.decay_ratio > 1:
         raise UsageError(
             f"warmup_ratio is {config.warmup_ratio} and decay_ratio {config.decay_ratio}; together they are at most 1."
         )
     steps = config.steps
     if config.minutes:
-        left = 60 * config.minutes - spent - config.num_evals * evaluation_s - 4  # 4 s to save and to look back
+        left = (
+            60 * config.minutes - spent - config.num_evals * evaluation_s - 4
+        )  # 4 s to save and to look back
         steps = max(10, int(left / step_s))
-    def share(ratio: float) -> int: return max(1, math.floor(steps * ratio + 1e-9))
+
+    def share(ratio: float) -> int:
+        return max(1, math.floor(steps * ratio + 1e-9))
+
     return dict(
-        steps=steps, schedule="wsd", warmup=share(config.warmup_ratio), decay=share(config.decay_ratio), batch=batch_size,
-        threads=torch.get_num_threads(), log_every=max(1, steps // 200),
+        steps=steps,
+        schedule="wsd",
+        warmup=share(config.warmup_ratio),
+        decay=share(config.decay_ratio),
+        batch=batch_size,
+        threads=torch.get_num_threads(),
+        log_every=max(1, steps // 200),
         evaluate_every=max(1, math.ceil(steps / config.num_evals)),
         checkpoint_every=max(1, round(20 / step_s)) if config.minutes else max(1, steps // 4),
         **(dict(patience=config.patience) if hasattr(config, "patience") else {}),
@@ -270,58 +393,88 @@ def pretrain_plan(
 def tile_position_embeddings(model, length: int):
     "Fill the position vectors from `length` on with those learned inside rows (places 1 to length-2), over and over."
     import torch
+
     table = model.bert.embeddings.position_embeddings.weight
     with torch.no_grad():
-        for p in range(length, len(table)): table[p] = table[1 + (p - 1) % (length - 2)]
+        for p in range(length, len(table)):
+            table[p] = table[1 + (p - 1) % (length - 2)]
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #33a4061f
 def fill_mask(model, tokenizer, text: str, top: int = 5) -> list[tuple[str, float]]:
     "The likeliest tokens for the first [MASK] of `text`, with their probabilities. Raises `UsageError` if it holds none."
     import torch
+
     from llmeco_nb.models.encoder import mlm_logits
-    ids = torch.tensor([tokenizer.encode(text).ids[:model.config.max_position_embeddings]])
-    if not (ids == MASK).any(): raise UsageError(f"{text!r} holds no [MASK].")
+
+    ids = torch.tensor([tokenizer.encode(text).ids[: model.config.max_position_embeddings]])
+    if not (ids == MASK).any():
+        raise UsageError(f"{text!r} holds no [MASK].")
     place = (ids[0] == MASK).nonzero()[0]
-    with torch.inference_mode(): p, which = mlm_logits(model, ids, place).softmax(-1)[0].topk(top)
+    with torch.inference_mode():
+        p, which = mlm_logits(model, ids, place).softmax(-1)[0].topk(top)
     return [(tokenizer.id_to_token(i), v) for i, v in zip(which.tolist(), p.tolist())]
 
-def examples(model, tokenizer, texts: list[str], prompts: list[str], seed: int, n: int = 6) -> list[dict]:
+
+def examples(
+    model, tokenizer, texts: list[str], prompts: list[str], seed: int, n: int = 6
+) -> list[dict]:
     "Prompts and `n` unseen texts, each with one word hidden, and what the model makes of it: {text, truth, guesses}."
     found = [dict(text=t, truth="", guesses=fill_mask(model, tokenizer, t)) for t in prompts]
     draw = np.random.default_rng([seed, 7])
     for text in texts:
         words = text.split()[:25]
-        plain = [i for i, w in enumerate(words[:-1]) if w.isalpha() and len(w) > 3 and tokenizer.token_to_id(w.lower()) is not None]
-        if len(found) >= n + len(prompts) or len(words) < 12 or not plain: continue
+        plain = [
+            i
+            for i, w in enumerate(words[:-1])
+            if w.isalpha() and len(w) > 3 and tokenizer.token_to_id(w.lower()) is not None
+        ]
+        if len(found) >= n + len(prompts) or len(words) < 12 or not plain:
+            continue
         i = int(draw.choice(plain))
-        shown = " ".join([*words[:i], "[MASK]", *words[i + 1:]])
-        if MASK not in tokenizer.encode(shown).ids[:model.config.max_position_embeddings]: continue      # beyond what the encoder reads
-        found.append(dict(text=shown, truth=words[i].lower(), guesses=fill_mask(model, tokenizer, shown)))
+        shown = " ".join([*words[:i], "[MASK]", *words[i + 1 :]])
+        if MASK not in tokenizer.encode(shown).ids[: model.config.max_position_embeddings]:
+            continue  # beyond what the encoder reads
+        found.append(
+            dict(text=shown, truth=words[i].lower(), guesses=fill_mask(model, tokenizer, shown))
+        )
     return found
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #1d406d61
 def peak_gflops(dtype, seconds: float = 0.5) -> float:
     "The machine's speed now, at the present number of threads: the best of several products of 1024 x 1024 matrices, in GFLOP/s."
     from llmeco_nb.runner.machine import gflops
+
     return gflops(1024, dtype, seconds)
+
 
 def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
     "Write model and tokenizer as one folder for plain `transformers`."
     from transformers.utils import logging
+
     bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()          # a saved notebook would keep the empty bar
-    try: model.save_pretrained(folder)
+    logging.disable_progress_bar()  # a saved notebook would keep the empty bar
+    try:
+        model.save_pretrained(folder)
     finally:
-        if bar: logging.enable_progress_bar()
-    for f in sorted(Path(tokenizer_folder).iterdir()): shutil.copy(f, folder/f.name)
+        if bar:
+            logging.enable_progress_bar()
+    for f in sorted(Path(tokenizer_folder).iterdir()):
+        shutil.copy(f, folder / f.name)
+
 
 def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
     "One micro-batch for the training loop: summed loss of the hidden tokens, and their number. `parts` the loss is made in; 0: as few as its memory allows."
     from llmeco_nb.models.speedups import fast_mlm_loss
-    room = dict(max_logits=-(-len(batch["targets"]) // parts) * model.config.vocab_size) if parts else {}
+
+    room = (
+        dict(max_logits=-(-len(batch["targets"]) // parts) * model.config.vocab_size)
+        if parts
+        else {}
+    )
     loss = fast_mlm_loss(model, **batch, **room)
     backward(loss)
     return loss.detach(), len(batch["targets"])
+
 
 def pretrain(
     record: Record,  # Where the encoder goes: its artifact `encoder`
@@ -331,14 +484,16 @@ def pretrain(
 ) -> Path:
     "Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     import torch
-    from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
-    from llmeco_nb.training.forecast import chunked_memory_model
-    from llmeco_nb.training.activation_checkpointing import enable_activation_checkpointing
+
     from llmeco_nb.models.encoder import count_parameters, flops_per_token
+    from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
+    from llmeco_nb.training.activation_checkpointing import enable_activation_checkpointing
+    from llmeco_nb.training.forecast import chunked_memory_model
+    from llmeco_nb.training.loop import to_device, train
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, resolve_device
     from llmeco_nb.training.plan import plan_training, record_actual
-    from llmeco_nb.training.loop import to_device, train
+
     asked = config.fingerprint() | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     if not config.embedding_lr_scale and config.embedding_init == "random":
         raise UsageError(
@@ -352,46 +507,176 @@ def pretrain(
         )
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
-    if not unseen: raise DataError(f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1.")
+    if not unseen:
+        raise DataError(
+            f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1."
+        )
     for p in config.prompts:
-        if MASK not in cutter.encode(p).ids: raise UsageError(f"The prompt {p!r} holds no [MASK].")
+        if MASK not in cutter.encode(p).ids:
+            raise UsageError(f"The prompt {p!r} holds no [MASK].")
     encoded = encode_texts(cutter, read_split(corpus, "train").text)
-    rows, held = group_texts(encoded, config.seq_len), group_texts(encode_texts(cutter, unseen), config.seq_len)[:config.eval_examples]
+    rows, held = (
+        group_texts(encoded, config.seq_len),
+        group_texts(encode_texts(cutter, unseen), config.seq_len)[: config.eval_examples],
+    )
     seed_everything(config.seed)
-    model, hidden = use_fast_attention(init_mlm_model(rows, vocabulary, config.size, config.max_position_embeddings, config.embedding_init, config.seed, encoded)), len(mask_row(rows[0], (config.seed, 0, 0), config.mask_prob, vocabulary)[1])
-    enable_activation_checkpointing(model, config.activation_checkpointing).to(resolve_device(config.device))
+    model, hidden = (
+        use_fast_attention(
+            init_mlm_model(
+                rows,
+                vocabulary,
+                config.size,
+                config.max_position_embeddings,
+                config.embedding_init,
+                config.seed,
+                encoded,
+            )
+        ),
+        len(mask_row(rows[0], (config.seed, 0, 0), config.mask_prob, vocabulary)[1]),
+    )
+    enable_activation_checkpointing(model, config.activation_checkpointing).to(
+        resolve_device(config.device)
+    )
     counted = model.get_input_embeddings().weight.requires_grad_(config.embedding_lr_scale > 0)
-    exact, slower = counted.detach().cpu().clone(), (lambda name: config.embedding_lr_scale if "word_embeddings" in name else 1.0) if config.embedding_lr_scale < 1 else None
-    optimiser = Optimiser(model, config.lr or 3e-3, betas=(0.9, 0.98), eps=1e-6, precision=config.precision, rate=slower)
+    exact, slower = (
+        counted.detach().cpu().clone(),
+        (lambda name: config.embedding_lr_scale if "word_embeddings" in name else 1.0)
+        if config.embedding_lr_scale < 1
+        else None,
+    )
+    optimiser = Optimiser(
+        model,
+        config.lr or 3e-3,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        precision=config.precision,
+        rate=slower,
+    )
     judge = lambda m: validation_losses(m, held, config.seed, config.mask_prob, vocabulary)
+
     def evaluate(m):
         loss, right, n = judge(m).sum(0)
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
-    peak = current_world().size * peak_gflops(getattr(torch, "bfloat16" if config.precision == "bf16" else "float32"))
-    make, tokens = lambda n, index: to_device(mlm_batches(rows, n, config.seed, config.mask_prob, vocabulary)(index), model.device), lambda b: b["input_ids"].numel()
-    law = chunked_memory_model(model, lambda parts: lambda m, b, backward: mlm_loss_step(m, b, backward, parts), lambda n: num_loss_chunks(n * hidden, vocabulary), hidden, make, optimiser)
+
+    peak = current_world().size * peak_gflops(
+        getattr(torch, "bfloat16" if config.precision == "bf16" else "float32")
+    )
+    make, tokens = (
+        lambda n, index: to_device(
+            mlm_batches(rows, n, config.seed, config.mask_prob, vocabulary)(index), model.device
+        ),
+        lambda b: b["input_ids"].numel(),
+    )
+    law = chunked_memory_model(
+        model,
+        lambda parts: lambda m, b, backward: mlm_loss_step(m, b, backward, parts),
+        lambda n: num_loss_chunks(n * hidden, vocabulary),
+        hidden,
+        make,
+        optimiser,
+    )
+
     def plan_of(n, a_step, an_evaluation):
         return pretrain_plan(config, time.monotonic() - begun, a_step, an_evaluation, n)
+
     with retain_freed_memory():
-        plan = plan_training(record, asked, model, mlm_loss_step, make, optimiser, plan_of, config.batch_size, config.lr, tokens, evaluate, config.grad_accum_steps, law, earlier=config.previous_runs)
-        result = train(model, mlm_loss_step, mlm_batches(rows, plan["batch"], config.seed, config.mask_prob, vocabulary, current_world().size, current_world().rank), optimiser, plan, record, evaluate, size=tokens, identity=dict(asked=plan["asked"]), name="pretrain",
-                       flops=flops_per_token(model.config, config.seq_len, hidden / config.seq_len), roof=peak * 1e9)
-        foretold = record_actual(record, model, mlm_loss_step, make, optimiser, plan, result, result["best"])
+        plan = plan_training(
+            record,
+            asked,
+            model,
+            mlm_loss_step,
+            make,
+            optimiser,
+            plan_of,
+            config.batch_size,
+            config.lr,
+            tokens,
+            evaluate,
+            config.grad_accum_steps,
+            law,
+            earlier=config.previous_runs,
+        )
+        result = train(
+            model,
+            mlm_loss_step,
+            mlm_batches(
+                rows,
+                plan["batch"],
+                config.seed,
+                config.mask_prob,
+                vocabulary,
+                current_world().size,
+                current_world().rank,
+            ),
+            optimiser,
+            plan,
+            record,
+            evaluate,
+            size=tokens,
+            identity=dict(asked=plan["asked"]),
+            name="pretrain",
+            flops=flops_per_token(model.config, config.seq_len, hidden / config.seq_len),
+            roof=peak * 1e9,
+        )
+        foretold = record_actual(
+            record, model, mlm_loss_step, make, optimiser, plan, result, result["best"]
+        )
     if not all_finished():
         return record.artifact("encoder")
     optimiser.finish().eval().cpu()
-    if not config.embedding_lr_scale: model.get_input_embeddings().weight.data.copy_(exact)         # what is not trained has been rounded to 16 bits
+    if not config.embedding_lr_scale:
+        model.get_input_embeddings().weight.data.copy_(
+            exact
+        )  # what is not trained has been rounded to 16 bits
     final, logp = judge(model), unigram_log_probs(rows, vocabulary)
-    guess = np.array([-logp[held[i][mask_row(held[i], (config.seed, 0, i), config.mask_prob, vocabulary)[1]]].sum() for i in range(len(held))])
-    write_json(record.path/"held.json", [dict(model=m / n, unigram=g / n, hidden=int(n)) for (m, _, n), g in zip(final.tolist(), guess.tolist())])
-    write_json(record.path/"examples.json", examples(model, cutter, unseen, list(config.prompts), config.seed))
+    guess = np.array(
+        [
+            -logp[
+                held[i][mask_row(held[i], (config.seed, 0, i), config.mask_prob, vocabulary)[1]]
+            ].sum()
+            for i in range(len(held))
+        ]
+    )
+    write_json(
+        record.path / "held.json",
+        [
+            dict(model=m / n, unigram=g / n, hidden=int(n))
+            for (m, _, n), g in zip(final.tolist(), guess.tolist())
+        ],
+    )
+    write_json(
+        record.path / "examples.json",
+        examples(model, cutter, unseen, list(config.prompts), config.seed),
+    )
     tile_position_embeddings(model, config.seq_len)
     save_encoder(model, tokenizer, record.artifact("encoder"))
     speed = statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r)
-    work, n = flops_per_token(model.config, config.seq_len, final[:, 2].mean() / config.seq_len), final[:, 2].sum()
+    work, n = (
+        flops_per_token(model.config, config.seq_len, final[:, 2].mean() / config.seq_len),
+        final[:, 2].sum(),
+    )
     parts = count_parameters(model.config)
-    record.save_metrics(validation_loss=final[:, 0].sum() / n, validation_accuracy=final[:, 1].sum() / n, unigram_loss=guess.sum() / n, best_step=result["best_step"],
-                        steps=result["steps"], tokens=result["tokens"], epochs=result["tokens"] / rows.size, seconds=result["seconds"], tokens_per_s=speed,
-                        gflops=speed * work / 1e9, roof_gflops=peak, roof_share=speed * work / 1e9 / peak, rows=len(rows), held_rows=len(held),
-                        parameters=parts["total"], parameters_layers=parts["layers"], vocabulary=vocabulary, flops_per_token=work, batch=plan["batch"], lr=optimiser.lr, **foretold)
+    record.save_metrics(
+        validation_loss=final[:, 0].sum() / n,
+        validation_accuracy=final[:, 1].sum() / n,
+        unigram_loss=guess.sum() / n,
+        best_step=result["best_step"],
+        steps=result["steps"],
+        tokens=result["tokens"],
+        epochs=result["tokens"] / rows.size,
+        seconds=result["seconds"],
+        tokens_per_s=speed,
+        gflops=speed * work / 1e9,
+        roof_gflops=peak,
+        roof_share=speed * work / 1e9 / peak,
+        rows=len(rows),
+        held_rows=len(held),
+        parameters=parts["total"],
+        parameters_layers=parts["layers"],
+        vocabulary=vocabulary,
+        flops_per_token=work,
+        batch=plan["batch"],
+        lr=optimiser.lr,
+        **foretold,
+    )
     return record.artifact("encoder")

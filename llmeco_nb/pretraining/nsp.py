@@ -11,32 +11,47 @@ __all__ = ['NSP_LR_CANDIDATES', 'split_sentences', 'tokenize_documents', 'segmen
 import re
 import time
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-
-from ..core import DataError, Record, UsageError, cached_fixture, create_record
-from ..core import seed_everything, sha256_of, write_json
-from ..data.corpus import read_split
-from .mlm import CLS, MLMConfig, SEP, mask_row, pretrain, pretrain_plan
-from .mlm import save_encoder, small_tokenizer
-from ..tokenization.wordpiece import encode_texts, open_tokenizer
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from typing import Annotated, Literal
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    Record,
+    UsageError,
+    cached_fixture,
+    create_record,
+    seed_everything,
+    sha256_of,
+    write_json,
+)
+from ..data.corpus import read_split
+from llmeco_nb.pretraining.mlm import (
+    CLS,
+    SEP,
+    MLMConfig,
+    mask_row,
+    pretrain,
+    pretrain_plan,
+    save_encoder,
+    small_tokenizer,
+)
+from ..tokenization.wordpiece import encode_texts, open_tokenizer
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #a7a59b11
 def split_sentences(text: str) -> list[str]:
     "The sentences of a text: cut after `.`, `!` or `?` (and closing quotes or brackets) where white space follows. Joined by one space they are the text, but for its white space."
-    return [s for s in re.split(r'''(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+''', text.strip()) if s]
+    return [s for s in re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""", text.strip()) if s]
+
 
 def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
     "For every text its token ids, and the borders: places in the ids where a sentence ends and another begins."
     cut = [split_sentences(t) for t in texts]
     flat, found, at = encode_texts(tokenizer, [s for one in cut for s in one]), [], 0
     for one in cut:
-        parts, at = flat[at:at + len(one)], at + len(one)
+        parts, at = flat[at : at + len(one)], at + len(one)
         ends = np.cumsum([len(p) for p in parts])
         found.append((np.concatenate(parts) if parts else np.zeros(0, np.int32), ends[:-1]))
     return found
@@ -44,53 +59,103 @@ def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #8f55f19e
 def segment_lengths(length: int) -> tuple[int, int]:
     "Tokens of A and of B in a pair of `length` tokens, three of which are special. Raises `UsageError`."
-    if length < 11: raise UsageError(f"seq_len is {length}; a pair needs at least 11 tokens, 3 of them special.")
+    if length < 11:
+        raise UsageError(
+            f"seq_len is {length}; a pair needs at least 11 tokens, 3 of them special."
+        )
     return (length - 3) // 2, length - 3 - (length - 3) // 2
+
 
 def pair_boundaries(docs, length: int) -> np.ndarray:
     "All (document, border) with enough tokens on both sides for a pair of `length` tokens, shape (n, 2). Raises `DataError` if fewer than two documents have one."
     a, b = segment_lengths(length)
-    found = np.array([(d, at) for d, (ids, borders) in enumerate(docs) for at in borders if at >= a and len(ids) - at >= b], dtype=np.int64).reshape(-1, 2)
+    found = np.array(
+        [
+            (d, at)
+            for d, (ids, borders) in enumerate(docs)
+            for at in borders
+            if at >= a and len(ids) - at >= b
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 2)
     if len(np.unique(found[:, 0])) < 2:
-        raise DataError(f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens before and {b} after it. Take longer or more texts, or lower seq_len.")
+        raise DataError(
+            f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens before and {b} after it. Take longer or more texts, or lower seq_len."
+        )
     return found
 
-def nsp_example(docs, where: np.ndarray,
-                i: int,                      # Which of `where` A ends at
-                key: tuple,                  # Whole numbers that decide: seed, epoch, index
-                length: int,
-                follows: bool | None = None  # Whether B shall follow; None: the key decides, half and half
-               ) -> tuple[np.ndarray, int]:
+
+def nsp_example(
+    docs,
+    where: np.ndarray,
+    i: int,  # Which of `where` A ends at
+    key: tuple,  # Whole numbers that decide: seed, epoch, index
+    length: int,
+    follows: bool | None = None,  # Whether B shall follow; None: the key decides, half and half
+) -> tuple[np.ndarray, int]:
     "The row `[CLS] A [SEP] B [SEP]` and its label as transformers has it: 0 where B follows A, 1 where it comes from another document. A function of the arguments alone."
     (a, b), draw = segment_lengths(length), np.random.default_rng(key)
     coin = bool(draw.random() < 0.5)
-    if follows is None: follows = coin
+    if follows is None:
+        follows = coin
     (d, at), (e, start) = where[i], where[i]
-    while not follows and e == d: e, start = where[draw.integers(len(where))]
-    return np.concatenate([[CLS], docs[d][0][at - a:at], [SEP], docs[e][0][start:start + b], [SEP]]).astype(np.int32), int(not follows)
+    while not follows and e == d:
+        e, start = where[draw.integers(len(where))]
+    return np.concatenate(
+        [[CLS], docs[d][0][at - a : at], [SEP], docs[e][0][start : start + b], [SEP]]
+    ).astype(np.int32), int(not follows)
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #621f23ed
-def nsp_batch(docs, where, which, epochs, seed: int, length: int, share: float, vocabulary: int, follows=None) -> dict:
+def nsp_batch(
+    docs, where, which, epochs, seed: int, length: int, share: float, vocabulary: int, follows=None
+) -> dict:
     "Tensors input_ids and token_type_ids (n, length), next_sentence (n,), positions and targets (hidden,). `follows`: None, or for each pair whether B follows."
     import torch
+
     seen, labels, positions, targets = [], [], [], []
     for k, (i, e) in enumerate(zip(which, epochs)):
-        row, label = nsp_example(docs, where, int(i), (seed, int(e), int(i)), length, None if follows is None else follows[k])
+        row, label = nsp_example(
+            docs,
+            where,
+            int(i),
+            (seed, int(e), int(i)),
+            length,
+            None if follows is None else follows[k],
+        )
         shown, hidden = mask_row(row, (seed, int(e), int(i), 1), share, vocabulary)
-        seen.append(shown); labels.append(label); positions.append(hidden + k * length); targets.append(row[hidden])
+        seen.append(shown)
+        labels.append(label)
+        positions.append(hidden + k * length)
+        targets.append(row[hidden])
     segments = np.repeat([0, 1], [segment_lengths(length)[0] + 2, segment_lengths(length)[1] + 1])
     whole = lambda x: torch.from_numpy(np.asarray(x).astype(np.int64))
-    return dict(input_ids=whole(np.stack(seen)), token_type_ids=whole(np.tile(segments, (len(seen), 1))), next_sentence=whole(labels),
-                positions=whole(np.concatenate(positions)), targets=whole(np.concatenate(targets)))
+    return dict(
+        input_ids=whole(np.stack(seen)),
+        token_type_ids=whole(np.tile(segments, (len(seen), 1))),
+        next_sentence=whole(labels),
+        positions=whole(np.concatenate(positions)),
+        targets=whole(np.concatenate(targets)),
+    )
 
-def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, vocabulary: int,
-                world: int = 1, rank: int = 0   # Of so many processes, the part of this one
-               ):
+
+def nsp_batches(
+    docs,
+    where,
+    batch: int,
+    seed: int,
+    length: int,
+    share: float,
+    vocabulary: int,
+    world: int = 1,
+    rank: int = 0,  # Of so many processes, the part of this one
+):
     """Number of a batch -> its tensors; a pure function. For several processes also
     `pairs_per_token`, of the whole batch. Raises `UsageError` for more processes than pairs."""
-    from llmeco_nb.training.parallel import rank_slice
     from llmeco_nb.training.loop import batch_indices
+    from llmeco_nb.training.parallel import rank_slice
+
     mine = rank_slice(0, batch, world, rank)
+
     def batches(index: int) -> dict:
         which = batch_indices(index, batch, len(where), seed)
         epochs = np.arange(index * batch, (index + 1) * batch) // len(where)
@@ -98,28 +163,42 @@ def nsp_batches(docs, where, batch: int, seed: int, length: int, share: float, v
         if world == 1:
             return whole
         by_pair = ("input_ids", "token_type_ids", "next_sentence")
-        found = {k: whole[k][mine.start:mine.stop] for k in by_pair}
+        found = {k: whole[k][mine.start : mine.stop] for k in by_pair}
         positions = whole["positions"] - mine.start * length
         inside = (positions >= 0) & (positions < len(mine) * length)
         found |= dict(positions=positions[inside], targets=whole["targets"][inside])
         return found | dict(pairs_per_token=batch / len(whole["targets"]))
+
     return batches
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
-def nsp_losses(model,              # transformers.BertForPreTraining
-               input_ids, token_type_ids, next_sentence, positions, targets,
-               parts: int = 0      # How many pieces the loss of the tokens is made in; 0: as few as its memory allows
-              ):
+def nsp_losses(
+    model,  # transformers.BertForPreTraining
+    input_ids,
+    token_type_ids,
+    next_sentence,
+    positions,
+    targets,
+    parts: int = 0,  # How many pieces the loss of the tokens is made in; 0: as few as its memory allows
+):
     "(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one forward pass."
     from llmeco_nb.models.speedups import FusedLinearCrossEntropy
-    read, head = model.bert(input_ids=input_ids, token_type_ids=token_type_ids), model.cls.predictions
+
+    read, head = (
+        model.bert(input_ids=input_ids, token_type_ids=token_type_ids),
+        model.cls.predictions,
+    )
     asked = head.transform(read.last_hidden_state.flatten(0, 1).index_select(0, positions))
     room = [-(-len(targets) // parts) * model.config.vocab_size] if parts else []
-    return model.cls.seq_relationship(read.pooler_output).float(), FusedLinearCrossEntropy.apply(asked, head.decoder.weight, head.decoder.bias, targets, *room)
+    return model.cls.seq_relationship(read.pooler_output).float(), FusedLinearCrossEntropy.apply(
+        asked, head.decoder.weight, head.decoder.bias, targets, *room
+    )
+
 
 def nsp_loss_step(mlm: float, parts: int = 0):
     "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens, whose loss is made in `parts`."
     import torch.nn.functional as F
+
     def step(model, batch, backward):
         pairs = len(batch["next_sentence"])
         pairs_per_token = batch.get("pairs_per_token", pairs / len(batch["targets"]))
@@ -129,80 +208,166 @@ def nsp_loss_step(mlm: float, parts: int = 0):
         loss = told_apart + mlm * tokens * pairs_per_token
         backward(loss)
         return loss.detach(), pairs
+
     return step
+
 
 def load_nsp_model(encoder: str | Path, seed: int):
     "A BertForPreTraining from an encoder's folder; pooler and head of the pairs are new where the folder has none, and depend on the seed alone. Raises `MissingError`, `DataError`."
     import torch
-    from llmeco_nb.core import MissingError
     from transformers import AutoConfig, BertForPreTraining
     from transformers.utils import logging
-    if not (Path(encoder)/"config.json").is_file(): raise MissingError(f"{encoder} is not an encoder: config.json is not in it. The stage pretrain makes one.")
+
+    from llmeco_nb.core import MissingError
+
+    if not (Path(encoder) / "config.json").is_file():
+        raise MissingError(
+            f"{encoder} is not an encoder: config.json is not in it. The stage pretrain makes one."
+        )
     kind = AutoConfig.from_pretrained(encoder).model_type
-    if kind != "bert": raise DataError(f"{encoder} is a model of type {kind}; pairs are learned by BERT, whose segments and pooler they need.")
+    if kind != "bert":
+        raise DataError(
+            f"{encoder} is a model of type {kind}; pairs are learned by BERT, whose segments and pooler they need."
+        )
     loud, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return BertForPreTraining.from_pretrained(encoder, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            return BertForPreTraining.from_pretrained(
+                encoder,
+                dtype=torch.float32,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
     finally:
         logging.set_verbosity(loud)
-        if bar: logging.enable_progress_bar()
+        if bar:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #ce47ce3b
 def small_pretrained_encoder() -> Path:
     """The folder of an encoder for the small corpus, pretrained for a few seconds at the first call,
     under runs/scratch. Of several processes the first makes it."""
     from llmeco_nb.training.parallel import run_on_rank_zero, single_process
+
     def alone() -> str:
         with single_process():
             return str(made_encoder())
+
     return Path(run_on_rank_zero(alone))
+
 
 def made_encoder() -> Path:
     "`small_pretrained_encoder` in one process."
     from llmeco_nb.data.corpus import small_corpus
+
     corpus, tokenizer = small_corpus(), small_tokenizer()
-    def make(folder): pretrain(create_record(folder, "pretrain"), corpus, tokenizer, MLMConfig(eval_examples=8, num_evals=1, steps=40, batch_size=16, lr=3e-3))
-    return cached_fixture("encoder-pretrained", make, pretrain, corpus, tokenizer)/"encoder"
+
+    def make(folder):
+        pretrain(
+            create_record(folder, "pretrain"),
+            corpus,
+            tokenizer,
+            MLMConfig(eval_examples=8, num_evals=1, steps=40, batch_size=16, lr=3e-3),
+        )
+
+    return cached_fixture("encoder-pretrained", make, pretrain, corpus, tokenizer) / "encoder"
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #5a2f8e1f
-def nsp_validation(model, docs, where, n: int, seed: int, length: int, share: float, vocabulary: int, batch: int = 50) -> np.ndarray:
+def nsp_validation(
+    model,
+    docs,
+    where,
+    n: int,
+    seed: int,
+    length: int,
+    share: float,
+    vocabulary: int,
+    batch: int = 50,
+) -> np.ndarray:
     "Per pair (n, 3): cross-entropy of the pair in nats, whether the guess was right, mean cross-entropy of its hidden tokens (of its batch). Every other pair is true."
     import torch
-    chosen, found = np.random.default_rng([seed, 11]).permutation(len(where))[:n // 2 * 2], []
+
+    chosen, found = np.random.default_rng([seed, 11]).permutation(len(where))[: n // 2 * 2], []
     for s in range(0, len(chosen), batch):
-        which = chosen[s:s + batch]
-        b = nsp_batch(docs, where, which, [0] * len(which), seed, length, share, vocabulary, follows=[k % 2 == 0 for k in range(s, s + len(which))])
-        with torch.inference_mode(): logits, tokens = nsp_losses(model, **b)
+        which = chosen[s : s + batch]
+        b = nsp_batch(
+            docs,
+            where,
+            which,
+            [0] * len(which),
+            seed,
+            length,
+            share,
+            vocabulary,
+            follows=[k % 2 == 0 for k in range(s, s + len(which))],
+        )
+        with torch.inference_mode():
+            logits, tokens = nsp_losses(model, **b)
         loss = torch.nn.functional.cross_entropy(logits, b["next_sentence"], reduction="none")
-        found.append(torch.stack([loss, (logits.argmax(-1) == b["next_sentence"]).float(), tokens / len(b["targets"]) * torch.ones_like(loss)], 1).double().numpy())
+        found.append(
+            torch.stack(
+                [
+                    loss,
+                    (logits.argmax(-1) == b["next_sentence"]).float(),
+                    tokens / len(b["targets"]) * torch.ones_like(loss),
+                ],
+                1,
+            )
+            .double()
+            .numpy()
+        )
     return np.concatenate(found)
+
 
 def token_overlap(rows: np.ndarray, rarity: np.ndarray, length: int) -> np.ndarray:
     "For each row the summed rarity of the tokens that stand in A and in B."
     a = segment_lengths(length)[0]
-    return np.array([rarity[np.intersect1d(r[1:1 + a], r[2 + a:-1])].sum() for r in rows])
+    return np.array([rarity[np.intersect1d(r[1 : 1 + a], r[2 + a : -1])].sum() for r in rows])
 
-def token_overlap_baseline(train_docs, train_where, docs, where, n: int, seed: int, length: int, vocabulary: int) -> np.ndarray:
+
+def token_overlap_baseline(
+    train_docs, train_where, docs, where, n: int, seed: int, length: int, vocabulary: int
+) -> np.ndarray:
     "Whether counting shared words gives the right answer, for the pairs of `nsp_validation`; frequencies and threshold come from training texts."
-    df = np.bincount(np.concatenate([np.unique(ids) for ids, _ in train_docs]), minlength=vocabulary)
+    df = np.bincount(
+        np.concatenate([np.unique(ids) for ids, _ in train_docs]), minlength=vocabulary
+    )
     rarity = np.log(len(train_docs) / (df + 1)).clip(0)
+
     def scored(docs, where, which):
-        rows = [nsp_example(docs, where, int(i), (seed, 0, int(i)), length, k % 2 == 0)[0] for k, i in enumerate(which)]
+        rows = [
+            nsp_example(docs, where, int(i), (seed, 0, int(i)), length, k % 2 == 0)[0]
+            for k, i in enumerate(which)
+        ]
         return token_overlap(rows, rarity, length), np.arange(len(which)) % 2 == 0
-    s, y = scored(train_docs, train_where, np.random.default_rng([seed, 12]).permutation(len(train_where))[:1000])
+
+    s, y = scored(
+        train_docs,
+        train_where,
+        np.random.default_rng([seed, 12]).permutation(len(train_where))[:1000],
+    )
     cut = max(np.quantile(s, np.linspace(0.02, 0.98, 49)), key=lambda c: ((s > c) == y).mean())
-    s, y = scored(docs, where, np.random.default_rng([seed, 11]).permutation(len(where))[:n // 2 * 2])
+    s, y = scored(
+        docs, where, np.random.default_rng([seed, 11]).permutation(len(where))[: n // 2 * 2]
+    )
     return (s > cut) == y
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #66e07dcb
-NSP_LR_CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)     # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
+NSP_LR_CANDIDATES = (
+    3e-5,
+    1e-4,
+    3e-4,
+    1e-3,
+)  # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
+
 
 @stage_config
 class NSPConfig(StageConfig):
     "What the stage `nsp` may be told."
+
     seq_len: PositiveInt = 64  # tokens of a pair, special ones included
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
     steps: PositiveInt = 60  # optimiser steps, where minutes is 0
@@ -219,6 +384,7 @@ class NSPConfig(StageConfig):
     previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
     seed: NonNegativeInt = 0  # decides the pairs, their order and masks, and the new head
 
+
 def pretrain_nsp(
     record: Record,  # Where the model goes: its artifact `paired`
     corpus: str | Path,
@@ -229,40 +395,155 @@ def pretrain_nsp(
     "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
+    from llmeco_nb.training.loop import train
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world
     from llmeco_nb.training.plan import plan_training, record_actual
-    from llmeco_nb.training.loop import train
-    asked = config.fingerprint() | {k: sha256_of(v) for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()}
+
+    asked = config.fingerprint() | {
+        k: sha256_of(v)
+        for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()
+    }
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     model, vocabulary = load_nsp_model(encoder, config.seed), cutter.get_vocab_size()
-    if model.config.vocab_size != vocabulary: raise DataError(f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they do not belong together.")
-    if config.seq_len > model.config.max_position_embeddings: raise UsageError(f"seq_len is {config.seq_len}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower seq_len, or pretrain the encoder with more positions.")
-    docs, held = (tokenize_documents(cutter, read_split(corpus, split).text) for split in ("train", "validation"))
+    if model.config.vocab_size != vocabulary:
+        raise DataError(
+            f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they do not belong together."
+        )
+    if config.seq_len > model.config.max_position_embeddings:
+        raise UsageError(
+            f"seq_len is {config.seq_len}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower seq_len, or pretrain the encoder with more positions."
+        )
+    docs, held = (
+        tokenize_documents(cutter, read_split(corpus, split).text)
+        for split in ("train", "validation")
+    )
     where, held_where = pair_boundaries(docs, config.seq_len), pair_boundaries(held, config.seq_len)
     seed_everything(config.seed)
     use_fast_attention(model)
-    step, optimiser = nsp_loss_step(config.mlm_weight), Optimiser(model, config.lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=config.precision)
-    make, tokens_of = lambda n, i: nsp_batches(docs, where, n, config.seed, config.seq_len, config.mask_prob, vocabulary)(i), lambda b: b["input_ids"].numel()
+    step, optimiser = (
+        nsp_loss_step(config.mlm_weight),
+        Optimiser(
+            model, config.lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=config.precision
+        ),
+    )
+    make, tokens_of = (
+        lambda n, i: nsp_batches(
+            docs, where, n, config.seed, config.seq_len, config.mask_prob, vocabulary
+        )(i),
+        lambda b: b["input_ids"].numel(),
+    )
     hidden = len(make(1, 0)["targets"])
-    law = chunked_memory_model(model, lambda parts: nsp_loss_step(config.mlm_weight, parts), lambda n: num_loss_chunks(n * hidden, vocabulary), hidden, make, optimiser)
-    judge = lambda m: nsp_validation(m, held, held_where, config.eval_examples, config.seed, config.seq_len, config.mask_prob, vocabulary)
+    law = chunked_memory_model(
+        model,
+        lambda parts: nsp_loss_step(config.mlm_weight, parts),
+        lambda n: num_loss_chunks(n * hidden, vocabulary),
+        hidden,
+        make,
+        optimiser,
+    )
+    judge = lambda m: nsp_validation(
+        m,
+        held,
+        held_where,
+        config.eval_examples,
+        config.seed,
+        config.seq_len,
+        config.mask_prob,
+        vocabulary,
+    )
+
     def evaluate(m):
         loss, right, tokens = judge(m).mean(0)
-        return dict(validation_loss=loss + config.mlm_weight * tokens, pair_loss=loss, accuracy=right, token_loss=tokens)
-    def plan_of(n, a_step, an_evaluation): return pretrain_plan(config, time.monotonic() - begun, a_step, an_evaluation, n)
+        return dict(
+            validation_loss=loss + config.mlm_weight * tokens,
+            pair_loss=loss,
+            accuracy=right,
+            token_loss=tokens,
+        )
+
+    def plan_of(n, a_step, an_evaluation):
+        return pretrain_plan(config, time.monotonic() - begun, a_step, an_evaluation, n)
+
     with retain_freed_memory():
-        plan = plan_training(record, asked, model, step, make, optimiser, plan_of, config.batch_size, config.lr, tokens_of, evaluate, law=law, earlier=config.previous_runs, rates=NSP_LR_CANDIDATES)
-        rest = config.seed, config.seq_len, config.mask_prob, vocabulary, current_world().size, current_world().rank
+        plan = plan_training(
+            record,
+            asked,
+            model,
+            step,
+            make,
+            optimiser,
+            plan_of,
+            config.batch_size,
+            config.lr,
+            tokens_of,
+            evaluate,
+            law=law,
+            earlier=config.previous_runs,
+            rates=NSP_LR_CANDIDATES,
+        )
+        rest = (
+            config.seed,
+            config.seq_len,
+            config.mask_prob,
+            vocabulary,
+            current_world().size,
+            current_world().rank,
+        )
         batches = nsp_batches(docs, where, plan["batch"], *rest)
-        result = train(model, step, batches, optimiser, plan, record, evaluate, size=tokens_of, identity=dict(asked=plan["asked"]), name="nsp")
+        result = train(
+            model,
+            step,
+            batches,
+            optimiser,
+            plan,
+            record,
+            evaluate,
+            size=tokens_of,
+            identity=dict(asked=plan["asked"]),
+            name="nsp",
+        )
         foretold = record_actual(record, model, step, make, optimiser, plan, result, result["best"])
     if not all_finished():
         return record.artifact("paired")
     optimiser.finish().eval()
-    final, counted = judge(model), token_overlap_baseline(docs, where, held, held_where, config.eval_examples, config.seed, config.seq_len, vocabulary)
-    write_json(record.path/"pairs.json", [dict(loss=loss, right=int(r), overlap=int(c)) for (loss, r, _), c in zip(final.astype(float).tolist(), counted)])
+    final, counted = (
+        judge(model),
+        token_overlap_baseline(
+            docs,
+            where,
+            held,
+            held_where,
+            config.eval_examples,
+            config.seed,
+            config.seq_len,
+            vocabulary,
+        ),
+    )
+    write_json(
+        record.path / "pairs.json",
+        [
+            dict(loss=loss, right=int(r), overlap=int(c))
+            for (loss, r, _), c in zip(final.astype(float).tolist(), counted)
+        ],
+    )
     save_encoder(model, tokenizer, record.artifact("paired"))
-    record.save_metrics(accuracy=final[:, 1].mean(), pair_loss=final[:, 0].mean(), token_loss=final[:, 2].mean(), overlap_accuracy=counted.mean(), right=int(final[:, 1].sum()), pairs=len(final),
-                        places=len(where), held_places=len(held_where), best_step=result["best_step"], steps=result["steps"], tokens=result["tokens"], seconds=result["seconds"], length=config.seq_len, batch=plan["batch"], lr=optimiser.lr, **foretold)
+    record.save_metrics(
+        accuracy=final[:, 1].mean(),
+        pair_loss=final[:, 0].mean(),
+        token_loss=final[:, 2].mean(),
+        overlap_accuracy=counted.mean(),
+        right=int(final[:, 1].sum()),
+        pairs=len(final),
+        places=len(where),
+        held_places=len(held_where),
+        best_step=result["best_step"],
+        steps=result["steps"],
+        tokens=result["tokens"],
+        seconds=result["seconds"],
+        length=config.seq_len,
+        batch=plan["batch"],
+        lr=optimiser.lr,
+        **foretold,
+    )
     return record.artifact("paired")

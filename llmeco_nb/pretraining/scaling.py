@@ -8,17 +8,21 @@ __all__ = ['active_parameters', 'scaling_law_loss', 'fit_scaling_law', 'predict_
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #4c580103
 import numpy as np
 
-from ..core import DataError
-from ..core import UsageError
+from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
 def active_parameters(c) -> int:
     "Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers and of the head."
     from llmeco_nb.models.decoder import decoder_parameters
+
     return decoder_parameters(c)["layers"] + c.hidden_size * c.vocab_size
 
-def scaling_law_loss(p: np.ndarray,    # ln E, ln A, alpha, ln B, beta
-                     n, d):
+
+def scaling_law_loss(
+    p: np.ndarray,  # ln E, ln A, alpha, ln B, beta
+    n,
+    d,
+):
     "The law's loss for `n` parameters and `d` tokens; arrays broadcast."
     return np.exp(p[0]) + np.exp(p[1] - p[2] * np.log(n)) + np.exp(p[3] - p[4] * np.log(d))
 
@@ -26,34 +30,83 @@ def scaling_law_loss(p: np.ndarray,    # ln E, ln A, alpha, ln B, beta
 def fit_scaling_law(n, d, loss) -> dict:
     "Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."
     from scipy.optimize import least_squares
+
     n, d, loss = (np.asarray(x, dtype=float) for x in (n, d, loss))
-    if len(loss) < 6: raise UsageError(f"The law has five numbers; {len(loss)} runs cannot also say how well it fits. Give at least six.")
-    if len(set(n)) < 2 or len(set(d)) < 3: raise UsageError(f"The runs have {len(set(n))} sizes and {len(set(d))} lengths; the law needs at least 2 and 3 to tell the two shortages apart.")
-    if not (np.isfinite(loss) & (loss > 0)).all(): raise DataError("A run's loss is not a positive number.")
+    if len(loss) < 6:
+        raise UsageError(
+            f"The law has five numbers; {len(loss)} runs cannot also say how well it fits. Give at least six."
+        )
+    if len(set(n)) < 2 or len(set(d)) < 3:
+        raise UsageError(
+            f"The runs have {len(set(n))} sizes and {len(set(d))} lengths; the law needs at least 2 and 3 to tell the two shortages apart."
+        )
+    if not (np.isfinite(loss) & (loss > 0)).all():
+        raise DataError("A run's loss is not a positive number.")
     away = lambda p: np.log(scaling_law_loss(p, n, d)) - np.log(loss)
-    low, high = np.array([-12, -12, 0.02, -12, 0.02]), np.array([np.log(loss.min()), 40, 2.0, 40, 2.0])
+    low, high = (
+        np.array([-12, -12, 0.02, -12, 0.02]),
+        np.array([np.log(loss.min()), 40, 2.0, 40, 2.0]),
+    )
     found = []
     for share in (0.2, 0.8):
         for a in (0.2, 0.7):
             for b in (0.2, 0.7):
                 left = loss.mean() * (1 - share) / 2
-                start = np.clip([np.log(loss.min() * share), np.log(left) + a * np.log(n).mean(), a, np.log(left) + b * np.log(d).mean(), b], low + 1e-6, high - 1e-6)
-                found.append(least_squares(away, start, bounds=(low, high), x_scale=[1, 1, 0.1, 1, 0.1]))
+                start = np.clip(
+                    [
+                        np.log(loss.min() * share),
+                        np.log(left) + a * np.log(n).mean(),
+                        a,
+                        np.log(left) + b * np.log(d).mean(),
+                        b,
+                    ],
+                    low + 1e-6,
+                    high - 1e-6,
+                )
+                found.append(
+                    least_squares(away, start, bounds=(low, high), x_scale=[1, 1, 0.1, 1, 0.1])
+                )
     best = min(found, key=lambda f: f.cost)
     free = len(loss) - 5
     e, la, a, lb, b = best.x
-    return dict(p=best.x, E=np.exp(e), A=np.exp(la), alpha=a, B=np.exp(lb), beta=b, residuals=best.fun, spread=np.sqrt((best.fun**2).sum() / free), free=free, jacobian=best.jac)
+    return dict(
+        p=best.x,
+        E=np.exp(e),
+        A=np.exp(la),
+        alpha=a,
+        B=np.exp(lb),
+        beta=b,
+        residuals=best.fun,
+        spread=np.sqrt((best.fun**2).sum() / free),
+        free=free,
+        jacobian=best.jac,
+    )
 
-def predict_loss(law: dict,           # From `fit_scaling_law`
-                 n: float, d: float,
-                 level: float = 0.95  # Of the interval
-                ) -> dict[str, float]:
+
+def predict_loss(
+    law: dict,  # From `fit_scaling_law`
+    n: float,
+    d: float,
+    level: float = 0.95,  # Of the interval
+) -> dict[str, float]:
     "`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new run."
     from scipy.stats import t
+
     p, steps = law["p"], np.eye(5) * 1e-5
-    g = np.array([(np.log(scaling_law_loss(p + h, n, d)) - np.log(scaling_law_loss(p - h, n, d))) / 2e-5 for h in steps])
-    scale = np.maximum(np.linalg.norm(law["jacobian"], axis=0), 1e-12)          # the five numbers differ in kind; the inverse should not
-    leverage = (g / scale) @ np.linalg.pinv((law["jacobian"] / scale).T @ (law["jacobian"] / scale), rcond=1e-10) @ (g / scale)
+    g = np.array(
+        [
+            (np.log(scaling_law_loss(p + h, n, d)) - np.log(scaling_law_loss(p - h, n, d))) / 2e-5
+            for h in steps
+        ]
+    )
+    scale = np.maximum(
+        np.linalg.norm(law["jacobian"], axis=0), 1e-12
+    )  # the five numbers differ in kind; the inverse should not
+    leverage = (
+        (g / scale)
+        @ np.linalg.pinv((law["jacobian"] / scale).T @ (law["jacobian"] / scale), rcond=1e-10)
+        @ (g / scale)
+    )
     width = t.ppf((1 + level) / 2, law["free"]) * law["spread"] * np.sqrt(1 + leverage)
     loss = float(scaling_law_loss(p, n, d))
     return dict(loss=loss, low=loss * float(np.exp(-width)), high=loss * float(np.exp(width)))

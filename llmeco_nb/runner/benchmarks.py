@@ -12,67 +12,102 @@ import shutil
 import time
 from pathlib import Path
 
-from ..core import CellError
-from ..core import UsageError
-from ..core import fsync_folder
-from ..core import lock
-from ..core import read_json
-from ..core import runs_dir
-from ..core import write_bytes
-from ..core import write_json
-from .stages import StageRegistry
-from .stages import Instance
-from .identity import Notebook
-from .identity import key_of
-from .identity import unknown_name_hint
-from .identity import work_parts
-from .kernel import KernelMonitor
-from .kernel import execute
-from .machine import machine
-from .machine import versions
+from llmeco_nb.core import (
+    CellError,
+    UsageError,
+    fsync_folder,
+    lock,
+    read_json,
+    runs_dir,
+    write_bytes,
+    write_json,
+)
+from .identity import Notebook, key_of, unknown_name_hint, work_parts
+from .kernel import KernelMonitor, execute
+from .machine import machine, versions
+from .stages import Instance, StageRegistry
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #be702c29
 def benchmarks(house: StageRegistry) -> dict[str, Path]:
     "Name -> notebook of every benchmark."
     return {m[1]: p for p in house.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))}
 
+
 def code_key(house: StageRegistry, notebook: Notebook) -> str:
     "Key of a benchmark's code alone, whatever its parameters: what a kept record is stale against."
     return key_of(work_parts(notebook, house.package, {}, {}, {}))
 
-def run_benchmark(house: StageRegistry, name: str,
-                  settings: dict,      # Parameters to change, such as level, data, peer
-                  watching=lambda watch: None) -> Path:
+
+def run_benchmark(
+    house: StageRegistry,
+    name: str,
+    settings: dict,  # Parameters to change, such as level, data, peer
+    watching=lambda watch: None,
+) -> Path:
     """Run a benchmark into runs/bench/<name>, replacing the former result when the new one is
     whole. Raises `UsageError`."""
-    if name not in benchmarks(house): raise UsageError(f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(house))}")
+    if name not in benchmarks(house):
+        raise UsageError(
+            f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(house))}"
+        )
     one = Instance(name, Notebook.read(benchmarks(house)[name]))
     one.values = {k: p.default for k, p in one.parameters.items()}
     one.set(settings, "llmeco bench")
-    final = runs_dir()/"bench"/name
+    final = runs_dir() / "bench" / name
     partial, former = final.with_name(name + ".partial"), final.with_name(name + ".former")
     with lock(final.with_name(f".{name}.lock")):
         # a runner died between the two renames below
-        if former.exists() and not final.exists(): former.rename(final)
+        if former.exists() and not final.exists():
+            former.rename(final)
         # the key of the code that runs, whatever is edited meanwhile
-        plan, asked, key = final.with_name(name + ".plan.json"), final.with_name(name + ".asked.json"), code_key(house, one.notebook)
+        plan, asked, key = (
+            final.with_name(name + ".plan.json"),
+            final.with_name(name + ".asked.json"),
+            code_key(house, one.notebook),
+        )
         # an interrupted run with other parameters left parts that are none of this one
         if asked.exists() and read_json(asked) != one.values:
             shutil.rmtree(partial, ignore_errors=True)
             plan.unlink(missing_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(asked, one.values)
-        begun, probe = time.time(), machine(runs_dir()/"machine.json")
+        begun, probe = time.time(), machine(runs_dir() / "machine.json")
         with KernelMonitor(partial) as watch:
             watching(watch)
-            execute(one.notebook.path, partial/"notebook.ipynb", {**one.values, "out": str(partial)}, {"OMP_WAIT_POLICY": "PASSIVE"}, lambda pid: setattr(watch, "pid", pid))
-        if not (partial/"metrics.json").exists(): raise CellError(f"The benchmark {name} wrote no metrics. The executed notebook is kept: {partial/'notebook.ipynb'}")
-        for rest in ("resume", "progress.json"): shutil.rmtree(partial/rest) if (partial/rest).is_dir() else (partial/rest).unlink(missing_ok=True)
-        write_json(partial/"manifest.json", dict(benchmark=name, key=key, parameters=one.values, plan=read_json(plan) if plan.exists() else None,
-                                                 started=begun, seconds=round(time.time() - begun, 1), peak_memory_mib=round(watch.peak_mib, 1), versions=versions(), machine=probe))
-        for file in (plan, asked): file.unlink(missing_ok=True)
+            execute(
+                one.notebook.path,
+                partial / "notebook.ipynb",
+                {**one.values, "out": str(partial)},
+                {"OMP_WAIT_POLICY": "PASSIVE"},
+                lambda pid: setattr(watch, "pid", pid),
+            )
+        if not (partial / "metrics.json").exists():
+            raise CellError(
+                f"The benchmark {name} wrote no metrics. The executed notebook is kept: {partial / 'notebook.ipynb'}"
+            )
+        for rest in ("resume", "progress.json"):
+            shutil.rmtree(partial / rest) if (partial / rest).is_dir() else (partial / rest).unlink(
+                missing_ok=True
+            )
+        write_json(
+            partial / "manifest.json",
+            dict(
+                benchmark=name,
+                key=key,
+                parameters=one.values,
+                plan=read_json(plan) if plan.exists() else None,
+                started=begun,
+                seconds=round(time.time() - begun, 1),
+                peak_memory_mib=round(watch.peak_mib, 1),
+                versions=versions(),
+                machine=probe,
+            ),
+        )
+        for file in (plan, asked):
+            file.unlink(missing_ok=True)
         shutil.rmtree(former, ignore_errors=True)
-        if final.exists(): final.rename(former)
+        if final.exists():
+            final.rename(former)
         partial.rename(final)
         fsync_folder(final.parent)
         shutil.rmtree(former, ignore_errors=True)
@@ -82,40 +117,80 @@ def run_benchmark(house: StageRegistry, name: str,
 def keep_record(house: StageRegistry, result: Path) -> Path:
     """Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON
     artifacts, plan, machine, key."""
-    if not house.checkout: raise UsageError("Records are kept in a checkout of the project; this is an installed package.")
-    m = read_json(result/"manifest.json")
-    rows = (result/"log.jsonl").read_text().splitlines() if (result/"log.jsonl").exists() else []
-    (house.nbs/"records").mkdir(exist_ok=True)
-    target = house.nbs/"records"/f"{m['benchmark']}.json"
-    beside = {f.name: read_json(f) for f in sorted(result.glob("*.json")) if f.name not in ("metrics.json", "manifest.json", "record.json", "page.json") and f.stat().st_size < 2**16}
-    write_json(target, dict(metrics=read_json(result/"metrics.json"), level=m["parameters"].get("level"), key=m["key"], plan=m["plan"], seconds=m["seconds"],
-                            machine=m["machine"], versions=m["versions"], single_values=[json.loads(row) for row in rows], **({"artifacts": beside} if beside else {})))
+    if not house.checkout:
+        raise UsageError(
+            "Records are kept in a checkout of the project; this is an installed package."
+        )
+    m = read_json(result / "manifest.json")
+    rows = (
+        (result / "log.jsonl").read_text().splitlines() if (result / "log.jsonl").exists() else []
+    )
+    (house.nbs / "records").mkdir(exist_ok=True)
+    target = house.nbs / "records" / f"{m['benchmark']}.json"
+    beside = {
+        f.name: read_json(f)
+        for f in sorted(result.glob("*.json"))
+        if f.name not in ("metrics.json", "manifest.json", "record.json", "page.json")
+        and f.stat().st_size < 2**16
+    }
+    write_json(
+        target,
+        dict(
+            metrics=read_json(result / "metrics.json"),
+            level=m["parameters"].get("level"),
+            key=m["key"],
+            plan=m["plan"],
+            seconds=m["seconds"],
+            machine=m["machine"],
+            versions=m["versions"],
+            single_values=[json.loads(row) for row in rows],
+            **({"artifacts": beside} if beside else {}),
+        ),
+    )
     return target
+
 
 def kept_record(house: StageRegistry, notebook: Path) -> Path | None:
     "The file of a benchmark's kept record; None for other notebooks, and where none is kept."
-    return next((file for name, p in benchmarks(house).items() if p == notebook and (file := house.nbs/"records"/f"{name}.json").exists()), None)
+    return next(
+        (
+            file
+            for name, p in benchmarks(house).items()
+            if p == notebook and (file := house.nbs / "records" / f"{name}.json").exists()
+        ),
+        None,
+    )
+
 
 def restore_record(file: Path, folder: Path):
     """Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the
     JSON artifacts that were kept."""
     kept = read_json(file)
-    write_json(folder/"record.json", {"stage": file.stem})
-    write_json(folder/"metrics.json", kept["metrics"])
-    write_bytes(folder/"log.jsonl", "".join(json.dumps(row) + "\n" for row in kept["single_values"]).encode())
-    for name, content in kept.get("artifacts", {}).items(): write_json(folder/name, content)
+    write_json(folder / "record.json", {"stage": file.stem})
+    write_json(folder / "metrics.json", kept["metrics"])
+    write_bytes(
+        folder / "log.jsonl",
+        "".join(json.dumps(row) + "\n" for row in kept["single_values"]).encode(),
+    )
+    for name, content in kept.get("artifacts", {}).items():
+        write_json(folder / name, content)
+
 
 def is_stale(house: StageRegistry, file: Path) -> bool:
     "Whether the benchmark of a kept record has changed since, or is gone."
     notebook = benchmarks(house).get(file.stem)
     return not notebook or read_json(file)["key"] != code_key(house, Notebook.read(notebook))
 
-def quote(name: str, metric: str, digits: int = 3, house: StageRegistry | None = None, times: float = 1) -> str:
+
+def quote(
+    name: str, metric: str, digits: int = 3, house: StageRegistry | None = None, times: float = 1
+) -> str:
     """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
     has changed since; 'not measured' if there is none."""
     house = house or StageRegistry.find()
-    file = house.nbs/"records"/f"{name}.json"
-    if not file.exists() or metric not in read_json(file)["metrics"]: return "not measured"
+    file = house.nbs / "records" / f"{name}.json"
+    if not file.exists() or metric not in read_json(file)["metrics"]:
+        return "not measured"
     value = read_json(file)["metrics"][metric]
     shown = f"{times * value:.{digits}f}" if isinstance(value, float) else str(value)
     return f"{shown} (stale)" if is_stale(house, file) else shown

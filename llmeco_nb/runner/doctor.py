@@ -12,13 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import LlmecoError
-from ..core import lock
-from ..core import write_bytes
-from .stages import StageRegistry
+from ..core import LlmecoError, lock, write_bytes
 from .kernel import execute
-from .machine import machine
-from .machine import versions
+from .machine import machine, versions
+from .stages import StageRegistry
 from .store import Run
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #4d48d7eb
@@ -28,65 +25,126 @@ def findings(house: StageRegistry, runs: Path):
     yield from _libraries()
     yield "notebooks", True, f"{len(house.stages)} stages in {house.nbs}"
     behind = house.out_of_step()
-    yield "export", not behind, f"out of step: {', '.join(behind)}; run nbdev_export" if behind else "in step" if house.checkout else "installed package"
+    yield (
+        "export",
+        not behind,
+        f"out of step: {', '.join(behind)}; run nbdev_export"
+        if behind
+        else "in step"
+        if house.checkout
+        else "installed package",
+    )
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        write_bytes(runs/".doctor", b"well"); (runs/".doctor").unlink()
+        write_bytes(runs / ".doctor", b"well")
+        (runs / ".doctor").unlink()
         free = shutil.disk_usage(runs).free / 2**30
         yield "room", free > 2, f"{free:.1f} GiB free in {runs}"
-    except OSError as e: yield "room", False, f"{runs} cannot be written: {e}"
+    except OSError as e:
+        yield "room", False, f"{runs} cannot be written: {e}"
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        try: execute(_one_cell(), Path(folder)/"one.ipynb", {}); yield "kernel", True, f"started, counted and stopped in {time.monotonic() - start:.1f} s"
-        except (LlmecoError, OSError) as e: yield "kernel", False, str(e)
-        try: m = machine(Path(folder)/"machine.json"); yield "machine", True, f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; best with {m['threads']} threads: {m['fp32_gflops']} GFLOP/s fp32, {m['bf16_gflops']} bf16" + (f"; {m['gpu']}" if m["gpu"] else "")
-        except LlmecoError as e: yield "machine", False, str(e)
+        try:
+            execute(_one_cell(), Path(folder) / "one.ipynb", {})
+            yield (
+                "kernel",
+                True,
+                f"started, counted and stopped in {time.monotonic() - start:.1f} s",
+            )
+        except (LlmecoError, OSError) as e:
+            yield "kernel", False, str(e)
+        try:
+            m = machine(Path(folder) / "machine.json")
+            yield (
+                "machine",
+                True,
+                f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; best with {m['threads']} threads: {m['fp32_gflops']} GFLOP/s fp32, {m['bf16_gflops']} bf16"
+                + (f"; {m['gpu']}" if m["gpu"] else ""),
+            )
+        except LlmecoError as e:
+            yield "machine", False, str(e)
+
 
 def _one_cell():
     "A notebook with one cell."
     import nbformat
+
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 2")])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     return nb
 
+
 def _libraries():
     "Whether the installed libraries are those the package asks for."
     from importlib.metadata import PackageNotFoundError, requires, version
+
     from packaging.requirements import Requirement
-    try: wanted = [Requirement(r) for r in requires("llmeco") or []]
-    except PackageNotFoundError: wanted = []
+
+    try:
+        wanted = [Requirement(r) for r in requires("llmeco") or []]
+    except PackageNotFoundError:
+        wanted = []
     wrong = []
     for r in wanted:
-        if r.marker and not r.marker.evaluate({"extra": ""}): continue
+        if r.marker and not r.marker.evaluate({"extra": ""}):
+            continue
         try:
-            if not r.specifier.contains(version(r.name), prereleases=True): wrong.append(f"{r.name} {version(r.name)} is not {r.specifier}")
-        except PackageNotFoundError: wrong.append(f"{r.name} is missing")
-    yield "libraries", not wrong, "; ".join(wrong) or f"{len([r for r in wanted if not r.marker])} required, all in range; torch {versions(['torch']).get('torch')}"
+            if not r.specifier.contains(version(r.name), prereleases=True):
+                wrong.append(f"{r.name} {version(r.name)} is not {r.specifier}")
+        except PackageNotFoundError:
+            wrong.append(f"{r.name} is missing")
+    yield (
+        "libraries",
+        not wrong,
+        "; ".join(wrong)
+        or f"{len([r for r in wanted if not r.marker])} required, all in range; torch {versions(['torch']).get('torch')}",
+    )
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #c3e7a80b
-def prune_runs(runs: Path,
-               keep: int | None = None,   # Also drop all but the newest `keep` runs of each profile
-               dry_run: bool = False      # Only say what would go
-              ) -> list[tuple[Path, int]]:
+def prune_runs(
+    runs: Path,
+    keep: int | None = None,  # Also drop all but the newest `keep` runs of each profile
+    dry_run: bool = False,  # Only say what would go
+) -> list[tuple[Path, int]]:
     "Remove what nobody needs from `runs`; returns (path, bytes) of what went."
     gone, known = [], Run.all(runs)
     if keep is not None:
         for profile in {r["profile"] for r in known}:
             mine = [r for r in known if r["profile"] == profile]
-            gone += [r.path for r in mine[:max(0, len(mine) - keep)]]
+            gone += [r.path for r in mine[: max(0, len(mine) - keep)]]
         known = [r for r in known if r.path not in gone]
-    store, needed = runs/"store", {i["key"] for r in known for i in r["instances"].values()}
+    store, needed = runs / "store", {i["key"] for r in known for i in r["instances"].values()}
     for entry in sorted(store.glob("*-*")):
-        key = entry.name.removesuffix(".partial").removesuffix(".page").removesuffix(".plan.json").rpartition("-")[2]
-        if key not in needed or entry.name.endswith((".partial", ".page")): gone.append(entry)
+        key = (
+            entry.name.removesuffix(".partial")
+            .removesuffix(".page")
+            .removesuffix(".plan.json")
+            .rpartition("-")[2]
+        )
+        if key not in needed or entry.name.endswith((".partial", ".page")):
+            gone.append(entry)
     hour_ago = time.time() - 3600
     # half-written files of killed processes
-    gone += [f for folder in (runs, store, *(r.path for r in known)) for f in sorted(folder.glob(".*.tmp")) if f.lstat().st_mtime < hour_ago]
-    sizes = [(p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink())) for p in gone]
+    gone += [
+        f
+        for folder in (runs, store, *(r.path for r in known))
+        for f in sorted(folder.glob(".*.tmp"))
+        if f.lstat().st_mtime < hour_ago
+    ]
+    sizes = [
+        (p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink()))
+        for p in gone
+    ]
     for p in gone if not dry_run else []:
-        if p.name.endswith(".tmp"): p.unlink(missing_ok=True); continue
-        if p.parent != store: shutil.rmtree(p); continue
-        with lock(store/".locks"/p.name.split(".")[0]): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
-    latest = runs/"latest"
-    if latest.is_symlink() and not latest.exists(): latest.unlink()
+        if p.name.endswith(".tmp"):
+            p.unlink(missing_ok=True)
+            continue
+        if p.parent != store:
+            shutil.rmtree(p)
+            continue
+        with lock(store / ".locks" / p.name.split(".")[0]):
+            shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
+    latest = runs / "latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
     return sizes

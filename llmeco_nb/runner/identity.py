@@ -14,35 +14,49 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, Optional
 
 from ..core import DataError, MissingError, sha256_text
-
-from typing import Literal, Optional
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #4a48e0f5
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # fields that say nothing about what is computed
 NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores"}
 
-def meaning(code: str | ast.AST,
-            package: str = ""     # Imports from this package count without their module
-           ) -> str:
+
+def meaning(
+    code: str | ast.AST,
+    package: str = "",  # Imports from this package count without their module
+) -> str:
     """Normal form of Python code, the same under every Python: no comments, docstrings, layout.
     Raises `SyntaxError`."""
     return _written(ast.parse(code) if isinstance(code, str) else code, package)
 
+
 def _written(node, package: str) -> str:
     "A syntax tree as text: class names and the fields that are set, by name."
-    if isinstance(node, list): return "[" + " ".join(_written(n, package) for n in node) + "]"
+    if isinstance(node, list):
+        return "[" + " ".join(_written(n, package) for n in node) + "]"
     # `repr` follows Unicode's tables, which grow with Python
-    if not isinstance(node, ast.AST): return ascii(node)
+    if not isinstance(node, ast.AST):
+        return ascii(node)
     if isinstance(node, (ast.Import, ast.ImportFrom)) and package:
         ours, others = _imported(node, package)
-        if ours: return f"(import {' '.join(ours)})" + (_written(others, package) if others else "")
-    fields = {k: v for k, v in ast.iter_fields(node) if k not in NO_MEANING and v is not None and v != []}
-    if isinstance(node, (ast.Module, *DEFINITIONS)): fields["body"] = _without_docstring(node)
-    if isinstance(node, ast.JoinedStr): fields["values"] = _joined(node.values)
-    return f"({type(node).__name__}" + "".join(f" {k}={_written(fields[k], package)}" for k in sorted(fields)) + ")"
+        if ours:
+            return f"(import {' '.join(ours)})" + (_written(others, package) if others else "")
+    fields = {
+        k: v for k, v in ast.iter_fields(node) if k not in NO_MEANING and v is not None and v != []
+    }
+    if isinstance(node, (ast.Module, *DEFINITIONS)):
+        fields["body"] = _without_docstring(node)
+    if isinstance(node, ast.JoinedStr):
+        fields["values"] = _joined(node.values)
+    return (
+        f"({type(node).__name__}"
+        + "".join(f" {k}={_written(fields[k], package)}" for k in sorted(fields))
+        + ")"
+    )
+
 
 def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     """The parts of an f-string with neighbouring texts made one and empty ones left out; Python
@@ -50,22 +64,37 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     found: list[ast.expr] = []
     for part in parts:
         text = part.value if isinstance(part, ast.Constant) else None
-        if text == "": continue
-        if text is not None and found and isinstance(found[-1], ast.Constant): found[-1] = ast.Constant(found[-1].value + text)
-        else: found.append(part)
+        if text == "":
+            continue
+        if text is not None and found and isinstance(found[-1], ast.Constant):
+            found[-1] = ast.Constant(found[-1].value + text)
+        else:
+            found.append(part)
     return found
+
 
 def _without_docstring(node: ast.AST) -> list[ast.stmt]:
     """The statements of a body but for its docstring; a definition that is nothing else does
     nothing."""
     first = node.body[0] if node.body else None
-    if not (isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)): return node.body
+    if not (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
+        return node.body
     return node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
 
-def _imported(node: ast.Import | ast.ImportFrom, package: str) -> tuple[list[str], ast.Import | None]:
+
+def _imported(
+    node: ast.Import | ast.ImportFrom, package: str
+) -> tuple[list[str], ast.Import | None]:
     """What an import brings from `package`, by name alone; and the import of the rest, if there is
     any."""
-    def written(a: ast.alias, bound: str) -> str: return f"{a.name if isinstance(node, ast.ImportFrom) else ''}>{bound}"
+
+    def written(a: ast.alias, bound: str) -> str:
+        return f"{a.name if isinstance(node, ast.ImportFrom) else ''}>{bound}"
+
     if isinstance(node, ast.ImportFrom):
         inside = node.level > 0 or (node.module or "").split(".")[0] == package
         return ([written(a, a.asname or a.name) for a in node.names] if inside else []), None
@@ -77,8 +106,9 @@ def _imported(node: ast.Import | ast.ImportFrom, package: str) -> tuple[list[str
 @dataclass
 class Cell:
     "A code cell that a pipeline executes."
+
     id: str
-    role: str       # parameters, imports, run or show
+    role: str  # parameters, imports, run or show
     source: str
 
     @property
@@ -90,7 +120,11 @@ class Cell:
     def tree(self) -> ast.Module:
         """Syntax tree of the cell; IPython's line magics and shell lines are left out (they count
         through `text`)."""
-        return ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in self.source.splitlines()))
+        return ast.parse(
+            "\n".join(
+                "" if line.startswith(("%", "!")) else line for line in self.source.splitlines()
+            )
+        )
 
     def text(self, package: str = "") -> str:
         "What is hashed: meaning, directives and magics."
@@ -101,9 +135,10 @@ class Cell:
 @dataclass
 class Notebook:
     "A notebook's executed cells and its contract."
+
     path: Path
     cells: list[Cell]
-    contract: dict = field(default_factory=dict)   # stage, inputs, outputs, cores, sources
+    contract: dict = field(default_factory=dict)  # stage, inputs, outputs, cores, sources
 
     @classmethod
     def read(cls, path: str | Path) -> "Notebook":
@@ -112,18 +147,27 @@ class Notebook:
         Raises `MissingError`, or `DataError` naming the notebook and the cell that cannot
         be read."""
         path = Path(path)
-        try: nb = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError: raise MissingError(f"There is no notebook {path}.") from None
-        except ValueError as e: raise DataError(f"{path} is not a notebook: {e}.") from None
+        try:
+            nb = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingError(f"There is no notebook {path}.") from None
+        except ValueError as e:
+            raise DataError(f"{path} is not a notebook: {e}.") from None
         cells = []
         for c in nb["cells"]:
             source, tags = "".join(c["source"]), c["metadata"].get("tags", [])
-            if c["cell_type"] != "code" or "skip-execution" in tags or not source.strip(): continue
+            if c["cell_type"] != "code" or "skip-execution" in tags or not source.strip():
+                continue
             cell = Cell(c.get("id", str(len(cells))), "", source)
-            try: body = cell.tree.body
-            except SyntaxError as e: raise DataError(f"{path.name}, cell {cell.id}, line {e.lineno}: {e.msg}.") from None
+            try:
+                body = cell.tree.body
+            except SyntaxError as e:
+                raise DataError(f"{path.name}, cell {cell.id}, line {e.lineno}: {e.msg}.") from None
             imports_only = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
-            cell.role = next((t for t in ("parameters", "run", "show") if t in tags), "imports" if imports_only else "run")
+            cell.role = next(
+                (t for t in ("parameters", "run", "show") if t in tags),
+                "imports" if imports_only else "run",
+            )
             cells.append(cell)
         return cls(path, cells, nb["metadata"].get("llmeco", {}))
 
@@ -133,11 +177,15 @@ class Notebook:
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #7ca0ad24
 # of parameter cells
-TYPES = dict(int=int, float=float, bool=bool, str=str, list=list, Literal=Literal, Optional=Optional)
+TYPES = dict(
+    int=int, float=float, bool=bool, str=str, list=list, Literal=Literal, Optional=Optional
+)
+
 
 @dataclass
 class Parameter:
     "One line of the parameter cell."
+
     name: str
     type: str
     default: object
@@ -147,10 +195,12 @@ class Parameter:
         """Turn `value` (from YAML or the command line) into this parameter's type.
 
         Raises `UsageError`."""
-        from llmeco_nb.config import read_value               # pydantic, only where a value is read
+        from llmeco_nb.config import read_value  # pydantic, only where a value is read
+
         # an annotation of our own notebooks, read as syntax before
         kind = eval(self.type, {"__builtins__": {}}, TYPES)
         return read_value(f"{where}.{self.name}" if where else self.name, value, kind, self.default)
+
 
 def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
     """The parameters of a notebook by name, in order.
@@ -160,57 +210,98 @@ def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
     for cell in notebook.role("parameters"):
         lines = cell.source.splitlines()
         for node in cell.tree.body:
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
-                raise DataError(f"{notebook.path.name}, parameter cell: `{ast.unparse(node)}` is not of the form `name: type = value`.")
-            try: default = ast.literal_eval(node.value)
-            except ValueError: raise DataError(f"{notebook.path.name}: the default of {node.target.id} is not a plain value: `{ast.unparse(node.value)}`.") from None
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            found[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), default, rest.partition("#")[2].strip())
+            if not (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and node.value is not None
+            ):
+                raise DataError(
+                    f"{notebook.path.name}, parameter cell: `{ast.unparse(node)}` is not of the form `name: type = value`."
+                )
+            try:
+                default = ast.literal_eval(node.value)
+            except ValueError:
+                raise DataError(
+                    f"{notebook.path.name}: the default of {node.target.id} is not a plain value: `{ast.unparse(node.value)}`."
+                ) from None
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            found[node.target.id] = Parameter(
+                node.target.id,
+                ast.unparse(node.annotation),
+                default,
+                rest.partition("#")[2].strip(),
+            )
     return found
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #d1773f90
 @dataclass
 class Module:
     "A module of the package as syntax: what it defines, imports and does when imported."
+
     definitions: dict[str, list[ast.stmt]]
-    imports: dict[str, str]           # name in this module -> "module:name", "module:" for a whole module, "outside:dotted"
+    imports: dict[
+        str, str
+    ]  # name in this module -> "module:name", "module:" for a whole module, "outside:dotted"
     effects: list[ast.stmt]
 
     @classmethod
-    def read(cls, tree: ast.Module, package: str,
-             home: str = ""     # Folder of the package, dotted, that the module stands in
-            ) -> "Module":
+    def read(
+        cls,
+        tree: ast.Module,
+        package: str,
+        home: str = "",  # Folder of the package, dotted, that the module stands in
+    ) -> "Module":
         "Sort a module's statements."
         m = cls({}, {}, [])
         for node in tree.body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)): m.imports.update(bound_names(node, package, home))
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): m.definitions.setdefault(node.name, []).append(node)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                m.imports.update(bound_names(node, package, home))
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                m.definitions.setdefault(node.name, []).append(node)
             elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-                for name in names: m.definitions.setdefault(name, []).append(node)
-                if not names: m.effects.append(node)
-            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)): m.effects.append(node)
+                names = [
+                    n.id
+                    for t in targets
+                    for n in ast.walk(t)
+                    if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                ]
+                for name in names:
+                    m.definitions.setdefault(name, []).append(node)
+                if not names:
+                    m.effects.append(node)
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                m.effects.append(node)
         m.definitions.pop("__all__", None)
         return m
 
-def bound_names(node: ast.Import | ast.ImportFrom, package: str,
-                home: str = ""    # Folder of the package, dotted, in which the statement stands
-               ) -> dict[str, str]:
+
+def bound_names(
+    node: ast.Import | ast.ImportFrom,
+    package: str,
+    home: str = "",  # Folder of the package, dotted, in which the statement stands
+) -> dict[str, str]:
     "What an import statement binds: name here -> where it comes from."
     if isinstance(node, ast.ImportFrom):
         origin = node.module or ""
-        if node.level == 0 and origin.split(".")[0] != package: return {a.asname or a.name: f"outside:{origin}.{a.name}" for a in node.names}
-        if node.level == 0: origin = origin.removeprefix(package).removeprefix(".")
+        if node.level == 0 and origin.split(".")[0] != package:
+            return {a.asname or a.name: f"outside:{origin}.{a.name}" for a in node.names}
+        if node.level == 0:
+            origin = origin.removeprefix(package).removeprefix(".")
         else:
             folders = home.split(".") if home else []
-            origin = ".".join([*folders[:len(folders) - node.level + 1], *filter(None, [origin])])
-        return {a.asname or a.name: f"{origin}:{a.name}" if origin else f"{a.name}:" for a in node.names}
+            origin = ".".join([*folders[: len(folders) - node.level + 1], *filter(None, [origin])])
+        return {
+            a.asname or a.name: f"{origin}:{a.name}" if origin else f"{a.name}:" for a in node.names
+        }
     found = {}
     for a in node.names:
-        if a.name.split(".")[0] != package: found[a.asname or a.name.split(".")[0]] = f"outside:{a.name}"
-        elif a.asname: found[a.asname] = a.name.removeprefix(package).removeprefix(".") + ":"
-        else: found[package] = ":"
+        if a.name.split(".")[0] != package:
+            found[a.asname or a.name.split(".")[0]] = f"outside:{a.name}"
+        elif a.asname:
+            found[a.asname] = a.name.removeprefix(package).removeprefix(".") + ":"
+        else:
+            found[package] = ":"
     return found
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #3e068f17
@@ -221,14 +312,18 @@ def dotted_names(node: ast.AST) -> set[str]:
     # breadth first: an attribute is met before the name inside it
     for n in ast.walk(node):
         chain, root = [], n
-        while isinstance(root, ast.Attribute): chain.append(root.attr); root = root.value
+        while isinstance(root, ast.Attribute):
+            chain.append(root.attr)
+            root = root.value
         if isinstance(root, ast.Name) and id(root) not in inner:
-            inner.add(id(root)); found.add(".".join([root.id, *reversed(chain)]))
+            inner.add(id(root))
+            found.add(".".join([root.id, *reversed(chain)]))
     return found
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #54bb2b14
 class Package:
     "The package's source, read lazily; answers what a piece of code reaches."
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._files: dict[str, Path | None] = {}
@@ -240,7 +335,9 @@ class Package:
         of that name."""
         if name not in self._files:
             path = self.folder.joinpath(*name.split("."))
-            there = [f for f in (path.with_suffix(".py"), path/"__init__.py") if name and f.is_file()]
+            there = [
+                f for f in (path.with_suffix(".py"), path / "__init__.py") if name and f.is_file()
+            ]
             self._files[name] = there[0] if there else None
         return self._files[name]
 
@@ -254,7 +351,9 @@ class Package:
         if name not in self._modules:
             file = self.file(name)
             tree = ast.parse(file.read_text(encoding="utf-8")) if file else None
-            self._modules[name] = Module.read(tree, self.folder.name, self.home(name)) if tree else None
+            self._modules[name] = (
+                Module.read(tree, self.folder.name, self.home(name)) if tree else None
+            )
         return self._modules[name]
 
     def depth(self, path: list[str]) -> int:
@@ -265,24 +364,37 @@ class Package:
         """Which (module, definition) pairs the dotted `name` means where `imports` holds; a whole
         module is (module, '*')."""
         root, *rest = name.split(".")
-        if root not in imports: return set()
+        if root not in imports:
+            return set()
         origin, _, wanted = imports[root].partition(":")
-        if origin == "outside": return {("outside", imports[root].partition(":")[2])}
+        if origin == "outside":
+            return {("outside", imports[root].partition(":")[2])}
         path = [*filter(None, [*origin.split("."), wanted]), *rest]
         depth = self.depth(path)
-        return {(".".join(path[:depth]), path[depth] if len(path) > depth else "*")} if depth else set()
+        return (
+            {(".".join(path[:depth]), path[depth] if len(path) > depth else "*")}
+            if depth
+            else set()
+        )
 
-    def targets(self, node: ast.AST, imports: dict[str, str], home: str | None = None) -> set[tuple[str, str]]:
+    def targets(
+        self, node: ast.AST, imports: dict[str, str], home: str | None = None
+    ) -> set[tuple[str, str]]:
         """The (module, definition) pairs that `node` reads, in a place where `imports` holds;
         `home` is the module it stands in."""
         around = dict(imports)
-        for n in ast.walk(node):                          # imports inside functions count as well
+        for n in ast.walk(node):  # imports inside functions count as well
             if isinstance(n, (ast.Import, ast.ImportFrom)):
                 around.update(bound_names(n, self.folder.name, self.home(home) if home else ""))
-        found = {(origin.partition(":")[0], "*") for alias, origin in around.items() if alias == "*" and not origin.startswith("outside")}
+        found = {
+            (origin.partition(":")[0], "*")
+            for alias, origin in around.items()
+            if alias == "*" and not origin.startswith("outside")
+        }
         for name in dotted_names(node):
             found |= self.find(name, around)
-            if home and name.split(".")[0] in self.module(home).definitions: found.add((home, name.split(".")[0]))
+            if home and name.split(".")[0] in self.module(home).definitions:
+                found.add((home, name.split(".")[0]))
         return found
 
     def facts(self, origin: str, name: str) -> tuple[str | None, set[tuple[str, str]]]:
@@ -291,11 +403,16 @@ class Package:
         A module's effects are its definition ''."""
         if (origin, name) not in self._facts:
             module = self.module(origin)
-            if name == "*": facts = None, {(origin, one) for one in module.definitions}
-            elif name and name not in module.definitions: facts = None, self.find(name, module.imports)
+            if name == "*":
+                facts = None, {(origin, one) for one in module.definitions}
+            elif name and name not in module.definitions:
+                facts = None, self.find(name, module.imports)
             else:
                 nodes = module.definitions[name] if name else module.effects
-                facts = "\n".join(meaning(n, self.folder.name) for n in nodes), set().union(*(self.targets(n, module.imports, origin) for n in nodes))
+                facts = (
+                    "\n".join(meaning(n, self.folder.name) for n in nodes),
+                    set().union(*(self.targets(n, module.imports, origin) for n in nodes)),
+                )
             self._facts[origin, name] = facts[0], facts[1] | ({(origin, "")} if name else set())
         return self._facts[origin, name]
 
@@ -306,7 +423,8 @@ class Package:
         while todo:
             met.add(target := todo.pop())
             text, further = (target[1], set()) if target[0] == "outside" else self.facts(*target)
-            if text is not None: found[f"{target[0]}.{target[1]}"] = sha256_text(text)[:16]
+            if text is not None:
+                found[f"{target[0]}.{target[1]}"] = sha256_text(text)[:16]
             todo |= further - met
         return dict(sorted(found.items()))
 
@@ -316,62 +434,110 @@ def cell_parts(notebook: Notebook, package: Package, roles: tuple[str, ...]) -> 
     imports, own, mine = {}, {}, notebook.role(*roles)
     for cell in notebook.role("imports", *roles):
         for n in ast.walk(cell.tree):
-            if not isinstance(n, (ast.Import, ast.ImportFrom)): continue
+            if not isinstance(n, (ast.Import, ast.ImportFrom)):
+                continue
             imports.update(bound_names(n, package.folder.name))
-            if cell.role in roles: own.update(bound_names(n, package.folder.name))
+            if cell.role in roles:
+                own.update(bound_names(n, package.folder.name))
     # what such a cell imports itself may be there for its effect
     used = [c.tree for c in mine] + [ast.Name(name, ast.Load()) for name in own]
-    return {"cells": {c.id: sha256_text(c.text(package.folder.name))[:16] for c in mine}, "functions": package.reach(used, imports)}
+    return {
+        "cells": {c.id: sha256_text(c.text(package.folder.name))[:16] for c in mine},
+        "functions": package.reach(used, imports),
+    }
 
-def work_parts(notebook: Notebook, package: Package,
-               parameters: dict,         # Final values, without `out` and the inputs
-               inputs: dict[str, object],# Input name -> hash of the artifact (a list for a list of artifacts)
-               sources: dict[str, str]   # Parameter that names an outside source -> its revision
-              ) -> dict:
+
+def work_parts(
+    notebook: Notebook,
+    package: Package,
+    parameters: dict,  # Final values, without `out` and the inputs
+    inputs: dict[
+        str, object
+    ],  # Input name -> hash of the artifact (a list for a list of artifacts)
+    sources: dict[str, str],  # Parameter that names an outside source -> its revision
+) -> dict:
     "All that a stage's result follows from, as one JSON object."
     types = {p.name: p.type for p in read_parameters(notebook).values()}
-    return {**cell_parts(notebook, package, ("run",)), "parameters": parameters, "types": types, "inputs": inputs, "sources": sources}
+    return {
+        **cell_parts(notebook, package, ("run",)),
+        "parameters": parameters,
+        "types": types,
+        "inputs": inputs,
+        "sources": sources,
+    }
+
 
 def show_parts(notebook: Notebook, package: Package) -> dict:
     "All that a stage's page follows from, besides its record."
     return cell_parts(notebook, package, ("show",))
 
+
 def key_of(parts: dict) -> str:
     """Sixteen hex digits over the parts. Cells count by order and content, functions by name and meaning;
     the ids of cells, and the modules that functions stand in, are for people."""
     counted = dict(parts)
-    if "cells" in parts: counted["cells"] = list(parts["cells"].values())
-    if "functions" in parts: counted["functions"] = sorted(f"{name} {hashed}" for name, hashed in _placeless(parts["functions"]))
+    if "cells" in parts:
+        counted["cells"] = list(parts["cells"].values())
+    if "functions" in parts:
+        counted["functions"] = sorted(
+            f"{name} {hashed}" for name, hashed in _placeless(parts["functions"])
+        )
     return sha256_text(json.dumps(counted, sort_keys=True, ensure_ascii=False))[:16]
+
 
 def _placeless(functions: dict[str, str]) -> set[tuple[str, str]]:
     """Functions as pairs of bare name and hash of meaning, without the modules they stand in.
 
     A library's import keeps its address."""
-    return {(name if name.startswith("outside.") else name.rpartition(".")[2], hashed) for name, hashed in functions.items()}
+    return {
+        (name if name.startswith("outside.") else name.rpartition(".")[2], hashed)
+        for name, hashed in functions.items()
+    }
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #b4bc7ab2
 def differences(old: dict, new: dict) -> list[str]:
     "What changed between two parts, one sentence each; empty if the keys are equal."
-    said, short = [], lambda v: (t if len(t := json.dumps(v, ensure_ascii=False)) < 60 else t[:57] + "...")
-    for kind, one in [("parameters", "parameter"), ("inputs", "input"), ("sources", "source"), ("functions", "function"), ("cells", "cell"), ("types", "the type of parameter")]:
+    said, short = (
+        [],
+        lambda v: t if len(t := json.dumps(v, ensure_ascii=False)) < 60 else t[:57] + "...",
+    )
+    for kind, one in [
+        ("parameters", "parameter"),
+        ("inputs", "input"),
+        ("sources", "source"),
+        ("functions", "function"),
+        ("cells", "cell"),
+        ("types", "the type of parameter"),
+    ]:
         a, b = old.get(kind, {}), new.get(kind, {})
         moved = _placeless(a) & _placeless(b) if kind == "functions" else set()
         for name in [*a, *(n for n in b if n not in a)]:
-            if a.get(name) == b.get(name) and (name in a) == (name in b): continue
+            if a.get(name) == b.get(name) and (name in a) == (name in b):
+                continue
             if kind == "functions" and (name in a) != (name in b):
                 # it only stands elsewhere
-                if (name.rpartition(".")[2], a.get(name) or b.get(name)) in moved: continue
+                if (name.rpartition(".")[2], a.get(name) or b.get(name)) in moved:
+                    continue
             label = f"{name}module level" if name.endswith(".") else name.removeprefix("outside.")
-            if name.startswith("outside."): label = f"library import {label}"
-            if kind == "parameters" and name in a and name in b: said.append(f"parameter {name}: {short(a[name])} → {short(b[name])}")
-            elif name not in b: said.append(f"{one} {label} is gone")
-            elif name not in a: said.append(f"{one} {label} is new")
-            else: said.append(f"{one} {label} changed")
-    if not said and key_of(old) != key_of(new): said.append("the order of the cells changed")
+            if name.startswith("outside."):
+                label = f"library import {label}"
+            if kind == "parameters" and name in a and name in b:
+                said.append(f"parameter {name}: {short(a[name])} → {short(b[name])}")
+            elif name not in b:
+                said.append(f"{one} {label} is gone")
+            elif name not in a:
+                said.append(f"{one} {label} is new")
+            else:
+                said.append(f"{one} {label} changed")
+    if not said and key_of(old) != key_of(new):
+        said.append("the order of the cells changed")
     return said
+
 
 def unknown_name_hint(name: str, known) -> str:
     "A hint for a name nobody knows: the closest known one, and the list."
-    known = sorted(map(str, known)); close = difflib.get_close_matches(name, known, 1)
-    return (f"Did you mean {close[0]}? " if close else "") + (f"There are: {', '.join(known)}." if known else "There are none.")
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(name, known, 1)
+    return (f"Did you mean {close[0]}? " if close else "") + (
+        f"There are: {', '.join(known)}." if known else "There are none."
+    )

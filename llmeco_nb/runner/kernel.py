@@ -17,34 +17,40 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core import CellError
-from ..core import DataError
-from ..core import LlmecoError
-from ..core import MissingError
-from ..core import WriteError
-from ..core import read_json
+from ..core import CellError, DataError, LlmecoError, MissingError, WriteError, read_json
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #af0a4278
 def die_with_parent(parent: int):
     """Arrange for this process to be killed when the process `parent` ends (Linux; elsewhere
     ipykernel itself looks every second)."""
     if sys.platform == "linux":
-        import ctypes, signal
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-    if os.getppid() != parent: os._exit(1)              # it had died before we asked
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)  # it had died before we asked
+
 
 def kernel_class(env: dict[str, str], sockets: Path, started):
     """A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and
     complain into its file `stderr`; `started(pid)` is called."""
     from jupyter_client import AsyncKernelManager
+
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.transport, self.connection_file = "ipc", str(sockets/"kernel.json")
+            self.transport, self.connection_file = "ipc", str(sockets / "kernel.json")
+
         async def _async_start_kernel(self, **kwargs):
-            with open(sockets/"stderr", "ab") as complaints: await super()._async_start_kernel(**{**kwargs, "env": {**os.environ, **env}, "stderr": complaints})
+            with open(sockets / "stderr", "ab") as complaints:
+                await super()._async_start_kernel(
+                    **{**kwargs, "env": {**os.environ, **env}, "stderr": complaints}
+                )
             started(self.provisioner.pid)
+
         start_kernel = _async_start_kernel
+
     return Kernel
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #8f6c3840
@@ -53,78 +59,137 @@ def socket_folder():
     """A short-named private folder for a kernel's sockets; those of runners that were killed are
     swept away first."""
     import psutil
+
     for old in Path(tempfile.gettempdir()).glob("llmeco-*-*"):
         pid = old.name.split("-")[1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(old, ignore_errors=True)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"llmeco-{os.getpid()}-"))
-    try: yield folder
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #9e7f0622
-def execute(notebook,                  # Path, or a notebook node
-            output: Path,              # Where the executed notebook goes; kept when a cell fails
-            parameters: dict,
-            env: dict[str, str] | None = None,
-            started: Callable[[int], object] = lambda pid: None): # Told the kernel's process id
+def execute(
+    notebook,  # Path, or a notebook node
+    output: Path,  # Where the executed notebook goes; kept when a cell fails
+    parameters: dict,
+    env: dict[str, str] | None = None,
+    started: Callable[[int], object] = lambda pid: None,
+):  # Told the kernel's process id
     """Execute a notebook through papermill.
 
     Raises the error of the package that a cell raised, `WriteError`, or `CellError` naming the
     cell."""
     import logging
+
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source = nbformat.read(notebook, 4) if isinstance(notebook, Path) else notebook
     name = notebook.name if isinstance(notebook, Path) else output.parent.name
     follow = f"--IPKernelApp.exec_lines=from llmeco_nb.runner.pipeline import die_with_parent; die_with_parent({os.getpid()})"
     with socket_folder() as sockets:
-        try: papermill.execute_notebook(source, str(output), parameters=parameters, progress_bar=False, kernel_name="python3", start_timeout=120,
-                                        kernel_manager_class=kernel_class(env or {}, sockets, started), extra_arguments=[follow])
-        except papermill.PapermillExecutionError as e: raise _said_by_cell(e, name, output) from None
+        try:
+            papermill.execute_notebook(
+                source,
+                str(output),
+                parameters=parameters,
+                progress_bar=False,
+                kernel_name="python3",
+                start_timeout=120,
+                kernel_manager_class=kernel_class(env or {}, sockets, started),
+                extra_arguments=[follow],
+            )
+        except papermill.PapermillExecutionError as e:
+            raise _said_by_cell(e, name, output) from None
         except (DeadKernelError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and "ernel" not in str(e): raise
-            raise CellError(f"{name}: its kernel died ({_last_words(sockets/'stderr') or 'killed, or out of memory?'}). What was executed is kept: {output}\nRun again to carry on.") from None
+            if isinstance(e, RuntimeError) and "ernel" not in str(e):
+                raise
+            raise CellError(
+                f"{name}: its kernel died ({_last_words(sockets / 'stderr') or 'killed, or out of memory?'}). What was executed is kept: {output}\nRun again to carry on."
+            ) from None
+
 
 def _last_words(stderr: Path) -> str:
     "The last line of what the kernel complained of; empty if it had no time to."
     said = stderr.read_text(errors="replace").strip() if stderr.exists() else ""
     return said.rpartition("\n")[2]
 
+
 def _said_by_cell(error, name: str, output: Path) -> LlmecoError:
     "The error a cell raised, as the exception people should see."
     import nbformat
+
     ours = {c.__name__: c for c in LlmecoError.__subclasses__()}
     kept = f"The executed notebook is kept: {output}"
-    if error.ename in ours: return ours[error.ename](f"{error.evalue}\n({name}. {kept})")
-    if error.ename in ("OSError", "PermissionError") and re.match(r"\[Errno (13|1|28|30|122)\]", error.evalue): return WriteError(f"{error.evalue}. Free some room or set LLMECO_RUNS to another folder.\n({name})")
-    try: cell = next(c for c in nbformat.read(output, 4).cells if c.get("source") == error.source)
-    except (OSError, StopIteration, ValueError): cell = {}
-    tags = [t for t in cell.get("metadata", {}).get("tags", []) if t in ("run", "show", "parameters")]
-    return CellError(f"{name}, cell {cell.get('id', error.cell_index)}{' (' + tags[0] + ')' if tags else ''}: {error.ename}: {error.evalue}\n{kept}")
+    if error.ename in ours:
+        return ours[error.ename](f"{error.evalue}\n({name}. {kept})")
+    if error.ename in ("OSError", "PermissionError") and re.match(
+        r"\[Errno (13|1|28|30|122)\]", error.evalue
+    ):
+        return WriteError(
+            f"{error.evalue}. Free some room or set LLMECO_RUNS to another folder.\n({name})"
+        )
+    try:
+        cell = next(c for c in nbformat.read(output, 4).cells if c.get("source") == error.source)
+    except (OSError, StopIteration, ValueError):
+        cell = {}
+    tags = [
+        t for t in cell.get("metadata", {}).get("tags", []) if t in ("run", "show", "parameters")
+    ]
+    return CellError(
+        f"{name}, cell {cell.get('id', error.cell_index)}{' (' + tags[0] + ')' if tags else ''}: {error.ename}: {error.evalue}\n{kept}"
+    )
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #2faf43c8
 class KernelMonitor:
     """Looks at a kernel and its record a few times a second; `state` is for the display,
     `peak_mib` for the manifest."""
+
     def __init__(self, record: Path):
-        self.record, self.pid, self.peak_mib, self.state, self._stop, self._speed = record, None, 0.0, {}, threading.Event(), {}
+        self.record, self.pid, self.peak_mib, self.state, self._stop, self._speed = (
+            record,
+            None,
+            0.0,
+            {},
+            threading.Event(),
+            {},
+        )
         self._began = {}
-        self.started, self._thread = time.monotonic(), threading.Thread(target=self._look, daemon=True)
+        self.started, self._thread = (
+            time.monotonic(),
+            threading.Thread(target=self._look, daemon=True),
+        )
+
     def __enter__(self):
         self._thread.start()
         return self
+
     def __exit__(self, *_):
-        self._stop.set(); self._thread.join()
+        self._stop.set()
+        self._thread.join()
 
     def _look(self):
         import psutil
+
         while not self._stop.wait(0.2):
-            try: self.peak_mib = max(self.peak_mib, psutil.Process(self.pid).memory_info().rss / 2**20) if self.pid else 0.0
-            except psutil.Error: pass
-            try: self.state = self._progress()
-            except OSError: pass
-            row = last_row(self.record/"log.jsonl")
+            try:
+                self.peak_mib = (
+                    max(self.peak_mib, psutil.Process(self.pid).memory_info().rss / 2**20)
+                    if self.pid
+                    else 0.0
+                )
+            except psutil.Error:
+                pass
+            try:
+                self.state = self._progress()
+            except OSError:
+                pass
+            row = last_row(self.record / "log.jsonl")
             if row:
                 # an evaluation's row has none; the last one still holds
                 self._speed |= {k: row[k] for k in ("tokens_per_s", "roof_share") if k in row}
@@ -134,25 +199,39 @@ class KernelMonitor:
         """The record's progress, with `first`, what was done when this work was first seen, and
         `since`, when that was: preparation, and what an earlier attempt did, say nothing of the
         pace."""
-        file = self.record/"progress.json"
-        if not file.exists(): self._began = {}; return {}
+        file = self.record / "progress.json"
+        if not file.exists():
+            self._began = {}
+            return {}
         now = json_or({}, file)
         # half written
-        if "done" not in now: return self.state
-        same = self._began and all(self.state.get(k) == now.get(k) for k in ("total", "unit")) and now["done"] >= self.state["done"]
-        if not same: self._began = dict(first=now["done"], since=time.monotonic())
+        if "done" not in now:
+            return self.state
+        same = (
+            self._began
+            and all(self.state.get(k) == now.get(k) for k in ("total", "unit"))
+            and now["done"] >= self.state["done"]
+        )
+        if not same:
+            self._began = dict(first=now["done"], since=time.monotonic())
         return {**now, **self._began}
+
 
 def json_or(default, path: Path):
     "The JSON in `path`, or `default` while it is absent or half written."
-    try: return read_json(path)
-    except (MissingError, DataError): return default
+    try:
+        return read_json(path)
+    except (MissingError, DataError):
+        return default
+
 
 def last_row(path: Path) -> dict | None:
     "The newest complete row of a JSONL file, read from its end."
     import json
+
     try:
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - 4096))
             return json.loads(f.read().split(b"\n")[-2])
-    except (OSError, ValueError, IndexError): return None
+    except (OSError, ValueError, IndexError):
+        return None

@@ -14,72 +14,125 @@ import sys
 import time
 from pathlib import Path
 
-from ..core import MissingError
-from ..core import read_json
-from ..core import write_json
+from ..core import MissingError, read_json, write_json
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #d3da70da
-def gflops(n: int,           # Side of the square matrices
-           dtype,            # torch.float32 or torch.bfloat16
-           seconds: float    # How long to try
-          ) -> float:
+def gflops(
+    n: int,  # Side of the square matrices
+    dtype,  # torch.float32 or torch.bfloat16
+    seconds: float,  # How long to try
+) -> float:
     """Best speed seen of an n x n matrix product, in GFLOP/s (1e9 multiply-adds count as 2e9
     operations)."""
     import torch
+
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     best, until = float("inf"), time.perf_counter() + seconds
     while True:
-        start = time.perf_counter(); a @ b; best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > until: return 2 * n**3 / best / 1e9
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > until:
+            return 2 * n**3 / best / 1e9
 
-def probe(seconds: float = 0.7  # Per measurement
-         ) -> dict:
+
+def probe(
+    seconds: float = 0.7,  # Per measurement
+) -> dict:
     "Measure this machine with torch: threads, fp32_gflops and bf16_gflops at that thread count."
     import torch
+
     from llmeco_nb.runner.machine import gflops
-    cores, speed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), {}
+
+    cores, speed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        {},
+    )
     for threads in sorted({1, *(2**k for k in range(1, 8) if 2**k <= cores), cores}):
         torch.set_num_threads(threads)
         speed[threads] = gflops(384, torch.float32, seconds)
     # a second thread must earn its keep
     best = max(speed, key=lambda t: speed[t] * (1 - 0.05 * (t > 1)))
     torch.set_num_threads(best)
-    return dict(threads=best, fp32_gflops=round(gflops(1536, torch.float32, seconds), 1), bf16_gflops=round(gflops(1536, torch.bfloat16, seconds), 1),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    return dict(
+        threads=best,
+        fp32_gflops=round(gflops(1536, torch.float32, seconds), 1),
+        bf16_gflops=round(gflops(1536, torch.bfloat16, seconds), 1),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #0e7cb6ae
 def describe() -> dict:
     "What can be read without measuring: processor, cores, memory in GiB, system, Python."
     import psutil
+
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dict(processor=model, cores=cores, memory_gib=round(psutil.virtual_memory().total / 2**30, 1), system=platform.system(), python=platform.python_version())
+    return dict(
+        processor=model,
+        cores=cores,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=platform.system(),
+        python=platform.python_version(),
+    )
 
-def versions(names=("torch", "transformers", "datasets", "evaluate", "scikit-learn", "numpy", "pandas", "papermill", "nbdev", "matplotlib", "onnxruntime")) -> dict[str, str]:
+
+def versions(
+    names=(
+        "torch",
+        "transformers",
+        "datasets",
+        "evaluate",
+        "scikit-learn",
+        "numpy",
+        "pandas",
+        "papermill",
+        "nbdev",
+        "matplotlib",
+        "onnxruntime",
+    ),
+) -> dict[str, str]:
     """Versions of the libraries a result may depend on, without importing them; absent ones are
     left out."""
     from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in names:
-        try: found[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return found
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #28c9d6f1
-def machine(cache: str | Path,      # Where the measurement is kept (a JSON file)
-            fresh: bool = False     # Measure again
-           ) -> dict:
+def machine(
+    cache: str | Path,  # Where the measurement is kept (a JSON file)
+    fresh: bool = False,  # Measure again
+) -> dict:
     "This machine, described and measured. Raises `MissingError` when torch cannot be imported."
     cache, now = Path(cache), {**describe(), "torch": versions(["torch"]).get("torch")}
     if cache.exists() and not fresh:
         known = read_json(cache)
-        if {k: known.get(k) for k in now} == now: return known
+        if {k: known.get(k) for k in now} == now:
+            return known
     code = "import json; from llmeco_nb.runner.machine import probe; print(json.dumps(probe()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
-    if done.returncode: raise MissingError(f"The machine could not be measured, because torch does not start: {done.stderr.strip().splitlines()[-1]}. Install the package again.")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    if done.returncode:
+        raise MissingError(
+            f"The machine could not be measured, because torch does not start: {done.stderr.strip().splitlines()[-1]}. Install the package again."
+        )
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_json(cache, found := {**now, **json.loads(done.stdout.splitlines()[-1])})
     return found

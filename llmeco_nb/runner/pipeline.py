@@ -13,103 +13,114 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import CellError
-from ..core import ChangedSourceError
-from ..core import LlmecoError
-from ..core import MissingError
-from ..core import UsageError
-from ..core import fsync_folder
-from ..core import lock
-from ..core import read_json
-from ..core import runs_dir
-from ..core import sha256_of
-from ..core import write_bytes
-from ..core import write_json
-from .stages import StageRegistry
-from .stages import Instance
-from .stages import current_overrides
-from .stages import import_by_name
-from .stages import needs
-from .stages import read_profile
-from .identity import differences
-from .identity import key_of
-from .identity import unknown_name_hint
-from .identity import show_parts
-from .identity import work_parts
-from .kernel import KernelMonitor
-from .kernel import execute
-from .kernel import json_or
-from .machine import machine
-from .machine import versions
-from .store import Run
-from .store import Store
-from .store import link
-from .store import new_run_info
+from llmeco_nb.core import (
+    CellError,
+    ChangedSourceError,
+    LlmecoError,
+    MissingError,
+    UsageError,
+    fsync_folder,
+    lock,
+    read_json,
+    runs_dir,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
+from .identity import differences, key_of, show_parts, unknown_name_hint, work_parts
+from .kernel import KernelMonitor, execute, json_or
+from .machine import machine, versions
+from llmeco_nb.runner.stages import (
+    Instance,
+    StageRegistry,
+    current_overrides,
+    import_by_name,
+    needs,
+    read_profile,
+)
+from .store import Run, Store, link, new_run_info
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #200d5a65
-def open_run(house: StageRegistry,
-             profile: str,               # Name of a profile, or the path of its folder
-             path: str | None = None,    # Folder of the run; None for the newest of the profile
-             next_round: bool = False,   # Start a new run whose parent is the current one
-             new_run: bool = False,      # Start a new run that stands alone
-             create: bool = True,        # Whether a run may be made where there is none
-             check: Callable[[dict], object] = lambda info: None  # Refuses by raising, before a run is made or taken
-            ) -> Run:
+def open_run(
+    house: StageRegistry,
+    profile: str,  # Name of a profile, or the path of its folder
+    path: str | None = None,  # Folder of the run; None for the newest of the profile
+    next_round: bool = False,  # Start a new run whose parent is the current one
+    new_run: bool = False,  # Start a new run that stands alone
+    create: bool = True,  # Whether a run may be made where there is none
+    check: Callable[[dict], object] = lambda info: (
+        None
+    ),  # Refuses by raising, before a run is made or taken
+) -> Run:
     """The run to work on: the given one, else the newest of the profile, else a new one.
 
     `check` is told what run.json holds, or would hold. If it raises, nothing has been made.
     Raises `UsageError`, and `MissingError` where there is no run and none may be made."""
     runs = Path(path).absolute().parent if path else runs_dir()
     current, another = _newest(runs, profile, path), next_round or new_run
-    if current and not another: return _checked(current, check)
+    if current and not another:
+        return _checked(current, check)
     start_hint = f"`llmeco run --profile {profile}`"
     if not create and not next_round:
-        raise MissingError(f"There is no run of the profile {profile} in {runs}. "
-                           f"Start one with {start_hint}.")
+        raise MissingError(
+            f"There is no run of the profile {profile} in {runs}. Start one with {start_hint}."
+        )
     instances, spec = read_profile(house, profile)
+
     def freeze(folder: Path):
         for name, function in (spec.get("snapshots") or {}).items():
-            import_by_name(function)(runs, folder/name)
-    with lock(runs/".new.lock"):
+            import_by_name(function)(runs, folder / name)
+
+    with lock(runs / ".new.lock"):
         # While this one waited for the lock, another runner may have made the run: they share it.
         current = _newest(runs, profile, path)
-        if current and not another: return _checked(current, check)
+        if current and not another:
+            return _checked(current, check)
         if next_round:
             if not current:
-                raise UsageError(f"There is no run of the profile {profile} to follow. "
-                                 f"Start with {start_hint}.")
+                raise UsageError(
+                    f"There is no run of the profile {profile} to follow. Start with {start_hint}."
+                )
             unfinished = [o.name for o in instances if not current.key(o.name)]
             if unfinished:
-                raise UsageError(f"The run {current.path.name} is not finished "
-                                 f"({', '.join(unfinished)}). Finish it with `llmeco run` first.")
+                raise UsageError(
+                    f"The run {current.path.name} is not finished "
+                    f"({', '.join(unfinished)}). Finish it with `llmeco run` first."
+                )
         parent = current if next_round else None
         check(new_run_info(profile, parent))
         name = Path(profile).name
-        taken = [int(m[1]) for f in runs.glob(f"{name}-*")
-                 if (m := re.fullmatch(r".*-(\d+)(\.partial)?", f.name))]
-        target = runs/f"{name}-{max(taken, default=0) + 1}"
-        if path and not current: target = Path(path).absolute()
+        taken = [
+            int(m[1])
+            for f in runs.glob(f"{name}-*")
+            if (m := re.fullmatch(r".*-(\d+)(\.partial)?", f.name))
+        ]
+        target = runs / f"{name}-{max(taken, default=0) + 1}"
+        if path and not current:
+            target = Path(path).absolute()
         run = Run.create(target, profile, parent, freeze if next_round else lambda folder: None)
-        stored = run["overrides"]         # of the parent, which may be of an earlier version
+        stored = run["overrides"]  # of the parent, which may be of an earlier version
         now = current_overrides(stored)
-        if now != stored: run.update(lambda info: info.update(overrides=now))
+        if now != stored:
+            run.update(lambda info: info.update(overrides=now))
         return run
+
 
 def _newest(runs: Path, profile: str, path: str | None) -> Run | None:
     "The run at `path`, or the newest of the profile in `runs`; None if there is none."
-    if path: found = Run(Path(path).absolute()) if (Path(path)/"run.json").exists() else None
-    else: found = next((r for r in reversed(Run.all(runs)) if r["profile"] == profile), None)
+    if path:
+        found = Run(Path(path).absolute()) if (Path(path) / "run.json").exists() else None
+    else:
+        found = next((r for r in reversed(Run.all(runs)) if r["profile"] == profile), None)
     if found and found["profile"] != profile:
         raise UsageError(f"{found.path} is a run of the profile {found['profile']}, not {profile}.")
     return found
+
 
 def _checked(run: Run, check: Callable[[dict], object]) -> Run:
     "The run, if `check` does not refuse."
@@ -120,27 +131,37 @@ def _checked(run: Run, check: Callable[[dict], object]) -> Run:
 @dataclass
 class StageStatus:
     "What we know of an instance before running it."
-    state: str                     # current, page (only its page is stale), stale, missing, waiting
+
+    state: str  # current, page (only its page is stale), stale, missing, waiting
     reasons: list[str]
-    parts: dict | None = None      # what the work key hashes
-    page: dict | None = None       # what the show key hashes
+    parts: dict | None = None  # what the work key hashes
+    page: dict | None = None  # what the show key hashes
     key: str | None = None
-    entry: Path | None = None      # the finished entry, where there is one
-    inputs: dict = field(default_factory=dict)   # input -> [(where from, path)]
+    entry: Path | None = None  # the finished entry, where there is one
+    inputs: dict = field(default_factory=dict)  # input -> [(where from, path)]
 
     def paths(self, one: Instance) -> dict[str, str | list[str]]:
         """The inputs as the notebook's parameters want them: a path, '' for none, or a list of
         paths."""
-        return {i: [str(p) for _, p in found] if one.inputs[i] == "[]" else str(found[0][1]) if found else "" for i, found in self.inputs.items()}
+        return {
+            i: [str(p) for _, p in found]
+            if one.inputs[i] == "[]"
+            else str(found[0][1])
+            if found
+            else ""
+            for i, found in self.inputs.items()
+        }
+
 
 class Pipeline:
     "A profile, a run and a store: looks at instances and makes them."
+
     def __init__(self, house: StageRegistry, run: Run, accept_changed: bool = False):
         self.house, self.run, self.accept_changed = house, run, accept_changed
         self.instances, self.spec = read_profile(house, run["profile"])
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
-        set_stored(self.instances, run["overrides"], run.path/"run.json", run["profile"])
+        set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
 
     def select(self, name: str, told_by: str) -> list[Instance]:
         "The instances meant by an instance's or a stage's name. Raises `UsageError`."
@@ -150,9 +171,13 @@ class Pipeline:
         """Change parameters for this run, for good: (stage or instance, parameter, value).
         Nothing is stored unless all of them can be used. Raises what `set_parameters` raises."""
         chosen = set_parameters(self.instances, settings, told_by)
+
         def change(info):
-            for o, name in chosen: info["overrides"].setdefault(o.name, {})[name] = o.values[name]
-        if chosen: self.run.update(change)
+            for o, name in chosen:
+                info["overrides"].setdefault(o.name, {})[name] = o.values[name]
+
+        if chosen:
+            self.run.update(change)
 
     def inputs(self, one: Instance) -> dict[str, list[tuple[str, Path]]] | str:
         """Input -> [(where from, path of the artifact)]; or the name of an instance that must be
@@ -164,44 +189,100 @@ class Pipeline:
                 giver, _, artifact = ref.partition(":")
                 run, name = self.run, giver
                 if giver.startswith("snapshot/"):
-                    path = self.run.path/"snapshots"/giver.removeprefix("snapshot/")
-                    if path.exists(): found[i].append((ref, path))
+                    path = self.run.path / "snapshots" / giver.removeprefix("snapshot/")
+                    if path.exists():
+                        found[i].append((ref, path))
                     continue
                 if giver.startswith("parent/"):
-                    if not self.run["parent"]: continue
-                    run, name = Run(self.run.path.parent/self.run["parent"]), giver.removeprefix("parent/")
+                    if not self.run["parent"]:
+                        continue
+                    run, name = (
+                        Run(self.run.path.parent / self.run["parent"]),
+                        giver.removeprefix("parent/"),
+                    )
                 key, source = run.key(name), self.by_name.get(name)
-                if key is None or source is None: return name
+                if key is None or source is None:
+                    return name
                 outputs = source.notebook.contract.get("outputs", [])
-                artifact = artifact or (i if i in outputs else outputs[0] if len(outputs) == 1 else i)
+                artifact = artifact or (
+                    i if i in outputs else outputs[0] if len(outputs) == 1 else i
+                )
                 entry = self.store.find(source.stage, key)
-                if entry is None: return name
-                if artifact not in read_json(entry/"manifest.json")["outputs"]: raise UsageError(f"{one.name} wants {artifact} from {name}, which gives {', '.join(outputs) or 'nothing'}.")
-                found[i].append((ref, entry/artifact))
+                if entry is None:
+                    return name
+                if artifact not in read_json(entry / "manifest.json")["outputs"]:
+                    raise UsageError(
+                        f"{one.name} wants {artifact} from {name}, which gives {', '.join(outputs) or 'nothing'}."
+                    )
+                found[i].append((ref, entry / artifact))
         return found
 
     def revisions(self, one: Instance) -> dict[str, str]:
         "Revision of each outside source that a parameter of `one` names."
-        return {name: source_revision(one, name) for name in one.notebook.contract.get("sources", {})}
+        return {
+            name: source_revision(one, name) for name in one.notebook.contract.get("sources", {})
+        }
 
     def look(self, one: Instance, revisions: dict[str, str] | None = None) -> StageStatus:
         "Work out an instance's state without running anything."
         known = self.run.info["instances"].get(one.name)
         inputs = self.inputs(one)
-        if isinstance(inputs, str): return StageStatus("waiting", [f"{inputs} must be made first"])
-        hashes = {i: [self.store.sha(p) for _, p in found] if one.inputs[i] == "[]" else self.store.sha(found[0][1]) if found else "" for i, found in inputs.items()}
-        parts = work_parts(one.notebook, self.house.package, one.result_values, hashes, self.revisions(one) if revisions is None else revisions)
-        look = StageStatus("missing", ["never run"], parts, show_parts(one.notebook, self.house.package), key_of(parts), self.store.find(one.stage, key_of(parts)), inputs)
+        if isinstance(inputs, str):
+            return StageStatus("waiting", [f"{inputs} must be made first"])
+        hashes = {
+            i: [self.store.sha(p) for _, p in found]
+            if one.inputs[i] == "[]"
+            else self.store.sha(found[0][1])
+            if found
+            else ""
+            for i, found in inputs.items()
+        }
+        parts = work_parts(
+            one.notebook,
+            self.house.package,
+            one.result_values,
+            hashes,
+            self.revisions(one) if revisions is None else revisions,
+        )
+        look = StageStatus(
+            "missing",
+            ["never run"],
+            parts,
+            show_parts(one.notebook, self.house.package),
+            key_of(parts),
+            self.store.find(one.stage, key_of(parts)),
+            inputs,
+        )
         if look.entry:
-            if not known or known["key"] != look.key: look.state, look.reasons = "current", ["another run has made it"]
-            else: look.state, look.reasons = "current", []
-            page = json_or({}, look.entry/"page.json")
-            if page.get("key") != key_of(look.page): look.state, look.reasons = "page", differences(page["parts"], look.page) if page else ["the page was not finished"]
+            if not known or known["key"] != look.key:
+                look.state, look.reasons = "current", ["another run has made it"]
+            else:
+                look.state, look.reasons = "current", []
+            page = json_or({}, look.entry / "page.json")
+            if page.get("key") != key_of(look.page):
+                look.state, look.reasons = (
+                    "page",
+                    differences(page["parts"], look.page)
+                    if page
+                    else ["the page was not finished"],
+                )
         elif known:
-            old = json_or({}, self.store.entry(one.stage, known["key"])/"manifest.json")
+            old = json_or({}, self.store.entry(one.stage, known["key"]) / "manifest.json")
             damaged = self.store.damage(self.store.entry(one.stage, known["key"])) if old else []
             why = differences(old["parts"], parts) if old else ["its entry in the store is gone"]
-            look.state, look.reasons = "stale", [r + (f" (from {', '.join(one.wires[r.split()[1]])})" if r.startswith("input ") and r.split()[1] in one.wires else "") for r in why] or [f"{name} was changed after it was made" for name in damaged]
+            look.state, look.reasons = (
+                "stale",
+                [
+                    r
+                    + (
+                        f" (from {', '.join(one.wires[r.split()[1]])})"
+                        if r.startswith("input ") and r.split()[1] in one.wires
+                        else ""
+                    )
+                    for r in why
+                ]
+                or [f"{name} was changed after it was made" for name in damaged],
+            )
         return look
 
     def looks(self) -> dict[str, StageStatus]:
@@ -213,155 +294,270 @@ class Pipeline:
             found[one.name] = self.look(one)
             if upstream and found[one.name].state in ("current", "page", "waiting"):
                 known = one.name in self.run["instances"]
-                found[one.name].state, found[one.name].reasons = ("stale" if known else "missing"), [f"needs {', '.join(sorted(upstream))}, to be made first"]
+                found[one.name].state, found[one.name].reasons = (
+                    ("stale" if known else "missing"),
+                    [f"needs {', '.join(sorted(upstream))}, to be made first"],
+                )
         return found
 
     def check_sources(self, one: Instance) -> dict[str, str]:
         """Revisions of the outside sources; raises `ChangedSourceError` if one is not what this
         run saw before."""
         now, said = self.revisions(one), self.run["sources"].get(one.name, {})
-        changed = [p for p in now if p in said and said[p][0] == one.values[p] and said[p][1] != now[p]]
+        changed = [
+            p for p in now if p in said and said[p][0] == one.values[p] and said[p][1] != now[p]
+        ]
         if changed and not self.accept_changed:
             p = changed[0]
             raise ChangedSourceError(
                 f"{one.values[p]} ({one.name}.{p}) has changed since this run read it: "
                 f"{said[p][1][:12]} before, {now[p][:12]} now. Take the new content with "
                 "`llmeco run --accept-changed`, start another run with `llmeco run --new-run`, "
-                "or put the old content back.")
-        if any(said.get(p) != [one.values[p], now[p]] for p in now): self.run.update(lambda info: info["sources"].__setitem__(one.name, {p: [one.values[p], now[p]] for p in now}))
+                "or put the old content back."
+            )
+        if any(said.get(p) != [one.values[p], now[p]] for p in now):
+            self.run.update(
+                lambda info: info["sources"].__setitem__(
+                    one.name, {p: [one.values[p], now[p]] for p in now}
+                )
+            )
         return now
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #039c2554
-def select_instances(instances: list[Instance],  # All of a profile
-                     name: str,                  # Of an instance (`train@a`) or a stage (`train`)
-                     told_by: str                # Option or file to name in the error
-                    ) -> list[Instance]:
+def select_instances(
+    instances: list[Instance],  # All of a profile
+    name: str,  # Of an instance (`train@a`) or a stage (`train`)
+    told_by: str,  # Option or file to name in the error
+) -> list[Instance]:
     "The instances meant by a name. Raises `UsageError` with the nearest names there are."
     found = [o for o in instances if name in (o.name, o.stage)]
-    if found: return found
+    if found:
+        return found
     known = {n for o in instances for n in (o.name, o.stage)}
-    raise UsageError(f"{told_by}: there is no stage {name} in this profile. "
-                     f"{unknown_name_hint(name, known)}")
+    raise UsageError(
+        f"{told_by}: there is no stage {name} in this profile. {unknown_name_hint(name, known)}"
+    )
 
-def set_stored(instances: list[Instance],   # All of a profile; their values change
-               overrides: dict[str, dict],  # What a run.json holds: instance -> name -> value
-               file: Path,                  # The run.json, to name in the error
-               profile: str                 # Of the run, to name in the error
-              ) -> None:
+
+def set_stored(
+    instances: list[Instance],  # All of a profile; their values change
+    overrides: dict[str, dict],  # What a run.json holds: instance -> name -> value
+    file: Path,  # The run.json, to name in the error
+    profile: str,  # Of the run, to name in the error
+) -> None:
     """Set the parameters that a run.json holds, whatever they were called when it was written.
     Raises `UsageError` that names the file and the command that starts another run."""
     try:
         for name, values in current_overrides(overrides).items():
             select_instances(instances, name, str(file))[0].set(values, str(file))
     except UsageError as e:
-        raise UsageError(f"{e} The run may be of an earlier version; start another with "
-                         f"`llmeco run --profile {profile} --new-run`.") from None
+        raise UsageError(
+            f"{e} The run may be of an earlier version; start another with "
+            f"`llmeco run --profile {profile} --new-run`."
+        ) from None
 
-def set_parameters(instances: list[Instance],                # All of a profile; their values change
-                   settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)
-                   told_by: str                              # Option or file to name in the error
-                  ) -> list[tuple[Instance, str]]:
+
+def set_parameters(
+    instances: list[Instance],  # All of a profile; their values change
+    settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)
+    told_by: str,  # Option or file to name in the error
+) -> list[tuple[Instance, str]]:
     """Set parameters and check that they can be used: each name, each value, the config as a whole,
     and that an outside source is there. Returns what was set, as (instance, parameter).
     Raises `UsageError`, and whatever the function that reads a source raises (`MissingError`)."""
-    chosen = [(o, name, value) for target, name, value in settings
-              for o in select_instances(instances, target, told_by)]
-    for o, name, value in chosen: o.set({name: _absolute_path(o, name, value)}, told_by)
+    chosen = [
+        (o, name, value)
+        for target, name, value in settings
+        for o in select_instances(instances, target, told_by)
+    ]
+    for o, name, value in chosen:
+        o.set({name: _absolute_path(o, name, value)}, told_by)
     for o in {o.name: o for o, _, _ in chosen}.values():
-        if o.config: o.config.of(o.values, o.name)
+        if o.config:
+            o.config.of(o.values, o.name)
     for o, name, _ in chosen:
-        if name in o.notebook.contract.get("sources", {}): source_revision(o, name)
+        if name in o.notebook.contract.get("sources", {}):
+            source_revision(o, name)
     return [(o, name) for o, name, _ in chosen]
+
 
 def source_revision(one: Instance, name: str) -> str:
     "Revision of the outside source that the parameter `name` gives; '' if it gives none."
     value = one.values.get(name)
-    if value in (None, ""): return ""                      # an empty list may mean "what is here"
+    if value in (None, ""):
+        return ""  # an empty list may mean "what is here"
     return import_by_name(one.notebook.contract["sources"][name])(value)
 
-def require_inputs(instances: list[Instance],   # All of a profile
-                   names: set[str] | None,      # Those to be considered; None for all
-                   made: set[str]               # Those the run has already
-                  ):
+
+def require_inputs(
+    instances: list[Instance],  # All of a profile
+    names: set[str] | None,  # Those to be considered; None for all
+    made: set[str],  # Those the run has already
+):
     "Raises `UsageError` if a considered instance needs one that is neither considered nor made."
     for o in instances if names is not None else []:
         missing = sorted(n for n in needs(o) if n not in names and n not in made)
         if o.name in names and missing:
-            raise UsageError(f"{o.name} needs {', '.join(missing)}, which this run does not have "
-                             "yet. Leave --only/--from out.")
+            raise UsageError(
+                f"{o.name} needs {', '.join(missing)}, which this run does not have "
+                "yet. Leave --only/--from out."
+            )
+
 
 def _absolute_path(one: Instance, name: str, value):
     "A local path given for an outside source, made independent of where the command was typed."
-    if name not in one.notebook.contract.get("sources", {}): return value
-    if not isinstance(value, str) or ":" in value: return value
-    bare = os.sep not in value and not Path(value).suffix       # the short name of a data set
+    if name not in one.notebook.contract.get("sources", {}):
+        return value
+    if not isinstance(value, str) or ":" in value:
+        return value
+    bare = os.sep not in value and not Path(value).suffix  # the short name of a data set
     return value if bare else str(Path(value).absolute())
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #35cd2beb
-def make_entry(pipe: Pipeline, one: Instance, look: StageStatus, force: bool,
-               watching: Callable[[KernelMonitor], object],   # Given the monitor of the kernel that starts
-               notice: Callable[[str], object]                # Told sentences worth printing
-              ) -> Path:
+def make_entry(
+    pipe: Pipeline,
+    one: Instance,
+    look: StageStatus,
+    force: bool,
+    watching: Callable[[KernelMonitor], object],  # Given the monitor of the kernel that starts
+    notice: Callable[[str], object],  # Told sentences worth printing
+) -> Path:
     "Execute the instance, unless another runner has meanwhile, and return its finished entry."
     entry = pipe.store.entry(one.stage, look.key)
-    with lock(pipe.store.folder/".locks"/entry.name, waiting=lambda: notice(f"{one.name}: another runner is making it, waiting")):
+    with lock(
+        pipe.store.folder / ".locks" / entry.name,
+        waiting=lambda: notice(f"{one.name}: another runner is making it, waiting"),
+    ):
         if entry.exists() and (force or pipe.store.find(one.stage, look.key) is None):
-            if not force: notice(f"{one.name}: {', '.join(pipe.store.damage(entry)) if (entry/'manifest.json').exists() else 'its entry'} is not what it was when it was made; it is made again")
+            if not force:
+                notice(
+                    f"{one.name}: {', '.join(pipe.store.damage(entry)) if (entry / 'manifest.json').exists() else 'its entry'} is not what it was when it was made; it is made again"
+                )
             shutil.rmtree(entry)
-        if entry.exists(): return entry
+        if entry.exists():
+            return entry
         partial = entry.with_name(entry.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        begun, probe = time.time(), machine(pipe.run.path.parent/"machine.json")
-        threads = {"OMP_NUM_THREADS": str(max(1, min(one.cores, probe["threads"]))), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        begun, probe = time.time(), machine(pipe.run.path.parent / "machine.json")
+        threads = {
+            "OMP_NUM_THREADS": str(max(1, min(one.cores, probe["threads"]))),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         with KernelMonitor(partial) as watch:
             watching(watch)
-            execute(one.notebook.path, partial/"notebook.ipynb", {**one.values, **look.paths(one), "out": str(partial)}, threads, lambda pid: setattr(watch, "pid", pid))
-        absent = [o for o in one.notebook.contract.get("outputs", []) if not (partial/o).exists()]
-        if absent: raise CellError(f"{one.notebook.path.name} promises {', '.join(absent)} and did not write it. The executed notebook is kept: {partial/'notebook.ipynb'}")
-        for name in ("progress.json", "resume"): shutil.rmtree(partial/name) if (partial/name).is_dir() else (partial/name).unlink(missing_ok=True)
-        _finish(pipe, one, look, partial, dict(started=begun, seconds=round(time.time() - begun, 2), peak_memory_mib=round(watch.peak_mib, 1), machine=probe, threads=int(threads["OMP_NUM_THREADS"])))
+            execute(
+                one.notebook.path,
+                partial / "notebook.ipynb",
+                {**one.values, **look.paths(one), "out": str(partial)},
+                threads,
+                lambda pid: setattr(watch, "pid", pid),
+            )
+        absent = [o for o in one.notebook.contract.get("outputs", []) if not (partial / o).exists()]
+        if absent:
+            raise CellError(
+                f"{one.notebook.path.name} promises {', '.join(absent)} and did not write it. The executed notebook is kept: {partial / 'notebook.ipynb'}"
+            )
+        for name in ("progress.json", "resume"):
+            shutil.rmtree(partial / name) if (partial / name).is_dir() else (partial / name).unlink(
+                missing_ok=True
+            )
+        _finish(
+            pipe,
+            one,
+            look,
+            partial,
+            dict(
+                started=begun,
+                seconds=round(time.time() - begun, 2),
+                peak_memory_mib=round(watch.peak_mib, 1),
+                machine=probe,
+                threads=int(threads["OMP_NUM_THREADS"]),
+            ),
+        )
         partial.rename(entry)
         fsync_folder(entry.parent)
     return entry
 
+
 def _finish(pipe: Pipeline, one: Instance, look: StageStatus, partial: Path, facts: dict):
     "Flush a record to disk and write its page key and its manifest, last."
-    write_json(partial/"page.json", {"key": key_of(look.page), "parts": look.page})
+    write_json(partial / "page.json", {"key": key_of(look.page), "parts": look.page})
     for f in partial.rglob("*"):
         if f.is_file():
-            with open(f, "rb") as opened: os.fsync(opened.fileno())
+            with open(f, "rb") as opened:
+                os.fsync(opened.fileno())
     outputs = one.notebook.contract.get("outputs", [])
     plan = partial.with_name(partial.name.removesuffix(".partial") + ".plan.json")
-    write_json(partial/"manifest.json", dict(
-        stage=one.stage, key=look.key, parameters=one.values, parts=look.parts, plan=read_json(plan) if plan.exists() else None,
-        inputs={i: [dict(source=ref, entry=p.parent.name, sha256=pipe.store.sha(p)) for ref, p in found] for i, found in look.inputs.items()},
-        outputs={o: sha256_of(partial/o) for o in outputs},
-        files={f: sha256_of(partial/f) for f in ("metrics.json", "log.jsonl") if (partial/f).exists() and f not in outputs}, versions=versions(), **facts))
+    write_json(
+        partial / "manifest.json",
+        dict(
+            stage=one.stage,
+            key=look.key,
+            parameters=one.values,
+            parts=look.parts,
+            plan=read_json(plan) if plan.exists() else None,
+            inputs={
+                i: [
+                    dict(source=ref, entry=p.parent.name, sha256=pipe.store.sha(p))
+                    for ref, p in found
+                ]
+                for i, found in look.inputs.items()
+            },
+            outputs={o: sha256_of(partial / o) for o in outputs},
+            files={
+                f: sha256_of(partial / f)
+                for f in ("metrics.json", "log.jsonl")
+                if (partial / f).exists() and f not in outputs
+            },
+            versions=versions(),
+            **facts,
+        ),
+    )
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #4403f7d8
 def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
     "Run the show cells of a finished entry again and exchange its page."
     import nbformat
-    with lock(pipe.store.folder/".locks"/entry.name):
-        if json_or({}, entry/"page.json").get("key") == key_of(look.page): return
+
+    with lock(pipe.store.folder / ".locks" / entry.name):
+        if json_or({}, entry / "page.json").get("key") == key_of(look.page):
+            return
         page = entry.with_name(entry.name + ".page")
         shutil.rmtree(page, ignore_errors=True)
         page.mkdir()
-        nb, before = nbformat.read(one.notebook.path, 4), {c.get("id"): c for c in nbformat.read(entry/"notebook.ipynb", 4).cells} if (entry/"notebook.ipynb").exists() else {}
+        nb, before = (
+            nbformat.read(one.notebook.path, 4),
+            {c.get("id"): c for c in nbformat.read(entry / "notebook.ipynb", 4).cells}
+            if (entry / "notebook.ipynb").exists()
+            else {},
+        )
         rested = {c.id for c in one.notebook.role("run")}
         for c in nb.cells:
-            if c.id in rested: c.metadata["tags"] = [*c.metadata.get("tags", []), "skip-execution"]
-        execute(nb, page/"notebook.ipynb", {**one.values, **look.paths(one), "out": str(entry)}, {"LLMECO_PAGE": str(page)})
-        done = nbformat.read(page/"notebook.ipynb", 4)
+            if c.id in rested:
+                c.metadata["tags"] = [*c.metadata.get("tags", []), "skip-execution"]
+        execute(
+            nb,
+            page / "notebook.ipynb",
+            {**one.values, **look.paths(one), "out": str(entry)},
+            {"LLMECO_PAGE": str(page)},
+        )
+        done = nbformat.read(page / "notebook.ipynb", 4)
         for c in done.cells:
-            if c.get("id") not in rested: continue
+            if c.get("id") not in rested:
+                continue
             c.metadata["tags"].remove("skip-execution")
-            if c.id in before: c.outputs, c.execution_count = before[c.id].get("outputs", []), before[c.id].get("execution_count")
-        (entry/"page.json").unlink(missing_ok=True)
-        write_bytes(entry/"notebook.ipynb", nbformat.writes(done).encode())
-        shutil.rmtree(entry/"figures", ignore_errors=True)
-        if (page/"figures").is_dir(): (page/"figures").rename(entry/"figures")
-        write_json(entry/"page.json", {"key": key_of(look.page), "parts": look.page})
+            if c.id in before:
+                c.outputs, c.execution_count = (
+                    before[c.id].get("outputs", []),
+                    before[c.id].get("execution_count"),
+                )
+        (entry / "page.json").unlink(missing_ok=True)
+        write_bytes(entry / "notebook.ipynb", nbformat.writes(done).encode())
+        shutil.rmtree(entry / "figures", ignore_errors=True)
+        if (page / "figures").is_dir():
+            (page / "figures").rename(entry / "figures")
+        write_json(entry / "page.json", {"key": key_of(look.page), "parts": look.page})
         shutil.rmtree(page)
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #42959e1e
@@ -369,25 +565,29 @@ def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
 class Progress:
     """What the display shows of an instance: waiting, running, drawing, then done, page, kept,
     left or failed."""
+
     state: str = "waiting"
     seconds: float = 0.0
     watch: KernelMonitor | None = None
     metrics: dict = field(default_factory=dict)
 
-def run_pipeline(pipe: Pipeline,
-                 only: set[str] | None = None,   # Names of the instances to consider; None for all
-                 force: bool = False,            # Make them even if they are current
-                 notice: Callable[[str], object] = print,  # Told sentences worth printing
-                 board: dict[str, Progress] | None = None  # Kept up to date for a display
-                ) -> dict[str, Progress]:
+
+def run_pipeline(
+    pipe: Pipeline,
+    only: set[str] | None = None,  # Names of the instances to consider; None for all
+    force: bool = False,  # Make them even if they are current
+    notice: Callable[[str], object] = print,  # Told sentences worth printing
+    board: dict[str, Progress] | None = None,  # Kept up to date for a display
+) -> dict[str, Progress]:
     "Bring every considered instance up to date and return what happened to each."
     board = {} if board is None else board
     board.update({o.name: Progress() for o in pipe.instances})
     names = set(pipe.by_name) if only is None else only
     for o in pipe.instances:
-        if o.name not in names: board[o.name].state = "left"
+        if o.name not in names:
+            board[o.name].state = "left"
     require_inputs(pipe.instances, names, set(pipe.run["instances"]))
-    capacity = max(1, machine(pipe.run.path.parent/"machine.json")["cores"])
+    capacity = max(1, machine(pipe.run.path.parent / "machine.json")["cores"])
     todo, running, free = [o for o in pipe.instances if o.name in names], {}, capacity
     try:
         with ThreadPoolExecutor(len(todo) or 1) as pool, kill_kernels_on_interrupt(board):
@@ -397,41 +597,70 @@ def run_pipeline(pipe: Pipeline,
                 waiting = {o.name for o in todo} | {o.name for o, _ in running.values()}
                 for o in list(todo):
                     want = min(o.cores, capacity)
-                    if error or needs(o) & waiting or want > free: continue
+                    if error or needs(o) & waiting or want > free:
+                        continue
                     todo.remove(o)
                     try:
                         look = pipe.look(o, pipe.check_sources(o))
-                        if look.parts is None: raise UsageError(f"{o.name}: {look.reasons[0]}; leave --only/--from out.")
-                    except LlmecoError as e: error, board[o.name].state = e, "failed"; continue
+                        if look.parts is None:
+                            raise UsageError(
+                                f"{o.name}: {look.reasons[0]}; leave --only/--from out."
+                            )
+                    except LlmecoError as e:
+                        error, board[o.name].state = e, "failed"
+                        continue
                     free -= want
-                    running[pool.submit(_bring, pipe, o, look, force, notice, board[o.name])] = (o, want)
-                if not running: break
+                    running[pool.submit(_bring, pipe, o, look, force, notice, board[o.name])] = (
+                        o,
+                        want,
+                    )
+                if not running:
+                    break
                 for f in wait(running, return_when=FIRST_COMPLETED).done:
-                    o, cores = running.pop(f); free += cores
-                    if f.exception(): board[o.name].state = "failed"; error = error or f.exception()
-        if error: raise error
+                    o, cores = running.pop(f)
+                    free += cores
+                    if f.exception():
+                        board[o.name].state = "failed"
+                        error = error or f.exception()
+        if error:
+            raise error
         return board
-    finally: pipe.store.remember()
+    finally:
+        pipe.store.remember()
+
 
 @contextmanager
 def kill_kernels_on_interrupt(board: dict[str, Progress]):
     "When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too."
-    try: yield
+    try:
+        yield
     except KeyboardInterrupt:
         for p in board.values():
-            if p.state == "running" and p.watch and p.watch.pid: os.kill(p.watch.pid, signal.SIGKILL)
+            if p.state == "running" and p.watch and p.watch.pid:
+                os.kill(p.watch.pid, signal.SIGKILL)
         raise
 
-def _bring(pipe: Pipeline, one: Instance, look: StageStatus, force: bool, notice, progress: Progress):
+
+def _bring(
+    pipe: Pipeline, one: Instance, look: StageStatus, force: bool, notice, progress: Progress
+):
     "Bring one instance up to date and write it into the run."
     begun, entry = time.monotonic(), None if force else look.entry
     if entry is None:
         progress.state = "running"
-        entry = make_entry(pipe, one, look, force, lambda watch: setattr(progress, "watch", watch), notice)
-    if json_or({}, entry/"page.json").get("key") != key_of(look.page):
+        entry = make_entry(
+            pipe, one, look, force, lambda watch: setattr(progress, "watch", watch), notice
+        )
+    if json_or({}, entry / "page.json").get("key") != key_of(look.page):
         progress.state = "drawing"
         make_page(pipe, one, look, entry)
-    if pipe.run.key(one.name) != look.key: pipe.run.update(lambda info: info["instances"].__setitem__(one.name, {"key": look.key}))
-    link(pipe.run.path/one.name, entry)
-    progress.metrics, progress.seconds = json_or({}, entry/"metrics.json"), time.monotonic() - begun
-    progress.state = {"running": "done", "drawing": "page", "waiting": "kept"}.get(progress.state, progress.state)
+    if pipe.run.key(one.name) != look.key:
+        pipe.run.update(lambda info: info["instances"].__setitem__(one.name, {"key": look.key}))
+    link(pipe.run.path / one.name, entry)
+    progress.metrics, progress.seconds = (
+        json_or({}, entry / "metrics.json"),
+        time.monotonic() - begun,
+    )
+    progress.state = {"running": "done", "drawing": "page", "waiting": "kept"}.get(
+        progress.state, progress.state
+    )

@@ -22,6 +22,7 @@ from .identity import Notebook, Package, meaning, read_parameters, unknown_name_
 @dataclass
 class StageRegistry:
     "Where the notebooks, the profiles and the package are."
+
     nbs: Path
     package: Package
     checkout: bool
@@ -30,9 +31,12 @@ class StageRegistry:
     def find(cls) -> "StageRegistry":
         "The house this package belongs to. Raises `MissingError` if its notebooks are gone."
         folder = Path(llmeco_nb.__file__).parent
-        beside = (folder.parent/"nbs").is_dir() and (folder.parent/"settings.ini").is_file()
-        nbs = folder.parent/"nbs" if beside else folder/"nbs"
-        if not nbs.is_dir(): raise MissingError(f"The notebooks are missing: {nbs} does not exist. Install the package again.")
+        beside = (folder.parent / "nbs").is_dir() and (folder.parent / "settings.ini").is_file()
+        nbs = folder.parent / "nbs" if beside else folder / "nbs"
+        if not nbs.is_dir():
+            raise MissingError(
+                f"The notebooks are missing: {nbs} does not exist. Install the package again."
+            )
         return cls(nbs, Package(folder), beside)
 
     @cached_property
@@ -52,57 +56,92 @@ class StageRegistry:
         """Names of notebooks whose export cells do not mean what the package's module does.
 
         Always empty for an installed wheel."""
-        return [p.name for p in self.notebooks if not export_is_current(p, self.package.folder)] if self.checkout else []
+        return (
+            [p.name for p in self.notebooks if not export_is_current(p, self.package.folder)]
+            if self.checkout
+            else []
+        )
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #8fb27119
 def export_is_current(notebook: Path, package: Path) -> bool:
     "Whether the module exported from `notebook` means what its export cells mean."
     cells = ["".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
-    name = next((m[1] for c in cells if (m := re.search(r"^#\s*\|\s*default_exp\s+([\w.]+)", c, re.M))), None)
-    if name is None: return True
-    module = package/(name.replace(".", "/") + ".py")
+    name = next(
+        (m[1] for c in cells if (m := re.search(r"^#\s*\|\s*default_exp\s+([\w.]+)", c, re.M))),
+        None,
+    )
+    if name is None:
+        return True
+    module = package / (name.replace(".", "/") + ".py")
     exported = [c for c in cells if re.search(r"^#\s*\|\s*(export|exporti|exports)\s*$", c, re.M)]
-    if not module.exists(): return not exported
-    text = _absolute_imports(module.read_text(encoding="utf-8"), [package.name, *name.split(".")[:-1]])
+    if not module.exists():
+        return not exported
+    text = _absolute_imports(
+        module.read_text(encoding="utf-8"), [package.name, *name.split(".")[:-1]]
+    )
     return _same_text(exported, text) or _bare("\n".join(exported)) == _bare(text)
+
 
 def _absolute_imports(text: str, folders: list[str]) -> str:
     """A module's text with its relative imports written out, as its notebook has them; `folders`
     is where it stands."""
-    def whole(m): return m[1] + ".".join([*folders[:len(folders) - len(m[2]) + 1], *filter(None, [m[3]])])
+
+    def whole(m):
+        return m[1] + ".".join([*folders[: len(folders) - len(m[2]) + 1], *filter(None, [m[3]])])
+
     return re.sub(r"^(\s*from )(\.+)([\w.]*)(?= import\b)", whole, text, flags=re.M)
+
 
 def _same_text(exported: list[str], text: str) -> bool:
     """Whether the module holds the cells letter by letter and nothing else that acts: the usual
     case, found out without much parsing."""
     at, rest = 0, []
     for cell in exported:
-        code = "\n".join(line for line in cell.splitlines() if not line.lstrip().startswith("#|")).strip()
+        code = "\n".join(
+            line for line in cell.splitlines() if not line.lstrip().startswith("#|")
+        ).strip()
         start = text.find(code, at)
-        if start < 0: return False
-        rest.append(text[at:start]); at = start + len(code)
-    return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) or isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
-               for n in ast.parse("\n".join([*rest, text[at:]])).body)
+        if start < 0:
+            return False
+        rest.append(text[at:start])
+        at = start + len(code)
+    return all(
+        isinstance(n, ast.Expr)
+        and isinstance(n.value, ast.Constant)
+        or isinstance(n, ast.Assign)
+        and ast.unparse(n.targets[0]) == "__all__"
+        for n in ast.parse("\n".join([*rest, text[at:]])).body
+    )
+
 
 def _bare(code: str) -> str:
     "Code as a comparable text: its meaning, with `__all__` left out."
     tree = ast.parse(code)
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")]
+    tree.body = [
+        n
+        for n in tree.body
+        if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
+    ]
     return meaning(tree)
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #40071eb8
 @dataclass
 class Instance:
     "A stage as a profile uses it: `stage` or `stage@variant`."
+
     name: str
     notebook: Notebook
-    values: dict = field(default_factory=dict)              # final parameters, without inputs and `out`
+    values: dict = field(default_factory=dict)  # final parameters, without inputs and `out`
     wires: dict[str, list[str]] = field(default_factory=dict)  # input -> where from
 
     @property
-    def stage(self) -> str: return self.name.partition("@")[0]
+    def stage(self) -> str:
+        return self.name.partition("@")[0]
+
     @property
-    def cores(self) -> int: return int(self.notebook.contract.get("cores", 1))
+    def cores(self) -> int:
+        return int(self.notebook.contract.get("cores", 1))
+
     @property
     def execution_only(self) -> set[str]:
         """Parameters that change how a result is computed, never which; they are no part of the
@@ -112,7 +151,9 @@ class Instance:
     @property
     def result_values(self) -> dict:
         "The values a result depends on: all but the execution-only ones."
-        return {name: value for name, value in self.values.items() if name not in self.execution_only}
+        return {
+            name: value for name, value in self.values.items() if name not in self.execution_only
+        }
 
     @cached_property
     def config(self) -> type | None:
@@ -123,11 +164,19 @@ class Instance:
     @cached_property
     def inputs(self) -> dict[str, str]:
         "Input name -> '' (one, required), '?' (one or none) or '[]' (a list)."
-        return {n.rstrip("?[]"): n[len(n.rstrip("?[]")):] for n in self.notebook.contract.get("inputs", [])}
+        return {
+            n.rstrip("?[]"): n[len(n.rstrip("?[]")) :]
+            for n in self.notebook.contract.get("inputs", [])
+        }
+
     @cached_property
     def parameters(self) -> dict:
         "The parameters people may set: all but `out` and the inputs."
-        return {k: p for k, p in read_parameters(self.notebook).items() if k != "out" and k not in self.inputs}
+        return {
+            k: p
+            for k, p in read_parameters(self.notebook).items()
+            if k != "out" and k not in self.inputs
+        }
 
     def set(self, values: dict, told_by: str):
         """Set parameters by name, read as their types want.
@@ -136,24 +185,39 @@ class Instance:
         for name, value in values.items():
             if name not in self.parameters:
                 renamed = renamed_parameters(self.stage).get(name)
-                cure = f"It is called {renamed} now." if renamed else unknown_name_hint(name, self.parameters)
-                raise UsageError(f"{told_by}: the stage {self.stage} has no parameter {name}. {cure}")
-            if self.config: self.values[name] = self.config.read(name, value, self.name)
-            else: self.values[name] = self.parameters[name].coerce(value, self.name)
+                cure = (
+                    f"It is called {renamed} now."
+                    if renamed
+                    else unknown_name_hint(name, self.parameters)
+                )
+                raise UsageError(
+                    f"{told_by}: the stage {self.stage} has no parameter {name}. {cure}"
+                )
+            if self.config:
+                self.values[name] = self.config.read(name, value, self.name)
+            else:
+                self.values[name] = self.parameters[name].coerce(value, self.name)
+
 
 @cache
 def renamed_parameters(stage: str) -> dict[str, str]:
     "Names that parameters of a stage had in earlier versions -> what they are called now."
-    file = StageRegistry.find().nbs/"renamed.tsv"
+    file = StageRegistry.find().nbs / "renamed.tsv"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    return {old: new for old, kind, where, new in rows if kind == "parameter" and where == f"stage:{stage}"}
+    return {
+        old: new
+        for old, kind, where, new in rows
+        if kind == "parameter" and where == f"stage:{stage}"
+    }
+
 
 def headline(one: Instance, metrics: dict) -> str:
     """The metric worth a column: the one the notebook's contract names, else the first; empty if
     it was not saved."""
     name = one.notebook.contract.get("headline") or next(iter(metrics), None)
-    if name not in metrics: return ""
+    if name not in metrics:
+        return ""
     value = metrics[name]
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
@@ -204,69 +268,122 @@ def read_yaml(path: Path) -> dict:
     where they look like numbers, dates or truth values; only an empty value, `~` and `null` are
     None. Raises `MissingError` or `UsageError` naming file and line."""
     import yaml
+
     kept = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
+
     class AsWritten(yaml.SafeLoader):
         yaml_implicit_resolvers = {
             first: [(tag, form) for tag, form in known if tag in kept]
-            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-    try: found = yaml.load(path.read_text(encoding="utf-8"), AsWritten)
-    except FileNotFoundError: raise MissingError(f"There is no file {path}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}.") from None
-    if found is None: return {}
-    if not isinstance(found, dict): raise UsageError(f"{path} holds a {type(found).__name__}; it must hold `name: value` lines.")
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), AsWritten)
+    except FileNotFoundError:
+        raise MissingError(f"There is no file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}.") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{path} holds a {type(found).__name__}; it must hold `name: value` lines."
+        )
     return found
+
 
 def profile_folder(house: StageRegistry, profile: str) -> Path:
     "The folder of a profile given by name or path. Raises `UsageError` with the names there are."
-    for folder in (house.nbs/"profiles"/profile, Path(profile)):
-        if (folder/"pipeline.yaml").is_file(): return folder
-    raise UsageError(f"There is no profile {profile}. {unknown_name_hint(profile, [p.parent.name for p in house.nbs.glob('profiles/*/pipeline.yaml')])}")
+    for folder in (house.nbs / "profiles" / profile, Path(profile)):
+        if (folder / "pipeline.yaml").is_file():
+            return folder
+    raise UsageError(
+        f"There is no profile {profile}. {unknown_name_hint(profile, [p.parent.name for p in house.nbs.glob('profiles/*/pipeline.yaml')])}"
+    )
+
 
 def read_profile(house: StageRegistry, profile: str) -> tuple[list[Instance], dict]:
     """The instances of a profile in the order they can run, and the rest of its pipeline.yaml.
 
     Raises `UsageError`."""
     folder = profile_folder(house, profile)
-    spec, file = read_yaml(folder/"pipeline.yaml"), folder/"pipeline.yaml"
+    spec, file = read_yaml(folder / "pipeline.yaml"), folder / "pipeline.yaml"
     made: dict[str, Instance] = {}
     for name, wires in (spec.pop("stages", None) or {}).items():
         stage = name.partition("@")[0]
-        if stage not in house.stages: raise UsageError(f"{file}: there is no stage {stage}. {unknown_name_hint(stage, house.stages)}")
+        if stage not in house.stages:
+            raise UsageError(
+                f"{file}: there is no stage {stage}. {unknown_name_hint(stage, house.stages)}"
+            )
         one = made[name] = Instance(name, house.stages[stage])
         one.values = {k: p.default for k, p in one.parameters.items()}
         for f in dict.fromkeys((f"{stage}.yaml", f"{name}.yaml")):
-            if (folder/f).is_file(): one.set(read_yaml(folder/f), f"{folder.name}/{f}")
+            if (folder / f).is_file():
+                one.set(read_yaml(folder / f), f"{folder.name}/{f}")
         for i, w in (wires or {}).items():
-            if i not in one.inputs: raise UsageError(f"{file}: the stage {stage} has no input {i}. {unknown_name_hint(i, one.inputs)}")
+            if i not in one.inputs:
+                raise UsageError(
+                    f"{file}: the stage {stage} has no input {i}. {unknown_name_hint(i, one.inputs)}"
+                )
             one.wires[i] = w if isinstance(w, list) else [w]
-    if not made: raise UsageError(f"{file} names no stages.")
-    for one in made.values(): _wire(one, made, file)
+    if not made:
+        raise UsageError(f"{file} names no stages.")
+    for one in made.values():
+        _wire(one, made, file)
     return _ordered(made, file), spec
+
 
 def _wire(one: Instance, made: dict[str, Instance], file: Path):
     "Fill in the wires nobody wrote and check the written ones."
     for i, kind in one.inputs.items():
         if i not in one.wires:
-            givers = [g.name for g in made.values() if g is not one and i in g.notebook.contract.get("outputs", [])]
-            if len(givers) == 1 or (givers and kind == "[]"): one.wires[i] = givers
-            elif not givers and kind == "?": one.wires[i] = []
-            else: raise UsageError(f"{file}: {one.name} needs the input {i}; " + (f"say which of {', '.join(givers)} gives it." if givers else "no stage of this profile gives it."))
+            givers = [
+                g.name
+                for g in made.values()
+                if g is not one and i in g.notebook.contract.get("outputs", [])
+            ]
+            if len(givers) == 1 or (givers and kind == "[]"):
+                one.wires[i] = givers
+            elif not givers and kind == "?":
+                one.wires[i] = []
+            else:
+                raise UsageError(
+                    f"{file}: {one.name} needs the input {i}; "
+                    + (
+                        f"say which of {', '.join(givers)} gives it."
+                        if givers
+                        else "no stage of this profile gives it."
+                    )
+                )
         for ref in one.wires[i]:
             giver = ref.partition(":")[0]
-            if not ref.startswith(("parent/", "snapshot/")) and giver not in made: raise UsageError(f"{file}: {one.name} takes {i} from {giver}, which is not in this profile. {unknown_name_hint(giver, made)}")
+            if not ref.startswith(("parent/", "snapshot/")) and giver not in made:
+                raise UsageError(
+                    f"{file}: {one.name} takes {i} from {giver}, which is not in this profile. {unknown_name_hint(giver, made)}"
+                )
+
 
 def _ordered(made: dict[str, Instance], file: Path) -> list[Instance]:
     "Instances so that each comes after those it needs."
     done: dict[str, Instance] = {}
     while len(done) < len(made):
         ready = [o for o in made.values() if o.name not in done and needs(o) <= done.keys()]
-        if not ready: raise UsageError(f"{file}: the stages {', '.join(made.keys() - done.keys())} wait for each other in a circle.")
+        if not ready:
+            raise UsageError(
+                f"{file}: the stages {', '.join(made.keys() - done.keys())} wait for each other in a circle."
+            )
         done |= {o.name: o for o in ready}
     return list(done.values())
 
+
 def needs(one: Instance) -> set[str]:
     "Names of the instances of the same run that `one` takes inputs from."
-    return {ref.partition(":")[0] for refs in one.wires.values() for ref in refs if not ref.startswith(("parent/", "snapshot/"))}
+    return {
+        ref.partition(":")[0]
+        for refs in one.wires.values()
+        for ref in refs
+        if not ref.startswith(("parent/", "snapshot/"))
+    }
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #7eed95c3
 def import_by_name(function: str):

@@ -12,92 +12,135 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core import DataError
-from ..core import MissingError
-from ..core import fsync_folder
-from ..core import lock
-from ..core import read_json
-from ..core import sha256_of
-from ..core import sha256_text
-from ..core import write_json
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    fsync_folder,
+    lock,
+    read_json,
+    sha256_of,
+    sha256_text,
+    write_json,
+)
 
 # %% ../../nbs/0_ground/00e_store.ipynb #033de208
 class Store:
     "Finished stages on disk, found by stage and key."
-    def __init__(self, runs: Path):
-        self.runs, self.folder, self._seen_file = runs, runs/"store", runs/"store"/".seen.json"
-        try: self._seen = read_json(self._seen_file)
-        # only a cache: a damaged one is made again
-        except (MissingError, DataError): self._seen = {}
 
-    def entry(self, stage: str, key: str) -> Path: return self.folder/f"{stage}-{key}"
+    def __init__(self, runs: Path):
+        self.runs, self.folder, self._seen_file = (
+            runs,
+            runs / "store",
+            runs / "store" / ".seen.json",
+        )
+        try:
+            self._seen = read_json(self._seen_file)
+        # only a cache: a damaged one is made again
+        except (MissingError, DataError):
+            self._seen = {}
+
+    def entry(self, stage: str, key: str) -> Path:
+        return self.folder / f"{stage}-{key}"
 
     def sha(self, path: Path) -> str:
         "`sha256_of` with a memory for files that have not been touched."
         if path.is_dir():
             files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
-            return sha256_text("\n".join(f"{f} {self.sha(path/f)}" for f in files))
-        try: s = path.stat()
-        except FileNotFoundError: return "absent"
+            return sha256_text("\n".join(f"{f} {self.sha(path / f)}" for f in files))
+        try:
+            s = path.stat()
+        except FileNotFoundError:
+            return "absent"
         sign, name = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino], str(path)
-        if self._seen.get(name, [None])[:-1] != sign: self._seen[name] = [*sign, sha256_of(path)]
+        if self._seen.get(name, [None])[:-1] != sign:
+            self._seen[name] = [*sign, sha256_of(path)]
         return self._seen[name][-1]
 
     def remember(self):
         "Keep the memory of hashes for the next runner."
         self._seen = {k: v for k, v in self._seen.items() if Path(k).exists()}
-        if self.folder.is_dir(): write_json(self._seen_file, self._seen)
+        if self.folder.is_dir():
+            write_json(self._seen_file, self._seen)
 
     def damage(self, entry: Path) -> list[str]:
         "What is wrong with a finished entry: names of files that are not what the manifest says."
-        m = read_json(entry/"manifest.json")
-        return [name for name, sha in {**m["outputs"], **m["files"]}.items() if self.sha(entry/name) != sha]
+        m = read_json(entry / "manifest.json")
+        return [
+            name
+            for name, sha in {**m["outputs"], **m["files"]}.items()
+            if self.sha(entry / name) != sha
+        ]
 
     def find(self, stage: str, key: str) -> Path | None:
         "The whole and unharmed entry, or None."
         entry = self.entry(stage, key)
-        return entry if (entry/"manifest.json").is_file() and not self.damage(entry) else None
+        return entry if (entry / "manifest.json").is_file() and not self.damage(entry) else None
 
 # %% ../../nbs/0_ground/00e_store.ipynb #7f96f7bd
 class Run:
     "One journey through a profile: reads and writes `run.json`."
-    def __init__(self, path: Path): self.path, self.info = path, read_json(path/"run.json")
-    def __getitem__(self, key): return self.info[key]
+
+    def __init__(self, path: Path):
+        self.path, self.info = path, read_json(path / "run.json")
+
+    def __getitem__(self, key):
+        return self.info[key]
 
     @classmethod
     def all(cls, runs: Path) -> list["Run"]:
         "Every run below the folder `runs`, oldest first; one that is still being made is none yet."
-        return sorted((cls(f.parent) for f in runs.glob("*/run.json") if f.parent.suffix != ".partial" and not f.parent.is_symlink()), key=lambda r: (r["created"], r.path.name))
+        return sorted(
+            (
+                cls(f.parent)
+                for f in runs.glob("*/run.json")
+                if f.parent.suffix != ".partial" and not f.parent.is_symlink()
+            ),
+            key=lambda r: (r["created"], r.path.name),
+        )
 
     @classmethod
-    def create(cls, path: Path, profile: str, parent: "Run | None" = None, freeze: Callable[[Path], object] = lambda folder: None) -> "Run":
+    def create(
+        cls,
+        path: Path,
+        profile: str,
+        parent: "Run | None" = None,
+        freeze: Callable[[Path], object] = lambda folder: None,
+    ) -> "Run":
         "Make a run folder, whole or not at all; `freeze(folder)` puts snapshots into it first."
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        (partial/"snapshots").mkdir(parents=True)
-        freeze(partial/"snapshots")
-        write_json(partial/"run.json", new_run_info(profile, parent))
+        (partial / "snapshots").mkdir(parents=True)
+        freeze(partial / "snapshots")
+        write_json(partial / "run.json", new_run_info(profile, parent))
         partial.rename(path)
         fsync_folder(path.parent)
         return cls(path)
 
     def update(self, change: Callable[[dict], object]):
         "Apply `change(info)` to what is on disk now, safely beside other runners."
-        with lock(self.path/".run.lock"):
-            self.info = read_json(self.path/"run.json")
+        with lock(self.path / ".run.lock"):
+            self.info = read_json(self.path / "run.json")
             change(self.info)
-            write_json(self.path/"run.json", self.info)
+            write_json(self.path / "run.json", self.info)
 
-    def key(self, instance: str) -> str | None: return self.info["instances"].get(instance, {}).get("key")
+    def key(self, instance: str) -> str | None:
+        return self.info["instances"].get(instance, {}).get("key")
+
 
 def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
     """What run.json holds of a run that has made nothing yet.
 
     A later round takes its parent's overrides."""
-    return dict(profile=profile, created=time.time(),
-                parent=parent.path.name if parent else None,
-                round=parent["round"] + 1 if parent else 1,
-                overrides=parent["overrides"] if parent else {}, instances={}, sources={})
+    return dict(
+        profile=profile,
+        created=time.time(),
+        parent=parent.path.name if parent else None,
+        round=parent["round"] + 1 if parent else 1,
+        overrides=parent["overrides"] if parent else {},
+        instances={},
+        sources={},
+    )
+
 
 def link(at: Path, to: Path):
     "Point the symbolic link `at` to `to`, replacing it in one step."

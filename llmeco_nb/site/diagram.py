@@ -22,10 +22,12 @@ from ..core import palette
 def ranks(names: list[str], arrows: list[tuple[str, str]]) -> dict[str, int]:
     "Column of each box, for `names` in an order in which they can be made."
     rank = {}
-    for n in names: rank[n] = max((rank[a] + 1 for a, b in arrows if b == n), default=0)
+    for n in names:
+        rank[n] = max((rank[a] + 1 for a, b in arrows if b == n), default=0)
     for n in reversed(names):
         gives, takes = ([pair for pair in set(arrows) if pair[end] == n] for end in (0, 1))
-        if len(gives) > len(takes): rank[n] = min(rank[b] for _, b in gives) - 1
+        if len(gives) > len(takes):
+            rank[n] = min(rank[b] for _, b in gives) - 1
     return rank
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #0ffc9012
@@ -37,8 +39,10 @@ def waypoints(rank: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list
     for a, b in arrows:
         paths[a, b] = [a, *((a, k) for k in range(rank[a] + 1, rank[b])), b]
         for point in paths[a, b][1:-1]:
-            if point not in columns[point[1]]: columns[point[1]].append(point)
+            if point not in columns[point[1]]:
+                columns[point[1]].append(point)
     return columns, paths
+
 
 def minimize_crossings(columns: list[list], paths: dict, sweeps: int = 8) -> list[list]:
     """Sort each column by the mean position of its neighbours, back and forth, and keep the order
@@ -47,25 +51,36 @@ def minimize_crossings(columns: list[list], paths: dict, sweeps: int = 8) -> lis
     best = columns = [list(c) for c in columns]
     for sweep in range(sweeps):
         forward = sweep % 2 == 0
-        for k in (range(1, len(columns)) if forward else range(len(columns) - 2, -1, -1)):
+        for k in range(1, len(columns)) if forward else range(len(columns) - 2, -1, -1):
             beside = {n: i for i, n in enumerate(columns[k - 1 if forward else k + 1])}
             mean = {}
             for n in columns[k]:
-                at = [beside[a if forward else b] for a, b in links if (b if forward else a) == n and (a if forward else b) in beside]
+                at = [
+                    beside[a if forward else b]
+                    for a, b in links
+                    if (b if forward else a) == n and (a if forward else b) in beside
+                ]
                 mean[n] = sum(at) / len(at) if at else columns[k].index(n)
             columns[k] = sorted(columns[k], key=mean.__getitem__)
-        if crossings(columns, links) < crossings(best, links): best = [list(c) for c in columns]
+        if crossings(columns, links) < crossings(best, links):
+            best = [list(c) for c in columns]
     return best
+
 
 def crossings(columns: list[list], links: set) -> int:
     "How many pairs of links between neighbouring columns cross."
     place = {n: (k, i) for k, c in enumerate(columns) for i, n in enumerate(c)}
     spans = sorted((place[a][0], place[a][1], place[b][1]) for a, b in links)
-    return sum(k == l and (a - c) * (b - d) < 0 for i, (k, a, b) in enumerate(spans) for l, c, d in spans[i + 1:])
+    return sum(
+        k == l and (a - c) * (b - d) < 0
+        for i, (k, a, b) in enumerate(spans)
+        for l, c, d in spans[i + 1 :]
+    )
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #77432fbc
-def heights(columns: list[list], paths: dict, gap: Callable[[object, object], float],
-            sweeps: int = 12) -> dict:
+def heights(
+    columns: list[list], paths: dict, gap: Callable[[object, object], float], sweeps: int = 12
+) -> dict:
     """Height of every box and waypoint; `gap(a, b)` is the least distance between two that follow
     each other."""
     links = {pair for p in paths.values() for pair in zip(p, p[1:])}
@@ -76,20 +91,26 @@ def heights(columns: list[list], paths: dict, gap: Callable[[object, object], fl
         for i, n in enumerate(c):
             at += gap(c[i - 1], n) if i else 0.0
             y[n] = at
-        for n in c: y[n] -= at / 2
+        for n in c:
+            y[n] -= at / 2
     for _ in range(sweeps):
         for c in columns:
             wish = [sum(y[m] for m in near[n]) / len(near[n]) if near[n] else y[n] for n in c]
             offset = [0.0, *cumulative_sums(gap(a, b) for a, b in zip(c, c[1:]))]
-            for n, value, o in zip(c, isotonic_fit([w - o for w, o in zip(wish, offset)]), offset): y[n] = value + o
+            for n, value, o in zip(c, isotonic_fit([w - o for w, o in zip(wish, offset)]), offset):
+                y[n] = value + o
     low = min(y.values(), default=0.0)
     return {n: v - low for n, v in y.items()}
+
 
 def cumulative_sums(steps: Iterable[float]) -> list[float]:
     "Running sums."
     total, found = 0.0, []
-    for s in steps: total += s; found.append(total)
+    for s in steps:
+        total += s
+        found.append(total)
     return found
+
 
 def isotonic_fit(values: list[float]) -> list[float]:
     "The closest sequence that never falls: neighbours that would fall are replaced by their mean."
@@ -105,28 +126,37 @@ def isotonic_fit(values: list[float]) -> list[float]:
 @dataclass
 class Box:
     "A stage instance in the lineage."
+
     name: str
-    note: str = ""          # said when one points at it
+    note: str = ""  # said when one points at it
     state: str = "current"  # current, page, stale, missing, waiting, unknown; or outside for what another run gave
     href: str = ""
 
+
 box_height = 34
-column_gap = 34       # room between two columns
+column_gap = 34  # room between two columns
 wide_letters, narrow_letters = set("mwMW@%—"), set("iljtfrI.,:;'|()[] -")
+
 
 def text_width(text: str, size: float = 13) -> float:
     """How wide a line of bold text is at most, in the unit of `size`: no two systems have the same
     letters."""
+
     def share(letter: str) -> float:
-        if letter in wide_letters: return 1.0
+        if letter in wide_letters:
+            return 1.0
         return 0.45 if letter in narrow_letters else 0.72 if letter.isupper() else 0.64
+
     return size * sum(map(share, text))
+
 
 arrow_head = '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="head" d="M0,0.6 L8,4 L0,7.4 z"/></marker></defs>'
 
-def lineage_svg(boxes: list[Box],                       # In an order in which they can be made
-                arrows: list[tuple[str, str, str]]      # (from, to, what is handed over)
-               ) -> str:
+
+def lineage_svg(
+    boxes: list[Box],  # In an order in which they can be made
+    arrows: list[tuple[str, str, str]],  # (from, to, what is handed over)
+) -> str:
     "The lineage from left to right. An arrow that only repeats a longer way is drawn fainter."
     pairs = list(dict.fromkeys((a, b) for a, b, _ in arrows))
     rank = ranks([b.name for b in boxes], pairs)
@@ -134,22 +164,39 @@ def lineage_svg(boxes: list[Box],                       # In an order in which t
     columns = minimize_crossings(columns, paths)
     tall = lambda n: box_height if isinstance(n, str) else 6
     y = heights(columns, paths, lambda a, b: (tall(a) + tall(b)) / 2 + 14)
-    widths = [max((text_width(n) + 34 for n in c if isinstance(n, str)), default=20) for c in columns]
+    widths = [
+        max((text_width(n) + 34 for n in c if isinstance(n, str)), default=20) for c in columns
+    ]
     lefts = [0.0, *cumulative_sums(w + column_gap for w in widths)]
     span = lambda n: (lefts[k := rank[n] if isinstance(n, str) else n[1]], lefts[k] + widths[k])
-    wide, tallest = lefts[-1] - column_gap + 4 if columns[0] else 4, max(y.values(), default=0) + box_height + 8
+    wide, tallest = (
+        lefts[-1] - column_gap + 4 if columns[0] else 4,
+        max(y.values(), default=0) + box_height + 8,
+    )
     handed = {pair: ", ".join(what for a, b, what in arrows if (a, b) == pair) for pair in pairs}
     far = {pair: has_longer_path(pair, pairs) for pair in pairs}
-    return "".join([f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {-box_height / 2 - 4:.0f} {wide:.0f} {tallest:.0f}" width="{wide:.0f}" height="{tallest:.0f}" style="min-width:{0.8 * wide:.0f}px" role="{"group" if any(b.href for b in boxes) else "img"}" aria-label="Lineage">',
-                    arrow_head,
-                    *(_arrow(paths[p], span, y, handed[p], far[p]) for p in sorted(pairs, key=far.get, reverse=True)), *(_box(b, *span(b.name), y[b.name]) for b in boxes), "</svg>"])
+    return "".join(
+        [
+            f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {-box_height / 2 - 4:.0f} {wide:.0f} {tallest:.0f}" width="{wide:.0f}" height="{tallest:.0f}" style="min-width:{0.8 * wide:.0f}px" role="{"group" if any(b.href for b in boxes) else "img"}" aria-label="Lineage">',
+            arrow_head,
+            *(
+                _arrow(paths[p], span, y, handed[p], far[p])
+                for p in sorted(pairs, key=far.get, reverse=True)
+            ),
+            *(_box(b, *span(b.name), y[b.name]) for b in boxes),
+            "</svg>",
+        ]
+    )
+
 
 def has_longer_path(pair: tuple[str, str], pairs: list[tuple[str, str]]) -> bool:
     "Whether there is a way from a to b over others."
     reach, todo = set(), [b for a, b in pairs if a == pair[0] and b != pair[1]]
     while todo:
         n = todo.pop()
-        if n not in reach: reach.add(n); todo += [b for a, b in pairs if a == n]
+        if n not in reach:
+            reach.add(n)
+            todo += [b for a, b in pairs if a == n]
     return pair[1] in reach
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #2a25bd62
@@ -162,55 +209,83 @@ def _line(path: list, span, y: dict) -> str:
         bend = (left - x) / 2
         d.append(f"C{x + bend:.0f},{h:.1f} {left - bend:.0f},{y[n]:.1f} {left:.0f},{y[n]:.1f}")
         x, h = right, y[n]
-        if not isinstance(n, str): d.append(f"L{x:.0f},{h:.1f}")
+        if not isinstance(n, str):
+            d.append(f"L{x:.0f},{h:.1f}")
     return " ".join(d)
+
 
 def _arrow(path: list, span, y: dict, handed: str, far: bool) -> str:
     "The arrow of a lineage; its tooltip says what is handed over."
     return f'<path class="arrow{" far" if far else ""}" d="{_line(path, span, y)}" marker-end="url(#head)"><title>{escape(path[0])} → {escape(path[-1])}: {escape(handed)}</title></path>'
 
+
 def _box(box: Box, left: float, right: float, y: float) -> str:
     "A box: a dot for the state, and the name."
     outside = box.state == "outside"
-    inside = (f"<title>{escape(', '.join(filter(None, [box.name, '' if outside else box.state, box.note])))}</title>"
-              f'<rect class="box{" ghost" if outside else ""}" x="{left:.0f}" y="{y - box_height / 2:.1f}" width="{right - left:.0f}" height="{box_height}" rx="7"/>'
-              + ("" if outside else f'<circle class="s-{box.state}" cx="{left + 14:.0f}" cy="{y:.1f}" r="4"/>')
-              + f'<text x="{left + (12 if outside else 24):.0f}" y="{y + 4.5:.1f}" font-size="13">{escape(box.name)}</text>')
+    inside = (
+        f"<title>{escape(', '.join(filter(None, [box.name, '' if outside else box.state, box.note])))}</title>"
+        f'<rect class="box{" ghost" if outside else ""}" x="{left:.0f}" y="{y - box_height / 2:.1f}" width="{right - left:.0f}" height="{box_height}" rx="7"/>'
+        + (
+            ""
+            if outside
+            else f'<circle class="s-{box.state}" cx="{left + 14:.0f}" cy="{y:.1f}" r="4"/>'
+        )
+        + f'<text x="{left + (12 if outside else 24):.0f}" y="{y + 4.5:.1f}" font-size="13">{escape(box.name)}</text>'
+    )
     return f'<a href="{escape(box.href)}">{inside}</a>' if box.href else f"<g>{inside}</g>"
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #f10a0002
 def parse_mermaid(source: str) -> tuple[dict[str, tuple[str, bool]], list[tuple[str, str, str]]]:
     """Boxes, name -> (words, whether it is a circle), and arrows (from, to, words) of a `graph LR`
     in Mermaid's language. Raises `ValueError` naming the line it cannot read."""
-    node, arrow = re.compile(r"\s*(\w+)(?:\[([^\]]+)\]|\(\(([^)]+)\)\))?\s*"), re.compile(r"-->(?:\|([^|]*)\|)?|-\.(.*?)\.->")
+    node, arrow = (
+        re.compile(r"\s*(\w+)(?:\[([^\]]+)\]|\(\(([^)]+)\)\))?\s*"),
+        re.compile(r"-->(?:\|([^|]*)\|)?|-\.(.*?)\.->"),
+    )
     first, *rest = [line.strip() for line in source.strip().splitlines()]
-    if first.split() != ["graph", "LR"]: raise ValueError(f"{first!r} is no graph LR")
+    if first.split() != ["graph", "LR"]:
+        raise ValueError(f"{first!r} is no graph LR")
     boxes, arrows = {}, []
     for line in filter(None, rest):
         at, before, said = 0, None, ""
         while found := node.match(line, at):
             name, at = found[1], found.end()
-            if name not in boxes or found[2] or found[3]: boxes[name] = (found[2] or found[3] or name, bool(found[3]))
-            if before is not None: arrows.append((before, name, said))
-            if at == len(line): break
+            if name not in boxes or found[2] or found[3]:
+                boxes[name] = (found[2] or found[3] or name, bool(found[3]))
+            if before is not None:
+                arrows.append((before, name, said))
+            if at == len(line):
+                break
             step, before = arrow.match(line, at), name
-            if not step: raise ValueError(f"cannot read {line!r} from {line[at:]!r} on")
+            if not step:
+                raise ValueError(f"cannot read {line!r} from {line[at:]!r} on")
             said, at = step[1] or step[2] or "", step.end()
-        else: raise ValueError(f"cannot read {line!r}: a box should stand at {line[at:]!r}")
+        else:
+            raise ValueError(f"cannot read {line!r}: a box should stand at {line[at:]!r}")
     return boxes, arrows
 
-def topological_order(names: Iterable[str], arrows: list[tuple[str, str, str]]) -> tuple[list[str], list[tuple[str, str, str]]]:
+
+def topological_order(
+    names: Iterable[str], arrows: list[tuple[str, str, str]]
+) -> tuple[list[str], list[tuple[str, str, str]]]:
     "Names in an order in which arrows lead forward, and the arrows that lead back all the same."
     order, open_, back = [], [], []
+
     def visit(n):
         open_.append(n)
         for a in (a for a in arrows if a[0] == n):
-            if a[1] in open_: back.append(a)
-            elif a[1] not in order: visit(a[1])
-        open_.remove(n); order.insert(0, n)
+            if a[1] in open_:
+                back.append(a)
+            elif a[1] not in order:
+                visit(a[1])
+        open_.remove(n)
+        order.insert(0, n)
+
     for n in names:
-        if n not in order: visit(n)
+        if n not in order:
+            visit(n)
     return order, back
+
 
 def flow_svg(source: str) -> str:
     """A flow in Mermaid's words, drawn from left to right.
@@ -224,31 +299,86 @@ def flow_svg(source: str) -> str:
     columns, paths = waypoints(rank, pairs)
     columns = minimize_crossings(columns, paths)
     lines = {n: textwrap.wrap(words, 14, break_long_words=False) for n, (words, _) in boxes.items()}
-    tall = lambda n: 26 if isinstance(n, str) and boxes[n][1] else 16 * len(lines[n]) + 14 if isinstance(n, str) else 6
+    tall = lambda n: (
+        26
+        if isinstance(n, str) and boxes[n][1]
+        else 16 * len(lines[n]) + 14
+        if isinstance(n, str)
+        else 6
+    )
     y = heights(columns, paths, lambda a, b: (tall(a) + tall(b)) / 2 + 14)
-    widths = [max((26 if boxes[n][1] else max(text_width(t, 12) for t in lines[n]) + 18 for n in c if isinstance(n, str)), default=20) for c in columns]
+    widths = [
+        max(
+            (
+                26 if boxes[n][1] else max(text_width(t, 12) for t in lines[n]) + 18
+                for n in c
+                if isinstance(n, str)
+            ),
+            default=20,
+        )
+        for c in columns
+    ]
     # room for what stands at an arrow
-    gaps = [max([30, *(text_width(said, 12) + 16 for a, b, said in ahead if said and rank[a] == k == rank[b] - 1)]) for k in range(len(columns))]
+    gaps = [
+        max(
+            [
+                30,
+                *(
+                    text_width(said, 12) + 16
+                    for a, b, said in ahead
+                    if said and rank[a] == k == rank[b] - 1
+                ),
+            ]
+        )
+        for k in range(len(columns))
+    ]
     lefts = [0.0, *cumulative_sums(w + g for w, g in zip(widths, gaps))]
     span = lambda n: (lefts[k := rank[n] if isinstance(n, str) else n[1]], lefts[k] + widths[k])
     top, bottom = min(y[n] - tall(n) / 2 for n in y), max(y[n] + tall(n) / 2 for n in y)
     wide, deep = lefts[-1] - gaps[-1] + 4, bottom - top + 8 + 24 * len(back)
-    parts = [f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {top - 4:.0f} {wide:.0f} {deep:.0f}" width="{wide:.0f}" height="{deep:.0f}" style="min-width:{0.72 * wide:.0f}px" role="img" '
-             f'aria-label="{escape(", ".join(f"{boxes[a][0]} to {boxes[b][0]}" for a, b, _ in arrows))}">', arrow_head]
-    text = lambda x, h, said, kind="": f'<text{kind} x="{x:.0f}" y="{h:.1f}" font-size="12" text-anchor="middle">{escape(said)}</text>'
-    parts += [f'<path class="arrow" d="{_line(paths[p], span, y)}" marker-end="url(#head)"/>' for p in pairs]
+    parts = [
+        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {top - 4:.0f} {wide:.0f} {deep:.0f}" width="{wide:.0f}" height="{deep:.0f}" style="min-width:{0.72 * wide:.0f}px" role="img" '
+        f'aria-label="{escape(", ".join(f"{boxes[a][0]} to {boxes[b][0]}" for a, b, _ in arrows))}">',
+        arrow_head,
+    ]
+    text = lambda x, h, said, kind="": (
+        f'<text{kind} x="{x:.0f}" y="{h:.1f}" font-size="12" text-anchor="middle">{escape(said)}</text>'
+    )
+    parts += [
+        f'<path class="arrow" d="{_line(paths[p], span, y)}" marker-end="url(#head)"/>'
+        for p in pairs
+    ]
     for a, b, said in ahead:
         # a long arrow has a level stretch, and words fit above it
         over = paths[a, b][1:-1]
-        if said: parts.append(text(sum(span(over[len(over) // 2])) / 2, y[over[len(over) // 2]] - 4, said, ' class="t2"') if over else
-                              text((span(a)[1] + span(b)[0]) / 2, (y[a] + y[b]) / 2 - 5, said, ' class="t2"'))
+        if said:
+            parts.append(
+                text(
+                    sum(span(over[len(over) // 2])) / 2,
+                    y[over[len(over) // 2]] - 4,
+                    said,
+                    ' class="t2"',
+                )
+                if over
+                else text((span(a)[1] + span(b)[0]) / 2, (y[a] + y[b]) / 2 - 5, said, ' class="t2"')
+            )
     for k, (a, b, said) in enumerate(back):
         x, to, low = sum(span(a)) / 2, sum(span(b)) / 2, bottom + 14 + 24 * k
-        parts += [f'<path class="arrow" d="M{x:.0f},{y[a] + tall(a) / 2:.1f} L{x:.0f},{low:.1f} L{to:.0f},{low:.1f} L{to:.0f},{y[b] + tall(b) / 2:.1f}" marker-end="url(#head)"/>', text((x + to) / 2, low - 4, said, ' class="t2"')]
+        parts += [
+            f'<path class="arrow" d="M{x:.0f},{y[a] + tall(a) / 2:.1f} L{x:.0f},{low:.1f} L{to:.0f},{low:.1f} L{to:.0f},{y[b] + tall(b) / 2:.1f}" marker-end="url(#head)"/>',
+            text((x + to) / 2, low - 4, said, ' class="t2"'),
+        ]
     for n in order:
         (left, right), h, middle = span(n), tall(n), sum(span(n)) / 2
-        parts.append(f'<circle class="box" cx="{middle:.0f}" cy="{y[n]:.1f}" r="13"/>' if boxes[n][1] else f'<rect class="box" x="{left:.0f}" y="{y[n] - h / 2:.1f}" width="{right - left:.0f}" height="{h}" rx="7"/>')
-        parts += [text(middle, y[n] + 4.5 + 16 * (i - (len(lines[n]) - 1) / 2), line) for i, line in enumerate(lines[n])]
+        parts.append(
+            f'<circle class="box" cx="{middle:.0f}" cy="{y[n]:.1f}" r="13"/>'
+            if boxes[n][1]
+            else f'<rect class="box" x="{left:.0f}" y="{y[n] - h / 2:.1f}" width="{right - left:.0f}" height="{h}" rx="7"/>'
+        )
+        parts += [
+            text(middle, y[n] + 4.5 + 16 * (i - (len(lines[n]) - 1) / 2), line)
+            for i, line in enumerate(lines[n])
+        ]
     return "".join([*parts, "</svg>"])
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #498cf2f2
@@ -257,7 +387,11 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     empty."""
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= about + 0.5)
-    return [float(f"{k * step:.12g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        float(f"{k * step:.12g}")
+        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
+
 
 def padded_range(values: list[float], share: float) -> tuple[float, float]:
     "Range of the values, widened by a share on both sides; never empty."
@@ -265,92 +399,140 @@ def padded_range(values: list[float], share: float) -> tuple[float, float]:
     edge = (high - low) * share or (0 if high > low else abs(high) or 1.0)
     return low - edge, high + edge
 
+
 def downsample(points: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
     """At most about `most` of the points: first and last, and of each stretch between the lowest
     and the highest."""
-    if len(points) <= most: return points
+    if len(points) <= most:
+        return points
     size, kept = math.ceil(2 * len(points) / most), [points[0]]
     for k in range(0, len(points), size):
-        part = points[k:k + size]
+        part = points[k : k + size]
         kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return [*kept, points[-1]]
+
 
 def short_number(x: float) -> str:
     "A number for an axis: 12k, 0.05, 3."
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= size: return f"{x / size:g}{letter}"
+        if abs(x) >= size:
+            return f"{x / size:g}{letter}"
     return f"{x:.4g}"
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #718148e9
-def curves_svg(series: dict[str, list[tuple[float, float]]],   # Name -> points, each with at least one
-               xlabel: str,
-               width: int = 380, height: int = 210) -> str:
+def curves_svg(
+    series: dict[str, list[tuple[float, float]]],  # Name -> points, each with at least one
+    xlabel: str,
+    width: int = 380,
+    height: int = 210,
+) -> str:
     """Curves over a common axis, in the colours --c0, --c1, ...
 
     of the page; their names are for the caption."""
     series = {n: downsample(sorted(p)) for n, p in series.items() if p}
     every = [p for points in series.values() for p in points]
-    (x0, x1), (y0, y1) = padded_range([a for a, _ in every], 0), padded_range([b for _, b in every], 0.06)
+    (x0, x1), (y0, y1) = (
+        padded_range([a for a, _ in every], 0),
+        padded_range([b for _, b in every], 0.06),
+    )
     left, right, top, bottom = 44, 14, 10, 36
     x = lambda v: left + (v - x0) / (x1 - x0) * (width - left - right)
     y = lambda v: height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom)
-    parts = [f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(", ".join(series))} over {escape(xlabel)}">']
-    for v in ticks(y0, y1): parts.append(f'<line class="rule" x1="{left}" x2="{width - right:.0f}" y1="{y(v):.1f}" y2="{y(v):.1f}"/><text class="t2" x="{left - 7}" y="{y(v) + 3.6:.1f}" font-size="10.5" text-anchor="end">{short_number(v)}</text>')
-    for v in ticks(x0, x1): parts.append(f'<text class="t2" x="{x(v):.1f}" y="{height - bottom + 15}" font-size="10.5" text-anchor="middle">{short_number(v)}</text>')
-    parts.append(f'<line class="axis" x1="{left}" x2="{width - right:.0f}" y1="{height - bottom}" y2="{height - bottom}"/><text class="t2" x="{(left + width - right) / 2:.0f}" y="{height - 5}" font-size="10.5" text-anchor="middle">{escape(xlabel)}</text>')
+    parts = [
+        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(", ".join(series))} over {escape(xlabel)}">'
+    ]
+    for v in ticks(y0, y1):
+        parts.append(
+            f'<line class="rule" x1="{left}" x2="{width - right:.0f}" y1="{y(v):.1f}" y2="{y(v):.1f}"/><text class="t2" x="{left - 7}" y="{y(v) + 3.6:.1f}" font-size="10.5" text-anchor="end">{short_number(v)}</text>'
+        )
+    for v in ticks(x0, x1):
+        parts.append(
+            f'<text class="t2" x="{x(v):.1f}" y="{height - bottom + 15}" font-size="10.5" text-anchor="middle">{short_number(v)}</text>'
+        )
+    parts.append(
+        f'<line class="axis" x1="{left}" x2="{width - right:.0f}" y1="{height - bottom}" y2="{height - bottom}"/><text class="t2" x="{(left + width - right) / 2:.0f}" y="{height - 5}" font-size="10.5" text-anchor="middle">{escape(xlabel)}</text>'
+    )
     for k, (name, points) in enumerate(series.items()):
         colour = f"var(--c{k % len(palette)})"
-        parts.append(f'<path class="curve" style="stroke:{colour}" d="M{" L".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)}"><title>{escape(name)}: {points[-1][1]:.4g}</title></path>')
-        if len(points) == 1: parts.append(f'<circle style="fill:{colour}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3"/>')
+        parts.append(
+            f'<path class="curve" style="stroke:{colour}" d="M{" L".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)}"><title>{escape(name)}: {points[-1][1]:.4g}</title></path>'
+        )
+        if len(points) == 1:
+            parts.append(
+                f'<circle style="fill:{colour}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3"/>'
+            )
     return "".join([*parts, "</svg>"])
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #2bf29516
-def intervals_svg(rows: list[tuple[str, float, float, float]],  # (name, value, low, high); at least one
-                  width: int = 620
-                 ) -> str:
+def intervals_svg(
+    rows: list[tuple[str, float, float, float]],  # (name, value, low, high); at least one
+    width: int = 620,
+) -> str:
     "Values with their intervals below each other, on a common axis, each with its number."
     (x0, x1) = padded_range([v for _, _, low, high in rows for v in (low, high)], 0.04)
     left = max(text_width(name, 11.5) for name, *_ in rows) + 14
     right, step, top = 62, 24, 8
     height = top + step * len(rows) + 26
-    def x(v: float) -> float: return left + (v - x0) / (x1 - x0) * (width - left - right)
+
+    def x(v: float) -> float:
+        return left + (v - x0) / (x1 - x0) * (width - left - right)
+
     said = ", ".join(f"{name} {value:.3g}" for name, value, _, _ in rows)
-    parts = [f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             f'width="{width}" height="{height}" style="min-width:26rem" role="img" aria-label="{escape(said)}">']
+    parts = [
+        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" style="min-width:26rem" role="img" aria-label="{escape(said)}">'
+    ]
     for v in ticks(x0, x1):
-        parts.append(f'<line class="rule" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{top}" y2="{height - 22}"/>'
-                     f'<text class="t2" x="{x(v):.1f}" y="{height - 8}" font-size="10.5" '
-                     f'text-anchor="middle">{short_number(v)}</text>')
+        parts.append(
+            f'<line class="rule" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{top}" y2="{height - 22}"/>'
+            f'<text class="t2" x="{x(v):.1f}" y="{height - 8}" font-size="10.5" '
+            f'text-anchor="middle">{short_number(v)}</text>'
+        )
     for k, (name, value, low, high) in enumerate(rows):
         y = top + step * (k + 0.5)
-        parts.append(f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" font-size="11.5" text-anchor="end">{escape(name)}</text>'
-                     f'<line class="range" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<circle class="dot" cx="{x(value):.1f}" cy="{y:.1f}" r="4"/>'
-                     f'<text class="t2" x="{width - right + 8}" y="{y + 4:.1f}" font-size="11.5">{value:.3g}</text>')
+        parts.append(
+            f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" font-size="11.5" text-anchor="end">{escape(name)}</text>'
+            f'<line class="range" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle class="dot" cx="{x(value):.1f}" cy="{y:.1f}" r="4"/>'
+            f'<text class="t2" x="{width - right + 8}" y="{y + 4:.1f}" font-size="11.5">{value:.3g}</text>'
+        )
     return "".join([*parts, "</svg>"])
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #526a11fb
 stages_of_life = {1: "pretrain", 2: "adapt", 3: "validate", 4: "deploy", 5: "interact"}
 
-def ring_svg(href: str = "#decade-{}",      # Where a segment leads; '' for a picture without links
-             alone: bool = False            # Bring colours along, light and dark, for use as an image file
-            ) -> str:
+
+def ring_svg(
+    href: str = "#decade-{}",  # Where a segment leads; '' for a picture without links
+    alone: bool = False,  # Bring colours along, light and dark, for use as an image file
+) -> str:
     "The ring of five stages around the ground floor, clockwise from the top."
     inner, outer, size = 74, 140, 316
-    point = lambda r, degrees: f"{r * math.cos(math.radians(degrees)):.1f},{r * math.sin(math.radians(degrees)):.1f}"
-    parts = [f'<svg class="diagram ring" xmlns="http://www.w3.org/2000/svg" viewBox="{-size / 2:.0f} {-size / 2:.0f} {size} {size}" width="{size}" height="{size}" role="{"group" if href else "img"}" aria-label="The ring: {", ".join(stages_of_life.values())}, and again {stages_of_life[1]}">']
-    if alone: parts.append("<style>svg{--ink:#1d1f22;--soft:#5a6068;font-family:system-ui,sans-serif}text{fill:var(--ink)}.t2{fill:var(--soft)}@media(prefers-color-scheme:dark){svg{--ink:#dcdee1;--soft:#a3a9b1}}</style>")
+    point = lambda r, degrees: (
+        f"{r * math.cos(math.radians(degrees)):.1f},{r * math.sin(math.radians(degrees)):.1f}"
+    )
+    parts = [
+        f'<svg class="diagram ring" xmlns="http://www.w3.org/2000/svg" viewBox="{-size / 2:.0f} {-size / 2:.0f} {size} {size}" width="{size}" height="{size}" role="{"group" if href else "img"}" aria-label="The ring: {", ".join(stages_of_life.values())}, and again {stages_of_life[1]}">'
+    ]
+    if alone:
+        parts.append(
+            "<style>svg{--ink:#1d1f22;--soft:#5a6068;font-family:system-ui,sans-serif}text{fill:var(--ink)}.t2{fill:var(--soft)}@media(prefers-color-scheme:dark){svg{--ink:#dcdee1;--soft:#a3a9b1}}</style>"
+        )
     middle = (inner + outer) / 2
     for number, name in stages_of_life.items():
         a = -126 + 72 * (number - 1) + 1.5
         # each segment points at the next
         b, nose = a + 69, 7.5
-        d = (f"M{point(outer, a)} A{outer},{outer} 0 0 1 {point(outer, b)} L{point(middle, b + nose)} L{point(inner, b)} "
-             f"A{inner},{inner} 0 0 0 {point(inner, a)} L{point(middle, a + nose)} z")
+        d = (
+            f"M{point(outer, a)} A{outer},{outer} 0 0 1 {point(outer, b)} L{point(middle, b + nose)} L{point(inner, b)} "
+            f"A{inner},{inner} 0 0 0 {point(inner, a)} L{point(middle, a + nose)} z"
+        )
         colour = palette[number - 1] if alone else f"var(--c{number - 1})"
         x, y = (float(v) for v in point(middle, (a + b + nose) / 2).split(","))
-        piece = (f'<path d="{d}" style="fill:{colour};fill-opacity:.2;stroke:{colour}"/><text x="{x:.1f}" y="{y:.1f}" font-size="13" font-weight="600" text-anchor="middle">{name}</text>'
-                 f'<text class="t2" x="{x:.1f}" y="{y + 14:.1f}" font-size="10.5" text-anchor="middle">{number}0–{number}9</text>')
+        piece = (
+            f'<path d="{d}" style="fill:{colour};fill-opacity:.2;stroke:{colour}"/><text x="{x:.1f}" y="{y:.1f}" font-size="13" font-weight="600" text-anchor="middle">{name}</text>'
+            f'<text class="t2" x="{x:.1f}" y="{y + 14:.1f}" font-size="10.5" text-anchor="middle">{number}0–{number}9</text>'
+        )
         parts.append(f'<a href="{href.format(number)}">{piece}</a>' if href else piece)
     core = '<text x="0" y="0" font-size="13" font-weight="600" text-anchor="middle">ground floor</text><text class="t2" x="0" y="15" font-size="10.5" text-anchor="middle">00–09</text>'
     return "".join([*parts, f'<a href="{href.format(0)}">{core}</a>' if href else core, "</svg>\n"])

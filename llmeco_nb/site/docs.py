@@ -20,65 +20,90 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..runner.benchmarks import is_stale
-from ..runner.benchmarks import kept_record
-from ..runner.benchmarks import restore_record
-from ..core import LlmecoError
-from ..core import lock
-from ..core import read_json
-from ..core import runs_dir
-from ..core import sha256_of
-from ..core import write_bytes
-from .diagram import ring_svg
-from ..runner.stages import StageRegistry
-from ..runner.stages import export_is_current
+from ..core import LlmecoError, lock, read_json, runs_dir, sha256_of, write_bytes
+from ..runner.benchmarks import is_stale, kept_record, restore_record
 from ..runner.identity import Notebook
 from ..runner.kernel import execute
-from .markup import PageRenderer
-from .markup import slug
-from .page import render_chapter
-from .page import cells_with_outputs
-from .page import kept_lessons
-from .page import lesson_key
-from .page import cell_source
-from .page import split_title
 from ..runner.pipeline import Pipeline
+from ..runner.stages import StageRegistry, export_is_current
+from .diagram import ring_svg
+from .markup import PageRenderer, slug
+from llmeco_nb.site.page import (
+    cell_source,
+    cells_with_outputs,
+    kept_lessons,
+    lesson_key,
+    render_chapter,
+    split_title,
+)
 from .report import gather
-from .template import Page
-from .template import scroll_box
-from .template import replaced_folder
-from .template import write_pages
+from .template import Page, replaced_folder, scroll_box, write_pages
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #f40defd7
-decades = {0: "ground floor", 1: "pretraining", 2: "fine-tuning and adaptation", 3: "testing and validation", 4: "deployment and upkeep", 5: "interaction and feedback",
-           6: "applications", 7: "your own", 8: "your own", 9: "side by side with other projects"}
+decades = {
+    0: "ground floor",
+    1: "pretraining",
+    2: "fine-tuning and adaptation",
+    3: "testing and validation",
+    4: "deployment and upkeep",
+    5: "interaction and feedback",
+    6: "applications",
+    7: "your own",
+    8: "your own",
+    9: "side by side with other projects",
+}
+
 
 @dataclass
 class Chapter:
     "A notebook as the site lists it."
+
     path: Path
-    number: str        # such as 00a; empty for a guide
+    number: str  # such as 00a; empty for a guide
     title: str
     subtitle: str
-    module: str        # what it exports to; empty for nothing
-    stage: str         # empty for none
+    module: str  # what it exports to; empty for nothing
+    stage: str  # empty for none
 
     @property
-    def file(self) -> str: return f"{self.path.stem}.html"
+    def file(self) -> str:
+        return f"{self.path.stem}.html"
+
     @property
-    def decade(self) -> int | None: return int(self.number[0]) if self.number else None
+    def decade(self) -> int | None:
+        return int(self.number[0]) if self.number else None
+
 
 def chapters(house: StageRegistry) -> list[Chapter]:
     "All notebooks but the front page, guides first, then by number."
     found = []
     for path in house.notebooks:
-        if path.name == "index.ipynb": continue
+        if path.name == "index.ipynb":
+            continue
         nb = read_json(path)
         title, subtitle, _ = split_title(cells_with_outputs(nb))
         number = m[1] if (m := re.match(r"(\d+[a-z]?)_", path.name)) else ""
-        module = next((m[1] for c in nb["cells"] if c["cell_type"] == "code" and (m := re.search(r"^#\s*\|\s*default_exp\s+([\w.]+)", cell_source(c), re.M))), "")
-        found.append(Chapter(path, number, title or path.stem, subtitle, module, nb["metadata"].get("llmeco", {}).get("stage", "")))
+        module = next(
+            (
+                m[1]
+                for c in nb["cells"]
+                if c["cell_type"] == "code"
+                and (m := re.search(r"^#\s*\|\s*default_exp\s+([\w.]+)", cell_source(c), re.M))
+            ),
+            "",
+        )
+        found.append(
+            Chapter(
+                path,
+                number,
+                title or path.stem,
+                subtitle,
+                module,
+                nb["metadata"].get("llmeco", {}).get("stage", ""),
+            )
+        )
     return sorted(found, key=lambda c: (c.number != "", c.path.name))
+
 
 def chapter_map(
     house: StageRegistry,  # Whose chapters
@@ -103,40 +128,69 @@ def chapter_map(
 # %% ../../nbs/0_ground/05a_docs.ipynb #a14d7310
 def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker")) -> bool:
     "Whether a cell asks not to be executed (`#| eval: false`) or needs what a machine may lack."
-    return any(re.search(rf"^\s*#\s*\|\s*{word}\s*$", source, re.M) for word in (r"eval:\s*false", *flags))
+    return any(
+        re.search(rf"^\s*#\s*\|\s*{word}\s*$", source, re.M) for word in (r"eval:\s*false", *flags)
+    )
+
 
 def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
     """The notebook as `execute_notebook` has executed it, if nothing has changed since, neither in
     its code nor in a benchmark's record."""
     found, file = kept_lessons(path, house.package), kept_record(house, path)
-    return found if found and found["metadata"].get("llmeco_record") == (sha256_of(file) if file else None) else None
+    return (
+        found
+        if found and found["metadata"].get("llmeco_record") == (sha256_of(file) if file else None)
+        else None
+    )
+
 
 def execute_notebook(house: StageRegistry, path: Path) -> str:
     """Execute a notebook at its defaults, or the show cells of a benchmark on its kept record,
     unless it is kept already; returns what went wrong, or ''."""
     import nbformat
-    if executed_notebook(house, path): return ""
-    folder = runs_dir()/"lessons"
+
+    if executed_notebook(house, path):
+        return ""
+    folder = runs_dir() / "lessons"
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder/f".{path.stem}.lock"):
+    with lock(folder / f".{path.stem}.lock"):
         nb = nbformat.read(path, 4)
         key = lesson_key(nb, house.package)
         for c in nb.cells:
-            if c.cell_type == "code": c.metadata["tags"] = [t for t in c.metadata.get("tags", []) if t != "skip-execution"] + (["skip-execution"] if not_executable(c.source) else [])
-        partial, file = folder/f".{path.stem}.partial.ipynb", kept_record(house, path)
+            if c.cell_type == "code":
+                c.metadata["tags"] = [
+                    t for t in c.metadata.get("tags", []) if t != "skip-execution"
+                ] + (["skip-execution"] if not_executable(c.source) else [])
+        partial, file = folder / f".{path.stem}.partial.ipynb", kept_record(house, path)
         if file:
-            rested, place = {c.id for c in Notebook.read(path).role("run")}, folder/"records"/file.stem
-            for c in nb.cells: c.metadata["tags"] = [*c.metadata.get("tags", []), *(["skip-execution"] if c.id in rested else [])]
+            rested, place = (
+                {c.id for c in Notebook.read(path).role("run")},
+                folder / "records" / file.stem,
+            )
+            for c in nb.cells:
+                c.metadata["tags"] = [
+                    *c.metadata.get("tags", []),
+                    *(["skip-execution"] if c.id in rested else []),
+                ]
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir(parents=True)
         try:
-            if file: restore_record(file, place)
-            with chdir(path.parent): execute(nb, partial, {"out": str(place)} if file else {}, {"IN_TEST": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
-        except LlmecoError as e: return str(e).split("\n")[0]
+            if file:
+                restore_record(file, place)
+            with chdir(path.parent):
+                execute(
+                    nb,
+                    partial,
+                    {"out": str(place)} if file else {},
+                    {"IN_TEST": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+                )
+        except LlmecoError as e:
+            return str(e).split("\n")[0]
         done = nbformat.read(partial, 4)
         done.metadata["llmeco_key"] = key
-        if file: done.metadata["llmeco_record"] = sha256_of(file)
-        write_bytes(folder/path.name, nbformat.writes(done).encode())
+        if file:
+            done.metadata["llmeco_record"] = sha256_of(file)
+        write_bytes(folder / path.name, nbformat.writes(done).encode())
         partial.unlink()
     return ""
 
@@ -144,56 +198,119 @@ def execute_notebook(house: StageRegistry, path: Path) -> str:
 @dataclass
 class ApiEntry:
     "A public function or class."
+
     name: str
-    kind: str                                   # function, class, method
+    kind: str  # function, class, method
     signature: str
     doc: str
-    parameters: list[tuple[str, str, str]]      # (name, type and default, comment)
-    inner: list                                 # methods of a class
+    parameters: list[tuple[str, str, str]]  # (name, type and default, comment)
+    inner: list  # methods of a class
+
 
 def api_entries(code: str, kind: str = "function") -> list[ApiEntry]:
     "The public functions and classes that a piece of code defines."
     lines = code.splitlines()
-    return [_entry(n, lines, kind) for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    return [
+        _entry(n, lines, kind)
+        for n in ast.parse(code).body
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+    ]
+
 
 def _entry(n: ast.AST, lines: list[str], kind: str) -> ApiEntry:
     "One definition as an entry."
     doc = ast.get_docstring(n) or ""
     if isinstance(n, ast.ClassDef):
-        inner = [_entry(m, lines, "method") for m in n.body if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and not m.name.startswith("_") and ast.get_docstring(m)]
-        made = next((m for m in n.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
-        fields = [(f.target.id, ast.unparse(f.annotation) + (f" = {ast.unparse(f.value)}" if f.value else ""), _comment(f, lines)) for f in n.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        inner = [
+            _entry(m, lines, "method")
+            for m in n.body
+            if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and not m.name.startswith("_")
+            and ast.get_docstring(m)
+        ]
+        made = next(
+            (m for m in n.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None
+        )
+        fields = [
+            (
+                f.target.id,
+                ast.unparse(f.annotation) + (f" = {ast.unparse(f.value)}" if f.value else ""),
+                _comment(f, lines),
+            )
+            for f in n.body
+            if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+        ]
         bases = f"({', '.join(map(ast.unparse, n.bases))})" if n.bases else ""
-        return ApiEntry(n.name, "class", bases if made is None else _signature(made), doc, _parameters(made, lines) if made else fields, inner)
+        return ApiEntry(
+            n.name,
+            "class",
+            bases if made is None else _signature(made),
+            doc,
+            _parameters(made, lines) if made else fields,
+            inner,
+        )
     return ApiEntry(n.name, kind, _signature(n), doc, _parameters(n, lines), [])
+
 
 def _signature(n) -> str:
     "Names and defaults; types stand in the table."
     bare = ast.parse(ast.unparse(n)).body[0].args
-    for a in _arguments(bare): a.annotation = None
-    return "(" + re.sub(r"^(self|cls)(, |$)", "", ast.unparse(bare)) + ")" + (f" → {ast.unparse(n.returns)}" if n.returns else "")
+    for a in _arguments(bare):
+        a.annotation = None
+    return (
+        "("
+        + re.sub(r"^(self|cls)(, |$)", "", ast.unparse(bare))
+        + ")"
+        + (f" → {ast.unparse(n.returns)}" if n.returns else "")
+    )
+
 
 def _arguments(a: ast.arguments) -> list[ast.arg]:
     "All arguments in order."
-    return [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
+    return [
+        *a.posonlyargs,
+        *a.args,
+        *filter(None, [a.vararg]),
+        *a.kwonlyargs,
+        *filter(None, [a.kwarg]),
+    ]
+
 
 def _comment(node: ast.AST, lines: list[str]) -> str:
     "The comment behind a definition's line."
-    return lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2].strip()
+    return (
+        lines[node.end_lineno - 1]
+        .encode()[node.end_col_offset :]
+        .decode()
+        .partition("#")[2]
+        .strip()
+    )
+
 
 def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
     "Parameters that have a type or a comment of their own."
     a, found = n.args, []
     positional = [*a.posonlyargs, *a.args]
-    defaults = dict(zip([p.arg for p in positional[len(positional) - len(a.defaults):]], a.defaults)) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
+    defaults = dict(
+        zip([p.arg for p in positional[len(positional) - len(a.defaults) :]], a.defaults)
+    ) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
     # of several on a line the comment belongs to the last
     last = {p.end_lineno: p for p in _arguments(a)}
     for p in _arguments(a):
-        if p.arg in ("self", "cls"): continue
+        if p.arg in ("self", "cls"):
+            continue
         end = defaults.get(p.arg, p)
-        comment = _comment(end, lines) if last.get(p.end_lineno) is p and end.end_lineno < n.body[0].lineno else ""
-        kind = (ast.unparse(p.annotation) if p.annotation else "") + (f" = {ast.unparse(defaults[p.arg])}" if p.arg in defaults else "")
-        if p.annotation or comment: found.append((p.arg, kind.removeprefix(" "), comment))
+        comment = (
+            _comment(end, lines)
+            if last.get(p.end_lineno) is p and end.end_lineno < n.body[0].lineno
+            else ""
+        )
+        kind = (ast.unparse(p.annotation) if p.annotation else "") + (
+            f" = {ast.unparse(defaults[p.arg])}" if p.arg in defaults else ""
+        )
+        if p.annotation or comment:
+            found.append((p.arg, kind.removeprefix(" "), comment))
     return found
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #6d7e1ab9
@@ -202,20 +319,35 @@ def escape_tags(text: str) -> str:
     docstrings and comments."""
     return re.sub(r"(`+[^`]*`+)|<", lambda m: m[1] or "&lt;", text)
 
+
 def render_inline(scribe: PageRenderer, text: str) -> str:
     "A line of Markdown as HTML without a paragraph around it."
     return re.sub("^<p>|</p>$", "", scribe.prose(text, listed=False).strip())
+
 
 def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> str:
     "Entries as HTML; each is a heading that the search knows."
     parts = []
     for e in found:
         scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
-        rows = "".join(f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{render_inline(scribe, escape_tags(c))}</td></tr>" for n, t, c in e.parameters)
-        rows = scroll_box(f"<table><tbody>{rows}</tbody></table>", f"Parameters of {e.name}") if rows else ""
-        inner = "".join(f'<h3>{html.escape(e.name)}.{html.escape(m.name)}<span class="sig">{html.escape(m.signature)}</span></h3>{scribe.prose(escape_tags(m.doc), listed=False)}' for m in e.inner)
-        parts.append(f'<section class="api" id="api-{e.name}"><h3>{"class " if e.kind == "class" else ""}{html.escape(e.name)}<span class="sig">{html.escape(e.signature)}</span></h3>{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>')
+        rows = "".join(
+            f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{render_inline(scribe, escape_tags(c))}</td></tr>"
+            for n, t, c in e.parameters
+        )
+        rows = (
+            scroll_box(f"<table><tbody>{rows}</tbody></table>", f"Parameters of {e.name}")
+            if rows
+            else ""
+        )
+        inner = "".join(
+            f'<h3>{html.escape(e.name)}.{html.escape(m.name)}<span class="sig">{html.escape(m.signature)}</span></h3>{scribe.prose(escape_tags(m.doc), listed=False)}'
+            for m in e.inner
+        )
+        parts.append(
+            f'<section class="api" id="api-{e.name}"><h3>{"class " if e.kind == "class" else ""}{html.escape(e.name)}<span class="sig">{html.escape(e.signature)}</span></h3>{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>'
+        )
     return "".join(parts)
+
 
 def exported_code(nb: dict) -> list[ApiEntry]:
     "What a notebook exports, in order."
@@ -224,33 +356,61 @@ def exported_code(nb: dict) -> list[ApiEntry]:
 # %% ../../nbs/0_ground/05a_docs.ipynb #2c045940
 glossary = "05b_glossary.ipynb"
 
-def chapter_page(house: StageRegistry, c: Chapter, known: list[Chapter], folder: Path, run: dict | None, failed: str) -> Page:
+
+def chapter_page(
+    house: StageRegistry,
+    c: Chapter,
+    known: list[Chapter],
+    folder: Path,
+    run: dict | None,
+    failed: str,
+) -> Page:
     "A chapter with its code in the open, its outputs, and the reference of what it exports."
     files = {k.path.name: k.file for k in known} | {"index.ipynb": "index.html"}
     nb = read_json(c.path)
     scribe = PageRenderer(folder, lambda href: site_link(href, files), c.path.parent)
-    _, subtitle, cells = split_title(cells_with_outputs(nb, run, lessons := executed_notebook(house, c.path)))
+    _, subtitle, cells = split_title(
+        cells_with_outputs(nb, run, lessons := executed_notebook(house, c.path))
+    )
     number = f"chapter {c.number} · {decades[c.decade]}" if c.number else "guide"
     parts = [f'<p class="eyebrow">{html.escape(number)}</p>', f"<h1>{html.escape(c.title)}</h1>"]
-    if subtitle: parts.append(f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>')
+    if subtitle:
+        parts.append(f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>')
     module = f"{house.package.folder.name}.{c.module}" if c.module else ""
-    facts = [f"<code>{html.escape(c.path.name)}</code>", f"module <b>{html.escape(module)}</b>" if module else "", f"stage <b>{html.escape(c.stage)}</b>" if c.stage else "", '<span class="warn">the module is out of step</span>' if house.checkout and not export_is_current(c.path, house.package.folder) else ""]
+    facts = [
+        f"<code>{html.escape(c.path.name)}</code>",
+        f"module <b>{html.escape(module)}</b>" if module else "",
+        f"stage <b>{html.escape(c.stage)}</b>" if c.stage else "",
+        '<span class="warn">the module is out of step</span>'
+        if house.checkout and not export_is_current(c.path, house.package.folder)
+        else "",
+    ]
     parts.append('<ul class="chips">' + "".join(f"<li>{f}</li>" for f in facts if f) + "</ul>")
-    if failed: parts.append(f'<p class="note">Shown without outputs, because it could not be executed here: {html.escape(failed)}</p>')
+    if failed:
+        parts.append(
+            f'<p class="note">Shown without outputs, because it could not be executed here: {html.escape(failed)}</p>'
+        )
     elif (file := kept_record(house, c.path)) and lessons:
         kept = read_json(file)
-        parts.append(f'<p class="note">Tables and figures show the kept record: level {html.escape(str(kept["level"]))}, {kept["seconds"] / 60:,.0f} minutes on {html.escape(str(kept["machine"]["processor"]))} with {kept["machine"]["cores"]} cores.'
-                     + (" The code that made it has changed since.</p>" if is_stale(house, file) else "</p>"))
+        parts.append(
+            f'<p class="note">Tables and figures show the kept record: level {html.escape(str(kept["level"]))}, {kept["seconds"] / 60:,.0f} minutes on {html.escape(str(kept["machine"]["processor"]))} with {kept["machine"]["cores"]} cores.'
+            + (" The code that made it has changed since.</p>" if is_stale(house, file) else "</p>")
+        )
     parts.append(render_chapter(cells, scribe, module=module))
-    if found := exported_code(nb): parts.append(scribe.heading(2, "Reference") + api_reference(found, scribe, c.module))
+    if found := exported_code(nb):
+        parts.append(scribe.heading(2, "Reference") + api_reference(found, scribe, c.module))
     group = decades[c.decade].capitalize() if c.number else "Guides"
-    if c.path.name == glossary: group, number = "", ""           # it stands with the overviews
-    else: number = c.number
+    if c.path.name == glossary:
+        group, number = "", ""  # it stands with the overviews
+    else:
+        number = c.number
     return Page(c.file, c.title, "\n".join(parts), scribe.headings, "", group, number)
+
 
 def site_link(href: str, files: dict[str, str]) -> str | None:
     "A notebook's address as its page's; other relative addresses lead nowhere on the site."
-    if "://" in href or href.startswith("mailto:"): return href
+    if "://" in href or href.startswith("mailto:"):
+        return href
     name, _, anchor = href.rpartition("/")[2].partition("#")
     return files[name] + (f"#{slug(unquote(anchor))}" if anchor else "") if name in files else None
 
@@ -259,61 +419,116 @@ def front_page(house: StageRegistry, known: list[Chapter], folder: Path) -> Page
     "The front page: the words of index.ipynb, the ring, and all chapters."
     files = {k.path.name: k.file for k in known}
     scribe = PageRenderer(folder, lambda href: site_link(href, files), house.nbs)
-    title, subtitle, cells = split_title(cells_with_outputs(read_json(house.nbs/"index.ipynb"))) if (house.nbs/"index.ipynb").is_file() else ("llmeco", "", [])
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>' if subtitle else ""]
+    title, subtitle, cells = (
+        split_title(cells_with_outputs(read_json(house.nbs / "index.ipynb")))
+        if (house.nbs / "index.ipynb").is_file()
+        else ("llmeco", "", [])
+    )
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>' if subtitle else "",
+    ]
     space: dict = {}
     for c in cells:
         if c.role == "markdown":
-            parts.append(re.sub(r'<p><img [^>]*alt="The ring[^>]*></p>', "", scribe.prose(c.source)))
+            parts.append(
+                re.sub(r'<p><img [^>]*alt="The ring[^>]*></p>', "", scribe.prose(c.source))
+            )
         elif "chapter_map(" in c.source:
             parts.append(f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
-        elif (said := evaluated(c.source, space)) is not None: parts.append(scribe.prose(said.data))
-    if not any("chapter_map(" in c.source for c in cells): parts.append(scribe.heading(2, "Chapters") + f'<div class="ringed">{ring_svg()}</div>' + listing(known, scribe))
+        elif (said := evaluated(c.source, space)) is not None:
+            parts.append(scribe.prose(said.data))
+    if not any("chapter_map(" in c.source for c in cells):
+        parts.append(
+            scribe.heading(2, "Chapters")
+            + f'<div class="ringed">{ring_svg()}</div>'
+            + listing(known, scribe)
+        )
     return Page("index.html", title, "\n".join(parts), scribe.headings, "Front page")
+
 
 def listing(known: list[Chapter], scribe: PageRenderer) -> str:
     "Every chapter with its subtitle, by decade."
     parts = []
     for d, name in [(None, "guides"), *decades.items()]:
         found = [c for c in known if c.decade == d]
-        if not found: continue
-        rows = "".join(f'<li><a href="{c.file}">{f"<b>{c.number}</b> " if c.number else ""}{html.escape(c.title)}</a><span>{render_inline(scribe, c.subtitle)}</span></li>' for c in found)
-        parts.append(f'<section class="decade" id="decade-{"guides" if d is None else d}"><h3>{html.escape(name.capitalize())}</h3><ol class="chapters">{rows}</ol></section>')
+        if not found:
+            continue
+        rows = "".join(
+            f'<li><a href="{c.file}">{f"<b>{c.number}</b> " if c.number else ""}{html.escape(c.title)}</a><span>{render_inline(scribe, c.subtitle)}</span></li>'
+            for c in found
+        )
+        parts.append(
+            f'<section class="decade" id="decade-{"guides" if d is None else d}"><h3>{html.escape(name.capitalize())}</h3><ol class="chapters">{rows}</ol></section>'
+        )
     return "".join(parts)
+
 
 def reference_page(known: list[Chapter], folder: Path) -> Page:
     "Every exported name with the first sentence about it."
     scribe, parts = PageRenderer(folder), []
     for c in known:
         found = exported_code(read_json(c.path)) if c.module else []
-        if not found: continue
-        rows = "".join(f'<tr><td><a href="{c.file}#api-{e.name}"><code>{html.escape(e.name)}</code></a></td><td>{render_inline(scribe, escape_tags(e.doc.split(chr(10) * 2)[0]))}</td></tr>' for e in found)
-        parts.append(scribe.heading(2, c.module) + f'<p class="quiet">{html.escape(c.subtitle)}</p>' + scroll_box(f"<table><tbody>{rows}</tbody></table>", c.module))
-    return Page("api.html", "Reference", "<h1>Reference</h1>\n" + "\n".join(parts), scribe.headings, "All functions")
+        if not found:
+            continue
+        rows = "".join(
+            f'<tr><td><a href="{c.file}#api-{e.name}"><code>{html.escape(e.name)}</code></a></td><td>{render_inline(scribe, escape_tags(e.doc.split(chr(10) * 2)[0]))}</td></tr>'
+            for e in found
+        )
+        parts.append(
+            scribe.heading(2, c.module)
+            + f'<p class="quiet">{html.escape(c.subtitle)}</p>'
+            + scroll_box(f"<table><tbody>{rows}</tbody></table>", c.module)
+        )
+    return Page(
+        "api.html",
+        "Reference",
+        "<h1>Reference</h1>\n" + "\n".join(parts),
+        scribe.headings,
+        "All functions",
+    )
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #3e3fc512
-def render_site(house: StageRegistry,
-                pipe: Pipeline | None = None,   # Take the stages' outputs from this pipeline's run
-                execute: bool = True,           # Execute chapters whose outputs are not kept
-                notice: Callable[[str], object] = lambda sentence: None  # Told what is being executed
-               ) -> tuple[Path, dict[str, str]]:
+def render_site(
+    house: StageRegistry,
+    pipe: Pipeline | None = None,  # Take the stages' outputs from this pipeline's run
+    execute: bool = True,  # Execute chapters whose outputs are not kept
+    notice: Callable[[str], object] = lambda sentence: None,  # Told what is being executed
+) -> tuple[Path, dict[str, str]]:
     """Write `_docs/` and return its index.html, and which chapters could not be executed: {name:
     why}."""
-    target, known, failed = (house.nbs.parent if house.checkout else Path.cwd())/"_docs", chapters(house), {}
+    target, known, failed = (
+        (house.nbs.parent if house.checkout else Path.cwd()) / "_docs",
+        chapters(house),
+        {},
+    )
     for c in known if execute else []:
-        if executed_notebook(house, c.path): continue
+        if executed_notebook(house, c.path):
+            continue
         notice(f"{c.path.name}: executing")
-        if why := execute_notebook(house, c.path): failed[c.path.name] = why; notice(f"{c.path.name}: {why}")
+        if why := execute_notebook(house, c.path):
+            failed[c.path.name] = why
+            notice(f"{c.path.name}: {why}")
     ran = {}
     for m in gather(pipe) if pipe else []:
-        if m.entry and (m.entry/"notebook.ipynb").is_file(): ran.setdefault(m.one.notebook.path.name, read_json(m.entry/"notebook.ipynb"))
+        if m.entry and (m.entry / "notebook.ipynb").is_file():
+            ran.setdefault(m.one.notebook.path.name, read_json(m.entry / "notebook.ipynb"))
     with replaced_folder(target) as folder:
         pages = [front_page(house, known, folder), reference_page(known, folder)]
         for c in sorted(known, key=lambda c: c.path.name != glossary):
-            pages.append(chapter_page(house, c, known, folder, ran.get(c.path.name),
-                                      failed.get(c.path.name, "")))
-        write_pages(folder, pages, "llmeco", pipe.run.path.name if pipe else "", "Made from the notebooks by <code>llmeco docs</code>.")
-    return target/"index.html", failed
+            pages.append(
+                chapter_page(
+                    house, c, known, folder, ran.get(c.path.name), failed.get(c.path.name, "")
+                )
+            )
+        write_pages(
+            folder,
+            pages,
+            "llmeco",
+            pipe.run.path.name if pipe else "",
+            "Made from the notebooks by <code>llmeco docs</code>.",
+        )
+    return target / "index.html", failed
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #49a6a88c
 def evaluated(source: str, space: dict):
@@ -322,26 +537,33 @@ def evaluated(source: str, space: dict):
     tree = ast.parse(source)
     last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "index.ipynb", "exec"), space)
-    return None if last is None else eval(compile(ast.Expression(last), "index.ipynb", "eval"), space)
+    return (
+        None if last is None else eval(compile(ast.Expression(last), "index.ipynb", "eval"), space)
+    )
+
 
 def from_root(house: StageRegistry, markdown: str) -> str:
     """Markdown whose links start beside the notebooks, with links that start at the repository's
     root."""
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
 
+
 def render_readme(house: StageRegistry) -> str:
     "README.md, made from index.ipynb."
     parts, space = [], {}
-    for c in read_json(house.nbs/"index.ipynb")["cells"]:
+    for c in read_json(house.nbs / "index.ipynb")["cells"]:
         source = cell_source(c)
-        if c["cell_type"] == "markdown": parts.append(from_root(house, source))
+        if c["cell_type"] == "markdown":
+            parts.append(from_root(house, source))
         elif c["cell_type"] == "code":
-            if (value := evaluated(source, space)) is not None: parts.append(from_root(house, value.data))
+            if (value := evaluated(source, space)) is not None:
+                parts.append(from_root(house, value.data))
     return "\n\n".join(p.strip() for p in parts if p.strip()) + "\n"
+
 
 def write_readme(house: StageRegistry) -> Path:
     "Write README.md and the picture of the ring from the notebooks."
-    (house.nbs/"images").mkdir(exist_ok=True)
-    write_bytes(house.nbs/"images"/"ring.svg", ring_svg("", alone=True).encode())
-    write_bytes(house.nbs.parent/"README.md", render_readme(house).encode())
-    return house.nbs.parent/"README.md"
+    (house.nbs / "images").mkdir(exist_ok=True)
+    write_bytes(house.nbs / "images" / "ring.svg", ring_svg("", alone=True).encode())
+    write_bytes(house.nbs.parent / "README.md", render_readme(house).encode())
+    return house.nbs.parent / "README.md"

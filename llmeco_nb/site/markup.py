@@ -21,93 +21,150 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .diagram import flow_svg
-from .template import number_pattern
-from .template import scroll_box
+from .template import number_pattern, scroll_box
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #2a8bf68e
 # A function's name without brackets behind it wants a thin space: ln 2, log p.
-function_name = re.compile(r"""\\(?:arccos|arcsin|arctan|arg|cos|cosh|cot|det|dim|exp|gcd|ker|lg|ln|log|max|min
+function_name = re.compile(
+    r"""\\(?:arccos|arcsin|arctan|arg|cos|cosh|cot|det|dim|exp|gcd|ker|lg|ln|log|max|min
     |Pr|sec|sin|sinh|sup|tan|tanh)(?![A-Za-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w))*+
-    (?=\s*(?:[A-Za-z0-9{]|\\(?!left|bigl?|Bigl?|limits|[,;:!\\}|]|right|quad|qquad|cdot|times|le|ge)))""", re.X)
+    (?=\s*(?:[A-Za-z0-9{]|\\(?!left|bigl?|Bigl?|limits|[,;:!\\}|]|right|quad|qquad|cdot|times|le|ge)))""",
+    re.X,
+)
+
 
 def mathml(tex: str, display: bool = False) -> str:
     "A formula in LaTeX as MathML; as code if it cannot be translated."
     from latex2mathml.converter import convert
+
     tex = re.sub(r"\\(begin|end)\{(aligned|align|split)\}", r"\\\1{align*}", tex.strip())
     tex = re.sub(r"\\(mathrm|operatorname)\{(\w{2,})\}", r"\\text{\2}", tex)
     tex = function_name.sub(lambda m: m[0] + r"\,", tex)
-    try: found = convert(tex, display="block" if display else "inline")
+    try:
+        found = convert(tex, display="block" if display else "inline")
     # the library raises a dozen kinds
-    except Exception: return f"<code>{html.escape(tex)}</code>"
+    except Exception:
+        return f"<code>{html.escape(tex)}</code>"
     found = re.sub(r"&(?!#?\w+;)", "&amp;", found).replace("negativethinmathspace", "-0.167em")
     # spaced as TeX does
-    found = re.sub(r"<mi>(&#x0*(?:B1|D7|B7|7E|223C|2213);)</mi>", r"<mo>\1</mo>", found).replace("<mo>&#x0002F;</mo>", '<mo lspace="0em" rspace="0em">/</mo>')
+    found = re.sub(r"<mi>(&#x0*(?:B1|D7|B7|7E|223C|2213);)</mi>", r"<mo>\1</mo>", found).replace(
+        "<mo>&#x0002F;</mo>", '<mo lspace="0em" rspace="0em">/</mo>'
+    )
     return f'<span class="display">{found}</span>' if display else found
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #f97bfa2e
 void_elements = set("area base br col embed hr img input link meta source track wbr".split())
 forbidden_elements = set("script style iframe object embed link meta base template form".split())
-block_elements = set("address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 hr ol p pre section table ul".split())
+block_elements = set(
+    "address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 hr ol p pre section table ul".split()
+)
 # what an opening tag closes
-implied_end_tags = {"li": {"li"}, "tr": {"tr", "td", "th"}, "td": {"td", "th"}, "th": {"td", "th"}, "dt": {"dt", "dd"}, "dd": {"dt", "dd"}, "option": {"option"}}
+implied_end_tags = {
+    "li": {"li"},
+    "tr": {"tr", "td", "th"},
+    "td": {"td", "th"},
+    "th": {"td", "th"},
+    "dt": {"dt", "dd"},
+    "dd": {"dt", "dd"},
+    "option": {"option"},
+}
 
-table_box = scroll_box("\n").split("\n")      # what stands before and after a table
+table_box = scroll_box("\n").split("\n")  # what stands before and after a table
+
 
 class HTMLSanitizer(HTMLParser):
     """Writes HTML anew: harmless, balanced, with links and pictures as `link` and `image` give
     them (None: without)."""
+
     def __init__(self, link: Callable, image: Callable):
         super().__init__(convert_charrefs=True)
         self.link, self.image = link, image
         self.parts, self.stack, self.skip = [], [], []
         # of the open cells of tables, where each one's content begins in `parts`
         self.cells = []
-        self.anchors = []     # of the open <a>, whether each leads somewhere
+        self.anchors = []  # of the open <a>, whether each leads somewhere
 
     def handle_starttag(self, tag, attrs, empty=False):
         if self.skip or tag in forbidden_elements:
-            if tag in forbidden_elements and tag not in void_elements and not empty: self.skip.append(tag)
+            if tag in forbidden_elements and tag not in void_elements and not empty:
+                self.skip.append(tag)
             return
-        if tag in block_elements and "p" in self.stack: self._close_to("p")
-        while self.stack and self.stack[-1] in implied_end_tags.get(tag, ()): self.handle_endtag(self.stack[-1])
-        keep = {k: v or "" for k, v in attrs if not k.startswith("on") and k not in ("src", "srcset", "href", "xlink:href", "background", "poster", "border", "action", "data")}
+        if tag in block_elements and "p" in self.stack:
+            self._close_to("p")
+        while self.stack and self.stack[-1] in implied_end_tags.get(tag, ()):
+            self.handle_endtag(self.stack[-1])
+        keep = {
+            k: v or ""
+            for k, v in attrs
+            if not k.startswith("on")
+            and k
+            not in (
+                "src",
+                "srcset",
+                "href",
+                "xlink:href",
+                "background",
+                "poster",
+                "border",
+                "action",
+                "data",
+            )
+        }
         values = dict(attrs)
         if tag == "img":
             source = self.image(values.get("src") or "")
-            if source is None: self.handle_data(values.get("alt") or ""); return
+            if source is None:
+                self.handle_data(values.get("alt") or "")
+                return
             keep |= source
-        if values.get("href") and (target := self.link(values["href"])): keep["href"] = target
-        if re.search(r"url\(|@import|expression", keep.get("style", "")): del keep["style"]
+        if values.get("href") and (target := self.link(values["href"])):
+            keep["href"] = target
+        if re.search(r"url\(|@import|expression", keep.get("style", "")):
+            del keep["style"]
         shown = tag
         if tag == "a":
             self.anchors.append("href" in keep)
             # what leads nowhere must not look like a link
-            if not self.anchors[-1]: shown = "span"
-        if tag == "table": self.parts.append(table_box[0])
-        self.parts.append(f"<{shown}" + "".join(f' {k}="{html.escape(v)}"' for k, v in keep.items()) + ">")
-        if tag in ("td", "th"): self.cells.append(len(self.parts))
+            if not self.anchors[-1]:
+                shown = "span"
+        if tag == "table":
+            self.parts.append(table_box[0])
+        self.parts.append(
+            f"<{shown}" + "".join(f' {k}="{html.escape(v)}"' for k, v in keep.items()) + ">"
+        )
+        if tag in ("td", "th"):
+            self.cells.append(len(self.parts))
         if tag not in void_elements:
             self.stack.append(tag)
-            if empty: self.handle_endtag(tag)
+            if empty:
+                self.handle_endtag(tag)
 
-    def handle_startendtag(self, tag, attrs): self.handle_starttag(tag, attrs, True)
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs, True)
 
     def _close_to(self, tag):
-        while self.stack and self.stack[-1] not in ("table", "td", "th", "div", tag): self.handle_endtag(self.stack[-1])
-        if self.stack and self.stack[-1] == tag: self.handle_endtag(tag)
+        while self.stack and self.stack[-1] not in ("table", "td", "th", "div", tag):
+            self.handle_endtag(self.stack[-1])
+        if self.stack and self.stack[-1] == tag:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         if self.skip:
-            if tag == self.skip[-1]: self.skip.pop()
+            if tag == self.skip[-1]:
+                self.skip.pop()
             return
-        if tag not in self.stack: return
-        while (top := self.stack.pop()) != tag: self._end(top)
+        if tag not in self.stack:
+            return
+        while (top := self.stack.pop()) != tag:
+            self._end(top)
         self._end(tag)
 
     def _end(self, tag):
         shown = tag
-        if tag in ("td", "th") and self.cells: shown = self._end_cell(tag, self.cells.pop())
-        if tag == "a" and self.anchors and not self.anchors.pop(): shown = "span"
+        if tag in ("td", "th") and self.cells:
+            shown = self._end_cell(tag, self.cells.pop())
+        if tag == "a" and self.anchors and not self.anchors.pop():
+            shown = "span"
         self.parts.append(f"</{shown}>" + (table_box[1] if tag == "table" else ""))
 
     def _end_cell(self, tag: str, start: int) -> str:
@@ -120,7 +177,9 @@ class HTMLSanitizer(HTMLParser):
             return "td"
         numeric = bool(number_pattern.fullmatch(html.unescape(text)))
         if numeric and text.startswith("-") and len(text) > 1:
-            k = next(k for k in range(start, len(self.parts)) if self.parts[k].lstrip().startswith("-"))
+            k = next(
+                k for k in range(start, len(self.parts)) if self.parts[k].lstrip().startswith("-")
+            )
             self.parts[k] = self.parts[k].replace("-", "−", 1)
         kind = "num" if numeric else "long" if len(text) > 28 else ""
         if tag == "td" and kind and self.parts[start - 1] == "<td>":
@@ -128,15 +187,21 @@ class HTMLSanitizer(HTMLParser):
         return tag
 
     def handle_data(self, data):
-        if not self.skip: self.parts.append(html.escape(data, quote=False))
+        if not self.skip:
+            self.parts.append(html.escape(data, quote=False))
 
-def sanitize_html(markup: str, link: Callable = lambda href: href, image: Callable = lambda src: None) -> str:
+
+def sanitize_html(
+    markup: str, link: Callable = lambda href: href, image: Callable = lambda src: None
+) -> str:
     """Harmless and balanced HTML.
 
     `link(href)` gives the new address or None, `image(src)` the new attributes or None."""
     tidy = HTMLSanitizer(link, image)
-    tidy.feed(markup); tidy.close()
-    while tidy.stack: tidy._end(tidy.stack.pop())
+    tidy.feed(markup)
+    tidy.close()
+    while tidy.stack:
+        tidy._end(tidy.stack.pop())
     return "".join(tidy.parts)
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #cf3c6215
@@ -144,7 +209,12 @@ def hanging_indent(line: str) -> str:
     """A line of code that may be broken where it does not fit, its further lines indented four
     characters more than the first."""
     text = html.unescape(re.sub("<[^>]*>", "", line))
-    return f'<span class="line" style="--by:{len(text) - len(text.lstrip()) + 4}ch">{line}</span>' if len(text) > 40 else line
+    return (
+        f'<span class="line" style="--by:{len(text) - len(text.lstrip()) + 4}ch">{line}</span>'
+        if len(text) > 40
+        else line
+    )
+
 
 def highlight_code(code: str, language: str = "python") -> str:
     "Code as HTML with a class for each kind of token; plain where the language is unknown."
@@ -152,51 +222,98 @@ def highlight_code(code: str, language: str = "python") -> str:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import get_lexer_by_name
     from pygments.util import ClassNotFound
-    try: lexer = get_lexer_by_name(language or "text", stripnl=True)
-    except ClassNotFound: lexer = get_lexer_by_name("text")
+
+    try:
+        lexer = get_lexer_by_name(language or "text", stripnl=True)
+    except ClassNotFound:
+        lexer = get_lexer_by_name("text")
     # no span of Pygments goes beyond its line
     lines = highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip().split("\n")
     return f"<pre><code>{chr(10).join(map(hanging_indent, lines))}</code></pre>\n"
 
+
 def strip_directives(source: str) -> str:
     "Code without nbdev's directives."
-    return "\n".join(line for line in source.split("\n") if not re.match(r"\s*#\s*\|", line)).strip("\n")
+    return "\n".join(line for line in source.split("\n") if not re.match(r"\s*#\s*\|", line)).strip(
+        "\n"
+    )
+
 
 def code_summary(source: str) -> str:
     "What a piece of code is about, in a few words: the names it defines, else its first line."
-    try: body = ast.parse(source).body
-    except SyntaxError: return source.strip().split("\n")[0]
-    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-    if names: return " · ".join(names)
-    if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body): return "imports"
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return source.strip().split("\n")[0]
+    names = [
+        n.name for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    ]
+    if names:
+        return " · ".join(names)
+    if body and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
+        return "imports"
     said = [n for n in body if not opens_record(n)] or body
     return source.splitlines()[said[0].lineno - 1].strip() if said else ""
+
 
 def opens_record(statement: ast.stmt) -> bool:
     """Whether a statement only opens a stage's record, as nearly every show cell does first: it
     says nothing of the cell."""
-    called = statement.value.func if isinstance(getattr(statement, "value", None), ast.Call) else None
-    return isinstance(statement, ast.Assign) and isinstance(called, ast.Name) and called.id == "open_record"
+    called = (
+        statement.value.func if isinstance(getattr(statement, "value", None), ast.Call) else None
+    )
+    return (
+        isinstance(statement, ast.Assign)
+        and isinstance(called, ast.Name)
+        and called.id == "open_record"
+    )
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #7e455c46
-formula = re.compile(r"(?P<code>^(?P<fence>```+|~~~+)[\s\S]*?^(?P=fence)|(?P<tick>`+)[^`][\s\S]*?(?P=tick)|\\\$)|\$\$(?P<block>[\s\S]+?)\$\$|(?<![\w$])\$(?P<line>(?!\s)[^$]{1,400}?(?<!\s))\$(?!\d)", re.M)
+formula = re.compile(
+    r"(?P<code>^(?P<fence>```+|~~~+)[\s\S]*?^(?P=fence)|(?P<tick>`+)[^`][\s\S]*?(?P=tick)|\\\$)|\$\$(?P<block>[\s\S]+?)\$\$|(?<![\w$])\$(?P<line>(?!\s)[^$]{1,400}?(?<!\s))\$(?!\d)",
+    re.M,
+)
+
 
 @cache
 def markdown_parser():
     "The Markdown parser: CommonMark with tables."
     from markdown_it import MarkdownIt
-    return MarkdownIt("commonmark", {"html": True, "highlight": lambda code, language, attributes: highlight_code(code, language or "text")}).enable(["table", "strikethrough"])
+
+    return MarkdownIt(
+        "commonmark",
+        {
+            "html": True,
+            "highlight": lambda code, language, attributes: highlight_code(
+                code, language or "text"
+            ),
+        },
+    ).enable(["table", "strikethrough"])
+
 
 def slug(text: str) -> str:
     "A heading as an id; what Jupyter makes of it (`#The-run`) gives the same."
     return re.sub(r"\W+", "-", text.lower()).strip("-") or "section"
 
+
 class PageRenderer:
     "Writes the inside of one page."
-    def __init__(self, folder: Path,                                   # The site's folder; pictures go to its assets/
-                 link: Callable[[str], str | None] = lambda href: href, # New address of a link, None for no link
-                 home: Path | None = None):                            # Where relative pictures of the prose are
-        self.folder, self._link, self.home, self.headings, self.ids = folder, link, home, [], Counter({"main": 1, "pages": 1})
+
+    def __init__(
+        self,
+        folder: Path,  # The site's folder; pictures go to its assets/
+        link: Callable[[str], str | None] = lambda href: (
+            href
+        ),  # New address of a link, None for no link
+        home: Path | None = None,
+    ):  # Where relative pictures of the prose are
+        self.folder, self._link, self.home, self.headings, self.ids = (
+            folder,
+            link,
+            home,
+            [],
+            Counter({"main": 1, "pages": 1}),
+        )
 
     def heading(self, level: int, text: str, markup: str = "") -> str:
         "A heading that the page's list of headings and the search know."
@@ -207,40 +324,75 @@ class PageRenderer:
 
     def link(self, href: str) -> str | None:
         "Addresses in the page's own headings are brought into form; scripts are none."
-        if href.startswith("#"): return "#" + slug(unquote(href[1:]))
+        if href.startswith("#"):
+            return "#" + slug(unquote(href[1:]))
         return None if re.match(r"\s*(javascript|data|vbscript):", href, re.I) else self._link(href)
 
     def prose(self, text: str, listed: bool = True) -> str:
         "Markdown as HTML; with `listed` its headings join the list."
         formulas = []
+
         def out(m):
-            if m["code"] is not None and not (flow := re.fullmatch(r"```mermaid\n([\s\S]*?)```", m[0])): return m[0]
+            if m["code"] is not None and not (
+                flow := re.fullmatch(r"```mermaid\n([\s\S]*?)```", m[0])
+            ):
+                return m[0]
             if m["code"] is not None:
-                try: formulas.append(scroll_box(flow_svg(flow[1]), "Flow"))
+                try:
+                    formulas.append(scroll_box(flow_svg(flow[1]), "Flow"))
                 # what cannot be drawn stays code
-                except ValueError: return m[0]
-            else: formulas.append(mathml(m["block"] or m["line"], m["block"] is not None))
+                except ValueError:
+                    return m[0]
+            else:
+                formulas.append(mathml(m["block"] or m["line"], m["block"] is not None))
             return f"\ue000{len(formulas) - 1}\ue001"
+
         tokens = markdown_parser().parse(formula.sub(out, text))
         for k, t in enumerate(tokens):
-            if t.type != "heading_open" or not listed: continue
-            plain = "".join(c.content for c in tokens[k + 1].children if c.type in ("text", "code_inline", "softbreak"))
-            t.attrSet("id", re.search(r'id="([^"]*)"', self.heading(int(t.tag[1]), re.sub("\ue000\\d+\ue001", "", plain).strip() or "section"))[1])
-        markup = sanitize_html(markdown_parser().renderer.render(tokens, markdown_parser().options, {}), self.link, self.picture)
-        markup = re.sub("<p>(\ue000(\\d+)\ue001)</p>", lambda m: m[1] if formulas[int(m[2])].startswith(("<span class", "<div")) else m[0], markup)
+            if t.type != "heading_open" or not listed:
+                continue
+            plain = "".join(
+                c.content
+                for c in tokens[k + 1].children
+                if c.type in ("text", "code_inline", "softbreak")
+            )
+            t.attrSet(
+                "id",
+                re.search(
+                    r'id="([^"]*)"',
+                    self.heading(
+                        int(t.tag[1]), re.sub("\ue000\\d+\ue001", "", plain).strip() or "section"
+                    ),
+                )[1],
+            )
+        markup = sanitize_html(
+            markdown_parser().renderer.render(tokens, markdown_parser().options, {}),
+            self.link,
+            self.picture,
+        )
+        markup = re.sub(
+            "<p>(\ue000(\\d+)\ue001)</p>",
+            lambda m: m[1] if formulas[int(m[2])].startswith(("<span class", "<div")) else m[0],
+            markup,
+        )
         return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], markup)
 
     def picture(self, source: str) -> dict | None:
         """Attributes of a picture named in the prose: kept as a file if it lies beside the
         notebook, else none."""
-        if m := re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,(.+)", source, re.S): return self.keep(base64.b64decode(m[2]), m[1].removesuffix("+xml"))
-        file = self.home/source if self.home and not re.match(r"\w+:|/|\.\.", source) else None
+        if m := re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,(.+)", source, re.S):
+            return self.keep(base64.b64decode(m[2]), m[1].removesuffix("+xml"))
+        file = self.home / source if self.home and not re.match(r"\w+:|/|\.\.", source) else None
         return self.keep(file.read_bytes(), file.suffix[1:]) if file and file.is_file() else None
 
     def keep(self, data: bytes, suffix: str) -> dict:
         "Put a picture into assets/ and return what its <img> needs."
         name = f"{hashlib.sha256(data).hexdigest()[:12]}.{suffix}"
-        (self.folder/"assets").mkdir(parents=True, exist_ok=True)
-        (self.folder/"assets"/name).write_bytes(data)
-        size = dict(width=str(int.from_bytes(data[16:20])), height=str(int.from_bytes(data[20:24]))) if suffix == "png" else {}
+        (self.folder / "assets").mkdir(parents=True, exist_ok=True)
+        (self.folder / "assets" / name).write_bytes(data)
+        size = (
+            dict(width=str(int.from_bytes(data[16:20])), height=str(int.from_bytes(data[20:24])))
+            if suffix == "png"
+            else {}
+        )
         return {"src": f"assets/{name}", "loading": "lazy", **size}

@@ -12,193 +12,315 @@ import ast
 import base64
 import html
 import re
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import DataError
-from ..core import MissingError
-from ..core import read_json
-from ..core import runs_dir
-from ..runner.identity import Cell
-from ..runner.identity import Package
-from ..runner.identity import bound_names
-from ..runner.identity import key_of
-from ..runner.identity import meaning
-from .markup import PageRenderer
-from .markup import code_summary
-from .markup import highlight_code
-from .markup import sanitize_html
-from .markup import strip_directives
+from ..core import DataError, MissingError, read_json, runs_dir
+from ..runner.identity import Cell, Package, bound_names, key_of, meaning
+from llmeco_nb.site.markup import (
+    PageRenderer,
+    code_summary,
+    highlight_code,
+    sanitize_html,
+    strip_directives,
+)
 
 # %% ../../nbs/0_ground/04e_page.ipynb #a19e2aec
 ansi_escapes = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
+
 def strip_ansi(text: str) -> str:
     "Terminal text without colours; of a line that was overwritten the last state."
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in ansi_escapes.sub("", text).split("\n"))
+    return "\n".join(
+        line.rstrip("\r").rpartition("\r")[2] for line in ansi_escapes.sub("", text).split("\n")
+    )
 
-def output_html(outputs: list[dict],   # As nbformat stores them
-                scribe: PageRenderer, alt: str = "figure") -> str:
+
+def output_html(
+    outputs: list[dict],  # As nbformat stores them
+    scribe: PageRenderer,
+    alt: str = "figure",
+) -> str:
     "Outputs of one cell as HTML; empty if there is nothing to see."
     parts, stream = [], {"name": None}
     for o in outputs:
         kind, joined = o["output_type"], lambda v: v if isinstance(v, str) else "".join(v)
         if kind == "stream":
             text = joined(o["text"])
-            if stream.get("name") == o["name"]: stream["text"] += text
-            else: stream = dict(name=o["name"], text=text); parts.append(stream)
+            if stream.get("name") == o["name"]:
+                stream["text"] += text
+            else:
+                stream = dict(name=o["name"], text=text)
+                parts.append(stream)
             continue
         stream = {"name": None}
         if kind == "error":
             trace = strip_ansi("\n".join(o.get("traceback", []))) or f"{o['ename']}: {o['evalue']}"
-            parts.append(f'<pre class="wrong">{html.escape(trace)}</pre>'); continue
+            parts.append(f'<pre class="wrong">{html.escape(trace)}</pre>')
+            continue
         data = o.get("data", {})
         picture = next((k for k in ("image/png", "image/jpeg") if k in data), None)
         if picture:
             kept = scribe.keep(base64.b64decode(joined(data[picture])), picture[6:])
-            parts.append(f'<a href="{kept["src"]}"><img ' + " ".join(f'{k}="{v}"' for k, v in kept.items()) + f' alt="{html.escape(alt)}"></a>')
-        elif "image/svg+xml" in data: parts.append(sanitize_html(re.sub(r"^[\s\S]*?(?=<svg)", "", joined(data["image/svg+xml"]))))
-        elif "text/markdown" in data: parts.append(scribe.prose(joined(data["text/markdown"]), listed=False))
-        elif "text/html" in data: parts.append(sanitize_html(joined(data["text/html"]), scribe.link, scribe.picture))
-        elif "text/latex" in data: parts.append(scribe.prose(joined(data["text/latex"])))
-        elif "text/plain" in data and not re.match(r"<Figure size|<matplotlib|<Axes|Text\(", joined(data["text/plain"])): parts.append(f'<pre>{html.escape(strip_ansi(joined(data["text/plain"])))}</pre>')
-    parts = [f"<pre>{html.escape(strip_ansi(p['text']).rstrip())}</pre>" if isinstance(p, dict) and strip_ansi(p["text"]).strip() else p for p in parts]
+            parts.append(
+                f'<a href="{kept["src"]}"><img '
+                + " ".join(f'{k}="{v}"' for k, v in kept.items())
+                + f' alt="{html.escape(alt)}"></a>'
+            )
+        elif "image/svg+xml" in data:
+            parts.append(
+                sanitize_html(re.sub(r"^[\s\S]*?(?=<svg)", "", joined(data["image/svg+xml"])))
+            )
+        elif "text/markdown" in data:
+            parts.append(scribe.prose(joined(data["text/markdown"]), listed=False))
+        elif "text/html" in data:
+            parts.append(sanitize_html(joined(data["text/html"]), scribe.link, scribe.picture))
+        elif "text/latex" in data:
+            parts.append(scribe.prose(joined(data["text/latex"])))
+        elif "text/plain" in data and not re.match(
+            r"<Figure size|<matplotlib|<Axes|Text\(", joined(data["text/plain"])
+        ):
+            parts.append(f"<pre>{html.escape(strip_ansi(joined(data['text/plain'])))}</pre>")
+    parts = [
+        f"<pre>{html.escape(strip_ansi(p['text']).rstrip())}</pre>"
+        if isinstance(p, dict) and strip_ansi(p["text"]).strip()
+        else p
+        for p in parts
+    ]
     return "\n".join(p for p in parts if isinstance(p, str))
 
 # %% ../../nbs/0_ground/04e_page.ipynb #8fe0555a
 @dataclass
 class PageCell:
     "A cell as a page shows it."
+
     id: str
-    role: str                    # markdown, or as in 00a_identity: parameters, imports, run, show; lesson
+    role: str  # markdown, or as in 00a_identity: parameters, imports, run, show; lesson
     source: str
     outputs: list = field(default_factory=list)
-    origin: str = ""             # where the outputs are from: run, lesson, or nowhere
-    changed: bool = False        # the cell is not what ran
+    origin: str = ""  # where the outputs are from: run, lesson, or nowhere
+    changed: bool = False  # the cell is not what ran
 
     @property
-    def exported(self) -> bool: return bool(re.search(r"^\s*#\s*\|\s*(export|exporti|exports)\s*$", self.source, re.M))
+    def exported(self) -> bool:
+        return bool(re.search(r"^\s*#\s*\|\s*(export|exporti|exports)\s*$", self.source, re.M))
 
-def cell_source(cell: dict) -> str: return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+def cell_source(cell: dict) -> str:
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
 
 def cell_role(cell: dict) -> str:
     "The role of a cell in a raw notebook."
-    if cell["cell_type"] != "code": return cell["cell_type"]
+    if cell["cell_type"] != "code":
+        return cell["cell_type"]
     tags = cell["metadata"].get("tags", [])
-    if "skip-execution" in tags: return "lesson"
+    if "skip-execution" in tags:
+        return "lesson"
     found = next((t for t in ("parameters", "run", "show") if t in tags), None)
     return found or ("imports" if code_summary(cell_source(cell)) == "imports" else "lesson")
 
+
 def same_code(a: str, b: str) -> bool:
     "Whether two pieces of code mean the same."
-    try: return a == b or meaning(a) == meaning(b)
-    except SyntaxError: return False
+    try:
+        return a == b or meaning(a) == meaning(b)
+    except SyntaxError:
+        return False
 
-def cells_with_outputs(today: dict,                # The notebook as it is now
-                       run: dict | None = None,    # As a run executed it
-                       lessons: dict | None = None # As executed at its defaults
-                      ) -> list[PageCell]:
+
+def cells_with_outputs(
+    today: dict,  # The notebook as it is now
+    run: dict | None = None,  # As a run executed it
+    lessons: dict | None = None,  # As executed at its defaults
+) -> list[PageCell]:
     "Today's cells with their outputs. Cells under `#| hide` are left out."
-    ran, taught = ({c["id"]: c for c in nb["cells"] if c["cell_type"] == "code" and "id" in c} if nb else {} for nb in (run, lessons))
+    ran, taught = (
+        {c["id"]: c for c in nb["cells"] if c["cell_type"] == "code" and "id" in c} if nb else {}
+        for nb in (run, lessons)
+    )
     found = []
     for c in today["cells"]:
         one = PageCell(c.get("id", ""), cell_role(c), cell_source(c))
-        if re.search(r"^\s*#\s*\|\s*hide\s*$", one.source, re.M) or not one.source.strip() or one.role == "raw": continue
+        if (
+            re.search(r"^\s*#\s*\|\s*hide\s*$", one.source, re.M)
+            or not one.source.strip()
+            or one.role == "raw"
+        ):
+            continue
         if run and one.role in ("run", "show"):
             if one.id in ran:
                 one.changed = not same_code(one.source, cell_source(ran[one.id]))
-                if one.changed: one.source = cell_source(ran[one.id])
+                if one.changed:
+                    one.source = cell_source(ran[one.id])
                 one.outputs, one.origin = ran[one.id].get("outputs", []), "run"
-            else: one.changed = True
-        elif one.role not in ("markdown", "parameters") and one.id in taught and cell_source(taught[one.id]) == one.source:
+            else:
+                one.changed = True
+        elif (
+            one.role not in ("markdown", "parameters")
+            and one.id in taught
+            and cell_source(taught[one.id]) == one.source
+        ):
             # what libraries complain of is no part of a chapter
-            one.outputs, one.origin = [o for o in taught[one.id].get("outputs", []) if o.get("name") != "stderr"], "lesson"
+            one.outputs, one.origin = (
+                [o for o in taught[one.id].get("outputs", []) if o.get("name") != "stderr"],
+                "lesson",
+            )
         found.append(one)
     return found
 
 # %% ../../nbs/0_ground/04e_page.ipynb #b277563c
 def split_title(cells: list[PageCell]) -> tuple[str, str, list[PageCell]]:
     "Title, subtitle, and the cells without them."
-    if not cells or cells[0].role != "markdown": return "", "", cells
+    if not cells or cells[0].role != "markdown":
+        return "", "", cells
     m = re.match(r"\s*# (?P<title>[^\n]+)\n*(?:> (?P<sub>(?:[^\n]+\n?(?:> )?)+))?", cells[0].source)
-    if not m: return "", "", cells
-    rest = cells[0].source[m.end():].strip()
+    if not m:
+        return "", "", cells
+    rest = cells[0].source[m.end() :].strip()
     first = [PageCell(cells[0].id, "markdown", rest)] if rest else []
-    return m["title"].strip(), " ".join((m["sub"] or "").replace("\n> ", " ").split()), [*first, *cells[1:]]
+    return (
+        m["title"].strip(),
+        " ".join((m["sub"] or "").replace("\n> ", " ").split()),
+        [*first, *cells[1:]],
+    )
 
-def render_chapter(cells: list[PageCell], scribe: PageRenderer,
-                   fold: bool = False,        # Hide the code behind one line
-                   module: str = ""           # Name of the module that exported cells go to
-                  ) -> str:
+
+def render_chapter(
+    cells: list[PageCell],
+    scribe: PageRenderer,
+    fold: bool = False,  # Hide the code behind one line
+    module: str = "",  # Name of the module that exported cells go to
+) -> str:
     "The cells as the inside of a page."
     parts, waiting, last = [], [], "figure"
     promise = Promise(parts)
+
     def put_code():
         if waiting:
-            defined = [d for s in waiting if re.search(r"^(async )?(def|class) ", s.source, re.M) and (d := code_summary(strip_directives(s.source)))]
-            about = " · ".join(defined) or next((d for s in waiting if s.role != "imports" and (d := code_summary(strip_directives(s.source)))), "imports")
-            label = waiting[0].role if len({s.role for s in waiting}) == 1 and waiting[0].role in ("parameters", "imports") else f"code <code>{html.escape(about)}</code>"
-            parts.append(f'<details><summary>{label}</summary>{"".join(code_html(s, module) for s in waiting)}</details>')
+            defined = [
+                d
+                for s in waiting
+                if re.search(r"^(async )?(def|class) ", s.source, re.M)
+                and (d := code_summary(strip_directives(s.source)))
+            ]
+            about = " · ".join(defined) or next(
+                (
+                    d
+                    for s in waiting
+                    if s.role != "imports" and (d := code_summary(strip_directives(s.source)))
+                ),
+                "imports",
+            )
+            label = (
+                waiting[0].role
+                if len({s.role for s in waiting}) == 1
+                and waiting[0].role in ("parameters", "imports")
+                else f"code <code>{html.escape(about)}</code>"
+            )
+            parts.append(
+                f"<details><summary>{label}</summary>{''.join(code_html(s, module) for s in waiting)}</details>"
+            )
         waiting.clear()
+
     for s in cells:
         if s.role == "markdown":
             put_code()
             promise.settle()
             parts.append(scribe.prose(s.source))
             promise.open = s.source.rstrip().endswith(":")
-            if scribe.headings: last = scribe.headings[-1][2]
+            if scribe.headings:
+                last = scribe.headings[-1][2]
             continue
         plots = not s.exported and any(is_picture(o) for o in s.outputs)
         promise.code = True
         if (fold or plots or s.role == "imports") and strip_directives(s.source):
-            if "parameters" in (s.role, waiting[0].role if waiting else ""): put_code()
+            if "parameters" in (s.role, waiting[0].role if waiting else ""):
+                put_code()
             waiting.append(s)
         elif strip_directives(s.source):
             put_code()
             parts.append(code_html(s, module))
         seen = output_html(s.outputs, scribe, f"Figure in “{last}”")
-        if s.changed or seen: put_code()
-        if s.changed: parts.append('<p class="note">This cell has changed since the run. Code and outputs are shown as they ran.</p>' if s.origin else '<p class="note">This cell is newer than the run and has not been executed in it.</p>')
-        if seen: promise.open = False
-        if seen: parts.append(f'<div class="out{" lesson" if s.origin == "lesson" and fold else ""}">{seen}</div>')
+        if s.changed or seen:
+            put_code()
+        if s.changed:
+            parts.append(
+                '<p class="note">This cell has changed since the run. Code and outputs are shown as they ran.</p>'
+                if s.origin
+                else '<p class="note">This cell is newer than the run and has not been executed in it.</p>'
+            )
+        if seen:
+            promise.open = False
+        if seen:
+            parts.append(
+                f'<div class="out{" lesson" if s.origin == "lesson" and fold else ""}">{seen}</div>'
+            )
     put_code()
     promise.settle()
     return "\n".join(parts)
 
+
 class Promise:
     "Prose that ends with a colon promises an output. Where none came, the page says why."
-    def __init__(self, parts: list[str]): self.parts, self.open, self.code = parts, False, False
+
+    def __init__(self, parts: list[str]):
+        self.parts, self.open, self.code = parts, False, False
 
     def settle(self):
         "Add a line to `parts` if an output was promised, code stood there and nothing came of it."
-        if self.open and self.code: self.parts.append(NOT_EXECUTED)
+        if self.open and self.code:
+            self.parts.append(NOT_EXECUTED)
         self.open = self.code = False
 
+
 NOT_EXECUTED = '<p class="quiet">(This page was made without executing the cell above.)</p>'
+
 
 def is_picture(output: dict) -> bool:
     "Whether an output, as nbformat stores it, is a picture."
     return any(kind.startswith("image/") for kind in output.get("data", {}))
 
+
 def code_html(cell: PageCell, module: str = "") -> str:
     "A code cell; one that is exported says where to."
     source = strip_directives(cell.source)
-    label = f'<span class="from">{html.escape(module)}</span>' if module and cell.exported and code_summary(source) != "imports" else ""
+    label = (
+        f'<span class="from">{html.escape(module)}</span>'
+        if module and cell.exported and code_summary(source) != "imports"
+        else ""
+    )
     return f'<div class="code">{label}{highlight_code(source)}</div>' if source else ""
 
 # %% ../../nbs/0_ground/04e_page.ipynb #09a05914
 def lesson_key(notebook: dict, package: Package) -> str:
     "Key over all code cells of a notebook and the functions they reach."
-    cells = [Cell(c.get("id", ""), "", cell_source(c)) for c in notebook["cells"] if c["cell_type"] == "code"]
+    cells = [
+        Cell(c.get("id", ""), "", cell_source(c))
+        for c in notebook["cells"]
+        if c["cell_type"] == "code"
+    ]
     imports = {}
     for c in cells:
         for n in ast.walk(c.tree):
-            if isinstance(n, (ast.Import, ast.ImportFrom)): imports.update(bound_names(n, package.folder.name))
-    return key_of({"cells": {c.id: c.text(package.folder.name) for c in cells}, "functions": package.reach([c.tree for c in cells], imports)})
+            if isinstance(n, (ast.Import, ast.ImportFrom)):
+                imports.update(bound_names(n, package.folder.name))
+    return key_of(
+        {
+            "cells": {c.id: c.text(package.folder.name) for c in cells},
+            "functions": package.reach([c.tree for c in cells], imports),
+        }
+    )
+
 
 def kept_lessons(notebook: Path, package: Package) -> dict | None:
     "The notebook executed at its defaults, if it was and nothing has changed since."
-    try: found = read_json(runs_dir()/"lessons"/notebook.name)
-    except (MissingError, DataError): return None
-    return found if found["metadata"].get("llmeco_key") == lesson_key(read_json(notebook), package) else None
+    try:
+        found = read_json(runs_dir() / "lessons" / notebook.name)
+    except (MissingError, DataError):
+        return None
+    return (
+        found
+        if found["metadata"].get("llmeco_key") == lesson_key(read_json(notebook), package)
+        else None
+    )

@@ -19,187 +19,291 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ..core import LlmecoError, Record, format_duration, read_json
-from .diagram import Box, curves_svg, intervals_svg, lineage_svg
-from ..runner.stages import Instance, headline, needs
 from ..runner.kernel import json_or
+from ..runner.pipeline import Pipeline
+from ..runner.stages import Instance, headline, needs
+from ..runner.store import Run, Store
+from .diagram import Box, curves_svg, intervals_svg, lineage_svg
 from .markup import PageRenderer, slug
 from .page import cells_with_outputs, kept_lessons, render_chapter, split_title
-from ..runner.pipeline import Pipeline
-from ..runner.store import Run, Store
-from .template import Page, align_decimals, chips, format_value, html_table, is_number
-from .template import metrics_grid, scroll_box
-from .template import replaced_folder, write_pages
+from llmeco_nb.site.template import (
+    Page,
+    align_decimals,
+    chips,
+    format_value,
+    html_table,
+    is_number,
+    metrics_grid,
+    replaced_folder,
+    scroll_box,
+    write_pages,
+)
 
 # %% ../../nbs/0_ground/05_report.ipynb #53711638
 @dataclass
 class StageResult:
     "A stage instance and what its entry holds."
+
     one: Instance
     entry: Path | None = None
-    state: str = "missing"          # as `llmeco stages` says, or unknown
+    state: str = "missing"  # as `llmeco stages` says, or unknown
     reasons: list[str] = field(default_factory=list)
     manifest: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
 
     @property
-    def name(self) -> str: return self.one.name
+    def name(self) -> str:
+        return self.one.name
+
     @property
-    def file(self) -> str: return self.name.replace("@", "-") + ".html"
+    def file(self) -> str:
+        return self.name.replace("@", "-") + ".html"
+
     @property
     def title(self) -> str:
         "What the stage's chapter is called."
         first = next(iter(read_json(self.one.notebook.path)["cells"]), {"source": ""})
         line = "".join(first["source"]).strip().split("\n")[0]
         return line.removeprefix("# ") if line.startswith("# ") else self.one.stage
+
     @property
     def about(self) -> str:
         """The chapter's title, and of one variant among several the parameters that its profile or
         run changed."""
-        if "@" not in self.name: return self.title
+        if "@" not in self.name:
+            return self.title
         known = self.one.parameters
-        changed = [f"{k} {v}" for k, v in self.one.values.items() if k in known and known[k].default != v]
+        changed = [
+            f"{k} {v}" for k, v in self.one.values.items() if k in known and known[k].default != v
+        ]
         return ", ".join([self.title, *changed[:3]])
+
 
 def reading_order(instances: list[Instance]) -> list[Instance]:
     "Instances so that each comes after those it needs, and else in the order of the chapters."
     left, done = sorted(instances, key=lambda o: (o.notebook.path.name, o.name)), []
-    while left: done.append(left.pop(next(k for k, o in enumerate(left) if not needs(o) & {p.name for p in left})))
+    while left:
+        done.append(
+            left.pop(next(k for k, o in enumerate(left) if not needs(o) & {p.name for p in left}))
+        )
     return done
+
 
 def gather(pipe: Pipeline) -> list[StageResult]:
     "All instances of a run, in order."
-    try: looks = pipe.looks()
-    except (LlmecoError, OSError): looks = {}
+    try:
+        looks = pipe.looks()
+    except (LlmecoError, OSError):
+        looks = {}
     found = []
     for one in reading_order(pipe.instances):
         key, m = pipe.run.key(one.name), StageResult(one)
         entry = pipe.store.entry(one.stage, key) if key else None
-        if one.name in looks: m.state, m.reasons = looks[one.name].state, looks[one.name].reasons
-        elif key: m.state = "unknown"
-        if entry and (entry/"manifest.json").is_file():
+        if one.name in looks:
+            m.state, m.reasons = looks[one.name].state, looks[one.name].reasons
+        elif key:
+            m.state = "unknown"
+        if entry and (entry / "manifest.json").is_file():
             record = Record(entry, one.stage)
-            m.entry, m.manifest, m.metrics, m.rows = entry, read_json(entry/"manifest.json"), record.metrics, record.rows()
+            m.entry, m.manifest, m.metrics, m.rows = (
+                entry,
+                read_json(entry / "manifest.json"),
+                record.metrics,
+                record.rows(),
+            )
         found.append(m)
     return found
 
 # %% ../../nbs/0_ground/05_report.ipynb #b87de283
 def comparison_rows(entry: Path) -> list[dict]:
     "The rows of an entry's comparison table; empty if it has none."
-    for file in (entry/"table"/"table.json", entry/"table.json", entry/"table"):
-        if not file.is_file(): continue
-        try: found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError: return []
+    for file in (entry / "table" / "table.json", entry / "table.json", entry / "table"):
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return []
         found = found.get("rows") if isinstance(found, dict) else found
-        if isinstance(found, list) and found and all(isinstance(r, dict) for r in found): return found
+        if isinstance(found, list) and found and all(isinstance(r, dict) for r in found):
+            return found
     return []
+
 
 def add_durations(rows: list[dict], log: list[dict]) -> list[dict]:
     """The rows, each with the seconds that the log states for its model and number of labels.
 
     Times stand in logs: a table has the same bytes whenever it is made."""
-    seconds = {(r["model"], r.get("labels")): r["seconds"] for r in log if "model" in r and "seconds" in r}
-    return [r | ({"seconds": seconds[key]} if "seconds" not in r and (key := (r.get("model"), r.get("labels"))) in seconds else {}) for r in rows]
+    seconds = {
+        (r["model"], r.get("labels")): r["seconds"] for r in log if "model" in r and "seconds" in r
+    }
+    return [
+        r
+        | (
+            {"seconds": seconds[key]}
+            if "seconds" not in r and (key := (r.get("model"), r.get("labels"))) in seconds
+            else {}
+        )
+        for r in rows
+    ]
+
 
 def comparison(rows: list[dict]) -> str:
     """Rows as tables, one for each number of labels, the third and later ones folded away.
 
     Columns stand in the order they first appear; `x_low` and `x_high` stand in brackets behind `x`."""
     sizes = list(dict.fromkeys(r.get("labels") for r in rows))
-    if None in sizes or len(sizes) < 2: return one_table(rows) + model_names(rows)
+    if None in sizes or len(sizes) < 2:
+        return one_table(rows) + model_names(rows)
+
     def block(n) -> str:
         found = [{k: v for k, v in r.items() if k != "labels"} for r in rows if r["labels"] == n]
         return f"<h3>{n:,} labels</h3>{one_table(found)}"
+
     parts = [block(n) for n in sizes]
     rest = ", ".join(f"{n:,}" for n in sizes[2:])
-    folded = f"<details><summary>Other numbers of labels: {rest}</summary>{''.join(parts[2:])}</details>"
+    folded = (
+        f"<details><summary>Other numbers of labels: {rest}</summary>{''.join(parts[2:])}</details>"
+    )
     return "".join(parts[:2]) + (folded if rest else "") + model_names(rows)
+
 
 def model_names(rows: list[dict]) -> str:
     "What the short names of models, which stand in files and on the command line, mean."
     known = {r["model"]: r["title"] for r in rows if r.get("model") and r.get("title")}
     known = {name: known_models.get(name, title) for name, title in known.items()}
-    said = [f"<code>{html.escape(name)}</code> {html.escape(title)}" for name, title in known.items() if title != name]
+    said = [
+        f"<code>{html.escape(name)}</code> {html.escape(title)}"
+        for name, title in known.items()
+        if title != name
+    ]
     return f'<p class="quiet">Short names: {"; ".join(said)}.</p>' if said else ""
+
 
 known_models = dict(
     own="the encoder that this run pretrained, fine-tuned",
     minilm="MiniLM, a small ready-made encoder from a package, fine-tuned",
     majority="always the most frequent class",
     tfidf_lr="logistic regression on TF-IDF word weights",
-    nbsvm="linear SVM on word ratios of naive Bayes (NB-SVM)")
+    nbsvm="linear SVM on word ratios of naive Bayes (NB-SVM)",
+)
+
 
 def one_table(rows: list[dict]) -> str:
     """Rows as a table: names first, then what has an interval, then what is claimed, then the rest.
 
     What a name, a heading or another column says already is left out: `model` beside a title, the one
     `reference` all differ from, `p` beside its adjusted value, columns without a value."""
-    said = [c for c in dict.fromkeys(k for r in rows for k in r)
-            if any(r.get(c) is not None for r in rows)
-            and not any(isinstance(r.get(c), (dict, list)) for r in rows)]
+    said = [
+        c
+        for c in dict.fromkeys(k for r in rows for k in r)
+        if any(r.get(c) is not None for r in rows)
+        and not any(isinstance(r.get(c), (dict, list)) for r in rows)
+    ]
     ranged = [c for c in said if f"{c}_low" in said and f"{c}_high" in said]
     references = {r["reference"] for r in rows if r.get("reference")}
     named = ""
     if len(references) == 1:
-        named = next((r.get("title") or r["model"] for r in rows if r.get("model") in references), "")
+        named = next(
+            (r.get("title") or r["model"] for r in rows if r.get("model") in references), ""
+        )
     twice = {f"{r}_{end}" for r in ranged for end in ("low", "high")} | {"baseline"}
     twice |= {c for c, other in (("model", "title"), ("p", "p_adjusted")) if other in said}
-    if named: twice.add("reference")
+    if named:
+        twice.add("reference")
+
     def rank(c: str) -> int:
-        if c in ("title", "model"): return 0
+        if c in ("title", "model"):
+            return 0
         return 1 if c in ranged else 2 if c in ("p", "p_adjusted", "verdict") else 3
+
     columns = sorted((c for c in said if c not in twice), key=rank)
     texts = list(zip(*(table_column(c, rows, c in ranged) for c in columns)))
-    head = [f"difference from {named}" if c == "difference" and named else c.replace("_", " ") for c in columns]
+    head = [
+        f"difference from {named}" if c == "difference" and named else c.replace("_", " ")
+        for c in columns
+    ]
     return html_table(head, [list(r) for r in texts], raw=True, what="Comparison")
+
 
 def table_column(name: str, rows: list[dict], ranged: bool) -> list[str]:
     "The cells of a column as HTML. Of a column with intervals both ends stand in brackets."
     values = [r.get(name) for r in rows]
-    if name in ("p", "p_adjusted"): return [p_value(v) for v in values]
-    if name == "verdict": return [html.escape(verdict_of(r)) for r in rows]
-    if ranged: return [with_interval(r, name) for r in rows]
+    if name in ("p", "p_adjusted"):
+        return [p_value(v) for v in values]
+    if name == "verdict":
+        return [html.escape(verdict_of(r)) for r in rows]
+    if ranged:
+        return [with_interval(r, name) for r in rows]
     numeric = all(is_number(v) or v is None for v in values)
     return align_decimals(values) if numeric else [format_value(v) for v in values]
+
 
 def with_interval(row: dict, name: str) -> str:
     "A number with its interval, three digits each, such as 0.52 [0.451, 0.588]."
     value, low, high = (row.get(k) for k in (name, f"{name}_low", f"{name}_high"))
-    if not is_number(value): return format_value(value)
+    if not is_number(value):
+        return format_value(value)
     text = f"{value:.3g}"
-    if is_number(low) and is_number(high): text += f" [{low:.3g}, {high:.3g}]"
+    if is_number(low) and is_number(high):
+        text += f" [{low:.3g}, {high:.3g}]"
     return text.replace("-", "−").replace(" ", "\u00a0")
+
 
 def p_value(p: float | None) -> str:
     "A p-value as HTML; one that is too small for four decimals says so."
-    if not is_number(p): return "–"
+    if not is_number(p):
+        return "–"
     return "&lt; 0.0001" if p < 1e-4 else f"{p:.2g}"
+
 
 def verdict_of(row: dict) -> str:
     """The verdict with the sentence it is about.
 
     A baseline's row differs from the reference downwards, and what was tested is that the reference
     is better. Beside a negative difference the bare word `supported` would say the opposite."""
-    if not row.get("verdict"): return "–"
+    if not row.get("verdict"):
+        return "–"
     claimed = {True: "worse", False: "better"}.get(row.get("baseline"))
     return f"{claimed}: {row['verdict']}" if claimed else row["verdict"]
+
 
 def accuracy_picture(rows: list[dict]) -> str:
     """Each model's accuracy with its interval, for the largest number of labels; empty without
     intervals."""
     most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
-    found = [(str(r.get("title") or r.get("model")), r["accuracy"], r["accuracy_low"], r["accuracy_high"])
-             for r in rows if (r.get("labels") == most)
-             and all(is_number(r.get(k)) for k in ("accuracy", "accuracy_low", "accuracy_high"))]
-    if not found: return ""
+    found = [
+        (
+            str(r.get("title") or r.get("model")),
+            r["accuracy"],
+            r["accuracy_low"],
+            r["accuracy_high"],
+        )
+        for r in rows
+        if (r.get("labels") == most)
+        and all(is_number(r.get(k)) for k in ("accuracy", "accuracy_low", "accuracy_high"))
+    ]
+    if not found:
+        return ""
     found.sort(key=lambda one: -one[1])
     learned = f", learned from {most:,} labels" if most is not None else ""
     caption = f"<figcaption>Accuracy on test texts with its interval{learned}</figcaption>"
-    return f'<figure>{caption}{scroll_box(intervals_svg(found), "Accuracies")}</figure>'
+    return f"<figure>{caption}{scroll_box(intervals_svg(found), 'Accuracies')}</figure>"
 
 # %% ../../nbs/0_ground/05_report.ipynb #fb7c24ae
 axis_columns = ("step", "epoch", "tokens", "seconds")
-schedule_columns = {*axis_columns, "lr", "learning_rate", "tokens_per_second", "grad_norm", "norm", "time", "accumulation"}
+schedule_columns = {
+    *axis_columns,
+    "lr",
+    "learning_rate",
+    "tokens_per_second",
+    "grad_norm",
+    "norm",
+    "time",
+    "accumulation",
+}
+
 
 def curves(rows: list[dict], most: int = 3) -> list[str]:
     "SVG pictures of a log, at most `most`."
@@ -207,16 +311,25 @@ def curves(rows: list[dict], most: int = 3) -> list[str]:
     # an axis never turns back
     runs = lambda values: len(values) > 1 and all(a <= b for a, b in zip(values, values[1:]))
     axis = next((a for a in axis_columns if runs([r[a] for r in rows if good(r, a)])), None)
-    if axis is None: return []
+    if axis is None:
+        return []
     keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in schedule_columns]
     series = {k: [(r[axis], r[k]) for r in rows if good(r, k) and good(r, axis)] for k in keys}
     series = {k: points for k, points in series.items() if len(points) > 1}
     losses = {k: p for k, p in series.items() if "loss" in k or "nll" in k}
-    groups = [*([losses] if losses else []), *({k: p} for k, p in series.items() if k not in losses)]
+    groups = [
+        *([losses] if losses else []),
+        *({k: p} for k, p in series.items() if k not in losses),
+    ]
     found = []
     for g in groups[:most]:
-        names = " ".join(f'<i style="background:var(--c{k})"></i><b>{html.escape(n.replace("_", " "))}</b>' for k, n in enumerate(g))
-        found.append(f"<figure><figcaption>{names} over {axis}</figcaption>{curves_svg(g, axis)}</figure>")
+        names = " ".join(
+            f'<i style="background:var(--c{k})"></i><b>{html.escape(n.replace("_", " "))}</b>'
+            for k, n in enumerate(g)
+        )
+        found.append(
+            f"<figure><figcaption>{names} over {axis}</figcaption>{curves_svg(g, axis)}</figure>"
+        )
     return found
 
 # %% ../../nbs/0_ground/05_report.ipynb #0d5e2b50
@@ -228,22 +341,50 @@ def outside_boxes(made: list[StageResult]) -> dict[str, str]:
         for given in m.manifest.get("inputs", {}).values():
             for g in given:
                 giver = g["source"].partition(":")[0]
-                if giver not in known: found[giver] = "the round before" if giver.startswith("parent/") else "frozen at the start"
+                if giver not in known:
+                    found[giver] = (
+                        "the round before" if giver.startswith("parent/") else "frozen at the start"
+                    )
     return found
+
 
 def lineage(made: list[StageResult]) -> str:
     "The run's lineage as SVG, each box a link to its page."
     known, outside = {m.name for m in made}, outside_boxes(made)
     boxes = [Box(name, note, "outside") for name, note in outside.items()]
-    boxes += [Box(m.name, headline(m.one, m.metrics).replace("_", " ") if m.entry else "not made yet", m.state, m.file) for m in made]
-    arrows = [(giver, m.name, i) for m in made for i, refs in m.one.wires.items() for ref in refs if (giver := ref.partition(":")[0]) in known or giver in outside]
+    boxes += [
+        Box(
+            m.name,
+            headline(m.one, m.metrics).replace("_", " ") if m.entry else "not made yet",
+            m.state,
+            m.file,
+        )
+        for m in made
+    ]
+    arrows = [
+        (giver, m.name, i)
+        for m in made
+        for i, refs in m.one.wires.items()
+        for ref in refs
+        if (giver := ref.partition(":")[0]) in known or giver in outside
+    ]
     return scroll_box(lineage_svg(boxes, arrows), "Lineage")
 
 # %% ../../nbs/0_ground/05_report.ipynb #9529b6f2
-state_labels = dict(current="current", page="page to be redrawn", stale="stale", missing="not made", waiting="not made", unknown="source out of reach")
+state_labels = dict(
+    current="current",
+    page="page to be redrawn",
+    stale="stale",
+    missing="not made",
+    waiting="not made",
+    unknown="source out of reach",
+)
 state_tones = dict(current="good", page="warn", stale="warn")
 
-def state_badge(m: StageResult) -> str: return f'<span class="{state_tones.get(m.state, "quiet")}">{state_labels[m.state]}</span>'
+
+def state_badge(m: StageResult) -> str:
+    return f'<span class="{state_tones.get(m.state, "quiet")}">{state_labels[m.state]}</span>'
+
 
 def stages_table(made: list[StageResult]) -> str:
     "Each instance with its state and the metrics worth a line."
@@ -251,23 +392,48 @@ def stages_table(made: list[StageResult]) -> str:
     for m in made:
         first = m.one.notebook.contract.get("headline")
         # zeros say least
-        keys = sorted((k for k, v in m.metrics.items() if is_number(v)), key=lambda k: (k != first, m.metrics[k] == 0))[:4]
-        said = " · ".join(f'{html.escape(k.replace("_", " "))}&nbsp;<b>{format_value(m.metrics[k])}</b>' for k in keys)
-        rows.append([f'<a href="{m.file}">{html.escape(m.name)}</a><small>{html.escape(m.about)}</small>', state_badge(m), said or '<span class="quiet">–</span>'])
+        keys = sorted(
+            (k for k, v in m.metrics.items() if is_number(v)),
+            key=lambda k: (k != first, m.metrics[k] == 0),
+        )[:4]
+        said = " · ".join(
+            f"{html.escape(k.replace('_', ' '))}&nbsp;<b>{format_value(m.metrics[k])}</b>"
+            for k in keys
+        )
+        rows.append(
+            [
+                f'<a href="{m.file}">{html.escape(m.name)}</a><small>{html.escape(m.about)}</small>',
+                state_badge(m),
+                said or '<span class="quiet">–</span>',
+            ]
+        )
     return html_table(["stage", "state", "key metrics"], rows, raw=True)
+
 
 def costs(made: list[StageResult]) -> str:
     "Seconds and peak memory of each instance as bars."
     there = [m for m in made if m.entry]
-    seconds, memory = ([m.manifest.get(k) or 0 for m in there] for k in ("seconds", "peak_memory_mib"))
-    if not there: return ""
-    bar = lambda v, most, kind: f'<span class="meter {kind}" style="width:{7 * v / most if most else 0:.2f}rem"></span>'
+    seconds, memory = (
+        [m.manifest.get(k) or 0 for m in there] for k in ("seconds", "peak_memory_mib")
+    )
+    if not there:
+        return ""
+    bar = lambda v, most, kind: (
+        f'<span class="meter {kind}" style="width:{7 * v / most if most else 0:.2f}rem"></span>'
+    )
     size = lambda mib: f"{mib / 1024:.1f} GiB" if mib >= 1000 else f"{mib:.0f} MiB"
-    row = lambda name, s, b, threads: f'<td class="nowrap">{name}</td><td class="num nowrap">{format_duration(s)}</td><td>{bar(s, max(seconds), "a")}</td><td class="num nowrap">{size(b)}</td><td>{bar(b, max(memory), "b")}</td><td class="num">{threads}</td>'
-    rows = [f"<tr>{row(html.escape(m.name), s, b, m.manifest.get('threads', ''))}</tr>" for m, s, b in zip(there, seconds, memory)]
+    row = lambda name, s, b, threads: (
+        f'<td class="nowrap">{name}</td><td class="num nowrap">{format_duration(s)}</td><td>{bar(s, max(seconds), "a")}</td><td class="num nowrap">{size(b)}</td><td>{bar(b, max(memory), "b")}</td><td class="num">{threads}</td>'
+    )
+    rows = [
+        f"<tr>{row(html.escape(m.name), s, b, m.manifest.get('threads', ''))}</tr>"
+        for m, s, b in zip(there, seconds, memory)
+    ]
     total = f'<tr class="total"><td>together</td><td class="num nowrap">{format_duration(sum(seconds))}</td><td></td><td class="num nowrap">{size(max(memory))}</td><td>at most</td><td></td></tr>'
-    head = ('<th>stage</th><th class="num">time</th><td></td><th class="num">memory</th><td></td>'
-            '<th class="num">threads</th>')
+    head = (
+        '<th>stage</th><th class="num">time</th><td></td><th class="num">memory</th><td></td>'
+        '<th class="num">threads</th>'
+    )
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}{total}</tbody>"
     return scroll_box(f"<table>{body}</table>", "Cost")
 
@@ -277,21 +443,59 @@ def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
     rows, equal = [], 0
     for m in made:
         key = parent.key(m.name)
-        before = json_or({}, store.entry(m.one.stage, key)/"metrics.json") if key else {}
+        before = json_or({}, store.entry(m.one.stage, key) / "metrics.json") if key else {}
         for k, now in m.metrics.items():
-            if not (is_number(now) and is_number(before.get(k))): continue
-            if now == before[k]: equal += 1
-            else: rows.append([f'<a href="{m.file}">{html.escape(m.name)}</a>', html.escape(k.replace("_", " ")), format_value(before[k]), format_value(now), f"{'+' if now > before[k] else ''}{format_value(now - before[k])}"])
-    if not rows and not equal: return ""
-    body = html_table(["stage", "metric", f"round {parent['round']}", f"round {parent['round'] + 1}", "difference"], rows, raw=True) if rows else ""
-    return body + (f'<p class="quiet">{equal} further number{"s are" if equal != 1 else " is"} the same in both rounds.</p>' if equal else "")
+            if not (is_number(now) and is_number(before.get(k))):
+                continue
+            if now == before[k]:
+                equal += 1
+            else:
+                rows.append(
+                    [
+                        f'<a href="{m.file}">{html.escape(m.name)}</a>',
+                        html.escape(k.replace("_", " ")),
+                        format_value(before[k]),
+                        format_value(now),
+                        f"{'+' if now > before[k] else ''}{format_value(now - before[k])}",
+                    ]
+                )
+    if not rows and not equal:
+        return ""
+    body = (
+        html_table(
+            [
+                "stage",
+                "metric",
+                f"round {parent['round']}",
+                f"round {parent['round'] + 1}",
+                "difference",
+            ],
+            rows,
+            raw=True,
+        )
+        if rows
+        else ""
+    )
+    return body + (
+        f'<p class="quiet">{equal} further number{"s are" if equal != 1 else " is"} the same in both rounds.</p>'
+        if equal
+        else ""
+    )
+
 
 def claims(made: list[StageResult]) -> str:
     """The claims of all stages that wrote claims.json, beside their artifacts or in one, judged
     together."""
-    files = [f for m in made if m.entry for f in sorted([*m.entry.glob("claims.json"), *m.entry.glob("*/claims.json")])]
-    if not files: return ""
+    files = [
+        f
+        for m in made
+        if m.entry
+        for f in sorted([*m.entry.glob("claims.json"), *m.entry.glob("*/claims.json")])
+    ]
+    if not files:
+        return ""
     from llmeco_nb.stats.claims import adjust_pvalues, claims_table, read_claims
+
     # a later stage may carry a copy
     found = list({(c.text, c.difference): c for f in files for c in read_claims(f)}.values())
     return claims_table(adjust_pvalues(found)) if found else ""
@@ -301,40 +505,114 @@ def machine_facts(made: list[StageResult]) -> tuple[str, str]:
     """The machine in a line, and the libraries as a folded table; of the instance that was made
     last."""
     there = sorted((m for m in made if m.entry), key=lambda m: m.manifest.get("started", 0))
-    if not there: return "", ""
+    if not there:
+        return "", ""
     box, libraries = there[-1].manifest.get("machine", {}), there[-1].manifest.get("versions", {})
-    said = [box.get("processor"), f"{box.get('cores')} cores, best with {box.get('threads')}" if box.get("cores") else "", f"{box.get('memory_gib')} GiB", f"{box.get('fp32_gflops')} GFLOP/s in fp32, {box.get('bf16_gflops')} in bf16" if box.get("fp32_gflops") else "",
-            box.get("gpu") or "", f"{box.get('system')}, Python {box.get('python')}" if box.get("python") else ""]
+    said = [
+        box.get("processor"),
+        f"{box.get('cores')} cores, best with {box.get('threads')}" if box.get("cores") else "",
+        f"{box.get('memory_gib')} GiB",
+        f"{box.get('fp32_gflops')} GFLOP/s in fp32, {box.get('bf16_gflops')} in bf16"
+        if box.get("fp32_gflops")
+        else "",
+        box.get("gpu") or "",
+        f"{box.get('system')}, Python {box.get('python')}" if box.get("python") else "",
+    ]
     others = {json.dumps(m.manifest.get("machine", {}), sort_keys=True) for m in there}
-    more = f'<p class="note">The stages were made on {len(others)} different machines or settings; the page of each says which. This is the last one.</p>' if len(others) > 1 else ""
-    return chips([html.escape(str(s)) for s in said if s]) + more, f"<details><summary>libraries</summary>{html_table(['library', 'version'], [[k, v] for k, v in libraries.items()])}</details>" if libraries else ""
+    more = (
+        f'<p class="note">The stages were made on {len(others)} different machines or settings; the page of each says which. This is the last one.</p>'
+        if len(others) > 1
+        else ""
+    )
+    return (
+        chips([html.escape(str(s)) for s in said if s]) + more,
+        f"<details><summary>libraries</summary>{html_table(['library', 'version'], [[k, v] for k, v in libraries.items()])}</details>"
+        if libraries
+        else "",
+    )
+
 
 def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> Page:
     "The report's first page."
     scribe, run, there = PageRenderer(folder), pipe.run, [m for m in made if m.entry]
     behind = [m for m in made if m.state not in ("current", "unknown")]
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(max((m.manifest.get("started", 0) for m in there), default=run["created"])))
+    when = time.strftime(
+        "%Y-%m-%d %H:%M",
+        time.localtime(max((m.manifest.get("started", 0) for m in there), default=run["created"])),
+    )
     parts = ['<p class="eyebrow">Report of a run</p>', f"<h1>{html.escape(run.path.name)}</h1>"]
-    if pipe.spec.get("about"): parts.append(f'<p class="lede">{html.escape(str(pipe.spec["about"]).strip())}</p>')
-    parts.append(chips([f"profile <b>{html.escape(Path(run['profile']).name)}</b>", f"round <b>{run['round']}</b>" + (f", after {html.escape(run['parent'])}" if run["parent"] else ""), f"<b>{len(there)}</b> of {len(made)} stages made", f"last on <b>{when}</b>",
-                        f'<span class="warn">{len(behind)} not current</span>' if behind else '<span class="good">all current</span>' if all(m.state == "current" for m in made) else ""]))
+    if pipe.spec.get("about"):
+        parts.append(f'<p class="lede">{html.escape(str(pipe.spec["about"]).strip())}</p>')
+    parts.append(
+        chips(
+            [
+                f"profile <b>{html.escape(Path(run['profile']).name)}</b>",
+                f"round <b>{run['round']}</b>"
+                + (f", after {html.escape(run['parent'])}" if run["parent"] else ""),
+                f"<b>{len(there)}</b> of {len(made)} stages made",
+                f"last on <b>{when}</b>",
+                f'<span class="warn">{len(behind)} not current</span>'
+                if behind
+                else '<span class="good">all current</span>'
+                if all(m.state == "current" for m in made)
+                else "",
+            ]
+        )
+    )
+
     def section(title: str, body: str):
-        if body: parts.append(scribe.heading(2, title) + body)
-    for m in there: parts.append(accuracy_picture(comparison_rows(m.entry)))
+        if body:
+            parts.append(scribe.heading(2, title) + body)
+
     for m in there:
-        said = (m.entry/"summary.txt").read_text(encoding="utf-8").strip() if (m.entry/"summary.txt").is_file() else ""
-        if said: parts.append(f'<div class="summary{" lined" if "   " in said else ""}">{html.escape(said)}</div>')
-    for m in there: section(f"Comparison: {m.name}" if sum(bool(comparison_rows(o.entry)) for o in there) > 1 else "Comparison", comparison(add_durations(rows, m.rows)) if (rows := comparison_rows(m.entry)) else "")
+        parts.append(accuracy_picture(comparison_rows(m.entry)))
+    for m in there:
+        said = (
+            (m.entry / "summary.txt").read_text(encoding="utf-8").strip()
+            if (m.entry / "summary.txt").is_file()
+            else ""
+        )
+        if said:
+            parts.append(
+                f'<div class="summary{" lined" if "   " in said else ""}">{html.escape(said)}</div>'
+            )
+    for m in there:
+        section(
+            f"Comparison: {m.name}"
+            if sum(bool(comparison_rows(o.entry)) for o in there) > 1
+            else "Comparison",
+            comparison(add_durations(rows, m.rows)) if (rows := comparison_rows(m.entry)) else "",
+        )
     section("Claims", scribe.prose(said, listed=False) if (said := claims(made)) else "")
-    section("From what to what", lineage(made) + ('<p class="quiet">A dot says whether a stage is current. Fainter arrows repeat a longer way.</p>' if len(made) > 2 else ""))
+    section(
+        "From what to what",
+        lineage(made)
+        + (
+            '<p class="quiet">A dot says whether a stage is current. Fainter arrows repeat a longer way.</p>'
+            if len(made) > 2
+            else ""
+        ),
+    )
     section("Stages", stages_table(made))
-    if run["parent"] and (run.path.parent/run["parent"]/"run.json").is_file(): section("Against the round before", rounds(made, Run(run.path.parent/run["parent"]), pipe.store))
+    if run["parent"] and (run.path.parent / run["parent"] / "run.json").is_file():
+        section(
+            "Against the round before",
+            rounds(made, Run(run.path.parent / run["parent"]), pipe.store),
+        )
     drawn = {m.name: found for m in there if (found := curves(m.rows, 2))}
-    section("Curves", "".join(f"<h3>{html.escape(name)}</h3><div class=grid>{''.join(found)}</div>" for name, found in drawn.items()))
+    section(
+        "Curves",
+        "".join(
+            f"<h3>{html.escape(name)}</h3><div class=grid>{''.join(found)}</div>"
+            for name, found in drawn.items()
+        ),
+    )
     section("Cost", costs(made))
     machine, libraries = machine_facts(made)
     section("Machine", machine + libraries)
-    return Page("index.html", run.path.name, "\n".join(parts), scribe.headings, "Overview", wide=True)
+    return Page(
+        "index.html", run.path.name, "\n".join(parts), scribe.headings, "Overview", wide=True
+    )
 
 # %% ../../nbs/0_ground/05_report.ipynb #c798c1a5
 def parameters(m: StageResult, overrides: dict) -> str:
@@ -344,12 +622,39 @@ def parameters(m: StageResult, overrides: dict) -> str:
     for name, value in final.items():
         p = known.get(name)
         changed = p is None or p.default != value
-        by = "" if not changed else "no longer a parameter" if p is None else "set for this run" if name in overrides else "by the profile"
-        rows[changed].append([f"<code>{html.escape(name)}</code>", f'<b>{format_value(value)}</b> <span class="quiet">({by})</span>' if changed else format_value(value), format_value(p.default) if p and changed else "", html.escape(p.comment) if p else ""])
-    folded = html_table(["parameter", "value", "meaning"], [[n, v, m] for n, v, _, m in rows[False]], raw=True)
-    parts = [html_table(["changed parameter", "value", "default", "meaning"], rows[True], raw=True)] if rows[True] else []
-    if rows[False]: parts.append(f"<details><summary>{len(rows[False])} parameter{'s' * (len(rows[False]) != 1)} at the default</summary>{folded}</details>")
+        by = (
+            ""
+            if not changed
+            else "no longer a parameter"
+            if p is None
+            else "set for this run"
+            if name in overrides
+            else "by the profile"
+        )
+        rows[changed].append(
+            [
+                f"<code>{html.escape(name)}</code>",
+                f'<b>{format_value(value)}</b> <span class="quiet">({by})</span>'
+                if changed
+                else format_value(value),
+                format_value(p.default) if p and changed else "",
+                html.escape(p.comment) if p else "",
+            ]
+        )
+    folded = html_table(
+        ["parameter", "value", "meaning"], [[n, v, m] for n, v, _, m in rows[False]], raw=True
+    )
+    parts = (
+        [html_table(["changed parameter", "value", "default", "meaning"], rows[True], raw=True)]
+        if rows[True]
+        else []
+    )
+    if rows[False]:
+        parts.append(
+            f"<details><summary>{len(rows[False])} parameter{'s' * (len(rows[False]) != 1)} at the default</summary>{folded}</details>"
+        )
     return "".join(parts) or "<p>This stage has no parameters.</p>"
+
 
 def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
     """Inputs and outputs with the first digits of their hashes; inputs link to the page of whom
@@ -358,50 +663,147 @@ def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
     for i, given in m.manifest.get("inputs", {}).items():
         for g in given:
             giver = g["source"].partition(":")[0]
-            origin = f'<a href="{pages[giver]}">{html.escape(g["source"])}</a>' if giver in pages else html.escape(g["source"])
-            rows.append(["in", f"<code>{html.escape(i)}</code>", "from " + origin, f'<code title="{g["sha256"]}">{g["sha256"][:12]}</code>'])
-    takers = lambda o: [t for t in made if any(ref.partition(":")[0] == m.name and (ref.partition(":")[2] or (i if i in m.manifest["outputs"] or len(m.manifest["outputs"]) != 1 else o)) == o for i, refs in t.one.wires.items() for ref in refs)]
+            origin = (
+                f'<a href="{pages[giver]}">{html.escape(g["source"])}</a>'
+                if giver in pages
+                else html.escape(g["source"])
+            )
+            rows.append(
+                [
+                    "in",
+                    f"<code>{html.escape(i)}</code>",
+                    "from " + origin,
+                    f'<code title="{g["sha256"]}">{g["sha256"][:12]}</code>',
+                ]
+            )
+    takers = lambda o: [
+        t
+        for t in made
+        if any(
+            ref.partition(":")[0] == m.name
+            and (
+                ref.partition(":")[2]
+                or (i if i in m.manifest["outputs"] or len(m.manifest["outputs"]) != 1 else o)
+            )
+            == o
+            for i, refs in t.one.wires.items()
+            for ref in refs
+        )
+    ]
     for o, sha in m.manifest.get("outputs", {}).items():
         to = ", ".join(f'<a href="{t.file}">{html.escape(t.name)}</a>' for t in takers(o))
-        rows.append(["out", f"<code>{html.escape(o)}</code>", f"to {to}" if to else "", f'<code title="{sha}">{sha[:12]}</code>'])
+        rows.append(
+            [
+                "out",
+                f"<code>{html.escape(o)}</code>",
+                f"to {to}" if to else "",
+                f'<code title="{sha}">{sha[:12]}</code>',
+            ]
+        )
     return html_table(["", "artifact", "", "sha256"], rows, raw=True) if rows else ""
 
 # %% ../../nbs/0_ground/05_report.ipynb #a504a117
 def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: Path) -> Page:
     "An instance's page: contract, then the chapter with this run's outputs."
-    pages = {o.one.notebook.path.name: o.file for o in reversed(made)} | {m.one.notebook.path.name: m.file}
+    pages = {o.one.notebook.path.name: o.file for o in reversed(made)} | {
+        m.one.notebook.path.name: m.file
+    }
+
     def link(href: str) -> str | None:
         name, _, anchor = href.partition("#")
-        if "://" in href or href.startswith("mailto:"): return href
+        if "://" in href or href.startswith("mailto:"):
+            return href
         name = name.rpartition("/")[2]
-        return (pages[name] + (f"#{slug(unquote(anchor))}" if anchor else "")) if name in pages else None
-    path, ran = m.one.notebook.path, m.entry/"notebook.ipynb" if m.entry else None
+        return (
+            (pages[name] + (f"#{slug(unquote(anchor))}" if anchor else ""))
+            if name in pages
+            else None
+        )
+
+    path, ran = m.one.notebook.path, m.entry / "notebook.ipynb" if m.entry else None
     scribe = PageRenderer(folder, link, path.parent)
-    cells = cells_with_outputs(read_json(path), read_json(ran) if ran and ran.is_file() else {"cells": []}, kept_lessons(path, pipe.house.package))
+    cells = cells_with_outputs(
+        read_json(path),
+        read_json(ran) if ran and ran.is_file() else {"cells": []},
+        kept_lessons(path, pipe.house.package),
+    )
     title, subtitle, cells = split_title(cells)
-    taught, lessons = any(c.origin == "lesson" and c.outputs for c in cells), any(c.role == "lesson" and not c.exported for c in cells)
-    parts = [f'<p class="eyebrow">{html.escape(m.name)} · {html.escape(path.name)}</p>', f"<h1>{html.escape(title or m.name)}</h1>"]
-    if subtitle: parts.append(f'<div class="lede">{scribe.prose(subtitle)}</div>')
-    if not m.entry: parts.append('<p class="note">This stage has not been made in this run yet. Below is the chapter without outputs.</p>')
+    taught, lessons = (
+        any(c.origin == "lesson" and c.outputs for c in cells),
+        any(c.role == "lesson" and not c.exported for c in cells),
+    )
+    parts = [
+        f'<p class="eyebrow">{html.escape(m.name)} · {html.escape(path.name)}</p>',
+        f"<h1>{html.escape(title or m.name)}</h1>",
+    ]
+    if subtitle:
+        parts.append(f'<div class="lede">{scribe.prose(subtitle)}</div>')
+    if not m.entry:
+        parts.append(
+            '<p class="note">This stage has not been made in this run yet. Below is the chapter without outputs.</p>'
+        )
     else:
-        parts.append(chips([state_badge(m), f"<b>{format_duration(m.manifest['seconds'])}</b>", f"<b>{m.manifest['peak_memory_mib']:.0f}</b> MiB at most", f"<b>{m.manifest['threads']}</b> thread{'s' * (m.manifest['threads'] != 1)}", f"key <b>{m.manifest['key']}</b>"]))
-        if m.reasons and m.state != "current": parts.append(f'<p class="note">Not current: {html.escape("; ".join(m.reasons))}.</p>')
-        parts += [metrics_grid(m.metrics), scribe.heading(2, "Contract"), parameters(m, pipe.run["overrides"].get(m.name, {})), artifacts_table(m, made)]
-        if m.manifest.get("plan"): parts.append(f"<details><summary>plan</summary>{html_table(['', ''], [[k, v] for k, v in m.manifest['plan'].items()])}</details>")
+        parts.append(
+            chips(
+                [
+                    state_badge(m),
+                    f"<b>{format_duration(m.manifest['seconds'])}</b>",
+                    f"<b>{m.manifest['peak_memory_mib']:.0f}</b> MiB at most",
+                    f"<b>{m.manifest['threads']}</b> thread{'s' * (m.manifest['threads'] != 1)}",
+                    f"key <b>{m.manifest['key']}</b>",
+                ]
+            )
+        )
+        if m.reasons and m.state != "current":
+            parts.append(f'<p class="note">Not current: {html.escape("; ".join(m.reasons))}.</p>')
+        parts += [
+            metrics_grid(m.metrics),
+            scribe.heading(2, "Contract"),
+            parameters(m, pipe.run["overrides"].get(m.name, {})),
+            artifacts_table(m, made),
+        ]
+        if m.manifest.get("plan"):
+            parts.append(
+                f"<details><summary>plan</summary>{html_table(['', ''], [[k, v] for k, v in m.manifest['plan'].items()])}</details>"
+            )
         drawn = curves(m.rows)
-        if drawn: parts.append(scribe.heading(2, "Log") + f'<div class="grid">{"".join(drawn)}</div>')
+        if drawn:
+            parts.append(scribe.heading(2, "Log") + f'<div class="grid">{"".join(drawn)}</div>')
     parts.append(scribe.heading(2, "Chapter"))
-    if taught: parts.append('<p class="quiet">Outputs with a line at their left are the chapter\'s lessons, executed at its defaults; all others are from this run.</p>')
-    elif lessons: parts.append('<p class="quiet">What the lessons print is not here, because a pipeline passes them by. After <code>llmeco docs</code>, which executes them, a new report shows it.</p>')
+    if taught:
+        parts.append(
+            '<p class="quiet">Outputs with a line at their left are the chapter\'s lessons, executed at its defaults; all others are from this run.</p>'
+        )
+    elif lessons:
+        parts.append(
+            '<p class="quiet">What the lessons print is not here, because a pipeline passes them by. After <code>llmeco docs</code>, which executes them, a new report shows it.</p>'
+        )
     parts.append(render_chapter(cells, scribe, fold=True, module=pipe.house.package.folder.name))
-    return Page(m.file, title or m.name, "\n".join(parts), scribe.headings, m.name, "Stages", path.name.partition("_")[0])
+    return Page(
+        m.file,
+        title or m.name,
+        "\n".join(parts),
+        scribe.headings,
+        m.name,
+        "Stages",
+        path.name.partition("_")[0],
+    )
 
 # %% ../../nbs/0_ground/05_report.ipynb #d4222ad2
 def render_report(pipe: Pipeline) -> Path:
     "Write `runs/<run>/report/` from the run's store entries and return its index.html."
-    with replaced_folder(pipe.run.path/"report") as folder:
+    with replaced_folder(pipe.run.path / "report") as folder:
         made = gather(pipe)
         by_chapter = sorted(made, key=lambda m: (m.one.notebook.path.name, m.name))
-        pages = [report_front_page(pipe, made, folder), *(stage_page(pipe, m, made, folder) for m in by_chapter)]
-        write_pages(folder, pages, "llmeco", pipe.run.path.name, f"Made from the records of {html.escape(pipe.run.path.name)}. This folder can be moved, mailed and opened without a network.")
-    return pipe.run.path/"report"/"index.html"
+        pages = [
+            report_front_page(pipe, made, folder),
+            *(stage_page(pipe, m, made, folder) for m in by_chapter),
+        ]
+        write_pages(
+            folder,
+            pages,
+            "llmeco",
+            pipe.run.path.name,
+            f"Made from the records of {html.escape(pipe.run.path.name)}. This folder can be moved, mailed and opened without a network.",
+        )
+    return pipe.run.path / "report" / "index.html"

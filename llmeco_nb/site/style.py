@@ -14,21 +14,25 @@ def lighter(colour: str, share: float) -> str:
     "A hex colour mixed with `share` (0 to 1) of white."
     return _mixed(colour, share, 255)
 
+
 def _mixed(colour: str, share: float, with_level: int) -> str:
     "A hex colour mixed with `share` of the grey `with_level` (0 black, 255 white)."
-    levels = (int(colour[k:k + 2], 16) for k in (1, 3, 5))
+    levels = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
     return "#" + "".join(f"{round(v * (1 - share) + with_level * share):02x}" for v in levels)
+
 
 def luminance(colour: str) -> float:
     "Relative luminance of a hex colour by WCAG 2.1, from 0 (black) to 1 (white)."
-    parts = [int(colour[k:k + 2], 16) / 255 for k in (1, 3, 5)]
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear))
+
 
 def contrast(a: str, b: str) -> float:
     "Contrast of two hex colours by WCAG 2.1, from 1 (equal) to 21 (black on white)."
     low, high = sorted(map(luminance, (a, b)))
     return (high + 0.05) / (low + 0.05)
+
 
 def readable(colour: str, ground: str, least: float = 4.6) -> str:
     "The colour, darkened (on a dark ground lightened) as little as gives the contrast `least`."
@@ -36,17 +40,41 @@ def readable(colour: str, ground: str, least: float = 4.6) -> str:
     tones = (_mixed(colour, k / 50, toward) for k in range(51))
     return next(tone for tone in tones if contrast(tone, ground) >= least)
 
-light = dict(paper="#fdfdfb", ink="#1d1f22", soft="#5a6068", faint="#8d939a", line="#e2e0d9",
-             wash="#f5f4ef", link="#2c5896", good="#2f7446", warn="#a65708", bad="#ad3b5e",
-             **{f"c{k}": c for k, c in enumerate(palette)})
-dark = dict(paper="#15171a", ink="#dcdee1", soft="#a3a9b1", faint="#747b84", line="#2d3137",
-            wash="#1e2125", link="#8fb4ea", good="#74c493", warn="#e5a45c", bad="#e5849f",
-            **{f"c{k}": lighter(c, 0.35) for k, c in enumerate(palette)})
+
+light = dict(
+    paper="#fdfdfb",
+    ink="#1d1f22",
+    soft="#5a6068",
+    faint="#8d939a",
+    line="#e2e0d9",
+    wash="#f5f4ef",
+    link="#2c5896",
+    good="#2f7446",
+    warn="#a65708",
+    bad="#ad3b5e",
+    **{f"c{k}": c for k, c in enumerate(palette)},
+)
+dark = dict(
+    paper="#15171a",
+    ink="#dcdee1",
+    soft="#a3a9b1",
+    faint="#747b84",
+    line="#2d3137",
+    wash="#1e2125",
+    link="#8fb4ea",
+    good="#74c493",
+    warn="#e5a45c",
+    bad="#e5849f",
+    **{f"c{k}": lighter(c, 0.35) for k, c in enumerate(palette)},
+)
 
 # Which colour of the palette each kind of code is written in.
 code_tokens = dict(keyword=4, defined=0, text=2, number=1, builtin=6)
 for colours in (light, dark):
-    colours |= {name: readable(colours[f"c{k}"], colours["wash"]) for name, k in code_tokens.items()}
+    colours |= {
+        name: readable(colours[f"c{k}"], colours["wash"]) for name, k in code_tokens.items()
+    }
+
 
 def variables(colours: dict[str, str]) -> str:
     "Colours as CSS custom properties."

@@ -12,8 +12,7 @@ import json
 import re
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,69 +22,120 @@ from .style import style
 
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
 # how a cell with a number reads
-number_pattern = re.compile(r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*")
+number_pattern = re.compile(
+    r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*"
+)
+
 
 def format_value(value: object) -> str:
     """A value for people, as HTML: thousands with a comma, a true minus, four digits of a
     measurement."""
-    if isinstance(value, bool): return "yes" if value else "no"
-    if isinstance(value, int): return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     if isinstance(value, float):
         text = f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
         return "−" + text[1:] if text.startswith("-") else text
-    if value is None: return "–"
+    if value is None:
+        return "–"
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
-def is_number(value: object) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 def align_decimals(values: list) -> list[str]:
     """The numbers of a column, floats with as many decimals as the one that needs most.
 
     A number that these decimals would show as zero, and is none, keeps its own form."""
     texts = [format_value(v) for v in values]
-    decimals = max((len(t.partition(".")[2]) for v, t in zip(values, texts)
-                    if isinstance(v, float) and "e" not in t), default=0)
+    decimals = max(
+        (
+            len(t.partition(".")[2])
+            for v, t in zip(values, texts)
+            if isinstance(v, float) and "e" not in t
+        ),
+        default=0,
+    )
+
     def aligned(v, text):
-        if not isinstance(v, float) or "e" in text or abs(v) >= 10_000: return text
+        if not isinstance(v, float) or "e" in text or abs(v) >= 10_000:
+            return text
         return f"{v:.{decimals}f}".replace("-", "−")
+
     return [aligned(v, t) for v, t in zip(values, texts)]
 
-def scroll_box(inner: str,              # HTML, usually a table or a drawing
-               what: str = "Table"      # What it is, for those who hear the page
-              ) -> str:
-    "What may be wider than the page, in a box that scrolls by touch, mouse and keyboard."
-    return (f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(what)}, '
-            f'may be scrolled sideways">{inner}</div>')
 
-def html_table(head: list[str],          # Texts; an empty one makes no header cell
-               rows: list[list],         # Values, or HTML with `raw`
-               raw: bool = False,
-               what: str = "Table"       # Its name, for those who hear the page
-              ) -> str:
+def scroll_box(
+    inner: str,  # HTML, usually a table or a drawing
+    what: str = "Table",  # What it is, for those who hear the page
+) -> str:
+    "What may be wider than the page, in a box that scrolls by touch, mouse and keyboard."
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(what)}, '
+        f'may be scrolled sideways">{inner}</div>'
+    )
+
+
+def html_table(
+    head: list[str],  # Texts; an empty one makes no header cell
+    rows: list[list],  # Values, or HTML with `raw`
+    raw: bool = False,
+    what: str = "Table",  # Its name, for those who hear the page
+) -> str:
     "An HTML table that scrolls by itself; numeric columns stand to the right."
     columns = list(zip(*rows)) or [[] for _ in head]
     bare = lambda t: re.sub("<[^>]*>", "", t)
+
     def is_numeric(column) -> bool:
-        if raw: return bool(column) and all(number_pattern.fullmatch(bare(v)) for v in column)
+        if raw:
+            return bool(column) and all(number_pattern.fullmatch(bare(v)) for v in column)
         return bool(column) and all(is_number(v) or v is None for v in column)
+
     numeric = [is_numeric(c) for c in columns]
-    texts = [c if raw else align_decimals(c) if n else [format_value(v) for v in c]
-             for c, n in zip(columns, numeric)]
-    def kind(t, n) -> str: return ' class="num"' if n else ' class="long"' if len(bare(t)) > 28 else ""
-    top = "".join(f"<th{kind('', n)}>{escape(h)}</th>" if h else "<td></td>"
-                  for h, n in zip(head, numeric))
-    body = "".join("<tr>" + "".join(f"<td{kind(t, n)}>{t}</td>" for t, n in zip(r, numeric)) + "</tr>"
-                   for r in zip(*texts))
+    texts = [
+        c if raw else align_decimals(c) if n else [format_value(v) for v in c]
+        for c, n in zip(columns, numeric)
+    ]
+
+    def kind(t, n) -> str:
+        return ' class="num"' if n else ' class="long"' if len(bare(t)) > 28 else ""
+
+    top = "".join(
+        f"<th{kind('', n)}>{escape(h)}</th>" if h else "<td></td>" for h, n in zip(head, numeric)
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind(t, n)}>{t}</td>" for t, n in zip(r, numeric)) + "</tr>"
+        for r in zip(*texts)
+    )
     return scroll_box(f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>", what)
+
 
 def metrics_grid(metrics: dict, most: int = 12) -> str:
     "Metrics as a grid of names and values; those beyond `most` fold."
-    grid = lambda items: '<dl class="facts">' + "".join(f'<div><dt>{escape(k.replace("_", " "))}</dt><dd>{format_value(v)}</dd></div>' for k, v in items) + "</dl>" if items else ""
+    grid = lambda items: (
+        '<dl class="facts">'
+        + "".join(
+            f"<div><dt>{escape(k.replace('_', ' '))}</dt><dd>{format_value(v)}</dd></div>"
+            for k, v in items
+        )
+        + "</dl>"
+        if items
+        else ""
+    )
     items = list(metrics.items())
     rest = items[most:] if len(items) > most + 2 else []
-    return grid(items[:len(items) - len(rest)]) + (f"<details><summary>{len(rest)} more numbers</summary>{grid(rest)}</details>" if rest else "")
+    return grid(items[: len(items) - len(rest)]) + (
+        f"<details><summary>{len(rest)} more numbers</summary>{grid(rest)}</details>"
+        if rest
+        else ""
+    )
 
-def chips(items: list[str]) -> str: return '<ul class="chips">' + "".join(f"<li>{i}</li>" for i in items if i) + "</ul>"
+
+def chips(items: list[str]) -> str:
+    return '<ul class="chips">' + "".join(f"<li>{i}</li>" for i in items if i) + "</ul>"
 
 # %% ../../nbs/0_ground/04b_template.ipynb #708c9643
 search_js = """(() => {
@@ -174,55 +224,76 @@ search_js = """(() => {
 @dataclass
 class Page:
     "One page of a report or a site."
-    file: str                          # such as data.html
-    title: str                         # as plain text
-    body: str                          # HTML inside <main>
-    headings: list[tuple[int, str, str]] = field(default_factory=list)   # (level, id, plain text)
-    label: str = ""                    # what the list of pages calls it; empty: the title
-    group: str = ""                    # under which heading the list of pages shows it
-    number: str = ""                   # shown before the label
-    wide: bool = False                 # no list of headings; tables and diagrams use the room
+
+    file: str  # such as data.html
+    title: str  # as plain text
+    body: str  # HTML inside <main>
+    headings: list[tuple[int, str, str]] = field(default_factory=list)  # (level, id, plain text)
+    label: str = ""  # what the list of pages calls it; empty: the title
+    group: str = ""  # under which heading the list of pages shows it
+    number: str = ""  # shown before the label
+    wide: bool = False  # no list of headings; tables and diagrams use the room
+
 
 def table_of_contents(pages: list[Page], here: Page) -> str:
     "The list of pages, in groups."
     parts, group = [], None
     for p in pages:
         if p.group != group:
-            parts.append(("</ol>" if group is not None else "") + (f"<b>{escape(p.group)}</b>" if p.group else "") + "<ol>")
+            parts.append(
+                ("</ol>" if group is not None else "")
+                + (f"<b>{escape(p.group)}</b>" if p.group else "")
+                + "<ol>"
+            )
             group = p.group
         number = f'<span class="n">{escape(p.number)}</span> ' if p.number else ""
-        parts.append(f'<li><a href="{p.file}"{" aria-current=page" if p is here else ""}>{number}{escape(p.label or p.title)}</a></li>')
+        parts.append(
+            f'<li><a href="{p.file}"{" aria-current=page" if p is here else ""}>{number}{escape(p.label or p.title)}</a></li>'
+        )
     return "".join(parts) + ("</ol>" if pages else "")
+
 
 def prev_next_links(pages: list[Page], here: Page) -> str:
     "Links to the page before and the page after."
     k = pages.index(here)
+
     def link(p, kind, word):
         return f'<a class="{kind}" href="{p.file}"><small>{word}</small>{escape(p.label or p.title)}</a>'
+
     before = link(pages[k - 1], "before", "← before") if k else ""
     after = link(pages[k + 1], "next", "next →") if k + 1 < len(pages) else ""
     return f'<nav class="turn" aria-label="Neighbours">{before}{after}</nav>'
 
+
 inline_elements = set("a abbr b code em i kbd mark s small span strong sub sup var".split())
+
 
 class SectionReader(HTMLParser):
     "Cuts a page's HTML into sections: one for each id in `ids`, and what stands before the first."
+
     def __init__(self, ids: set[str]):
         super().__init__()
         self.ids, self.sections, self.skipped = ids, [("", [])], 0
 
     def handle_starttag(self, tag, attrs):
         anchor = dict(attrs).get("id")
-        if anchor in self.ids: self.sections.append((anchor, []))
-        if tag in ("script", "style", "svg", "math"): self.skipped += 1
-        elif tag not in inline_elements: self.sections[-1][1].append(" ")
+        if anchor in self.ids:
+            self.sections.append((anchor, []))
+        if tag in ("script", "style", "svg", "math"):
+            self.skipped += 1
+        elif tag not in inline_elements:
+            self.sections[-1][1].append(" ")
 
     def handle_endtag(self, tag):
-        if tag in ("script", "style", "svg", "math"): self.skipped -= 1
-        elif tag not in inline_elements: self.sections[-1][1].append(" ")
+        if tag in ("script", "style", "svg", "math"):
+            self.skipped -= 1
+        elif tag not in inline_elements:
+            self.sections[-1][1].append(" ")
 
     def handle_data(self, data):
-        if not self.skipped: self.sections[-1][1].append(data)
+        if not self.skipped:
+            self.sections[-1][1].append(data)
+
 
 def page_sections(page: Page) -> list[list[str]]:
     "Rows of the search index: address, heading, title of the page, text of the section."
@@ -230,15 +301,29 @@ def page_sections(page: Page) -> list[list[str]]:
     reader = SectionReader(set(headings))
     reader.feed(page.body)
     label = page.label or page.title
-    return [[f"{page.file}#{i}" if i else page.file, headings.get(i, page.title), label,
-             " ".join("".join(parts).split())] for i, parts in reader.sections]
+    return [
+        [
+            f"{page.file}#{i}" if i else page.file,
+            headings.get(i, page.title),
+            label,
+            " ".join("".join(parts).split()),
+        ]
+        for i, parts in reader.sections
+    ]
 
 # %% ../../nbs/0_ground/04b_template.ipynb #cdca83ab
 def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: str = "") -> str:
     "The page as a complete HTML document."
     deep = [(level, i, text) for level, i, text in page.headings if level in (2, 3)]
-    toc = "".join(f'<li><a href="#{i}"{" class=deep" if level == 3 else ""}>{escape(text)}</a></li>' for level, i, text in deep)
-    toc = f'<aside class="toc" aria-label="On this page"><b>On this page</b><ol>{toc}</ol></aside>' if toc and not page.wide else ""
+    toc = "".join(
+        f'<li><a href="#{i}"{" class=deep" if level == 3 else ""}>{escape(text)}</a></li>'
+        for level, i, text in deep
+    )
+    toc = (
+        f'<aside class="toc" aria-label="On this page"><b>On this page</b><ol>{toc}</ol></aside>'
+        if toc and not page.wide
+        else ""
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -252,7 +337,7 @@ def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: 
 <a class="skip" href="#main">Skip to the text</a>
 <header class="top"><a class="brand" href="index.html">{escape(brand)}<span>{escape(run)}</span></a><a class="jump" href="#pages">Pages</a>
 <div class="search"><input type="search" placeholder="Search" aria-label="Search all pages" autocomplete="off"><ul hidden></ul></div></header>
-<div class="frame{' wide' if page.wide else ''}">
+<div class="frame{" wide" if page.wide else ""}">
 <main id="main">
 {page.body}
 {prev_next_links(pages, page)}
@@ -267,32 +352,39 @@ def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: 
 """
 
 # %% ../../nbs/0_ground/04b_template.ipynb #a6661976
-def write_pages(folder: Path,        # An existing folder
-                pages: list[Page],   # In the order of the list of pages
-                brand: str,          # Top left, such as llmeco
-                run: str = "",       # Beside it, such as laptop-1
-                foot: str = ""       # HTML at the bottom of every page
-               ):
+def write_pages(
+    folder: Path,  # An existing folder
+    pages: list[Page],  # In the order of the list of pages
+    brand: str,  # Top left, such as llmeco
+    run: str = "",  # Beside it, such as laptop-1
+    foot: str = "",  # HTML at the bottom of every page
+):
     "Write the pages and, under assets/, what they share."
-    assets = folder/"assets"
+    assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     rows = [row for p in pages for row in page_sections(p)]
     index = json.dumps(rows, ensure_ascii=False).replace("</", "<\\/")
-    (assets/"style.css").write_text(style, encoding="utf-8")
-    (assets/"search.js").write_text(search_js, encoding="utf-8")
-    (assets/"sections.js").write_text(f"window.sections = {index};\n", encoding="utf-8")
-    for p in pages: (folder/p.file).write_text(render_page(p, pages, brand, run, foot), encoding="utf-8")
+    (assets / "style.css").write_text(style, encoding="utf-8")
+    (assets / "search.js").write_text(search_js, encoding="utf-8")
+    (assets / "sections.js").write_text(f"window.sections = {index};\n", encoding="utf-8")
+    for p in pages:
+        (folder / p.file).write_text(render_page(p, pages, brand, run, foot), encoding="utf-8")
 
 # %% ../../nbs/0_ground/04b_template.ipynb #bb957ec2
 @contextmanager
 def replaced_folder(target: Path):
     """Yield an empty folder; when the `with` block ends well, it becomes `target`, and what was
     there is gone."""
-    partial, old = target.with_name(target.name + ".partial"), target.with_name(target.name + ".old.partial")
+    partial, old = (
+        target.with_name(target.name + ".partial"),
+        target.with_name(target.name + ".old.partial"),
+    )
     with lock(target.with_name(f".{target.name}.lock")):
-        for left in (partial, old): shutil.rmtree(left, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         yield partial
-        if target.exists(): target.rename(old)
+        if target.exists():
+            target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)

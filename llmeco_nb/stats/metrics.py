@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ..core import DataError, UsageError, plain_text
 from numpy.typing import ArrayLike
+
+from ..core import DataError, UsageError, plain_text
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #8928b17c
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

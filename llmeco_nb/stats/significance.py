@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
+
 from ..core import DataError, UsageError
 from .metrics import check_labels, confusion_matrix, score
-from numpy.typing import ArrayLike
 
 # %% ../../nbs/0_ground/03_significance.ipynb #dbc4d335
 @dataclass(frozen=True)

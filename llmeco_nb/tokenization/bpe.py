@@ -22,9 +22,7 @@ from .wordpiece import open_tokenizer
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #6a55c35c
 chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]  # Their ids are 0 to 3
 # Letters, digits and signs never share a word
-gpt2_split_pattern = (
-    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+gpt2_split_pattern = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_pre_tokenizer(

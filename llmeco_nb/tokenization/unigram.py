@@ -20,10 +20,18 @@ from pydantic import PositiveInt
 from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError
 from ..data.corpus import read_split
-from .bpe import chat_tokens, check_size, count_pretokens, encode_subwords
-from .bpe import make_pre_tokenizer, require_text, save_subword_tokenizer
-from .bpe import train_bpe, warn_small
 from ..data.mixture import read_mixture
+from llmeco_nb.tokenization.bpe import (
+    chat_tokens,
+    check_size,
+    count_pretokens,
+    encode_subwords,
+    make_pre_tokenizer,
+    require_text,
+    save_subword_tokenizer,
+    train_bpe,
+    warn_small,
+)
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #a2f4c5ba
 byte_tokens = [f"<0x{b:02X}>" for b in range(256)]  # What the library's byte fallback looks for

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
+from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, write_bytes, write_json
 from ..data.corpus import read_split
-from ..config import StageConfig, stage_config
-
-from pydantic import PositiveInt
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #cf460676
 special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # Their ids are 0 to 4

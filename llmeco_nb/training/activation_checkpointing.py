@@ -24,45 +24,77 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     "Bytes of every piece of memory behind these tensors, each piece once: {address: bytes}."
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
+
 class SavedTensorBytes:
     "What a `with saved_tensor_bytes(model)` block found: `bytes`, once it is over."
+
     bytes = 0
+
 
 @contextmanager
 def saved_tensor_bytes(model: torch.nn.Module):
     "Count the bytes that autograd keeps for the backward pass of what is computed in this block, without the model's own. Keep the loss until the block is over."
     own, saved, found = storages([*model.parameters(), *model.buffers()]), {}, SavedTensorBytes()
+
     def pack(t):
         t = t.detach()
         saved.update(storages([t]))
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): yield found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
     found.bytes = sum(n for place, n in saved.items() if place not in own)
 
 # %% ../../nbs/1_pretraining/14a_activation_checkpointing.ipynb #954c6b15
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     "A model's layers: the members of its outermost `ModuleList`s, in order."
     lists = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    return [layer for n, m in lists.items() if not any(n.startswith(f"{outer}.") for outer in lists) for layer in m]
+    return [
+        layer
+        for n, m in lists.items()
+        if not any(n.startswith(f"{outer}.") for outer in lists)
+        for layer in m
+    ]
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache")    # what layers of transformers call theirs
+
+CACHE_ARGUMENTS = (
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "cache",
+)  # what layers of transformers call theirs
+
 
 @lru_cache(None)
 def checkpointed_layer_class(kind: type) -> type:
     "A class of layers like `kind` that keep their input alone while they train."
+
     def forward(self, *given, **named):
-        if not (self.training and torch.is_grad_enabled()): return kind.forward(self, *given, **named)
-        named = {k: None if k in CACHE_ARGUMENTS else False if k == "use_cache" else v for k, v in named.items()}
+        if not (self.training and torch.is_grad_enabled()):
+            return kind.forward(self, *given, **named)
+        named = {
+            k: None if k in CACHE_ARGUMENTS else False if k == "use_cache" else v
+            for k, v in named.items()
+        }
         return checkpoint(partial(kind.forward, self), *given, use_reentrant=False, **named)
+
     return type(kind.__name__, (kind,), dict(forward=forward, remembers=kind))
 
-def enable_activation_checkpointing(model: torch.nn.Module,
-                                    every: int = 1     # Each n-th layer forgets, beginning with the first: 1 all, 2 every second; 0 none
-                                   ) -> torch.nn.Module:
+
+def enable_activation_checkpointing(
+    model: torch.nn.Module,
+    every: int = 1,  # Each n-th layer forgets, beginning with the first: 1 all, 2 every second; 0 none
+) -> torch.nn.Module:
     "Let layers forget what they computed, and compute it again in the backward pass; in place. Weights, names and results stay. Raises `UsageError` for a model without layers."
-    if every < 0: raise UsageError(f"recompute is {every}; it is 0 for none, 1 for all layers, n for each n-th.")
+    if every < 0:
+        raise UsageError(
+            f"recompute is {every}; it is 0 for none, 1 for all layers, n for each n-th."
+        )
     layers = layers_of(model)
-    if every and not layers: raise UsageError(f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing can be computed again layer by layer.")
+    if every and not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing can be computed again layer by layer."
+        )
     for i, layer in enumerate(layers):
         kind = getattr(type(layer), "remembers", type(layer))
         layer.__class__ = checkpointed_layer_class(kind) if every and i % every == 0 else kind
@@ -71,20 +103,34 @@ def enable_activation_checkpointing(model: torch.nn.Module,
 # %% ../../nbs/1_pretraining/14a_activation_checkpointing.ipynb #16bf4d51
 class MemoryTracker(TorchDispatchMode):
     "Bytes of the tensors made inside this `with` block and alive: `now`; `course`, what was alive after each operation; `peak`, the highest of these."
-    def __init__(self): super().__init__(); self.now, self.course, self.known = 0, [0], weakref.WeakSet()
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.course, self.known = 0, [0], weakref.WeakSet()
+
     @property
-    def peak(self) -> int: return max(self.course)
+    def peak(self) -> int:
+        return max(self.course)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, torch.Tensor): self.known.add(t.untyped_storage())      # what goes in was there before: a view of it is no new memory
+            if isinstance(t, torch.Tensor):
+                self.known.add(
+                    t.untyped_storage()
+                )  # what goes in was there before: a view of it is no new memory
         made = function(*args, **(kwargs or {}))
         for t in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(t, torch.Tensor): self.note(t.untyped_storage())
+            if isinstance(t, torch.Tensor):
+                self.note(t.untyped_storage())
         self.course.append(self.now)
         return made
+
     def note(self, storage):
-        if storage in self.known: return
+        if storage in self.known:
+            return
         self.known.add(storage)
         self.now += storage.nbytes()
         weakref.finalize(storage, self.gone, storage.nbytes())
-    def gone(self, n: int): self.now -= n
+
+    def gone(self, n: int):
+        self.now -= n

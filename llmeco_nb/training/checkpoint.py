@@ -22,46 +22,87 @@ from .optim import Optimiser, full_tensor
 def random_states() -> dict:
     "The states of Python's, numpy's and torch's generators, and of every GPU's, as plain JSON values."
     import numpy as np
+
     version, inner, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    gpus = [t.numpy().tobytes().hex() for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    return dict(python=[version, list(inner), gauss], numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state().numpy().tobytes().hex(), gpus=gpus)
+    gpus = (
+        [t.numpy().tobytes().hex() for t in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else []
+    )
+    return dict(
+        python=[version, list(inner), gauss],
+        numpy=[kind, keys.tolist(), *rest],
+        torch=torch.get_rng_state().numpy().tobytes().hex(),
+        gpus=gpus,
+    )
+
 
 def set_random_states(states: dict):
     "Take over what `random_states` gave."
     import numpy as np
+
     version, inner, gauss = states["python"]
     random.setstate((version, tuple(inner), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     tensor = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
     torch.set_rng_state(tensor(states["torch"]))
-    if torch.cuda.is_available() and states["gpus"]: torch.cuda.set_rng_state_all([tensor(t) for t in states["gpus"]])
+    if torch.cuda.is_available() and states["gpus"]:
+        torch.cuda.set_rng_state_all([tensor(t) for t in states["gpus"]])
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #49e2c71a
-def identity_of(optimiser: Optimiser, plan: dict,
-                **more            # Whatever else must be the same: seed, hash of the data
-               ) -> dict:
+def identity_of(
+    optimiser: Optimiser,
+    plan: dict,
+    **more,  # Whatever else must be the same: seed, hash of the data
+) -> dict:
     "What a checkpoint belongs to: names and shapes of the model's parameters, precision, rates, options of Muon, plan, and more; plain values."
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
-    return {"model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}", "trained": len(optimiser.masters), "precision": optimiser.precision,
-            "lr": optimiser.lr, **({"ema": optimiser.ema} if optimiser.ema else {}),
-            **({"muon": optimiser.muon, **{f"muon.{k}": v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in optimiser.muon_options.items()}} if optimiser.muon else {}), **{f"plan.{k}": v for k, v in plan.items()}, **more}
+    return {
+        "model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}",
+        "trained": len(optimiser.masters),
+        "precision": optimiser.precision,
+        "lr": optimiser.lr,
+        **({"ema": optimiser.ema} if optimiser.ema else {}),
+        **(
+            {
+                "muon": optimiser.muon,
+                **{
+                    f"muon.{k}": v if isinstance(v, (bool, int, float, str)) else str(v)
+                    for k, v in optimiser.muon_options.items()
+                },
+            }
+            if optimiser.muon
+            else {}
+        ),
+        **{f"plan.{k}": v for k, v in plan.items()},
+        **more,
+    }
+
 
 def check_identity(stored: dict, here: dict, file: Path):
     "Raise `DataError` naming every entry in which two identities differ."
     differ = [k for k in {**stored, **here} if stored.get(k) != here.get(k)]
-    if not differ: return
+    if not differ:
+        return
     what = ", ".join(f"{k} is {stored.get(k)!r} there and {here.get(k)!r} here" for k in differ)
-    raise DataError(f"{file} belongs to another run: {what}. Remove {file.parent} to begin anew, or run with what it was made for.")
+    raise DataError(
+        f"{file} belongs to another run: {what}. Remove {file.parent} to begin anew, or run with what it was made for."
+    )
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a0cd558e
 def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
     "Optimiser state, and under `model/` what of the model is not trained: frozen weights and buffers."
     model, kept = optimiser.model, optimiser.model.state_dict()
-    rest = {n: p for n, p in model.named_parameters() if n not in optimiser.masters} | {n: b for n, b in model.named_buffers() if n in kept}
+    rest = {n: p for n, p in model.named_parameters() if n not in optimiser.masters} | {
+        n: b for n, b in model.named_buffers() if n in kept
+    }
     found = {**optimiser.state_dict(), **{f"model/{n}": t.detach() for n, t in rest.items()}}
-    return {k: full_tensor(found[k]) for k in sorted(found)}       # sorted, because processes that put tensors together must do so in one order, and a file is read in any
+    return {
+        k: full_tensor(found[k]) for k in sorted(found)
+    }  # sorted, because processes that put tensors together must do so in one order, and a file is read in any
+
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     "Write a safetensors file that is whole or absent; returns its SHA-256."
@@ -69,35 +110,47 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
+
 def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     "Read a safetensors file. Raises `DataError`, naming it, when its content is not what was written."
     data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
         what = "its content is not what was written there" if data else "it is empty or gone"
         raise DataError(f"{path} is damaged: {what}. Remove {path.parent} to begin anew.")
-    try: return load(data)
-    except SafetensorError as e: raise DataError(f"{path} is not a safetensors file: {e}. Remove {path.parent} to begin anew.") from None
+    try:
+        return load(data)
+    except SafetensorError as e:
+        raise DataError(
+            f"{path} is not a safetensors file: {e}. Remove {path.parent} to begin anew."
+        ) from None
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a85f436e
-def save_checkpoint(folder: str | Path, # Where; usually record.resume
-                    optimiser: Optimiser,
-                    state: dict,        # The loop's own numbers: plain JSON values
-                    identity: dict,     # From `identity_of`
-                    writes: bool = True # Of several processes, one does; all of them call, because sharded tensors are put together
-                   ):
+def save_checkpoint(
+    folder: str | Path,  # Where; usually record.resume
+    optimiser: Optimiser,
+    state: dict,  # The loop's own numbers: plain JSON values
+    identity: dict,  # From `identity_of`
+    writes: bool = True,  # Of several processes, one does; all of them call, because sharded tensors are put together
+):
     "Store everything, so that a kill at any moment leaves this checkpoint or the former one."
     folder, tensors = Path(folder), tensors_of(optimiser)
-    if not writes: return
+    if not writes:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    pointer = folder/"checkpoint.json"
+    pointer = folder / "checkpoint.json"
     slot = "b" if pointer.exists() and read_json(pointer)["slot"] == "a" else "a"
-    sha256 = write_tensors(folder/f"{slot}.safetensors", tensors)
-    write_json(pointer, dict(slot=slot, sha256=sha256, identity=identity, state=state, random=random_states()))
+    sha256 = write_tensors(folder / f"{slot}.safetensors", tensors)
+    write_json(
+        pointer,
+        dict(slot=slot, sha256=sha256, identity=identity, state=state, random=random_states()),
+    )
+
 
 def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) -> dict | None:
     "Restore optimiser, model and generators; returns the loop's numbers, None when there is no checkpoint. Raises `DataError` for another run's or a damaged one."
-    pointer = Path(folder)/"checkpoint.json"
-    if not pointer.exists(): return None
+    pointer = Path(folder) / "checkpoint.json"
+    if not pointer.exists():
+        return None
     stored = read_json(pointer)
     check_identity(stored["identity"], identity, pointer)
     tensors = read_tensors(pointer.with_name(f"{stored['slot']}.safetensors"), stored["sha256"])
@@ -108,18 +161,25 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
     return stored["state"]
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #725a7dc4
-def save_best(folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True) -> str | None:
+def save_best(
+    folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True
+) -> str | None:
     "Store the masters, or their average where one is kept, as the best so far; returns the file's SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."
     best = {n: full_tensor(m.detach()) for n, m in (optimiser.average or optimiser.masters).items()}
-    return write_tensors(Path(folder)/f"best-{step}.safetensors", best) if writes else None
+    return write_tensors(Path(folder) / f"best-{step}.safetensors", best) if writes else None
+
 
 def load_best(folder: str | Path, optimiser: Optimiser, step: int, sha256: str):
     "Put the best weights back into masters and model. Raises `DataError` when the file is damaged."
-    optimiser.load_masters(read_tensors(Path(folder)/f"best-{step}.safetensors", sha256))
+    optimiser.load_masters(read_tensors(Path(folder) / f"best-{step}.safetensors", sha256))
 
-def forget_best(folder: str | Path, step: int | None # The one to keep
-               ):
+
+def forget_best(
+    folder: str | Path,
+    step: int | None,  # The one to keep
+):
     "Remove stored best weights but those of `step`."
     for f in Path(folder).glob("best-*.safetensors"):
-        if f.name != f"best-{step}.safetensors": f.unlink()
+        if f.name != f"best-{step}.safetensors":
+            f.unlink()
     fsync_folder(Path(folder))

@@ -21,23 +21,35 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import random_states, set_random_states, tensors_of
 from ..core import MissingError, UsageError
-from .activation_checkpointing import MemoryTracker, layers_of
-from .activation_checkpointing import saved_tensor_bytes, storages
-from .optim import Optimiser
+from llmeco_nb.training.activation_checkpointing import (
+    MemoryTracker,
+    layers_of,
+    saved_tensor_bytes,
+    storages,
+)
+from .checkpoint import random_states, set_random_states, tensors_of
 from .loop import measure_step_time
+from .optim import Optimiser
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #170b1334
 @contextmanager
 def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
     "Whatever is trained in this `with` block: model, optimiser and generators are afterwards as they were. Holds a copy of weights and moments meanwhile."
-    before, states, mode = {k: t.clone() for k, t in tensors_of(optimiser).items()}, random_states(), model.training
-    try: yield
+    before, states, mode = (
+        {k: t.clone() for k, t in tensors_of(optimiser).items()},
+        random_states(),
+        model.training,
+    )
+    try:
+        yield
     finally:
         optimiser.clear()
         optimiser.load_state_dict({k: t for k, t in before.items() if not k.startswith("model/")})
-        model.load_state_dict({k.removeprefix("model/"): t for k, t in before.items() if k.startswith("model/")}, strict=False)
+        model.load_state_dict(
+            {k.removeprefix("model/"): t for k, t in before.items() if k.startswith("model/")},
+            strict=False,
+        )
         set_random_states(states)
         model.train(mode)
 
@@ -45,21 +57,31 @@ def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
 def saved_bytes(model: torch.nn.Module, step: Callable, batch) -> int:
     "Bytes that autograd keeps for the backward pass of one batch, without the model's own. For a `step` with several backward passes this is all of them together, an upper bound."
     buffers, states, losses = [b.clone() for b in model.buffers()], random_states(), []
-    with saved_tensor_bytes(model) as found: step(model, batch, losses.append)
-    for b, was in zip(model.buffers(), buffers): b.data.copy_(was)
+    with saved_tensor_bytes(model) as found:
+        step(model, batch, losses.append)
+    for b, was in zip(model.buffers(), buffers):
+        b.data.copy_(was)
     set_random_states(states)
     return found.bytes
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #4f04b0ef
 def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
     "Bytes of weights, buffers, masters, moments and averages as they are now."
-    return sum(storages([*model.parameters(), *model.buffers(), *optimiser.state_dict().values()]).values())
+    return sum(
+        storages([*model.parameters(), *model.buffers(), *optimiser.state_dict().values()]).values()
+    )
 
-def memory_timeline(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> np.ndarray:
+
+def memory_timeline(
+    model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser
+) -> np.ndarray:
     "Bytes of tensors after each operation of two steps on this batch: what is resident and what the steps add. Library workspaces and the interpreter are not in it."
     start, clip = resident_bytes(model, optimiser), optimiser.clip
     with preserve_training_state(model, optimiser):
-        optimiser.room, optimiser.clip = {}, 0            # clipping takes no memory, but is an operation more where the gradient is large
+        optimiser.room, optimiser.clip = (
+            {},
+            0,
+        )  # clipping takes no memory, but is an operation more where the gradient is large
         model.train()
         try:
             with MemoryTracker() as ledger:
@@ -67,40 +89,65 @@ def memory_timeline(model: torch.nn.Module, step: Callable, batch, optimiser: Op
                     step(model, batch, lambda loss: loss.backward())
                     optimiser.collect()
                     optimiser.step(factor=1e-6)
-        finally: optimiser.clip = clip
+        finally:
+            optimiser.clip = clip
     return start + np.array(ledger.course)
+
 
 def peak_step_bytes(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> int:
     "Peak bytes of training on batches like this one."
     return int(memory_timeline(model, step, batch, optimiser).max())
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #09548fdb
-def cgroup_memory(root: str | Path = "/sys/fs/cgroup",
-                  own: str | None = None  # The group's path below root; None: read from /proc/self/cgroup
-                 ) -> tuple[int, str] | None:
+def cgroup_memory(
+    root: str | Path = "/sys/fs/cgroup",
+    own: str | None = None,  # The group's path below root; None: read from /proc/self/cgroup
+) -> tuple[int, str] | None:
     "Bytes left in the tightest memory control group around this process (version 2 or 1) and the file of its limit; None when there is no limit."
     root, found = Path(root), []
     if own is None:
-        lines = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []
+        lines = (
+            Path("/proc/self/cgroup").read_text().splitlines()
+            if Path("/proc/self/cgroup").exists()
+            else []
+        )
         own = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "/")
-    inner = root/own.strip("/")
-    folders = [inner, *[p for p in inner.parents if p == root or root in p.parents], root/"memory"]
+    inner = root / own.strip("/")
+    folders = [
+        inner,
+        *[p for p in inner.parents if p == root or root in p.parents],
+        root / "memory",
+    ]
     for folder in folders:
-        for limit, used, cache in (("memory.max", "memory.current", "inactive_file"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
-            try: most, now = (folder/limit).read_text().strip(), int((folder/used).read_text())
-            except (OSError, ValueError): continue
-            if not most.isdigit() or int(most) >= 2**60: continue            # "max", or version 1's way to say it
-            try: stat = dict(line.split() for line in (folder/"memory.stat").read_text().splitlines())
-            except (OSError, ValueError): stat = {}
-            found.append((max(0, int(most) - now + int(stat.get(cache, 0))), str(folder/limit)))
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            except (OSError, ValueError):
+                continue
+            if not most.isdigit() or int(most) >= 2**60:
+                continue  # "max", or version 1's way to say it
+            try:
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+            except (OSError, ValueError):
+                stat = {}
+            found.append((max(0, int(most) - now + int(stat.get(cache, 0))), str(folder / limit)))
     return min(found) if found else None
+
 
 def available_memory(device: str | torch.device = "cpu") -> tuple[int, str]:
     "Bytes that can still be had on the device, and who says so."
     import psutil
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0], f"{torch.cuda.get_device_name(device)}"
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"{torch.cuda.get_device_name(device)}"
     machine = psutil.virtual_memory().available, "free memory of the machine"
     return min(machine, cgroup_memory() or machine)
+
 
 def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, str]:
     "Bytes training may have in all, and who says so: of what is available a tenth is left free; what is resident already is no longer among it."
@@ -108,153 +155,285 @@ def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, 
     return 0.9 * free + resident_bytes(model, optimiser), who
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #673e1e72
-def fit_memory_model(model: torch.nn.Module, step: Callable, make: Callable, optimiser: Optimiser,
-                     sizes: tuple[int, int] = (2, 4)  # Rows of the two batches that are measured
-                    ) -> list[tuple[float, float]]:
+def fit_memory_model(
+    model: torch.nn.Module,
+    step: Callable,
+    make: Callable,
+    optimiser: Optimiser,
+    sizes: tuple[int, int] = (2, 4),  # Rows of the two batches that are measured
+) -> list[tuple[float, float]]:
     "Lines (fixed, a row) in bytes, of which the highest counts; `make(size, index)` gives a batch of `size` rows. Raises `UsageError` for a step whose operations depend on the number of rows."
     one, two = (memory_timeline(model, step, make(size, 0), optimiser) for size in sizes)
-    if len(one) != len(two): raise UsageError(f"The step does {len(one)} operations for {sizes[0]} rows and {len(two)} for {sizes[1]}; its memory cannot be foretold from small batches.")
+    if len(one) != len(two):
+        raise UsageError(
+            f"The step does {len(one)} operations for {sizes[0]} rows and {len(two)} for {sizes[1]}; its memory cannot be foretold from small batches."
+        )
     rows = (two - one) / (sizes[1] - sizes[0])
     lines = {}
-    for fixed, row in zip(one - rows * sizes[0], rows): lines[float(row)] = max(float(fixed), lines.get(float(row), -np.inf))
+    for fixed, row in zip(one - rows * sizes[0], rows):
+        lines[float(row)] = max(float(fixed), lines.get(float(row), -np.inf))
     return [(fixed, row) for row, fixed in lines.items()]
+
 
 def predict_peak_bytes(law: list | Callable, rows: int) -> float:
     "Peak bytes with this many rows; `law` is what `fit_memory_model` gives, or `chunked_memory_model`."
     return max(fixed + row * rows for fixed, row in (law(rows) if callable(law) else law))
 
+
 def largest_batch(law: list | Callable, limit: float, most: int) -> int:
     "The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks for small batches first, so that nothing large is measured before it is known to fit."
     low, high = 0, 1
-    while low < most and predict_peak_bytes(law, high) <= limit: low, high = high, min(2 * high, most)
+    while low < most and predict_peak_bytes(law, high) <= limit:
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if predict_peak_bytes(law, middle) <= limit else (low, middle)
     return low
 
-def mib(n: float) -> str: return f"{n / 2**20:,.1f} MiB"
 
-def check_fits_memory(batch: int,              # Rows of a micro-batch
-                      accumulation: int,       # Micro-batches a step
-                      law: list | Callable,    # From `fit_memory_model` or `chunked_memory_model`
-                      limit: float,            # Bytes training may have in all
-                      says: str = "the limit"  # Who set it
-                     ) -> int:
+def mib(n: float) -> str:
+    return f"{n / 2**20:,.1f} MiB"
+
+
+def check_fits_memory(
+    batch: int,  # Rows of a micro-batch
+    accumulation: int,  # Micro-batches a step
+    law: list | Callable,  # From `fit_memory_model` or `chunked_memory_model`
+    limit: float,  # Bytes training may have in all
+    says: str = "the limit",  # Who set it
+) -> int:
     "Bytes of training with this batch. Raises `UsageError` when they are above the limit, naming what would fit."
     effective, largest = batch * accumulation, largest_batch(law, limit, batch)
-    if largest == batch: return round(predict_peak_bytes(law, batch))
+    if largest == batch:
+        return round(predict_peak_bytes(law, batch))
     why = f"A batch of {batch} rows needs about {mib(predict_peak_bytes(law(largest + 1) if callable(law) else law, batch))} and there are {mib(limit)} ({says})."
-    if largest < 1: raise UsageError(f"{why} Not even one row fits, which needs {mib(predict_peak_bytes(law, 1))}; take a smaller model, shorter texts, or another optimiser.")
+    if largest < 1:
+        raise UsageError(
+            f"{why} Not even one row fits, which needs {mib(predict_peak_bytes(law, 1))}; take a smaller model, shorter texts, or another optimiser."
+        )
     divisor = max(d for d in range(1, largest + 1) if effective % d == 0)
-    raise UsageError(f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch_size {divisor} with grad_accum_steps {effective // divisor}.")
+    raise UsageError(
+        f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch_size {divisor} with grad_accum_steps {effective // divisor}."
+    )
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ef046bcd
-def chunked_memory_model(model: torch.nn.Module,
-                         step: Callable,    # number of parts -> a step that makes so many of whatever batch it gets
-                         parts: Callable,   # rows -> parts the real step would make
-                         tokens: float,     # Of a row, that the loss is asked about
-                         make: Callable, optimiser: Optimiser) -> Callable:
+def chunked_memory_model(
+    model: torch.nn.Module,
+    step: Callable,  # number of parts -> a step that makes so many of whatever batch it gets
+    parts: Callable,  # rows -> parts the real step would make
+    tokens: float,  # Of a row, that the loss is asked about
+    make: Callable,
+    optimiser: Optimiser,
+) -> Callable:
     "For `check_fits_memory` and `predict_peak_bytes`: rows -> the lines of a step whose loss is made in parts. Each number of parts is measured once."
+
     @lru_cache(None)
     def lines(n: int) -> list:
-        least = max(2, -(-n * (n - 1) // int(tokens)))                                       # fewer tokens in so many parts would leave some parts empty
-        short = lambda some: (n * -(-int(tokens * some) // n) - int(tokens * some)) / (tokens * some)    # by how much the last part is smaller than the others: its slope would be wrong
+        least = max(
+            2, -(-n * (n - 1) // int(tokens))
+        )  # fewer tokens in so many parts would leave some parts empty
+        short = lambda some: (
+            (n * -(-int(tokens * some) // n) - int(tokens * some)) / (tokens * some)
+        )  # by how much the last part is smaller than the others: its slope would be wrong
         rows = min(range(least, 2 * least + 1), key=lambda some: short(some) + short(2 * some))
         return fit_memory_model(model, step(n), make, optimiser, (rows, 2 * rows))
+
     def law(rows: int) -> list:
         n = parts(rows)
-        while n > 1 and 4 * n * (n - 1) > max(8, rows) * tokens: n -= 1     # larger parts than there will be, rather than batches as large as the one that is in question
+        while n > 1 and 4 * n * (n - 1) > max(8, rows) * tokens:
+            n -= 1  # larger parts than there will be, rather than batches as large as the one that is in question
         return lines(n)
+
     return law
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #90ae31f3
-def fit_power_law(points: list[tuple[float, float]]  # (compute or tokens, loss) of earlier runs
-                 ) -> dict[str, float]:
+def fit_power_law(
+    points: list[tuple[float, float]],  # (compute or tokens, loss) of earlier runs
+) -> dict[str, float]:
     "E, A, a of L = E + A / C^a by least squares on log L, all of them positive. Raises `UsageError` for fewer than three different C."
     from scipy.optimize import least_squares
+
     c, loss = (np.array(x, dtype=float) for x in zip(*points))
-    if len(set(c)) < 3 or not (c > 0).all() or not (loss > 0).all(): raise UsageError(f"A power law needs positive losses at three different computes at least; given {len(set(c))}.")
+    if len(set(c)) < 3 or not (c > 0).all() or not (loss > 0).all():
+        raise UsageError(
+            f"A power law needs positive losses at three different computes at least; given {len(set(c))}."
+        )
     middle = float(np.exp(np.log(c).mean()))
-    away = lambda p: np.log(np.exp(p[0]) + np.exp(p[1] - np.exp(p[2]) * np.log(c / middle))) - np.log(loss)
-    starts = [(np.log(e * loss.min()), np.log(max(1e-9, np.median(loss) - e * loss.min())), np.log(a)) for e in (0.05, 0.5, 0.9, 0.99) for a in (0.05, 0.2, 0.5, 1.0)]
-    best = min((least_squares(away, s, bounds=([-30, -30, np.log(0.005)], [30, 30, np.log(3)])) for s in starts), key=lambda r: r.cost)
+    away = lambda p: (
+        np.log(np.exp(p[0]) + np.exp(p[1] - np.exp(p[2]) * np.log(c / middle))) - np.log(loss)
+    )
+    starts = [
+        (np.log(e * loss.min()), np.log(max(1e-9, np.median(loss) - e * loss.min())), np.log(a))
+        for e in (0.05, 0.5, 0.9, 0.99)
+        for a in (0.05, 0.2, 0.5, 1.0)
+    ]
+    best = min(
+        (
+            least_squares(away, s, bounds=([-30, -30, np.log(0.005)], [30, 30, np.log(3)]))
+            for s in starts
+        ),
+        key=lambda r: r.cost,
+    )
     e, k, a = float(np.exp(best.x[0])), float(np.exp(best.x[1])), float(np.exp(best.x[2]))
     return dict(E=e, A=k * middle**a, a=a)
 
-def power_law_loss(law: dict, c: float) -> float: return law["E"] + law["A"] / c**law["a"]
+
+def power_law_loss(law: dict, c: float) -> float:
+    return law["E"] + law["A"] / c ** law["a"]
+
 
 def expected_loss(points: list[tuple[float, float]], c: float) -> dict:
     "`loss` at compute `c` and `error`, the largest relative miss when each point is left out; loss None when the points do not allow it; `why` in words."
-    if len({x for x, _ in points}) < 4: return dict(loss=None, error=None, why=f"unknown: {len({x for x, _ in points})} earlier runs of different length were given, a power law needs four")
+    if len({x for x, _ in points}) < 4:
+        return dict(
+            loss=None,
+            error=None,
+            why=f"unknown: {len({x for x, _ in points})} earlier runs of different length were given, a power law needs four",
+        )
     law = fit_power_law(points)
     left = [(x, y, fit_power_law([q for q in points if q[0] != x])) for x, y in points]
-    error, most = max(abs(power_law_loss(other, x) / y - 1) for x, y, other in left), max(x for x, _ in points)
+    error, most = (
+        max(abs(power_law_loss(other, x) / y - 1) for x, y, other in left),
+        max(x for x, _ in points),
+    )
     beyond = f", {c / most:.1f} times beyond the longest of them" if c > most else ""
-    return dict(loss=power_law_loss(law, c), error=error, why=f"L = {law['E']:.3g} + {law['A']:.3g} / C^{law['a']:.3g} from {len(points)} earlier runs{beyond}; leaving one out misses it by up to {error:.1%}")
+    return dict(
+        loss=power_law_loss(law, c),
+        error=error,
+        why=f"L = {law['E']:.3g} + {law['A']:.3g} / C^{law['a']:.3g} from {len(points)} earlier runs{beyond}; leaving one out misses it by up to {error:.1%}",
+    )
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #659a3242
-def forecast(model: torch.nn.Module, step: Callable,
-             make: Callable,                             # (rows, index) -> batch
-             optimiser: Optimiser,
-             plan: dict,                                 # steps, accumulation
-             batch: int,                                 # Rows of a micro-batch
-             earlier: list[tuple[float, float]] = (),    # (compute or tokens, loss) of earlier runs
-             compute: float | None = None,               # Of this run, in the same unit
-             limit: float | None = None,                 # Bytes training may have in all; None: what is available, a tenth left free
-             law: list | Callable | None = None,         # Of memory, where it is known already or the loss is made in parts
-             seconds: float | None = None,               # Of a step, where measured already
-             evaluations: tuple[int, float] = (0, 0.0)   # How many, and seconds of one
-            ) -> dict:
+def forecast(
+    model: torch.nn.Module,
+    step: Callable,
+    make: Callable,  # (rows, index) -> batch
+    optimiser: Optimiser,
+    plan: dict,  # steps, accumulation
+    batch: int,  # Rows of a micro-batch
+    earlier: list[tuple[float, float]] = (),  # (compute or tokens, loss) of earlier runs
+    compute: float | None = None,  # Of this run, in the same unit
+    limit: float
+    | None = None,  # Bytes training may have in all; None: what is available, a tenth left free
+    law: list
+    | Callable
+    | None = None,  # Of memory, where it is known already or the loss is made in parts
+    seconds: float | None = None,  # Of a step, where measured already
+    evaluations: tuple[int, float] = (0, 0.0),  # How many, and seconds of one
+) -> dict:
     "Seconds, bytes and loss of the run that `plan` describes, and `says`, a sentence for each. Raises `UsageError` when the batch cannot fit, before any batch of that size is made."
-    accumulation, (most, who) = plan.get("accumulation", 1), memory_budget(model, optimiser) if limit is None else (limit, "the given limit")
-    need = check_fits_memory(batch, accumulation, law or fit_memory_model(model, step, make, optimiser), most, who)
+    accumulation, (most, who) = (
+        plan.get("accumulation", 1),
+        memory_budget(model, optimiser) if limit is None else (limit, "the given limit"),
+    )
+    need = check_fits_memory(
+        batch, accumulation, law or fit_memory_model(model, step, make, optimiser), most, who
+    )
     if seconds is None:
-        with preserve_training_state(model, optimiser): seconds = measure_step_time(model, step, lambda i: make(batch, i), optimiser, accumulation)
-    whole, beside = seconds * plan["steps"] + evaluations[0] * evaluations[1], f"{evaluations[0]} evaluations of {evaluations[1]:.3g} s" if evaluations[0] else "without evaluations"
-    loss = expected_loss(list(earlier), compute) if compute else dict(loss=None, error=None, why="unknown: this run's compute was not given")
-    says = [f"time: {whole:,.1f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})", f"memory: {mib(need)} of {mib(most)} ({who})",
-            f"loss: {loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}"]
-    return dict(seconds=whole, seconds_a_step=seconds, bytes=need, limit=round(most), loss=loss["loss"], error=loss["error"], says=says)
+        with preserve_training_state(model, optimiser):
+            seconds = measure_step_time(
+                model, step, lambda i: make(batch, i), optimiser, accumulation
+            )
+    whole, beside = (
+        seconds * plan["steps"] + evaluations[0] * evaluations[1],
+        f"{evaluations[0]} evaluations of {evaluations[1]:.3g} s"
+        if evaluations[0]
+        else "without evaluations",
+    )
+    loss = (
+        expected_loss(list(earlier), compute)
+        if compute
+        else dict(loss=None, error=None, why="unknown: this run's compute was not given")
+    )
+    says = [
+        f"time: {whole:,.1f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})",
+        f"memory: {mib(need)} of {mib(most)} ({who})",
+        f"loss: {loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}",
+    ]
+    return dict(
+        seconds=whole,
+        seconds_a_step=seconds,
+        bytes=need,
+        limit=round(most),
+        loss=loss["loss"],
+        error=loss["error"],
+        says=says,
+    )
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ba2e2b77
-def compile_choice(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser,
-                   steps: int,                         # Of the run that this decides for
-                   compiler: Callable = torch.compile, # model -> model
-                   accumulation: int = 1, tries: int = 3
-                  ) -> dict:
+def compile_choice(
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    steps: int,  # Of the run that this decides for
+    compiler: Callable = torch.compile,  # model -> model
+    accumulation: int = 1,
+    tries: int = 3,
+) -> dict:
     "`step` to train with, whether it is `compiled`, seconds a step `plain` and `fast`, `gain` (plain / fast), seconds `compiling` took, and `why`. A compiler that fails is a reason, not an error."
-    with preserve_training_state(model, optimiser): plain = measure_step_time(model, step, batches, optimiser, accumulation, tries)
+    with preserve_training_state(model, optimiser):
+        plain = measure_step_time(model, step, batches, optimiser, accumulation, tries)
     found = dict(step=step, compiled=False, plain=plain, fast=None, gain=None, compiling=None)
     begun = time.perf_counter()
     try:
         fast_model = compiler(model)
-        def fast_step(_, batch, backward): return step(fast_model, batch, backward)
-        with preserve_training_state(model, optimiser): fast = measure_step_time(model, fast_step, batches, optimiser, accumulation, tries)
-    except Exception as e:        # compilers fail in a hundred ways, from a missing g++ to a bug in generated code
-        return {**found, "why": f"not compiled, the compiler failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"}
+
+        def fast_step(_, batch, backward):
+            return step(fast_model, batch, backward)
+
+        with preserve_training_state(model, optimiser):
+            fast = measure_step_time(model, fast_step, batches, optimiser, accumulation, tries)
+    except (
+        Exception
+    ) as e:  # compilers fail in a hundred ways, from a missing g++ to a bug in generated code
+        return {
+            **found,
+            "why": f"not compiled, the compiler failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}",
+        }
     compiling, gain = max(0.0, time.perf_counter() - begun - fast * (tries + 1)), plain / fast
     saved, wins = (plain - fast) * steps, gain > 1.02
     numbers = f"{plain:.3g} s a step without, {fast:.3g} s with ({gain:.2f} times as fast); compiling took {compiling:.1f} s, {steps} steps {'save' if saved > 0 else 'lose'} {abs(saved):.1f} s"
-    found.update(fast=fast, gain=gain, compiling=compiling, why=f"{'compiled' if wins else 'not compiled'}: {numbers}")
+    found.update(
+        fast=fast,
+        gain=gain,
+        compiling=compiling,
+        why=f"{'compiled' if wins else 'not compiled'}: {numbers}",
+    )
     return {**found, "compiled": True, "step": fast_step} if wins else found
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #b2f4cb95
 def torch_cpp_compiler() -> str:
     "Path of the C++ compiler that torch.compile calls for a processor. Raises `MissingError` where there is none."
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if path := shutil.which(name): return path
-    raise MissingError(f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another in the environment variable CXX, or train without compiling (torch_compile=False).")
+    if path := shutil.which(name):
+        return path
+    raise MissingError(
+        f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another in the environment variable CXX, or train without compiling (torch_compile=False)."
+    )
+
 
 @lru_cache(None)
 def compiled_layer_class(kind: type) -> type:
     "A class of layers like `kind` whose forward and backward pass are compiled while they train."
     compiled = torch.compile(kind.forward, dynamic=False)
-    def forward(self, *given, **named): return (compiled if self.training and torch.is_grad_enabled() else kind.forward)(self, *given, **named)
+
+    def forward(self, *given, **named):
+        return (compiled if self.training and torch.is_grad_enabled() else kind.forward)(
+            self, *given, **named
+        )
+
     return type(kind.__name__, (kind,), dict(forward=forward))
+
 
 def compile_layers(model: torch.nn.Module) -> torch.nn.Module:
     "Let torch.compile write code for the model's layers, in place; it is written at the first step. Last bits differ from those without. Raises `MissingError` without a compiler, `UsageError` for a model without layers."
-    if not layers_of(model): raise UsageError(f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing to compile layer by layer.")
-    if next(model.parameters()).device.type == "cpu": torch_cpp_compiler()
-    for layer in layers_of(model): layer.__class__ = compiled_layer_class(type(layer))
+    if not layers_of(model):
+        raise UsageError(
+            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing to compile layer by layer."
+        )
+    if next(model.parameters()).device.type == "cpu":
+        torch_cpp_compiler()
+    for layer in layers_of(model):
+        layer.__class__ = compiled_layer_class(type(layer))
     return model

@@ -20,14 +20,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import forget_best, identity_of, load_best, load_checkpoint, random_states
-from .checkpoint import save_best, save_checkpoint, set_random_states
 from ..core import DataError, Record, UsageError, read_json, sha256_text, write_json
+from llmeco_nb.training.checkpoint import (
+    forget_best,
+    identity_of,
+    load_best,
+    load_checkpoint,
+    random_states,
+    save_best,
+    save_checkpoint,
+    set_random_states,
+)
 from .loss_spikes import UnstableStep, is_loss_spike, rolled_back_state
 from .optim import Optimiser, schedule_of
-from .parallel import all_reduce_sum, barrier, current_world, mark_step
-from .parallel import rank_slice, reduce_gradients, run_on_rank_zero
-from .parallel import seed_per_rank, told_by_all
+from llmeco_nb.training.parallel import (
+    all_reduce_sum,
+    barrier,
+    current_world,
+    mark_step,
+    rank_slice,
+    reduce_gradients,
+    run_on_rank_zero,
+    seed_per_rank,
+    told_by_all,
+)
 from .prefetch import Prefetch
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #55b1291c
@@ -36,35 +52,54 @@ def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     "The order of epoch `epoch`: a permutation of 0 to n-1 that depends on nothing but the arguments."
     return np.random.default_rng([seed, epoch]).permutation(n)
 
-def batch_indices(index: int, batch: int, n: int, seed: int,
-                  world: int = 1, rank: int = 0  # Of so many processes, the share of this one; see 16_parallel
-                 ) -> np.ndarray:
+
+def batch_indices(
+    index: int,
+    batch: int,
+    n: int,
+    seed: int,
+    world: int = 1,
+    rank: int = 0,  # Of so many processes, the share of this one; see 16_parallel
+) -> np.ndarray:
     "Which of `n` examples stand in batch `index` of the endless stream of epochs."
     places = np.array(rank_slice(index, batch, world, rank))
-    return np.array([epoch_permutation(n, seed, int(e))[p] for e, p in zip(places // n, places % n)])
+    return np.array(
+        [epoch_permutation(n, seed, int(e))[p] for e, p in zip(places // n, places % n)]
+    )
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #98f6a466
 @lru_cache(4)
-def length_bucketed_batches(lengths: tuple[int, ...], # Tokens of every example
-                            batch: int,               # Examples a batch
-                            seed: int, epoch: int,
-                            pool: int = 16            # Batches that are sorted together
-                           ) -> list[np.ndarray]:
+def length_bucketed_batches(
+    lengths: tuple[int, ...],  # Tokens of every example
+    batch: int,  # Examples a batch
+    seed: int,
+    epoch: int,
+    pool: int = 16,  # Batches that are sorted together
+) -> list[np.ndarray]:
     "The batches of one epoch, each of examples of similar length; every example once, the last batch of the last pool may be smaller."
     order, size, batches = epoch_permutation(len(lengths), seed, epoch), np.array(lengths), []
     for start in range(0, len(order), batch * pool):
-        part = order[start:start + batch * pool]
+        part = order[start : start + batch * pool]
         part = part[np.argsort(size[part], kind="stable")]
-        batches += [part[i:i + batch] for i in range(0, len(part), batch)]
+        batches += [part[i : i + batch] for i in range(0, len(part), batch)]
     return [batches[i] for i in np.random.default_rng([seed, epoch, 1]).permutation(len(batches))]
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #59420118
-def measure_step_time(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser,
-                      accumulation: int = 1,
-                      tries: int = 3          # After one that does not count
-                     ) -> float:
+def measure_step_time(
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    accumulation: int = 1,
+    tries: int = 3,  # After one that does not count
+) -> float:
     "Median seconds of an optimiser step. Model, optimiser and generators are afterwards as they were."
-    before, states, mode, taken = {k: v.clone() for k, v in optimiser.state_dict().items()}, random_states(), model.training, []
+    before, states, mode, taken = (
+        {k: v.clone() for k, v in optimiser.state_dict().items()},
+        random_states(),
+        model.training,
+        [],
+    )
     model.train()
     for t in range(tries + 1):
         start = time.perf_counter()
@@ -78,18 +113,22 @@ def measure_step_time(model: torch.nn.Module, step: Callable, batches: Callable,
     model.train(mode)
     return statistics.median(taken[1:])
 
-def resolve_plan(record: Record,
-                 asked: dict,               # The parameters the plan depends on
-                 make: Callable[[], dict]   # Makes the plan, the first time
-                ) -> dict:
+
+def resolve_plan(
+    record: Record,
+    asked: dict,  # The parameters the plan depends on
+    make: Callable[[], dict],  # Makes the plan, the first time
+) -> dict:
     "The record's plan, in every process that of the first. In a folder used by hand, another `asked` than last time drops the old plan and what it had begun."
     return run_on_rank_zero(lambda: resolve_plan_on_rank_zero(record, asked, make))
+
 
 def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], dict]) -> dict:
     "`resolve_plan` where it is decided."
     key = sha256_text(json.dumps(asked, sort_keys=True))[:16]
     plan = record.plan(lambda: {**make(), "asked": key})
-    if plan["asked"] == key: return plan
+    if plan["asked"] == key:
+        return plan
     record.path.with_name(record.path.name.removesuffix(".partial") + ".plan.json").unlink()
     shutil.rmtree(record.resume)
     record.rewind(0)
@@ -98,156 +137,310 @@ def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], di
 # %% ../../nbs/1_pretraining/17_loop.ipynb #0c0ec91a
 def first_state() -> dict:
     "The loop's numbers before the first step."
-    return dict(step=0, tokens=0, seconds=0.0, loss_sum=0.0, weight=0.0, since=0, logged=0.0, loss=None, rows=0, stale=0, best=None, best_step=None, best_sha256=None, lowest_loss=None, stopped=False, done=False,
-                rewinds=0, instead={}, rate=1.0, recent=[])     # the guard's: see 15a_loss_spikes
+    return dict(
+        step=0,
+        tokens=0,
+        seconds=0.0,
+        loss_sum=0.0,
+        weight=0.0,
+        since=0,
+        logged=0.0,
+        loss=None,
+        rows=0,
+        stale=0,
+        best=None,
+        best_step=None,
+        best_sha256=None,
+        lowest_loss=None,
+        stopped=False,
+        done=False,
+        rewinds=0,
+        instead={},
+        rate=1.0,
+        recent=[],
+    )  # the guard's: see 15a_loss_spikes
+
 
 def to_device(batch, device: torch.device):
     "The batch with its tensors on the device; where they are already, the same."
-    if isinstance(batch, torch.Tensor): return batch.to(device)
-    if isinstance(batch, dict): return {k: to_device(v, device) for k, v in batch.items()}
-    return type(batch)(to_device(v, device) for v in batch) if isinstance(batch, (tuple, list)) else batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return (
+        type(batch)(to_device(v, device) for v in batch)
+        if isinstance(batch, (tuple, list))
+        else batch
+    )
+
 
 def digest(batch) -> str:
     "SHA-256 in hex of a batch: tensors, plain values, and dictionaries and lists of them."
+
     def plain(b):
         if isinstance(b, torch.Tensor):
             return b.tolist()
         if isinstance(b, dict):
             return {k: plain(v) for k, v in b.items()}
         return [plain(v) for v in b] if isinstance(b, (tuple, list)) else b
+
     return sha256_text(repr(plain(batch)))
+
 
 def must_share(name: str, batches: Callable):
     "Raise `UsageError` where several processes would all learn from the same batches."
     size = current_world().size
     if size > 1 and len(set(told_by_all(digest(batches(0))))) == 1:
-        raise UsageError(f"The training {name} gives each of the {size} processes the same batches, "
-                         "so all would do the same work. Start it in one process, or let its "
-                         "batches depend on the rank (see 16_parallel).")
+        raise UsageError(
+            f"The training {name} gives each of the {size} processes the same batches, "
+            "so all would do the same work. Start it in one process, or let its "
+            "batches depend on the rank (see 16_parallel)."
+        )
 
-def train_step(model, step, batches, optimiser, factor: float, s: int, accumulation: int, size, sound: Callable, b: int) -> tuple[float, float, int, float]:
+
+def train_step(
+    model,
+    step,
+    batches,
+    optimiser,
+    factor: float,
+    s: int,
+    accumulation: int,
+    size,
+    sound: Callable,
+    b: int,
+) -> tuple[float, float, int, float]:
     "Step `s` on the micro-batches of place `b`, then the update. Returns (loss sum, weight, tokens read, norm of the gradient). Raises `UnstableStep` for a loss that is no number, or that `sound` refuses."
     loss, weight, tokens, device = 0.0, 0.0, 0, next(model.parameters()).device
     for index in range(b * accumulation, (b + 1) * accumulation):
         batch = to_device(batches(index), device)
         part, count = step(model, batch, lambda loss: loss.backward())
         optimiser.collect()
-        loss, weight, tokens = loss + float(part), weight + float(count), tokens + int(size(batch) if size else count)
-    loss, weight, tokens = all_reduce_sum([loss, weight, tokens])           # of all processes: what follows is decided alike in each
+        loss, weight, tokens = (
+            loss + float(part),
+            weight + float(count),
+            tokens + int(size(batch) if size else count),
+        )
+    loss, weight, tokens = all_reduce_sum(
+        [loss, weight, tokens]
+    )  # of all processes: what follows is decided alike in each
     where = f"at step {s + 1} (batches {b * accumulation} to {index}, learning rate {optimiser.lr * factor:.2g})"
-    if not weight > 0: raise DataError(f"Nothing was counted {where}: every token of the batch is masked or padding.")
-    if not math.isfinite(loss): raise UnstableStep(f"The loss is {loss} {where}. Lower the learning rate, lengthen the warm-up, or look at these batches.")
-    if not sound(loss / weight): raise UnstableStep(f"The loss leaped to {loss / weight:.4g} {where}.")
-    if current_world().size > 1 and not getattr(step, "summed", False): reduce_gradients(optimiser, weight)
-    try: return loss, weight, int(tokens), optimiser.step(factor, weight)
-    except DataError as e: raise UnstableStep(f"{e} It happened {where}. Lower the learning rate, lengthen the warm-up, or look at these batches.") from None
+    if not weight > 0:
+        raise DataError(
+            f"Nothing was counted {where}: every token of the batch is masked or padding."
+        )
+    if not math.isfinite(loss):
+        raise UnstableStep(
+            f"The loss is {loss} {where}. Lower the learning rate, lengthen the warm-up, or look at these batches."
+        )
+    if not sound(loss / weight):
+        raise UnstableStep(f"The loss leaped to {loss / weight:.4g} {where}.")
+    if current_world().size > 1 and not getattr(step, "summed", False):
+        reduce_gradients(optimiser, weight)
+    try:
+        return loss, weight, int(tokens), optimiser.step(factor, weight)
+    except DataError as e:
+        raise UnstableStep(
+            f"{e} It happened {where}. Lower the learning rate, lengthen the warm-up, or look at these batches."
+        ) from None
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #a2c9ee8f
 def rows_before(folder, record: Record) -> int:
     "Rows the log had before this training began; written down, so that an attempt killed before its first checkpoint leaves no rows behind."
-    mark = folder/"before.json"
+    mark = folder / "before.json"
     if not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(mark, {"rows": len(record.rows())})
     return read_json(mark)["rows"]
 
-def train(model: torch.nn.Module,
-          step: Callable,                   # (model, batch, backward) -> (loss_sum, weight)
-          batches: Callable,                # Number of a micro-batch -> batch; a pure function
-          optimiser: Optimiser,             # Of this model
-          plan: dict,                       # Whole numbers and names, see above
-          record: Record,
-          evaluate: Callable | None = None, # model -> {name: number}; holds `watch`; see `run_evaluation`
-          on_checkpoint: Callable | None = None, # Called with the step after each checkpoint
-          watch: str = "validation_loss",   # What decides which weights are best
-          higher: bool = False,             # Whether more of it is better
-          size: Callable | None = None,     # batch -> tokens read; default: the weights are tokens
-          identity: dict | None = None,     # What else a checkpoint must agree in: seed, hash of the data
-          name: str = "train",              # Of the folder in record.resume
-          workers: int = 0,                 # Processes that make batches ahead; changes no result
-          flops: float = 0.0,               # Useful operations a token, for the share of the roof
-          roof: float = 0.0                 # What the device can do, operations a second; 0: not shown
-         ) -> dict:
+
+def train(
+    model: torch.nn.Module,
+    step: Callable,  # (model, batch, backward) -> (loss_sum, weight)
+    batches: Callable,  # Number of a micro-batch -> batch; a pure function
+    optimiser: Optimiser,  # Of this model
+    plan: dict,  # Whole numbers and names, see above
+    record: Record,
+    evaluate: Callable
+    | None = None,  # model -> {name: number}; holds `watch`; see `run_evaluation`
+    on_checkpoint: Callable | None = None,  # Called with the step after each checkpoint
+    watch: str = "validation_loss",  # What decides which weights are best
+    higher: bool = False,  # Whether more of it is better
+    size: Callable | None = None,  # batch -> tokens read; default: the weights are tokens
+    identity: dict | None = None,  # What else a checkpoint must agree in: seed, hash of the data
+    name: str = "train",  # Of the folder in record.resume
+    workers: int = 0,  # Processes that make batches ahead; changes no result
+    flops: float = 0.0,  # Useful operations a token, for the share of the roof
+    roof: float = 0.0,  # What the device can do, operations a second; 0: not shown
+) -> dict:
     "Train to the end of the plan, or until `patience` is spent; resumes by itself. The model then has its best weights. Returns steps, tokens, seconds, loss, best, best_step, stopped."
-    folder, schedule, accumulation, noise = Path(run_on_rank_zero(lambda: str(record.resume/name))), schedule_of(plan), plan.get("accumulation", 1), torch.initial_seed()
-    if plan["steps"] < 1: raise UsageError(f"steps is {plan['steps']}; a plan needs at least one.")
-    if plan.get("threads"): torch.set_num_threads(plan["threads"])
+    folder, schedule, accumulation, noise = (
+        Path(run_on_rank_zero(lambda: str(record.resume / name))),
+        schedule_of(plan),
+        plan.get("accumulation", 1),
+        torch.initial_seed(),
+    )
+    if plan["steps"] < 1:
+        raise UsageError(f"steps is {plan['steps']}; a plan needs at least one.")
+    if plan.get("threads"):
+        torch.set_num_threads(plan["threads"])
     belongs = identity_of(optimiser, plan, **(identity or {}))
-    state = {**first_state(), **(load_checkpoint(folder, optimiser, belongs) or {"rows": run_on_rank_zero(lambda: rows_before(folder, record))})}
-    if not state["done"]: record.rewind(state["rows"])    # after a training that is done, the rows of the next one may follow
-    barrier()                                             # nobody writes a checkpoint that somebody is still reading
-    if not state["done"]: must_share(name, batches)
-    if plan.get("guard") and run_on_rank_zero(lambda: not (folder/"checkpoint.json").exists()): save_checkpoint(folder, optimiser, state, belongs, current_world().rank == 0)    # somewhere to go back to
-    begun, due = time.monotonic() - state["seconds"], lambda key, s: plan.get(key) and s % plan[key] == 0
+    state = {
+        **first_state(),
+        **(
+            load_checkpoint(folder, optimiser, belongs)
+            or {"rows": run_on_rank_zero(lambda: rows_before(folder, record))}
+        ),
+    }
+    if not state["done"]:
+        record.rewind(
+            state["rows"]
+        )  # after a training that is done, the rows of the next one may follow
+    barrier()  # nobody writes a checkpoint that somebody is still reading
+    if not state["done"]:
+        must_share(name, batches)
+    if plan.get("guard") and run_on_rank_zero(lambda: not (folder / "checkpoint.json").exists()):
+        save_checkpoint(
+            folder, optimiser, state, belongs, current_world().rank == 0
+        )  # somewhere to go back to
+    begun, due = (
+        time.monotonic() - state["seconds"],
+        lambda key, s: plan.get(key) and s % plan[key] == 0,
+    )
     model.train()
     with Prefetch(batches, workers) as batches:
         while not state["done"]:
             s, factor = state["step"], schedule(state["step"]) * state["rate"]
             seed_per_rank(noise, s)
-            try: loss, weight, tokens, norm = train_step(model, step, batches, optimiser, factor, s, accumulation, size, spike_guard(plan, state), state["instead"].get(str(s), s))
+            try:
+                loss, weight, tokens, norm = train_step(
+                    model,
+                    step,
+                    batches,
+                    optimiser,
+                    factor,
+                    s,
+                    accumulation,
+                    size,
+                    spike_guard(plan, state),
+                    state["instead"].get(str(s), s),
+                )
             except UnstableStep as e:
-                if not plan.get("guard"): raise
+                if not plan.get("guard"):
+                    raise
                 optimiser.clear()
                 state = rollback(folder, optimiser, belongs, state, plan, record, e)
                 continue
             mark_step(next(model.parameters()).device)
             s = state["step"] = s + 1
-            if plan.get("guard"): state["recent"] = [*state["recent"], loss / weight][-32:]
-            state["tokens"] += tokens; state["since"] += tokens; state["loss_sum"] += loss; state["weight"] += weight
+            if plan.get("guard"):
+                state["recent"] = [*state["recent"], loss / weight][-32:]
+            state["tokens"] += tokens
+            state["since"] += tokens
+            state["loss_sum"] += loss
+            state["weight"] += weight
             last, spent, before = s >= plan["steps"], time.monotonic() - begun, state["logged"]
             if last or s % plan.get("log_every", 1) == 0:
-                state["loss"], speed = state["loss_sum"] / state["weight"], state["since"] / max(1e-9, spent - before)
+                state["loss"], speed = (
+                    state["loss_sum"] / state["weight"],
+                    state["since"] / max(1e-9, spent - before),
+                )
                 shares = dict(roof_share=round(speed * flops / roof, 4)) if flops and roof else {}
-                record.log(step=s, tokens=state["tokens"], seconds=round(spent, 3), loss=state["loss"], lr=optimiser.lr * factor, norm=norm, tokens_per_s=round(speed, 1), **shares)
-                state.update(loss_sum=0.0, weight=0.0, since=0, logged=spent, rows=state["rows"] + 1)
+                record.log(
+                    step=s,
+                    tokens=state["tokens"],
+                    seconds=round(spent, 3),
+                    loss=state["loss"],
+                    lr=optimiser.lr * factor,
+                    norm=norm,
+                    tokens_per_s=round(speed, 1),
+                    **shares,
+                )
+                state.update(
+                    loss_sum=0.0, weight=0.0, since=0, logged=spent, rows=state["rows"] + 1
+                )
             record.progress(state["tokens"], round(state["tokens"] / s * plan["steps"]), "tokens")
             if evaluate and (last or due("evaluate_every", s)):
                 warmup = plan.get("warmup", 0)
-                run_evaluation(model, optimiser, evaluate, state, record, folder, watch, higher, warmup)
+                run_evaluation(
+                    model, optimiser, evaluate, state, record, folder, watch, higher, warmup
+                )
                 state["stopped"] = bool(plan.get("patience")) and state["stale"] >= plan["patience"]
             state["done"] = last or state["stopped"]
             if state["done"] or due("checkpoint_every", s):
                 state["seconds"] = time.monotonic() - begun
                 save_checkpoint(folder, optimiser, state, belongs, current_world().rank == 0)
                 run_on_rank_zero(lambda: forget_best(folder, state["best_step"]))
-                if on_checkpoint: on_checkpoint(s)
-    if evaluate: load_best(folder, optimiser, state["best_step"], state["best_sha256"])
-    elif optimiser.ema: optimiser.load_masters(optimiser.average)
-    return dict(steps=state["step"], **{k: state[k] for k in ("tokens", "seconds", "loss", "best", "best_step", "stopped")})
+                if on_checkpoint:
+                    on_checkpoint(s)
+    if evaluate:
+        load_best(folder, optimiser, state["best_step"], state["best_sha256"])
+    elif optimiser.ema:
+        optimiser.load_masters(optimiser.average)
+    return dict(
+        steps=state["step"],
+        **{k: state[k] for k in ("tokens", "seconds", "loss", "best", "best_step", "stopped")},
+    )
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #6f456f0d
 def spike_guard(plan: dict, state: dict) -> Callable[[float], bool]:
     "Whether a step's loss is to be learned from: always, unless the plan has a guard."
-    return lambda loss: not plan.get("guard") or not is_loss_spike(loss, state["recent"], plan.get("leap", 10))
+    return lambda loss: (
+        not plan.get("guard") or not is_loss_spike(loss, state["recent"], plan.get("leap", 10))
+    )
 
-def rollback(folder, optimiser, belongs: dict, state: dict, plan: dict, record: Record, why: Exception) -> dict:
+
+def rollback(
+    folder, optimiser, belongs: dict, state: dict, plan: dict, record: Record, why: Exception
+) -> dict:
     "Go back to the last checkpoint, as `rolled_back_state` says, and write that down. Raises `DataError` when the plan's `guard` is spent."
     stored = {**first_state(), **load_checkpoint(folder, optimiser, belongs)}
     barrier()
     after = rolled_back_state(stored, state, state["step"], plan["steps"], plan["guard"], str(why))
     record.rewind(stored["rows"])
-    record.log(step=stored["step"], tokens=stored["tokens"], rewind=after["rewinds"], leaped_at=state["step"] + 1, rate=after["rate"], why=str(why))
+    record.log(
+        step=stored["step"],
+        tokens=stored["tokens"],
+        rewind=after["rewinds"],
+        leaped_at=state["step"] + 1,
+        rate=after["rate"],
+        why=str(why),
+    )
     after.update(rows=stored["rows"] + 1, seconds=stored["seconds"])
     save_checkpoint(folder, optimiser, after, belongs, current_world().rank == 0)
     barrier()
     return after
 
-def run_evaluation(model, optimiser, evaluate, state: dict, record: Record, folder, watch: str, higher: bool,
-                   warmup: int = 0   # Steps; an evaluation within them does not count against patience
-                  ):
+
+def run_evaluation(
+    model,
+    optimiser,
+    evaluate,
+    state: dict,
+    record: Record,
+    folder,
+    watch: str,
+    higher: bool,
+    warmup: int = 0,  # Steps; an evaluation within them does not count against patience
+):
     """Evaluate, log, and keep the weights if `watch` is the best so far. Progress is a better
     `watch` or a lower `validation_loss`, if that is among the values; evaluations without it are
     counted in `state`. Raises `UsageError` when `watch` is not among the values, `DataError` when
     it is no number."""
     model.eval()
-    with optimiser.averaged(), torch.inference_mode(): values = {k: float(v) for k, v in evaluate(model).items()}
+    with optimiser.averaged(), torch.inference_mode():
+        values = {k: float(v) for k, v in evaluate(model).items()}
     values = run_on_rank_zero(lambda: values)
     model.train()
-    if watch not in values: raise UsageError(f"evaluate gives {', '.join(values)}; {watch!r}, by which the best is chosen, is not among them.")
+    if watch not in values:
+        raise UsageError(
+            f"evaluate gives {', '.join(values)}; {watch!r}, by which the best is chosen, is not among them."
+        )
     record.log(step=state["step"], tokens=state["tokens"], **values)
     state["rows"] += 1
     value = values[watch]
-    if math.isnan(value): raise DataError(f"{watch} is nan at step {state['step']}.")
+    if math.isnan(value):
+        raise DataError(f"{watch} is nan at step {state['step']}.")
     best = state["best"]
     better = best is None or (value > best if higher else value < best)
     if better:

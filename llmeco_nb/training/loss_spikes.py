@@ -14,27 +14,42 @@ from ..core import DataError
 class UnstableStep(DataError):
     "A step whose loss or gradient is no number, or whose loss leaped: nothing to learn from."
 
-def is_loss_spike(loss: float,            # Of this step
-                  recent: list[float],    # Of the steps before it
-                  times: int = 10,        # How many usual distances above the median
-                  least: int = 8          # Steps that must be known before anything can be called unusual
-                 ) -> bool:
+
+def is_loss_spike(
+    loss: float,  # Of this step
+    recent: list[float],  # Of the steps before it
+    times: int = 10,  # How many usual distances above the median
+    least: int = 8,  # Steps that must be known before anything can be called unusual
+) -> bool:
     "Whether `loss` stands far above the last ones; falling is never a leap. The distance counts as at least 1 % of the median."
-    if loss != loss or loss in (float("inf"), float("-inf")): return True
-    if len(recent) < least: return False
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        return True
+    if len(recent) < least:
+        return False
     middle = statistics.median(recent)
-    usual = max(1.4826 * statistics.median(abs(x - middle) for x in recent), 0.01 * abs(middle))     # 1.4826: makes it a standard deviation for normal noise
+    usual = max(
+        1.4826 * statistics.median(abs(x - middle) for x in recent), 0.01 * abs(middle)
+    )  # 1.4826: makes it a standard deviation for normal noise
     return loss > middle + times * usual
 
 # %% ../../nbs/1_pretraining/15a_loss_spikes.ipynb #4eb419d1
-def rolled_back_state(stored: dict,   # The loop's numbers in the last checkpoint
-                      state: dict,    # The loop's numbers now
-                      step: int,      # The step that leaped, from 0
-                      steps: int,     # Of the plan
-                      most: int,      # Rewinds allowed in a run
-                      why: str        # What was found
-                     ) -> dict:
+def rolled_back_state(
+    stored: dict,  # The loop's numbers in the last checkpoint
+    state: dict,  # The loop's numbers now
+    step: int,  # The step that leaped, from 0
+    steps: int,  # Of the plan
+    most: int,  # Rewinds allowed in a run
+    why: str,  # What was found
+) -> dict:
     "The numbers to go on with from the last checkpoint. Raises `DataError` when it has happened more than `most` times."
     times = state["rewinds"] + 1
-    if times > most: raise DataError(f"{why} The run has gone back {most} times already, so it is not single batches. Lower the learning rate, lengthen the warm-up, or look at the data.")
-    return {**stored, "rewinds": times, "instead": {**state["instead"], str(step): steps + state["rewinds"]}, "rate": state["rate"] * (0.5 if times > 1 else 1.0)}
+    if times > most:
+        raise DataError(
+            f"{why} The run has gone back {most} times already, so it is not single batches. Lower the learning rate, lengthen the warm-up, or look at the data."
+        )
+    return {
+        **stored,
+        "rewinds": times,
+        "instead": {**state["instead"], str(step): steps + state["rewinds"]},
+        "rate": state["rate"] * (0.5 if times > 1 else 1.0),
+    }

@@ -13,86 +13,167 @@ import torch
 
 from ..core import DataError, UsageError
 from .forecast import preserve_training_state
+from .loop import measure_step_time, train_step
 from .loss_spikes import UnstableStep
 from .optim import Optimiser
-from .loop import measure_step_time, train_step
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #edb91319
-def trial(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser, lr: float, steps: int, accumulation: int = 1) -> float:
+def trial(
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    lr: float,
+    steps: int,
+    accumulation: int = 1,
+) -> float:
     "Mean loss over the last half of `steps` at this rate, a quarter of them warm-up; infinite when it diverged. Muon's rate moves in proportion. Everything is taken back."
     losses, warm = [], max(1, steps // 4)
     with preserve_training_state(model, optimiser):
         model.train()
         for s in range(steps):
             loss, weight, factor = 0.0, 0.0, lr / optimiser.lr * min(1.0, (s + 1) / warm)
-            for index in range(s * accumulation, (s + 1) * accumulation):        # one process by itself, where several train
+            for index in range(
+                s * accumulation, (s + 1) * accumulation
+            ):  # one process by itself, where several train
                 part, count = step(model, batches(index), lambda loss: loss.backward())
                 optimiser.collect()
                 loss, weight = loss + float(part), weight + float(count)
-            if not weight: raise DataError("A probe's batch holds nothing that counts: all its targets are masked out. Look at what the batches are made of.")
+            if not weight:
+                raise DataError(
+                    "A probe's batch holds nothing that counts: all its targets are masked out. Look at what the batches are made of."
+                )
             losses.append(loss / weight)
-            try: optimiser.step(factor, weight)
-            except DataError: return math.inf                                  # a gradient that is no number
-            if not math.isfinite(loss): return math.inf
-    late = losses[len(losses) // 2:]
+            try:
+                optimiser.step(factor, weight)
+            except DataError:
+                return math.inf  # a gradient that is no number
+            if not math.isfinite(loss):
+                return math.inf
+    late = losses[len(losses) // 2 :]
     return sum(late) / len(late) if max(late) <= 2 * losses[0] else math.inf
 
-def successive_halving(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser,
-                       rates: list[float],      # Three to five learning rates
-                       steps: int = 8,          # Of each in the first round; doubled in every further one
-                       accumulation: int = 1
-                      ) -> dict:
+
+def successive_halving(
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    rates: list[float],  # Three to five learning rates
+    steps: int = 8,  # Of each in the first round; doubled in every further one
+    accumulation: int = 1,
+) -> dict:
     "`lr`, the rate that is left; `rounds`, [{rate: loss}]; `why` in words. Raises `UsageError` for other numbers of rates or when all diverge."
-    if not 3 <= len(set(rates)) <= 5 or min(rates) <= 0 or steps < 4: raise UsageError(f"Give three to five different positive learning rates and at least four steps; given {rates} and {steps}.")
+    if not 3 <= len(set(rates)) <= 5 or min(rates) <= 0 or steps < 4:
+        raise UsageError(
+            f"Give three to five different positive learning rates and at least four steps; given {rates} and {steps}."
+        )
     left, rounds = sorted(set(rates)), []
     while len(left) > 1:
-        tried = {lr: trial(model, step, batches, optimiser, lr, steps * 2**len(rounds), accumulation) for lr in left}
+        tried = {
+            lr: trial(model, step, batches, optimiser, lr, steps * 2 ** len(rounds), accumulation)
+            for lr in left
+        }
         rounds.append(tried)
-        left = sorted(lr for lr in sorted((r for r in left if tried[r] < math.inf), key=tried.get)[:(len(left) + 1) // 2])
-        if not left: raise UsageError(f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. Try smaller ones.")
+        left = sorted(
+            lr
+            for lr in sorted((r for r in left if tried[r] < math.inf), key=tried.get)[
+                : (len(left) + 1) // 2
+            ]
+        )
+        if not left:
+            raise UsageError(
+                f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. Try smaller ones."
+            )
     edge = {min(rates): "smallest", max(rates): "largest"}.get(left[0])
-    return dict(lr=left[0], rounds=rounds, why=f"learning rate {left[0]:g}: left of {len(set(rates))} after {len(rounds)} rounds" + (f"; it is the {edge} that was tried, try beyond it" if edge else ""))
+    return dict(
+        lr=left[0],
+        rounds=rounds,
+        why=f"learning rate {left[0]:g}: left of {len(set(rates))} after {len(rounds)} rounds"
+        + (f"; it is the {edge} that was tried, try beyond it" if edge else ""),
+    )
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #08521ce5
 def set_lr(optimiser: Optimiser, lr: float):
     "Set the learning rate, and in proportion Muon's; for an optimiser that has made no step. Raises `UsageError`."
-    if lr <= 0: raise UsageError(f"lr is {lr}; a learning rate is above 0.")
+    if lr <= 0:
+        raise UsageError(f"lr is {lr}; a learning rate is above 0.")
     share = lr / optimiser.lr
     for o in optimiser.inner:
-        for g in o.param_groups: g["base"] *= share
+        for g in o.param_groups:
+            g["base"] *= share
     optimiser.lr, optimiser.muon = lr, optimiser.muon * share
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #c1e9e47c
-def lr_range_test(model: torch.nn.Module, step: Callable, batches: Callable, optimiser: Optimiser,
-                  low: float, high: float, steps: int = 40, accumulation: int = 1) -> list[tuple[float, float]]:
+def lr_range_test(
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    low: float,
+    high: float,
+    steps: int = 40,
+    accumulation: int = 1,
+) -> list[tuple[float, float]]:
     "(rate, loss) of one run whose rate grows by a constant factor; ends early when the loss is four times its lowest or no number. Everything is taken back. Source: Smith 2017."
-    if not 0 < low < high or steps < 2: raise UsageError(f"A range needs 0 < low < high and two steps; given {low}, {high}, {steps}.")
+    if not 0 < low < high or steps < 2:
+        raise UsageError(
+            f"A range needs 0 < low < high and two steps; given {low}, {high}, {steps}."
+        )
     curve = []
     with preserve_training_state(model, optimiser):
         model.train()
         for s in range(steps):
             lr = low * (high / low) ** (s / (steps - 1))
-            try: loss, weight, _, _ = train_step(model, step, batches, optimiser, lr / optimiser.lr, s, accumulation, None, lambda loss: True, s)
-            except UnstableStep: break
+            try:
+                loss, weight, _, _ = train_step(
+                    model,
+                    step,
+                    batches,
+                    optimiser,
+                    lr / optimiser.lr,
+                    s,
+                    accumulation,
+                    None,
+                    lambda loss: True,
+                    s,
+                )
+            except UnstableStep:
+                break
             curve.append((lr, loss / weight))
-            if curve[-1][1] > 4 * min(y for _, y in curve): break
+            if curve[-1][1] > 4 * min(y for _, y in curve):
+                break
     return curve
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #702e4a4e
-def smallest_near_best(speeds: dict[int, float],  # Batch size -> tokens a second
-                       within: float = 0.05) -> int:
+def smallest_near_best(
+    speeds: dict[int, float],  # Batch size -> tokens a second
+    within: float = 0.05,
+) -> int:
     "The smallest batch whose speed is within this share of the best."
-    return min(size for size, speed in speeds.items() if speed >= (1 - within) * max(speeds.values()))
+    return min(
+        size for size, speed in speeds.items() if speed >= (1 - within) * max(speeds.values())
+    )
 
-def fastest_batch_size(model: torch.nn.Module, step: Callable,
-                       make: Callable,           # (rows, index) -> batch
-                       optimiser: Optimiser, sizes: list[int],
-                       size: Callable,           # batch -> tokens
-                       within: float = 0.05, tries: int = 3) -> dict:
+
+def fastest_batch_size(
+    model: torch.nn.Module,
+    step: Callable,
+    make: Callable,  # (rows, index) -> batch
+    optimiser: Optimiser,
+    sizes: list[int],
+    size: Callable,  # batch -> tokens
+    within: float = 0.05,
+    tries: int = 3,
+) -> dict:
     "`batch`, the smallest within `within` of the best, and `speeds`, tokens a second of each (median step of whole optimiser steps). Everything is taken back."
-    if not sizes or min(sizes) < 1: raise UsageError(f"Batch sizes are whole numbers from 1; given {sizes}.")
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"Batch sizes are whole numbers from 1; given {sizes}.")
     speeds = {}
     for rows in sorted(set(sizes)):
         tokens = sum(size(make(rows, i)) for i in range(1, tries + 1)) / tries
-        with preserve_training_state(model, optimiser): speeds[rows] = tokens / measure_step_time(model, step, lambda i: make(rows, i), optimiser, tries=tries)
+        with preserve_training_state(model, optimiser):
+            speeds[rows] = tokens / measure_step_time(
+                model, step, lambda i: make(rows, i), optimiser, tries=tries
+            )
     return dict(batch=smallest_near_best(speeds, within), speeds=speeds)

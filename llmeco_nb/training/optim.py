@@ -17,56 +17,74 @@ import torch
 from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
-def parameter_groups(model: torch.nn.Module,
-                     decay: float = 0.01,                         # Weight decay of matrices
-                     embeddings: bool = False,                    # Decay embeddings, too
-                     rate: Callable[[str], float] | None = None,  # Name -> factor on the learning rate; 0 leaves the parameter as it is
-                    ) -> list[dict]:
+def parameter_groups(
+    model: torch.nn.Module,
+    decay: float = 0.01,  # Weight decay of matrices
+    embeddings: bool = False,  # Decay embeddings, too
+    rate: Callable[[str], float]
+    | None = None,  # Name -> factor on the learning rate; 0 leaves the parameter as it is
+) -> list[dict]:
     "Groups `{names, weight_decay, rate, matrix}` over the trainable parameters; `matrix` marks hidden matrices, which Muon can take."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     groups = {}
     for name, p in model.named_parameters():
         factor = rate(name) if rate else 1.0
-        if not p.requires_grad or factor == 0: continue
+        if not p.requires_grad or factor == 0:
+            continue
         table = id(p) in tables
         decayed = p.ndim >= 2 and (embeddings or not table)
         key = (decay if decayed else 0.0, factor, p.ndim == 2 and not table)
         groups.setdefault(key, []).append(name)
-    return [dict(names=names, weight_decay=d, rate=r, matrix=m) for (d, r, m), names in groups.items()]
+    return [
+        dict(names=names, weight_decay=d, rate=r, matrix=m) for (d, r, m), names in groups.items()
+    ]
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #f396ff2f
 def local_shard(t: torch.Tensor) -> torch.Tensor:
     "What this process holds of a tensor that is cut up over several; an ordinary tensor is its own."
     return t.to_local() if hasattr(t, "to_local") else t
 
+
 def full_tensor(t: torch.Tensor) -> torch.Tensor:
     "A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is whole."
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
+
 def shard_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     "A whole tensor cut up as `like` is; unchanged where `like` is whole, `t` is cut already, or they are not of one shape."
-    if not hasattr(like, "placements") or hasattr(t, "placements") or t.shape != like.shape: return t
+    if not hasattr(like, "placements") or hasattr(t, "placements") or t.shape != like.shape:
+        return t
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)      # each process has all of it: nothing travels
+
+    return distribute_tensor(
+        t.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )  # each process has all of it: nothing travels
+
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype):
     "Store the parameters in this type, in place; buffers stay as they are. Weights that `fully_shard` cut up are changed through the module, which tells the sharding of it."
     cut = any(hasattr(p, "to_local") for p in model.parameters())
-    if cut: model._apply(lambda t: t.to(dtype) if hasattr(t, "to_local") else t)
+    if cut:
+        model._apply(lambda t: t.to(dtype) if hasattr(t, "to_local") else t)
     for p in model.parameters():
-        if not hasattr(p, "to_local"): p.data = p.data.to(dtype)
+        if not hasattr(p, "to_local"):
+            p.data = p.data.to(dtype)
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #a6bc35ef
-def newton_schulz(stack: torch.Tensor,            # (matrices, m, n), any floating type
-                  iterations: int = 5,            # Rounds of the polynomial; each costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix
-                  dtype: torch.dtype = torch.bfloat16,
-                  coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-                 ) -> torch.Tensor:
+def newton_schulz(
+    stack: torch.Tensor,  # (matrices, m, n), any floating type
+    iterations: int = 5,  # Rounds of the polynomial; each costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix
+    dtype: torch.dtype = torch.bfloat16,
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+) -> torch.Tensor:
     "Matrices of the same shape and directions with all singular values near 1, in `dtype` (Newton-Schulz with the coefficients of Jordan et al. 2024)."
     a, b, c = coefficients
     tall, x = stack.shape[1] > stack.shape[2], stack.to(dtype)
-    if tall: x = x.mT
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)     # no singular value is above 1 then
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(
+        min=1e-7
+    )  # no singular value is above 1 then
     for _ in range(iterations):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -75,170 +93,295 @@ def newton_schulz(stack: torch.Tensor,            # (matrices, m, n), any floati
 # %% ../../nbs/1_pretraining/14_optim.ipynb #cd76ea6b
 class Muon(torch.optim.Optimizer):
     "Muon over stacks of matrices that have one shape; equal to torch.optim.Muon up to rounding. Source: Jordan et al. 2024."
-    def __init__(self, params,                     # Matrices, or groups of them
-                 lr: float = 1e-3,
-                 weight_decay: float = 0.0,
-                 momentum: float = 0.95,           # In [0, 1)
-                 nesterov: bool = True,
-                 iterations: int = 5,              # Rounds of Newton-Schulz, 1 to 99
-                 scale: str = "adamw",             # "adamw": 0.2 sqrt(max(m, n)) as in Liu et al. 2025; "jordan": sqrt(max(1, m / n))
-                 dtype: torch.dtype = torch.bfloat16,
-                 stack: int = 2**20                # Weights orthogonalised at once: what fits a cache
-                ):
-        if not 0 <= momentum < 1: raise UsageError(f"Muon's momentum is {momentum}; it is from 0 to below 1.")
-        if not 1 <= iterations < 100: raise UsageError(f"Muon's iterations are {iterations}; give 1 to 99, five are usual.")
-        if scale not in ("adamw", "jordan"): raise UsageError(f"Muon's scale is {scale!r}; it is adamw or jordan.")
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, iterations=iterations, scale=scale))
+
+    def __init__(
+        self,
+        params,  # Matrices, or groups of them
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,  # In [0, 1)
+        nesterov: bool = True,
+        iterations: int = 5,  # Rounds of Newton-Schulz, 1 to 99
+        scale: str = "adamw",  # "adamw": 0.2 sqrt(max(m, n)) as in Liu et al. 2025; "jordan": sqrt(max(1, m / n))
+        dtype: torch.dtype = torch.bfloat16,
+        stack: int = 2**20,  # Weights orthogonalised at once: what fits a cache
+    ):
+        if not 0 <= momentum < 1:
+            raise UsageError(f"Muon's momentum is {momentum}; it is from 0 to below 1.")
+        if not 1 <= iterations < 100:
+            raise UsageError(f"Muon's iterations are {iterations}; give 1 to 99, five are usual.")
+        if scale not in ("adamw", "jordan"):
+            raise UsageError(f"Muon's scale is {scale!r}; it is adamw or jordan.")
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                nesterov=nesterov,
+                iterations=iterations,
+                scale=scale,
+            ),
+        )
         self.dtype, self.stack = dtype, stack
-        if odd := [tuple(p.shape) for g in self.param_groups for p in g["params"] if p.ndim != 2]: raise UsageError(f"Muon takes matrices; this has the shape {odd[0]}.")
+        if odd := [tuple(p.shape) for g in self.param_groups for p in g["params"] if p.ndim != 2]:
+            raise UsageError(f"Muon takes matrices; this has the shape {odd[0]}.")
 
     @torch.no_grad()
     def step(self):
         "One update of every parameter that has a gradient."
         for g in self.param_groups:
             params = [p for p in g["params"] if p.grad is not None]
-            if not params: continue
+            if not params:
+                continue
             grads = [p.grad for p in params]
             for p in params:
-                if not self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             means = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(means, grads, 1 - g["momentum"])
-            updates = [full_tensor(u) for u in (torch._foreach_lerp(grads, means, g["momentum"]) if g["nesterov"] else means)]
-            if g["weight_decay"]: torch._foreach_mul_(params, 1 - g["lr"] * g["weight_decay"])
+            updates = [
+                full_tensor(u)
+                for u in (
+                    torch._foreach_lerp(grads, means, g["momentum"]) if g["nesterov"] else means
+                )
+            ]
+            if g["weight_decay"]:
+                torch._foreach_mul_(params, 1 - g["lr"] * g["weight_decay"])
             for some in self.stacks(updates):
-                flat = newton_schulz(torch.stack([as_wide_matrix(updates[i]) for i in some]), g["iterations"], self.dtype)
+                flat = newton_schulz(
+                    torch.stack([as_wide_matrix(updates[i]) for i in some]),
+                    g["iterations"],
+                    self.dtype,
+                )
                 for i, o in zip(some, flat):
                     m, n = params[i].shape
-                    factor = 0.2 * math.sqrt(max(m, n)) if g["scale"] == "adamw" else math.sqrt(max(1, m / n))
-                    params[i].add_(shard_like(o.T if m > n else o, params[i]), alpha=-g["lr"] * factor)
+                    factor = (
+                        0.2 * math.sqrt(max(m, n))
+                        if g["scale"] == "adamw"
+                        else math.sqrt(max(1, m / n))
+                    )
+                    params[i].add_(
+                        shard_like(o.T if m > n else o, params[i]), alpha=-g["lr"] * factor
+                    )
 
     def stacks(self, matrices: list[torch.Tensor]) -> list[list[int]]:
         "Positions of matrices that can lie on each other, in stacks of at most `stack` weights (but at least one matrix)."
         groups = {}
-        for i, m in enumerate(matrices): groups.setdefault((tuple(sorted(m.shape)), m.device), []).append(i)
+        for i, m in enumerate(matrices):
+            groups.setdefault((tuple(sorted(m.shape)), m.device), []).append(i)
         size = {key: max(1, self.stack // (key[0][0] * key[0][1])) for key in groups}
-        return [members[k:k + size[key]] for key, members in groups.items() for k in range(0, len(members), size[key])]
+        return [
+            members[k : k + size[key]]
+            for key, members in groups.items()
+            for k in range(0, len(members), size[key])
+        ]
+
 
 def as_wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
     "The matrix, or its transpose if that is the wide one."
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
+
 def resolve_muon_options(given: dict) -> dict:
     "All options of `Muon`, the ones not given at their defaults. Raises `UsageError` naming a key it does not know."
-    known = {k: p.default for k, p in inspect.signature(Muon).parameters.items() if k not in ("params", "lr", "weight_decay")}
-    if odd := [k for k in given if k not in known]: raise UsageError(f"muon_options has {odd[0]!r}, which Muon does not know; it knows {', '.join(known)}.")
+    known = {
+        k: p.default
+        for k, p in inspect.signature(Muon).parameters.items()
+        if k not in ("params", "lr", "weight_decay")
+    }
+    if odd := [k for k in given if k not in known]:
+        raise UsageError(
+            f"muon_options has {odd[0]!r}, which Muon does not know; it knows {', '.join(known)}."
+        )
     return {**known, **given}
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #8c1acdde
 class Optimiser:
     "AdamW over fp32 masters of a model whose parameters are stored in `precision`. Takes the trainable parameters as they are at construction."
-    def __init__(self, model: torch.nn.Module,
-                 lr: float = 1e-4,                            # Learning rate at factor 1
-                 decay: float = 0.01,                         # Weight decay of matrices
-                 betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8,
-                 clip: float = 1.0,                           # Largest global norm of the gradient; 0 never clips
-                 precision: str = "bf16",                     # "bf16" with masters, or "fp32"
-                 embeddings: bool = False,                    # Decay embeddings, too
-                 rate: Callable[[str], float] | None = None,  # Name -> factor on the learning rate
-                 muon: float = 0.0,                           # Learning rate of Muon for hidden matrices; 0: AdamW for all
-                 muon_options: dict | None = None,            # Of `Muon`: momentum, nesterov, iterations, scale, dtype, stack
-                 ema: float = 0.0,                            # Decay of a running average of the masters, such as 0.999; 0: none is kept
-                 head: Callable[[str], bool] = lambda name: "classifier" in name or "predictions" in name or "lm_head" in name,  # Matrices Muon leaves alone
-                ):
-        if precision not in ("bf16", "fp32"): raise UsageError(f"precision is {precision!r}; it is bf16 or fp32.")
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        lr: float = 1e-4,  # Learning rate at factor 1
+        decay: float = 0.01,  # Weight decay of matrices
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        clip: float = 1.0,  # Largest global norm of the gradient; 0 never clips
+        precision: str = "bf16",  # "bf16" with masters, or "fp32"
+        embeddings: bool = False,  # Decay embeddings, too
+        rate: Callable[[str], float] | None = None,  # Name -> factor on the learning rate
+        muon: float = 0.0,  # Learning rate of Muon for hidden matrices; 0: AdamW for all
+        muon_options: dict
+        | None = None,  # Of `Muon`: momentum, nesterov, iterations, scale, dtype, stack
+        ema: float = 0.0,  # Decay of a running average of the masters, such as 0.999; 0: none is kept
+        head: Callable[[str], bool] = lambda name: (
+            "classifier" in name or "predictions" in name or "lm_head" in name
+        ),  # Matrices Muon leaves alone
+    ):
+        if precision not in ("bf16", "fp32"):
+            raise UsageError(f"precision is {precision!r}; it is bf16 or fp32.")
         self.model, self.lr, self.clip, self.precision = model, lr, clip, precision
         groups = parameter_groups(model, decay, embeddings, rate)
-        if not groups: raise UsageError("There is nothing to train: every parameter is frozen.")
+        if not groups:
+            raise UsageError("There is nothing to train: every parameter is frozen.")
         cast_parameters(model, torch.float32)
-        self.weights = {n: p for n, p in model.named_parameters() if any(n in g["names"] for g in groups)}
-        self.masters = {n: p.detach().clone() if precision == "bf16" else p for n, p in self.weights.items()}
-        if precision == "bf16": cast_parameters(model, torch.bfloat16)
-        self.room = {}                                        # for the masters' gradients: fresh memory each step would cost more than the copy
-        if not 0 <= ema < 1: raise UsageError(f"ema is {ema}; it is from 0 (none) to below 1.")
+        self.weights = {
+            n: p for n, p in model.named_parameters() if any(n in g["names"] for g in groups)
+        }
+        self.masters = {
+            n: p.detach().clone() if precision == "bf16" else p for n, p in self.weights.items()
+        }
+        if precision == "bf16":
+            cast_parameters(model, torch.bfloat16)
+        self.room = {}  # for the masters' gradients: fresh memory each step would cost more than the copy
+        if not 0 <= ema < 1:
+            raise UsageError(f"ema is {ema}; it is from 0 (none) to below 1.")
         self.muon, self.muon_options = muon, resolve_muon_options(muon_options or {})
         self.ema, self.updates = ema, torch.zeros((), dtype=torch.int64)
         self.average = {n: m.detach().clone() for n, m in self.masters.items()} if ema else {}
         adam, hidden = [], []
         for g in groups:
             mine = [n for n in g["names"] if muon and g["matrix"] and not head(n)]
-            for names, base, into in ((mine, muon, hidden), ([n for n in g["names"] if n not in mine], lr, adam)):
-                if names: into.append(dict(params=[self.masters[n] for n in names], lr=base * g["rate"], base=base * g["rate"], weight_decay=g["weight_decay"]))
-        self.inner = [torch.optim.AdamW(adam, betas=betas, eps=eps, fused=adam[0]["params"][0].device.type != "xla")] if adam else []
-        if hidden: self.inner.append(Muon(hidden, **self.muon_options))
+            for names, base, into in (
+                (mine, muon, hidden),
+                ([n for n in g["names"] if n not in mine], lr, adam),
+            ):
+                if names:
+                    into.append(
+                        dict(
+                            params=[self.masters[n] for n in names],
+                            lr=base * g["rate"],
+                            base=base * g["rate"],
+                            weight_decay=g["weight_decay"],
+                        )
+                    )
+        self.inner = (
+            [
+                torch.optim.AdamW(
+                    adam, betas=betas, eps=eps, fused=adam[0]["params"][0].device.type != "xla"
+                )
+            ]
+            if adam
+            else []
+        )
+        if hidden:
+            self.inner.append(Muon(hidden, **self.muon_options))
 
     def collect(self):
         "Add the model's gradients to those of the masters, and clear them. Call after every backward pass."
-        if self.precision == "fp32": return
+        if self.precision == "fp32":
+            return
         for n, p in self.weights.items():
-            if p.grad is None: continue
+            if p.grad is None:
+                continue
             m = self.masters[n]
-            if n not in self.room: self.room[n] = torch.empty_like(m)
+            if n not in self.room:
+                self.room[n] = torch.empty_like(m)
             m.grad = self.room[n].copy_(p.grad) if m.grad is None else m.grad.add_(p.grad)
             p.grad = None
 
     def clear(self):
         "Forget all gradients."
-        for p in [*self.weights.values(), *self.masters.values()]: p.grad = None
+        for p in [*self.weights.values(), *self.masters.values()]:
+            p.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float = 1.0,   # On the learning rate: the schedule's value at this step
-             weight: float = 1.0          # What the summed loss is divided by
-            ) -> float:
+    def step(
+        self,
+        factor: float = 1.0,  # On the learning rate: the schedule's value at this step
+        weight: float = 1.0,  # What the summed loss is divided by
+    ) -> float:
         "Update masters and weights and clear the gradients; returns the gradient's norm before clipping. Raises `DataError` if that is no number."
         self.collect()
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        if not grads: raise DataError("No parameter has a gradient: the loss does not depend on the model.")
+        if not grads:
+            raise DataError("No parameter has a gradient: the loss does not depend on the model.")
         norm = torch.stack(torch._foreach_norm(grads)).norm().item() / weight
-        if not math.isfinite(norm): raise DataError(f"The norm of the gradient is {norm}.")
+        if not math.isfinite(norm):
+            raise DataError(f"The norm of the gradient is {norm}.")
         shrink = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
-        if shrink / weight != 1.0: torch._foreach_mul_(grads, shrink / weight)
+        if shrink / weight != 1.0:
+            torch._foreach_mul_(grads, shrink / weight)
         for o in self.inner:
-            for g in o.param_groups: g["lr"] = g["base"] * factor
+            for g in o.param_groups:
+                g["lr"] = g["base"] * factor
             o.step()
         self.clear()
         self.sync()
         if self.ema:
             self.updates += 1
-            decay = min(self.ema, (1 + self.updates.item()) / (10 + self.updates.item()))     # a young average forgets its random beginning sooner
-            torch._foreach_lerp_(list(self.average.values()), [m.detach() for m in self.masters.values()], 1 - decay)
+            decay = min(
+                self.ema, (1 + self.updates.item()) / (10 + self.updates.item())
+            )  # a young average forgets its random beginning sooner
+            torch._foreach_lerp_(
+                list(self.average.values()), [m.detach() for m in self.masters.values()], 1 - decay
+            )
         return norm
 
     @contextmanager
     @torch.no_grad()
     def averaged(self):
         "The model with its averaged weights for the length of a `with` block; without `ema`, as it is."
-        if not self.ema: yield self.model; return
+        if not self.ema:
+            yield self.model
+            return
         kept = {n: p.detach().clone() for n, p in self.weights.items()}
         try:
-            for n, p in self.weights.items(): p.data.copy_(self.average[n])
+            for n, p in self.weights.items():
+                p.data.copy_(self.average[n])
             yield self.model
         finally:
-            for n, p in self.weights.items(): p.data.copy_(kept[n])
+            for n, p in self.weights.items():
+                p.data.copy_(kept[n])
 
     @torch.no_grad()
     def sync(self):
         "Round the masters into the model's weights."
-        if self.precision == "bf16": torch._foreach_copy_(*([local_shard(t) for t in some.values()] for some in (self.weights, self.masters)))
+        if self.precision == "bf16":
+            torch._foreach_copy_(
+                *([local_shard(t) for t in some.values()] for some in (self.weights, self.masters))
+            )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "Masters and moments under `<kind>/<parameter>`; the tensors are the optimiser's own, not copies."
         name = {id(m): n for n, m in self.masters.items()}
-        moments = {f"{key}/{name[id(m)]}": v for o in self.inner for m, s in o.state.items() for key, v in s.items()}
-        average = {**{f"ema/{n}": t for n, t in self.average.items()}, "updates/ema": self.updates} if self.ema else {}
-        return {**{f"master/{n}": m.detach() for n, m in self.masters.items()}, **moments, **average}
+        moments = {
+            f"{key}/{name[id(m)]}": v
+            for o in self.inner
+            for m, s in o.state.items()
+            for key, v in s.items()
+        }
+        average = (
+            {**{f"ema/{n}": t for n, t in self.average.items()}, "updates/ema": self.updates}
+            if self.ema
+            else {}
+        )
+        return {
+            **{f"master/{n}": m.detach() for n, m in self.masters.items()},
+            **moments,
+            **average,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         "Take over what `state_dict` gave. Raises `DataError` if the masters are not those of this model."
-        self.load_masters({k.removeprefix("master/"): v for k, v in state.items() if k.startswith("master/")})
+        self.load_masters(
+            {k.removeprefix("master/"): v for k, v in state.items() if k.startswith("master/")}
+        )
         of = {id(m): o for o in self.inner for g in o.param_groups for m in g["params"]}
-        for o in self.inner: o.state.clear()
+        for o in self.inner:
+            o.state.clear()
         for key, v in state.items():
             kind, name = key.split("/", 1)
-            if kind == "updates": self.updates.copy_(v)
-            elif kind == "ema": self.average[name].copy_(shard_like(v, self.average[name]))
-            elif kind != "master": of[id(self.masters[name])].state[self.masters[name]][kind] = shard_like(v.to(self.masters[name].device, copy=True), self.masters[name])
+            if kind == "updates":
+                self.updates.copy_(v)
+            elif kind == "ema":
+                self.average[name].copy_(shard_like(v, self.average[name]))
+            elif kind != "master":
+                of[id(self.masters[name])].state[self.masters[name]][kind] = shard_like(
+                    v.to(self.masters[name].device, copy=True), self.masters[name]
+                )
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, torch.Tensor]):
@@ -246,38 +389,53 @@ class Optimiser:
         shapes = lambda d: {n: tuple(t.shape) for n, t in d.items()}
         if wrong := shapes(masters).items() ^ shapes(self.masters).items():
             name, shape = sorted(wrong)[0]
-            raise DataError(f"The stored weights are not of this model; the first difference is {name} {shape}.")
-        for n, m in self.masters.items(): m.copy_(shard_like(masters[n], m))
+            raise DataError(
+                f"The stored weights are not of this model; the first difference is {name} {shape}."
+            )
+        for n, m in self.masters.items():
+            m.copy_(shard_like(masters[n], m))
         self.sync()
 
     @torch.no_grad()
     def finish(self) -> torch.nn.Module:
         "Put the masters into the model in float32, for saving; returns the model. Training can not go on after it."
         cast_parameters(self.model, torch.float32)
-        for n, p in self.weights.items(): p.data.copy_(self.masters[n])
+        for n, p in self.weights.items():
+            p.data.copy_(self.masters[n])
         return self.model
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #d04201b0
-def warmup_linear(step: int,    # 0 for the first update
-                  steps: int,   # Of the whole run
-                  warmup: int   # Steps until the full rate
-                 ) -> float:
+def warmup_linear(
+    step: int,  # 0 for the first update
+    steps: int,  # Of the whole run
+    warmup: int,  # Steps until the full rate
+) -> float:
     "Factor on the learning rate in (0, 1]: up in a straight line, then down to zero after the last step."
-    if step < warmup: return (step + 1) / (warmup + 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     return (steps - step) / max(1, steps - warmup)
 
-def warmup_stable_decay(step: int, steps: int, warmup: int,
-                        decay: int,         # Steps of the way down
-                        floor: float = 0.0  # Factor it goes down to
-                       ) -> float:
+
+def warmup_stable_decay(
+    step: int,
+    steps: int,
+    warmup: int,
+    decay: int,  # Steps of the way down
+    floor: float = 0.0,  # Factor it goes down to
+) -> float:
     "Factor on the learning rate in (0, 1]: up, a plateau at 1, and down in a straight line over the last `decay` steps."
-    if step < warmup: return (step + 1) / (warmup + 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     return floor + (1 - floor) * min(1.0, (steps - step) / max(1, decay))
 
-def schedule_of(plan: dict # steps, warmup, decay: whole numbers; schedule: "linear" or "wsd"
-               ) -> Callable[[int], float]:
+
+def schedule_of(
+    plan: dict,  # steps, warmup, decay: whole numbers; schedule: "linear" or "wsd"
+) -> Callable[[int], float]:
     "The schedule a plan names, as a function of the step. Raises `UsageError` for a name nobody knows."
     steps, warmup, kind = plan["steps"], plan.get("warmup", 0), plan.get("schedule", "linear")
-    if kind == "linear": return lambda step: warmup_linear(step, steps, warmup)
-    if kind == "wsd": return lambda step: warmup_stable_decay(step, steps, warmup, plan.get("decay", steps // 5))
+    if kind == "linear":
+        return lambda step: warmup_linear(step, steps, warmup)
+    if kind == "wsd":
+        return lambda step: warmup_stable_decay(step, steps, warmup, plan.get("decay", steps // 5))
     raise UsageError(f"schedule is {kind!r}; it is linear or wsd.")

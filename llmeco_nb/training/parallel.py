@@ -28,23 +28,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..core import CellError, LlmecoError, MissingError, Record, UsageError, create_record
-from ..core import scratch
-from ..runner.stages import StageRegistry
+from llmeco_nb.core import (
+    CellError,
+    LlmecoError,
+    MissingError,
+    Record,
+    UsageError,
+    create_record,
+    scratch,
+)
 from ..runner.identity import Notebook, read_parameters
+from ..runner.stages import StageRegistry
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #324ea9a4
 def rank_slice(index: int, batch: int, world: int = 1, rank: int = 0) -> range:
     "Positions in the sample order that process `rank` of `world` takes of global batch `index` of `batch` examples. Raises `UsageError` if a process would have none."
-    if not 0 <= rank < world: raise UsageError(f"rank is {rank}; with {world} processes it is from 0 to {world - 1}.")
-    if batch < world: raise UsageError(f"A batch of {batch} can not be shared by {world} processes; give each at least one example.")
+    if not 0 <= rank < world:
+        raise UsageError(f"rank is {rank}; with {world} processes it is from 0 to {world - 1}.")
+    if batch < world:
+        raise UsageError(
+            f"A batch of {batch} can not be shared by {world} processes; give each at least one example."
+        )
     return range(index * batch + batch * rank // world, index * batch + batch * (rank + 1) // world)
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #bdd9175a
-def rank_rows(batch: dict,       # Tensors whose first dimension is the rows, or None
-              world: int = 1,    # Number of processes
-              rank: int = 0      # Of this process
-             ) -> dict:
+def rank_rows(
+    batch: dict,  # Tensors whose first dimension is the rows, or None
+    world: int = 1,  # Number of processes
+    rank: int = 0,  # Of this process
+) -> dict:
     """The rows of a whole batch that process `rank` of `world` takes, side by side. With more
     processes than rows the last ones get none."""
     if world == 1:
@@ -57,61 +69,104 @@ def rank_rows(batch: dict,       # Tensors whose first dimension is the rows, or
 @dataclass(frozen=True)
 class World:
     "Who this process is: number, how many there are, the device it computes on, and the group that plain values travel in."
+
     rank: int
     size: int
     device: torch.device
-    words: object = None      # None: the default group, which is gloo then
+    words: object = None  # None: the default group, which is gloo then
 
-joined_worlds: list[World] = []         # the world this process has joined, if it has
+
+joined_worlds: list[World] = []  # the world this process has joined, if it has
+
 
 def current_world() -> World:
     "The world this process has joined; outside of any, that of a single process on the CPU."
     return joined_worlds[-1] if joined_worlds else World(0, 1, torch.device("cpu"))
+
 
 def xla_device():
     "The XLA device of this process, with torch's `xla` backend registered. Raises `MissingError` without torch_xla."
     try:
         xla = importlib.import_module("torch_xla")
         importlib.import_module("torch_xla.distributed.xla_backend")
-    except ImportError as e: raise MissingError("A TPU was asked for, and torch_xla is not installed; install the torch_xla that fits this torch.") from e
+    except ImportError as e:
+        raise MissingError(
+            "A TPU was asked for, and torch_xla is not installed; install the torch_xla that fits this torch."
+        ) from e
     return xla.device()
 
+
 @contextmanager
-def init_process_group(device: str = "auto"       # cpu, cuda, xla; auto: XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the CPU
-                      ):
+def init_process_group(
+    device: str = "auto",  # cpu, cuda, xla; auto: XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the CPU
+):
     "The `World` of processes started by `launch`, torchrun or accelerate, met on entering and left at the end. Raises `UsageError`, `MissingError`."
-    if "RANK" not in os.environ: raise UsageError("init_process_group() works in processes that launch() or torchrun started; RANK is not set.")
-    if device not in ("auto", "cpu", "cuda", "xla"): raise UsageError(f"device is {device!r}; it is cpu, cuda, xla or auto.")
+    if "RANK" not in os.environ:
+        raise UsageError(
+            "init_process_group() works in processes that launch() or torchrun started; RANK is not set."
+        )
+    if device not in ("auto", "cpu", "cuda", "xla"):
+        raise UsageError(f"device is {device!r}; it is cpu, cuda, xla or auto.")
     local, there = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if device == "auto": device = "xla" if os.environ.get("PJRT_DEVICE") == "TPU" else "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= there else "cpu"
-    if device == "cuda" and torch.cuda.device_count() < there: raise MissingError(f"{there} processes on this machine want a GPU each, and torch sees {torch.cuda.device_count()}.")
-    if device == "xla": on, backend, options = xla_device(), "xla", dict(init_method="xla://")
+    if device == "auto":
+        device = (
+            "xla"
+            if os.environ.get("PJRT_DEVICE") == "TPU"
+            else "cuda"
+            if torch.cuda.is_available() and torch.cuda.device_count() >= there
+            else "cpu"
+        )
+    if device == "cuda" and torch.cuda.device_count() < there:
+        raise MissingError(
+            f"{there} processes on this machine want a GPU each, and torch sees {torch.cuda.device_count()}."
+        )
+    if device == "xla":
+        on, backend, options = xla_device(), "xla", dict(init_method="xla://")
     elif device == "cuda":
         on, backend, options = torch.device("cuda", local), "nccl", {}
         torch.cuda.set_device(on)
-    else: on, backend, options = torch.device("cpu"), "gloo", {}
+    else:
+        on, backend, options = torch.device("cpu"), "gloo", {}
     dist.init_process_group(backend, **options)
-    joined_worlds.append(World(dist.get_rank(), dist.get_world_size(), on, None if backend == "gloo" else dist.new_group(backend="gloo")))
-    try: yield joined_worlds[-1]
+    joined_worlds.append(
+        World(
+            dist.get_rank(),
+            dist.get_world_size(),
+            on,
+            None if backend == "gloo" else dist.new_group(backend="gloo"),
+        )
+    )
+    try:
+        yield joined_worlds[-1]
     finally:
         joined_worlds.pop()
         dist.destroy_process_group()
 
+
 def resolve_device(device: str = "cpu") -> torch.device:
     "Where this process computes: its world's device, or alone the one that is asked for. Raises `MissingError` where torch sees no such device, `UsageError` for an unknown one."
-    if current_world().size > 1: return current_world().device
-    if device == "xla": return xla_device()
-    if device not in ("cpu", "cuda"): raise UsageError(f"device is {device!r}; it is cpu, cuda or xla.")
-    if device == "cuda" and not torch.cuda.is_available(): raise MissingError("device is 'cuda', and torch sees no GPU here. Take device=cpu, or a torch that was built for the GPU.")
+    if current_world().size > 1:
+        return current_world().device
+    if device == "xla":
+        return xla_device()
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}; it is cpu, cuda or xla.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingError(
+            "device is 'cuda', and torch sees no GPU here. Take device=cpu, or a torch that was built for the GPU."
+        )
     return torch.device(device)
+
 
 def run_on_rank_zero(work: Callable):
     "What `work()` gives in the first process, told to all; the others do not call it, but wait. Alone: `work()`."
     world = current_world()
-    if world.size == 1: return work()
+    if world.size == 1:
+        return work()
     told = [work() if world.rank == 0 else None]
     dist.broadcast_object_list(told, src=0, group=world.words)
     return told[0]
+
 
 def told_by_all(value) -> list:
     "What each process gives, in order of rank: values that can be pickled. Alone: [value]."
@@ -122,44 +177,83 @@ def told_by_all(value) -> list:
     dist.all_gather_object(values, value, group=world.words)
     return values
 
+
 def all_reduce_sum(numbers: list[float]) -> list[float]:
     "These numbers, each added up over all processes in float64. Alone: as they are."
-    if current_world().size == 1: return numbers
+    if current_world().size == 1:
+        return numbers
     sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums, group=current_world().words)
     return sums.tolist()
 
+
 def barrier():
     "Wait until all processes are here."
-    if current_world().size > 1: dist.barrier(group=current_world().words)
+    if current_world().size > 1:
+        dist.barrier(group=current_world().words)
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #89df7a68
-def launch(function: str,                # "module:function" or "file.py:function"; called with a `World` and the arguments, returns what JSON can hold
-           processes: int = 2,
-           timeout: float | None = 600,  # Seconds; None: as long as it takes
-           device: str = "auto",         # See `init_process_group`
-           **arguments                   # What JSON can hold
-          ) -> list:
+def launch(
+    function: str,  # "module:function" or "file.py:function"; called with a `World` and the arguments, returns what JSON can hold
+    processes: int = 2,
+    timeout: float | None = 600,  # Seconds; None: as long as it takes
+    device: str = "auto",  # See `init_process_group`
+    **arguments,  # What JSON can hold
+) -> list:
     "The function's results in `processes` processes by torchrun, in order of rank. Raises its foreseen errors, or `CellError` when one fails, dies, or all take too long."
-    if processes < 1: raise UsageError(f"processes is {processes}; give at least 1.")
+    if processes < 1:
+        raise UsageError(f"processes is {processes}; give at least 1.")
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder)/"run.py"
-        script.write_text("import sys\nfrom llmeco_nb.training.parallel import launched_main\nlaunched_main(*sys.argv[1:])\n", encoding="utf-8")
+        script = Path(folder) / "run.py"
+        script.write_text(
+            "import sys\nfrom llmeco_nb.training.parallel import launched_main\nlaunched_main(*sys.argv[1:])\n",
+            encoding="utf-8",
+        )
         agent = f"from llmeco_nb.runner.kernel import die_with_parent; die_with_parent({os.getpid()}); from torch.distributed.run import main; main()"
-        command = [sys.executable, "-c", agent, "--standalone", "--nproc-per-node", str(processes), str(script), function, json.dumps(arguments), folder, device]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        with open(Path(folder)/"log", "w+b") as log:
-            run = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-            try: status = run.wait(timeout)
-            except subprocess.TimeoutExpired: raise CellError(f"{function} did not end within {timeout} s in {processes} processes; they were ended.") from None
+        command = [
+            sys.executable,
+            "-c",
+            agent,
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            str(script),
+            function,
+            json.dumps(arguments),
+            folder,
+            device,
+        ]
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        with open(Path(folder) / "log", "w+b") as log:
+            run = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+            try:
+                status = run.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise CellError(
+                    f"{function} did not end within {timeout} s in {processes} processes; they were ended."
+                ) from None
             finally:
                 if run.poll() is None:
-                    run.terminate()            # torchrun ends its workers
-                    try: run.wait(15)
-                    except subprocess.TimeoutExpired: run.kill(); run.wait()
-        if status: raise_worker_error(Path(folder))
-        if status: raise CellError(f"{function} failed in one of {processes} processes, and the others were ended:\n{(Path(folder)/'log').read_text(errors='replace')[-3000:]}")
-        return [json.loads((Path(folder)/f"{r}.json").read_text()) for r in range(processes)]
+                    run.terminate()  # torchrun ends its workers
+                    try:
+                        run.wait(15)
+                    except subprocess.TimeoutExpired:
+                        run.kill()
+                        run.wait()
+        if status:
+            raise_worker_error(Path(folder))
+        if status:
+            raise CellError(
+                f"{function} failed in one of {processes} processes, and the others were ended:\n{(Path(folder) / 'log').read_text(errors='replace')[-3000:]}"
+            )
+        return [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(processes)]
+
 
 def raise_worker_error(folder: Path):
     "Raise the foreseen error that a process wrote down in the folder before it ended, if one did."
@@ -167,76 +261,115 @@ def raise_worker_error(folder: Path):
         kind, message = json.loads(said.read_text())
         raise {c.__name__: c for c in LlmecoError.__subclasses__()}[kind](message)
 
+
 def import_function(function: str) -> Callable:
     "The function called 'module:function' or 'file.py:function'."
     place, name = function.rsplit(":", 1)
-    if not place.endswith(".py"): return getattr(importlib.import_module(place), name)
+    if not place.endswith(".py"):
+        return getattr(importlib.import_module(place), name)
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)
 
+
 def launched_main(function: str, arguments: str, folder: str, device: str):
     "What every process of `launch` does: find the function, meet the others, call it, write its result."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     work, rank = import_function(function), os.environ["RANK"]
+
     def say(e: LlmecoError):
-        kind = next((c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "CellError")       # an `UnstableStep` loss is a `DataError` to whoever started this
-        (Path(folder)/f"{rank}.said").write_text(json.dumps([kind, str(e)]))
+        kind = next(
+            (c.__name__ for c in type(e).__mro__ if c.__base__ is LlmecoError), "CellError"
+        )  # an `UnstableStep` loss is a `DataError` to whoever started this
+        (Path(folder) / f"{rank}.said").write_text(json.dumps([kind, str(e)]))
+
     try:
         with init_process_group(device) as world:
-            try: result = work(world, **json.loads(arguments))
-            except LlmecoError as e: say(e); raise        # before the others notice that this one has left
-            (Path(folder)/f"{rank}.json").write_text(json.dumps(result))
-    except LlmecoError as e: say(e); raise                # nor may `init_process_group` fail unheard
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(0)      # the result is on the disk; torch's threads can abort the process while the interpreter is taken apart, now and then on a busy machine
+            try:
+                result = work(world, **json.loads(arguments))
+            except LlmecoError as e:
+                say(e)
+                raise  # before the others notice that this one has left
+            (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    except LlmecoError as e:
+        say(e)
+        raise  # nor may `init_process_group` fail unheard
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # the result is on the disk; torch's threads can abort the process while the interpreter is taken apart, now and then on a busy machine
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #2423b679
 @torch.no_grad()
-def reduce_gradients(optimiser,          # `Optimiser` of 14_optim, not stepped yet
-                     weight: float,      # What this process counted, such as tokens
-                     group=None) -> float:
+def reduce_gradients(
+    optimiser,  # `Optimiser` of 14_optim, not stepped yet
+    weight: float,  # What this process counted, such as tokens
+    group=None,
+) -> float:
     "Add gradients over all processes and return the added weight: `optimiser.step(factor, reduce_gradients(optimiser, weight))`. Sharded gradients are added already."
     optimiser.collect()
     masters = [m for m in optimiser.masters.values() if not hasattr(m, "full_tensor")]
     device = next(iter(optimiser.masters.values())).device
-    facts = torch.tensor([float(weight), *(m.grad is not None for m in masters)], dtype=torch.float32 if device.type == "xla" else torch.float64, device=device)
+    facts = torch.tensor(
+        [float(weight), *(m.grad is not None for m in masters)],
+        dtype=torch.float32 if device.type == "xla" else torch.float64,
+        device=device,
+    )
     dist.all_reduce(facts, group=group)
     weight, *used = facts.tolist()
     wanted = [m for m, u in zip(masters, used) if u]
     for m in wanted:
-        if m.grad is None: m.grad = torch.zeros_like(m)
+        if m.grad is None:
+            m.grad = torch.zeros_like(m)
     if wanted:
         flat = torch._utils._flatten_dense_tensors([m.grad for m in wanted])
         dist.all_reduce(flat, group=group)
-        for m, g in zip(wanted, torch._utils._unflatten_dense_tensors(flat, [m.grad for m in wanted])): m.grad.copy_(g)
+        for m, g in zip(
+            wanted, torch._utils._unflatten_dense_tensors(flat, [m.grad for m in wanted])
+        ):
+            m.grad.copy_(g)
     return weight
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b230c6ec
 class LossModule(torch.nn.Module):
     "A `step` of the training loop as a module: forward gives a batch's summed loss and what it counts. For steps with one backward pass."
+
     def __init__(self, model: torch.nn.Module, step: Callable):
         super().__init__()
         self.model, self.step = model, step
+
     def forward(self, batch):
         losses = []
         counted = self.step(self.model, batch, losses.append)[1]
-        if len(losses) != 1: raise UsageError(f"This step goes backward {len(losses)} times; torch's wrappers take steps that do it once.")
+        if len(losses) != 1:
+            raise UsageError(
+                f"This step goes backward {len(losses)} times; torch's wrappers take steps that do it once."
+            )
         return losses[0], counted
+
 
 def ddp_loss_step(model: torch.nn.Module, step: Callable, **options) -> Callable:
     "`step` through torch's DistributedDataParallel (its `options` too): after it, gradients are sums over all processes, and the loop adds nothing more."
     from torch.nn.parallel import DistributedDataParallel
+
     ddp, size = DistributedDataParallel(LossModule(model, step), **options), current_world().size
+
     def stepping(_, batch, backward):
-        before = [p.grad for p in model.parameters()]          # of earlier micro-batches, which are added up already
-        for p in model.parameters(): p.grad = None
+        before = [
+            p.grad for p in model.parameters()
+        ]  # of earlier micro-batches, which are added up already
+        for p in model.parameters():
+            p.grad = None
         loss, counted = ddp(batch)
-        backward(loss * size)                                  # it divides by the number of processes
+        backward(loss * size)  # it divides by the number of processes
         for p, g in zip(model.parameters(), before):
-            if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad.add_(g)
         return loss.detach(), counted
+
     stepping.summed = True
     return stepping
 
@@ -245,27 +378,49 @@ def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
     "Shard every block (the members of the model's `ModuleList`s) and the rest over all processes, in place; gradients are sums, made in float32. Make the `Optimiser` after it."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     policy = dict(mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for blocks in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
-        for block in blocks: fully_shard(block, mesh=mesh, **policy)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, **policy)
     fully_shard(model, mesh=mesh, **policy)
     for m in model.modules():
         if isinstance(m, FSDPModule):
-            m.set_force_sum_reduction_for_comms(True)     # gloo knows no scaled sum
+            m.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
             m.set_gradient_divide_factor(1.0)
     return model
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b952751e
 def tensor_parallel(model: torch.nn.Module, mesh) -> torch.nn.Module:
     "Split attention heads and feed-forwards of a stock BERT over a one-dimensional `DeviceMesh`, in place. Raises `UsageError` for others or if heads do not divide."
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-    if model.config.model_type != "bert": raise UsageError(f"tensor_parallel knows bert; this model is {model.config.model_type}.")
-    if model.config.num_attention_heads % mesh.size() or model.config.intermediate_size % mesh.size():
-        raise UsageError(f"{model.config.num_attention_heads} heads and a feed-forward of {model.config.intermediate_size} do not divide by {mesh.size()} processes.")
-    columns, rows = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"), ("attention.output.dense", "output.dense")
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    if model.config.model_type != "bert":
+        raise UsageError(f"tensor_parallel knows bert; this model is {model.config.model_type}.")
+    if (
+        model.config.num_attention_heads % mesh.size()
+        or model.config.intermediate_size % mesh.size()
+    ):
+        raise UsageError(
+            f"{model.config.num_attention_heads} heads and a feed-forward of {model.config.intermediate_size} do not divide by {mesh.size()} processes."
+        )
+    columns, rows = (
+        (
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "intermediate.dense",
+        ),
+        ("attention.output.dense", "output.dense"),
+    )
     plan = {**{n: ColwiseParallel() for n in columns}, **{n: RowwiseParallel() for n in rows}}
-    for block in model.base_model.encoder.layer: parallelize_module(block, mesh, plan)
+    for block in model.base_model.encoder.layer:
+        parallelize_module(block, mesh, plan)
     return model
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b41b81f7
@@ -275,6 +430,7 @@ def all_finished() -> bool:
     a `RuntimeError` that says that the connection is closed."""
     barrier()
     return current_world().rank == 0
+
 
 @contextmanager
 def single_process():
@@ -286,71 +442,118 @@ def single_process():
         joined_worlds.pop()
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #4a6c6905
-def run_distributed(stage: Callable,        # stage(record, ...) -> a path; of a module
-                    processes: int = 1,
-                    device: str = "cpu"     # See `init_process_group`
-                   ) -> Callable:
+def run_distributed(
+    stage: Callable,  # stage(record, ...) -> a path; of a module
+    processes: int = 1,
+    device: str = "cpu",  # See `init_process_group`
+) -> Callable:
     "The stage's function as it is, or for more processes one with the same arguments that runs it in all of them at once."
-    if processes == 1 or current_world().size > 1: return stage
+    if processes == 1 or current_world().size > 1:
+        return stage
+
     def run(record: Record, *given, **named) -> Path:
         plain = lambda v: str(v) if isinstance(v, Path) else v
-        return Path(launch("llmeco_nb.training.parallel:worker_main", processes, None, device, work=f"{stage.__module__}:{stage.__name__}", record=str(record.path.absolute()), name=record.stage,
-                           given=[plain(v) for v in given], named={k: plain(v) for k, v in named.items()})[0])
+        return Path(
+            launch(
+                "llmeco_nb.training.parallel:worker_main",
+                processes,
+                None,
+                device,
+                work=f"{stage.__module__}:{stage.__name__}",
+                record=str(record.path.absolute()),
+                name=record.stage,
+                given=[plain(v) for v in given],
+                named={k: plain(v) for k, v in named.items()},
+            )[0]
+        )
+
     return run
+
 
 def worker_record(folder: str, first: str | Path, name: str) -> Record:
     "A record to throw away, for a process that is not the first. It has the first one's log: a training that was done before a kill writes no rows, and the stage still reads them."
     record = create_record(folder, name)
     with suppress(FileNotFoundError):
-        shutil.copy(Path(first)/"log.jsonl", record.path)
-        (record.resume/"begun").touch()          # `create_record` keeps the log of what was begun
+        shutil.copy(Path(first) / "log.jsonl", record.path)
+        (record.resume / "begun").touch()  # `create_record` keeps the log of what was begun
     return record
+
 
 def worker_main(world: World, work: str, record: str, name: str, given: list, named: dict) -> str:
     "What each process of `run_distributed` does."
     with tempfile.TemporaryDirectory() as aside:
-        return str(import_function(work)(worker_record(aside, record, name) if world.rank else Record(record, name), *given, **named))
+        return str(
+            import_function(work)(
+                worker_record(aside, record, name) if world.rank else Record(record, name),
+                *given,
+                **named,
+            )
+        )
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #0bef6c8b
 def shares_work(notebook: Notebook) -> bool:
     "Whether it is a stage that several processes can share: one with a parameter `nproc`."
     return "stage" in notebook.contract and "nproc" in read_parameters(notebook)
 
-def run_notebook(arguments: list[str]   # NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times
-                ):
+
+def run_notebook(
+    arguments: list[str],  # NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times
+):
     """What each process under torchrun does with a stage's notebook. Raises `MissingError`, and
     `UsageError`, also in several processes for a stage that does not share its work."""
-    if not arguments or len(arguments) % 2 == 0 or any(a != "-p" for a in arguments[1::2]) or any("=" not in a for a in arguments[2::2]):
-        raise UsageError("Write: torchrun --nproc-per-node N -m llmeco_nb.training.parallel NOTEBOOK-OR-STAGE [-p NAME=VALUE]...")
+    if (
+        not arguments
+        or len(arguments) % 2 == 0
+        or any(a != "-p" for a in arguments[1::2])
+        or any("=" not in a for a in arguments[2::2])
+    ):
+        raise UsageError(
+            "Write: torchrun --nproc-per-node N -m llmeco_nb.training.parallel NOTEBOOK-OR-STAGE [-p NAME=VALUE]..."
+        )
     stages = StageRegistry.find().stages
     notebook = stages[arguments[0]] if arguments[0] in stages else Notebook.read(arguments[0])
     known, values = read_parameters(notebook), {}
     for name, _, value in (a.partition("=") for a in arguments[2::2]):
-        if name not in known: raise UsageError(f"{notebook.path.name} has no parameter {name}; it has {', '.join(known)}.")
+        if name not in known:
+            raise UsageError(
+                f"{notebook.path.name} has no parameter {name}; it has {', '.join(known)}."
+            )
         values[name] = known[name].coerce(value)
     stage = notebook.contract.get("stage", notebook.path.stem)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and not shares_work(notebook):
         able = ", ".join(n for n, other in stages.items() if shares_work(other))
-        raise UsageError(f"{stage} does not share its work: each of the {processes} processes would "
-                         "do the whole of it. Start it once, without torchrun or accelerate. "
-                         f"Stages that share their work: {able}.")
+        raise UsageError(
+            f"{stage} does not share its work: each of the {processes} processes would "
+            "do the whole of it. Start it once, without torchrun or accelerate. "
+            f"Stages that share their work: {able}."
+        )
     device = str(values.get("device", "auto" if "device" in known else "cpu"))
     with tempfile.TemporaryDirectory() as aside, init_process_group(device) as world:
         names = {"__name__": notebook.path.stem}
-        if world.rank: worker_record(aside, values.get("out") or scratch(stage), stage)
+        if world.rank:
+            worker_record(aside, values.get("out") or scratch(stage), stage)
         for cell in notebook.role("parameters", "imports", "run"):
             exec(compile(cell.tree, f"{notebook.path.name}, cell {cell.id}", "exec"), names)
-            if cell.role == "parameters": names.update(values | (dict(out=aside) if world.rank else {}))
+            if cell.role == "parameters":
+                names.update(values | (dict(out=aside) if world.rank else {}))
 
-if __name__ == "__main__" and "__file__" in globals():      # called with -m; in a notebook there is no file
-    importlib.import_module("llmeco_nb.training.parallel").run_notebook(sys.argv[1:])     # the module under its name, where others find the world it joins
+
+if (
+    __name__ == "__main__" and "__file__" in globals()
+):  # called with -m; in a notebook there is no file
+    importlib.import_module("llmeco_nb.training.parallel").run_notebook(
+        sys.argv[1:]
+    )  # the module under its name, where others find the world it joins
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #7eaa023c
 def mark_step(device: torch.device):
     "End a step: XLA compiles and runs what was gathered since the last one. Other devices did it at once."
-    if device.type == "xla": importlib.import_module("torch_xla").sync()
+    if device.type == "xla":
+        importlib.import_module("torch_xla").sync()
+
 
 def seed_per_rank(seed: int, step: int):
     "Give each of several processes random draws of its own (for dropout), a function of seed, step and rank, so that a resumed run draws the same. Alone: nothing."
-    if current_world().size > 1: torch.manual_seed(hash((seed, step, current_world().rank)) % 2**63)
+    if current_world().size > 1:
+        torch.manual_seed(hash((seed, step, current_world().rank)) % 2**63)

@@ -17,31 +17,66 @@ from pathlib import Path
 import torch
 
 from ..core import DataError, MissingError, Record, UsageError, read_json, write_json
-from .forecast import check_fits_memory, fit_memory_model, forecast
-from .forecast import memory_budget, peak_step_bytes, predict_peak_bytes
-from .forecast import preserve_training_state
+from llmeco_nb.training.forecast import (
+    check_fits_memory,
+    fit_memory_model,
+    forecast,
+    memory_budget,
+    peak_step_bytes,
+    predict_peak_bytes,
+    preserve_training_state,
+)
+from .loop import measure_step_time, resolve_plan
+from .lr_finder import fastest_batch_size, set_lr, successive_halving
 from .optim import Optimiser
 from .parallel import current_world, run_on_rank_zero
-from .lr_finder import fastest_batch_size, set_lr, successive_halving
-from .loop import measure_step_time, resolve_plan
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ac2025ad
 def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
     "What runs must share for their losses to lie on one curve: all that was asked but length, budget, seed and what is only looked at."
-    length = ("minutes", "steps", "seed", "num_evals", "patience", "batch_size", "lr", "grad_accum_steps",
-              "baseline_tokens", "prompts", "max_new_tokens", "temperature", "previous_runs")
-    return {k: v for k, v in asked.items() if k not in length} | dict(rows=plan["batch"] * plan.get("accumulation", 1), rate=optimiser.lr)
+    length = (
+        "minutes",
+        "steps",
+        "seed",
+        "num_evals",
+        "patience",
+        "batch_size",
+        "lr",
+        "grad_accum_steps",
+        "baseline_tokens",
+        "prompts",
+        "max_new_tokens",
+        "temperature",
+        "previous_runs",
+    )
+    return {k: v for k, v in asked.items() if k not in length} | dict(
+        rows=plan["batch"] * plan.get("accumulation", 1), rate=optimiser.lr
+    )
+
 
 def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
     "(tokens, loss) of finished runs, from their folders. Raises `MissingError` for a folder without a finished forecast, `UsageError` for another recipe, naming where it differs."
     found = []
     for folder in folders:
-        file = Path(folder)/"forecast.json"
-        if not file.exists(): raise MissingError(f"previous_runs names {folder}, which is not the record of a finished training: forecast.json is not in it.")
+        file = Path(folder) / "forecast.json"
+        if not file.exists():
+            raise MissingError(
+                f"previous_runs names {folder}, which is not the record of a finished training: forecast.json is not in it."
+            )
         stored = read_json(file)
-        if "came" not in stored or "recipe" not in stored: raise DataError(f"{file} does not say what came of that run. Run the stage again, or leave it out of previous_runs.")
-        differ = [f"{k} is {stored['recipe'].get(k)!r} there and {recipe.get(k)!r} here" for k in {**stored["recipe"], **recipe} if stored["recipe"].get(k) != recipe.get(k)]
-        if differ: raise UsageError(f"previous_runs names {folder}, whose loss says nothing of this run: {', '.join(differ)}. Leave it out.")
+        if "came" not in stored or "recipe" not in stored:
+            raise DataError(
+                f"{file} does not say what came of that run. Run the stage again, or leave it out of previous_runs."
+            )
+        differ = [
+            f"{k} is {stored['recipe'].get(k)!r} there and {recipe.get(k)!r} here"
+            for k in {**stored["recipe"], **recipe}
+            if stored["recipe"].get(k) != recipe.get(k)
+        ]
+        if differ:
+            raise UsageError(
+                f"previous_runs names {folder}, whose loss says nothing of this run: {', '.join(differ)}. Leave it out."
+            )
         found.append((float(stored["came"]["tokens"]), float(stored["came"]["loss"])))
     return found
 
@@ -49,82 +84,214 @@ def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
 LR_CANDIDATES = (3e-4, 1e-3, 3e-3, 1e-2)  # tried where no learning rate is given
 BATCH_SIZE_CANDIDATES = (8, 16, 32, 64)  # tried where no batch is given
 
-def plan_training(record: Record,
-                  asked: dict,                       # The parameters the plan depends on
-                  model: torch.nn.Module, step: Callable,
-                  make: Callable,                    # (rows, index) -> batch
-                  optimiser: Optimiser,              # Its rate is moved to what is found; Muon's in proportion
-                  plan_of: Callable,                 # (rows, seconds of a step, seconds of an evaluation) -> plan
-                  batch: int | None,                 # Rows of a batch; None: by probes
-                  lr: float | None,                  # Learning rate; None: by probes
-                  size: Callable,                    # batch -> tokens
-                  evaluate: Callable | None = None,  # As the training will call it
-                  accumulation: int = 1,             # Batches a step
-                  law: Callable | None = None,       # `chunked_memory_model`, for a loss made in parts
-                  limit: float | None = None,        # Bytes training may have; None: what is available, a tenth left free
-                  earlier: list[str] = (),           # Folders of finished runs of the same recipe
-                  rates: tuple = LR_CANDIDATES, sizes: tuple = BATCH_SIZE_CANDIDATES) -> dict:
+
+def plan_training(
+    record: Record,
+    asked: dict,  # The parameters the plan depends on
+    model: torch.nn.Module,
+    step: Callable,
+    make: Callable,  # (rows, index) -> batch
+    optimiser: Optimiser,  # Its rate is moved to what is found; Muon's in proportion
+    plan_of: Callable,  # (rows, seconds of a step, seconds of an evaluation) -> plan
+    batch: int | None,  # Rows of a batch; None: by probes
+    lr: float | None,  # Learning rate; None: by probes
+    size: Callable,  # batch -> tokens
+    evaluate: Callable | None = None,  # As the training will call it
+    accumulation: int = 1,  # Batches a step
+    law: Callable | None = None,  # `chunked_memory_model`, for a loss made in parts
+    limit: float
+    | None = None,  # Bytes training may have; None: what is available, a tenth left free
+    earlier: list[str] = (),  # Folders of finished runs of the same recipe
+    rates: tuple = LR_CANDIDATES,
+    sizes: tuple = BATCH_SIZE_CANDIDATES,
+) -> dict:
     "The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that cannot fit, before one of that size is made."
-    if batch is not None and batch < 1 or accumulation < 1: raise UsageError(f"batch is {batch} and accumulation {accumulation}; both are at least 1.")
-    if lr is not None and not lr > 0: raise UsageError(f"lr is {lr}; a learning rate is positive.")
-    lines, mine = cache(lambda: fit_memory_model(model, step, make, optimiser)), lambda rows: -(-rows // current_world().size)      # of several processes, each has its share of the rows
+    if batch is not None and batch < 1 or accumulation < 1:
+        raise UsageError(f"batch is {batch} and accumulation {accumulation}; both are at least 1.")
+    if lr is not None and not lr > 0:
+        raise UsageError(f"lr is {lr}; a learning rate is positive.")
+    lines, mine = (
+        cache(lambda: fit_memory_model(model, step, make, optimiser)),
+        lambda rows: -(-rows // current_world().size),
+    )  # of several processes, each has its share of the rows
     law = law or (lambda rows: lines())
+
     @cache
     def measured(rows: int) -> tuple[float, float]:
         "Seconds of a step and of an evaluation."
         with preserve_training_state(model, optimiser):
-            a_step, before = measure_step_time(model, step, lambda i: make(mine(rows), i), optimiser, accumulation, tries=5), time.monotonic()
+            a_step, before = (
+                measure_step_time(
+                    model, step, lambda i: make(mine(rows), i), optimiser, accumulation, tries=5
+                ),
+                time.monotonic(),
+            )
             model.eval()
             with torch.no_grad():
-                if evaluate: evaluate(model)
+                if evaluate:
+                    evaluate(model)
         return a_step, time.monotonic() - before
-    def plan() -> dict:      # probes are run by one process, with the whole batch
-        (most, who), rows, found, probes = memory_budget(model, optimiser) if limit is None else (limit, "the given limit"), batch, {}, []
+
+    def plan() -> dict:  # probes are run by one process, with the whole batch
+        (most, who), rows, found, probes = (
+            memory_budget(model, optimiser) if limit is None else (limit, "the given limit"),
+            batch,
+            {},
+            [],
+        )
         if rows is None:
-            fitting = list(takewhile(lambda n: predict_peak_bytes(law, n) <= most, sorted(sizes))) or [min(sizes)]
-        check_fits_memory((mine if batch and lr else int)(fitting[0] if rows is None else rows), accumulation, law, most, who)
+            fitting = list(
+                takewhile(lambda n: predict_peak_bytes(law, n) <= most, sorted(sizes))
+            ) or [min(sizes)]
+        check_fits_memory(
+            (mine if batch and lr else int)(fitting[0] if rows is None else rows),
+            accumulation,
+            law,
+            most,
+            who,
+        )
         if rows is None:
             tried = fastest_batch_size(model, step, make, optimiser, fitting, size)
             rows = tried["batch"]
-            probes.append(f"batch {rows}: the smallest within 5 % of the fastest (" + ", ".join(f"{n}: {v:,.0f} tokens/s" for n, v in tried["speeds"].items()) + ")")
+            probes.append(
+                f"batch {rows}: the smallest within 5 % of the fastest ("
+                + ", ".join(f"{n}: {v:,.0f} tokens/s" for n, v in tried["speeds"].items())
+                + ")"
+            )
         if lr is None:
-            tried = successive_halving(model, step, lambda i: make(rows, i), optimiser, list(rates), accumulation=accumulation)
+            tried = successive_halving(
+                model,
+                step,
+                lambda i: make(rows, i),
+                optimiser,
+                list(rates),
+                accumulation=accumulation,
+            )
             found["lr"] = repr(tried["lr"])
-            probes.append(tried["why"] + " (" + "; ".join(", ".join(f"{r:g}: {'diverged' if y == math.inf else f'{y:.3f}'}" for r, y in one.items()) for one in tried["rounds"]) + ")")
-        write_json(record.resume/"probes.json", probes)
-        return {**plan_of(rows, *measured(rows)), "batch": rows, "accumulation": accumulation, **found}
+            probes.append(
+                tried["why"]
+                + " ("
+                + "; ".join(
+                    ", ".join(
+                        f"{r:g}: {'diverged' if y == math.inf else f'{y:.3f}'}"
+                        for r, y in one.items()
+                    )
+                    for one in tried["rounds"]
+                )
+                + ")"
+            )
+        write_json(record.resume / "probes.json", probes)
+        return {
+            **plan_of(rows, *measured(rows)),
+            "batch": rows,
+            "accumulation": accumulation,
+            **found,
+        }
+
     settled = resolve_plan(record, asked, plan)
-    if "lr" in settled: set_lr(optimiser, float(settled["lr"]))
-    file, rows = record.resume/"forecast.json", settled["batch"]
+    if "lr" in settled:
+        set_lr(optimiser, float(settled["lr"]))
+    file, rows = record.resume / "forecast.json", settled["batch"]
+
     def told() -> list[str]:
-        if file.exists(): return read_json(file)["says"]
-        tokens, recipe, probes = settled["steps"] * accumulation * int(size(make(rows, 0))), recipe_of(asked, settled, optimiser), record.resume/"probes.json"
-        evaluations = math.ceil(settled["steps"] / settled.get("evaluate_every", settled["steps"])) if evaluate else 0
-        found = forecast(model, step, make, optimiser, settled, mine(rows), previous_run_losses(earlier, recipe), tokens, limit, law, measured(rows)[0], (evaluations, measured(rows)[1]))
+        if file.exists():
+            return read_json(file)["says"]
+        tokens, recipe, probes = (
+            settled["steps"] * accumulation * int(size(make(rows, 0))),
+            recipe_of(asked, settled, optimiser),
+            record.resume / "probes.json",
+        )
+        evaluations = (
+            math.ceil(settled["steps"] / settled.get("evaluate_every", settled["steps"]))
+            if evaluate
+            else 0
+        )
+        found = forecast(
+            model,
+            step,
+            make,
+            optimiser,
+            settled,
+            mine(rows),
+            previous_run_losses(earlier, recipe),
+            tokens,
+            limit,
+            law,
+            measured(rows)[0],
+            (evaluations, measured(rows)[1]),
+        )
         found["says"] = [*(read_json(probes) if probes.exists() else []), *found["says"]]
         write_json(file, {**found, "tokens": tokens, "recipe": recipe})
         return found["says"]
+
     says = run_on_rank_zero(told)
-    if current_world().rank == 0: print(*says, sep="\n")
+    if current_world().rank == 0:
+        print(*says, sep="\n")
     return settled
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #9584297f
-def record_actual(record: Record, model: torch.nn.Module, step: Callable, make: Callable, optimiser: Optimiser,
-                  plan: dict, result: dict,        # From `plan_training`, from `train`
-                  loss: float) -> dict:
+def record_actual(
+    record: Record,
+    model: torch.nn.Module,
+    step: Callable,
+    make: Callable,
+    optimiser: Optimiser,
+    plan: dict,
+    result: dict,  # From `plan_training`, from `train`
+    loss: float,
+) -> dict:
     "Keep what came beside what was foretold, as forecast.json; returns both as numbers for the metrics. Call it before `optimiser.finish`."
+
     def work() -> dict:
-        told, peak = read_json(record.resume/"forecast.json"), peak_step_bytes(model, step, make(-(-plan["batch"] // current_world().size), 0), optimiser)
-        write_json(record.path/"forecast.json", {**told, "came": dict(seconds=result["seconds"], bytes=peak, loss=float(loss), tokens=result["tokens"], steps=result["steps"])})
+        told, peak = (
+            read_json(record.resume / "forecast.json"),
+            peak_step_bytes(
+                model, step, make(-(-plan["batch"] // current_world().size), 0), optimiser
+            ),
+        )
+        write_json(
+            record.path / "forecast.json",
+            {
+                **told,
+                "came": dict(
+                    seconds=result["seconds"],
+                    bytes=peak,
+                    loss=float(loss),
+                    tokens=result["tokens"],
+                    steps=result["steps"],
+                ),
+            },
+        )
         known = {} if told["loss"] is None else dict(forecast_loss=told["loss"])
-        return dict(forecast_seconds=told["seconds"], forecast_mib=told["bytes"] / 2**20, peak_mib=peak / 2**20, **known)
+        return dict(
+            forecast_seconds=told["seconds"],
+            forecast_mib=told["bytes"] / 2**20,
+            peak_mib=peak / 2**20,
+            **known,
+        )
+
     return run_on_rank_zero(work)
+
 
 def forecast_vs_actual(record: Record) -> str:
     "The forecast of a finished record beside what came, as Markdown."
-    told = read_json(record.path/"forecast.json")
+    told = read_json(record.path / "forecast.json")
     came, rows = told["came"], []
-    for what, key, per, form in (("seconds of training", "seconds", 1, ",.1f"), ("memory of its tensors, MiB", "bytes", 2**20, ",.1f"), ("loss", "loss", 1, ".4f")):
+    for what, key, per, form in (
+        ("seconds of training", "seconds", 1, ",.1f"),
+        ("memory of its tensors, MiB", "bytes", 2**20, ",.1f"),
+        ("loss", "loss", 1, ".4f"),
+    ):
         share = f"{came[key] / told[key]:.2f}" if told[key] else ""
-        rows.append(f"| {what} | {'unknown' if told[key] is None else format(told[key] / per, form)} | {format(came[key] / per, form)} | {share} |")
-    return "\n".join(["| | foretold | came | came / foretold |", "|---|---:|---:|---:|", *rows, "", *(f"- {s}" for s in told["says"])])
+        rows.append(
+            f"| {what} | {'unknown' if told[key] is None else format(told[key] / per, form)} | {format(came[key] / per, form)} | {share} |"
+        )
+    return "\n".join(
+        [
+            "| | foretold | came | came / foretold |",
+            "|---|---:|---:|---:|",
+            *rows,
+            "",
+            *(f"- {s}" for s in told["says"]),
+        ]
+    )

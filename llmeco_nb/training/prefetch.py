@@ -17,38 +17,56 @@ from ..core import UsageError
 # %% ../../nbs/1_pretraining/15b_prefetch.ipynb #9f846a94
 class Prefetch:
     "`batches(index)`, computed ahead by `workers`; a context manager. With no workers it calls the function itself."
-    def __init__(self, batches: Callable,         # Number -> batch; pure
-                 workers: int = 0,
-                 ahead: int = 0,                  # Batches kept ready; 0: two a worker
-                 kind: str = "process"            # "process" (forked) or "thread"
-                ):
-        if workers < 0: raise UsageError(f"workers is {workers}; it is 0 or more.")
-        if kind not in ("process", "thread"): raise UsageError(f"kind is {kind!r}; it is process or thread.")
+
+    def __init__(
+        self,
+        batches: Callable,  # Number -> batch; pure
+        workers: int = 0,
+        ahead: int = 0,  # Batches kept ready; 0: two a worker
+        kind: str = "process",  # "process" (forked) or "thread"
+    ):
+        if workers < 0:
+            raise UsageError(f"workers is {workers}; it is 0 or more.")
+        if kind not in ("process", "thread"):
+            raise UsageError(f"kind is {kind!r}; it is process or thread.")
         self.batches, self.ahead, self.waiting, self.pool = batches, ahead or 2 * workers, {}, None
-        if workers and kind == "thread": self.pool = ThreadPoolExecutor(workers)
-        elif workers: self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), init_worker, (batches,))
+        if workers and kind == "thread":
+            self.pool = ThreadPoolExecutor(workers)
+        elif workers:
+            self.pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("fork"), init_worker, (batches,)
+            )
 
     def __call__(self, index: int):
         "Batch `index`; the following ones are begun. An error in a worker is raised here."
-        if self.pool is None: return self.batches(index)
+        if self.pool is None:
+            return self.batches(index)
         work = self.batches if isinstance(self.pool, ThreadPoolExecutor) else make_in_worker
         wanted = range(index, index + self.ahead + 1)
-        for i in [i for i in self.waiting if i not in wanted]: self.waiting.pop(i).cancel()
+        for i in [i for i in self.waiting if i not in wanted]:
+            self.waiting.pop(i).cancel()
         for i in wanted:
-            if i not in self.waiting: self.waiting[i] = self.pool.submit(work, i)
+            if i not in self.waiting:
+                self.waiting[i] = self.pool.submit(work, i)
         return self.waiting.pop(index).result()
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
-        if self.pool: self.pool.shutdown(cancel_futures=True)
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
 
 worker_batches = None
+
 
 def init_worker(batches):
     "Runs once in each forked process."
     global worker_batches
     worker_batches = batches
     torch.set_num_threads(1)
+
 
 def make_in_worker(index: int):
     "A worker's side of `Prefetch`."
