@@ -33,7 +33,8 @@ apertium_mode = r"[a-z]{2,3}(_[A-Z]+)?-[a-z]{2,3}(_[A-Z]+)?"  # en-eo, spa-eng, 
 
 
 def apertium_modes() -> Path:
-    "The folder of Apertium's modes: under `share` beside the folder of the command; the command itself looks there."
+    """The folder of Apertium's modes: under `share` beside the folder of the command; the command
+    itself looks there."""
     found = shutil.which("apertium")
     return (
         (Path(found).resolve().parent.parent if found else Path("/usr"))
@@ -60,7 +61,8 @@ def apertium(mode: str) -> Callable[[list[str]], list[str]]:
         )
 
     def through(lines: list[str]) -> list[str]:
-        "As many lines as given. Should a rule reach over a line's end all the same, the halves go apart."
+        """As many lines as given. Should a rule reach over a line's end all the same, the halves go
+        apart."""
         given = ".\n" + "".join(f"{line}.\n" if line else "\n" for line in lines)
         done = subprocess.run(
             ["apertium", "-f", "line", "-u", mode],
@@ -94,7 +96,8 @@ def load_pretrained(
     name: str,  # Folder, or name on the hub
     what: str,  # What it is, for an error
 ) -> tuple:
-    "Tokenizer and model (transformers' auto class `kind`) of a folder or hub name. Raises `MissingError`."
+    """Tokenizer and model (transformers' auto class `kind`) of a folder or hub name. Raises
+    `MissingError`."""
     from transformers import AutoTokenizer
 
     try:
@@ -377,7 +380,8 @@ def sample_epochs(
     n: int,  # Rows to draw
     key: tuple[int, ...],  # Whole numbers that decide
 ) -> "pd.DataFrame":
-    "`n` rows in random order; each is drawn once before any is drawn again. None of an empty table."
+    """`n` rows in random order; each is drawn once before any is drawn again. None of an empty
+    table."""
     if not len(rows):
         return rows
     epochs = [
@@ -392,9 +396,11 @@ def build_augmented(
     encoder: str = "",  # Masked language model that judges synonyms; empty: none
     config: AugmentConfig = AugmentConfig(),  # Parameters of the stage
 ) -> Path:
-    """Write the corpus with `added_ratio` new training texts for each one it has, and return its folder.
+    """Write the corpus with `added_ratio` new training texts for each one it has, and return its
+    folder.
 
-    The new texts are split evenly over the kinds. Raises `UsageError`, `MissingError`, `DataError`."""
+    The new texts are split evenly over the kinds. Raises `UsageError`, `MissingError`,
+    `DataError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

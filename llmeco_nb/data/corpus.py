@@ -47,9 +47,11 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #95cea8b5
-block_tag_names = """address article blockquote body br caption center dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 head header hr html
+block_tag_names = """address article blockquote body br caption center dd div dl dt figure footer \
+form h1 h2 h3 h4 h5 h6 head header hr html
               li ol p pre section table tbody td th thead title tr ul""".split()
-inline_tag_names = """a abbr acronym b big cite code del em font i iframe img input ins kbd label link mark meta option q s samp select small
+inline_tag_names = """a abbr acronym b big cite code del em font i iframe img input ins kbd \
+label link mark meta option q s samp select small
             span strike strong sub sup tt u var""".split()
 
 
@@ -77,7 +79,8 @@ def strip_html(
 def unescape(
     text: str,  # May hold entities
 ) -> str:
-    "Turn HTML entities into characters. Only those closed by a semicolon, so that `R&B` and `&not` stay."
+    """Turn HTML entities into characters. Only those closed by a semicolon, so that `R&B` and
+    `&not` stay."""
     if "&" not in text:
         return text
     text = re.sub("&(?:(?:amp|#38);)+", "&", text)  # however often it was escaped
@@ -127,7 +130,8 @@ control_chars = re.compile(
 def remove_control_chars(
     text: str,  # May hold such characters
 ) -> str:
-    "Remove characters without a shape: zero-width ones vanish, controls and private ones become a space."
+    """Remove characters without a shape: zero-width ones vanish, controls and private ones become a
+    space."""
     if text.replace("\n", " ").isprintable():
         return text  # the common case, ten times faster
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
@@ -531,7 +535,8 @@ def build_corpus(
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #d5777ee5
 def small_corpus(rows: int = 400) -> Path:
-    "The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts all three splits."
+    """The folder of a small IMDB corpus under runs/scratch, made at the first call. `rows` counts
+    all three splits."""
 
     def make(folder: Path) -> None:
         build_corpus(create_record(folder, "data"), CorpusConfig(max_rows=rows))

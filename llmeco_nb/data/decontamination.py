@@ -167,7 +167,8 @@ class LeakIndex:
         return sum(table.nbytes for table in tables)
 
     def containment(self, mine: np.ndarray) -> tuple[int, float]:
-        """The evaluation text most contained in a text with the trigram hashes `mine`, and its share.
+        """The evaluation text most contained in a text with the trigram hashes `mine`, and its
+        share.
 
         (-1, 0.0) when none shares a trigram."""
         mine = np.unique(self.may_triple(mine))

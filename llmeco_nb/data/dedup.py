@@ -28,7 +28,8 @@ from .filters import FilterReport, note
 def mix64(
     x: np.ndarray,  # Whole numbers, of any shape
 ) -> np.ndarray:
-    "Scatter 64-bit numbers: equal ones stay equal, near ones end far apart. A bijection. Works on a copy."
+    """Scatter 64-bit numbers: equal ones stay equal, near ones end far apart. A bijection. Works on
+    a copy."""
     x = x.astype(np.uint64)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -126,7 +127,8 @@ def densification_order(
     k: int,  # Bins of a signature
     seed: int = 0,  # Of the hash functions
 ) -> np.ndarray:
-    "For each of `k` bins the order, [k, k] by column, in which it asks the others when it is empty."
+    """For each of `k` bins the order, [k, k] by column, in which it asks the others when it is
+    empty."""
     draws = mix64(np.arange(k * k) + (seed + 1) * 1_000_003)
     return np.argsort(draws.reshape(k, k), axis=0)
 

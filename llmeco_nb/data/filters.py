@@ -22,7 +22,8 @@ from .corpus import clean_text
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #15628cc7
 @dataclass(frozen=True)
 class Rules:
-    "Thresholds for `quality_rule`. The defaults are those of Gopher's appendix A; shares lie in 0 to 1."
+    """Thresholds for `quality_rule`. The defaults are those of Gopher's appendix A; shares lie in 0
+    to 1."""
 
     words: tuple[int, int] = (50, 100_000)  # smallest and largest number of words
     word_length: tuple[float, float] = (3.0, 10.0)  # bounds of their mean length in characters
@@ -121,7 +122,8 @@ def top_ngram_chars(words: list[str], n: int) -> int:
 
 
 def repeated_ngram_chars(words: list[str], n: int) -> int:
-    "Characters of the words that stand in a run of `n` words that occurred before, each counted once."
+    """Characters of the words that stand in a run of `n` words that occurred before, each counted
+    once."""
     runs = list(ngrams(words, n))
     if len(set(runs)) == len(runs):
         return 0
@@ -324,7 +326,8 @@ phone = re.compile(
 
 
 def valid_iban(found: str) -> str:
-    "The IBAN at the head of `found`, as it is written there; empty if its country, length or checksum is not one."
+    """The IBAN at the head of `found`, as it is written there; empty if its country, length or
+    checksum is not one."""
     length, taken = iban_lengths.get(found[:2], 99), 0
     for end, c in enumerate(found, 1):
         taken += c != " "

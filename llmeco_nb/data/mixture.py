@@ -411,7 +411,8 @@ def index_documents(
 ) -> dict[tuple[str, str], np.ndarray]:
     """For each (domain, split) its documents in the order of their hashes.
 
-    A document is a row of `document_dtype`: hash, offset in the store (bytes), size (characters)."""
+    A document is a row of `document_dtype`: hash, offset in the store (bytes), size
+    (characters)."""
     found, pack = {}, struct.Struct("<dqi").pack
     for d in documents:
         number = split_hash(d["id"], seed)

@@ -33,7 +33,8 @@ class SavedTensorBytes:
 
 @contextmanager
 def saved_tensor_bytes(model: torch.nn.Module):
-    "Count the bytes that autograd keeps for the backward pass of what is computed in this block, without the model's own. Keep the loss until the block is over."
+    """Count the bytes that autograd keeps for the backward pass of what is computed in this block,
+    without the model's own. Keep the loss until the block is over."""
     own, saved, found = storages([*model.parameters(), *model.buffers()]), {}, SavedTensorBytes()
 
     def pack(t):
@@ -83,9 +84,10 @@ def checkpointed_layer_class(kind: type) -> type:
 
 def enable_activation_checkpointing(
     model: torch.nn.Module,
-    every: int = 1,  # Each n-th layer forgets, beginning with the first: 1 all, 2 every second; 0 none
+    every: int = 1,  # Each n-th layer forgets, from the first on: 1 all, 2 every second; 0 none
 ) -> torch.nn.Module:
-    "Let layers forget what they computed, and compute it again in the backward pass; in place. Weights, names and results stay. Raises `UsageError` for a model without layers."
+    """Let layers forget what they computed, and compute it again in the backward pass; in place.
+    Weights, names and results stay. Raises `UsageError` for a model without layers."""
     if every < 0:
         raise UsageError(
             f"recompute is {every}; it is 0 for none, 1 for all layers, n for each n-th."
@@ -93,7 +95,8 @@ def enable_activation_checkpointing(
     layers = layers_of(model)
     if every and not layers:
         raise UsageError(
-            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing can be computed again layer by layer."
+            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing can "
+            "be computed again layer by layer."
         )
     for i, layer in enumerate(layers):
         kind = getattr(type(layer), "remembers", type(layer))
@@ -102,7 +105,8 @@ def enable_activation_checkpointing(
 
 # %% ../../nbs/1_pretraining/14a_activation_checkpointing.ipynb #16bf4d51
 class MemoryTracker(TorchDispatchMode):
-    "Bytes of the tensors made inside this `with` block and alive: `now`; `course`, what was alive after each operation; `peak`, the highest of these."
+    """Bytes of the tensors made inside this `with` block and alive: `now`; `course`, what was alive
+    after each operation; `peak`, the highest of these."""
 
     def __init__(self):
         super().__init__()

@@ -20,7 +20,8 @@ from .optim import Optimiser, full_tensor
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #2d688f8d
 def random_states() -> dict:
-    "The states of Python's, numpy's and torch's generators, and of every GPU's, as plain JSON values."
+    """The states of Python's, numpy's and torch's generators, and of every GPU's, as plain JSON
+    values."""
     import numpy as np
 
     version, inner, gauss = random.getstate()
@@ -57,7 +58,8 @@ def identity_of(
     plan: dict,
     **more,  # Whatever else must be the same: seed, hash of the data
 ) -> dict:
-    "What a checkpoint belongs to: names and shapes of the model's parameters, precision, rates, options of Muon, plan, and more; plain values."
+    """What a checkpoint belongs to: names and shapes of the model's parameters, precision, rates,
+    options of Muon, plan, and more; plain values."""
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
     return {
         "model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}",
@@ -88,20 +90,22 @@ def check_identity(stored: dict, here: dict, file: Path):
         return
     what = ", ".join(f"{k} is {stored.get(k)!r} there and {here.get(k)!r} here" for k in differ)
     raise DataError(
-        f"{file} belongs to another run: {what}. Remove {file.parent} to begin anew, or run with what it was made for."
+        f"{file} belongs to another run: {what}. Remove {file.parent} to begin anew, or run with "
+        "what it was made for."
     )
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a0cd558e
 def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
-    "Optimiser state, and under `model/` what of the model is not trained: frozen weights and buffers."
+    """Optimiser state, and under `model/` what of the model is not trained: frozen weights and
+    buffers."""
     model, kept = optimiser.model, optimiser.model.state_dict()
     rest = {n: p for n, p in model.named_parameters() if n not in optimiser.masters} | {
         n: b for n, b in model.named_buffers() if n in kept
     }
     found = {**optimiser.state_dict(), **{f"model/{n}": t.detach() for n, t in rest.items()}}
-    return {
-        k: full_tensor(found[k]) for k in sorted(found)
-    }  # sorted, because processes that put tensors together must do so in one order, and a file is read in any
+    # sorted, because processes that put tensors together must do so in one order, and a file is
+    # read in any
+    return {k: full_tensor(found[k]) for k in sorted(found)}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
@@ -112,7 +116,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
-    "Read a safetensors file. Raises `DataError`, naming it, when its content is not what was written."
+    """Read a safetensors file. Raises `DataError`, naming it, when its content is not what was
+    written."""
     data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
         what = "its content is not what was written there" if data else "it is empty or gone"
@@ -130,9 +135,11 @@ def save_checkpoint(
     optimiser: Optimiser,
     state: dict,  # The loop's own numbers: plain JSON values
     identity: dict,  # From `identity_of`
-    writes: bool = True,  # Of several processes, one does; all of them call, because sharded tensors are put together
+    writes: bool = True,  # Of several processes, one does
 ):
-    "Store everything, so that a kill at any moment leaves this checkpoint or the former one."
+    """Store everything, so that a kill at any moment leaves this checkpoint or the former one.
+
+    Of several processes all call, because sharded tensors are put together."""
     folder, tensors = Path(folder), tensors_of(optimiser)
     if not writes:
         return
@@ -147,7 +154,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) -> dict | None:
-    "Restore optimiser, model and generators; returns the loop's numbers, None when there is no checkpoint. Raises `DataError` for another run's or a damaged one."
+    """Restore optimiser, model and generators; returns the loop's numbers, None when there is no
+    checkpoint. Raises `DataError` for another run's or a damaged one."""
     pointer = Path(folder) / "checkpoint.json"
     if not pointer.exists():
         return None
@@ -164,7 +172,8 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
 def save_best(
     folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True
 ) -> str | None:
-    "Store the masters, or their average where one is kept, as the best so far; returns the file's SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."
+    """Store the masters, or their average where one is kept, as the best so far; returns the file's
+    SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."""
     best = {n: full_tensor(m.detach()) for n, m in (optimiser.average or optimiser.masters).items()}
     return write_tensors(Path(folder) / f"best-{step}.safetensors", best) if writes else None
 

@@ -21,7 +21,8 @@ def is_loss_spike(
     times: int = 10,  # How many usual distances above the median
     least: int = 8,  # Steps that must be known before anything can be called unusual
 ) -> bool:
-    "Whether `loss` stands far above the last ones; falling is never a leap. The distance counts as at least 1 % of the median."
+    """Whether `loss` stands far above the last ones; falling is never a leap. The distance counts
+    as at least 1 % of the median."""
     if loss != loss or loss in (float("inf"), float("-inf")):
         return True
     if len(recent) < least:
@@ -41,11 +42,13 @@ def rolled_back_state(
     most: int,  # Rewinds allowed in a run
     why: str,  # What was found
 ) -> dict:
-    "The numbers to go on with from the last checkpoint. Raises `DataError` when it has happened more than `most` times."
+    """The numbers to go on with from the last checkpoint. Raises `DataError` when it has happened
+    more than `most` times."""
     times = state["rewinds"] + 1
     if times > most:
         raise DataError(
-            f"{why} The run has gone back {most} times already, so it is not single batches. Lower the learning rate, lengthen the warm-up, or look at the data."
+            f"{why} The run has gone back {most} times already, so it is not single batches. Lower "
+            "the learning rate, lengthen the warm-up, or look at the data."
         )
     return {
         **stored,

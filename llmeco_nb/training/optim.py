@@ -24,7 +24,8 @@ def parameter_groups(
     rate: Callable[[str], float]
     | None = None,  # Name -> factor on the learning rate; 0 leaves the parameter as it is
 ) -> list[dict]:
-    "Groups `{names, weight_decay, rate, matrix}` over the trainable parameters; `matrix` marks hidden matrices, which Muon can take."
+    """Groups `{names, weight_decay, rate, matrix}` over the trainable parameters; `matrix` marks
+    hidden matrices, which Muon can take."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     groups = {}
     for name, p in model.named_parameters():
@@ -41,17 +42,20 @@ def parameter_groups(
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #f396ff2f
 def local_shard(t: torch.Tensor) -> torch.Tensor:
-    "What this process holds of a tensor that is cut up over several; an ordinary tensor is its own."
+    """What this process holds of a tensor that is cut up over several; an ordinary tensor is its
+    own."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def full_tensor(t: torch.Tensor) -> torch.Tensor:
-    "A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is whole."
+    """A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is
+    whole."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def shard_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    "A whole tensor cut up as `like` is; unchanged where `like` is whole, `t` is cut already, or they are not of one shape."
+    """A whole tensor cut up as `like` is; unchanged where `like` is whole, `t` is cut already, or
+    they are not of one shape."""
     if not hasattr(like, "placements") or hasattr(t, "placements") or t.shape != like.shape:
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -62,7 +66,8 @@ def shard_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype):
-    "Store the parameters in this type, in place; buffers stay as they are. Weights that `fully_shard` cut up are changed through the module, which tells the sharding of it."
+    """Store the parameters in this type, in place; buffers stay as they are. Weights that
+    `fully_shard` cut up are changed through the module, which tells the sharding of it."""
     cut = any(hasattr(p, "to_local") for p in model.parameters())
     if cut:
         model._apply(lambda t: t.to(dtype) if hasattr(t, "to_local") else t)
@@ -73,11 +78,14 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype):
 # %% ../../nbs/1_pretraining/14_optim.ipynb #a6bc35ef
 def newton_schulz(
     stack: torch.Tensor,  # (matrices, m, n), any floating type
-    iterations: int = 5,  # Rounds of the polynomial; each costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix
+    iterations: int = 5,  # Rounds of the polynomial
     dtype: torch.dtype = torch.bfloat16,
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
 ) -> torch.Tensor:
-    "Matrices of the same shape and directions with all singular values near 1, in `dtype` (Newton-Schulz with the coefficients of Jordan et al. 2024)."
+    """Matrices of the same shape and directions with all singular values near 1, in `dtype`
+    (Newton-Schulz with the coefficients of Jordan et al. 2024).
+
+    A round costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix."""
     a, b, c = coefficients
     tall, x = stack.shape[1] > stack.shape[2], stack.to(dtype)
     if tall:
@@ -92,7 +100,11 @@ def newton_schulz(
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #cd76ea6b
 class Muon(torch.optim.Optimizer):
-    "Muon over stacks of matrices that have one shape; equal to torch.optim.Muon up to rounding. Source: Jordan et al. 2024."
+    """Muon over stacks of matrices that have one shape; equal to torch.optim.Muon up to rounding.
+    Source: Jordan et al. 2024.
+
+    The scale "adamw" is 0.2 sqrt(max(m, n)) as in Liu et al. 2025, "jordan" is
+    sqrt(max(1, m / n))."""
 
     def __init__(
         self,
@@ -102,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,  # In [0, 1)
         nesterov: bool = True,
         iterations: int = 5,  # Rounds of Newton-Schulz, 1 to 99
-        scale: str = "adamw",  # "adamw": 0.2 sqrt(max(m, n)) as in Liu et al. 2025; "jordan": sqrt(max(1, m / n))
+        scale: str = "adamw",  # Factor on an update: "adamw" or "jordan"
         dtype: torch.dtype = torch.bfloat16,
         stack: int = 2**20,  # Weights orthogonalised at once: what fits a cache
     ):
@@ -166,7 +178,8 @@ class Muon(torch.optim.Optimizer):
                     )
 
     def stacks(self, matrices: list[torch.Tensor]) -> list[list[int]]:
-        "Positions of matrices that can lie on each other, in stacks of at most `stack` weights (but at least one matrix)."
+        """Positions of matrices that can lie on each other, in stacks of at most `stack` weights
+        (but at least one matrix)."""
         groups = {}
         for i, m in enumerate(matrices):
             groups.setdefault((tuple(sorted(m.shape)), m.device), []).append(i)
@@ -184,7 +197,8 @@ def as_wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def resolve_muon_options(given: dict) -> dict:
-    "All options of `Muon`, the ones not given at their defaults. Raises `UsageError` naming a key it does not know."
+    """All options of `Muon`, the ones not given at their defaults. Raises `UsageError` naming a key
+    it does not know."""
     known = {
         k: p.default
         for k, p in inspect.signature(Muon).parameters.items()
@@ -198,7 +212,8 @@ def resolve_muon_options(given: dict) -> dict:
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #8c1acdde
 class Optimiser:
-    "AdamW over fp32 masters of a model whose parameters are stored in `precision`. Takes the trainable parameters as they are at construction."
+    """AdamW over fp32 masters of a model whose parameters are stored in `precision`. Takes the
+    trainable parameters as they are at construction."""
 
     def __init__(
         self,
@@ -214,7 +229,7 @@ class Optimiser:
         muon: float = 0.0,  # Learning rate of Muon for hidden matrices; 0: AdamW for all
         muon_options: dict
         | None = None,  # Of `Muon`: momentum, nesterov, iterations, scale, dtype, stack
-        ema: float = 0.0,  # Decay of a running average of the masters, such as 0.999; 0: none is kept
+        ema: float = 0.0,  # Decay of a running average of the masters, such as 0.999; 0: none
         head: Callable[[str], bool] = lambda name: (
             "classifier" in name or "predictions" in name or "lm_head" in name
         ),  # Matrices Muon leaves alone
@@ -234,7 +249,8 @@ class Optimiser:
         }
         if precision == "bf16":
             cast_parameters(model, torch.bfloat16)
-        self.room = {}  # for the masters' gradients: fresh memory each step would cost more than the copy
+        # for the masters' gradients: fresh memory each step would cost more than the copy
+        self.room = {}
         if not 0 <= ema < 1:
             raise UsageError(f"ema is {ema}; it is from 0 (none) to below 1.")
         self.muon, self.muon_options = muon, resolve_muon_options(muon_options or {})
@@ -269,7 +285,8 @@ class Optimiser:
             self.inner.append(Muon(hidden, **self.muon_options))
 
     def collect(self):
-        "Add the model's gradients to those of the masters, and clear them. Call after every backward pass."
+        """Add the model's gradients to those of the masters, and clear them. Call after every
+        backward pass."""
         if self.precision == "fp32":
             return
         for n, p in self.weights.items():
@@ -292,7 +309,8 @@ class Optimiser:
         factor: float = 1.0,  # On the learning rate: the schedule's value at this step
         weight: float = 1.0,  # What the summed loss is divided by
     ) -> float:
-        "Update masters and weights and clear the gradients; returns the gradient's norm before clipping. Raises `DataError` if that is no number."
+        """Update masters and weights and clear the gradients; returns the gradient's norm before
+        clipping. Raises `DataError` if that is no number."""
         self.collect()
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         if not grads:
@@ -322,7 +340,8 @@ class Optimiser:
     @contextmanager
     @torch.no_grad()
     def averaged(self):
-        "The model with its averaged weights for the length of a `with` block; without `ema`, as it is."
+        """The model with its averaged weights for the length of a `with` block; without `ema`, as
+        it is."""
         if not self.ema:
             yield self.model
             return
@@ -344,7 +363,8 @@ class Optimiser:
             )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        "Masters and moments under `<kind>/<parameter>`; the tensors are the optimiser's own, not copies."
+        """Masters and moments under `<kind>/<parameter>`; the tensors are the optimiser's own, not
+        copies."""
         name = {id(m): n for n, m in self.masters.items()}
         moments = {
             f"{key}/{name[id(m)]}": v
@@ -365,7 +385,8 @@ class Optimiser:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]):
-        "Take over what `state_dict` gave. Raises `DataError` if the masters are not those of this model."
+        """Take over what `state_dict` gave. Raises `DataError` if the masters are not those of this
+        model."""
         self.load_masters(
             {k.removeprefix("master/"): v for k, v in state.items() if k.startswith("master/")}
         )
@@ -385,7 +406,8 @@ class Optimiser:
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, torch.Tensor]):
-        "Set masters and weights to these. Raises `DataError` if names or shapes are not those of this model."
+        """Set masters and weights to these. Raises `DataError` if names or shapes are not those of
+        this model."""
         shapes = lambda d: {n: tuple(t.shape) for n, t in d.items()}
         if wrong := shapes(masters).items() ^ shapes(self.masters).items():
             name, shape = sorted(wrong)[0]
@@ -398,7 +420,8 @@ class Optimiser:
 
     @torch.no_grad()
     def finish(self) -> torch.nn.Module:
-        "Put the masters into the model in float32, for saving; returns the model. Training can not go on after it."
+        """Put the masters into the model in float32, for saving; returns the model. Training can
+        not go on after it."""
         cast_parameters(self.model, torch.float32)
         for n, p in self.weights.items():
             p.data.copy_(self.masters[n])
@@ -410,7 +433,8 @@ def warmup_linear(
     steps: int,  # Of the whole run
     warmup: int,  # Steps until the full rate
 ) -> float:
-    "Factor on the learning rate in (0, 1]: up in a straight line, then down to zero after the last step."
+    """Factor on the learning rate in (0, 1]: up in a straight line, then down to zero after the
+    last step."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (steps - step) / max(1, steps - warmup)
@@ -423,7 +447,8 @@ def warmup_stable_decay(
     decay: int,  # Steps of the way down
     floor: float = 0.0,  # Factor it goes down to
 ) -> float:
-    "Factor on the learning rate in (0, 1]: up, a plateau at 1, and down in a straight line over the last `decay` steps."
+    """Factor on the learning rate in (0, 1]: up, a plateau at 1, and down in a straight line over
+    the last `decay` steps."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return floor + (1 - floor) * min(1.0, (steps - step) / max(1, decay))
@@ -432,7 +457,8 @@ def warmup_stable_decay(
 def schedule_of(
     plan: dict,  # steps, warmup, decay: whole numbers; schedule: "linear" or "wsd"
 ) -> Callable[[int], float]:
-    "The schedule a plan names, as a function of the step. Raises `UsageError` for a name nobody knows."
+    """The schedule a plan names, as a function of the step. Raises `UsageError` for a name nobody
+    knows."""
     steps, warmup, kind = plan["steps"], plan.get("warmup", 0), plan.get("schedule", "linear")
     if kind == "linear":
         return lambda step: warmup_linear(step, steps, warmup)

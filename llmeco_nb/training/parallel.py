@@ -42,12 +42,14 @@ from ..runner.stages import StageRegistry
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #324ea9a4
 def rank_slice(index: int, batch: int, world: int = 1, rank: int = 0) -> range:
-    "Positions in the sample order that process `rank` of `world` takes of global batch `index` of `batch` examples. Raises `UsageError` if a process would have none."
+    """Positions in the sample order that process `rank` of `world` takes of global batch `index` of
+    `batch` examples. Raises `UsageError` if a process would have none."""
     if not 0 <= rank < world:
         raise UsageError(f"rank is {rank}; with {world} processes it is from 0 to {world - 1}.")
     if batch < world:
         raise UsageError(
-            f"A batch of {batch} can not be shared by {world} processes; give each at least one example."
+            f"A batch of {batch} can not be shared by {world} processes; give each at least one "
+            "example."
         )
     return range(index * batch + batch * rank // world, index * batch + batch * (rank + 1) // world)
 
@@ -68,7 +70,8 @@ def rank_rows(
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #5a6ea8b0
 @dataclass(frozen=True)
 class World:
-    "Who this process is: number, how many there are, the device it computes on, and the group that plain values travel in."
+    """Who this process is: number, how many there are, the device it computes on, and the group
+    that plain values travel in."""
 
     rank: int
     size: int
@@ -85,25 +88,32 @@ def current_world() -> World:
 
 
 def xla_device():
-    "The XLA device of this process, with torch's `xla` backend registered. Raises `MissingError` without torch_xla."
+    """The XLA device of this process, with torch's `xla` backend registered. Raises `MissingError`
+    without torch_xla."""
     try:
         xla = importlib.import_module("torch_xla")
         importlib.import_module("torch_xla.distributed.xla_backend")
     except ImportError as e:
         raise MissingError(
-            "A TPU was asked for, and torch_xla is not installed; install the torch_xla that fits this torch."
+            "A TPU was asked for, and torch_xla is not installed; install the torch_xla that fits "
+            "this torch."
         ) from e
     return xla.device()
 
 
 @contextmanager
 def init_process_group(
-    device: str = "auto",  # cpu, cuda, xla; auto: XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the CPU
+    device: str = "auto",  # cpu, cuda, xla or auto
 ):
-    "The `World` of processes started by `launch`, torchrun or accelerate, met on entering and left at the end. Raises `UsageError`, `MissingError`."
+    """The `World` of processes started by `launch`, torchrun or accelerate, met on entering and
+    left at the end. Raises `UsageError`, `MissingError`.
+
+    The device `auto` is XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the
+    CPU."""
     if "RANK" not in os.environ:
         raise UsageError(
-            "init_process_group() works in processes that launch() or torchrun started; RANK is not set."
+            "init_process_group() works in processes that launch() or torchrun started; RANK is "
+            "not set."
         )
     if device not in ("auto", "cpu", "cuda", "xla"):
         raise UsageError(f"device is {device!r}; it is cpu, cuda, xla or auto.")
@@ -118,7 +128,8 @@ def init_process_group(
         )
     if device == "cuda" and torch.cuda.device_count() < there:
         raise MissingError(
-            f"{there} processes on this machine want a GPU each, and torch sees {torch.cuda.device_count()}."
+            f"{there} processes on this machine want a GPU each, and torch sees "
+            f"{torch.cuda.device_count()}."
         )
     if device == "xla":
         on, backend, options = xla_device(), "xla", dict(init_method="xla://")
@@ -144,7 +155,8 @@ def init_process_group(
 
 
 def resolve_device(device: str = "cpu") -> torch.device:
-    "Where this process computes: its world's device, or alone the one that is asked for. Raises `MissingError` where torch sees no such device, `UsageError` for an unknown one."
+    """Where this process computes: its world's device, or alone the one that is asked for. Raises
+    `MissingError` where torch sees no such device, `UsageError` for an unknown one."""
     if current_world().size > 1:
         return current_world().device
     if device == "xla":
@@ -153,13 +165,15 @@ def resolve_device(device: str = "cpu") -> torch.device:
         raise UsageError(f"device is {device!r}; it is cpu, cuda or xla.")
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingError(
-            "device is 'cuda', and torch sees no GPU here. Take device=cpu, or a torch that was built for the GPU."
+            "device is 'cuda', and torch sees no GPU here. Take device=cpu, or a torch that was "
+            "built for the GPU."
         )
     return torch.device(device)
 
 
 def run_on_rank_zero(work: Callable):
-    "What `work()` gives in the first process, told to all; the others do not call it, but wait. Alone: `work()`."
+    """What `work()` gives in the first process, told to all; the others do not call it, but wait.
+    Alone: `work()`."""
     world = current_world()
     if world.size == 1:
         return work()
@@ -194,22 +208,31 @@ def barrier():
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #89df7a68
 def launch(
-    function: str,  # "module:function" or "file.py:function"; called with a `World` and the arguments, returns what JSON can hold
+    function: str,  # "module:function" or "file.py:function"
     processes: int = 2,
     timeout: float | None = 600,  # Seconds; None: as long as it takes
     device: str = "auto",  # See `init_process_group`
     **arguments,  # What JSON can hold
 ) -> list:
-    "The function's results in `processes` processes by torchrun, in order of rank. Raises its foreseen errors, or `CellError` when one fails, dies, or all take too long."
+    """The function's results in `processes` processes by torchrun, in order of rank. Raises its
+    foreseen errors, or `CellError` when one fails, dies, or all take too long.
+
+    The function is called with a `World` and the arguments, and returns what JSON can hold."""
     if processes < 1:
         raise UsageError(f"processes is {processes}; give at least 1.")
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "run.py"
         script.write_text(
-            "import sys\nfrom llmeco_nb.training.parallel import launched_main\nlaunched_main(*sys.argv[1:])\n",
+            "import sys\n"
+            "from llmeco_nb.training.parallel import launched_main\n"
+            "launched_main(*sys.argv[1:])\n",
             encoding="utf-8",
         )
-        agent = f"from llmeco_nb.runner.kernel import die_with_parent; die_with_parent({os.getpid()}); from torch.distributed.run import main; main()"
+        agent = (
+            "from llmeco_nb.runner.kernel import die_with_parent; "
+            f"die_with_parent({os.getpid()}); "
+            "from torch.distributed.run import main; main()"
+        )
         command = [
             sys.executable,
             "-c",
@@ -236,7 +259,8 @@ def launch(
                 status = run.wait(timeout)
             except subprocess.TimeoutExpired:
                 raise CellError(
-                    f"{function} did not end within {timeout} s in {processes} processes; they were ended."
+                    f"{function} did not end within {timeout} s in {processes} processes; they "
+                    "were ended."
                 ) from None
             finally:
                 if run.poll() is None:
@@ -250,7 +274,8 @@ def launch(
             raise_worker_error(Path(folder))
         if status:
             raise CellError(
-                f"{function} failed in one of {processes} processes, and the others were ended:\n{(Path(folder) / 'log').read_text(errors='replace')[-3000:]}"
+                f"{function} failed in one of {processes} processes, and the others were ended:\n"
+                f"{(Path(folder) / 'log').read_text(errors='replace')[-3000:]}"
             )
         return [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(processes)]
 
@@ -274,7 +299,8 @@ def import_function(function: str) -> Callable:
 
 
 def launched_main(function: str, arguments: str, folder: str, device: str):
-    "What every process of `launch` does: find the function, meet the others, call it, write its result."
+    """What every process of `launch` does: find the function, meet the others, call it, write its
+    result."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     work, rank = import_function(function), os.environ["RANK"]
@@ -298,9 +324,9 @@ def launched_main(function: str, arguments: str, folder: str, device: str):
         raise  # nor may `init_process_group` fail unheard
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # the result is on the disk; torch's threads can abort the process while the interpreter is taken apart, now and then on a busy machine
+    # the result is on the disk; torch's threads can abort the process while the interpreter is
+    # taken apart, now and then on a busy machine
+    os._exit(0)
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #2423b679
 @torch.no_grad()
@@ -309,7 +335,9 @@ def reduce_gradients(
     weight: float,  # What this process counted, such as tokens
     group=None,
 ) -> float:
-    "Add gradients over all processes and return the added weight: `optimiser.step(factor, reduce_gradients(optimiser, weight))`. Sharded gradients are added already."
+    """Add gradients over all processes and return the added weight:
+    `optimiser.step(factor, reduce_gradients(optimiser, weight))`. Sharded gradients are added
+    already."""
     optimiser.collect()
     masters = [m for m in optimiser.masters.values() if not hasattr(m, "full_tensor")]
     device = next(iter(optimiser.masters.values())).device
@@ -335,7 +363,8 @@ def reduce_gradients(
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b230c6ec
 class LossModule(torch.nn.Module):
-    "A `step` of the training loop as a module: forward gives a batch's summed loss and what it counts. For steps with one backward pass."
+    """A `step` of the training loop as a module: forward gives a batch's summed loss and what it
+    counts. For steps with one backward pass."""
 
     def __init__(self, model: torch.nn.Module, step: Callable):
         super().__init__()
@@ -346,13 +375,15 @@ class LossModule(torch.nn.Module):
         counted = self.step(self.model, batch, losses.append)[1]
         if len(losses) != 1:
             raise UsageError(
-                f"This step goes backward {len(losses)} times; torch's wrappers take steps that do it once."
+                f"This step goes backward {len(losses)} times; torch's wrappers take steps that do "
+                "it once."
             )
         return losses[0], counted
 
 
 def ddp_loss_step(model: torch.nn.Module, step: Callable, **options) -> Callable:
-    "`step` through torch's DistributedDataParallel (its `options` too): after it, gradients are sums over all processes, and the loop adds nothing more."
+    """`step` through torch's DistributedDataParallel (its `options` too): after it, gradients are
+    sums over all processes, and the loop adds nothing more."""
     from torch.nn.parallel import DistributedDataParallel
 
     ddp, size = DistributedDataParallel(LossModule(model, step), **options), current_world().size
@@ -375,7 +406,8 @@ def ddp_loss_step(model: torch.nn.Module, step: Callable, **options) -> Callable
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #74fce324
 def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
-    "Shard every block (the members of the model's `ModuleList`s) and the rest over all processes, in place; gradients are sums, made in float32. Make the `Optimiser` after it."
+    """Shard every block (the members of the model's `ModuleList`s) and the rest over all processes,
+    in place; gradients are sums, made in float32. Make the `Optimiser` after it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -393,7 +425,8 @@ def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b952751e
 def tensor_parallel(model: torch.nn.Module, mesh) -> torch.nn.Module:
-    "Split attention heads and feed-forwards of a stock BERT over a one-dimensional `DeviceMesh`, in place. Raises `UsageError` for others or if heads do not divide."
+    """Split attention heads and feed-forwards of a stock BERT over a one-dimensional `DeviceMesh`,
+    in place. Raises `UsageError` for others or if heads do not divide."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -407,7 +440,8 @@ def tensor_parallel(model: torch.nn.Module, mesh) -> torch.nn.Module:
         or model.config.intermediate_size % mesh.size()
     ):
         raise UsageError(
-            f"{model.config.num_attention_heads} heads and a feed-forward of {model.config.intermediate_size} do not divide by {mesh.size()} processes."
+            f"{model.config.num_attention_heads} heads and a feed-forward of "
+            f"{model.config.intermediate_size} do not divide by {mesh.size()} processes."
         )
     columns, rows = (
         (
@@ -447,7 +481,8 @@ def run_distributed(
     processes: int = 1,
     device: str = "cpu",  # See `init_process_group`
 ) -> Callable:
-    "The stage's function as it is, or for more processes one with the same arguments that runs it in all of them at once."
+    """The stage's function as it is, or for more processes one with the same arguments that runs it
+    in all of them at once."""
     if processes == 1 or current_world().size > 1:
         return stage
 
@@ -471,7 +506,8 @@ def run_distributed(
 
 
 def worker_record(folder: str, first: str | Path, name: str) -> Record:
-    "A record to throw away, for a process that is not the first. It has the first one's log: a training that was done before a kill writes no rows, and the stage still reads them."
+    """A record to throw away, for a process that is not the first. It has the first one's log: a
+    training that was done before a kill writes no rows, and the stage still reads them."""
     record = create_record(folder, name)
     with suppress(FileNotFoundError):
         shutil.copy(Path(first) / "log.jsonl", record.path)
@@ -508,7 +544,8 @@ def run_notebook(
         or any("=" not in a for a in arguments[2::2])
     ):
         raise UsageError(
-            "Write: torchrun --nproc-per-node N -m llmeco_nb.training.parallel NOTEBOOK-OR-STAGE [-p NAME=VALUE]..."
+            "Write: torchrun --nproc-per-node N -m llmeco_nb.training.parallel NOTEBOOK-OR-STAGE "
+            "[-p NAME=VALUE]..."
         )
     stages = StageRegistry.find().stages
     notebook = stages[arguments[0]] if arguments[0] in stages else Notebook.read(arguments[0])
@@ -548,12 +585,14 @@ if (
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #7eaa023c
 def mark_step(device: torch.device):
-    "End a step: XLA compiles and runs what was gathered since the last one. Other devices did it at once."
+    """End a step: XLA compiles and runs what was gathered since the last one. Other devices did it
+    at once."""
     if device.type == "xla":
         importlib.import_module("torch_xla").sync()
 
 
 def seed_per_rank(seed: int, step: int):
-    "Give each of several processes random draws of its own (for dropout), a function of seed, step and rank, so that a resumed run draws the same. Alone: nothing."
+    """Give each of several processes random draws of its own (for dropout), a function of seed,
+    step and rank, so that a resumed run draws the same. Alone: nothing."""
     if current_world().size > 1:
         torch.manual_seed(hash((seed, step, current_world().rank)) % 2**63)

@@ -16,7 +16,8 @@ from ..core import UsageError
 
 # %% ../../nbs/1_pretraining/15b_prefetch.ipynb #9f846a94
 class Prefetch:
-    "`batches(index)`, computed ahead by `workers`; a context manager. With no workers it calls the function itself."
+    """`batches(index)`, computed ahead by `workers`; a context manager. With no workers it calls
+    the function itself."""
 
     def __init__(
         self,
