@@ -227,7 +227,10 @@ def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) ->
     return str(small_random_encoder(corpus, seed))
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #915002d0
-dropout_fields = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout attention_dropout dropout seq_classif_dropout".split()
+dropout_fields = (
+    "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout attention_dropout dropout "
+    "seq_classif_dropout"
+).split()
 
 
 def build_classifier(
@@ -237,8 +240,8 @@ def build_classifier(
     pooling: str = "cls",  # What the classifier reads: cls, or mean
     device: str = "auto",
 ):  # cpu, cuda, or auto: a GPU where torch sees one
-    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its
-    tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
+    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and
+    its tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 

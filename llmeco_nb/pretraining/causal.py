@@ -66,8 +66,8 @@ def read_texts(
     file = Path(folder) / f"{split}.parquet"
     if not file.is_file():
         raise MissingError(
-            f"{folder} is not a corpus: {file.name} is not in it. The stages prose and data make "
-            "one."
+            f"{folder} is not a corpus: {file.name} is not in it. "
+            "The stages prose and data make one."
         )
     names, found = pq.read_schema(file).names, {}
     if "text" not in names:

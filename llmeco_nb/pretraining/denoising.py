@@ -395,9 +395,9 @@ def new_seq2seq(
         after, before = map(
             torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed)
         )
-    spread = (
-        float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size
-    )  # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
+    # the last norm makes vectors as long as the root of the width;
+    # so logits come out alike at all widths
+    spread = float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size
     init_weights(
         model, seed, 0.5 / math.sqrt(c.hidden_size)
     )  # the usual 0.02 is meant for widths near 768
@@ -648,7 +648,8 @@ def generate_spans(
     """Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further
     one only where all so far are likelier right than one too many; no mark but the next can follow,
     and the token before a hole is known."""
-    # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole ends as holes of this `mean` do
+    # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole
+    # ends as holes of this `mean` do
     memory, written, marks = (
         model.encode(ids),
         torch.full((len(ids), 1), first),
@@ -661,9 +662,9 @@ def generate_spans(
         torch.ones(len(ids)),
         torch.ones(len(ids)),
     )
-    while (
-        written.shape[1] <= longest and (at < marks).any()
-    ):  # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that all in it is right
+    # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that
+    # all in it is right
+    while written.shape[1] <= longest and (at < marks).any():
         p = model.decode(written, memory)[:, -1].float().softmax(-1)
         (right, word), known = p[:, :first].max(-1), written[:, -1] >= first
         still = torch.where(inside > 0, open_ * (1 - p[:, first:].sum(-1)), 1.0)

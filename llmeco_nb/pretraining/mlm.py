@@ -365,14 +365,14 @@ class MLMConfig(StageConfig):
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #ae41f410
 def pretrain_plan(
-    config: StageConfig,  # With steps, minutes, num_evals, warmup_ratio, decay_ratio, and patience or not
+    config: StageConfig,  # steps, minutes, num_evals, warmup_ratio, decay_ratio, perhaps patience
     spent: float,  # Seconds the stage has run already
     step_s: float,  # Seconds of a step, measured
     evaluation_s: float,  # Seconds of an evaluation, measured
     batch_size: int,  # Rows of a batch
 ) -> dict:
-    """The plan: whole numbers and names. At least ten steps, however short the time. Raises `UsageError`
-    for ratios that are together more than 1."""
+    """The plan: whole numbers and names. At least ten steps, however short the time. Raises
+    `UsageError` for ratios that are together more than 1."""
     import torch
 
     if config.warmup_ratio + config.decay_ratio > 1:

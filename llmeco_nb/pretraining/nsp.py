@@ -186,7 +186,7 @@ def nsp_losses(
     next_sentence,
     positions,
     targets,
-    parts: int = 0,  # How many pieces the loss of the tokens is made in; 0: as few as its memory allows
+    parts: int = 0,  # Pieces the loss of the tokens is made in; 0: as few as its memory allows
 ):
     """(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one
     forward pass."""
@@ -259,8 +259,8 @@ def load_nsp_model(encoder: str | Path, seed: int):
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #ce47ce3b
 def small_pretrained_encoder() -> Path:
-    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first call,
-    under runs/scratch. Of several processes the first makes it."""
+    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first
+    call, under runs/scratch. Of several processes the first makes it."""
     from llmeco_nb.training.parallel import run_on_rank_zero, single_process
 
     def alone() -> str:
@@ -369,12 +369,9 @@ def token_overlap_baseline(
     return (s > cut) == y
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #66e07dcb
-NSP_LR_CANDIDATES = (
-    3e-5,
-    1e-4,
-    3e-4,
-    1e-3,
-)  # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
+# tried where no learning rate is given; lower ones than for new weights, because the encoder is
+# trained already
+NSP_LR_CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 @stage_config

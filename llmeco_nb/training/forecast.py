@@ -258,7 +258,8 @@ def chunked_memory_model(
     def law(rows: int) -> list:
         n = parts(rows)
         while n > 1 and 4 * n * (n - 1) > max(8, rows) * tokens:
-            n -= 1  # larger parts than there will be, rather than batches as large as the one that is in question
+            # larger parts than there will be, rather than batches as large as the one in question
+            n -= 1
         return lines(n)
 
     return law
@@ -375,10 +376,11 @@ def forecast(
     says = [
         f"time: {whole:,.1f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})",
         f"memory: {mib(need)} of {mib(most)} ({who})",
-        (
-            "loss: "
-            f"{loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}"
-        ),
+        f"""loss: {
+            loss["why"]
+            if loss["loss"] is None
+            else format(loss["loss"], ".4g") + ", " + loss["why"]
+        }""",
     ]
     return dict(
         seconds=whole,
@@ -430,8 +432,8 @@ def compile_choice(
     saved, wins = (plain - fast) * steps, gain > 1.02
     numbers = (
         f"{plain:.3g} s a step without, {fast:.3g} s with ({gain:.2f} times as fast); compiling "
-        f"took {compiling:.1f} s, {steps} steps {'save' if saved > 0 else 'lose'} {abs(saved):.1f} "
-        "s"
+        f"took {compiling:.1f} s, {steps} steps {'save' if saved > 0 else 'lose'} "
+        f"{abs(saved):.1f} s"
     )
     found.update(
         fast=fast,

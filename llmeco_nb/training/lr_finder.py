@@ -87,8 +87,8 @@ def successive_halving(
         )
         if not left:
             raise UsageError(
-                f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. Try smaller "
-                "ones."
+                f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. "
+                "Try smaller ones."
             )
     edge = {min(rates): "smallest", max(rates): "largest"}.get(left[0])
     return dict(
