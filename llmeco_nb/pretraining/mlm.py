@@ -524,9 +524,8 @@ def pretrain(
     if config.seq_len > config.max_position_embeddings:
         raise UsageError(
             f"seq_len is {config.seq_len} and max_position_embeddings "
-            f"{config.max_position_embeddings}; a row cannot "
-            "be longer than what the encoder reads. Lower seq_len, or raise "
-            "max_position_embeddings."
+            f"{config.max_position_embeddings}; a row cannot be longer than what the encoder "
+            "reads. Lower seq_len, or raise max_position_embeddings."
         )
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
