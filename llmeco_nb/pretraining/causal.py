@@ -59,13 +59,15 @@ def read_texts(
     folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
     split: str,  # train, validation or test
 ) -> dict[str, list[str]]:
-    "The texts of a split by domain; without domains, all of them under `texts`. Raises `MissingError`, `DataError`."
+    """The texts of a split by domain; without domains, all of them under `texts`. Raises
+    `MissingError`, `DataError`."""
     import pyarrow.parquet as pq
 
     file = Path(folder) / f"{split}.parquet"
     if not file.is_file():
         raise MissingError(
-            f"{folder} is not a corpus: {file.name} is not in it. The stages prose and data make one."
+            f"{folder} is not a corpus: {file.name} is not in it. "
+            "The stages prose and data make one."
         )
     names, found = pq.read_schema(file).names, {}
     if "text" not in names:
@@ -77,7 +79,8 @@ def read_texts(
 
 
 def eos_token_id(tokenizer) -> int:
-    "The token that ends a document and, before the first, begins it. Raises `DataError` for a tokenizer that has none."
+    """The token that ends a document and, before the first, begins it. Raises `DataError` for a
+    tokenizer that has none."""
     for name in ("<|endoftext|>", "[SEP]", "</s>"):
         if (found := tokenizer.token_to_id(name)) is not None:
             return found
@@ -101,7 +104,8 @@ def small_subword_tokenizer(prose: str | Path, vocabulary: int = 1024) -> Path:
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #c46c9321
 def best_fit_packing(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, int]:
-    "For pieces of 1 to `length` tokens: the row of each, where in it the piece begins, and the number of rows. Each piece, in order, goes where it leaves least room."
+    """For pieces of 1 to `length` tokens: the row of each, where in it the piece begins, and the
+    number of rows. Each piece, in order, goes where it leaves least room."""
     room, mask, rows, row, start = (
         [[] for _ in range(length + 1)],
         0,
@@ -132,7 +136,8 @@ def pack_documents(
     length: int,  # Tokens a row
     end: int,  # Token that ends a document
 ) -> dict[str, np.ndarray]:
-    "input_ids, targets (-100 where nothing is asked), documents (0 where there is none), all (rows, length). Raises `UsageError`, `DataError`."
+    """input_ids, targets (-100 where nothing is asked), documents (0 where there is none), all
+    (rows, length). Raises `UsageError`, `DataError`."""
     if not 2 <= length < 2**15:
         raise UsageError(f"A row of {length} tokens cannot be packed; give 2 to {2**15 - 1}.")
     seen, wanted = [], []
@@ -171,7 +176,8 @@ def fast_causal_loss(
     documents: torch.Tensor | None = None,
     room: int = 2**24,
 ) -> torch.Tensor:
-    "What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `room` of them made at a time. Summed nats of the targets that are not -100."
+    """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `room` of
+    them made at a time. Summed nats of the targets that are not -100."""
     if model.config.softcap:
         raise UsageError("This loss has no softcap; use decoder.causal_loss.")
     asked, weight = targets != -100, model.lm_head.weight
@@ -190,7 +196,8 @@ def count_target_tokens(batch: dict) -> int:
 
 
 def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> tuple:
-    "One micro-batch for the training loop: summed loss, and the number of tokens that were predicted. `parts` the loss is made in; 0: as few as its memory allows."
+    """One micro-batch for the training loop: summed loss, and the number of tokens that were
+    predicted. `parts` the loss is made in; 0: as few as its memory allows."""
     loss = fast_causal_loss(
         model,
         **batch,
@@ -205,7 +212,8 @@ def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> t
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #dbf7eef8
 def validation_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[float, int]:
-    "Summed surprise of all rows in nats, and the number of tokens predicted. Call it without gradients."
+    """Summed surprise of all rows in nats, and the number of tokens predicted. Call it without
+    gradients."""
     nats = 0.0
     for s in range(0, len(packed["targets"]), batch):
         b = to_device(select_rows(packed, slice(s, s + batch)), model.lm_head.weight.device)
@@ -264,7 +272,8 @@ def baselines(
     end: int,
     counted: int,
 ) -> dict[str, dict]:
-    "For unigram, fivegram, gzip, xz, xz_after_train: {domain: bits per byte}, over all under `all`; and `counted`: {tokens}."
+    """For unigram, fivegram, gzip, xz, xz_after_train: {domain: bits per byte}, over all under
+    `all`; and `counted`: {tokens}."""
     size = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     enough = int(np.searchsorted(np.cumsum([len(e) + 1 for e in train_ids]), counted)) + 1
     found = {}
@@ -333,7 +342,9 @@ def pretrain_causal(
     pieces: str | Path,
     config: CausalConfig = CausalConfig(),
 ) -> Path:
-    "Pretrain a decoder (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    """Pretrain a decoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
+    probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,
+    `MissingError`."""
     begun = time.monotonic()
     asked = config.fingerprint() | dict(prose=sha256_of(prose), pieces=sha256_of(pieces))
     tokenizer = open_subword_tokenizer(pieces)
@@ -344,7 +355,8 @@ def pretrain_causal(
     )
     if not held_texts:
         raise DataError(
-            f"{prose} has no validation texts, and without them nobody knows which weights are best. Build it with a share for validation."
+            f"{prose} has no validation texts, and without them nobody knows which weights are "
+            "best. Build it with a share for validation."
         )
     train_texts = [t for texts in read_texts(prose, "train").values() for t in texts]
     order = np.random.default_rng([config.seed, 3]).permutation(

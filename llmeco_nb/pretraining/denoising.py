@@ -66,7 +66,8 @@ def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> n
 
 
 def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
-    "Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and the holes they make. Raises `UsageError` for numbers that leave no room."
+    """Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and
+    the holes they make. Raises `UsageError` for numbers that leave no room."""
     if not 0 < share < 1:
         raise UsageError(f"noise_density is {share}; it is a share of the tokens between 0 and 1.")
     if mean < 1:
@@ -75,7 +76,9 @@ def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
     hidden = round(holes * mean)
     if 1.5 * hidden + holes > inner:
         raise UsageError(
-            f"noise_density {share} and mean_span_length {mean} make {holes} holes of about {hidden} of {inner} tokens; that leaves too few between them. Lower noise_density, or raise seq_len."
+            f"noise_density {share} and mean_span_length {mean} make {holes} holes of about "
+            f"{hidden} of {inner} tokens; that leaves too few between them. Lower noise_density, "
+            "or raise seq_len."
         )
     return hidden, holes
 
@@ -86,7 +89,8 @@ def sample_spans(
     share: float,
     mean: float,
 ) -> np.ndarray:
-    "First place and end of each hole, (holes, 2), in order, never touching. A function of the arguments alone. Raises `UsageError`."
+    """First place and end of each hole, (holes, 2), in order, never touching. A function of the
+    arguments alone. Raises `UsageError`."""
     (_, holes), draw = span_counts(length, share, mean), np.random.default_rng(key)
     sizes = draw.geometric(1 / mean, holes)
     while sizes.sum() > length - 2 - holes:
@@ -107,7 +111,8 @@ def corrupt_spans(
     first: int,  # The token that marks hole 0
     target: str = "spans",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    "What is read, what the decoder has before it, what it is to write there, and which of that was cut out. Raises `UsageError`."
+    """What is read, what the decoder has before it, what it is to write there, and which of that
+    was cut out. Raises `UsageError`."""
     if target not in ("spans", "text"):
         raise UsageError(f"target is {target!r}; it is spans or text.")
     seen, said, at, new = [], [], 0, []
@@ -128,7 +133,9 @@ def corrupt_spans(
 def restore_spans(
     seen: np.ndarray, said: np.ndarray, first: int, target: str = "spans"
 ) -> np.ndarray:
-    "The text, from what was read and what was written: each mark gives way to what was written after it and the repeated token. The mark after the last hole, or one written before, ends the answer."
+    """The text, from what was read and what was written: each mark gives way to what was written
+    after it and the repeated token. The mark after the last hole, or one written before, ends the
+    answer."""
     if target == "text":
         return np.concatenate([seen[:1], said]).astype(seen.dtype)
     found, k, marks = {0: []}, 0, int((seen >= first).sum())
@@ -155,7 +162,8 @@ def denoise_batch(
     first: int,
     target: str = "spans",
 ) -> dict:
-    "Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a target was cut out of the text; padded with 0, targets with -100."
+    """Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a
+    target was cut out of the text; padded with 0, targets with -100."""
     made = [
         corrupt_spans(
             rows[i], sample_spans(rows.shape[1], (seed, int(e), int(i)), share, mean), first, target
@@ -216,7 +224,8 @@ def neighbour_ppmi_embeddings(
     width: int,  # Of both halves together
     contexts: int = 1000,  # Most frequent tokens to count as neighbours
 ) -> np.ndarray:
-    "Word vectors (vocabulary, width), float32: what comes after a token in the first half, before what it comes in the second, each of length 1. The half of a token without neighbours is 0."
+    """Word vectors (vocabulary, width), float32: what comes after a token in the first half, before
+    what it comes in the second, each of length 1. The half of a token without neighbours is 0."""
     frequency = np.bincount(rows.ravel(), minlength=vocabulary)
     frequency[: len(special_tokens)] = 0
     top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
@@ -265,7 +274,9 @@ def fit_bigram_embeddings(
     most: int = 512,  # Tokens at a time
     seed: int = 0,  # Decides their order
 ) -> tuple[np.ndarray, np.ndarray]:
-    "The halves (vocabulary, width / 2) of `neighbour_ppmi_embeddings`, fitted as a softmax to the counted pairs: what comes after a token, of length 1, and before what it comes, of any length."
+    """The halves (vocabulary, width / 2) of `neighbour_ppmi_embeddings`, fitted as a softmax to the
+    counted pairs: what comes after a token, of length 1, and before what it comes, of any
+    length."""
     left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
     pairs, logp = (
         csr_matrix((np.ones(len(left), np.float32), (left, right)), (vocabulary, vocabulary)),
@@ -303,7 +314,8 @@ def fit_bigram_embeddings(
 def target_log_probs(
     rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans"
 ) -> np.ndarray:
-    "Log-probability (vocabulary + marks,) of each token in an target by its frequency in `rows`, half an occurrence added to each."
+    """Log-probability (vocabulary + marks,) of each token in an target by its frequency in `rows`,
+    half an occurrence added to each."""
     hidden, holes = span_counts(rows.shape[1], share, mean)
     counts = (
         np.bincount(
@@ -318,7 +330,8 @@ def target_log_probs(
 
 
 class EagerMultiHeadAttention(MultiHeadAttention):
-    "The same attention by plain products, which for short rows are faster on a CPU than torch's fused kernel; the scores are kept, not computed twice."
+    """The same attention by plain products, which for short rows are faster on a CPU than torch's
+    fused kernel; the scores are kept, not computed twice."""
 
     def forward(self, x, memory=None, attn_mask=None, is_causal=False):
         memory = x if memory is None else memory
@@ -339,7 +352,8 @@ class EagerMultiHeadAttention(MultiHeadAttention):
 
 @torch.no_grad()
 def init_last_ffn(model: Seq2Seq):
-    "The decoder's last feed-forward part begins as a linear map that moves the first half of a vector to the place of the second."
+    """The decoder's last feed-forward part begins as a linear map that moves the first half of a
+    vector to the place of the second."""
     mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
     one, half = torch.eye(width), torch.eye(width // 2)
     move = torch.cat([torch.cat([-half, torch.zeros_like(half)], 1), torch.cat([half, -half], 1)])
@@ -358,7 +372,8 @@ def new_seq2seq(
     embedding_init: str = "bigram_ppmi",
     seed: int = 0,
 ) -> Seq2Seq:
-    "A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows what; its last tokens are the marks. Raises `UsageError`."
+    """A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows
+    what; its last tokens are the marks. Raises `UsageError`."""
     if embedding_init not in ("bigram_ppmi", "random"):
         raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
     c, holes = (
@@ -380,9 +395,9 @@ def new_seq2seq(
         after, before = map(
             torch.from_numpy, fit_bigram_embeddings(rows, vocabulary, c.hidden_size, seed=seed)
         )
-    spread = (
-        float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size
-    )  # the last norm makes vectors as long as the root of the width; so logits come out alike at all widths
+    # the last norm makes vectors as long as the root of the width;
+    # so logits come out alike at all widths
+    spread = float(before.std()) if embedding_init == "bigram_ppmi" else 2 / c.hidden_size
     init_weights(
         model, seed, 0.5 / math.sqrt(c.hidden_size)
     )  # the usual 0.02 is meant for widths near 768
@@ -415,7 +430,8 @@ def new_seq2seq(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #a2a2efe2
 def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: int = 2**24):
-    "Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep` (rows, m): 0 for padding; `room` logits are made at a time."
+    """Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep`
+    (rows, m): 0 for padding; `room` logits are made at a time."""
     hidden, asked = (
         model.decoder(
             model.decoder_embeddings(written), None, True, model.encode(input_ids, keep), keep
@@ -432,7 +448,8 @@ def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: i
 
 
 def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> tuple:
-    "One micro-batch for the training loop: summed loss of the answers, and the number of tokens in them that count. `parts` the loss is made in; 0: as few as its memory allows."
+    """One micro-batch for the training loop: summed loss of the answers, and the number of tokens
+    in them that count. `parts` the loss is made in; 0: as few as its memory allows."""
     asked = int((batch["targets"] != -100).sum())
     loss = denoise_loss(
         model,
@@ -466,7 +483,8 @@ def edit_distances(ours: list, truths: list) -> np.ndarray:
 
 
 def most_frequent_successors(rows: np.ndarray, vocabulary: int) -> np.ndarray:
-    "For each token (vocabulary,) the one that most often came after it in `rows`; for those never seen the most frequent."
+    """For each token (vocabulary,) the one that most often came after it in `rows`; for those never
+    seen the most frequent."""
     pairs, n = np.unique(
         rows[:, 1:-2].astype(np.int64) * vocabulary + rows[:, 2:-1], return_counts=True
     )
@@ -477,7 +495,9 @@ def most_frequent_successors(rows: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def copy_baselines(rows: np.ndarray, vocabulary: int, top: int = 5) -> dict[str, tuple]:
-    "Ways to fill a hole with copies, {name: (kind, tokens)}: nothing, the left neighbour, the row's most frequent token, or one of the `top` most frequent stretches of one, two, three tokens."
+    """Ways to fill a hole with copies, {name: (kind, tokens)}: nothing, the left neighbour, the
+    row's most frequent token, or one of the `top` most frequent stretches of one, two, three
+    tokens."""
     found = {
         "nothing": ("fixed", ()),
         "the left neighbour again": ("again", 1),
@@ -545,7 +565,8 @@ def best_baseline(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #946b505e
 def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) -> np.ndarray:
-    "Surprise in nats of each row's hidden tokens, summed, for each share of copying: (rows, shares). `logp` (vocabulary,) is the tokens' frequency."
+    """Surprise in nats of each row's hidden tokens, summed, for each share of copying: (rows,
+    shares). `logp` (vocabulary,) is the tokens' frequency."""
     found, shares = [], np.asarray(shares, float)
     for row, h in zip(rows, holes):
         cut = np.zeros(len(row), bool)
@@ -562,7 +583,8 @@ def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) 
 
 
 def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
-    "Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before each, (rows,)."
+    """Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before
+    each, (rows,)."""
     stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
     nats = -np.log(
         model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1]
@@ -580,7 +602,8 @@ def validation_scores(
     target: str = "spans",
     batch: int = 50,
 ) -> np.ndarray:
-    "Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of the whole target, its tokens. Holes are those of epoch 0."
+    """Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of
+    the whole target, its tokens. Holes are those of epoch 0."""
     found = []
     for s in range(0, len(rows), batch):
         which = range(s, min(s + batch, len(rows)))
@@ -622,8 +645,11 @@ def generate_spans(
     longest: int,
     mean: float,
 ) -> torch.Tensor:
-    "Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further one only where all so far are likelier right than one too many; no mark but the next can follow, and the token before a hole is known."
-    # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole ends as holes of this `mean` do
+    """Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further
+    one only where all so far are likelier right than one too many; no mark but the next can follow,
+    and the token before a hole is known."""
+    # where a token before is wrong, what the model thinks of the end is worth nothing, and the hole
+    # ends as holes of this `mean` do
     memory, written, marks = (
         model.encode(ids),
         torch.full((len(ids), 1), first),
@@ -636,9 +662,9 @@ def generate_spans(
         torch.ones(len(ids)),
         torch.ones(len(ids)),
     )
-    while (
-        written.shape[1] <= longest and (at < marks).any()
-    ):  # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that all in it is right
+    # at: which hole; inside: tokens in it; open_: probability that it has not ended yet; sure: that
+    # all in it is right
+    while written.shape[1] <= longest and (at < marks).any():
         p = model.decode(written, memory)[:, -1].float().softmax(-1)
         (right, word), known = p[:, :first].max(-1), written[:, -1] >= first
         still = torch.where(inside > 0, open_ * (1 - p[:, first:].sum(-1)), 1.0)
@@ -700,7 +726,8 @@ def denoise_texts(
 def save_seq2seq(
     model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans"
 ) -> Path:
-    "A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>` and so on behind its pieces. Raises `UsageError` for a network no stock class has."
+    """A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>`
+    and so on behind its pieces. Raises `UsageError` for a network no stock class has."""
     made = open_tokenizer(tokenizer_folder)
     pieces, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - pieces)])
@@ -726,7 +753,8 @@ def save_seq2seq(
 
 
 def masks_to_sentinels(ids: list[int], first: int, holes: int) -> np.ndarray:
-    "Token ids in which each [MASK] has become the mark of the next hole. Raises `UsageError` for none, or more than `holes`."
+    """Token ids in which each [MASK] has become the mark of the next hole. Raises `UsageError` for
+    none, or more than `holes`."""
     row = np.array(ids, np.int32)
     n = int((row == MASK).sum())
     if not 1 <= n <= holes:
@@ -745,7 +773,8 @@ def untrained_baselines(
     mean: float,
     counted: int,
 ) -> dict:
-    "What copying and counting make of the held rows: texts with holes, copies, edits and nats of each row, and the names of the ways."
+    """What copying and counting make of the held rows: texts with holes, copies, edits and nats of
+    each row, and the names of the ways."""
     where = [sample_spans(rows.shape[1], (seed, 0, i), share, mean) for i in range(len(held))]
     broken, follower = (
         [corrupt_spans(row, h, vocabulary)[0] for row, h in zip(held, where)],
@@ -832,7 +861,9 @@ def denoise(
     tokenizer: str | Path,
     config: DenoisingConfig = DenoisingConfig(),
 ) -> Path:
-    "Pretrain an encoder-decoder by denoising (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    """Pretrain an encoder-decoder by denoising (the parameters are those of the chapter;
+    `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises
+    `UsageError`, `DataError`, `MissingError`."""
     from llmeco_nb.training.parallel import all_finished, current_world
 
     begun = time.monotonic()
@@ -840,14 +871,15 @@ def denoise(
     hidden, holes = span_counts(config.seq_len, config.noise_density, config.mean_span_length)
     if config.seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"seq_len is {config.seq_len} and max_position_embeddings {config.max_position_embeddings}; "
-            "a row cannot be longer than what the model reads."
+            f"seq_len is {config.seq_len} and max_position_embeddings "
+            f"{config.max_position_embeddings}; a row cannot be longer than what the model reads."
         )
     cutter = open_tokenizer(tokenizer)
     V, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
     if not unseen:
         raise DataError(
-            f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1."
+            f"{corpus} has no validation texts, and without them nobody knows which weights are "
+            "best. Build it with validation_size=0.1."
         )
     marked = [masks_to_sentinels(cutter.encode(p).ids, V, holes) for p in config.prompts]
     train_ids = encode_texts(cutter, read_split(corpus, "train").text)
@@ -857,7 +889,9 @@ def denoise(
     )
     if len(held) <= config.eval_examples:
         raise DataError(
-            f"The validation texts fill {len(held)} rows, and {config.eval_examples} of them (eval_examples) choose the weights: none are left to compare. Lower eval_examples, or take more texts."
+            f"The validation texts fill {len(held)} rows, and {config.eval_examples} of them "
+            "(eval_examples) choose the weights: none are left to compare. Lower eval_examples, "
+            "or take more texts."
         )
     few, held = (
         held[: config.eval_examples],

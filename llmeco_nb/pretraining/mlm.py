@@ -64,7 +64,8 @@ def group_texts(
     encoded: list,  # Token ids of every text
     length: int,  # Tokens a row, special ones included
 ) -> np.ndarray:
-    "Rows (n, length) of int32 that hold all texts one after the other; what does not fill a last row is left out. Raises `UsageError`, `DataError`."
+    """Rows (n, length) of int32 that hold all texts one after the other; what does not fill a last
+    row is left out. Raises `UsageError`, `DataError`."""
     if length < 8:
         raise UsageError(f"seq_len is {length}; a row needs at least 8 tokens.")
     inner = length - 2
@@ -72,7 +73,8 @@ def group_texts(
     n = len(stream) // inner
     if not n:
         raise DataError(
-            f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of {length}. Take more texts, or lower seq_len."
+            f"{len(encoded)} texts give {len(stream)} tokens, which do not fill a single row of "
+            f"{length}. Take more texts, or lower seq_len."
         )
     rows = np.empty((n, length), dtype=np.int32)
     rows[:, 0], rows[:, -1], rows[:, 1:-1] = CLS, SEP, stream[: n * inner].reshape(n, inner)
@@ -85,7 +87,8 @@ def mask_row(
     share: float,  # Of the ordinary tokens, to hide
     vocabulary: int,  # Number of pieces
 ) -> tuple[np.ndarray, np.ndarray]:
-    "The row as the network sees it, and the positions it is asked about. A function of the arguments alone; special tokens are never hidden."
+    """The row as the network sees it, and the positions it is asked about. A function of the
+    arguments alone; special tokens are never hidden."""
     draw = np.random.default_rng(key)
     ordinary = np.flatnonzero(row >= len(special_tokens))
     hidden = np.sort(draw.permutation(ordinary)[: max(1, round(share * len(ordinary)))])
@@ -106,7 +109,8 @@ def masked_batch(
     share: float,
     vocabulary: int,
 ) -> dict:
-    "Tensors input_ids (len(which), length), positions and targets (hidden,): positions index the flattened input_ids."
+    """Tensors input_ids (len(which), length), positions and targets (hidden,): positions index the
+    flattened input_ids."""
     import torch
 
     seen, places, length = [], [], rows.shape[1]
@@ -149,7 +153,8 @@ def mlm_batches(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #b4769ae7
 def unigram_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
-    "Log-probability (vocabulary,) of each token by its frequency in `rows`, half an occurrence added to each; special tokens counted as absent."
+    """Log-probability (vocabulary,) of each token by its frequency in `rows`, half an occurrence
+    added to each; special tokens counted as absent."""
     counts = np.bincount(rows.ravel(), minlength=vocabulary)[:vocabulary] + 0.0
     counts[: len(special_tokens)] = 0
     return np.log((counts + 0.5) / (counts + 0.5).sum()).astype(np.float32)
@@ -157,7 +162,9 @@ def unigram_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #8292c293
 @contextmanager
 def single_thread():
-    "torch works with one thread in the block: with several, the last digits of a sum depend on how many the machine has at that moment, and an interrupted run would not begin where the first attempt did."
+    """torch works with one thread in the block: with several, the last digits of a sum depend on
+    how many the machine has at that moment, and an interrupted run would not begin where the first
+    attempt did."""
     import torch
 
     before = torch.get_num_threads()
@@ -176,7 +183,8 @@ def window_ppmi_embeddings(
     window: int = 5,  # Places to each side
     spread: float = 0.04,  # Standard deviation of the result
 ) -> np.ndarray:
-    "Word embeddings (vocabulary, width) from the singular vectors of positive pointwise mutual information; float32, mean 0. Tokens never seen get 0."
+    """Word embeddings (vocabulary, width) from the singular vectors of positive pointwise mutual
+    information; float32, mean 0. Tokens never seen get 0."""
     import torch
 
     frequency = np.bincount(rows.ravel(), minlength=vocabulary)
@@ -197,7 +205,8 @@ def window_ppmi_embeddings(
 
 @single_thread()
 def ppmi_svd(met, width: int, spread: float) -> np.ndarray:
-    "Word vectors (vocabulary, width), mean 0 and standard deviation `spread`, from how often each token met each context: `met`, float32 (vocabulary, contexts). Who met nobody gets 0."
+    """Word vectors (vocabulary, width), mean 0 and standard deviation `spread`, from how often each
+    token met each context: `met`, float32 (vocabulary, contexts). Who met nobody gets 0."""
     import torch
 
     met[: len(special_tokens)] = 0
@@ -226,7 +235,8 @@ def document_ppmi_embeddings(
     contexts: int = 2000,  # Tokens in most texts, to count as company
     spread: float = 0.04,  # Root mean square of every vector
 ) -> np.ndarray:
-    "Word embeddings from the same factorisation, with all tokens of a text as the company of each, however often they occur; all of one length; float32 (vocabulary, width)."
+    """Word embeddings from the same factorisation, with all tokens of a text as the company of
+    each, however often they occur; all of one length; float32 (vocabulary, width)."""
     import torch
     from scipy.sparse import csr_matrix
 
@@ -260,7 +270,8 @@ def init_mlm_model(
     seed: int,
     encoded: list = (),  # Token ids of every text, for document_ppmi
 ):
-    "A new BertForMaskedLM that knows the tokens' frequencies and, unless `embedding_init` is random, what they occur with. Raises `UsageError`."
+    """A new BertForMaskedLM that knows the tokens' frequencies and, unless `embedding_init` is
+    random, what they occur with. Raises `UsageError`."""
     import torch
 
     from llmeco_nb.models.encoder import new_encoder
@@ -271,7 +282,8 @@ def init_mlm_model(
         )
     if embedding_init == "document_ppmi" and not len(encoded):
         raise UsageError(
-            "embedding_init is document_ppmi, and no texts are given as encoded. Give the token ids of every text."
+            "embedding_init is document_ppmi, and no texts are given as encoded. Give the token "
+            "ids of every text."
         )
     model = new_encoder(vocabulary, size, positions, seed=seed)
     with torch.no_grad():
@@ -294,7 +306,8 @@ def init_mlm_model(
 def validation_losses(
     model, rows: np.ndarray, seed: int, share: float, vocabulary: int, batch: int = 32
 ) -> np.ndarray:
-    "Per row (n, 3): summed loss in nats, number of right guesses, number of hidden tokens; masks are those of epoch 0."
+    """Per row (n, 3): summed loss in nats, number of right guesses, number of hidden tokens; masks
+    are those of epoch 0."""
     import torch
 
     from llmeco_nb.models.encoder import mlm_logits
@@ -352,19 +365,20 @@ class MLMConfig(StageConfig):
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #ae41f410
 def pretrain_plan(
-    config: StageConfig,  # With steps, minutes, num_evals, warmup_ratio, decay_ratio, and patience or not
+    config: StageConfig,  # steps, minutes, num_evals, warmup_ratio, decay_ratio, perhaps patience
     spent: float,  # Seconds the stage has run already
     step_s: float,  # Seconds of a step, measured
     evaluation_s: float,  # Seconds of an evaluation, measured
     batch_size: int,  # Rows of a batch
 ) -> dict:
-    """The plan: whole numbers and names. At least ten steps, however short the time. Raises `UsageError`
-    for ratios that are together more than 1."""
+    """The plan: whole numbers and names. At least ten steps, however short the time. Raises
+    `UsageError` for ratios that are together more than 1."""
     import torch
 
     if config.warmup_ratio + config.decay_ratio > 1:
         raise UsageError(
-            f"warmup_ratio is {config.warmup_ratio} and decay_ratio {config.decay_ratio}; together they are at most 1."
+            f"warmup_ratio is {config.warmup_ratio} and decay_ratio {config.decay_ratio}; together "
+            "they are at most 1."
         )
     steps = config.steps
     if config.minutes:
@@ -391,7 +405,8 @@ def pretrain_plan(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #7374b51c
 def tile_position_embeddings(model, length: int):
-    "Fill the position vectors from `length` on with those learned inside rows (places 1 to length-2), over and over."
+    """Fill the position vectors from `length` on with those learned inside rows (places 1 to
+    length-2), over and over."""
     import torch
 
     table = model.bert.embeddings.position_embeddings.weight
@@ -401,7 +416,8 @@ def tile_position_embeddings(model, length: int):
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #33a4061f
 def fill_mask(model, tokenizer, text: str, top: int = 5) -> list[tuple[str, float]]:
-    "The likeliest tokens for the first [MASK] of `text`, with their probabilities. Raises `UsageError` if it holds none."
+    """The likeliest tokens for the first [MASK] of `text`, with their probabilities. Raises
+    `UsageError` if it holds none."""
     import torch
 
     from llmeco_nb.models.encoder import mlm_logits
@@ -418,7 +434,8 @@ def fill_mask(model, tokenizer, text: str, top: int = 5) -> list[tuple[str, floa
 def examples(
     model, tokenizer, texts: list[str], prompts: list[str], seed: int, n: int = 6
 ) -> list[dict]:
-    "Prompts and `n` unseen texts, each with one word hidden, and what the model makes of it: {text, truth, guesses}."
+    """Prompts and `n` unseen texts, each with one word hidden, and what the model makes of it:
+    {text, truth, guesses}."""
     found = [dict(text=t, truth="", guesses=fill_mask(model, tokenizer, t)) for t in prompts]
     draw = np.random.default_rng([seed, 7])
     for text in texts:
@@ -441,7 +458,8 @@ def examples(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #1d406d61
 def peak_gflops(dtype, seconds: float = 0.5) -> float:
-    "The machine's speed now, at the present number of threads: the best of several products of 1024 x 1024 matrices, in GFLOP/s."
+    """The machine's speed now, at the present number of threads: the best of several products of
+    1024 x 1024 matrices, in GFLOP/s."""
     from llmeco_nb.runner.machine import gflops
 
     return gflops(1024, dtype, seconds)
@@ -463,7 +481,8 @@ def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
 
 
 def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
-    "One micro-batch for the training loop: summed loss of the hidden tokens, and their number. `parts` the loss is made in; 0: as few as its memory allows."
+    """One micro-batch for the training loop: summed loss of the hidden tokens, and their number.
+    `parts` the loss is made in; 0: as few as its memory allows."""
     from llmeco_nb.models.speedups import fast_mlm_loss
 
     room = (
@@ -482,7 +501,9 @@ def pretrain(
     tokenizer: str | Path,
     config: MLMConfig = MLMConfig(),
 ) -> Path:
-    "Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    """Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
+    probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,
+    `MissingError`."""
     import torch
 
     from llmeco_nb.models.encoder import count_parameters, flops_per_token
@@ -502,14 +523,16 @@ def pretrain(
         )
     if config.seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"seq_len is {config.seq_len} and max_position_embeddings {config.max_position_embeddings}; a row cannot "
-            "be longer than what the encoder reads. Lower seq_len, or raise max_position_embeddings."
+            f"seq_len is {config.seq_len} and max_position_embeddings "
+            f"{config.max_position_embeddings}; a row cannot be longer than what the encoder "
+            "reads. Lower seq_len, or raise max_position_embeddings."
         )
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     vocabulary, unseen = cutter.get_vocab_size(), read_split(corpus, "validation").text.tolist()
     if not unseen:
         raise DataError(
-            f"{corpus} has no validation texts, and without them nobody knows which weights are best. Build it with validation_size=0.1."
+            f"{corpus} has no validation texts, and without them nobody knows which weights are "
+            "best. Build it with validation_size=0.1."
         )
     for p in config.prompts:
         if MASK not in cutter.encode(p).ids:

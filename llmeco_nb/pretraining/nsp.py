@@ -42,12 +42,14 @@ from ..tokenization.wordpiece import encode_texts, open_tokenizer
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #a7a59b11
 def split_sentences(text: str) -> list[str]:
-    "The sentences of a text: cut after `.`, `!` or `?` (and closing quotes or brackets) where white space follows. Joined by one space they are the text, but for its white space."
+    """The sentences of a text: cut after `.`, `!` or `?` (and closing quotes or brackets) where
+    white space follows. Joined by one space they are the text, but for its white space."""
     return [s for s in re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""", text.strip()) if s]
 
 
 def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
-    "For every text its token ids, and the borders: places in the ids where a sentence ends and another begins."
+    """For every text its token ids, and the borders: places in the ids where a sentence ends and
+    another begins."""
     cut = [split_sentences(t) for t in texts]
     flat, found, at = encode_texts(tokenizer, [s for one in cut for s in one]), [], 0
     for one in cut:
@@ -58,7 +60,8 @@ def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #8f55f19e
 def segment_lengths(length: int) -> tuple[int, int]:
-    "Tokens of A and of B in a pair of `length` tokens, three of which are special. Raises `UsageError`."
+    """Tokens of A and of B in a pair of `length` tokens, three of which are special. Raises
+    `UsageError`."""
     if length < 11:
         raise UsageError(
             f"seq_len is {length}; a pair needs at least 11 tokens, 3 of them special."
@@ -67,7 +70,8 @@ def segment_lengths(length: int) -> tuple[int, int]:
 
 
 def pair_boundaries(docs, length: int) -> np.ndarray:
-    "All (document, border) with enough tokens on both sides for a pair of `length` tokens, shape (n, 2). Raises `DataError` if fewer than two documents have one."
+    """All (document, border) with enough tokens on both sides for a pair of `length` tokens, shape
+    (n, 2). Raises `DataError` if fewer than two documents have one."""
     a, b = segment_lengths(length)
     found = np.array(
         [
@@ -80,7 +84,8 @@ def pair_boundaries(docs, length: int) -> np.ndarray:
     ).reshape(-1, 2)
     if len(np.unique(found[:, 0])) < 2:
         raise DataError(
-            f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens before and {b} after it. Take longer or more texts, or lower seq_len."
+            f"Of {len(docs)} documents fewer than two have a sentence border with {a} tokens "
+            f"before and {b} after it. Take longer or more texts, or lower seq_len."
         )
     return found
 
@@ -93,7 +98,8 @@ def nsp_example(
     length: int,
     follows: bool | None = None,  # Whether B shall follow; None: the key decides, half and half
 ) -> tuple[np.ndarray, int]:
-    "The row `[CLS] A [SEP] B [SEP]` and its label as transformers has it: 0 where B follows A, 1 where it comes from another document. A function of the arguments alone."
+    """The row `[CLS] A [SEP] B [SEP]` and its label as transformers has it: 0 where B follows A, 1
+    where it comes from another document. A function of the arguments alone."""
     (a, b), draw = segment_lengths(length), np.random.default_rng(key)
     coin = bool(draw.random() < 0.5)
     if follows is None:
@@ -109,7 +115,8 @@ def nsp_example(
 def nsp_batch(
     docs, where, which, epochs, seed: int, length: int, share: float, vocabulary: int, follows=None
 ) -> dict:
-    "Tensors input_ids and token_type_ids (n, length), next_sentence (n,), positions and targets (hidden,). `follows`: None, or for each pair whether B follows."
+    """Tensors input_ids and token_type_ids (n, length), next_sentence (n,), positions and targets
+    (hidden,). `follows`: None, or for each pair whether B follows."""
     import torch
 
     seen, labels, positions, targets = [], [], [], []
@@ -179,9 +186,10 @@ def nsp_losses(
     next_sentence,
     positions,
     targets,
-    parts: int = 0,  # How many pieces the loss of the tokens is made in; 0: as few as its memory allows
+    parts: int = 0,  # Pieces the loss of the tokens is made in; 0: as few as its memory allows
 ):
-    "(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one forward pass."
+    """(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one
+    forward pass."""
     from llmeco_nb.models.speedups import FusedLinearCrossEntropy
 
     read, head = (
@@ -196,7 +204,8 @@ def nsp_losses(
 
 
 def nsp_loss_step(mlm: float, parts: int = 0):
-    "A step for the training loop: per pair, its cross-entropy and `mlm` times the mean cross-entropy of its hidden tokens, whose loss is made in `parts`."
+    """A step for the training loop: per pair, its cross-entropy and `mlm` times the mean
+    cross-entropy of its hidden tokens, whose loss is made in `parts`."""
     import torch.nn.functional as F
 
     def step(model, batch, backward):
@@ -213,7 +222,8 @@ def nsp_loss_step(mlm: float, parts: int = 0):
 
 
 def load_nsp_model(encoder: str | Path, seed: int):
-    "A BertForPreTraining from an encoder's folder; pooler and head of the pairs are new where the folder has none, and depend on the seed alone. Raises `MissingError`, `DataError`."
+    """A BertForPreTraining from an encoder's folder; pooler and head of the pairs are new where the
+    folder has none, and depend on the seed alone. Raises `MissingError`, `DataError`."""
     import torch
     from transformers import AutoConfig, BertForPreTraining
     from transformers.utils import logging
@@ -227,7 +237,8 @@ def load_nsp_model(encoder: str | Path, seed: int):
     kind = AutoConfig.from_pretrained(encoder).model_type
     if kind != "bert":
         raise DataError(
-            f"{encoder} is a model of type {kind}; pairs are learned by BERT, whose segments and pooler they need."
+            f"{encoder} is a model of type {kind}; pairs are learned by BERT, whose segments and "
+            "pooler they need."
         )
     loud, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -248,8 +259,8 @@ def load_nsp_model(encoder: str | Path, seed: int):
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #ce47ce3b
 def small_pretrained_encoder() -> Path:
-    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first call,
-    under runs/scratch. Of several processes the first makes it."""
+    """The folder of an encoder for the small corpus, pretrained for a few seconds at the first
+    call, under runs/scratch. Of several processes the first makes it."""
     from llmeco_nb.training.parallel import run_on_rank_zero, single_process
 
     def alone() -> str:
@@ -287,7 +298,8 @@ def nsp_validation(
     vocabulary: int,
     batch: int = 50,
 ) -> np.ndarray:
-    "Per pair (n, 3): cross-entropy of the pair in nats, whether the guess was right, mean cross-entropy of its hidden tokens (of its batch). Every other pair is true."
+    """Per pair (n, 3): cross-entropy of the pair in nats, whether the guess was right, mean
+    cross-entropy of its hidden tokens (of its batch). Every other pair is true."""
     import torch
 
     chosen, found = np.random.default_rng([seed, 11]).permutation(len(where))[: n // 2 * 2], []
@@ -331,7 +343,8 @@ def token_overlap(rows: np.ndarray, rarity: np.ndarray, length: int) -> np.ndarr
 def token_overlap_baseline(
     train_docs, train_where, docs, where, n: int, seed: int, length: int, vocabulary: int
 ) -> np.ndarray:
-    "Whether counting shared words gives the right answer, for the pairs of `nsp_validation`; frequencies and threshold come from training texts."
+    """Whether counting shared words gives the right answer, for the pairs of `nsp_validation`;
+    frequencies and threshold come from training texts."""
     df = np.bincount(
         np.concatenate([np.unique(ids) for ids, _ in train_docs]), minlength=vocabulary
     )
@@ -356,12 +369,9 @@ def token_overlap_baseline(
     return (s > cut) == y
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #66e07dcb
-NSP_LR_CANDIDATES = (
-    3e-5,
-    1e-4,
-    3e-4,
-    1e-3,
-)  # tried where no learning rate is given; lower ones than for new weights, because the encoder is trained already
+# tried where no learning rate is given; lower ones than for new weights, because the encoder is
+# trained already
+NSP_LR_CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 
 @stage_config
@@ -392,7 +402,9 @@ def pretrain_nsp(
     encoder: str | Path,
     config: NSPConfig = NSPConfig(),
 ) -> Path:
-    "Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter; `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises `UsageError`, `DataError`, `MissingError`."
+    """Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter;
+    `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises
+    `UsageError`, `DataError`, `MissingError`."""
     from llmeco_nb.models.speedups import num_loss_chunks, retain_freed_memory, use_fast_attention
     from llmeco_nb.training.forecast import chunked_memory_model
     from llmeco_nb.training.loop import train
@@ -408,11 +420,14 @@ def pretrain_nsp(
     model, vocabulary = load_nsp_model(encoder, config.seed), cutter.get_vocab_size()
     if model.config.vocab_size != vocabulary:
         raise DataError(
-            f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they do not belong together."
+            f"The encoder knows {model.config.vocab_size} pieces, the tokenizer {vocabulary}: they "
+            "do not belong together."
         )
     if config.seq_len > model.config.max_position_embeddings:
         raise UsageError(
-            f"seq_len is {config.seq_len}, and the encoder reads at most {model.config.max_position_embeddings} tokens. Lower seq_len, or pretrain the encoder with more positions."
+            f"seq_len is {config.seq_len}, and the encoder reads at most "
+            f"{model.config.max_position_embeddings} tokens. Lower seq_len, or pretrain the "
+            "encoder with more positions."
         )
     docs, held = (
         tokenize_documents(cutter, read_split(corpus, split).text)

@@ -12,7 +12,8 @@ from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
 def active_parameters(c) -> int:
-    "Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers and of the head."
+    """Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers
+    and of the head."""
     from llmeco_nb.models.decoder import decoder_parameters
 
     return decoder_parameters(c)["layers"] + c.hidden_size * c.vocab_size
@@ -28,17 +29,20 @@ def scaling_law_loss(
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #174f6fff
 def fit_scaling_law(n, d, loss) -> dict:
-    "Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."
+    """Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the
+    logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."""
     from scipy.optimize import least_squares
 
     n, d, loss = (np.asarray(x, dtype=float) for x in (n, d, loss))
     if len(loss) < 6:
         raise UsageError(
-            f"The law has five numbers; {len(loss)} runs cannot also say how well it fits. Give at least six."
+            f"The law has five numbers; {len(loss)} runs cannot also say how well it fits. Give at "
+            "least six."
         )
     if len(set(n)) < 2 or len(set(d)) < 3:
         raise UsageError(
-            f"The runs have {len(set(n))} sizes and {len(set(d))} lengths; the law needs at least 2 and 3 to tell the two shortages apart."
+            f"The runs have {len(set(n))} sizes and {len(set(d))} lengths; the law needs at least "
+            "2 and 3 to tell the two shortages apart."
         )
     if not (np.isfinite(loss) & (loss > 0)).all():
         raise DataError("A run's loss is not a positive number.")
@@ -89,7 +93,8 @@ def predict_loss(
     d: float,
     level: float = 0.95,  # Of the interval
 ) -> dict[str, float]:
-    "`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new run."
+    """`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new
+    run."""
     from scipy.stats import t
 
     p, steps = law["p"], np.eye(5) * 1e-5
@@ -113,7 +118,8 @@ def predict_loss(
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #b43af30e
 def compute_optimal(law: dict, operations: float) -> tuple[float, float]:
-    "Parameters and tokens that give the law's lowest loss for a number of training operations, 6 a parameter and token."
+    """Parameters and tokens that give the law's lowest loss for a number of training operations, 6
+    a parameter and token."""
     n = np.geomspace(1e3, operations / 6e3, 20_000)
     best = n[np.argmin(scaling_law_loss(law["p"], n, operations / 6 / n))]
     return float(best), float(operations / 6 / best)

@@ -35,7 +35,8 @@ from .optim import Optimiser
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #170b1334
 @contextmanager
 def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
-    "Whatever is trained in this `with` block: model, optimiser and generators are afterwards as they were. Holds a copy of weights and moments meanwhile."
+    """Whatever is trained in this `with` block: model, optimiser and generators are afterwards as
+    they were. Holds a copy of weights and moments meanwhile."""
     before, states, mode = (
         {k: t.clone() for k, t in tensors_of(optimiser).items()},
         random_states(),
@@ -55,7 +56,8 @@ def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #24ec0bf6
 def saved_bytes(model: torch.nn.Module, step: Callable, batch) -> int:
-    "Bytes that autograd keeps for the backward pass of one batch, without the model's own. For a `step` with several backward passes this is all of them together, an upper bound."
+    """Bytes that autograd keeps for the backward pass of one batch, without the model's own. For a
+    `step` with several backward passes this is all of them together, an upper bound."""
     buffers, states, losses = [b.clone() for b in model.buffers()], random_states(), []
     with saved_tensor_bytes(model) as found:
         step(model, batch, losses.append)
@@ -75,7 +77,8 @@ def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
 def memory_timeline(
     model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser
 ) -> np.ndarray:
-    "Bytes of tensors after each operation of two steps on this batch: what is resident and what the steps add. Library workspaces and the interpreter are not in it."
+    """Bytes of tensors after each operation of two steps on this batch: what is resident and what
+    the steps add. Library workspaces and the interpreter are not in it."""
     start, clip = resident_bytes(model, optimiser), optimiser.clip
     with preserve_training_state(model, optimiser):
         optimiser.room, optimiser.clip = (
@@ -103,7 +106,8 @@ def cgroup_memory(
     root: str | Path = "/sys/fs/cgroup",
     own: str | None = None,  # The group's path below root; None: read from /proc/self/cgroup
 ) -> tuple[int, str] | None:
-    "Bytes left in the tightest memory control group around this process (version 2 or 1) and the file of its limit; None when there is no limit."
+    """Bytes left in the tightest memory control group around this process (version 2 or 1) and the
+    file of its limit; None when there is no limit."""
     root, found = Path(root), []
     if own is None:
         lines = (
@@ -150,7 +154,8 @@ def available_memory(device: str | torch.device = "cpu") -> tuple[int, str]:
 
 
 def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, str]:
-    "Bytes training may have in all, and who says so: of what is available a tenth is left free; what is resident already is no longer among it."
+    """Bytes training may have in all, and who says so: of what is available a tenth is left free;
+    what is resident already is no longer among it."""
     free, who = available_memory(next(model.parameters()).device)
     return 0.9 * free + resident_bytes(model, optimiser), who
 
@@ -162,11 +167,13 @@ def fit_memory_model(
     optimiser: Optimiser,
     sizes: tuple[int, int] = (2, 4),  # Rows of the two batches that are measured
 ) -> list[tuple[float, float]]:
-    "Lines (fixed, a row) in bytes, of which the highest counts; `make(size, index)` gives a batch of `size` rows. Raises `UsageError` for a step whose operations depend on the number of rows."
+    """Lines (fixed, a row) in bytes, of which the highest counts; `make(size, index)` gives a batch
+    of `size` rows. Raises `UsageError` for a step whose operations depend on the number of rows."""
     one, two = (memory_timeline(model, step, make(size, 0), optimiser) for size in sizes)
     if len(one) != len(two):
         raise UsageError(
-            f"The step does {len(one)} operations for {sizes[0]} rows and {len(two)} for {sizes[1]}; its memory cannot be foretold from small batches."
+            f"The step does {len(one)} operations for {sizes[0]} rows and {len(two)} for "
+            f"{sizes[1]}; its memory cannot be foretold from small batches."
         )
     rows = (two - one) / (sizes[1] - sizes[0])
     lines = {}
@@ -176,12 +183,14 @@ def fit_memory_model(
 
 
 def predict_peak_bytes(law: list | Callable, rows: int) -> float:
-    "Peak bytes with this many rows; `law` is what `fit_memory_model` gives, or `chunked_memory_model`."
+    """Peak bytes with this many rows; `law` is what `fit_memory_model` gives, or
+    `chunked_memory_model`."""
     return max(fixed + row * rows for fixed, row in (law(rows) if callable(law) else law))
 
 
 def largest_batch(law: list | Callable, limit: float, most: int) -> int:
-    "The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks for small batches first, so that nothing large is measured before it is known to fit."
+    """The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks
+    for small batches first, so that nothing large is measured before it is known to fit."""
     low, high = 0, 1
     while low < most and predict_peak_bytes(law, high) <= limit:
         low, high = high, min(2 * high, most)
@@ -202,18 +211,25 @@ def check_fits_memory(
     limit: float,  # Bytes training may have in all
     says: str = "the limit",  # Who set it
 ) -> int:
-    "Bytes of training with this batch. Raises `UsageError` when they are above the limit, naming what would fit."
+    """Bytes of training with this batch. Raises `UsageError` when they are above the limit, naming
+    what would fit."""
     effective, largest = batch * accumulation, largest_batch(law, limit, batch)
     if largest == batch:
         return round(predict_peak_bytes(law, batch))
-    why = f"A batch of {batch} rows needs about {mib(predict_peak_bytes(law(largest + 1) if callable(law) else law, batch))} and there are {mib(limit)} ({says})."
+    why = (
+        f"A batch of {batch} rows needs about "
+        f"{mib(predict_peak_bytes(law(largest + 1) if callable(law) else law, batch))} and there "
+        f"are {mib(limit)} ({says})."
+    )
     if largest < 1:
         raise UsageError(
-            f"{why} Not even one row fits, which needs {mib(predict_peak_bytes(law, 1))}; take a smaller model, shorter texts, or another optimiser."
+            f"{why} Not even one row fits, which needs {mib(predict_peak_bytes(law, 1))}; take a "
+            "smaller model, shorter texts, or another optimiser."
         )
     divisor = max(d for d in range(1, largest + 1) if effective % d == 0)
     raise UsageError(
-        f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: batch_size {divisor} with grad_accum_steps {effective // divisor}."
+        f"{why} The largest batch that fits is {largest}. For the same {effective} rows a step: "
+        f"batch_size {divisor} with grad_accum_steps {effective // divisor}."
     )
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ef046bcd
@@ -225,7 +241,8 @@ def chunked_memory_model(
     make: Callable,
     optimiser: Optimiser,
 ) -> Callable:
-    "For `check_fits_memory` and `predict_peak_bytes`: rows -> the lines of a step whose loss is made in parts. Each number of parts is measured once."
+    """For `check_fits_memory` and `predict_peak_bytes`: rows -> the lines of a step whose loss is
+    made in parts. Each number of parts is measured once."""
 
     @lru_cache(None)
     def lines(n: int) -> list:
@@ -241,7 +258,8 @@ def chunked_memory_model(
     def law(rows: int) -> list:
         n = parts(rows)
         while n > 1 and 4 * n * (n - 1) > max(8, rows) * tokens:
-            n -= 1  # larger parts than there will be, rather than batches as large as the one that is in question
+            # larger parts than there will be, rather than batches as large as the one in question
+            n -= 1
         return lines(n)
 
     return law
@@ -250,13 +268,15 @@ def chunked_memory_model(
 def fit_power_law(
     points: list[tuple[float, float]],  # (compute or tokens, loss) of earlier runs
 ) -> dict[str, float]:
-    "E, A, a of L = E + A / C^a by least squares on log L, all of them positive. Raises `UsageError` for fewer than three different C."
+    """E, A, a of L = E + A / C^a by least squares on log L, all of them positive. Raises
+    `UsageError` for fewer than three different C."""
     from scipy.optimize import least_squares
 
     c, loss = (np.array(x, dtype=float) for x in zip(*points))
     if len(set(c)) < 3 or not (c > 0).all() or not (loss > 0).all():
         raise UsageError(
-            f"A power law needs positive losses at three different computes at least; given {len(set(c))}."
+            "A power law needs positive losses at three different computes at least; given "
+            f"{len(set(c))}."
         )
     middle = float(np.exp(np.log(c).mean()))
     away = lambda p: (
@@ -283,12 +303,16 @@ def power_law_loss(law: dict, c: float) -> float:
 
 
 def expected_loss(points: list[tuple[float, float]], c: float) -> dict:
-    "`loss` at compute `c` and `error`, the largest relative miss when each point is left out; loss None when the points do not allow it; `why` in words."
+    """`loss` at compute `c` and `error`, the largest relative miss when each point is left out;
+    loss None when the points do not allow it; `why` in words."""
     if len({x for x, _ in points}) < 4:
         return dict(
             loss=None,
             error=None,
-            why=f"unknown: {len({x for x, _ in points})} earlier runs of different length were given, a power law needs four",
+            why=(
+                f"unknown: {len({x for x, _ in points})} earlier runs of different length were "
+                "given, a power law needs four"
+            ),
         )
     law = fit_power_law(points)
     left = [(x, y, fit_power_law([q for q in points if q[0] != x])) for x, y in points]
@@ -300,7 +324,10 @@ def expected_loss(points: list[tuple[float, float]], c: float) -> dict:
     return dict(
         loss=power_law_loss(law, c),
         error=error,
-        why=f"L = {law['E']:.3g} + {law['A']:.3g} / C^{law['a']:.3g} from {len(points)} earlier runs{beyond}; leaving one out misses it by up to {error:.1%}",
+        why=(
+            f"L = {law['E']:.3g} + {law['A']:.3g} / C^{law['a']:.3g} from {len(points)} earlier "
+            f"runs{beyond}; leaving one out misses it by up to {error:.1%}"
+        ),
     )
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #659a3242
@@ -321,7 +348,8 @@ def forecast(
     seconds: float | None = None,  # Of a step, where measured already
     evaluations: tuple[int, float] = (0, 0.0),  # How many, and seconds of one
 ) -> dict:
-    "Seconds, bytes and loss of the run that `plan` describes, and `says`, a sentence for each. Raises `UsageError` when the batch cannot fit, before any batch of that size is made."
+    """Seconds, bytes and loss of the run that `plan` describes, and `says`, a sentence for each.
+    Raises `UsageError` when the batch cannot fit, before any batch of that size is made."""
     accumulation, (most, who) = (
         plan.get("accumulation", 1),
         memory_budget(model, optimiser) if limit is None else (limit, "the given limit"),
@@ -348,7 +376,11 @@ def forecast(
     says = [
         f"time: {whole:,.1f} s, {plan['steps']} steps of {seconds:.3g} s ({beside})",
         f"memory: {mib(need)} of {mib(most)} ({who})",
-        f"loss: {loss['why'] if loss['loss'] is None else format(loss['loss'], '.4g') + ', ' + loss['why']}",
+        f"""loss: {
+            loss["why"]
+            if loss["loss"] is None
+            else format(loss["loss"], ".4g") + ", " + loss["why"]
+        }""",
     ]
     return dict(
         seconds=whole,
@@ -371,7 +403,9 @@ def compile_choice(
     accumulation: int = 1,
     tries: int = 3,
 ) -> dict:
-    "`step` to train with, whether it is `compiled`, seconds a step `plain` and `fast`, `gain` (plain / fast), seconds `compiling` took, and `why`. A compiler that fails is a reason, not an error."
+    """`step` to train with, whether it is `compiled`, seconds a step `plain` and `fast`, `gain`
+    (plain / fast), seconds `compiling` took, and `why`. A compiler that fails is a reason, not an
+    error."""
     with preserve_training_state(model, optimiser):
         plain = measure_step_time(model, step, batches, optimiser, accumulation, tries)
     found = dict(step=step, compiled=False, plain=plain, fast=None, gain=None, compiling=None)
@@ -389,11 +423,18 @@ def compile_choice(
     ) as e:  # compilers fail in a hundred ways, from a missing g++ to a bug in generated code
         return {
             **found,
-            "why": f"not compiled, the compiler failed: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}",
+            "why": (
+                f"not compiled, the compiler failed: {type(e).__name__}: "
+                f"{(str(e).strip().splitlines() or [''])[0][:200]}"
+            ),
         }
     compiling, gain = max(0.0, time.perf_counter() - begun - fast * (tries + 1)), plain / fast
     saved, wins = (plain - fast) * steps, gain > 1.02
-    numbers = f"{plain:.3g} s a step without, {fast:.3g} s with ({gain:.2f} times as fast); compiling took {compiling:.1f} s, {steps} steps {'save' if saved > 0 else 'lose'} {abs(saved):.1f} s"
+    numbers = (
+        f"{plain:.3g} s a step without, {fast:.3g} s with ({gain:.2f} times as fast); compiling "
+        f"took {compiling:.1f} s, {steps} steps {'save' if saved > 0 else 'lose'} "
+        f"{abs(saved):.1f} s"
+    )
     found.update(
         fast=fast,
         gain=gain,
@@ -404,12 +445,14 @@ def compile_choice(
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #b2f4cb95
 def torch_cpp_compiler() -> str:
-    "Path of the C++ compiler that torch.compile calls for a processor. Raises `MissingError` where there is none."
+    """Path of the C++ compiler that torch.compile calls for a processor. Raises `MissingError`
+    where there is none."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if path := shutil.which(name):
         return path
     raise MissingError(
-        f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another in the environment variable CXX, or train without compiling (torch_compile=False)."
+        f"torch.compile needs a C++ compiler, and {name} is not found. Install it, or name another "
+        "in the environment variable CXX, or train without compiling (torch_compile=False)."
     )
 
 
@@ -427,10 +470,13 @@ def compiled_layer_class(kind: type) -> type:
 
 
 def compile_layers(model: torch.nn.Module) -> torch.nn.Module:
-    "Let torch.compile write code for the model's layers, in place; it is written at the first step. Last bits differ from those without. Raises `MissingError` without a compiler, `UsageError` for a model without layers."
+    """Let torch.compile write code for the model's layers, in place; it is written at the first
+    step. Last bits differ from those without. Raises `MissingError` without a compiler,
+    `UsageError` for a model without layers."""
     if not layers_of(model):
         raise UsageError(
-            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing to compile layer by layer."
+            f"{type(model).__name__} has no ModuleList, in which layers would stand: nothing to "
+            "compile layer by layer."
         )
     if next(model.parameters()).device.type == "cpu":
         torch_cpp_compiler()

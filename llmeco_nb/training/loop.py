@@ -49,7 +49,8 @@ from .prefetch import Prefetch
 # %% ../../nbs/1_pretraining/17_loop.ipynb #55b1291c
 @lru_cache(4)
 def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    "The order of epoch `epoch`: a permutation of 0 to n-1 that depends on nothing but the arguments."
+    """The order of epoch `epoch`: a permutation of 0 to n-1 that depends on nothing but the
+    arguments."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -76,7 +77,8 @@ def length_bucketed_batches(
     epoch: int,
     pool: int = 16,  # Batches that are sorted together
 ) -> list[np.ndarray]:
-    "The batches of one epoch, each of examples of similar length; every example once, the last batch of the last pool may be smaller."
+    """The batches of one epoch, each of examples of similar length; every example once, the last
+    batch of the last pool may be smaller."""
     order, size, batches = epoch_permutation(len(lengths), seed, epoch), np.array(lengths), []
     for start in range(0, len(order), batch * pool):
         part = order[start : start + batch * pool]
@@ -93,7 +95,8 @@ def measure_step_time(
     accumulation: int = 1,
     tries: int = 3,  # After one that does not count
 ) -> float:
-    "Median seconds of an optimiser step. Model, optimiser and generators are afterwards as they were."
+    """Median seconds of an optimiser step. Model, optimiser and generators are afterwards as they
+    were."""
     before, states, mode, taken = (
         {k: v.clone() for k, v in optimiser.state_dict().items()},
         random_states(),
@@ -119,7 +122,8 @@ def resolve_plan(
     asked: dict,  # The parameters the plan depends on
     make: Callable[[], dict],  # Makes the plan, the first time
 ) -> dict:
-    "The record's plan, in every process that of the first. In a folder used by hand, another `asked` than last time drops the old plan and what it had begun."
+    """The record's plan, in every process that of the first. In a folder used by hand, another
+    `asked` than last time drops the old plan and what it had begun."""
     return run_on_rank_zero(lambda: resolve_plan_on_rank_zero(record, asked, make))
 
 
@@ -210,7 +214,9 @@ def train_step(
     sound: Callable,
     b: int,
 ) -> tuple[float, float, int, float]:
-    "Step `s` on the micro-batches of place `b`, then the update. Returns (loss sum, weight, tokens read, norm of the gradient). Raises `UnstableStep` for a loss that is no number, or that `sound` refuses."
+    """Step `s` on the micro-batches of place `b`, then the update. Returns (loss sum, weight,
+    tokens read, norm of the gradient). Raises `UnstableStep` for a loss that is no number, or that
+    `sound` refuses."""
     loss, weight, tokens, device = 0.0, 0.0, 0, next(model.parameters()).device
     for index in range(b * accumulation, (b + 1) * accumulation):
         batch = to_device(batches(index), device)
@@ -224,14 +230,18 @@ def train_step(
     loss, weight, tokens = all_reduce_sum(
         [loss, weight, tokens]
     )  # of all processes: what follows is decided alike in each
-    where = f"at step {s + 1} (batches {b * accumulation} to {index}, learning rate {optimiser.lr * factor:.2g})"
+    where = (
+        f"at step {s + 1} (batches {b * accumulation} to {index}, learning rate "
+        f"{optimiser.lr * factor:.2g})"
+    )
     if not weight > 0:
         raise DataError(
             f"Nothing was counted {where}: every token of the batch is masked or padding."
         )
     if not math.isfinite(loss):
         raise UnstableStep(
-            f"The loss is {loss} {where}. Lower the learning rate, lengthen the warm-up, or look at these batches."
+            f"The loss is {loss} {where}. Lower the learning rate, lengthen the warm-up, or look "
+            "at these batches."
         )
     if not sound(loss / weight):
         raise UnstableStep(f"The loss leaped to {loss / weight:.4g} {where}.")
@@ -241,12 +251,14 @@ def train_step(
         return loss, weight, int(tokens), optimiser.step(factor, weight)
     except DataError as e:
         raise UnstableStep(
-            f"{e} It happened {where}. Lower the learning rate, lengthen the warm-up, or look at these batches."
+            f"{e} It happened {where}. Lower the learning rate, lengthen the warm-up, or look at "
+            "these batches."
         ) from None
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #a2c9ee8f
 def rows_before(folder, record: Record) -> int:
-    "Rows the log had before this training began; written down, so that an attempt killed before its first checkpoint leaves no rows behind."
+    """Rows the log had before this training began; written down, so that an attempt killed before
+    its first checkpoint leaves no rows behind."""
     mark = folder / "before.json"
     if not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +285,8 @@ def train(
     flops: float = 0.0,  # Useful operations a token, for the share of the roof
     roof: float = 0.0,  # What the device can do, operations a second; 0: not shown
 ) -> dict:
-    "Train to the end of the plan, or until `patience` is spent; resumes by itself. The model then has its best weights. Returns steps, tokens, seconds, loss, best, best_step, stopped."
+    """Train to the end of the plan, or until `patience` is spent; resumes by itself. The model then
+    has its best weights. Returns steps, tokens, seconds, loss, best, best_step, stopped."""
     folder, schedule, accumulation, noise = (
         Path(run_on_rank_zero(lambda: str(record.resume / name))),
         schedule_of(plan),
@@ -393,7 +406,8 @@ def spike_guard(plan: dict, state: dict) -> Callable[[float], bool]:
 def rollback(
     folder, optimiser, belongs: dict, state: dict, plan: dict, record: Record, why: Exception
 ) -> dict:
-    "Go back to the last checkpoint, as `rolled_back_state` says, and write that down. Raises `DataError` when the plan's `guard` is spent."
+    """Go back to the last checkpoint, as `rolled_back_state` says, and write that down. Raises
+    `DataError` when the plan's `guard` is spent."""
     stored = {**first_state(), **load_checkpoint(folder, optimiser, belongs)}
     barrier()
     after = rolled_back_state(stored, state, state["step"], plan["steps"], plan["guard"], str(why))
@@ -434,7 +448,8 @@ def run_evaluation(
     model.train()
     if watch not in values:
         raise UsageError(
-            f"evaluate gives {', '.join(values)}; {watch!r}, by which the best is chosen, is not among them."
+            f"evaluate gives {', '.join(values)}; {watch!r}, by which the best is chosen, is not "
+            "among them."
         )
     record.log(step=state["step"], tokens=state["tokens"], **values)
     state["rows"] += 1

@@ -27,7 +27,8 @@ def trial(
     steps: int,
     accumulation: int = 1,
 ) -> float:
-    "Mean loss over the last half of `steps` at this rate, a quarter of them warm-up; infinite when it diverged. Muon's rate moves in proportion. Everything is taken back."
+    """Mean loss over the last half of `steps` at this rate, a quarter of them warm-up; infinite
+    when it diverged. Muon's rate moves in proportion. Everything is taken back."""
     losses, warm = [], max(1, steps // 4)
     with preserve_training_state(model, optimiser):
         model.train()
@@ -41,7 +42,8 @@ def trial(
                 loss, weight = loss + float(part), weight + float(count)
             if not weight:
                 raise DataError(
-                    "A probe's batch holds nothing that counts: all its targets are masked out. Look at what the batches are made of."
+                    "A probe's batch holds nothing that counts: all its targets are masked out. "
+                    "Look at what the batches are made of."
                 )
             losses.append(loss / weight)
             try:
@@ -63,10 +65,12 @@ def successive_halving(
     steps: int = 8,  # Of each in the first round; doubled in every further one
     accumulation: int = 1,
 ) -> dict:
-    "`lr`, the rate that is left; `rounds`, [{rate: loss}]; `why` in words. Raises `UsageError` for other numbers of rates or when all diverge."
+    """`lr`, the rate that is left; `rounds`, [{rate: loss}]; `why` in words. Raises `UsageError`
+    for other numbers of rates or when all diverge."""
     if not 3 <= len(set(rates)) <= 5 or min(rates) <= 0 or steps < 4:
         raise UsageError(
-            f"Give three to five different positive learning rates and at least four steps; given {rates} and {steps}."
+            "Give three to five different positive learning rates and at least four steps; given "
+            f"{rates} and {steps}."
         )
     left, rounds = sorted(set(rates)), []
     while len(left) > 1:
@@ -83,7 +87,8 @@ def successive_halving(
         )
         if not left:
             raise UsageError(
-                f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. Try smaller ones."
+                f"Every learning rate diverged: {', '.join(f'{r:g}' for r in tried)}. "
+                "Try smaller ones."
             )
     edge = {min(rates): "smallest", max(rates): "largest"}.get(left[0])
     return dict(
@@ -95,7 +100,8 @@ def successive_halving(
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #08521ce5
 def set_lr(optimiser: Optimiser, lr: float):
-    "Set the learning rate, and in proportion Muon's; for an optimiser that has made no step. Raises `UsageError`."
+    """Set the learning rate, and in proportion Muon's; for an optimiser that has made no step.
+    Raises `UsageError`."""
     if lr <= 0:
         raise UsageError(f"lr is {lr}; a learning rate is above 0.")
     share = lr / optimiser.lr
@@ -115,7 +121,8 @@ def lr_range_test(
     steps: int = 40,
     accumulation: int = 1,
 ) -> list[tuple[float, float]]:
-    "(rate, loss) of one run whose rate grows by a constant factor; ends early when the loss is four times its lowest or no number. Everything is taken back. Source: Smith 2017."
+    """(rate, loss) of one run whose rate grows by a constant factor; ends early when the loss is
+    four times its lowest or no number. Everything is taken back. Source: Smith 2017."""
     if not 0 < low < high or steps < 2:
         raise UsageError(
             f"A range needs 0 < low < high and two steps; given {low}, {high}, {steps}."
@@ -166,7 +173,8 @@ def fastest_batch_size(
     within: float = 0.05,
     tries: int = 3,
 ) -> dict:
-    "`batch`, the smallest within `within` of the best, and `speeds`, tokens a second of each (median step of whole optimiser steps). Everything is taken back."
+    """`batch`, the smallest within `within` of the best, and `speeds`, tokens a second of each
+    (median step of whole optimiser steps). Everything is taken back."""
     if not sizes or min(sizes) < 1:
         raise UsageError(f"Batch sizes are whole numbers from 1; given {sizes}.")
     speeds = {}

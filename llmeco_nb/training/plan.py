@@ -33,7 +33,8 @@ from .parallel import current_world, run_on_rank_zero
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ac2025ad
 def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
-    "What runs must share for their losses to lie on one curve: all that was asked but length, budget, seed and what is only looked at."
+    """What runs must share for their losses to lie on one curve: all that was asked but length,
+    budget, seed and what is only looked at."""
     length = (
         "minutes",
         "steps",
@@ -55,18 +56,21 @@ def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
 
 
 def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
-    "(tokens, loss) of finished runs, from their folders. Raises `MissingError` for a folder without a finished forecast, `UsageError` for another recipe, naming where it differs."
+    """(tokens, loss) of finished runs, from their folders. Raises `MissingError` for a folder
+    without a finished forecast, `UsageError` for another recipe, naming where it differs."""
     found = []
     for folder in folders:
         file = Path(folder) / "forecast.json"
         if not file.exists():
             raise MissingError(
-                f"previous_runs names {folder}, which is not the record of a finished training: forecast.json is not in it."
+                f"previous_runs names {folder}, which is not the record of a finished training: "
+                "forecast.json is not in it."
             )
         stored = read_json(file)
         if "came" not in stored or "recipe" not in stored:
             raise DataError(
-                f"{file} does not say what came of that run. Run the stage again, or leave it out of previous_runs."
+                f"{file} does not say what came of that run. Run the stage again, or leave it out "
+                "of previous_runs."
             )
         differ = [
             f"{k} is {stored['recipe'].get(k)!r} there and {recipe.get(k)!r} here"
@@ -75,7 +79,8 @@ def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
         ]
         if differ:
             raise UsageError(
-                f"previous_runs names {folder}, whose loss says nothing of this run: {', '.join(differ)}. Leave it out."
+                f"previous_runs names {folder}, whose loss says nothing of this run: "
+                f"{', '.join(differ)}. Leave it out."
             )
         found.append((float(stored["came"]["tokens"]), float(stored["came"]["loss"])))
     return found
@@ -105,7 +110,8 @@ def plan_training(
     rates: tuple = LR_CANDIDATES,
     sizes: tuple = BATCH_SIZE_CANDIDATES,
 ) -> dict:
-    "The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that cannot fit, before one of that size is made."
+    """The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that
+    cannot fit, before one of that size is made."""
     if batch is not None and batch < 1 or accumulation < 1:
         raise UsageError(f"batch is {batch} and accumulation {accumulation}; both are at least 1.")
     if lr is not None and not lr > 0:
@@ -240,7 +246,8 @@ def record_actual(
     result: dict,  # From `plan_training`, from `train`
     loss: float,
 ) -> dict:
-    "Keep what came beside what was foretold, as forecast.json; returns both as numbers for the metrics. Call it before `optimiser.finish`."
+    """Keep what came beside what was foretold, as forecast.json; returns both as numbers for the
+    metrics. Call it before `optimiser.finish`."""
 
     def work() -> dict:
         told, peak = (
@@ -284,7 +291,8 @@ def forecast_vs_actual(record: Record) -> str:
     ):
         share = f"{came[key] / told[key]:.2f}" if told[key] else ""
         rows.append(
-            f"| {what} | {'unknown' if told[key] is None else format(told[key] / per, form)} | {format(came[key] / per, form)} | {share} |"
+            f"| {what} | {'unknown' if told[key] is None else format(told[key] / per, form)} | "
+            f"{format(came[key] / per, form)} | {share} |"
         )
     return "\n".join(
         [
