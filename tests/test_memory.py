@@ -163,7 +163,7 @@ def test_stock_models_with_caches_and_two_stacks():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UsageError, match="recompute is -1"):
+    with pytest.raises(UsageError, match="activation_checkpointing is -1"):
         enable_activation_checkpointing(Stack(2), -1)
     with pytest.raises(UsageError, match="Linear has no ModuleList"):
         enable_activation_checkpointing(torch.nn.Linear(2, 2), 1)

@@ -581,7 +581,7 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
             pass
     with pytest.raises(UsageError, match="device is 'tpu'"):
         resolve_device("tpu")
-    with pytest.raises(UsageError, match="processes is 0"):
+    with pytest.raises(UsageError, match="nproc is 0"):
         run_distributed(cases.training, 0)(create_record(tmp_path, "toy"))
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="sees no GPU"):

@@ -314,7 +314,7 @@ def fit_bigram_embeddings(
 def target_log_probs(
     rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans"
 ) -> np.ndarray:
-    """Log-probability (vocabulary + marks,) of each token in an target by its frequency in `rows`,
+    """Log-probability (vocabulary + marks,) of each token in a target by its frequency in `rows`,
     half an occurrence added to each."""
     hidden, holes = span_counts(rows.shape[1], share, mean)
     counts = (

@@ -219,7 +219,7 @@ def launch(
 
     The function is called with a `World` and the arguments, and returns what JSON can hold."""
     if processes < 1:
-        raise UsageError(f"processes is {processes}; give at least 1.")
+        raise UsageError(f"nproc is {processes}; give at least 1.")
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "run.py"
         script.write_text(
