@@ -1,4 +1,6 @@
-"Prose: every document passes every step and is accounted for, splits are disjoint, weights are respected, equal input gives equal bytes, memory is bounded, a kill leaves nothing half-done, errors name what was found."
+"""Prose: every document passes every step and is accounted for, splits are disjoint, weights are
+respected, equal input gives equal bytes, memory is bounded, a kill leaves nothing half-done, errors
+name what was found."""
 
 import json
 import random
@@ -82,7 +84,8 @@ def test_no_evaluation_text_is_left():
 
 
 def test_what_is_left_would_pass_again():
-    "The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and no text twice."
+    """The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and
+    no text twice."""
     found = [d for s in splits for d in read_mixture(small_mixture(), s)]
     texts = [d["text"] for d in found]
     assert len(texts) == len({" ".join(t.casefold().split()) for t in texts}) > 250
@@ -97,7 +100,8 @@ def test_what_is_left_would_pass_again():
 
 
 def test_the_labelled_corpus_is_a_domain(tmp_path):
-    "Short rows that Gopher's rules would take stay, what says the same as an evaluation text goes, and the stages that read a corpus read the prose."
+    """Short rows that Gopher's rules would take stay, what says the same as an evaluation text
+    goes, and the stages that read a corpus read the prose."""
     folder = build(
         tmp_path,
         "all",
@@ -237,7 +241,8 @@ pieces = st.sampled_from(
 @settings(max_examples=15, deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=25), st.integers(0, 9))
 def test_every_document_is_accounted_for(tmp_path_factory, kinds, seed):
-    "Each kind of dirt is taken by the step that is there for it, and read = removed + kept, by domain."
+    """Each kind of dirt is taken by the step that is there for it, and read = removed + kept, by
+    domain."""
     tmp, rng = tmp_path_factory.mktemp("p"), random.Random(seed)
     base, leaked = [english(rng, 80) for _ in range(40)], read_split(small_corpus(), "test").text[0]
     half = lambda t: t.split()[:-1] + ["changed"]
