@@ -372,7 +372,8 @@ resource.setrlimit(resource.RLIMIT_DATA, (96 << 20, 96 << 20))
 documents = lambda: corpus(int(sys.argv[2]), 400)
 found = find_duplicates(documents(), sys.argv[1], memory_mib=8)
 kept = sum(1 for _ in found.kept(documents()))
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") \
+if line.startswith("VmHWM"))/1024
 print(json.dumps(dict(peak=peak, kept=kept)))
 """
     )

@@ -282,7 +282,8 @@ from llmeco_nb.runner.identity import Notebook, key_of, show_parts, work_parts
 house, found = StageRegistry.find(), {}
 for path in house.notebooks:
     notebook = Notebook.read(path)
-    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), key_of(show_parts(notebook, house.package))]
+    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), \
+key_of(show_parts(notebook, house.package))]
 print(json.dumps(found))
 """
 

@@ -122,8 +122,8 @@ def test_it_agrees_with_a_slow_and_obvious_check(a, b):
 
 def test_hashes_are_the_same_in_every_process():
     code = (
-        "from llmeco_nb.data.decontamination import ngram_hashes; print(ngram_hashes('to be or "
-        "not'.split(), 3).tolist())"
+        "from llmeco_nb.data.decontamination import ngram_hashes; "
+        "print(ngram_hashes('to be or not'.split(), 3).tolist())"
     )
     said = {
         subprocess.run(

@@ -222,7 +222,8 @@ def test_parameters_are_typed_and_explained(chapter):
             ast.literal_eval(n.value)
         except ValueError:
             found.append(f"{chapter.name}: the default of {n.target.id} is not a plain value")
-        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\])|Optional\[(int|float|str)\]"  # what papermill can read
+        # What papermill can read
+        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\])|Optional\[(int|float|str)\]"
         if not re.fullmatch(allowed, ast.unparse(n.annotation)):
             found.append(f"{chapter.name}: {n.target.id} has the type {ast.unparse(n.annotation)}")
         if not re.search(r"#\s*\w", lines[n.end_lineno - 1].encode()[n.end_col_offset :].decode()):
@@ -744,7 +745,8 @@ import sys
 from pathlib import Path
 from nbdev.config import get_config
 from nbdev.test import test_nb
-well, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), force_flags=sys.argv[2:])
+well, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), \
+force_flags=sys.argv[2:])
 sys.exit(0 if well else 1)
 """
 

@@ -184,7 +184,8 @@ import sys, llmeco_nb
 from llmeco_nb.runner.stages import StageRegistry, read_profile
 house = StageRegistry.find()
 print(llmeco_nb.__file__, llmeco_nb.__version__, house.checkout, len(house.stages))
-for folder in sorted((house.nbs/"profiles").iterdir()): print(folder.name, len(read_profile(house, folder.name)[0]))
+for folder in sorted((house.nbs/"profiles").iterdir()): \
+print(folder.name, len(read_profile(house, folder.name)[0]))
 from {script[1]} import {script[2]}
 sys.argv = ["llmeco", "--help"]
 {script[2]}()
@@ -310,7 +311,12 @@ def ci(tmp_path, command: str, **fakes: str) -> subprocess.CompletedProcess:
         "exit 8\n"
         "```\n"
     )
-    python = '[ "$1" = -m ] || exit 0\nmkdir -p "$3/bin"\necho "export VIRTUAL_ENV=$3" > "$3/bin/activate"'  # a Python that can make environments, and nothing else
+    # A Python that can make environments, and nothing else
+    python = (
+        '[ "$1" = -m ] || exit 0\n'
+        'mkdir -p "$3/bin"\n'
+        'echo "export VIRTUAL_ENV=$3" > "$3/bin/activate"'
+    )
     for name, script in {"python3.11": python, **fakes}.items():
         (tools / name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name.replace("_", "-")).chmod(0o755)

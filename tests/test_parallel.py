@@ -368,8 +368,10 @@ ENCODER = "size=1x32 embedding_init=random seq_len=32 max_position_embeddings=64
 BRIEF = "steps=6 batch_size=5 eval_examples=8 num_evals=2"  # of odd batches the shares differ
 SHARING = dict(  # how to ask a stage for a second of its work
     pretrain=f"{BRIEF} {ENCODER} lr=3e-3",
-    causal=f"{BRIEF} size=1x32 context_length=32 lr=3e-3 muon_lr=0 baseline_tokens=0 max_new_tokens=2 "
-    "precision=fp32",
+    causal=(
+        f"{BRIEF} size=1x32 context_length=32 lr=3e-3 muon_lr=0 baseline_tokens=0 "
+        "max_new_tokens=2 precision=fp32"
+    ),
     denoise=f"{BRIEF} {ENCODER} lr=3e-3 muon_lr=0 final_eval_examples=8 baseline_tokens=1000",
     nsp=f"{BRIEF} seq_len=32 lr=3e-4 precision=fp32",
     # an epoch of 17 texts ends with a batch of one, and of two processes one has none

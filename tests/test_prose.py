@@ -332,7 +332,8 @@ from llmeco_nb.core import create_record
 config = MixtureConfig(domains=[], extra_sources=[f"d={sys.argv[2]}"], quality_rules=["d=none"],
                        max_documents=None, max_epochs=1)
 build_mixture(create_record(sys.argv[1], "prose"), config=config)
-print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
+print(next(int(line.split()[1]) for line in open("/proc/self/status") \
+if line.startswith("VmHWM")) / 1024)"""
 
     def peak(n, kind):
         rng, file = random.Random(n), tmp_path / f"{n}.{kind}"
@@ -366,7 +367,8 @@ def dying(function):
         if seen == at: os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-p.split_hash, p.write_split, p.write_json = dying(p.split_hash), dying(p.write_split), dying(p.write_json)
+p.split_hash, p.write_split, p.write_json = \
+dying(p.split_hash), dying(p.write_split), dying(p.write_json)
 config = p.MixtureConfig(domains=[], extra_sources=[{own!r}], max_documents=None, max_epochs=1)
 p.build_mixture(create_record(sys.argv[1], "prose"), config=config)"""
     attempt = lambda at: subprocess.run(
@@ -397,7 +399,10 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "dust.txt").write_text("a b\n\nc d\n")
     with pytest.raises(
         DataError,
-        match=r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\).*dust=none",
+        match=(
+            r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\)"
+            r".*dust=none"
+        ),
     ):
         build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
     with pytest.raises(

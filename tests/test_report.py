@@ -198,7 +198,11 @@ def finished(tmp_path_factory, machine_json):  # noqa: F811
         dict(
             show,
             id="71-rude",
-            source="""display(HTML('<style>b{}</style><table border=1 onclick="x()"><tr><td>3.5<td>x<p>y<p>z</table><img src="http://a.b/c.png" alt="far"><script>fetch("http://a.b")</script>'))""",
+            source=(
+                """display(HTML('<style>b{}</style><table border=1 onclick="x()"><tr><td>3.5"""
+                """<td>x<p>y<p>z</table><img src="http://a.b/c.png" alt="far">"""
+                """<script>fetch("http://a.b")</script>'))"""
+            ),
         ),
         dict(
             show,
@@ -213,8 +217,8 @@ def finished(tmp_path_factory, machine_json):  # noqa: F811
     house.edit(
         "73_compare",
         (
-            "write_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m "
-            "in model])"
+            "write_json(record.artifact('table'), "
+            "[json.loads(Path(m).read_text())['total'] for m in model])"
         ),
         (
             "write_json(record.artifact('table'), [dict(model=Path(m).parent.name[:5], "
@@ -291,8 +295,8 @@ def test_front_page_says_what_came_out(house):
     )  # train@b adds what the round before gave
     before = json.loads((house.runs / "toy-1" / "train@b" / "metrics.json").read_text())["total"]
     assert (
-        f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td><td '
-        f'class="num">+{metrics["train@b"]["total"] - before}</td>'
+        f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td>'
+        f'<td class="num">+{metrics["train@b"]["total"] - before}</td>'
     ) in front
     assert front.count('class="meter') == 8 and "<b>value</b> over step" in front
 
@@ -529,7 +533,8 @@ globalThis.window = globalThis;
 (0, eval)(fs.readFileSync('{site}/assets/search.js', 'utf8'));
 (0, eval)(fs.readFileSync('{site}/assets/sections.js', 'utf8'));
 const found = q => search(window.sections, q, 99).map(hit => hit.address);
-console.log(JSON.stringify([found('softmax'), found('SOFTMAX'), found('zebra xylophone quux'), found("")]));
+console.log(JSON.stringify([found('softmax'), found('SOFTMAX'), \
+found('zebra xylophone quux'), found("")]));
 """
     done = subprocess.run(["node", "-e", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
