@@ -1,4 +1,5 @@
-"""What every test finds: a home of its own, no network, the outside data, and markers for what this machine may lack."""
+"""What every test finds: a home of its own, no network, the outside data, and markers for what this
+machine may lack."""
 
 import os
 import shutil
@@ -21,7 +22,8 @@ settings.load_profile("shared machine")
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="llmeco-tests-"))
 
-# Set before anything imports a library that reads them at import. A test that wants otherwise says so with monkeypatch.
+# Set before anything imports a library that reads them at import. A test that wants otherwise says
+# so with monkeypatch.
 os.environ.update(
     HOME=str(HOME),
     XDG_CACHE_HOME=str(HOME / ".cache"),
@@ -87,18 +89,21 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    "The folder of outside data sets (IMDB's official test split, BANKING77, ...), which are not part of this repository."
+    """The folder of outside data sets (IMDB's official test split, BANKING77, ...), which are not
+    part of this repository."""
     folder = Path(os.environ.get("LLMECO_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(
-            f"needs the data sets of the tests: there is no folder {folder}; name another in LLMECO_DATA"
+            f"needs the data sets of the tests: there is no folder {folder}; name another in "
+            "LLMECO_DATA"
         )
     return folder
 
 
 @pytest.fixture
 def killed_at():
-    "`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its training begins that step."
+    """`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its
+    training begins that step."""
 
     def killed(at: int, work):
         import llmeco_nb.training.loop

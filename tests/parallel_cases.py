@@ -1,4 +1,5 @@
-"""What the processes of test_parallel do; a module of its own, because some of them start anew and import it."""
+"""What the processes of test_parallel do; a module of its own, because some of them start anew and
+import it."""
 
 import importlib
 import os
@@ -156,7 +157,8 @@ def compare(world, folder):
 
 
 def halved(world, mine, folder):
-    "bf16 weights with fp32 masters, sharded, AdamW and Muon: gradient, two steps, and a checkpoint that one process can go on from, and back."
+    """bf16 weights with fp32 masters, sharded, AdamW and Muon: gradient, two steps, and a
+    checkpoint that one process can go on from, and back."""
     nets = model().to(world.device), shard(model().to(world.device), world.device.type)
     (net, o), (cut, p), found = *((n, Optimiser(n, 1e-2, muon=1e-2)) for n in nets), {}
     for i in range(2):
@@ -247,8 +249,8 @@ def training(
     ddp: bool = False,
     alike: bool = False,
 ) -> Path:
-    """A stage: ten steps of five rows in two micro-batches. Writes which rows it drew to `seen`; dies
-    at micro-batch `fatal` of this attempt. `alike`: all processes draw the same rows."""
+    """A stage: ten steps of five rows in two micro-batches. Writes which rows it drew to `seen`;
+    dies at micro-batch `fatal` of this attempt. `alike`: all processes draw the same rows."""
     world, count, rows = (
         current_world(),
         [0],

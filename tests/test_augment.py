@@ -1,4 +1,5 @@
-"Augmentation: labels stay, nothing of the held-out texts gets in, engines that are absent are named, and the same seed gives the same bytes."
+"""Augmentation: labels stay, nothing of the held-out texts gets in, engines that are absent are
+named, and the same seed gives the same bytes."""
 
 import shutil
 from pathlib import Path
@@ -49,7 +50,8 @@ needs_wordnet = pytest.mark.skipif(
     reason="needs WordNet: apt-get install wordnet-base",
 )
 
-# The files of a WordNet of two meanings, in the format of wndb(5WN): words, and at which byte of the data file their meanings stand.
+# The files of a WordNet of two meanings, in the format of wndb(5WN): words, and at which byte of
+# the data file their meanings stand.
 LINE = "{:08d} 06 n 02 film 0 movie 0 000 | a story in pictures  \n"
 
 
@@ -176,7 +178,8 @@ def test_stage_keeps_labels_and_repeats_itself(tmp_path):
 
 
 def test_a_marian_folder_translates(tmp_path):
-    "The way through transformers, on a model of random weights: as many texts as were given, and the same ones each time."
+    """The way through transformers, on a model of random weights: as many texts as were given, and
+    the same ones each time."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
@@ -319,7 +322,8 @@ def key(pipe, **values):
 def test_what_is_made_with_other_engines_is_another_stage(
     pipe, tmp_path, small_wordnet, monkeypatch
 ):
-    "Without `kinds` the engines of the machine decide, so they are in the key; the same engines give the same key, whoever names them."
+    """Without `kinds` the engines of the machine decide, so they are in the key; the same engines
+    give the same key, whoever names them."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(augment, "wordnet_folder", tmp_path / "nowhere")
     assert available_engines() == [] and engines_revision([]) == "none"

@@ -1,4 +1,5 @@
-"Causal pretraining: packed is padded, a killed run ends with the same bytes, and plain transformers opens what it leaves."
+"""Causal pretraining: packed is padded, a killed run ends with the same bytes, and plain
+transformers opens what it leaves."""
 
 import math
 import random
@@ -60,7 +61,10 @@ def inputs(tmp_path_factory):
     "A tiny corpus of two domains and its tokenizer."
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     said = lambda: " ".join(
-        f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        (
+            f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} "
+            f"{r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        )
         for _ in range(r.randint(1, 9))
     )
     (folder / "prose").mkdir()

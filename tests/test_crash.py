@@ -1,4 +1,5 @@
-"""A hundred seeded kills: runner, kernel, at a chosen rename, two runners at once. What comes out is what an undisturbed run gives."""
+"""A hundred seeded kills: runner, kernel, at a chosen rename, two runners at once. What comes out
+is what an undisturbed run gives."""
 
 import os
 import random
@@ -55,7 +56,8 @@ def end(process):
 
 
 def kill_once(house, way, rng):
-    "Start the run and kill it in one of the ways, at a seeded moment. A run that ends first was quicker than its killer."
+    """Start the run and kill it in one of the ways, at a seeded moment. A run that ends first was
+    quicker than its killer."""
     if way == "rename":
         p = house.start(
             "run", "--profile", "toy", DIE_AT=f"{rng.randint(1, 40)}{rng.choice(['', '+'])}"
@@ -133,7 +135,8 @@ def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # n
 
 
 def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F811
-    "Both find no run and want to make one; the second must take what the first has made in the meantime."
+    """Both find no run and want to make one; the second must take what the first has made in the
+    meantime."""
     from llmeco_nb.core import lock
 
     house = ToyHouse(tmp_path / "house", machine_json)
@@ -156,7 +159,8 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F
 
 
 def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # noqa: F811
-    "A runner that looks in the moment before the folder gets its name, or after one died then, must not take the unfinished one for the newest run."
+    """A runner that looks in the moment before the folder gets its name, or after one died then,
+    must not take the unfinished one for the newest run."""
     from llmeco_nb.runner.store import Run
 
     house = ToyHouse(tmp_path / "house", machine_json)
@@ -168,7 +172,8 @@ def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # 
 
 
 def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
-    "The crash tests would prove nothing if nobody died: a runner told to die at a rename does, before and after it."
+    """The crash tests would prove nothing if nobody died: a runner told to die at a rename does,
+    before and after it."""
     house = ToyHouse(tmp_path / "house", machine_json)
     for at in ("2", "2+", "6"):
         p = house.start("run", "--profile", "toy", DIE_AT=at)

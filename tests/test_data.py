@@ -1,4 +1,5 @@
-"Data: cleaning is idempotent, splits are disjoint and a function of seed and rows alone, equal input gives equal bytes."
+"""Data: cleaning is idempotent, splits are disjoint and a function of seed and rows alone, equal
+input gives equal bytes."""
 
 import hashlib
 import json
@@ -74,7 +75,7 @@ def splits(corpus) -> dict:
     return {s: read_split(corpus, s) for s in split_names}
 
 
-# ---- cleaning --------------------------------------------------------------------------------------------------------------------------
+# ---- cleaning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_table_is_cleaned_and_accounted_for():
     assert clean_table(rows[::-1])[1] == report
 
 
-# ---- duplicates ------------------------------------------------------------------------------------------------------------------------
+# ---- duplicates ----------------------------------------------------------------------------------
 
 
 def test_duplicates_and_conflicts():
@@ -251,7 +252,7 @@ def test_duplicates_do_not_depend_on_order(pairs, chance):
     ) + duplicates + conflicts == len(pairs)
 
 
-# ---- splitting -------------------------------------------------------------------------------------------------------------------------
+# ---- splitting -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
@@ -308,7 +309,8 @@ def test_splits(rows, validation, test, seed, chance):
 
 
 def test_splits_hold_still():
-    "An added row hardly moves the others; another seed moves them all; the order inside a split is not the labels'."
+    """An added row hardly moves the others; another seed moves them all; the order inside a split
+    is not the labels'."""
     rows = table([f"text {i}" for i in range(1000)])
     first, more, other = (
         split_rows(rows, 0.1, 0.2),
@@ -323,7 +325,8 @@ def test_splits_hold_still():
 
 
 def test_splits_are_the_same_everywhere():
-    "Fixed by hand: a change of the lots would silently exchange test and training rows of existing corpora."
+    """Fixed by hand: a change of the lots would silently exchange test and training rows of
+    existing corpora."""
     parts = split_rows(table([f"text {i}" for i in range(12)]), 2, 4, seed=7)
     lot = lambda i: hashlib.sha256(
         f"7:{hashlib.sha256(f'text {i}'.encode()).hexdigest()[:16]}".encode()
@@ -356,7 +359,7 @@ def test_smaller_corpora_are_nested(rows, seed):
         former = {k: set(p.id) for k, p in some.items()}
 
 
-# ---- the corpus ------------------------------------------------------------------------------------------------------------------------
+# ---- the corpus ----------------------------------------------------------------------------------
 
 
 def test_own_data(tmp_path):

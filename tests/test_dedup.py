@@ -1,4 +1,5 @@
-"Near-duplicates: estimates agree with exact counts and with another implementation; planted copies are found; memory is bounded; a kill changes nothing."
+"""Near-duplicates: estimates agree with exact counts and with another implementation; planted
+copies are found; memory is bounded; a kill changes nothing."""
 
 import json
 import os
@@ -56,7 +57,7 @@ def documents(texts):
     return [{"id": str(i), "text": t, "domain": "d"} for i, t in enumerate(texts)]
 
 
-# ---- hashes ----------------------------------------------------------------------------------------------------------------------------
+# ---- hashes --------------------------------------------------------------------------------------
 
 messy = st.lists(
     st.one_of(
@@ -122,7 +123,7 @@ def test_place_in_the_stream_does_not_matter():
     )  # one word longer than a slice: it ends, and counts as several
 
 
-# ---- signatures ------------------------------------------------------------------------------------------------------------------------
+# ---- signatures ----------------------------------------------------------------------------------
 
 
 def test_estimate_beside_the_exact_count_and_datasketch():
@@ -186,7 +187,7 @@ def test_bands_keep_what_they_promise(threshold):
     )
 
 
-# ---- groups ----------------------------------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
 @given(
@@ -215,7 +216,7 @@ def test_union_find(pairs):
     assert [groups.root(i) for i in range(21)] == colour
 
 
-# ---- whole corpora ---------------------------------------------------------------------------------------------------------------------
+# ---- whole corpora -------------------------------------------------------------------------------
 
 
 def test_planted_copies_are_found_and_nothing_else(tmp_path):
@@ -271,7 +272,8 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path):
 )
 @settings(max_examples=40, deadline=None)
 def test_small_corpora(tmp_path_factory, texts):
-    "Equal word for word are near, equal but for case and space are exact; documents without words are alike only when they are equal."
+    """Equal word for word are near, equal but for case and space are exact; documents without words
+    are alike only when they are equal."""
     found = find_duplicates(documents(texts), tmp_path_factory.mktemp("s"))
     same = lambda t: tuple(re.findall(r"\w+", t.casefold())) or t.strip()
     assert found.leaders.tolist() == [[same(u) for u in texts].index(same(t)) for t in texts]
@@ -281,7 +283,8 @@ def test_small_corpora(tmp_path_factory, texts):
 
 
 def test_a_crowded_bucket(tmp_path):
-    "Two thousand copies of one page, each with another number at its end, are one group, and no pair of all pairs is asked for."
+    """Two thousand copies of one page, each with another number at its end, are one group, and no
+    pair of all pairs is asked for."""
     page = prose(random.Random(0), 120)
     begun = time.process_time()
     found = find_duplicates(
@@ -332,9 +335,9 @@ def corpus(n, words=120, slow=0.):
 
 
 def test_killed_and_started_again(tmp_path):
-    code = (
-        CORPUS
-        + "from llmeco_nb.data.dedup import find_duplicates\nfind_duplicates(corpus(3000, slow=float(sys.argv[2])), sys.argv[1], memory_mib=8)"
+    code = CORPUS + (
+        "from llmeco_nb.data.dedup import find_duplicates\n"
+        "find_duplicates(corpus(3000, slow=float(sys.argv[2])), sys.argv[1], memory_mib=8)"
     )
     run = lambda folder, slow: subprocess.Popen([sys.executable, "-c", code, str(folder), slow])
     assert run(tmp_path / "whole", "0").wait() == 0
@@ -358,7 +361,8 @@ def test_killed_and_started_again(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 def test_memory_is_bounded(tmp_path):
-    "A corpus several times the memory limit goes through; the limit is the kernel's (RLIMIT_DATA), and the peak does not grow with the corpus."
+    """A corpus several times the memory limit goes through; the limit is the kernel's
+    (RLIMIT_DATA), and the peak does not grow with the corpus."""
     code = (
         CORPUS
         + """
@@ -368,7 +372,8 @@ resource.setrlimit(resource.RLIMIT_DATA, (96 << 20, 96 << 20))
 documents = lambda: corpus(int(sys.argv[2]), 400)
 found = find_duplicates(documents(), sys.argv[1], memory_mib=8)
 kept = sum(1 for _ in found.kept(documents()))
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") \
+if line.startswith("VmHWM"))/1024
 print(json.dumps(dict(peak=peak, kept=kept)))
 """
     )

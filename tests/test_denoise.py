@@ -1,4 +1,5 @@
-"Denoising: holes are pure and lose nothing, distances are the textbook's, a killed run ends with the same bytes, plain transformers opens what it leaves, and what can be filled in is filled in."
+"""Denoising: holes are pure and lose nothing, distances are the textbook's, a killed run ends with
+the same bytes, plain transformers opens what it leaves, and what can be filled in is filled in."""
 
 import random
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 import llmeco_nb.pretraining.denoising  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import DataError, UsageError, create_record, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (  # noqa: E402
+    DataError,
+    UsageError,
+    create_record,
+    open_record,
+    read_json,
+    sha256_of,
+)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
 from llmeco_nb.models.conversion import from_stock  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
@@ -70,7 +78,8 @@ V = 120
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    "Texts in which each person always does the same with the same, so that a hole can be filled from either side; and their tokenizer."
+    """Texts in which each person always does the same with the same, so that a hole can be filled
+    from either side; and their tokenizer."""
     torch.set_num_threads(1)
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     names, did, things = (
@@ -223,7 +232,8 @@ def shaken(model, spread=0.1):
 
 
 def test_what_is_masked_counts_nothing(rows, first):
-    "Targets of -100, padding in what is read, the parts a loss is made in, and how rows are batched change neither loss nor gradient."
+    """Targets of -100, padding in what is read, the parts a loss is made in, and how rows are
+    batched change neither loss nor gradient."""
     model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0))
     asked = lambda b: (b["input_ids"], b["written"], b["targets"], b["keep"])
     b, alone = (
@@ -294,7 +304,8 @@ def test_held_answers_do_not_depend_on_the_batch(rows, first):
 
 
 def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
-    "With as many columns as there are tokens, after · before gives back the direction of each row of the table; by another way, numpy's own decomposition."
+    """With as many columns as there are tokens, after · before gives back the direction of each row
+    of the table; by another way, numpy's own decomposition."""
     draw = np.random.default_rng(0)
     table = np.array(
         [[2, *draw.choice(np.arange(5, 13), 40, p=np.arange(1, 9) / 36), 3] for _ in range(200)]
@@ -325,7 +336,8 @@ def test_counted_neighbours_are_the_singular_vectors_of_what_follows_what():
 
 
 def test_the_fit_comes_near_the_counted_probabilities(rows, first):
-    "With vectors wide enough and passes enough, the softmax gives back p(b | a) of every token that has a successor; the same arguments, the same bits."
+    """With vectors wide enough and passes enough, the softmax gives back p(b | a) of every token
+    that has a successor; the same arguments, the same bits."""
     after, before = fit_bigram_embeddings(rows, first, 96, passes=120)
     met = np.zeros((first, first))
     np.add.at(met, (rows[:, 1:-2], rows[:, 2:-1]), 1)
@@ -343,7 +355,8 @@ def test_the_fit_comes_near_the_counted_probabilities(rows, first):
 
 
 def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
-    "Before its first step it already finds unseen hidden tokens less surprising than their frequencies do, and the parts that only training can fill add nothing."
+    """Before its first step it already finds unseen hidden tokens less surprising than their
+    frequencies do, and the parts that only training can fill add nothing."""
     model = new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0).eval()
     held = group_texts(
         encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "validation").text), 32
@@ -510,7 +523,8 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(
 
 
 def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
-    "A network that reads to both sides beats the copier, and the counter who goes on from the left neighbour, beyond the interval."
+    """A network that reads to both sides beats the copier, and the counter who goes on from the
+    left neighbour, beyond the interval."""
     from llmeco_nb.stats.significance import compare
 
     denoise(

@@ -1,4 +1,5 @@
-"Filters: rules take what they name and nothing else; checksums decide what is masked; the stream accounts for every document."
+"""Filters: rules take what they name and nothing else; checksums decide what is masked; the stream
+accounts for every document."""
 
 import string
 
@@ -27,13 +28,15 @@ from llmeco_nb.data.filters import (
 )
 
 PROSE = (
-    "When the ship came into the harbour that evening, nobody of the crew would have said that the voyage had been easy. They had lost two sails in the storm and most of the water "
-    "had gone bad, yet the captain stood with his hands behind him and looked at the town as if he had never been away. His wife was waiting on the pier, and with her the old "
-    "pilot, who had to be held by the arm. Of all the houses only one showed a light."
+    "When the ship came into the harbour that evening, nobody of the crew would have said that the "
+    "voyage had been easy. They had lost two sails in the storm and most of the water had gone "
+    "bad, yet the captain stood with his hands behind him and looked at the town as if he had "
+    "never been away. His wife was waiting on the pier, and with her the old pilot, who had to be "
+    "held by the arm. Of all the houses only one showed a light."
 )
 
 
-# ---- quality rules ---------------------------------------------------------------------------------------------------------------------
+# ---- quality rules -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -141,15 +144,33 @@ def test_terminal_lines():
     assert terminal_lines("One very " + "long" * 300 + " word.") == ""
 
 
-# ---- language --------------------------------------------------------------------------------------------------------------------------
+# ---- language ------------------------------------------------------------------------------------
 
 FOREIGN = dict(
-    german="Als das Schiff an jenem Abend in den Hafen einlief, hätte niemand von der Mannschaft gesagt, dass die Reise leicht gewesen sei. Sie hatten im Sturm zwei Segel verloren.",
-    french="Quand le navire entra dans le port ce soir-là, personne de l'équipage n'aurait dit que le voyage avait été facile. Ils avaient perdu deux voiles dans la tempête.",
-    spanish="Cuando el barco entró en el puerto aquella tarde, nadie de la tripulación habría dicho que el viaje había sido fácil. Habían perdido dos velas en la tormenta.",
-    italian="Quando la nave entrò nel porto quella sera, nessuno dell'equipaggio avrebbe detto che il viaggio era stato facile. Avevano perso due vele nella tempesta.",
-    dutch="Toen het schip die avond de haven binnenliep, zou niemand van de bemanning hebben gezegd dat de reis gemakkelijk was geweest. Ze hadden twee zeilen verloren.",
-    russian="Когда корабль в тот вечер вошёл в гавань, никто из команды не сказал бы, что плавание было лёгким. Они потеряли в шторм два паруса.",
+    german=(
+        "Als das Schiff an jenem Abend in den Hafen einlief, hätte niemand von der Mannschaft "
+        "gesagt, dass die Reise leicht gewesen sei. Sie hatten im Sturm zwei Segel verloren."
+    ),
+    french=(
+        "Quand le navire entra dans le port ce soir-là, personne de l'équipage n'aurait dit que le "
+        "voyage avait été facile. Ils avaient perdu deux voiles dans la tempête."
+    ),
+    spanish=(
+        "Cuando el barco entró en el puerto aquella tarde, nadie de la tripulación habría dicho "
+        "que el viaje había sido fácil. Habían perdido dos velas en la tormenta."
+    ),
+    italian=(
+        "Quando la nave entrò nel porto quella sera, nessuno dell'equipaggio avrebbe detto che il "
+        "viaggio era stato facile. Avevano perso due vele nella tempesta."
+    ),
+    dutch=(
+        "Toen het schip die avond de haven binnenliep, zou niemand van de bemanning hebben gezegd "
+        "dat de reis gemakkelijk was geweest. Ze hadden twee zeilen verloren."
+    ),
+    russian=(
+        "Когда корабль в тот вечер вошёл в гавань, никто из команды не сказал бы, что плавание "
+        "было лёгким. Они потеряли в шторм два паруса."
+    ),
     japanese="その夜、船が港に入ったとき、乗組員の誰もその航海が楽だったとは言わなかっただろう。",
 )
 
@@ -173,7 +194,7 @@ def test_share_is_a_share(text):
     assert 0 <= english_share(text) <= 1
 
 
-# ---- personal data ---------------------------------------------------------------------------------------------------------------------
+# ---- personal data -------------------------------------------------------------------------------
 
 digits = lambda n: st.text("0123456789", min_size=n, max_size=n)
 
@@ -341,7 +362,7 @@ def test_masking_is_idempotent_and_counts(text):
     assert (masked == text) == (not counts)
 
 
-# ---- the stream ------------------------------------------------------------------------------------------------------------------------
+# ---- the stream ----------------------------------------------------------------------------------
 
 TWICE = PROSE.replace(". ", ".\n") + "\n" + "a line that is said twice here\n" * 2
 texts = st.sampled_from(

@@ -1,4 +1,5 @@
-"""Fine-tuning as a stage: it learns, survives kills without a trace, writes what plain transformers opens, and names what is wrong."""
+"""Fine-tuning as a stage: it learns, survives kills without a trace, writes what plain transformers
+opens, and names what is wrong."""
 
 import json
 import os
@@ -201,7 +202,8 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
 
 
 def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
-    "It learns, opens in plain transformers with one layer more, and a killed run ends with the same bytes."
+    """It learns, opens in plain transformers with one layer more, and a killed run ends with the
+    same bytes."""
     from transformers import BertForSequenceClassification
 
     calm, hit = create_record(tmp_path / "calm", "finetune"), tmp_path / "hit"
@@ -305,7 +307,8 @@ def test_shortening_keeps_both_ends():
 
 
 def test_another_family_works_too(corpus, tmp_path):
-    "DistilBERT has no pooler and other names for its layers; nothing here is written for BERT alone."
+    """DistilBERT has no pooler and other names for its layers; nothing here is written for BERT
+    alone."""
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
 
     tokenizer = AutoTokenizer.from_pretrained(finetune.small_random_encoder(corpus))

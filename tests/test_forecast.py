@@ -1,4 +1,5 @@
-"""What is foretold must come true: bytes against a second way of counting, losses against a known law, refusals against what then fits."""
+"""What is foretold must come true: bytes against a second way of counting, losses against a known
+law, refusals against what then fits."""
 
 import re
 
@@ -100,7 +101,8 @@ def test_two_small_batches_tell_the_large_ones(pair, rows):
 
 
 def test_clipping_one_of_the_small_batches_alone_spoils_nothing(pair):
-    "The larger of the two has the larger gradient; a limit between them clips one step and not the other."
+    """The larger of the two has the larger gradient; a limit between them clips one step and not
+    the other."""
     model, optimiser = pair
 
     def pushed(model, x, backward):
@@ -135,7 +137,10 @@ def test_what_is_advised_would_fit(pair, batch, accumulation):
     largest, rows, instead, times = map(
         int,
         re.search(
-            r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with grad_accum_steps (\d+)",
+            (
+                r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with "
+                r"grad_accum_steps (\d+)"
+            ),
             str(e.value),
         ).groups(),
     )

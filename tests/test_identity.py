@@ -164,7 +164,8 @@ def test_a_parameter_on_the_command_line(house):
 
 def test_a_library_version_is_recorded_and_changes_nothing(house):
     site = house.folder / "llmeco_nb" / "runner" / "machine.py"
-    # versions() reads installed metadata; a newer papermill is played by a metadata folder that comes first on the path
+    # versions() reads installed metadata; a newer papermill is played by a metadata folder that
+    # comes first on the path
     fake = house.folder / "papermill-99.0.dist-info"
     fake.mkdir()
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: papermill\nVersion: 99.0\n")
@@ -237,7 +238,8 @@ def test_export_out_of_step_is_refused(house):
 
 
 def test_plain_papermill_with_a_flat_file(house, tmp_path):
-    "The notebooks are ordinary papermill notebooks; the profile's flat files are ordinary parameter files."
+    """The notebooks are ordinary papermill notebooks; the profile's flat files are ordinary
+    parameter files."""
     import subprocess
     import sys
 
@@ -280,13 +282,15 @@ from llmeco_nb.runner.identity import Notebook, key_of, show_parts, work_parts
 house, found = StageRegistry.find(), {}
 for path in house.notebooks:
     notebook = Notebook.read(path)
-    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), key_of(show_parts(notebook, house.package))]
+    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), \
+key_of(show_parts(notebook, house.package))]
 print(json.dumps(found))
 """
 
 
 def interpreter(name: str) -> str | None:
-    "The path of `python3.12`, say: on the path, or among the versions of a pyenv whose shim is on the path."
+    """The path of `python3.12`, say: on the path, or among the versions of a pyenv whose shim is on
+    the path."""
     shim = shutil.which(name)
     if shim is None:
         return None

@@ -1,4 +1,5 @@
-"Leaks: what was planted is found, what was not is left alone, and both policies account for every document."
+"""Leaks: what was planted is found, what was not is left alone, and both policies account for every
+document."""
 
 import random
 import subprocess
@@ -72,7 +73,8 @@ def edited(words: list[str], edits: int) -> str:
 
 
 def test_a_tenth_of_the_words_edited_is_found_by_promise():
-    "Replacing e of m words leaves at least 1 - 3e/(m-2) of the windows, which is a half or more for e = m//10 and m >= 8."
+    """Replacing e of m words leaves at least 1 - 3e/(m-2) of the windows, which is a half or more
+    for e = m//10 and m >= 8."""
     for t in texts:
         words = t.split()
         assert index.check(edited(words, max(1, len(words) // 10))) is not None
@@ -92,7 +94,8 @@ def test_dropped_and_inserted_words_too():
 
 
 def test_foreign_texts_raise_no_alarm():
-    "Texts over the same 5,000 words share single words only; thirteen in a row, or half of the windows, have no chance."
+    """Texts over the same 5,000 words share single words only; thirteen in a row, or half of the
+    windows, have no chance."""
     assert not any(index.check(" ".join(rng.choices(vocabulary, k=200))) for _ in range(500))
 
 
@@ -118,7 +121,10 @@ def test_it_agrees_with_a_slow_and_obvious_check(a, b):
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from llmeco_nb.data.decontamination import ngram_hashes; print(ngram_hashes('to be or not'.split(), 3).tolist())"
+    code = (
+        "from llmeco_nb.data.decontamination import ngram_hashes; "
+        "print(ngram_hashes('to be or not'.split(), 3).tolist())"
+    )
     said = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -149,7 +155,10 @@ def test_drop_counts_and_stop_names_set_and_count():
     )
     with pytest.raises(
         DataError,
-        match=r"of 23 documents 2 of the evaluation set one \(2 exact\); 1 of the evaluation set two \(1 exact\).*d20.*on_leak",
+        match=(
+            r"of 23 documents 2 of the evaluation set one \(2 exact\); 1 of the evaluation set two "
+            r"\(1 exact\).*d20.*on_leak"
+        ),
     ):
         list(without_leaks(mixed, index, FilterReport(), "stop"))
     assert (
@@ -159,7 +168,8 @@ def test_drop_counts_and_stop_names_set_and_count():
 
 
 def test_of_texts_trained_on_with_labels_only_exact_copies_leak():
-    "What resembles an evaluation text stays and is counted, under stop as well; elsewhere it leaks."
+    """What resembles an evaluation text stays and is counted, under stop as well; elsewhere it
+    leaks."""
     words = texts[0].split()
     near = " ".join(["another", *words[1:]])
     assert index.check(near).kind in ("13-gram", "near")

@@ -1,4 +1,5 @@
-"""The loss is right: gradients of whole models, relative in the global norm, in float32, for an encoder and a stock causal model."""
+"""The loss is right: gradients of whole models, relative in the global norm, in float32, for an
+encoder and a stock causal model."""
 
 import pytest
 
@@ -77,7 +78,8 @@ def step(model, batch, backward):
 
 
 def packed_step(model, pairs, backward):
-    "All texts in one row, each seeing itself alone (and, in a causal model, what is before it), its positions counted from 0."
+    """All texts in one row, each seeing itself alone (and, in a causal model, what is before it),
+    its positions counted from 0."""
     ids, labels = torch.cat([i for i, _ in pairs])[None], torch.cat([t for _, t in pairs])
     document = torch.cat([torch.full((len(i),), n) for n, (i, _) in enumerate(pairs)])
     positions = torch.cat([torch.arange(len(i)) for i, _ in pairs])[None]
@@ -160,7 +162,8 @@ def test_masked_tokens_count_nothing(make):
 
 @models
 def test_the_loop_takes_the_step_of_the_big_batch(tmp_path, make):
-    "One step of plain gradient arithmetic by torch's own AdamW on the mean loss, against the loop on pieces of it."
+    """One step of plain gradient arithmetic by torch's own AdamW on the mean loss, against the loop
+    on pieces of it."""
     pairs, ours, theirs = texts(), make(), make()
     batches = lambda i: padded(pairs[2 * (i % 4) : 2 * (i % 4) + 2])
     train(

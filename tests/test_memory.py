@@ -1,4 +1,5 @@
-"""Layers that forget and compute again: the same numbers to the bit, in less memory, in any model, also in the midst of a run."""
+"""Layers that forget and compute again: the same numbers to the bit, in less memory, in any model,
+also in the midst of a run."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,8 @@ IDS = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 class Block(torch.nn.Module):
-    "Keeps, by hand: its input, the first product (for GELU), GELU's result, and the dropout's mask."
+    """Keeps, by hand: its input, the first product (for GELU), GELU's result, and the dropout's
+    mask."""
 
     def __init__(self, width):
         super().__init__()
@@ -175,7 +177,8 @@ def test_mistakes_are_named():
 
 
 def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
-    "Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the same bytes as a run that never did, or always."
+    """Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the
+    same bytes as a run that never did, or always."""
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
     from llmeco_nb.training import loop as train
@@ -230,7 +233,8 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
 
 
 def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
-    "Up to rounding what the plain ones learn; the same bytes each time, and with layers that forget."
+    """Up to rounding what the plain ones learn; the same bytes each time, and with layers that
+    forget."""
     from llmeco_nb.core import MissingError
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer

@@ -1,4 +1,5 @@
-"""Every notebook runs, is in step with its module, and keeps the promises of a chapter: what is read where, and what is imported from where."""
+"""Every notebook runs, is in step with its module, and keeps the promises of a chapter: what is
+read where, and what is imported from where."""
 
 import ast
 import builtins
@@ -60,7 +61,8 @@ class Cell:
 
     @property
     def role(self) -> str:
-        "parameters, run, show, lesson (passed over by papermill), imports, empty, or unmarked: code that a pipeline would run by accident."
+        """parameters, run, show, lesson (passed over by papermill), imports, empty, or unmarked:
+        code that a pipeline would run by accident."""
         found = [t for t in self.tags if t in ("parameters", "run", "show", "skip-execution")]
         if found:
             return "lesson" if found[0] == "skip-execution" else found[0]
@@ -131,7 +133,8 @@ def test_is_a_notebook_with_a_title(chapter):
 
     ids = [c["id"] for c in chapter.nb["cells"]]
     assert ids and len(ids) == len(set(ids)), (
-        f"{chapter.name}: cell ids must be there and differ; twice or more: {sorted({i for i in ids if ids.count(i) > 1})}"
+        f"{chapter.name}: cell ids must be there and differ; twice or more: "
+        f"{sorted({i for i in ids if ids.count(i) > 1})}"
     )
     nbformat.validate(
         json.loads(chapter.path.read_text(encoding="utf-8"))
@@ -145,7 +148,8 @@ def test_is_a_notebook_with_a_title(chapter):
         and lines[1].startswith("> ")
     )
     assert titled, (
-        f"{chapter.name} must open with a Markdown cell: `# Title`, then `> one line that says what it is`"
+        f"{chapter.name} must open with a Markdown cell: `# Title`, then `> one line that says "
+        "what it is`"
     )
 
 
@@ -155,23 +159,29 @@ def test_cells_have_a_role(chapter):
     for c in chapter.code:
         if c.role == "unmarked":
             found.append(
-                f"{chapter.name}, cell {c.id}: code without a tag would run in every pipeline; tag it skip-execution, run or show"
+                f"{chapter.name}, cell {c.id}: code without a tag would run in every pipeline; tag "
+                "it skip-execution, run or show"
             )
         if len([t for t in c.tags if t in ("parameters", "run", "show", "skip-execution")]) > 1:
             found.append(f"{chapter.name}, cell {c.id}: more than one role: {c.tags}")
         if c in chapter.exports and c.role not in ("lesson", "imports"):
             found.append(
-                f"{chapter.name}, cell {c.id}: an exported cell must be a lesson or imports only, and is {c.role}"
+                f"{chapter.name}, cell {c.id}: an exported cell must be a lesson or imports only, "
+                f"and is {c.role}"
             )
     fail_with(found)
 
 
 @every
 def test_imports_stand_alone(chapter):
-    "The documentation runs import and export cells only, so a cell that mixes imports with work would be run there, too."
+    """The documentation runs import and export cells only, so a cell that mixes imports with work
+    would be run there, too."""
     fail_with(
         [
-            f"{chapter.name}, cell {c.id}: imports mixed with other code; give them a cell of their own"
+            (
+                f"{chapter.name}, cell {c.id}: imports mixed with other code; give them a cell of "
+                "their own"
+            )
             for c in chapter.code
             if not c.imports_only
             and any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in c.tree.body)
@@ -187,7 +197,8 @@ def test_outputs_are_small(chapter):
         if c.get("outputs")
     )
     assert size <= OUTPUT_BYTES, (
-        f"{chapter.name} keeps {size} bytes of outputs; {OUTPUT_BYTES} are allowed. Outputs belong to runs/ and the site"
+        f"{chapter.name} keeps {size} bytes of outputs; {OUTPUT_BYTES} are allowed. Outputs belong "
+        "to runs/ and the site"
     )
 
 
@@ -211,7 +222,8 @@ def test_parameters_are_typed_and_explained(chapter):
             ast.literal_eval(n.value)
         except ValueError:
             found.append(f"{chapter.name}: the default of {n.target.id} is not a plain value")
-        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\])|Optional\[(int|float|str)\]"  # what papermill can read
+        # What papermill can read
+        allowed = r"(int|float|bool|str|list\[(?:int|float|str)\])|Optional\[(int|float|str)\]"
         if not re.fullmatch(allowed, ast.unparse(n.annotation)):
             found.append(f"{chapter.name}: {n.target.id} has the type {ast.unparse(n.annotation)}")
         if not re.search(r"#\s*\w", lines[n.end_lineno - 1].encode()[n.end_col_offset :].decode()):
@@ -239,7 +251,8 @@ def test_contract_fits_the_parameters(chapter):
         name, wanted = re.sub(r"[?\[\]]+$", "", i), "list[str]" if i.endswith("[]") else "str"
         if kind(name) != wanted:
             found.append(
-                f"{chapter.name}: the input {i} needs a parameter `{name}: {wanted}`, found {kind(name)}"
+                f"{chapter.name}: the input {i} needs a parameter `{name}: {wanted}`, found "
+                f"{kind(name)}"
             )
     for name, function in chapter.contract.get("sources", {}).items():
         module, _, function_name = function.rpartition(".")
@@ -248,13 +261,15 @@ def test_contract_fits_the_parameters(chapter):
         file = ROOT.joinpath(PACKAGE, *module.split(".")).with_suffix(".py")
         if not file.is_file() or function_name not in definitions(file):
             found.append(
-                f"{chapter.name}: the source {name} names {function}, which the package does not define"
+                f"{chapter.name}: the source {name} names {function}, which the package does not "
+                "define"
             )
     if not isinstance(chapter.contract.get("cores", 1), int):
         found.append(f"{chapter.name}: cores is {chapter.contract['cores']!r}")
     if not isinstance(chapter.contract.get("headline", ""), str):
         found.append(
-            f"{chapter.name}: headline is {chapter.contract['headline']!r}; the terminal shows one metric, given by its name"
+            f"{chapter.name}: headline is {chapter.contract['headline']!r}; the terminal shows one "
+            "metric, given by its name"
         )
     fail_with(found)
 
@@ -290,7 +305,8 @@ def config_fields(chapter: Chapter) -> dict[str, tuple[object, str, str]]:
     "chapter", [c for c in chapters if c.contract.get("config")], ids=lambda c: c.name
 )
 def test_parameter_cell_equals_the_config(chapter):
-    "One source of defaults: names, defaults and comments of the cell are those of the config's fields, in their order."
+    """One source of defaults: names, defaults and comments of the cell are those of the config's
+    fields, in their order."""
     lines = chapter.role("parameters")[0].source.splitlines()
     told = (
         chapter.parameters.keys()
@@ -309,7 +325,10 @@ def test_parameter_cell_equals_the_config(chapter):
     assert list(cell) == list(fields)
     fail_with(
         [
-            f"{chapter.name}: {name} is {cell[name]} in the cell and {fields[name][:2]} in the config"
+            (
+                f"{chapter.name}: {name} is {cell[name]} in the cell and {fields[name][:2]} in the "
+                "config"
+            )
             for name in cell
             if cell[name] != fields[name][:2]
         ]
@@ -399,7 +418,8 @@ def read(statement: ast.stmt) -> tuple[set[str], set[str]]:
 
 
 def stray_names(chapter: Chapter, role: str) -> list[str]:
-    "Names that cells of this role read although neither imports, parameters nor earlier cells of the same role bind them."
+    """Names that cells of this role read although neither imports, parameters nor earlier cells of
+    the same role bind them."""
     known, found, owed = (
         IPYTHON | set(dir(builtins)) | {"__name__", "__file__"} | chapter.parameters.keys(),
         [],
@@ -424,7 +444,10 @@ def stray_names(chapter: Chapter, role: str) -> list[str]:
             known |= own
     found += [(i, name) for name, i in owed.items() if name not in known]
     return [
-        f"{chapter.name}, {role} cell {i}: the name {name} comes neither from an import, a parameter nor an earlier {role} cell"
+        (
+            f"{chapter.name}, {role} cell {i}: the name {name} comes neither from an import, a "
+            f"parameter nor an earlier {role} cell"
+        )
         for i, name in found
     ]
 
@@ -443,7 +466,8 @@ def test_run_cells_stand_on_the_package(chapter):
 
 
 def test_imports_run_downhill():
-    "The packages' order, their independence and the absence of circles, as the import contract states them."
+    """The packages' order, their independence and the absence of circles, as the import contract
+    states them."""
     script = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(
         [str(script), ".importlinter", "--no-cache"], cwd=ROOT, capture_output=True, text=True
@@ -488,7 +512,8 @@ def test_every_module_comes_from_a_notebook_and_has_a_name_of_its_own():
 
 
 def test_own_modules_are_imported_by_name_alone():
-    "`import_module` hides an import from the contract, from the work key and from readers: entry points and the stage registry only."
+    """`import_module` hides an import from the contract, from the work key and from readers: entry
+    points and the stage registry only."""
     allowed = {
         ("runner.stages", "import_by_name"),
         ("training.parallel", ""),
@@ -529,7 +554,8 @@ def test_rooms_take_public_names_only():
 
 
 def test_names_in_modules_resolve():
-    "A function that reads a variable of its notebook passes there and fails on import: pyflakes sees it."
+    """A function that reads a variable of its notebook passes there and fails on import: pyflakes
+    sees it."""
     done = subprocess.run(
         [sys.executable, "-m", "pyflakes", PACKAGE], cwd=ROOT, capture_output=True, text=True
     )
@@ -604,7 +630,10 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("runs", ".*"))
     (tmp_path / PACKAGE).mkdir()
     shutil.copy(ROOT / PACKAGE / "__init__.py", tmp_path / PACKAGE)
-    work = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    work = (
+        "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; "
+        "nbdev_export(); nbdev_clean()"
+    )
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "PYTHONPATH")}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:nbdev", "-c", work],
@@ -650,7 +679,8 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 
 
 def tracked_texts():
-    "Every text file of the repository: those git knows or would add, or, without git, those outside of what runs leave behind."
+    """Every text file of the repository: those git knows or would add, or, without git, those
+    outside of what runs leave behind."""
     done = subprocess.run(
         [
             "git",
@@ -715,13 +745,15 @@ import sys
 from pathlib import Path
 from nbdev.config import get_config
 from nbdev.test import test_nb
-well, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), force_flags=sys.argv[2:])
+well, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), \
+force_flags=sys.argv[2:])
 sys.exit(0 if well else 1)
 """
 
 
 def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str, Path]:
-    "Run a notebook in a process and a runs folder of its own; (exit status or None for stuck, what it said, the runs folder)."
+    """Run a notebook in a process and a runs folder of its own; (exit status or None for stuck,
+    what it said, the runs folder)."""
     log = folder / "log"
     with open(log, "wb") as said:
         process = subprocess.Popen(
@@ -748,7 +780,8 @@ def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str
 
 @pytest.fixture(scope="module")
 def executions(request, flags, tmp_path_factory):
-    "Start all wanted notebooks, as many at a time as there are cores; each test waits for its own. (A worker of pytest-xdist starts only its own.)"
+    """Start all wanted notebooks, as many at a time as there are cores; each test waits for its
+    own. (A worker of pytest-xdist starts only its own.)"""
     wanted = (
         []
         if "PYTEST_XDIST_WORKER" in os.environ
@@ -778,7 +811,8 @@ def test_runs_from_top_to_bottom(chapter, executions):
             )
         )
         assert headline in metrics, (
-            f"{chapter.name}: the headline {headline} is not among the metrics that the stage saves: {', '.join(metrics)}"
+            f"{chapter.name}: the headline {headline} is not among the metrics that the stage "
+            f"saves: {', '.join(metrics)}"
         )
     if status == 0:
         return

@@ -1,4 +1,5 @@
-"Next sentences: pairs are pure, balanced and tell nothing by their shape; the losses are the stock class's; a killed run ends with the same bytes; what can be learned is learned."
+"""Next sentences: pairs are pure, balanced and tell nothing by their shape; the losses are the
+stock class's; a killed run ends with the same bytes; what can be learned is learned."""
 
 import random
 
@@ -36,7 +37,11 @@ from llmeco_nb.pretraining.nsp import (  # noqa: E402
     token_overlap_baseline,
     tokenize_documents,
 )
-from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, open_tokenizer  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+    TokenizerConfig,
+    build_tokenizer,
+    open_tokenizer,
+)
 
 QUICK = dict(seq_len=24, steps=10, batch_size=8, eval_examples=20, num_evals=2)
 NAMES = [
@@ -61,14 +66,18 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    "Texts that speak of one person each, so that a pair can be told by the name; their tokenizer, and an encoder of a few steps."
+    """Texts that speak of one person each, so that a pair can be told by the name; their tokenizer,
+    and an encoder of a few steps."""
     torch.set_num_threads(1)
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
 
     def said():
         name = r.choice(NAMES)
         return " ".join(
-            f"{name} {r.choice(['saw', 'liked', 'left'])} the {r.choice(['film', 'plot', 'cast'])} ."
+            (
+                f"{name} {r.choice(['saw', 'liked', 'left'])} the "
+                f"{r.choice(['film', 'plot', 'cast'])} ."
+            )
             for _ in range(12)
         )
 
@@ -306,7 +315,8 @@ def test_batch_and_rate_are_found_and_memory_foretold(inputs, tmp_path):
 
 
 def test_what_can_be_told_is_told(inputs, tmp_path):
-    "Each text speaks of one person: counting shared words solves most pairs, and the model, trained on, is above chance beyond its interval."
+    """Each text speaks of one person: counting shared words solves most pairs, and the model,
+    trained on, is above chance beyond its interval."""
     from llmeco_nb.stats.significance import wilson
 
     pretrain_nsp(

@@ -1,4 +1,5 @@
-"""What surrounds the chapters: what is installed, what a wheel carries, and what machines elsewhere are told to do."""
+"""What surrounds the chapters: what is installed, what a wheel carries, and what machines elsewhere
+are told to do."""
 
 import ast
 import os
@@ -46,7 +47,8 @@ def test_the_eight_come_with_every_install():
 
 
 def test_no_list_lets_a_newer_torch_in():
-    "Newer builds of torch bring several GB of CUDA; one range holds for all, and only one list states it."
+    """Newer builds of torch bring several GB of CUDA; one range holds for all, and only one list
+    states it."""
     stated = [
         (extra, r)
         for extra, rs in requirements.items()
@@ -96,7 +98,8 @@ def test_every_import_is_declared():
 
 
 def test_named_extras_exist():
-    "`pip install` with an extra nobody defines goes through with a warning and installs too little."
+    """`pip install` with an extra nobody defines goes through with a warning and installs too
+    little."""
     texts = [
         *ROOT.glob("*.md"),
         *(ROOT / ".github").rglob("*.yaml"),
@@ -114,7 +117,8 @@ def test_named_extras_exist():
     assert named, "no installation with extras is written anywhere"
     unknown = [f"{file}: [{extra}]" for file, extra in named if extra not in requirements]
     assert not unknown, (
-        f"there are only the extras {', '.join(filter(None, requirements))}; found {', '.join(unknown)}"
+        f"there are only the extras {', '.join(filter(None, requirements))}; found "
+        f"{', '.join(unknown)}"
     )
 
 
@@ -180,7 +184,8 @@ import sys, llmeco_nb
 from llmeco_nb.runner.stages import StageRegistry, read_profile
 house = StageRegistry.find()
 print(llmeco_nb.__file__, llmeco_nb.__version__, house.checkout, len(house.stages))
-for folder in sorted((house.nbs/"profiles").iterdir()): print(folder.name, len(read_profile(house, folder.name)[0]))
+for folder in sorted((house.nbs/"profiles").iterdir()): \
+print(folder.name, len(read_profile(house, folder.name)[0]))
 from {script[1]} import {script[2]}
 sys.argv = ["llmeco", "--help"]
 {script[2]}()
@@ -234,7 +239,8 @@ def blocks(readme: str) -> list[str]:
 
 
 def test_readme_opens_with_two_plain_commands():
-    "The first uses the project, the second tests it; both must do as they stand, which is how .ci/run reads the second."
+    """The first uses the project, the second tests it; both must do as they stand, which is how
+    .ci/run reads the second."""
     found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(found) >= 2, f"README.md has {len(found)} ```sh blocks"
     assert (
@@ -283,15 +289,34 @@ def test_workflows_are_valid():
 
 
 def ci(tmp_path, command: str, **fakes: str) -> subprocess.CompletedProcess:
-    "`.ci/run` in a clone whose second command is `command`, on a machine that has the usual tools, and what `fakes` gives: name -> shell script."
+    """`.ci/run` in a clone whose second command is `command`, on a machine that has the usual
+    tools, and what `fakes` gives: name -> shell script."""
     clone, tools = tmp_path / "clone", tmp_path / "tools"
     (clone / ".ci").mkdir(parents=True)
     tools.mkdir()
     shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
     (clone / "README.md").write_text(
-        f"# x\n```python\n1\n```\n```sh\nexit 9\n```\nwords\n```sh\n{command}\n```\n```sh\nexit 8\n```\n"
+        "# x\n"
+        "```python\n"
+        "1\n"
+        "```\n"
+        "```sh\n"
+        "exit 9\n"
+        "```\n"
+        "words\n"
+        "```sh\n"
+        f"{command}\n"
+        "```\n"
+        "```sh\n"
+        "exit 8\n"
+        "```\n"
     )
-    python = '[ "$1" = -m ] || exit 0\nmkdir -p "$3/bin"\necho "export VIRTUAL_ENV=$3" > "$3/bin/activate"'  # a Python that can make environments, and nothing else
+    # A Python that can make environments, and nothing else
+    python = (
+        '[ "$1" = -m ] || exit 0\n'
+        'mkdir -p "$3/bin"\n'
+        'echo "export VIRTUAL_ENV=$3" > "$3/bin/activate"'
+    )
     for name, script in {"python3.11": python, **fakes}.items():
         (tools / name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name.replace("_", "-")).chmod(0o755)
@@ -321,7 +346,8 @@ def ci(tmp_path, command: str, **fakes: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_ci_runs_the_second_command(tmp_path, said, status, last):
-    "`.ci/run` passes on the second block's status and ends with pytest's closing line; silence from pytest is a failure."
+    """`.ci/run` passes on the second block's status and ends with pytest's closing line; silence
+    from pytest is a failure."""
     done = ci(
         tmp_path,
         f'echo first; echo \'{said}\'\n[ -z "$(cat)" ] && [ -n "$VIRTUAL_ENV" ] && exit {status}',
@@ -336,7 +362,8 @@ def test_ci_runs_the_second_command(tmp_path, said, status, last):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
-    "Apertium and WordNet are fetched where they are not; where that fails, everything else is tested all the same."
+    """Apertium and WordNet are fetched where they are not; where that fails, everything else is
+    tested all the same."""
     note = f'echo "$*" >> "{tmp_path}/asked"; exit {0 if works else 100}'
     done = ci(
         tmp_path, "echo '= 1 passed in 0.10s ='", apt_get=note, sudo='[ "$1" = -n ] && shift; "$@"'
@@ -370,7 +397,8 @@ CEILINGS = {
 
 @pytest.mark.parametrize("measure", CEILINGS)
 def test_craft_gets_no_worse(measure):
-    "What `python tests/craft.py` counts may fall and never rise; a lower count is written down here."
+    """What `python tests/craft.py` counts may fall and never rise; a lower count is written down
+    here."""
     from craft import MEASURES
 
     found = MEASURES[measure]()

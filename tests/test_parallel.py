@@ -41,8 +41,8 @@ CASES = str(Path(__file__).with_name("parallel_cases.py"))
 
 
 def children(work, processes, folder, joined):
-    """Ids of forked processes that do `work`, in order of rank; each leaves `<processes>-<rank>.json`
-    with its result or `.error` with what it raised in the folder."""
+    """Ids of forked processes that do `work`, in order of rank; each leaves
+    `<processes>-<rank>.json` with its result or `.error` with what it raised in the folder."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -74,7 +74,8 @@ def children(work, processes, folder, joined):
 
 
 def forked(work, processes, folder, timeout=100, joined=True):
-    "`work(world)` in so many forked processes that met over gloo, in order of rank: what `launch` does, without the seconds that new interpreters take to import torch."
+    """`work(world)` in so many forked processes that met over gloo, in order of rank: what `launch`
+    does, without the seconds that new interpreters take to import torch."""
     left = set(children(work, processes, folder, joined))
     until = time.monotonic() + timeout
     while left:
@@ -205,7 +206,8 @@ def rows_of(out):
 
 
 def drawn_in(file, processes):
-    "{micro-batch: rows in the order of the ranks}, of all attempts; an attempt that repeats one must have drawn the same."
+    """{micro-batch: rows in the order of the ranks}, of all attempts; an attempt that repeats one
+    must have drawn the same."""
     found = {}
     for rank in range(processes):
         mine = {}
@@ -240,7 +242,8 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1), (2, 3)])
 def test_another_number_of_processes_goes_on(tmp_path, alone, first, then):
-    "Begun by some processes, dead inside an accumulation, ended by others: the same order of samples, gradients and weights within 1e-5."
+    """Begun by some processes, dead inside an accumulation, ended by others: the same order of
+    samples, gradients and weights within 1e-5."""
     for processes, fatal in ((first, 9), (then, -1)):
         how = dict(
             out=str(tmp_path / "run"),
@@ -261,7 +264,8 @@ def test_another_number_of_processes_goes_on(tmp_path, alone, first, then):
 
 
 def test_the_loop_in_two_processes_resumes_to_the_bit(tmp_path):
-    "With dropout, and a loss that is no number in one of the two: both go back, and a death changes nothing."
+    """With dropout, and a loss that is no number in one of the two: both go back, and a death
+    changes nothing."""
     how = dict(dropout=0.3, guard=2)
     for name, fatals in (("calm", [-1]), ("hit", [13, -1])):
         for fatal in fatals:
@@ -298,7 +302,8 @@ def test_a_stage_in_two_processes(tmp_path, alone):
 
 
 def test_a_real_stage_in_two_processes(tmp_path):
-    "The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up to rounding."
+    """The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up
+    to rounding."""
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.models.decoder import qwen3
     from llmeco_nb.pretraining.causal import small_subword_tokenizer
@@ -363,8 +368,10 @@ ENCODER = "size=1x32 embedding_init=random seq_len=32 max_position_embeddings=64
 BRIEF = "steps=6 batch_size=5 eval_examples=8 num_evals=2"  # of odd batches the shares differ
 SHARING = dict(  # how to ask a stage for a second of its work
     pretrain=f"{BRIEF} {ENCODER} lr=3e-3",
-    causal=f"{BRIEF} size=1x32 context_length=32 lr=3e-3 muon_lr=0 baseline_tokens=0 max_new_tokens=2 "
-    "precision=fp32",
+    causal=(
+        f"{BRIEF} size=1x32 context_length=32 lr=3e-3 muon_lr=0 baseline_tokens=0 "
+        "max_new_tokens=2 precision=fp32"
+    ),
     denoise=f"{BRIEF} {ENCODER} lr=3e-3 muon_lr=0 final_eval_examples=8 baseline_tokens=1000",
     nsp=f"{BRIEF} seq_len=32 lr=3e-4 precision=fp32",
     # an epoch of 17 texts ends with a batch of one, and of two processes one has none
@@ -543,7 +550,8 @@ def test_accelerate_starts_a_notebook_on_two_gpus(tmp_path):
     ],
 )
 def test_a_refusal_comes_out_as_itself(tmp_path, name, device, kind, says):
-    "Of the function as of `init_process_group`. What is a kind of `DataError`, such as `UnstableStep`, comes out as that."
+    """Of the function as of `init_process_group`. What is a kind of `DataError`, such as
+    `UnstableStep`, comes out as that."""
 
     def refusing():
         with pytest.raises(kind):

@@ -1,4 +1,5 @@
-"Pretraining: masks are pure and have the promised shares, a killed run ends with the same bytes, and plain transformers opens what it leaves."
+"""Pretraining: masks are pure and have the promised shares, a killed run ends with the same bytes,
+and plain transformers opens what it leaves."""
 
 import os
 import random
@@ -11,7 +12,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.loop  # noqa: E402
-from llmeco_nb.core import DataError, UsageError, create_record, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (  # noqa: E402
+    DataError,
+    UsageError,
+    create_record,
+    open_record,
+    read_json,
+    sha256_of,
+)
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
 from llmeco_nb.pretraining.mlm import (  # noqa: E402
     MASK,
@@ -57,7 +65,10 @@ def inputs(tmp_path_factory):
     "A tiny corpus and its tokenizer."
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     said = lambda: " ".join(
-        f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        (
+            f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} "
+            f"{r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        )
         for _ in range(8)
     )
     parts = {
@@ -198,7 +209,8 @@ def test_frequencies_and_company():
 
 
 def test_vectors_from_whole_texts_are_the_factorisation_written_out():
-    "Against loops and numpy's SVD; neither the order within a text nor how often a token is repeated matters, and all vectors are of one length."
+    """Against loops and numpy's SVD; neither the order within a text nor how often a token is
+    repeated matters, and all vectors are of one length."""
     r = np.random.default_rng(1)
     texts = [np.r_[r.integers(5, 30, r.integers(1, 12)), [5, 6][i % 2]] for i in range(80)]
     found = document_ppmi_embeddings(texts, 40, 4, contexts=10)
@@ -384,7 +396,8 @@ def test_refusals(inputs, tmp_path):
 
 @pytest.mark.parametrize("lr", [3e-3, None])
 def test_what_was_counted_is_held(inputs, tmp_path, lr):
-    "With no share of the rate word embeddings end as they began, to the last bit, and all else has moved; with a tenth they have moved less than with all of it."
+    """With no share of the rate word embeddings end as they began, to the last bit, and all else
+    has moved; with a tenth they have moved less than with all of it."""
     from transformers import AutoModelForMaskedLM
 
     def vectors(share):
@@ -415,7 +428,8 @@ def test_what_was_counted_is_held(inputs, tmp_path, lr):
 
 
 def test_an_encoder_too_short_for_the_examples_still_ends(inputs, tmp_path):
-    "The word hidden in an unseen text may stand beyond what the encoder reads; such a text is not shown."
+    """The word hidden in an unseen text may stand beyond what the encoder reads; such a text is not
+    shown."""
     pretrain(
         create_record(tmp_path / "run", "pretrain"),
         *inputs,

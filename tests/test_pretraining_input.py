@@ -1,4 +1,5 @@
-"""Bad input to pretraining, in one table: every error is one of ours, names the file or the field, says what was found there and what to do."""
+"""Bad input to pretraining, in one table: every error is one of ours, names the file or the field,
+says what was found there and what to do."""
 
 import random
 import re
@@ -28,8 +29,16 @@ from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
 from llmeco_nb.pretraining.nsp import NSPConfig, pretrain_nsp  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.tokenization.unigram import train_tokenizer  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer, train_wordpiece  # noqa: E402
-from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+    TokenizerConfig,
+    build_tokenizer,
+    train_wordpiece,
+)
+from llmeco_nb.training.checkpoint import (  # noqa: E402
+    identity_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
@@ -38,14 +47,18 @@ QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
 def said(seed: int, n: int = 8) -> str:
     r = random.Random(seed)
     return " ".join(
-        f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        (
+            f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} "
+            f"{r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        )
         for _ in range(n)
     )
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    "What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24 tokens."
+    """What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24
+    tokens."""
     folder = tmp_path_factory.mktemp("house")
     write_corpus(
         folder / "corpus",
@@ -368,7 +381,10 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
     "Not refused: what there is serves. But what was asked, what came, and what to do stand there."
     with pytest.warns(
         UserWarning,
-        match=r"The texts give [\d,]+ pieces, not the 50,000 asked for.*Take more texts.*smaller vocabulary",
+        match=(
+            r"The texts give [\d,]+ pieces, not the 50,000 asked for.*Take more texts.*smaller "
+            r"vocabulary"
+        ),
     ):
         train([said(i) for i in range(20)], 50_000)
     with warnings.catch_warnings():
@@ -377,7 +393,8 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
 
 
 def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
-    "The refusal names a batch that was within the limit, and nothing larger than a few rows was made before it."
+    """The refusal names a batch that was within the limit, and nothing larger than a few rows was
+    made before it."""
     made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
     monkeypatch.setattr(
         llmeco_nb.pretraining.mlm,
@@ -394,7 +411,10 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
     largest, rows, instead, times = map(
         int,
         re.search(
-            r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with grad_accum_steps (\d+)",
+            (
+                r"fits is (\d+)\. For the same (\d+) rows a step: batch_size (\d+) with "
+                r"grad_accum_steps (\d+)"
+            ),
             str(e.value),
         ).groups(),
     )
@@ -409,7 +429,8 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
 
 
 def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, killed_at):
-    "Killed in the middle, one byte of its checkpoint turned: the next attempt says which file, and what to remove."
+    """Killed in the middle, one byte of its checkpoint turned: the next attempt says which file,
+    and what to remove."""
     killed_at(4, lambda: encoder(house, tmp_path))
     folder = tmp_path / "run" / "resume" / "pretrain"
     file = folder / f"{read_json(folder / 'checkpoint.json')['slot']}.safetensors"
@@ -418,7 +439,10 @@ def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, killed_at):
     file.write_bytes(data)
     with pytest.raises(
         DataError,
-        match=f"{file.name} is damaged: its content is not what was written there. Remove .*pretrain to begin anew",
+        match=(
+            f"{file.name} is damaged: its content is not what was written there. Remove .*pretrain "
+            "to begin anew"
+        ),
     ):
         encoder(house, tmp_path)
     for f in folder.iterdir():

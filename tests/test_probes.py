@@ -1,4 +1,5 @@
-"""Probes: on a problem whose answer is known, the right learning rate is left, the wrong ones lose, and nothing has moved."""
+"""Probes: on a problem whose answer is known, the right learning rate is left, the wrong ones lose,
+and nothing has moved."""
 
 import math
 
@@ -20,7 +21,8 @@ def make(rows, index):
 
 
 def step(model, x, backward):
-    "Least squares towards weights of 1: AdamW moves each weight by about the rate a step, so a distance of 1 in 8 to 32 steps wants a rate near 0.1."
+    """Least squares towards weights of 1: AdamW moves each weight by about the rate a step, so a
+    distance of 1 in 8 to 32 steps wants a rate near 0.1."""
     loss = (model[1](x) - x.sum(1, keepdim=True)).pow(2).sum()
     backward(loss)
     return loss.detach(), torch.tensor(len(x))

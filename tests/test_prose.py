@@ -1,4 +1,6 @@
-"Prose: every document passes every step and is accounted for, splits are disjoint, weights are respected, equal input gives equal bytes, memory is bounded, a kill leaves nothing half-done, errors name what was found."
+"""Prose: every document passes every step and is accounted for, splits are disjoint, weights are
+respected, equal input gives equal bytes, memory is bounded, a kill leaves nothing half-done, errors
+name what was found."""
 
 import json
 import random
@@ -82,7 +84,8 @@ def test_no_evaluation_text_is_left():
 
 
 def test_what_is_left_would_pass_again():
-    "The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and no text twice."
+    """The packaged domains in a corpus hold nothing that a rule would take, no address to mask, and
+    no text twice."""
     found = [d for s in splits for d in read_mixture(small_mixture(), s)]
     texts = [d["text"] for d in found]
     assert len(texts) == len({" ".join(t.casefold().split()) for t in texts}) > 250
@@ -97,7 +100,8 @@ def test_what_is_left_would_pass_again():
 
 
 def test_the_labelled_corpus_is_a_domain(tmp_path):
-    "Short rows that Gopher's rules would take stay, what says the same as an evaluation text goes, and the stages that read a corpus read the prose."
+    """Short rows that Gopher's rules would take stay, what says the same as an evaluation text
+    goes, and the stages that read a corpus read the prose."""
     folder = build(
         tmp_path,
         "all",
@@ -237,7 +241,8 @@ pieces = st.sampled_from(
 @settings(max_examples=15, deadline=None)
 @given(st.lists(pieces, min_size=1, max_size=25), st.integers(0, 9))
 def test_every_document_is_accounted_for(tmp_path_factory, kinds, seed):
-    "Each kind of dirt is taken by the step that is there for it, and read = removed + kept, by domain."
+    """Each kind of dirt is taken by the step that is there for it, and read = removed + kept, by
+    domain."""
     tmp, rng = tmp_path_factory.mktemp("p"), random.Random(seed)
     base, leaked = [english(rng, 80) for _ in range(40)], read_split(small_corpus(), "test").text[0]
     half = lambda t: t.split()[:-1] + ["changed"]
@@ -327,7 +332,8 @@ from llmeco_nb.core import create_record
 config = MixtureConfig(domains=[], extra_sources=[f"d={sys.argv[2]}"], quality_rules=["d=none"],
                        max_documents=None, max_epochs=1)
 build_mixture(create_record(sys.argv[1], "prose"), config=config)
-print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)"""
+print(next(int(line.split()[1]) for line in open("/proc/self/status") \
+if line.startswith("VmHWM")) / 1024)"""
 
     def peak(n, kind):
         rng, file = random.Random(n), tmp_path / f"{n}.{kind}"
@@ -361,7 +367,8 @@ def dying(function):
         if seen == at: os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-p.split_hash, p.write_split, p.write_json = dying(p.split_hash), dying(p.write_split), dying(p.write_json)
+p.split_hash, p.write_split, p.write_json = \
+dying(p.split_hash), dying(p.write_split), dying(p.write_json)
 config = p.MixtureConfig(domains=[], extra_sources=[{own!r}], max_documents=None, max_epochs=1)
 p.build_mixture(create_record(sys.argv[1], "prose"), config=config)"""
     attempt = lambda at: subprocess.run(
@@ -392,7 +399,10 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "dust.txt").write_text("a b\n\nc d\n")
     with pytest.raises(
         DataError,
-        match=r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\).*dust=none",
+        match=(
+            r"domain dust.*2 documents read, the rules took 1 \(words\), 1 \(language\)"
+            r".*dust=none"
+        ),
     ):
         build(tmp_path, "3", [f"dust={tmp_path}/dust.txt"])
     with pytest.raises(

@@ -1,4 +1,5 @@
-"""The report and the site: whole, without a network, true to the records, and with today's prose."""
+"""The report and the site: whole, without a network, true to the records, and with today's
+prose."""
 
 import base64
 import html
@@ -35,7 +36,8 @@ BLOCK = set("div p pre table ul ol dl h1 h2 h3 h4 section figure details blockqu
 
 
 class Html(HTMLParser):
-    "A page read strictly: what is closed must be open, ids are given once, and no block stands in a paragraph."
+    """A page read strictly: what is closed must be open, ids are given once, and no block stands in
+    a paragraph."""
 
     def __init__(self, text):
         super().__init__()
@@ -109,7 +111,8 @@ def check_accessible(name: str, page: Html):
 
 
 def check_pages(folder: Path) -> dict[str, Html]:
-    "Every page is well formed, every address leads somewhere, and nothing is loaded from elsewhere."
+    """Every page is well formed, every address leads somewhere, and nothing is loaded from
+    elsewhere."""
     pages = {f.name: Html(f.read_text(encoding="utf-8")) for f in folder.glob("*.html")}
     for name, page in pages.items():
         again = {i for i in page.ids if page.ids.count(i) > 1}
@@ -162,12 +165,18 @@ def check_pages(folder: Path) -> dict[str, Html]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, machine_json):  # noqa: F811
-    "Two rounds of a toy house whose stages show what pages must cope with: formulas, figures, tables, rude HTML, links."
+    """Two rounds of a toy house whose stages show what pages must cope with: formulas, figures,
+    tables, rude HTML, links."""
     house = ToyHouse(tmp_path_factory.mktemp("report") / "house", machine_json)
     file = house.folder / "nbs" / "71_make.ipynb"
     nb = json.loads(file.read_text())
     nb["cells"][0]["source"] += (
-        "\n\nThe sum is $s = \\sum_{i<n} a_i$, see [Train](72_train.ipynb) and [elsewhere](99_gone.ipynb).\n\n$$\\frac{a}{b}$$\n\n## Links & more\n\nTo [itself](#Links-&-more)."
+        "\n\n"
+        "The sum is $s = \\sum_{i<n} a_i$, see [Train](72_train.ipynb) and "
+        "[elsewhere](99_gone.ipynb).\n\n"
+        "$$\\frac{a}{b}$$\n\n"
+        "## Links & more\n\n"
+        "To [itself](#Links-&-more)."
     )
     show = dict(cell_type="code", metadata=dict(tags=["show"]), execution_count=None, outputs=[])
     nb["cells"].insert(
@@ -176,7 +185,12 @@ def finished(tmp_path_factory, machine_json):  # noqa: F811
             show,
             id="71-fig",
             metadata={},
-            source="import matplotlib.pyplot as plt\nfrom IPython.display import HTML\nfrom IPython.display import Markdown\nfrom IPython.display import display",
+            source=(
+                "import matplotlib.pyplot as plt\n"
+                "from IPython.display import HTML\n"
+                "from IPython.display import Markdown\n"
+                "from IPython.display import display"
+            ),
         ),
     )
     nb["cells"] += [
@@ -184,19 +198,33 @@ def finished(tmp_path_factory, machine_json):  # noqa: F811
         dict(
             show,
             id="71-rude",
-            source="""display(HTML('<style>b{}</style><table border=1 onclick="x()"><tr><td>3.5<td>x<p>y<p>z</table><img src="http://a.b/c.png" alt="far"><script>fetch("http://a.b")</script>'))""",
+            source=(
+                """display(HTML('<style>b{}</style><table border=1 onclick="x()"><tr><td>3.5"""
+                """<td>x<p>y<p>z</table><img src="http://a.b/c.png" alt="far">"""
+                """<script>fetch("http://a.b")</script>'))"""
+            ),
         ),
         dict(
             show,
             id="71-words",
-            source='display(Markdown(f\'**{open_record(out, "make").metrics["total"]}** in all, $x_1$\'))',
+            source=(
+                'display(Markdown(f\'**{open_record(out, "make").metrics["total"]}** in all, '
+                "$x_1$'))"
+            ),
         ),
     ]
     file.write_text(json.dumps(nb))
     house.edit(
         "73_compare",
-        "write_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m in model])",
-        "write_json(record.artifact('table'), [dict(model=Path(m).parent.name[:5], total=json.loads(Path(m).read_text())['total']) for m in model])\n(record.path/'summary.txt').write_text('two <models>')",
+        (
+            "write_json(record.artifact('table'), "
+            "[json.loads(Path(m).read_text())['total'] for m in model])"
+        ),
+        (
+            "write_json(record.artifact('table'), [dict(model=Path(m).parent.name[:5], "
+            "total=json.loads(Path(m).read_text())['total']) for m in model])\n"
+            "(record.path/'summary.txt').write_text('two <models>')"
+        ),
     )
     with pytest.MonkeyPatch.context() as outside:
         outside.delenv("MPLBACKEND", raising=False)  # figures shall appear in the notebook
@@ -267,9 +295,9 @@ def test_front_page_says_what_came_out(house):
     )  # train@b adds what the round before gave
     before = json.loads((house.runs / "toy-1" / "train@b" / "metrics.json").read_text())["total"]
     assert (
-        f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td><td class="num">+{metrics["train@b"]["total"] - before}</td>'
-        in front
-    )
+        f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td>'
+        f'<td class="num">+{metrics["train@b"]["total"] - before}</td>'
+    ) in front
     assert front.count('class="meter') == 8 and "<b>value</b> over step" in front
 
 
@@ -486,7 +514,8 @@ def test_anything_read_on_the_readme_is_on_the_front_page_too(site):
 
 
 def test_search_finds_text_and_not_only_headings(site, tmp_path):
-    "The index holds every chapter that says the word, and the script finds them, first those whose heading says it."
+    """The index holds every chapter that says the word, and the script finds them, first those
+    whose heading says it."""
     index = sections(site)
     holding = {row[0].partition("#")[0] for row in index if "softmax" in " ".join(row[1:]).lower()}
     shown = {
@@ -504,7 +533,8 @@ globalThis.window = globalThis;
 (0, eval)(fs.readFileSync('{site}/assets/search.js', 'utf8'));
 (0, eval)(fs.readFileSync('{site}/assets/sections.js', 'utf8'));
 const found = q => search(window.sections, q, 99).map(hit => hit.address);
-console.log(JSON.stringify([found('softmax'), found('SOFTMAX'), found('zebra xylophone quux'), found("")]));
+console.log(JSON.stringify([found('softmax'), found('SOFTMAX'), \
+found('zebra xylophone quux'), found("")]));
 """
     done = subprocess.run(["node", "-e", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -560,7 +590,8 @@ def test_parameters_stand_in_their_columns(house):
 
 
 def test_pages_follow_the_chapters_numbers(house):
-    "In the list of pages and when turning from one to the next; the last page leads back on the left."
+    """In the list of pages and when turning from one to the next; the last page leads back on the
+    left."""
     _, text = report(house)
     order = ["make.html", "train-a.html", "train-b.html", "compare.html"]
     side = re.findall(
@@ -617,7 +648,8 @@ def test_plotting_code_is_folded(tmp_path):
 
 
 def test_code_and_small_print_can_be_read():
-    "Each colour of text has 4.5:1 on both grounds, by day and by night; links in prose are underlined."
+    """Each colour of text has 4.5:1 on both grounds, by day and by night; links in prose are
+    underlined."""
     used = set(re.findall(r"[{;]color:var\(--(\w+)\)", style)) - {"faint"}
     assert len(used) > 8
     for colours in (light, dark):
@@ -653,7 +685,8 @@ TERMS = (
 
 
 def test_glossary_explains_each_term_of_our_own_in_a_sentence(site):
-    "It stands with the overviews in the list of pages, and the front page and the README lead there."
+    """It stands with the overviews in the list of pages, and the front page and the README lead
+    there."""
     text = (site / "05b_glossary.html").read_text(encoding="utf-8")
     for term in TERMS:
         said = re.findall(rf'<h3 id="[\w-]+">{term.capitalize()}</h3>\s*<p>(.*?)</p>', text, re.S)

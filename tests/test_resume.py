@@ -1,4 +1,5 @@
-"""Resume is the same run: 2N steps, against N, a death, and the rest, bit by bit, for every combination the loop offers."""
+"""Resume is the same run: 2N steps, against N, a death, and the rest, bit by bit, for every
+combination the loop offers."""
 
 import json
 import os
@@ -25,7 +26,8 @@ class Died(BaseException):
 
 
 class Tiny(torch.nn.Module):
-    "Enough of a language model to have everything: a table, hidden matrices for Muon, a norm, dropout, a head, a buffer."
+    """Enough of a language model to have everything: a table, hidden matrices for Muon, a norm,
+    dropout, a head, a buffer."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"Scaling law: the fit finds a law it was given, the interval is regression's, and too few runs are refused."
+"""Scaling law: the fit finds a law it was given, the interval is regression's, and too few runs are
+refused."""
 
 import numpy as np
 import pytest

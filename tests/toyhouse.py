@@ -1,4 +1,5 @@
-"""A small checkout of its own: the real ground floor, with four toy stages that take a second. The tests edit it and see what runs again."""
+"""A small checkout of its own: the real ground floor, with four toy stages that take a second. The
+tests edit it and see what runs again."""
 
 import json
 import os
@@ -22,11 +23,23 @@ TOYS = {
             ("", "#| export\nfrom pathlib import Path\n\nfrom llmeco_nb.core import sha256_of"),
             (
                 "",
-                '#| export\nSCALE = 3\n\ndef scaled(x):\n    "Used by the stage make."\n    return x * SCALE\n\ndef unused(x): return x + 1',
+                (
+                    "#| export\n"
+                    "SCALE = 3\n\n"
+                    "def scaled(x):\n"
+                    '    "Used by the stage make."\n'
+                    "    return x * SCALE\n\n"
+                    "def unused(x): return x + 1"
+                ),
             ),
             (
                 "",
-                '#| export\ndef caption(x):\n    "Used by a show cell."\n    return f"the sum is {x}"',
+                (
+                    "#| export\n"
+                    "def caption(x):\n"
+                    '    "Used by a show cell."\n'
+                    '    return f"the sum is {x}"'
+                ),
             ),
             ("", "#| export\ndef revision(source): return sha256_of(Path(source))"),
         ],
@@ -36,31 +49,51 @@ TOYS = {
         [
             (
                 "markdown",
-                "# Make\n\n> Writes numbers, one step after the other, and can be killed at any of them.",
+                (
+                    "# Make\n\n"
+                    "> Writes numbers, one step after the other, and can be killed at any of them."
+                ),
             ),
             (
                 "parameters",
-                "n: int = 6  # how many\nsource: str = ''  # a file whose length is added\npause: float = 0.05  # seconds a step\nout: str = ''",
+                (
+                    "n: int = 6  # how many\n"
+                    "source: str = ''  # a file whose length is added\n"
+                    "pause: float = 0.05  # seconds a step\n"
+                    "out: str = ''"
+                ),
             ),
             (
                 "",
-                "import json\nimport time\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import open_record\nfrom llmeco_nb.toys import caption\nfrom llmeco_nb.toys import scaled",
+                (
+                    "import json\n"
+                    "import time\n"
+                    "from pathlib import Path\n\n"
+                    "from llmeco_nb.core import create_record\n"
+                    "from llmeco_nb.core import open_record\n"
+                    "from llmeco_nb.toys import caption\n"
+                    "from llmeco_nb.toys import scaled"
+                ),
             ),
             (
                 "run",
-                "record = create_record(out, 'make')\n"
-                "state = record.resume/'state.json'\n"
-                "done, rows = json.loads(state.read_text()) if state.exists() else ([], 0)\n"
-                "record.rewind(rows)\n"
-                "extra = len(Path(source).read_text()) if source else 0\n"
-                "for k in record.track(range(len(done), n)):\n"
-                "    done.append(scaled(k) + extra)\n"
-                "    record.log(step=k, value=done[-1])\n"
-                "    time.sleep(pause)\n"
-                "    beside = state.with_suffix('.tmp'); beside.write_text(json.dumps([done, len(record.rows())])); beside.rename(state)\n"
-                "folder = record.artifact('numbers'); folder.mkdir()\n"
-                "for k, v in enumerate(done): (folder/f'{k:02d}.txt').write_text(f'{v}\\n')\n"
-                "record.save_metrics(total=sum(done))",
+                (
+                    "record = create_record(out, 'make')\n"
+                    "state = record.resume/'state.json'\n"
+                    "done, rows = json.loads(state.read_text()) if state.exists() else ([], 0)\n"
+                    "record.rewind(rows)\n"
+                    "extra = len(Path(source).read_text()) if source else 0\n"
+                    "for k in record.track(range(len(done), n)):\n"
+                    "    done.append(scaled(k) + extra)\n"
+                    "    record.log(step=k, value=done[-1])\n"
+                    "    time.sleep(pause)\n"
+                    "    beside = state.with_suffix('.tmp'); "
+                    "beside.write_text(json.dumps([done, len(record.rows())])); "
+                    "beside.rename(state)\n"
+                    "folder = record.artifact('numbers'); folder.mkdir()\n"
+                    "for k, v in enumerate(done): (folder/f'{k:02d}.txt').write_text(f'{v}\\n')\n"
+                    "record.save_metrics(total=sum(done))"
+                ),
             ),
             ("show", "caption(open_record(out, 'make').metrics['total'])"),
         ],
@@ -72,15 +105,23 @@ TOYS = {
             ("parameters", "factor: int = 2\nnumbers: str = ''\nprevious: str = ''\nout: str = ''"),
             (
                 "",
-                "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import write_json",
+                (
+                    "import json\n"
+                    "from pathlib import Path\n\n"
+                    "from llmeco_nb.core import create_record\n"
+                    "from llmeco_nb.core import write_json"
+                ),
             ),
             (
                 "run",
-                "record = create_record(out, 'train')\n"
-                "total = factor * sum(int(f.read_text()) for f in sorted(Path(numbers).iterdir()))\n"
-                "before = json.loads(Path(previous).read_text())['total'] if previous else 0\n"
-                "write_json(record.artifact('model'), dict(total=total + before))\n"
-                "record.save_metrics(total=total + before)",
+                (
+                    "record = create_record(out, 'train')\n"
+                    "total = factor * sum(int(f.read_text()) for f in "
+                    "sorted(Path(numbers).iterdir()))\n"
+                    "before = json.loads(Path(previous).read_text())['total'] if previous else 0\n"
+                    "write_json(record.artifact('model'), dict(total=total + before))\n"
+                    "record.save_metrics(total=total + before)"
+                ),
             ),
         ],
     ),
@@ -91,11 +132,20 @@ TOYS = {
             ("parameters", "model: list[str] = []\nout: str = ''"),
             (
                 "",
-                "import json\nfrom pathlib import Path\n\nfrom llmeco_nb.core import create_record\nfrom llmeco_nb.core import write_json",
+                (
+                    "import json\n"
+                    "from pathlib import Path\n\n"
+                    "from llmeco_nb.core import create_record\n"
+                    "from llmeco_nb.core import write_json"
+                ),
             ),
             (
                 "run",
-                "record = create_record(out, 'compare')\nwrite_json(record.artifact('table'), [json.loads(Path(m).read_text())['total'] for m in model])",
+                (
+                    "record = create_record(out, 'compare')\n"
+                    "write_json(record.artifact('table'), "
+                    "[json.loads(Path(m).read_text())['total'] for m in model])"
+                ),
             ),
         ],
     ),
@@ -269,7 +319,8 @@ class ToyHouse:
         return sorted(p for p in (self.runs / "store").glob("*-*") if p.is_dir())
 
     def artifacts(self, run="toy-1"):
-        "{instance/artifact: sha256} of everything that must not depend on when or how often it was made."
+        """{instance/artifact: sha256} of everything that must not depend on when or how often it
+        was made."""
         from llmeco_nb.core import sha256_of
 
         return {
