@@ -62,7 +62,8 @@ def parse_settings(
         stage, dot, parameter = name.partition(".")
         if not equals or (not single and not (dot and stage and parameter)):
             raise UsageError(
-                f"-p {text}: write {'name=value' if single else 'stage.name=value, such as data.max_rows=400'}."
+                f"-p {text}: write "
+                f"{'name=value' if single else 'stage.name=value, such as data.max_rows=400'}."
             )
         found.append(("", name, value) if single else (stage, parameter, value))
     return found
@@ -495,7 +496,10 @@ def serve(
     port: int = typer.Option(8000, help="The port; 0 takes a free one."),
     database: str = typer.Option(
         None,
-        help="Where answers and feedback are stored: a file or a postgresql:// URL (default: runs/feedback.sqlite).",
+        help=(
+            "Where answers and feedback are stored: a file or a postgresql:// URL "
+            "(default: runs/feedback.sqlite)."
+        ),
     ),
 ):
     "Answer over HTTP with the newest bundle, and take feedback."
@@ -515,7 +519,10 @@ def docs(
     run: str = typer.Option(
         None,
         "--run",
-        help="Show the stages' outputs of this run; without it, those of an execution at the defaults.",
+        help=(
+            "Show the stages' outputs of this run; "
+            "without it, those of an execution at the defaults."
+        ),
     ),
     quick: bool = typer.Option(
         False, "--quick", help="Execute nothing; show the outputs there are."

@@ -147,7 +147,8 @@ class StageConfig:
         known = cls.types()
         if unknown := [name for name in values if name not in known]:
             raise UsageError(
-                f"{where or cls.__name__} has no parameter {', '.join(unknown)}. There are: {', '.join(known)}."
+                f"{where or cls.__name__} has no parameter {', '.join(unknown)}. "
+                f"There are: {', '.join(known)}."
             )
         return cls(**{name: cls.read(name, value, where) for name, value in values.items()})
 

@@ -209,7 +209,7 @@ def source_digest(function: Callable) -> str:
 def cached_fixture(
     name: str,  # Of its folder under runs/scratch
     make: Callable[[Path], None],  # Fills the folder it is given, which does not exist yet
-    *depends: object,  # Functions count by the file they stand in, paths by content, all else as text
+    *depends: object,  # Functions count by their file, paths by content, all else as text
 ) -> Path:
     """The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash
     leaves none."""
@@ -302,7 +302,8 @@ class Record:
             wrong = {k: v for k, v in plan.items() if isinstance(v, float)}
             if wrong:
                 raise DataError(
-                    f"A plan holds whole numbers and names, so that it means the same everywhere; found {wrong}."
+                    "A plan holds whole numbers and names, "
+                    f"so that it means the same everywhere; found {wrong}."
                 )
             write_json(file, plan)
         return read_json(file)
@@ -350,7 +351,8 @@ def create_record(
     } - kept_files
     if foreign and not (path / "record.json").exists():
         raise WriteError(
-            f"{path} holds files that are not a stage's record (such as {sorted(foreign)[0]}). Give `out` a new or empty folder."
+            f"{path} holds files that are not a stage's record (such as {sorted(foreign)[0]}). "
+            "Give `out` a new or empty folder."
         )
     write_json(path / "record.json", {"stage": stage})
     resuming = (path / "resume").is_dir() and any((path / "resume").iterdir())
@@ -438,8 +440,8 @@ def figure_style():
 
 
 def save_figure(fig: object, record: Record, name: str) -> Path:
-    """Save the matplotlib figure `fig` as figures/<name>.png of the record (or of the page that is being
-    made from it)."""
+    """Save the matplotlib figure `fig` as figures/<name>.png of the record (or of the page that is
+    being made from it)."""
     folder = Path(os.environ.get("LLMECO_PAGE") or record.path) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
@@ -449,6 +451,7 @@ def save_figure(fig: object, record: Record, name: str) -> Path:
 def plain_text(label: object) -> str:
     """A label for matplotlib that is drawn as the text it is, whatever a user put into it.
 
-    Without it `$` begins a formula, and a line whose label begins with `_` has no place in a legend."""
+    Without it `$` begins a formula, and a line whose label begins with `_` has no place in a
+    legend."""
     text = str(label).replace("$", r"\$")
     return "\u200b" + text if text.startswith("_") else text  # a space of zero width

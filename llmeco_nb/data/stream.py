@@ -61,7 +61,8 @@ def open_stream(
 def broken_line(
     source: str,  # Path or URL
 ) -> DataError | None:
-    """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has it.
+    """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has
+    it.
 
     None when all lines are in order."""
     at = 0
@@ -130,7 +131,8 @@ def csv_rows(
 
 
 def tsv_rows(source: str) -> Iterator[list[str]]:
-    "The rows of a tab-separated source, header first, whether or not it uses quotes. Raises `DataError`."
+    """The rows of a tab-separated source, header first, whether or not it uses quotes. Raises
+    `DataError`."""
     yield from csv_rows(source, "\t", tsv_quoting(lambda quoting: csv_rows(source, "\t", quoting)))
 
 
@@ -170,7 +172,8 @@ def json_texts(
     source: str,  # Path or URL
     column: str,  # Key of the text in each object
 ) -> Iterator[str]:
-    "The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read whole."
+    """The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read
+    whole."""
     first = True
     for n, line in enumerate(read_lines(source), 1):
         if not line.strip():

@@ -83,7 +83,8 @@ def run_benchmark(
             )
         if not (partial / "metrics.json").exists():
             raise CellError(
-                f"The benchmark {name} wrote no metrics. The executed notebook is kept: {partial / 'notebook.ipynb'}"
+                f"The benchmark {name} wrote no metrics. "
+                f"The executed notebook is kept: {partial / 'notebook.ipynb'}"
             )
         for rest in ("resume", "progress.json"):
             shutil.rmtree(partial / rest) if (partial / rest).is_dir() else (partial / rest).unlink(

@@ -58,8 +58,9 @@ def findings(house: StageRegistry, runs: Path):
             yield (
                 "machine",
                 True,
-                f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; best with {m['threads']} threads: {m['fp32_gflops']} GFLOP/s fp32, {m['bf16_gflops']} bf16"
-                + (f"; {m['gpu']}" if m["gpu"] else ""),
+                f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; "
+                f"best with {m['threads']} threads: {m['fp32_gflops']} GFLOP/s fp32, "
+                f"{m['bf16_gflops']} bf16" + (f"; {m['gpu']}" if m["gpu"] else ""),
             )
         except LlmecoError as e:
             yield "machine", False, str(e)
@@ -97,7 +98,10 @@ def _libraries():
         "libraries",
         not wrong,
         "; ".join(wrong)
-        or f"{len([r for r in wanted if not r.marker])} required, all in range; torch {versions(['torch']).get('torch')}",
+        or (
+            f"{len([r for r in wanted if not r.marker])} required, all in range; "
+            f"torch {versions(['torch']).get('torch')}"
+        ),
     )
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #c3e7a80b

@@ -216,13 +216,15 @@ def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
                 and node.value is not None
             ):
                 raise DataError(
-                    f"{notebook.path.name}, parameter cell: `{ast.unparse(node)}` is not of the form `name: type = value`."
+                    f"{notebook.path.name}, parameter cell: `{ast.unparse(node)}` is not of "
+                    "the form `name: type = value`."
                 )
             try:
                 default = ast.literal_eval(node.value)
             except ValueError:
                 raise DataError(
-                    f"{notebook.path.name}: the default of {node.target.id} is not a plain value: `{ast.unparse(node.value)}`."
+                    f"{notebook.path.name}: the default of {node.target.id} is not a plain value: "
+                    f"`{ast.unparse(node.value)}`."
                 ) from None
             rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
             found[node.target.id] = Parameter(
@@ -473,8 +475,8 @@ def show_parts(notebook: Notebook, package: Package) -> dict:
 
 
 def key_of(parts: dict) -> str:
-    """Sixteen hex digits over the parts. Cells count by order and content, functions by name and meaning;
-    the ids of cells, and the modules that functions stand in, are for people."""
+    """Sixteen hex digits over the parts. Cells count by order and content, functions by name and
+    meaning; the ids of cells, and the modules that functions stand in, are for people."""
     counted = dict(parts)
     if "cells" in parts:
         counted["cells"] = list(parts["cells"].values())

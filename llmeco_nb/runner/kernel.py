@@ -91,7 +91,10 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source = nbformat.read(notebook, 4) if isinstance(notebook, Path) else notebook
     name = notebook.name if isinstance(notebook, Path) else output.parent.name
-    follow = f"--IPKernelApp.exec_lines=from llmeco_nb.runner.pipeline import die_with_parent; die_with_parent({os.getpid()})"
+    follow = (
+        "--IPKernelApp.exec_lines=from llmeco_nb.runner.pipeline import die_with_parent; "
+        f"die_with_parent({os.getpid()})"
+    )
     with socket_folder() as sockets:
         try:
             papermill.execute_notebook(
@@ -110,7 +113,9 @@ def execute(
             if isinstance(e, RuntimeError) and "ernel" not in str(e):
                 raise
             raise CellError(
-                f"{name}: its kernel died ({_last_words(sockets / 'stderr') or 'killed, or out of memory?'}). What was executed is kept: {output}\nRun again to carry on."
+                f"{name}: its kernel died "
+                f"({_last_words(sockets / 'stderr') or 'killed, or out of memory?'}). "
+                f"What was executed is kept: {output}\nRun again to carry on."
             ) from None
 
 
@@ -142,7 +147,8 @@ def _said_by_cell(error, name: str, output: Path) -> LlmecoError:
         t for t in cell.get("metadata", {}).get("tags", []) if t in ("run", "show", "parameters")
     ]
     return CellError(
-        f"{name}, cell {cell.get('id', error.cell_index)}{' (' + tags[0] + ')' if tags else ''}: {error.ename}: {error.evalue}\n{kept}"
+        f"{name}, cell {cell.get('id', error.cell_index)}{' (' + tags[0] + ')' if tags else ''}: "
+        f"{error.ename}: {error.evalue}\n{kept}"
     )
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #2faf43c8

@@ -131,7 +131,8 @@ def machine(
     )
     if done.returncode:
         raise MissingError(
-            f"The machine could not be measured, because torch does not start: {done.stderr.strip().splitlines()[-1]}. Install the package again."
+            "The machine could not be measured, because torch does not start: "
+            f"{done.stderr.strip().splitlines()[-1]}. Install the package again."
         )
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_json(cache, found := {**now, **json.loads(done.stdout.splitlines()[-1])})

@@ -212,7 +212,8 @@ class Pipeline:
                     return name
                 if artifact not in read_json(entry / "manifest.json")["outputs"]:
                     raise UsageError(
-                        f"{one.name} wants {artifact} from {name}, which gives {', '.join(outputs) or 'nothing'}."
+                        f"{one.name} wants {artifact} from {name}, "
+                        f"which gives {', '.join(outputs) or 'nothing'}."
                     )
                 found[i].append((ref, entry / artifact))
         return found
@@ -431,7 +432,12 @@ def make_entry(
         if entry.exists() and (force or pipe.store.find(one.stage, look.key) is None):
             if not force:
                 notice(
-                    f"{one.name}: {', '.join(pipe.store.damage(entry)) if (entry / 'manifest.json').exists() else 'its entry'} is not what it was when it was made; it is made again"
+                    f"{one.name}: "
+                    f"""{
+                        ", ".join(pipe.store.damage(entry))
+                        if (entry / "manifest.json").exists()
+                        else "its entry"
+                    } is not what it was when it was made; it is made again"""
                 )
             shutil.rmtree(entry)
         if entry.exists():
@@ -456,7 +462,8 @@ def make_entry(
         absent = [o for o in one.notebook.contract.get("outputs", []) if not (partial / o).exists()]
         if absent:
             raise CellError(
-                f"{one.notebook.path.name} promises {', '.join(absent)} and did not write it. The executed notebook is kept: {partial / 'notebook.ipynb'}"
+                f"{one.notebook.path.name} promises {', '.join(absent)} and did not write it. "
+                f"The executed notebook is kept: {partial / 'notebook.ipynb'}"
             )
         for name in ("progress.json", "resume"):
             shutil.rmtree(partial / name) if (partial / name).is_dir() else (partial / name).unlink(

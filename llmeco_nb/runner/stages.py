@@ -298,7 +298,12 @@ def profile_folder(house: StageRegistry, profile: str) -> Path:
         if (folder / "pipeline.yaml").is_file():
             return folder
     raise UsageError(
-        f"There is no profile {profile}. {unknown_name_hint(profile, [p.parent.name for p in house.nbs.glob('profiles/*/pipeline.yaml')])}"
+        f"There is no profile {profile}. "
+        f"""{
+            unknown_name_hint(
+                profile, [p.parent.name for p in house.nbs.glob("profiles/*/pipeline.yaml")]
+            )
+        }"""
     )
 
 
@@ -323,7 +328,8 @@ def read_profile(house: StageRegistry, profile: str) -> tuple[list[Instance], di
         for i, w in (wires or {}).items():
             if i not in one.inputs:
                 raise UsageError(
-                    f"{file}: the stage {stage} has no input {i}. {unknown_name_hint(i, one.inputs)}"
+                    f"{file}: the stage {stage} has no input {i}. "
+                    f"{unknown_name_hint(i, one.inputs)}"
                 )
             one.wires[i] = w if isinstance(w, list) else [w]
     if not made:
@@ -359,7 +365,8 @@ def _wire(one: Instance, made: dict[str, Instance], file: Path):
             giver = ref.partition(":")[0]
             if not ref.startswith(("parent/", "snapshot/")) and giver not in made:
                 raise UsageError(
-                    f"{file}: {one.name} takes {i} from {giver}, which is not in this profile. {unknown_name_hint(giver, made)}"
+                    f"{file}: {one.name} takes {i} from {giver}, which is not in this profile. "
+                    f"{unknown_name_hint(giver, made)}"
                 )
 
 
@@ -370,7 +377,8 @@ def _ordered(made: dict[str, Instance], file: Path) -> list[Instance]:
         ready = [o for o in made.values() if o.name not in done and needs(o) <= done.keys()]
         if not ready:
             raise UsageError(
-                f"{file}: the stages {', '.join(made.keys() - done.keys())} wait for each other in a circle."
+                f"{file}: the stages {', '.join(made.keys() - done.keys())} wait for "
+                "each other in a circle."
             )
         done |= {o.name: o for o in ready}
     return list(done.values())

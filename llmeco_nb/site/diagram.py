@@ -129,7 +129,8 @@ class Box:
 
     name: str
     note: str = ""  # said when one points at it
-    state: str = "current"  # current, page, stale, missing, waiting, unknown; or outside for what another run gave
+    # current, page, stale, missing, waiting, unknown; or outside for what another run gave
+    state: str = "current"
     href: str = ""
 
 
@@ -150,7 +151,10 @@ def text_width(text: str, size: float = 13) -> float:
     return size * sum(map(share, text))
 
 
-arrow_head = '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path class="head" d="M0,0.6 L8,4 L0,7.4 z"/></marker></defs>'
+arrow_head = (
+    '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+    'orient="auto"><path class="head" d="M0,0.6 L8,4 L0,7.4 z"/></marker></defs>'
+)
 
 
 def lineage_svg(
@@ -177,7 +181,12 @@ def lineage_svg(
     far = {pair: has_longer_path(pair, pairs) for pair in pairs}
     return "".join(
         [
-            f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {-box_height / 2 - 4:.0f} {wide:.0f} {tallest:.0f}" width="{wide:.0f}" height="{tallest:.0f}" style="min-width:{0.8 * wide:.0f}px" role="{"group" if any(b.href for b in boxes) else "img"}" aria-label="Lineage">',
+            (
+                '<svg class="diagram" xmlns="http://www.w3.org/2000/svg" '
+                f'viewBox="-2 {-box_height / 2 - 4:.0f} {wide:.0f} {tallest:.0f}" '
+                f'width="{wide:.0f}" height="{tallest:.0f}" style="min-width:{0.8 * wide:.0f}px" '
+                f'role="{"group" if any(b.href for b in boxes) else "img"}" aria-label="Lineage">'
+            ),
             arrow_head,
             *(
                 _arrow(paths[p], span, y, handed[p], far[p])
@@ -216,21 +225,31 @@ def _line(path: list, span, y: dict) -> str:
 
 def _arrow(path: list, span, y: dict, handed: str, far: bool) -> str:
     "The arrow of a lineage; its tooltip says what is handed over."
-    return f'<path class="arrow{" far" if far else ""}" d="{_line(path, span, y)}" marker-end="url(#head)"><title>{escape(path[0])} → {escape(path[-1])}: {escape(handed)}</title></path>'
+    return (
+        f'<path class="arrow{" far" if far else ""}" d="{_line(path, span, y)}" '
+        'marker-end="url(#head)">'
+        f"<title>{escape(path[0])} → {escape(path[-1])}: {escape(handed)}</title></path>"
+    )
 
 
 def _box(box: Box, left: float, right: float, y: float) -> str:
     "A box: a dot for the state, and the name."
     outside = box.state == "outside"
     inside = (
-        f"<title>{escape(', '.join(filter(None, [box.name, '' if outside else box.state, box.note])))}</title>"
-        f'<rect class="box{" ghost" if outside else ""}" x="{left:.0f}" y="{y - box_height / 2:.1f}" width="{right - left:.0f}" height="{box_height}" rx="7"/>'
+        "<title>"
+        f"{escape(', '.join(filter(None, [box.name, '' if outside else box.state, box.note])))}"
+        "</title>"
+        f'<rect class="box{" ghost" if outside else ""}" x="{left:.0f}" '
+        f'y="{y - box_height / 2:.1f}" width="{right - left:.0f}" height="{box_height}" rx="7"/>'
         + (
             ""
             if outside
             else f'<circle class="s-{box.state}" cx="{left + 14:.0f}" cy="{y:.1f}" r="4"/>'
         )
-        + f'<text x="{left + (12 if outside else 24):.0f}" y="{y + 4.5:.1f}" font-size="13">{escape(box.name)}</text>'
+        + (
+            f'<text x="{left + (12 if outside else 24):.0f}" y="{y + 4.5:.1f}" font-size="13">'
+            f"{escape(box.name)}</text>"
+        )
     )
     return f'<a href="{escape(box.href)}">{inside}</a>' if box.href else f"<g>{inside}</g>"
 
@@ -337,12 +356,18 @@ def flow_svg(source: str) -> str:
     top, bottom = min(y[n] - tall(n) / 2 for n in y), max(y[n] + tall(n) / 2 for n in y)
     wide, deep = lefts[-1] - gaps[-1] + 4, bottom - top + 8 + 24 * len(back)
     parts = [
-        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="-2 {top - 4:.0f} {wide:.0f} {deep:.0f}" width="{wide:.0f}" height="{deep:.0f}" style="min-width:{0.72 * wide:.0f}px" role="img" '
-        f'aria-label="{escape(", ".join(f"{boxes[a][0]} to {boxes[b][0]}" for a, b, _ in arrows))}">',
+        (
+            '<svg class="diagram" xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="-2 {top - 4:.0f} {wide:.0f} {deep:.0f}" width="{wide:.0f}" '
+            f'height="{deep:.0f}" style="min-width:{0.72 * wide:.0f}px" role="img" '
+            'aria-label="'
+            f'{escape(", ".join(f"{boxes[a][0]} to {boxes[b][0]}" for a, b, _ in arrows))}">'
+        ),
         arrow_head,
     ]
     text = lambda x, h, said, kind="": (
-        f'<text{kind} x="{x:.0f}" y="{h:.1f}" font-size="12" text-anchor="middle">{escape(said)}</text>'
+        f'<text{kind} x="{x:.0f}" y="{h:.1f}" font-size="12" '
+        f'text-anchor="middle">{escape(said)}</text>'
     )
     parts += [
         f'<path class="arrow" d="{_line(paths[p], span, y)}" marker-end="url(#head)"/>'
@@ -365,7 +390,11 @@ def flow_svg(source: str) -> str:
     for k, (a, b, said) in enumerate(back):
         x, to, low = sum(span(a)) / 2, sum(span(b)) / 2, bottom + 14 + 24 * k
         parts += [
-            f'<path class="arrow" d="M{x:.0f},{y[a] + tall(a) / 2:.1f} L{x:.0f},{low:.1f} L{to:.0f},{low:.1f} L{to:.0f},{y[b] + tall(b) / 2:.1f}" marker-end="url(#head)"/>',
+            (
+                f'<path class="arrow" d="M{x:.0f},{y[a] + tall(a) / 2:.1f} L{x:.0f},{low:.1f} '
+                f'L{to:.0f},{low:.1f} L{to:.0f},{y[b] + tall(b) / 2:.1f}" '
+                'marker-end="url(#head)"/>'
+            ),
             text((x + to) / 2, low - 4, said, ' class="t2"'),
         ]
     for n in order:
@@ -373,7 +402,10 @@ def flow_svg(source: str) -> str:
         parts.append(
             f'<circle class="box" cx="{middle:.0f}" cy="{y[n]:.1f}" r="13"/>'
             if boxes[n][1]
-            else f'<rect class="box" x="{left:.0f}" y="{y[n] - h / 2:.1f}" width="{right - left:.0f}" height="{h}" rx="7"/>'
+            else (
+                f'<rect class="box" x="{left:.0f}" y="{y[n] - h / 2:.1f}" '
+                f'width="{right - left:.0f}" height="{h}" rx="7"/>'
+            )
         )
         parts += [
             text(middle, y[n] + 4.5 + 16 * (i - (len(lines[n]) - 1) / 2), line)
@@ -439,27 +471,39 @@ def curves_svg(
     x = lambda v: left + (v - x0) / (x1 - x0) * (width - left - right)
     y = lambda v: height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom)
     parts = [
-        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(", ".join(series))} over {escape(xlabel)}">'
+        '<svg class="diagram" xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(", ".join(series))} over {escape(xlabel)}">'
     ]
     for v in ticks(y0, y1):
         parts.append(
-            f'<line class="rule" x1="{left}" x2="{width - right:.0f}" y1="{y(v):.1f}" y2="{y(v):.1f}"/><text class="t2" x="{left - 7}" y="{y(v) + 3.6:.1f}" font-size="10.5" text-anchor="end">{short_number(v)}</text>'
+            f'<line class="rule" x1="{left}" x2="{width - right:.0f}" y1="{y(v):.1f}" '
+            f'y2="{y(v):.1f}"/>'
+            f'<text class="t2" x="{left - 7}" y="{y(v) + 3.6:.1f}" '
+            f'font-size="10.5" text-anchor="end">{short_number(v)}</text>'
         )
     for v in ticks(x0, x1):
         parts.append(
-            f'<text class="t2" x="{x(v):.1f}" y="{height - bottom + 15}" font-size="10.5" text-anchor="middle">{short_number(v)}</text>'
+            f'<text class="t2" x="{x(v):.1f}" y="{height - bottom + 15}" font-size="10.5" '
+            f'text-anchor="middle">{short_number(v)}</text>'
         )
     parts.append(
-        f'<line class="axis" x1="{left}" x2="{width - right:.0f}" y1="{height - bottom}" y2="{height - bottom}"/><text class="t2" x="{(left + width - right) / 2:.0f}" y="{height - 5}" font-size="10.5" text-anchor="middle">{escape(xlabel)}</text>'
+        f'<line class="axis" x1="{left}" x2="{width - right:.0f}" y1="{height - bottom}" '
+        f'y2="{height - bottom}"/>'
+        f'<text class="t2" x="{(left + width - right) / 2:.0f}" y="{height - 5}" '
+        f'font-size="10.5" text-anchor="middle">{escape(xlabel)}</text>'
     )
     for k, (name, points) in enumerate(series.items()):
         colour = f"var(--c{k % len(palette)})"
         parts.append(
-            f'<path class="curve" style="stroke:{colour}" d="M{" L".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)}"><title>{escape(name)}: {points[-1][1]:.4g}</title></path>'
+            f'<path class="curve" style="stroke:{colour}" '
+            f'd="M{" L".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)}">'
+            f"<title>{escape(name)}: {points[-1][1]:.4g}</title></path>"
         )
         if len(points) == 1:
             parts.append(
-                f'<circle style="fill:{colour}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3"/>'
+                f'<circle style="fill:{colour}" cx="{x(points[0][0]):.1f}" '
+                f'cy="{y(points[0][1]):.1f}" r="3"/>'
             )
     return "".join([*parts, "</svg>"])
 
@@ -479,8 +523,9 @@ def intervals_svg(
 
     said = ", ".join(f"{name} {value:.3g}" for name, value, _, _ in rows)
     parts = [
-        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" style="min-width:26rem" role="img" aria-label="{escape(said)}">'
+        '<svg class="diagram" xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'style="min-width:26rem" role="img" aria-label="{escape(said)}">'
     ]
     for v in ticks(x0, x1):
         parts.append(
@@ -491,10 +536,12 @@ def intervals_svg(
     for k, (name, value, low, high) in enumerate(rows):
         y = top + step * (k + 0.5)
         parts.append(
-            f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" font-size="11.5" text-anchor="end">{escape(name)}</text>'
-            f'<line class="range" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" font-size="11.5" text-anchor="end">'
+            f'{escape(name)}</text><line class="range" x1="{x(low):.1f}" x2="{x(high):.1f}" '
+            f'y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<circle class="dot" cx="{x(value):.1f}" cy="{y:.1f}" r="4"/>'
-            f'<text class="t2" x="{width - right + 8}" y="{y + 4:.1f}" font-size="11.5">{value:.3g}</text>'
+            f'<text class="t2" x="{width - right + 8}" y="{y + 4:.1f}" '
+            f'font-size="11.5">{value:.3g}</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -512,11 +559,16 @@ def ring_svg(
         f"{r * math.cos(math.radians(degrees)):.1f},{r * math.sin(math.radians(degrees)):.1f}"
     )
     parts = [
-        f'<svg class="diagram ring" xmlns="http://www.w3.org/2000/svg" viewBox="{-size / 2:.0f} {-size / 2:.0f} {size} {size}" width="{size}" height="{size}" role="{"group" if href else "img"}" aria-label="The ring: {", ".join(stages_of_life.values())}, and again {stages_of_life[1]}">'
+        '<svg class="diagram ring" xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="{-size / 2:.0f} {-size / 2:.0f} {size} {size}" width="{size}" '
+        f'height="{size}" role="{"group" if href else "img"}" aria-label="The ring: '
+        f'{", ".join(stages_of_life.values())}, and again {stages_of_life[1]}">'
     ]
     if alone:
         parts.append(
-            "<style>svg{--ink:#1d1f22;--soft:#5a6068;font-family:system-ui,sans-serif}text{fill:var(--ink)}.t2{fill:var(--soft)}@media(prefers-color-scheme:dark){svg{--ink:#dcdee1;--soft:#a3a9b1}}</style>"
+            "<style>svg{--ink:#1d1f22;--soft:#5a6068;font-family:system-ui,sans-serif}"
+            "text{fill:var(--ink)}.t2{fill:var(--soft)}"
+            "@media(prefers-color-scheme:dark){svg{--ink:#dcdee1;--soft:#a3a9b1}}</style>"
         )
     middle = (inner + outer) / 2
     for number, name in stages_of_life.items():
@@ -524,15 +576,23 @@ def ring_svg(
         # each segment points at the next
         b, nose = a + 69, 7.5
         d = (
-            f"M{point(outer, a)} A{outer},{outer} 0 0 1 {point(outer, b)} L{point(middle, b + nose)} L{point(inner, b)} "
+            f"M{point(outer, a)} A{outer},{outer} 0 0 1 {point(outer, b)} "
+            f"L{point(middle, b + nose)} L{point(inner, b)} "
             f"A{inner},{inner} 0 0 0 {point(inner, a)} L{point(middle, a + nose)} z"
         )
         colour = palette[number - 1] if alone else f"var(--c{number - 1})"
         x, y = (float(v) for v in point(middle, (a + b + nose) / 2).split(","))
         piece = (
-            f'<path d="{d}" style="fill:{colour};fill-opacity:.2;stroke:{colour}"/><text x="{x:.1f}" y="{y:.1f}" font-size="13" font-weight="600" text-anchor="middle">{name}</text>'
-            f'<text class="t2" x="{x:.1f}" y="{y + 14:.1f}" font-size="10.5" text-anchor="middle">{number}0–{number}9</text>'
+            f'<path d="{d}" style="fill:{colour};fill-opacity:.2;stroke:{colour}"/>'
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="13" font-weight="600" text-anchor="middle">'
+            f"{name}</text>"
+            f'<text class="t2" x="{x:.1f}" y="{y + 14:.1f}" font-size="10.5" '
+            f'text-anchor="middle">{number}0–{number}9</text>'
         )
         parts.append(f'<a href="{href.format(number)}">{piece}</a>' if href else piece)
-    core = '<text x="0" y="0" font-size="13" font-weight="600" text-anchor="middle">ground floor</text><text class="t2" x="0" y="15" font-size="10.5" text-anchor="middle">00–09</text>'
+    core = (
+        '<text x="0" y="0" font-size="13" font-weight="600" text-anchor="middle">'
+        "ground floor</text>"
+        '<text class="t2" x="0" y="15" font-size="10.5" text-anchor="middle">00–09</text>'
+    )
     return "".join([*parts, f'<a href="{href.format(0)}">{core}</a>' if href else core, "</svg>\n"])

@@ -331,7 +331,8 @@ def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> s
     for e in found:
         scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
         rows = "".join(
-            f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td><td>{render_inline(scribe, escape_tags(c))}</td></tr>"
+            f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td>"
+            f"<td>{render_inline(scribe, escape_tags(c))}</td></tr>"
             for n, t, c in e.parameters
         )
         rows = (
@@ -340,11 +341,16 @@ def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> s
             else ""
         )
         inner = "".join(
-            f'<h3>{html.escape(e.name)}.{html.escape(m.name)}<span class="sig">{html.escape(m.signature)}</span></h3>{scribe.prose(escape_tags(m.doc), listed=False)}'
+            f"<h3>{html.escape(e.name)}.{html.escape(m.name)}"
+            f'<span class="sig">{html.escape(m.signature)}</span></h3>'
+            f"{scribe.prose(escape_tags(m.doc), listed=False)}"
             for m in e.inner
         )
         parts.append(
-            f'<section class="api" id="api-{e.name}"><h3>{"class " if e.kind == "class" else ""}{html.escape(e.name)}<span class="sig">{html.escape(e.signature)}</span></h3>{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>'
+            f'<section class="api" id="api-{e.name}">'
+            f"<h3>{'class ' if e.kind == 'class' else ''}{html.escape(e.name)}"
+            f'<span class="sig">{html.escape(e.signature)}</span></h3>'
+            f"{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>"
         )
     return "".join(parts)
 
@@ -388,12 +394,16 @@ def chapter_page(
     parts.append('<ul class="chips">' + "".join(f"<li>{f}</li>" for f in facts if f) + "</ul>")
     if failed:
         parts.append(
-            f'<p class="note">Shown without outputs, because it could not be executed here: {html.escape(failed)}</p>'
+            '<p class="note">Shown without outputs, because it could not be executed here: '
+            f"{html.escape(failed)}</p>"
         )
     elif (file := kept_record(house, c.path)) and lessons:
         kept = read_json(file)
         parts.append(
-            f'<p class="note">Tables and figures show the kept record: level {html.escape(str(kept["level"]))}, {kept["seconds"] / 60:,.0f} minutes on {html.escape(str(kept["machine"]["processor"]))} with {kept["machine"]["cores"]} cores.'
+            '<p class="note">Tables and figures show the kept record: '
+            f"level {html.escape(str(kept['level']))}, {kept['seconds'] / 60:,.0f} minutes on "
+            f"{html.escape(str(kept['machine']['processor']))} with "
+            f"{kept['machine']['cores']} cores."
             + (" The code that made it has changed since.</p>" if is_stale(house, file) else "</p>")
         )
     parts.append(render_chapter(cells, scribe, module=module))
@@ -455,11 +465,14 @@ def listing(known: list[Chapter], scribe: PageRenderer) -> str:
         if not found:
             continue
         rows = "".join(
-            f'<li><a href="{c.file}">{f"<b>{c.number}</b> " if c.number else ""}{html.escape(c.title)}</a><span>{render_inline(scribe, c.subtitle)}</span></li>'
+            f'<li><a href="{c.file}">{f"<b>{c.number}</b> " if c.number else ""}'
+            f"{html.escape(c.title)}</a>"
+            f"<span>{render_inline(scribe, c.subtitle)}</span></li>"
             for c in found
         )
         parts.append(
-            f'<section class="decade" id="decade-{"guides" if d is None else d}"><h3>{html.escape(name.capitalize())}</h3><ol class="chapters">{rows}</ol></section>'
+            f'<section class="decade" id="decade-{"guides" if d is None else d}">'
+            f'<h3>{html.escape(name.capitalize())}</h3><ol class="chapters">{rows}</ol></section>'
         )
     return "".join(parts)
 
@@ -472,7 +485,8 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
         if not found:
             continue
         rows = "".join(
-            f'<tr><td><a href="{c.file}#api-{e.name}"><code>{html.escape(e.name)}</code></a></td><td>{render_inline(scribe, escape_tags(e.doc.split(chr(10) * 2)[0]))}</td></tr>'
+            f'<tr><td><a href="{c.file}#api-{e.name}"><code>{html.escape(e.name)}</code></a></td>'
+            f"<td>{render_inline(scribe, escape_tags(e.doc.split(chr(10) * 2)[0]))}</td></tr>"
             for e in found
         )
         parts.append(

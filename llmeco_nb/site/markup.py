@@ -27,8 +27,8 @@ from .template import number_pattern, scroll_box
 # A function's name without brackets behind it wants a thin space: ln 2, log p.
 function_name = re.compile(
     r"""\\(?:arccos|arcsin|arctan|arg|cos|cosh|cot|det|dim|exp|gcd|ker|lg|ln|log|max|min
-    |Pr|sec|sin|sinh|sup|tan|tanh)(?![A-Za-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w))*+
-    (?=\s*(?:[A-Za-z0-9{]|\\(?!left|bigl?|Bigl?|limits|[,;:!\\}|]|right|quad|qquad|cdot|times|le|ge)))""",
+    |Pr|sec|sin|sinh|sup|tan|tanh)(?![A-Za-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w))*+(?=\s*
+    (?:[A-Za-z0-9{]|\\(?!left|bigl?|Bigl?|limits|[,;:!\\}|]|right|quad|qquad|cdot|times|le|ge)))""",
     re.X,
 )
 
@@ -56,7 +56,8 @@ def mathml(tex: str, display: bool = False) -> str:
 void_elements = set("area base br col embed hr img input link meta source track wbr".split())
 forbidden_elements = set("script style iframe object embed link meta base template form".split())
 block_elements = set(
-    "address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 hr ol p pre section table ul".split()
+    "address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 "
+    "hr ol p pre section table ul".split()
 )
 # what an opening tag closes
 implied_end_tags = {
@@ -270,7 +271,8 @@ def opens_record(statement: ast.stmt) -> bool:
 
 # %% ../../nbs/0_ground/04d_markup.ipynb #7e455c46
 formula = re.compile(
-    r"(?P<code>^(?P<fence>```+|~~~+)[\s\S]*?^(?P=fence)|(?P<tick>`+)[^`][\s\S]*?(?P=tick)|\\\$)|\$\$(?P<block>[\s\S]+?)\$\$|(?<![\w$])\$(?P<line>(?!\s)[^$]{1,400}?(?<!\s))\$(?!\d)",
+    r"(?P<code>^(?P<fence>```+|~~~+)[\s\S]*?^(?P=fence)|(?P<tick>`+)[^`][\s\S]*?(?P=tick)|\\\$)"
+    r"|\$\$(?P<block>[\s\S]+?)\$\$|(?<![\w$])\$(?P<line>(?!\s)[^$]{1,400}?(?<!\s))\$(?!\d)",
     re.M,
 )
 

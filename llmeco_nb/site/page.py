@@ -219,7 +219,8 @@ def render_chapter(
                 else f"code <code>{html.escape(about)}</code>"
             )
             parts.append(
-                f"<details><summary>{label}</summary>{''.join(code_html(s, module) for s in waiting)}</details>"
+                f"<details><summary>{label}</summary>"
+                f"{''.join(code_html(s, module) for s in waiting)}</details>"
             )
         waiting.clear()
 
@@ -246,9 +247,13 @@ def render_chapter(
             put_code()
         if s.changed:
             parts.append(
-                '<p class="note">This cell has changed since the run. Code and outputs are shown as they ran.</p>'
+                '<p class="note">This cell has changed since the run. '
+                "Code and outputs are shown as they ran.</p>"
                 if s.origin
-                else '<p class="note">This cell is newer than the run and has not been executed in it.</p>'
+                else (
+                    '<p class="note">This cell is newer than the run and has not '
+                    "been executed in it.</p>"
+                )
             )
         if seen:
             promise.open = False

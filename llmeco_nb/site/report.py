@@ -152,7 +152,8 @@ def add_durations(rows: list[dict], log: list[dict]) -> list[dict]:
 def comparison(rows: list[dict]) -> str:
     """Rows as tables, one for each number of labels, the third and later ones folded away.
 
-    Columns stand in the order they first appear; `x_low` and `x_high` stand in brackets behind `x`."""
+    Columns stand in the order they first appear; `x_low` and `x_high` stand in brackets behind
+    `x`."""
     sizes = list(dict.fromkeys(r.get("labels") for r in rows))
     if None in sizes or len(sizes) < 2:
         return one_table(rows) + model_names(rows)
@@ -193,8 +194,8 @@ known_models = dict(
 def one_table(rows: list[dict]) -> str:
     """Rows as a table: names first, then what has an interval, then what is claimed, then the rest.
 
-    What a name, a heading or another column says already is left out: `model` beside a title, the one
-    `reference` all differ from, `p` beside its adjusted value, columns without a value."""
+    What a name, a heading or another column says already is left out: `model` beside a title, the
+    one `reference` all differ from, `p` beside its adjusted value, columns without a value."""
     said = [
         c
         for c in dict.fromkeys(k for r in rows for k in r)
@@ -402,7 +403,10 @@ def stages_table(made: list[StageResult]) -> str:
         )
         rows.append(
             [
-                f'<a href="{m.file}">{html.escape(m.name)}</a><small>{html.escape(m.about)}</small>',
+                (
+                    f'<a href="{m.file}">{html.escape(m.name)}</a>'
+                    f"<small>{html.escape(m.about)}</small>"
+                ),
                 state_badge(m),
                 said or '<span class="quiet">–</span>',
             ]
@@ -423,13 +427,19 @@ def costs(made: list[StageResult]) -> str:
     )
     size = lambda mib: f"{mib / 1024:.1f} GiB" if mib >= 1000 else f"{mib:.0f} MiB"
     row = lambda name, s, b, threads: (
-        f'<td class="nowrap">{name}</td><td class="num nowrap">{format_duration(s)}</td><td>{bar(s, max(seconds), "a")}</td><td class="num nowrap">{size(b)}</td><td>{bar(b, max(memory), "b")}</td><td class="num">{threads}</td>'
+        f'<td class="nowrap">{name}</td><td class="num nowrap">{format_duration(s)}</td>'
+        f'<td>{bar(s, max(seconds), "a")}</td><td class="num nowrap">{size(b)}</td>'
+        f'<td>{bar(b, max(memory), "b")}</td><td class="num">{threads}</td>'
     )
     rows = [
         f"<tr>{row(html.escape(m.name), s, b, m.manifest.get('threads', ''))}</tr>"
         for m, s, b in zip(there, seconds, memory)
     ]
-    total = f'<tr class="total"><td>together</td><td class="num nowrap">{format_duration(sum(seconds))}</td><td></td><td class="num nowrap">{size(max(memory))}</td><td>at most</td><td></td></tr>'
+    total = (
+        '<tr class="total"><td>together</td>'
+        f'<td class="num nowrap">{format_duration(sum(seconds))}</td><td></td>'
+        f'<td class="num nowrap">{size(max(memory))}</td><td>at most</td><td></td></tr>'
+    )
     head = (
         '<th>stage</th><th class="num">time</th><td></td><th class="num">memory</th><td></td>'
         '<th class="num">threads</th>'
@@ -477,7 +487,8 @@ def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
         else ""
     )
     return body + (
-        f'<p class="quiet">{equal} further number{"s are" if equal != 1 else " is"} the same in both rounds.</p>'
+        f'<p class="quiet">{equal} further number{"s are" if equal != 1 else " is"} the '
+        "same in both rounds.</p>"
         if equal
         else ""
     )
@@ -520,13 +531,15 @@ def machine_facts(made: list[StageResult]) -> tuple[str, str]:
     ]
     others = {json.dumps(m.manifest.get("machine", {}), sort_keys=True) for m in there}
     more = (
-        f'<p class="note">The stages were made on {len(others)} different machines or settings; the page of each says which. This is the last one.</p>'
+        f'<p class="note">The stages were made on {len(others)} different machines or settings; '
+        "the page of each says which. This is the last one.</p>"
         if len(others) > 1
         else ""
     )
     return (
         chips([html.escape(str(s)) for s in said if s]) + more,
-        f"<details><summary>libraries</summary>{html_table(['library', 'version'], [[k, v] for k, v in libraries.items()])}</details>"
+        "<details><summary>libraries</summary>"
+        f"{html_table(['library', 'version'], [[k, v] for k, v in libraries.items()])}</details>"
         if libraries
         else "",
     )
@@ -588,7 +601,8 @@ def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> 
         "From what to what",
         lineage(made)
         + (
-            '<p class="quiet">A dot says whether a stage is current. Fainter arrows repeat a longer way.</p>'
+            '<p class="quiet">A dot says whether a stage is current. '
+            "Fainter arrows repeat a longer way.</p>"
             if len(made) > 2
             else ""
         ),
@@ -651,7 +665,8 @@ def parameters(m: StageResult, overrides: dict) -> str:
     )
     if rows[False]:
         parts.append(
-            f"<details><summary>{len(rows[False])} parameter{'s' * (len(rows[False]) != 1)} at the default</summary>{folded}</details>"
+            f"<details><summary>{len(rows[False])} parameter{'s' * (len(rows[False]) != 1)} at "
+            f"the default</summary>{folded}</details>"
         )
     return "".join(parts) or "<p>This stage has no parameters.</p>"
 
@@ -740,7 +755,8 @@ def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: 
         parts.append(f'<div class="lede">{scribe.prose(subtitle)}</div>')
     if not m.entry:
         parts.append(
-            '<p class="note">This stage has not been made in this run yet. Below is the chapter without outputs.</p>'
+            '<p class="note">This stage has not been made in this run yet. '
+            "Below is the chapter without outputs.</p>"
         )
     else:
         parts.append(
@@ -764,7 +780,9 @@ def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: 
         ]
         if m.manifest.get("plan"):
             parts.append(
-                f"<details><summary>plan</summary>{html_table(['', ''], [[k, v] for k, v in m.manifest['plan'].items()])}</details>"
+                "<details><summary>plan</summary>"
+                f"{html_table(['', ''], [[k, v] for k, v in m.manifest['plan'].items()])}"
+                "</details>"
             )
         drawn = curves(m.rows)
         if drawn:
@@ -772,11 +790,14 @@ def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: 
     parts.append(scribe.heading(2, "Chapter"))
     if taught:
         parts.append(
-            '<p class="quiet">Outputs with a line at their left are the chapter\'s lessons, executed at its defaults; all others are from this run.</p>'
+            '<p class="quiet">Outputs with a line at their left are the chapter\'s lessons, '
+            "executed at its defaults; all others are from this run.</p>"
         )
     elif lessons:
         parts.append(
-            '<p class="quiet">What the lessons print is not here, because a pipeline passes them by. After <code>llmeco docs</code>, which executes them, a new report shows it.</p>'
+            '<p class="quiet">What the lessons print is not here, '
+            "because a pipeline passes them by. "
+            "After <code>llmeco docs</code>, which executes them, a new report shows it.</p>"
         )
     parts.append(render_chapter(cells, scribe, fold=True, module=pipe.house.package.folder.name))
     return Page(
@@ -804,6 +825,7 @@ def render_report(pipe: Pipeline) -> Path:
             pages,
             "llmeco",
             pipe.run.path.name,
-            f"Made from the records of {html.escape(pipe.run.path.name)}. This folder can be moved, mailed and opened without a network.",
+            f"Made from the records of {html.escape(pipe.run.path.name)}. "
+            "This folder can be moved, mailed and opened without a network.",
         )
     return pipe.run.path / "report" / "index.html"

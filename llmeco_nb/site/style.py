@@ -83,16 +83,19 @@ def variables(colours: dict[str, str]) -> str:
 # %% ../../nbs/0_ground/04a_style.ipynb #519ce8f2
 base_css = """
 :root{color-scheme:light dark;%s
---serif:"Iowan Old Style","Palatino Linotype","URW Palladio L",P052,"Book Antiqua",Georgia,"DejaVu Serif",serif;
+--serif:"Iowan Old Style","Palatino Linotype","URW Palladio L",P052,"Book Antiqua",Georgia,
+  "DejaVu Serif",serif;
 --sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans",Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"Noto Sans Mono","DejaVu Sans Mono",monospace}
 @media (prefers-color-scheme:dark){:root{%s}}
 *{box-sizing:border-box}
-html{font:17px/1.6 var(--serif);background:var(--paper);color:var(--ink);scroll-padding-top:4.2rem;-webkit-text-size-adjust:100%%}
+html{font:17px/1.6 var(--serif);background:var(--paper);color:var(--ink);scroll-padding-top:4.2rem;
+  -webkit-text-size-adjust:100%%}
 body{margin:0}
 a{color:var(--link);text-decoration:none}
 a:hover{text-decoration:underline;text-underline-offset:.18em}
-main :is(p,li,dd,td,blockquote,figcaption,.lede) a{text-decoration:underline;text-decoration-thickness:.06em;text-underline-offset:.18em}
+main :is(p,li,dd,td,blockquote,figcaption,.lede) a{text-decoration:underline;
+  text-decoration-thickness:.06em;text-underline-offset:.18em}
 h1,h2,h3,h4{line-height:1.22;text-wrap:balance;margin:2.2em 0 .6em;font-weight:600}
 h1{font-size:2.25rem;margin:.1em 0 .25em;letter-spacing:-.012em}
 h2{font-size:1.42rem;border-top:1px solid var(--line);padding-top:.95em;margin-top:1.75em}
@@ -110,112 +113,179 @@ img,svg{max-width:100%%;height:auto}
 
 # %% ../../nbs/0_ground/04a_style.ipynb #690b6598
 layout_css = """
-.top{position:sticky;top:0;z-index:5;display:flex;gap:1.2rem;align-items:center;padding:.55rem 1.4rem;background:color-mix(in srgb,var(--paper) 92%,transparent);backdrop-filter:blur(8px);border-bottom:1px solid var(--line);font:.84rem/1.4 var(--sans)}
+.top{position:sticky;top:0;z-index:5;display:flex;gap:1.2rem;align-items:center;
+  padding:.55rem 1.4rem;background:color-mix(in srgb,var(--paper) 92%,transparent);
+  backdrop-filter:blur(8px);border-bottom:1px solid var(--line);font:.84rem/1.4 var(--sans)}
 .brand{color:var(--ink);font-weight:650;white-space:nowrap}
 .brand span{color:var(--soft);font-weight:400;margin-left:.5em}
 .top .jump{display:none}
 .search{position:relative;margin-left:auto;width:min(19rem,50vw)}
-.search input{width:100%;font:inherit;color:inherit;background:var(--wash);border:1px solid var(--line);border-radius:7px;padding:.32rem .7rem}
-.search ul{position:absolute;right:0;width:min(27rem,92vw);max-height:70vh;overflow:auto;margin:.4rem 0 0;padding:.35rem;list-style:none;background:var(--paper);border:1px solid var(--line);border-radius:9px;box-shadow:0 10px 34px rgb(0 0 0/.16)}
+.search input{width:100%;font:inherit;color:inherit;background:var(--wash);
+  border:1px solid var(--line);border-radius:7px;padding:.32rem .7rem}
+.search ul{position:absolute;right:0;width:min(27rem,92vw);max-height:70vh;overflow:auto;
+  margin:.4rem 0 0;padding:.35rem;list-style:none;background:var(--paper);
+  border:1px solid var(--line);border-radius:9px;box-shadow:0 10px 34px rgb(0 0 0/.16)}
 .search li{margin:0}
 .search li a{display:block;padding:.34rem .6rem;border-radius:6px;color:var(--ink);line-height:1.35}
 .search li a:hover,.search li.on a{background:var(--wash);text-decoration:none}
 .search li small{display:block;color:var(--soft)}
 .search mark{background:none;color:var(--ink);font-weight:650}
-.frame{display:grid;grid-template-columns:12rem minmax(0,52rem) 11.5rem;gap:0 2.2rem;justify-content:center;max-width:86rem;margin:0 auto;padding:2.2rem 1.4rem 4rem}
+.frame{display:grid;grid-template-columns:12rem minmax(0,52rem) 11.5rem;gap:0 2.2rem;
+  justify-content:center;max-width:86rem;margin:0 auto;padding:2.2rem 1.4rem 4rem}
 .frame.wide{grid-template-columns:12rem minmax(0,62rem)}
 main>p,main>ul,main>ol,main>blockquote,main>.lede{max-width:44rem}
-.side,.toc{font:.82rem/1.45 var(--sans);position:sticky;top:4.2rem;align-self:start;max-height:calc(100vh - 5.4rem);overflow:auto;padding-bottom:1rem;scrollbar-width:thin}
-.side b,.toc b{display:block;margin:1.1em 0 .3em;font-size:.72rem;font-weight:600;letter-spacing:.07em;text-transform:uppercase;color:var(--soft)}
+.side,.toc{font:.82rem/1.45 var(--sans);position:sticky;top:4.2rem;align-self:start;
+  max-height:calc(100vh - 5.4rem);overflow:auto;padding-bottom:1rem;scrollbar-width:thin}
+.side b,.toc b{display:block;margin:1.1em 0 .3em;font-size:.72rem;font-weight:600;
+  letter-spacing:.07em;text-transform:uppercase;color:var(--soft)}
 .side>b:first-child,.toc>b:first-child{margin-top:.2em}
 .side ol,.toc ol{list-style:none;margin:0;padding:0}
 .side li,.toc li{margin:0}
-.side a,.toc a{display:block;padding:.17rem .6rem;margin-left:-.6rem;border-radius:6px;color:var(--soft)}
+.side a,.toc a{display:block;padding:.17rem .6rem;margin-left:-.6rem;
+  border-radius:6px;color:var(--soft)}
 .side a:hover,.toc a:hover{color:var(--ink);background:var(--wash);text-decoration:none}
 .side a[aria-current]{color:var(--ink);font-weight:600;background:var(--wash)}
 .side a .n{display:inline-block;min-width:2.1em;color:var(--soft);font-variant-numeric:tabular-nums}
 .toc .deep{padding-left:1.4rem}
-main{min-width:0;grid-column:2;grid-row:1}.side{grid-column:1;grid-row:1}.toc{grid-column:3;grid-row:1}
-.turn{display:flex;justify-content:space-between;gap:1rem;margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--line);font:.86rem/1.4 var(--sans)}
+main{min-width:0;grid-column:2;grid-row:1}
+.side{grid-column:1;grid-row:1}
+.toc{grid-column:3;grid-row:1}
+.turn{display:flex;justify-content:space-between;gap:1rem;margin-top:3.5rem;padding-top:1rem;
+  border-top:1px solid var(--line);font:.86rem/1.4 var(--sans)}
 .turn .next{text-align:right;margin-left:auto}
 .turn small{display:block;color:var(--soft)}
 .foot{padding:1.2rem 1.6rem 2.4rem;text-align:center;font:.78rem/1.5 var(--sans);color:var(--soft)}
 .skip{position:absolute;left:-99rem}
 .skip:focus{left:1rem;top:.5rem;z-index:9;background:var(--paper);padding:.3rem .6rem}
-@media (max-width:70rem){.frame,.frame.wide{grid-template-columns:12rem minmax(0,52rem)}.toc{display:none}}
-@media (max-width:52rem){html{font-size:16px}pre .line{--most:6ch}.code .from{display:none}.chapters li{grid-template-columns:1fr}.frame,.frame.wide{display:block;padding:1.3rem 1.1rem 2rem}.side{position:static;max-height:none;margin-top:3rem;padding-top:1rem;border-top:1px solid var(--line)}.side a{padding:.42rem .6rem}
-.top{padding:.5rem 1.1rem;gap:.9rem}.top .jump{display:inline}.brand span{display:none}h1{font-size:1.8rem}.search{width:min(12rem,44vw)}}
+@media (max-width:70rem){
+  .frame,.frame.wide{grid-template-columns:12rem minmax(0,52rem)}
+  .toc{display:none}
+}
+@media (max-width:52rem){
+  html{font-size:16px}
+  pre .line{--most:6ch}
+  .code .from{display:none}
+  .chapters li{grid-template-columns:1fr}
+  .frame,.frame.wide{display:block;padding:1.3rem 1.1rem 2rem}
+  .side{position:static;max-height:none;margin-top:3rem;padding-top:1rem;
+    border-top:1px solid var(--line)}
+  .side a{padding:.42rem .6rem}
+  .top{padding:.5rem 1.1rem;gap:.9rem}
+  .top .jump{display:inline}
+  .brand span{display:none}
+  h1{font-size:1.8rem}
+  .search{width:min(12rem,44vw)}
+}
 @media print{.top,.side,.toc,.turn{display:none}.frame{display:block}details>*{display:block}}
 """
 
 # %% ../../nbs/0_ground/04a_style.ipynb #c86c1114
 content_css = """
-.eyebrow{font:600 .74rem/1.4 var(--sans);letter-spacing:.07em;text-transform:uppercase;color:var(--soft);margin:0 0 .5em}
+.eyebrow{font:600 .74rem/1.4 var(--sans);letter-spacing:.07em;
+  text-transform:uppercase;color:var(--soft);margin:0 0 .5em}
 .lede{font-size:1.16rem;line-height:1.5;color:var(--soft);margin-bottom:1.3em;text-wrap:pretty}
-.chips{display:flex;flex-wrap:wrap;gap:.35rem .5rem;margin:0 0 1.6rem;padding:0;list-style:none;font:.79rem/1.4 var(--sans)}
-.chips li{margin:0;padding:.14rem .62rem;border:1px solid var(--line);border-radius:99px;color:var(--soft);max-width:100%;overflow-wrap:anywhere}
+.chips{display:flex;flex-wrap:wrap;gap:.35rem .5rem;margin:0 0 1.6rem;padding:0;list-style:none;
+  font:.79rem/1.4 var(--sans)}
+.chips li{margin:0;padding:.14rem .62rem;border:1px solid var(--line);
+  border-radius:99px;color:var(--soft);max-width:100%;overflow-wrap:anywhere}
 .chips b{color:var(--ink);font-weight:600}
 .good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}.quiet{color:var(--soft)}
 td small{display:block;color:var(--soft)}
-.scroll{overflow-x:auto;margin:0 0 1.2em;-webkit-overflow-scrolling:touch;scrollbar-width:thin;background:linear-gradient(to right,var(--paper) 40%,transparent) left/2.4rem 100% no-repeat local,linear-gradient(to left,var(--paper) 40%,transparent) right/2.4rem 100% no-repeat local,linear-gradient(to right,color-mix(in srgb,var(--ink) 22%,transparent),transparent) left/.8rem 100% no-repeat scroll,linear-gradient(to left,color-mix(in srgb,var(--ink) 22%,transparent),transparent) right/.8rem 100% no-repeat scroll}
+.scroll{overflow-x:auto;margin:0 0 1.2em;-webkit-overflow-scrolling:touch;scrollbar-width:thin;
+  background:linear-gradient(to right,var(--paper) 40%,transparent)
+      left/2.4rem 100% no-repeat local,
+    linear-gradient(to left,var(--paper) 40%,transparent)
+      right/2.4rem 100% no-repeat local,
+    linear-gradient(to right,color-mix(in srgb,var(--ink) 22%,transparent),transparent)
+      left/.8rem 100% no-repeat scroll,
+    linear-gradient(to left,color-mix(in srgb,var(--ink) 22%,transparent),transparent)
+      right/.8rem 100% no-repeat scroll}
 .scroll>table{margin:0}
 table{border-collapse:collapse;font:.84rem/1.45 var(--sans);font-variant-numeric:tabular-nums}
-th,td{padding:.36rem .85rem .36rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:.36rem .85rem .36rem 0;text-align:left;vertical-align:top;
+  border-bottom:1px solid var(--line)}
 th:last-child,td:last-child{padding-right:.2rem}
-thead th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--faint);vertical-align:bottom}
-thead :is(th,td):empty{padding:0}thead td{border-bottom:1px solid var(--faint)}thead:not(:has(th:not(:empty))){display:none}
+thead th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--faint);
+  vertical-align:bottom}
+thead :is(th,td):empty{padding:0}
+thead td{border-bottom:1px solid var(--faint)}
+thead:not(:has(th:not(:empty))){display:none}
 tr.total td{border-bottom:0;font-weight:600}
 th.num,td.num{text-align:right}
-td.nowrap,th.nowrap{white-space:nowrap}td.long{min-width:13rem;overflow-wrap:anywhere}td:first-child>strong:only-child{white-space:nowrap}
+td.nowrap,th.nowrap{white-space:nowrap}
+td.long{min-width:13rem;overflow-wrap:anywhere}
+td:first-child>strong:only-child{white-space:nowrap}
 table code{font-size:.92em;overflow-wrap:anywhere}
 code,pre,samp{font-family:var(--mono);font-size:.83em;font-variant-ligatures:none}
 :not(pre)>code{background:var(--wash);border-radius:4px;padding:.1em .3em;overflow-wrap:break-word}
 a>code{color:inherit}
-pre{background:var(--wash);border-radius:8px;padding:.8rem 1rem;overflow-x:auto;line-height:1.5;font-size:.75rem;scrollbar-width:thin;tab-size:4}
+pre{background:var(--wash);border-radius:8px;padding:.8rem 1rem;overflow-x:auto;line-height:1.5;
+  font-size:.75rem;scrollbar-width:thin;tab-size:4}
 pre code{font-size:inherit;background:none;padding:0}
-pre .line{--by:4ch;display:inline-block;width:100%;white-space:pre-wrap;overflow-wrap:anywhere;--in:min(var(--by),var(--most,99ch));padding-left:var(--in);text-indent:calc(-1*var(--in));vertical-align:top}
+pre .line{--by:4ch;display:inline-block;width:100%;white-space:pre-wrap;overflow-wrap:anywhere;
+  --in:min(var(--by),var(--most,99ch));padding-left:var(--in);text-indent:calc(-1*var(--in));
+  vertical-align:top}
 .out{margin:0 0 1.2em}
-.out pre{background:none;border-left:3px solid var(--line);border-radius:0;padding:.1rem 0 .1rem 1rem;max-height:32rem;overflow:auto}
+.out pre{background:none;border-left:3px solid var(--line);border-radius:0;
+  padding:.1rem 0 .1rem 1rem;max-height:32rem;overflow:auto}
 .out pre.wrong{border-color:var(--bad)}
 .out img,.pic{display:block;border-radius:6px}
-.out.lesson{border-left:3px solid color-mix(in srgb,var(--c4) 45%,transparent);padding-left:.9rem;margin-left:-1.05rem}
-@media (prefers-color-scheme:dark){.out img,.pic{background:#fff;padding:.5rem;filter:brightness(.9)}}
+.out.lesson{border-left:3px solid color-mix(in srgb,var(--c4) 45%,transparent);padding-left:.9rem;
+  margin-left:-1.05rem}
+@media (prefers-color-scheme:dark){
+  .out img,.pic{background:#fff;padding:.5rem;filter:brightness(.9)}
+}
 details{margin:0 0 1.1em}
-summary{cursor:pointer;font:.8rem/1.5 var(--sans);color:var(--soft);list-style:none;display:flex;gap:.5em;align-items:baseline;overflow:hidden}
+summary{cursor:pointer;font:.8rem/1.5 var(--sans);color:var(--soft);list-style:none;display:flex;
+  gap:.5em;align-items:baseline;overflow:hidden}
 summary::-webkit-details-marker{display:none}
-summary::before{content:"›";font-weight:700;color:var(--faint);transition:transform .12s;display:inline-block}
+summary::before{content:"›";font-weight:700;color:var(--faint);transition:transform .12s;
+  display:inline-block}
 details[open]>summary::before{transform:rotate(90deg)}
 summary:hover{color:var(--ink)}
-summary code{white-space:nowrap;overflow:hidden;text-overflow:ellipsis;background:none!important;padding:0;min-width:0}
+summary code{white-space:nowrap;overflow:hidden;text-overflow:ellipsis;background:none!important;
+  padding:0;min-width:0}
 details[open]>summary{margin-bottom:.5rem}
 .code{position:relative}
-.code .from{position:absolute;right:.7rem;top:.35rem;font:.68rem var(--sans);color:var(--soft);background:var(--wash);padding-left:.6em}
+.code .from{position:absolute;right:.7rem;top:.35rem;font:.68rem var(--sans);color:var(--soft);
+  background:var(--wash);padding-left:.6em}
 @media (min-width:52rem){.code .from+pre{padding-top:1.7rem}}
-.note{font:.82rem/1.5 var(--sans);color:var(--soft);border-left:3px solid var(--warn);padding-left:.9rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20.5rem),1fr));gap:1.6rem 2rem;margin:0 0 1.4em}
+.note{font:.82rem/1.5 var(--sans);color:var(--soft);border-left:3px solid var(--warn);
+  padding-left:.9rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20.5rem),1fr));
+  gap:1.6rem 2rem;margin:0 0 1.4em}
 .grid>*{min-width:0;margin:0}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.6rem,1fr));gap:.9rem 1.4rem;margin:0 0 1.5em;font-family:var(--sans)}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.6rem,1fr));gap:.9rem 1.4rem;
+  margin:0 0 1.5em;font-family:var(--sans)}
 .facts dt{font-size:.75rem;line-height:1.35;color:var(--soft);overflow-wrap:anywhere}
-.facts dd{margin:0;font-size:1.22rem;line-height:1.35;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.facts dd{margin:0;font-size:1.22rem;line-height:1.35;font-variant-numeric:tabular-nums;
+  overflow-wrap:anywhere}
 .facts dd small{font-size:.8rem;color:var(--soft)}
-.meter{display:inline-block;vertical-align:middle;height:.62em;min-width:2px;border-radius:2px;background:var(--c0);margin-right:.6em}
+.meter{display:inline-block;vertical-align:middle;height:.62em;min-width:2px;border-radius:2px;
+  background:var(--c0);margin-right:.6em}
 .meter.b{background:var(--c2)}
-.summary{font:.76rem/1.55 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;background:var(--wash);border-radius:8px;padding:.8rem 1rem;margin:0 0 .7rem}
+.summary{font:.76rem/1.55 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;
+  background:var(--wash);border-radius:8px;padding:.8rem 1rem;margin:0 0 .7rem}
 .summary.lined{white-space:pre;overflow-wrap:normal;overflow-x:auto}
-math{font-size:1.03em;font-family:"Latin Modern Math","STIX Two Math","Cambria Math","DejaVu Math TeX Gyre",math}
+math{font-size:1.03em;
+  font-family:"Latin Modern Math","STIX Two Math","Cambria Math","DejaVu Math TeX Gyre",math}
 mtext{font-family:var(--serif)}
-.display{display:block;overflow-x:auto;overflow-y:hidden;padding:.15em 0;margin:0 0 1em;text-align:center}
+.display{display:block;overflow-x:auto;overflow-y:hidden;padding:.15em 0;margin:0 0 1em;
+  text-align:center}
 figure figcaption{font:.8rem/1.4 var(--sans);color:var(--soft);margin-bottom:.3em}
 figure figcaption b{color:var(--ink);font-weight:600}
-figure figcaption i{display:inline-block;width:.95em;height:3px;border-radius:2px;vertical-align:middle;margin:0 .4em .12em 0}
+figure figcaption i{display:inline-block;width:.95em;height:3px;border-radius:2px;
+  vertical-align:middle;margin:0 .4em .12em 0}
 .api{border-top:1px solid var(--line);padding:.9rem 0 .2rem}
-.api h3{margin:0 0 .3em;font:.88rem/1.5 var(--mono);font-weight:600;overflow-wrap:anywhere;padding-left:1.5em;text-indent:-1.5em}
+.api h3{margin:0 0 .3em;font:.88rem/1.5 var(--mono);font-weight:600;overflow-wrap:anywhere;
+  padding-left:1.5em;text-indent:-1.5em}
 .api h3 .sig{font-weight:400;color:var(--soft)}
 .api p{margin-bottom:.5em}
 .ringed{display:flex;justify-content:center;margin:1.2rem 0 1.6rem}
 .decade h3{margin:1.6em 0 .35em}
 .chapters{list-style:none;padding:0;margin:0;font:.88rem/1.45 var(--sans)}
-.chapters li{display:grid;grid-template-columns:11.5rem 1fr;gap:.1rem 1.2rem;padding:.4rem 0;border-top:1px solid var(--line);margin:0}
+.chapters li{display:grid;grid-template-columns:11.5rem 1fr;gap:.1rem 1.2rem;padding:.4rem 0;
+  border-top:1px solid var(--line);margin:0}
 .chapters b{display:inline-block;min-width:2.3em;color:var(--soft);font-weight:400}
 .chapters span{color:var(--soft)}
 """
@@ -234,11 +304,20 @@ code_css = """
 diagram_css = """
 .diagram{display:block;font-family:var(--sans)}
 .diagram text{fill:var(--ink)}.diagram .t2{fill:var(--soft)}.diagram a:hover .box{stroke:var(--c0)}
-.diagram .box{fill:var(--wash);stroke:var(--line)}.diagram .ghost{fill:none;stroke:var(--faint);stroke-dasharray:4 3}
+.diagram .box{fill:var(--wash);stroke:var(--line)}
+.diagram .ghost{fill:none;stroke:var(--faint);stroke-dasharray:4 3}
 .diagram .box~text{font-weight:600}.diagram .ghost~text{font-weight:400;fill:var(--soft)}
-.diagram .arrow{fill:none;stroke:var(--faint);stroke-width:1.5}.diagram .arrow.far{stroke-width:1;opacity:.62}.diagram .head{fill:var(--faint)}
-.diagram .s-current{fill:var(--good)}.diagram .s-page,.diagram .s-stale{fill:var(--warn)}.diagram .s-missing,.diagram .s-waiting,.diagram .s-unknown{fill:var(--faint)}
-.diagram .axis{stroke:var(--faint)}.diagram .rule{stroke:var(--line)}.diagram .range{stroke:var(--c0);stroke-width:3;stroke-opacity:.45;stroke-linecap:round}.diagram .dot{fill:var(--c0)}.diagram .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.diagram .arrow{fill:none;stroke:var(--faint);stroke-width:1.5}
+.diagram .arrow.far{stroke-width:1;opacity:.62}
+.diagram .head{fill:var(--faint)}
+.diagram .s-current{fill:var(--good)}
+.diagram .s-page,.diagram .s-stale{fill:var(--warn)}
+.diagram .s-missing,.diagram .s-waiting,.diagram .s-unknown{fill:var(--faint)}
+.diagram .axis{stroke:var(--faint)}
+.diagram .rule{stroke:var(--line)}
+.diagram .range{stroke:var(--c0);stroke-width:3;stroke-opacity:.45;stroke-linecap:round}
+.diagram .dot{fill:var(--c0)}
+.diagram .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
 """
 
 # layout last: its rules for small screens override

@@ -23,7 +23,8 @@ from .style import style
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
 # how a cell with a number reads
 number_pattern = re.compile(
-    r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*"
+    r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?"
+    r"(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*"
 )
 
 
@@ -150,15 +151,17 @@ search_js = """(() => {
       if (!words.every(w => title.includes(w) || name.includes(w) || body.includes(w))) return;
       const rank = title.startsWith(words[0]) ? 0 : words.every(w => title.includes(w)) ? 1
         : words.every(w => name.includes(w)) ? 2 : 3;
-      const file = address.split('#')[0], times = body.split(words[0]).length, known = best.get(file);
+      const file = address.split('#')[0], known = best.get(file);
+      const times = body.split(words[0]).length, at = Math.max(0, body.indexOf(words[0]) - 40);
       if (known && (known.rank < rank || known.rank === rank && known.times >= times)) return;
-      const at = Math.max(0, body.indexOf(words[0]) - 40);
-      best.set(file, {rank, times, address, heading, page, around: (at ? '… ' : '') + text.slice(at, at + 130)});
+      const around = (at ? '… ' : '') + text.slice(at, at + 130);
+      best.set(file, {rank, times, address, heading, page, around});
     });
     return [...best.values()].sort((a, b) => a.rank - b.rank || b.times - a.times).slice(0, most);
   };
   if (typeof document === 'undefined') { globalThis.search = search; return; }
-  const here = document.querySelector('.side [aria-current]'), side = document.querySelector('.side');
+  const here = document.querySelector('.side [aria-current]');
+  const side = document.querySelector('.side');
   if (here) side.scrollTop = here.offsetTop - side.clientHeight / 2;
   const boxes = () => document.querySelectorAll('.scroll, pre, .display, .summary').forEach(box => {
     if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
@@ -206,7 +209,8 @@ search_js = """(() => {
       items.forEach((item, k) => item.classList.toggle('on', k === at));
       items[at].scrollIntoView({block: 'nearest'});
     }
-    if (event.key === 'Enter' && items.length) location.href = items[Math.max(at, 0)].firstChild.href;
+    if (event.key === 'Enter' && items.length)
+      location.href = items[Math.max(at, 0)].firstChild.href;
     if (event.key === 'Escape') { box.value = ''; show([]); box.blur(); }
   });
   document.addEventListener('keydown', event => {
@@ -248,7 +252,8 @@ def table_of_contents(pages: list[Page], here: Page) -> str:
             group = p.group
         number = f'<span class="n">{escape(p.number)}</span> ' if p.number else ""
         parts.append(
-            f'<li><a href="{p.file}"{" aria-current=page" if p is here else ""}>{number}{escape(p.label or p.title)}</a></li>'
+            f'<li><a href="{p.file}"{" aria-current=page" if p is here else ""}>'
+            f"{number}{escape(p.label or p.title)}</a></li>"
         )
     return "".join(parts) + ("</ol>" if pages else "")
 
@@ -258,7 +263,10 @@ def prev_next_links(pages: list[Page], here: Page) -> str:
     k = pages.index(here)
 
     def link(p, kind, word):
-        return f'<a class="{kind}" href="{p.file}"><small>{word}</small>{escape(p.label or p.title)}</a>'
+        return (
+            f'<a class="{kind}" href="{p.file}">'
+            f"<small>{word}</small>{escape(p.label or p.title)}</a>"
+        )
 
     before = link(pages[k - 1], "before", "← before") if k else ""
     after = link(pages[k + 1], "next", "next →") if k + 1 < len(pages) else ""
@@ -335,8 +343,10 @@ def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: 
 </head>
 <body>
 <a class="skip" href="#main">Skip to the text</a>
-<header class="top"><a class="brand" href="index.html">{escape(brand)}<span>{escape(run)}</span></a><a class="jump" href="#pages">Pages</a>
-<div class="search"><input type="search" placeholder="Search" aria-label="Search all pages" autocomplete="off"><ul hidden></ul></div></header>
+<header class="top"><a class="brand" href="index.html">{escape(brand)}<span>{escape(run)}</span></a>
+<a class="jump" href="#pages">Pages</a>
+<div class="search"><input type="search" placeholder="Search" aria-label="Search all pages"
+autocomplete="off"><ul hidden></ul></div></header>
 <div class="frame{" wide" if page.wide else ""}">
 <main id="main">
 {page.body}
