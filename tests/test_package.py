@@ -385,7 +385,7 @@ def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
 # -- craft: counts that may only fall
 
 CEILINGS = {
-    "lines over 100 columns": 805,
+    "lines over 100 columns": 0,
     "functions with over eight parameters": 16,
     "banned names": 0,
     "public functions with an undocumented parameter": 373,
