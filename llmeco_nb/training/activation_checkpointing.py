@@ -90,7 +90,8 @@ def enable_activation_checkpointing(
     Weights, names and results stay. Raises `UsageError` for a model without layers."""
     if every < 0:
         raise UsageError(
-            f"activation_checkpointing is {every}; it is 0 for none, 1 for all layers, n for each n-th."
+            f"activation_checkpointing is {every}; "
+            "it is 0 for none, 1 for all layers, n for each n-th."
         )
     layers = layers_of(model)
     if every and not layers:
