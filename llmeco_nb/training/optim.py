@@ -18,7 +18,7 @@ from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
 def parameter_groups(
-    model: torch.nn.Module,  # Frozen parameters are left out
+    model: torch.nn.Module,  # Whose parameters are grouped; frozen ones are left out
     decay: float = 0.01,  # Weight decay of matrices
     embeddings: bool = False,  # Decay embeddings, too
     rate: Callable[[str], float]
