@@ -287,7 +287,7 @@ def generate(
 def baselines(
     train_ids: list,  # Token ids of each training text, for the n-grams
     held_ids: dict,  # Domain -> token ids of each held text
-    train_texts: list,  # Training texts in the same order, for xz_after_train
+    train_texts: list,  # Training texts, shown from the front to xz_after_train
     held_texts: dict,  # Domain -> the held texts themselves; bytes are counted in UTF-8
     vocabulary: int,  # Number of pieces
     end: int,  # Token that ends a document

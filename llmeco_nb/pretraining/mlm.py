@@ -269,7 +269,7 @@ EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
 def init_mlm_model(
     rows: np.ndarray,  # (n, length) token ids whose frequencies it begins with
     vocabulary: int,  # Number of pieces
-    size: str,  # Layers x width such as 2x64, or a name of `encoder_config`
+    size: str,  # Layers x width such as 2x64, or a name such as mini
     positions: int,  # Tokens a text may have
     embedding_init: str,  # window_ppmi, document_ppmi or random
     seed: int,  # Decides the random weights

@@ -92,7 +92,7 @@ def length_bucketed_batches(
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #59420118
 def measure_step_time(
-    model: torch.nn.Module,  # Trained meanwhile, on its device
+    model: torch.nn.Module,  # Trained meanwhile, then as before
     step: Callable,  # (model, batch, backward) -> (summed loss, weight)
     batches: Callable,  # Number of a micro-batch -> batch
     optimiser: Optimiser,  # Of this model
