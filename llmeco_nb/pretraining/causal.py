@@ -89,7 +89,10 @@ def eos_token_id(tokenizer) -> int:
     )
 
 
-def small_subword_tokenizer(prose: str | Path, vocabulary: int = 1024) -> Path:
+def small_subword_tokenizer(
+    prose: str | Path,  # Folder of a corpus; its training texts are counted
+    vocabulary: int = 1024,  # Number of pieces
+) -> Path:
     "The folder of a small tokenizer for a small corpus, made at the first call under runs/scratch."
 
     def make(folder):
@@ -103,7 +106,10 @@ def small_subword_tokenizer(prose: str | Path, vocabulary: int = 1024) -> Path:
     return cached_fixture("pieces-small", make, vocabulary, train_bpe, Path(prose))
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #c46c9321
-def best_fit_packing(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, int]:
+def best_fit_packing(
+    sizes: list[int],  # Tokens of each piece, 1 to `length`
+    length: int,  # Tokens a row
+) -> tuple[np.ndarray, np.ndarray, int]:
     """For pieces of 1 to `length` tokens: the row of each, where in it the piece begins, and the
     number of rows. Each piece, in order, goes where it leaves least room."""
     room, mask, rows, row, start = (
@@ -164,17 +170,20 @@ def pack_documents(
     return packed
 
 
-def select_rows(packed: dict, which) -> dict:
+def select_rows(
+    packed: dict,  # From `pack_documents`: arrays (rows, length)
+    which,  # Indices of rows, or a slice
+) -> dict:
     "These rows as int64 tensors."
     return {k: torch.from_numpy(v[which].astype(np.int64)) for k, v in packed.items()}
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #62fbc2cf
 def fast_causal_loss(
-    model: Decoder,
-    input_ids: torch.Tensor,
-    targets: torch.Tensor,
-    documents: torch.Tensor | None = None,
-    room: int = 2**24,
+    model: Decoder,  # Without softcap
+    input_ids: torch.Tensor,  # (B, T) token ids
+    targets: torch.Tensor,  # (B, T), the next tokens; -100: not asked
+    documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
+    room: int = 2**24,  # Logits at a time
 ) -> torch.Tensor:
     """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `room` of
     them made at a time. Summed nats of the targets that are not -100."""
@@ -195,7 +204,12 @@ def count_target_tokens(batch: dict) -> int:
     return int((batch["targets"] != -100).sum())
 
 
-def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> tuple:
+def causal_loss_step(
+    model: Decoder,  # Without softcap
+    batch: dict,  # From `select_rows`, on the model's device
+    backward,  # Called with the loss; computes gradients
+    parts: int = 0,  # 0 or more
+) -> tuple:
     """One micro-batch for the training loop: summed loss, and the number of tokens that were
     predicted. `parts` the loss is made in; 0: as few as its memory allows."""
     loss = fast_causal_loss(
@@ -211,7 +225,11 @@ def causal_loss_step(model: Decoder, batch: dict, backward, parts: int = 0) -> t
     return loss.detach(), count_target_tokens(batch)
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #dbf7eef8
-def validation_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[float, int]:
+def validation_nats(
+    model: Decoder,  # In evaluation mode
+    packed: dict,  # From `pack_documents`: arrays (rows, length)
+    batch: int = 32,  # Rows at a time
+) -> tuple[float, int]:
     """Summed surprise of all rows in nats, and the number of tokens predicted. Call it without
     gradients."""
     nats = 0.0
@@ -226,19 +244,22 @@ def validation_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[floa
     return nats, int((packed["targets"] != -100).sum())
 
 
-def first_rows(packed: dict, rows: int) -> dict:
+def first_rows(
+    packed: dict,  # From `pack_documents`: arrays (rows, length)
+    rows: int,  # How many; all where there are fewer
+) -> dict:
     "The first rows."
     return {k: v[:rows] for k, v in packed.items()}
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #a566cd8b
 @torch.no_grad()
 def generate(
-    model: Decoder,
-    tokenizer,
-    prompt: str,
+    model: Decoder,  # Reads at most its context length back
+    tokenizer,  # `tokenizers.Tokenizer`, of this model
+    prompt: str,  # May be empty
     tokens: int = 40,  # To write at most; it may end sooner
     temperature: float = 0.8,  # 0 takes the likeliest
-    seed: int = 0,
+    seed: int = 0,  # Decides the draws; without effect at temperature 0
 ) -> str:
     "`prompt` and how the decoder goes on. A function of its arguments. Raises `UsageError`."
     if temperature < 0:
@@ -264,13 +285,13 @@ def generate(
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #5ae65454
 def baselines(
-    train_ids: list,
-    held_ids: dict,
-    train_texts: list,
-    held_texts: dict,
-    vocabulary: int,
-    end: int,
-    counted: int,
+    train_ids: list,  # Token ids of each training text, for the n-grams
+    held_ids: dict,  # Domain -> token ids of each held text
+    train_texts: list,  # Training texts, shown from the front to xz_after_train
+    held_texts: dict,  # Domain -> the held texts themselves; bytes are counted in UTF-8
+    vocabulary: int,  # Number of pieces
+    end: int,  # Token that ends a document
+    counted: int,  # Training tokens to count, up to a whole text; at least one text
 ) -> dict[str, dict]:
     """For unigram, fivegram, gzip, xz, xz_after_train: {domain: bits per byte}, over all under
     `all`; and `counted`: {tokens}."""
@@ -338,9 +359,9 @@ class CausalConfig(StageConfig):
 
 def pretrain_causal(
     record: Record,  # Where the decoder goes: its artifact `decoder`
-    prose: str | Path,
-    pieces: str | Path,
-    config: CausalConfig = CausalConfig(),
+    prose: str | Path,  # Folder of a corpus: <split>.parquet, with domains or without
+    pieces: str | Path,  # Folder of a subword tokenizer
+    config: CausalConfig = CausalConfig(),  # What the stage may be told
 ) -> Path:
     """Pretrain a decoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
     probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,

@@ -58,14 +58,23 @@ from ..training.parallel import rank_rows, rank_slice
 from ..training.plan import plan_training, record_actual
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #e7fede61
-def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
+def random_partition(
+    draw: np.random.Generator,  # Moves on with each call
+    n: int,  # At least `k * least`
+    k: int,  # At least 1
+    least: int,  # Of each summand
+) -> np.ndarray:
     "`n` as a sum of `k` whole numbers of at least `least`, every such sum equally likely."
     free = n - k * least
     cuts = np.sort(draw.choice(free + k - 1, k - 1, replace=False))
     return np.diff(np.r_[-1, cuts, free + k - 1]) - 1 + least
 
 
-def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
+def span_counts(
+    length: int,  # Tokens a row, the two special ones included
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+) -> tuple[int, int]:
     """Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and
     the holes they make. Raises `UsageError` for numbers that leave no room."""
     if not 0 < share < 1:
@@ -86,8 +95,8 @@ def span_counts(length: int, share: float, mean: float) -> tuple[int, int]:
 def sample_spans(
     length: int,  # Tokens of the row
     key: tuple,  # Whole numbers that decide: seed, epoch, index of the row
-    share: float,
-    mean: float,
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
 ) -> np.ndarray:
     """First place and end of each hole, (holes, 2), in order, never touching. A function of the
     arguments alone. Raises `UsageError`."""
@@ -109,7 +118,7 @@ def corrupt_spans(
     row: np.ndarray,  # (length,) token ids, from `group_texts`
     holes: np.ndarray,  # From `sample_spans`
     first: int,  # The token that marks hole 0
-    target: str = "spans",
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What is read, what the decoder has before it, what it is to write there, and which of that
     was cut out. Raises `UsageError`."""
@@ -131,7 +140,10 @@ def corrupt_spans(
 
 
 def restore_spans(
-    seen: np.ndarray, said: np.ndarray, first: int, target: str = "spans"
+    seen: np.ndarray,  # Token ids that were read, with marks
+    said: np.ndarray,  # Token ids that were written
+    first: int,  # The token that marks hole 0; the other marks follow it
+    target: str = "spans",  # What was written: spans (the holes) or text (the whole row)
 ) -> np.ndarray:
     """The text, from what was read and what was written: each mark gives way to what was written
     after it and the repeated token. The mark after the last hole, or one written before, ends the
@@ -153,14 +165,14 @@ def restore_spans(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #dbdbd821
 def denoise_batch(
-    rows: np.ndarray,
-    which,
-    epochs,
-    seed: int,
-    share: float,
-    mean: float,
-    first: int,
-    target: str = "spans",
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    which,  # Indices of the rows of this batch
+    epochs,  # Epoch of each
+    seed: int,  # With epoch and row, decides the holes
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    first: int,  # The token that marks hole 0; the other marks follow it
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
 ) -> dict:
     """Tensors input_ids and keep (n, m), written and targets (n, t), and cut (n, t), True where a
     target was cut out of the text; padded with 0, targets with -100."""
@@ -188,14 +200,14 @@ def denoise_batch(
 
 
 def denoise_batches(
-    rows: np.ndarray,
-    batch: int,
-    seed: int,
-    share: float,
-    mean: float,
-    first: int,
-    target: str = "spans",
-    world: int = 1,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    batch: int,  # Rows a batch, of all processes together
+    seed: int,  # Decides order and holes
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    first: int,  # The token that marks hole 0; the other marks follow it
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
+    world: int = 1,  # Processes that share a batch
     rank: int = 0,  # Of so many processes, the part of this one
 ):
     """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
@@ -211,7 +223,10 @@ def denoise_batches(
     return batches
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #fbc2edcf
-def token_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
+def token_log_probs(
+    rows: np.ndarray,  # (n, length) token ids; the special ones at both ends are left out
+    vocabulary: int,  # Number of pieces
+) -> np.ndarray:
     "Log-probability (vocabulary,) of each token of text, half an occurrence added to each."
     counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocabulary) + 0.5
     return np.log(counts / counts.sum())
@@ -219,8 +234,8 @@ def token_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
 
 @single_thread()
 def neighbour_ppmi_embeddings(
-    rows: np.ndarray,
-    vocabulary: int,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces
     width: int,  # Of both halves together
     contexts: int = 1000,  # Most frequent tokens to count as neighbours
 ) -> np.ndarray:
@@ -266,9 +281,9 @@ def neighbour_ppmi_embeddings(
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #13a73476
 @single_thread()
 def fit_bigram_embeddings(
-    rows: np.ndarray,
-    vocabulary: int,
-    width: int,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces
+    width: int,  # Of both halves together; even
     passes: int = 8,  # Over all tokens
     rate: float = 0.03,  # Of AdamW at the beginning; it falls to 0
     most: int = 512,  # Tokens at a time
@@ -312,7 +327,11 @@ def fit_bigram_embeddings(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4830e345
 def target_log_probs(
-    rows: np.ndarray, vocabulary: int, share: float, mean: float, target: str = "spans"
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces, marks not among them
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
 ) -> np.ndarray:
     """Log-probability (vocabulary + marks,) of each token in a target by its frequency in `rows`,
     half an occurrence added to each."""
@@ -333,7 +352,13 @@ class EagerMultiHeadAttention(MultiHeadAttention):
     """The same attention by plain products, which for short rows are faster on a CPU than torch's
     fused kernel; the scores are kept, not computed twice."""
 
-    def forward(self, x, memory=None, attn_mask=None, is_causal=False):
+    def forward(
+        self,
+        x,  # (B, T, D), what looks
+        memory=None,  # (B, S, D), what is looked at; None: `x` itself
+        attn_mask=None,  # Broadcast to (B, H, T, S); True: may look
+        is_causal=False,  # Whether no token looks ahead; only without `attn_mask`
+    ):
         memory = x if memory is None else memory
         if x.device.type != "cpu" or self.dropout and self.training:
             return super().forward(x, memory, attn_mask, is_causal)
@@ -351,7 +376,9 @@ class EagerMultiHeadAttention(MultiHeadAttention):
 
 
 @torch.no_grad()
-def init_last_ffn(model: Seq2Seq):
+def init_last_ffn(
+    model: Seq2Seq,  # Changed in place; of an even width
+):
     """The decoder's last feed-forward part begins as a linear map that moves the first half of a
     vector to the place of the second."""
     mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
@@ -362,15 +389,15 @@ def init_last_ffn(model: Seq2Seq):
 
 
 def new_seq2seq(
-    rows: np.ndarray,
-    vocabulary: int,
-    size: str,
-    positions: int,
-    share: float,
-    mean: float,
-    target: str = "spans",
-    embedding_init: str = "bigram_ppmi",
-    seed: int = 0,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces, marks not among them
+    size: str,  # Layers x width such as 2x64, of encoder and decoder each
+    positions: int,  # Tokens it can read, and write
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
+    embedding_init: str = "bigram_ppmi",  # bigram_ppmi or random
+    seed: int = 0,  # Decides the random weights
 ) -> Seq2Seq:
     """A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows
     what; its last tokens are the marks. Raises `UsageError`."""
@@ -429,7 +456,14 @@ def new_seq2seq(
     return model
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #a2a2efe2
-def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: int = 2**24):
+def denoise_loss(
+    model: Seq2Seq,  # From `new_seq2seq`
+    input_ids,  # (rows, m), the texts with marks
+    written,  # (rows, t), what the decoder has before each target
+    targets,
+    keep=None,
+    room: int = 2**24,
+):
     """Summed cross-entropy in nats of `targets` (rows, t); those of -100 are not asked. `keep`
     (rows, m): 0 for padding; `room` logits are made at a time."""
     hidden, asked = (
@@ -447,7 +481,12 @@ def denoise_loss(model: Seq2Seq, input_ids, written, targets, keep=None, room: i
     )
 
 
-def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> tuple:
+def denoise_loss_step(
+    model: Seq2Seq,  # From `new_seq2seq`
+    batch: dict,  # From `denoise_batch`
+    backward,  # Called with the loss; computes gradients
+    parts: int = 0,
+) -> tuple:
     """One micro-batch for the training loop: summed loss of the answers, and the number of tokens
     in them that count. `parts` the loss is made in; 0: as few as its memory allows."""
     asked = int((batch["targets"] != -100).sum())
@@ -463,7 +502,10 @@ def denoise_loss_step(model: Seq2Seq, batch: dict, backward, parts: int = 0) -> 
     return loss.detach(), asked
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #f40845c6
-def edit_distances(ours: list, truths: list) -> np.ndarray:
+def edit_distances(
+    ours: list,  # Sequences of token ids, of any length
+    truths: list,  # As many; what each should be
+) -> np.ndarray:
     "Edit distance (Levenshtein) of each pair of token sequences, shape (pairs,)."
     a, b = (
         np.full((len(some), max(1, *map(len, some))), empty)
@@ -482,7 +524,10 @@ def edit_distances(ours: list, truths: list) -> np.ndarray:
     return d[np.arange(len(a)), [len(s) for s in truths]]
 
 
-def most_frequent_successors(rows: np.ndarray, vocabulary: int) -> np.ndarray:
+def most_frequent_successors(
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces
+) -> np.ndarray:
     """For each token (vocabulary,) the one that most often came after it in `rows`; for those never
     seen the most frequent."""
     pairs, n = np.unique(
@@ -494,7 +539,11 @@ def most_frequent_successors(rows: np.ndarray, vocabulary: int) -> np.ndarray:
     return found
 
 
-def copy_baselines(rows: np.ndarray, vocabulary: int, top: int = 5) -> dict[str, tuple]:
+def copy_baselines(
+    rows: np.ndarray,  # (n, length) token ids that are counted
+    vocabulary: int,  # Number of pieces
+    top: int = 5,
+) -> dict[str, tuple]:
     """Ways to fill a hole with copies, {name: (kind, tokens)}: nothing, the left neighbour, the
     row's most frequent token, or one of the `top` most frequent stretches of one, two, three
     tokens."""
@@ -520,7 +569,12 @@ def copy_baselines(rows: np.ndarray, vocabulary: int, top: int = 5) -> dict[str,
 bigram_baselines = {f"{n} after the left neighbour": ("after", n) for n in (1, 2, 3)}
 
 
-def apply_baseline(seen: np.ndarray, way: tuple, follower: np.ndarray, first: int) -> np.ndarray:
+def apply_baseline(
+    seen: np.ndarray,  # Token ids of a text with marks
+    way: tuple,  # (kind, tokens)
+    follower: np.ndarray,  # From `most_frequent_successors`
+    first: int,  # The token that marks hole 0; the other marks follow it
+) -> np.ndarray:
     "What a way to fill holes, from `copy_baselines` or `bigram_baselines`, makes of a text."
     out, (kind, what) = [], way
     often = int(np.bincount(seen[1:-1][seen[1:-1] < first]).argmax()) if kind == "often" else None
@@ -538,13 +592,13 @@ def apply_baseline(seen: np.ndarray, way: tuple, follower: np.ndarray, first: in
 
 
 def best_baseline(
-    ways: dict[str, tuple],
-    rows: np.ndarray,
-    vocabulary: int,
-    follower: np.ndarray,
-    seed: int,
-    share: float,
-    mean: float,
+    ways: dict[str, tuple],  # Name -> way, as `apply_baseline` takes it
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces; also the mark of hole 0
+    follower: np.ndarray,  # From `most_frequent_successors`
+    seed: int,  # Decides which rows, and their holes
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
     tried: int = 200,
 ) -> tuple[str, tuple]:
     "The way with the fewest edits on `tried` training rows, with its name."
@@ -564,7 +618,12 @@ def best_baseline(
     return name, ways[name]
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #946b505e
-def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) -> np.ndarray:
+def copy_baseline_nats(
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    holes: list,  # From `sample_spans`, for each row
+    logp: np.ndarray,
+    shares,
+) -> np.ndarray:
     """Surprise in nats of each row's hidden tokens, summed, for each share of copying: (rows,
     shares). `logp` (vocabulary,) is the tokens' frequency."""
     found, shares = [], np.asarray(shares, float)
@@ -582,7 +641,11 @@ def copy_baseline_nats(rows: np.ndarray, holes: list, logp: np.ndarray, shares) 
     return np.array(found)
 
 
-def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
+def ngram_nats(
+    model: Ngram,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    holes: list,  # From `sample_spans`, for each row
+) -> np.ndarray:
     """Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before
     each, (rows,)."""
     stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
@@ -593,14 +656,14 @@ def ngram_nats(model: Ngram, rows: np.ndarray, holes: list) -> np.ndarray:
 
 
 def validation_scores(
-    model: Seq2Seq,
-    rows: np.ndarray,
-    seed: int,
-    share: float,
-    mean: float,
-    first: int,
-    target: str = "spans",
-    batch: int = 50,
+    model: Seq2Seq,  # In evaluation mode
+    rows: np.ndarray,  # (n, length) token ids not trained on
+    seed: int,  # With the row, decides the holes
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    first: int,  # The token that marks hole 0: the number of pieces
+    target: str = "spans",  # What is written: spans (the holes) or text (the whole row)
+    batch: int = 50,  # Rows at a time
 ) -> np.ndarray:
     """Per row (n, 5): nats and right guesses at hidden tokens, marks aside; their number; nats of
     the whole target, its tokens. Holes are those of epoch 0."""
@@ -639,11 +702,11 @@ def validation_scores(
 
 @torch.no_grad()
 def generate_spans(
-    model: Seq2Seq,
+    model: Seq2Seq,  # Trained to write spans
     ids: torch.Tensor,  # (rows, m), the same number of marks in each
-    first: int,
-    longest: int,
-    mean: float,
+    first: int,  # The token that marks hole 0; the other marks follow it
+    longest: int,  # Tokens
+    mean: float,  # Tokens of a hole on average, at least 1
 ) -> torch.Tensor:
     """Answers (rows, at most `longest`): likeliest tokens, in every hole at least one, a further
     one only where all so far are likelier right than one too many; no mark but the next can follow,
@@ -688,7 +751,11 @@ def generate_spans(
 
 
 @torch.no_grad()
-def generate_text(model: Seq2Seq, ids: torch.Tensor, longest: int) -> torch.Tensor:
+def generate_text(
+    model: Seq2Seq,  # Trained to write the whole text
+    ids: torch.Tensor,  # (rows, m) token ids with marks, without padding
+    longest: int,  # Tokens
+) -> torch.Tensor:
     "Greedy answers (rows, `longest`) of a model that writes the whole text."
     memory, written = model.encode(ids), torch.full((len(ids), 1), CLS)
     while written.shape[1] <= longest:
@@ -697,13 +764,13 @@ def generate_text(model: Seq2Seq, ids: torch.Tensor, longest: int) -> torch.Tens
 
 
 def denoise_texts(
-    model: Seq2Seq,
-    texts: list[np.ndarray],
-    first: int,
-    longest: int,
-    mean: float,
-    target: str = "spans",
-    batch: int = 50,
+    model: Seq2Seq,  # In evaluation mode
+    texts: list[np.ndarray],  # Token ids of each, with marks
+    first: int,  # The token that marks hole 0; the other marks follow it
+    longest: int,  # Tokens of an answer at most
+    mean: float,  # Tokens of a hole on average, at least 1
+    target: str = "spans",  # What it was trained to write: spans or text
+    batch: int = 50,  # Texts at a time
 ) -> list[np.ndarray]:
     "Texts with their holes filled by the model; those of one length and number of holes at a time."
     found, kind = {}, lambda t: (len(t), int((t >= first).sum()))
@@ -724,7 +791,10 @@ def denoise_texts(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4c7e71bd
 def save_seq2seq(
-    model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans"
+    model: Seq2Seq,  # Its last tokens are the marks
+    tokenizer_folder: str | Path,  # Of the tokenizer it was trained with
+    folder: Path,  # Where
+    target: str = "spans",  # What it was trained to write, spans or text: decides begin and end
 ) -> Path:
     """A folder for plain `transformers`: the model, and the tokenizer with the marks `<extra_id_0>`
     and so on behind its pieces. Raises `UsageError` for a network no stock class has."""
@@ -752,7 +822,11 @@ def save_seq2seq(
     return folder
 
 
-def masks_to_sentinels(ids: list[int], first: int, holes: int) -> np.ndarray:
+def masks_to_sentinels(
+    ids: list[int],
+    first: int,  # The token that marks hole 0; the other marks follow it
+    holes: int,  # Most that the model knows
+) -> np.ndarray:
     """Token ids in which each [MASK] has become the mark of the next hole. Raises `UsageError` for
     none, or more than `holes`."""
     row = np.array(ids, np.int32)
@@ -764,14 +838,14 @@ def masks_to_sentinels(ids: list[int], first: int, holes: int) -> np.ndarray:
 
 
 def untrained_baselines(
-    rows: np.ndarray,
-    held: np.ndarray,
-    train_ids: list,
-    vocabulary: int,
-    seed: int,
-    share: float,
-    mean: float,
-    counted: int,
+    rows: np.ndarray,  # (n, length) token ids of training texts
+    held: np.ndarray,  # (m, length) token ids to compare on
+    train_ids: list,  # Token ids of each training text, for the five-grams
+    vocabulary: int,  # Number of pieces; also the mark of hole 0
+    seed: int,  # With the row, decides the holes
+    share: float,  # Of a row's tokens, to cut out; between 0 and 1
+    mean: float,  # Tokens of a hole on average, at least 1
+    counted: int,  # Training tokens to count, up to a whole text; at least one text
 ) -> dict:
     """What copying and counting make of the held rows: texts with holes, copies, edits and nats of
     each row, and the names of the ways."""
@@ -857,9 +931,9 @@ class DenoisingConfig(StageConfig):
 
 def denoise(
     record: Record,  # Where the model goes: its artifact `writer`
-    corpus: str | Path,
-    tokenizer: str | Path,
-    config: DenoisingConfig = DenoisingConfig(),
+    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
+    tokenizer: str | Path,  # Folder of a WordPiece tokenizer
+    config: DenoisingConfig = DenoisingConfig(),  # What the stage may be told
 ) -> Path:
     """Pretrain an encoder-decoder by denoising (the parameters are those of the chapter;
     `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises

@@ -41,7 +41,9 @@ from llmeco_nb.tokenization.wordpiece import (
 )
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #c0219f90
-def small_tokenizer(vocabulary: int = 2000) -> Path:
+def small_tokenizer(
+    vocabulary: int = 2000,  # Number of pieces, special ones included
+) -> Path:
     "The folder of a tokenizer for the small corpus, made at the first call under runs/scratch."
     from llmeco_nb.data.corpus import small_corpus
 
@@ -105,9 +107,9 @@ def masked_batch(
     rows: np.ndarray,  # (n, length)
     which,  # Indices of the rows of this batch
     epochs,  # Epoch of each
-    seed: int,
-    share: float,
-    vocabulary: int,
+    seed: int,  # With epoch and row, decides what is hidden
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces; random ones replace a tenth of the hidden
 ) -> dict:
     """Tensors input_ids (len(which), length), positions and targets (hidden,): positions index the
     flattened input_ids."""
@@ -127,12 +129,12 @@ def masked_batch(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #e8eeb443
 def mlm_batches(
-    rows: np.ndarray,
-    batch: int,
-    seed: int,
-    share: float,
-    vocabulary: int,
-    world: int = 1,
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    batch: int,  # Rows a batch, of all processes together
+    seed: int,  # Decides order and masks
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces
+    world: int = 1,  # Processes that share a batch
     rank: int = 0,  # Of so many processes, the part of this one
 ):
     "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
@@ -152,7 +154,10 @@ def mlm_batches(
     return batches
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #b4769ae7
-def unigram_log_probs(rows: np.ndarray, vocabulary: int) -> np.ndarray:
+def unigram_log_probs(
+    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
+    vocabulary: int,  # Number of pieces
+) -> np.ndarray:
     """Log-probability (vocabulary,) of each token by its frequency in `rows`, half an occurrence
     added to each; special tokens counted as absent."""
     counts = np.bincount(rows.ravel(), minlength=vocabulary)[:vocabulary] + 0.0
@@ -177,7 +182,7 @@ def single_thread():
 
 def window_ppmi_embeddings(
     rows: np.ndarray,  # (n, length)
-    vocabulary: int,
+    vocabulary: int,  # Number of pieces
     width: int,  # Of the embeddings
     contexts: int = 2000,  # Most frequent tokens to count as company
     window: int = 5,  # Places to each side
@@ -230,7 +235,7 @@ def ppmi_svd(met, width: int, spread: float) -> np.ndarray:
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #d55d067c
 def document_ppmi_embeddings(
     encoded: list,  # Token ids of every text
-    vocabulary: int,
+    vocabulary: int,  # Number of pieces
     width: int,  # Of the embeddings
     contexts: int = 2000,  # Tokens in most texts, to count as company
     spread: float = 0.04,  # Root mean square of every vector
@@ -262,12 +267,12 @@ EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
 
 
 def init_mlm_model(
-    rows: np.ndarray,
-    vocabulary: int,
-    size: str,
-    positions: int,
-    embedding_init: str,
-    seed: int,
+    rows: np.ndarray,  # (n, length) token ids whose frequencies it begins with
+    vocabulary: int,  # Number of pieces
+    size: str,  # Layers x width such as 2x64, or a name such as mini
+    positions: int,  # Tokens a text may have
+    embedding_init: str,  # window_ppmi, document_ppmi or random
+    seed: int,  # Decides the random weights
     encoded: list = (),  # Token ids of every text, for document_ppmi
 ):
     """A new BertForMaskedLM that knows the tokens' frequencies and, unless `embedding_init` is
@@ -304,7 +309,12 @@ def init_mlm_model(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #0a65ff69
 def validation_losses(
-    model, rows: np.ndarray, seed: int, share: float, vocabulary: int, batch: int = 32
+    model,  # A BertForMaskedLM, in evaluation mode
+    rows: np.ndarray,  # (n, length) token ids not trained on
+    seed: int,  # With the row, decides what is hidden
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces
+    batch: int = 32,  # Rows at a time
 ) -> np.ndarray:
     """Per row (n, 3): summed loss in nats, number of right guesses, number of hidden tokens; masks
     are those of epoch 0."""
@@ -404,7 +414,10 @@ def pretrain_plan(
     )
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #7374b51c
-def tile_position_embeddings(model, length: int):
+def tile_position_embeddings(
+    model,  # A BERT of transformers; changed in place
+    length: int,  # Tokens of the rows it was trained on
+):
     """Fill the position vectors from `length` on with those learned inside rows (places 1 to
     length-2), over and over."""
     import torch
@@ -415,7 +428,12 @@ def tile_position_embeddings(model, length: int):
             table[p] = table[1 + (p - 1) % (length - 2)]
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #33a4061f
-def fill_mask(model, tokenizer, text: str, top: int = 5) -> list[tuple[str, float]]:
+def fill_mask(
+    model,  # A BertForMaskedLM, on the CPU; reads as much as it has positions
+    tokenizer,  # `tokenizers.Tokenizer`, of this model
+    text: str,  # With a [MASK]
+    top: int = 5,  # Tokens to give, likeliest first
+) -> list[tuple[str, float]]:
     """The likeliest tokens for the first [MASK] of `text`, with their probabilities. Raises
     `UsageError` if it holds none."""
     import torch
@@ -432,7 +450,12 @@ def fill_mask(model, tokenizer, text: str, top: int = 5) -> list[tuple[str, floa
 
 
 def examples(
-    model, tokenizer, texts: list[str], prompts: list[str], seed: int, n: int = 6
+    model,  # A BertForMaskedLM, on the CPU
+    tokenizer,  # `tokenizers.Tokenizer`, of this model
+    texts: list[str],  # Unseen; those of fewer than 12 words are passed over
+    prompts: list[str],  # Texts with a [MASK], without a known truth
+    seed: int,  # Decides which words are hidden
+    n: int = 6,  # Texts to take at most
 ) -> list[dict]:
     """Prompts and `n` unseen texts, each with one word hidden, and what the model makes of it:
     {text, truth, guesses}."""
@@ -457,7 +480,10 @@ def examples(
     return found
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #1d406d61
-def peak_gflops(dtype, seconds: float = 0.5) -> float:
+def peak_gflops(
+    dtype,  # torch.float32 or torch.bfloat16
+    seconds: float = 0.5,  # How long to try
+) -> float:
     """The machine's speed now, at the present number of threads: the best of several products of
     1024 x 1024 matrices, in GFLOP/s."""
     from llmeco_nb.runner.machine import gflops
@@ -465,7 +491,11 @@ def peak_gflops(dtype, seconds: float = 0.5) -> float:
     return gflops(1024, dtype, seconds)
 
 
-def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
+def save_encoder(
+    model,  # Of transformers
+    tokenizer_folder: str | Path,  # Its files are copied
+    folder: Path,  # Where; exists already or is made
+):
     "Write model and tokenizer as one folder for plain `transformers`."
     from transformers.utils import logging
 
@@ -480,7 +510,12 @@ def save_encoder(model, tokenizer_folder: str | Path, folder: Path):
         shutil.copy(f, folder / f.name)
 
 
-def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
+def mlm_loss_step(
+    model,  # A BertForMaskedLM
+    batch: dict,  # From `masked_batch`
+    backward,  # Called with the loss; computes gradients
+    parts: int = 0,
+) -> tuple:
     """One micro-batch for the training loop: summed loss of the hidden tokens, and their number.
     `parts` the loss is made in; 0: as few as its memory allows."""
     from llmeco_nb.models.speedups import fast_mlm_loss
@@ -497,9 +532,9 @@ def mlm_loss_step(model, batch: dict, backward, parts: int = 0) -> tuple:
 
 def pretrain(
     record: Record,  # Where the encoder goes: its artifact `encoder`
-    corpus: str | Path,
-    tokenizer: str | Path,
-    config: MLMConfig = MLMConfig(),
+    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
+    tokenizer: str | Path,  # Folder of a WordPiece tokenizer
+    config: MLMConfig = MLMConfig(),  # What the stage may be told
 ) -> Path:
     """Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
     probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,

@@ -47,7 +47,10 @@ def split_sentences(text: str) -> list[str]:
     return [s for s in re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""", text.strip()) if s]
 
 
-def tokenize_documents(tokenizer, texts) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokenize_documents(
+    tokenizer,  # From `open_tokenizer`
+    texts,  # Any number
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """For every text its token ids, and the borders: places in the ids where a sentence ends and
     another begins."""
     cut = [split_sentences(t) for t in texts]
@@ -69,7 +72,10 @@ def segment_lengths(length: int) -> tuple[int, int]:
     return (length - 3) // 2, length - 3 - (length - 3) // 2
 
 
-def pair_boundaries(docs, length: int) -> np.ndarray:
+def pair_boundaries(
+    docs,  # From `tokenize_documents`
+    length: int,  # Tokens of a pair, special ones included; at least 11
+) -> np.ndarray:
     """All (document, border) with enough tokens on both sides for a pair of `length` tokens, shape
     (n, 2). Raises `DataError` if fewer than two documents have one."""
     a, b = segment_lengths(length)
@@ -91,11 +97,11 @@ def pair_boundaries(docs, length: int) -> np.ndarray:
 
 
 def nsp_example(
-    docs,
-    where: np.ndarray,
+    docs,  # From `tokenize_documents`
+    where: np.ndarray,  # From `pair_boundaries`, of these documents
     i: int,  # Which of `where` A ends at
     key: tuple,  # Whole numbers that decide: seed, epoch, index
-    length: int,
+    length: int,  # Tokens of a pair, special ones included; at least 11
     follows: bool | None = None,  # Whether B shall follow; None: the key decides, half and half
 ) -> tuple[np.ndarray, int]:
     """The row `[CLS] A [SEP] B [SEP]` and its label as transformers has it: 0 where B follows A, 1
@@ -113,7 +119,15 @@ def nsp_example(
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #621f23ed
 def nsp_batch(
-    docs, where, which, epochs, seed: int, length: int, share: float, vocabulary: int, follows=None
+    docs,  # From `tokenize_documents`
+    where,  # From `pair_boundaries`, of these documents
+    which,  # Indices into `where`, one a pair
+    epochs,  # Epoch of each
+    seed: int,  # With epoch and index, decides B and what is hidden
+    length: int,  # Tokens of a pair, special ones included; at least 11
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces
+    follows=None,
 ) -> dict:
     """Tensors input_ids and token_type_ids (n, length), next_sentence (n,), positions and targets
     (hidden,). `follows`: None, or for each pair whether B follows."""
@@ -146,14 +160,14 @@ def nsp_batch(
 
 
 def nsp_batches(
-    docs,
-    where,
-    batch: int,
-    seed: int,
-    length: int,
-    share: float,
-    vocabulary: int,
-    world: int = 1,
+    docs,  # From `tokenize_documents`
+    where,  # From `pair_boundaries`, of these documents
+    batch: int,  # Pairs a batch, of all processes together
+    seed: int,  # Decides order, pairs and masks
+    length: int,  # Tokens of a pair, special ones included; at least 11
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces
+    world: int = 1,  # Processes that share a batch
     rank: int = 0,  # Of so many processes, the part of this one
 ):
     """Number of a batch -> its tensors; a pure function. For several processes also
@@ -181,11 +195,11 @@ def nsp_batches(
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
 def nsp_losses(
     model,  # transformers.BertForPreTraining
-    input_ids,
-    token_type_ids,
-    next_sentence,
-    positions,
-    targets,
+    input_ids,  # (n, length) token ids, some hidden
+    token_type_ids,  # (n, length), 0 in A and 1 in B
+    next_sentence,  # (n,), not looked at: the label of each pair
+    positions,  # (hidden,), of the flattened input_ids
+    targets,  # (hidden,), the tokens that stood there
     parts: int = 0,  # Pieces the loss of the tokens is made in; 0: as few as its memory allows
 ):
     """(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one
@@ -288,15 +302,15 @@ def made_encoder() -> Path:
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #5a2f8e1f
 def nsp_validation(
-    model,
-    docs,
-    where,
-    n: int,
-    seed: int,
-    length: int,
-    share: float,
-    vocabulary: int,
-    batch: int = 50,
+    model,  # A BertForPreTraining, in evaluation mode
+    docs,  # From `tokenize_documents`, not trained on
+    where,  # From `pair_boundaries`, of these documents
+    n: int,  # Pairs, rounded down to an even number
+    seed: int,  # Decides the pairs and what is hidden
+    length: int,  # Tokens of a pair, special ones included; at least 11
+    share: float,  # Of the ordinary tokens, to hide; between 0 and 1
+    vocabulary: int,  # Number of pieces
+    batch: int = 50,  # Pairs at a time
 ) -> np.ndarray:
     """Per pair (n, 3): cross-entropy of the pair in nats, whether the guess was right, mean
     cross-entropy of its hidden tokens (of its batch). Every other pair is true."""
@@ -334,14 +348,25 @@ def nsp_validation(
     return np.concatenate(found)
 
 
-def token_overlap(rows: np.ndarray, rarity: np.ndarray, length: int) -> np.ndarray:
+def token_overlap(
+    rows: np.ndarray,  # (n, length) token ids, `[CLS] A [SEP] B [SEP]`
+    rarity: np.ndarray,  # (vocabulary,), 0 or more
+    length: int,  # Tokens of a pair, special ones included
+) -> np.ndarray:
     "For each row the summed rarity of the tokens that stand in A and in B."
     a = segment_lengths(length)[0]
     return np.array([rarity[np.intersect1d(r[1 : 1 + a], r[2 + a : -1])].sum() for r in rows])
 
 
 def token_overlap_baseline(
-    train_docs, train_where, docs, where, n: int, seed: int, length: int, vocabulary: int
+    train_docs,  # From `tokenize_documents`, for frequencies and threshold
+    train_where,  # From `pair_boundaries`, of `train_docs`
+    docs,  # From `tokenize_documents`, to be judged
+    where,  # From `pair_boundaries`, of `docs`
+    n: int,  # Pairs, as `nsp_validation` was given
+    seed: int,  # As `nsp_validation` was given
+    length: int,  # Tokens of a pair, special ones included; at least 11
+    vocabulary: int,  # Number of pieces
 ) -> np.ndarray:
     """Whether counting shared words gives the right answer, for the pairs of `nsp_validation`;
     frequencies and threshold come from training texts."""
@@ -397,10 +422,10 @@ class NSPConfig(StageConfig):
 
 def pretrain_nsp(
     record: Record,  # Where the model goes: its artifact `paired`
-    corpus: str | Path,
-    tokenizer: str | Path,
-    encoder: str | Path,
-    config: NSPConfig = NSPConfig(),
+    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
+    tokenizer: str | Path,  # Folder of the encoder's tokenizer
+    encoder: str | Path,  # Folder of a pretrained BERT
+    config: NSPConfig = NSPConfig(),  # What the stage may be told
 ) -> Path:
     """Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter;
     `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises

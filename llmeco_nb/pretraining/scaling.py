@@ -11,7 +11,9 @@ import numpy as np
 from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
-def active_parameters(c) -> int:
+def active_parameters(
+    c,  # Of the decoder; hidden_size and vocab_size count for the head
+) -> int:
     """Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers
     and of the head."""
     from llmeco_nb.models.decoder import decoder_parameters
@@ -21,14 +23,18 @@ def active_parameters(c) -> int:
 
 def scaling_law_loss(
     p: np.ndarray,  # ln E, ln A, alpha, ln B, beta
-    n,
-    d,
+    n,  # Above 0
+    d,  # Above 0
 ):
     "The law's loss for `n` parameters and `d` tokens; arrays broadcast."
     return np.exp(p[0]) + np.exp(p[1] - p[2] * np.log(n)) + np.exp(p[3] - p[4] * np.log(d))
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #174f6fff
-def fit_scaling_law(n, d, loss) -> dict:
+def fit_scaling_law(
+    n,  # Parameters of each run, (runs,); at least two different
+    d,  # Tokens each run read, (runs,); at least three different
+    loss,  # What each run reached, (runs,), above 0; at least six
+) -> dict:
     """Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the
     logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."""
     from scipy.optimize import least_squares

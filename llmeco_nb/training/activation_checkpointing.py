@@ -130,12 +130,18 @@ class MemoryTracker(TorchDispatchMode):
         self.course.append(self.now)
         return made
 
-    def note(self, storage):
+    def note(
+        self,
+        storage,  # Memory behind a tensor; counted once, until it is freed
+    ):
         if storage in self.known:
             return
         self.known.add(storage)
         self.now += storage.nbytes()
         weakref.finalize(storage, self.gone, storage.nbytes())
 
-    def gone(self, n: int):
+    def gone(
+        self,
+        n: int,  # Bytes that were freed
+    ):
         self.now -= n

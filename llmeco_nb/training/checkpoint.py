@@ -39,7 +39,9 @@ def random_states() -> dict:
     )
 
 
-def set_random_states(states: dict):
+def set_random_states(
+    states: dict,  # From `random_states`: python, numpy, torch, gpus
+):
     "Take over what `random_states` gave."
     import numpy as np
 
@@ -54,7 +56,7 @@ def set_random_states(states: dict):
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #49e2c71a
 def identity_of(
-    optimiser: Optimiser,
+    optimiser: Optimiser,  # With its model; what it was made with is part of the identity
     plan: dict,
     **more,  # Whatever else must be the same: seed, hash of the data
 ) -> dict:
@@ -83,7 +85,11 @@ def identity_of(
     }
 
 
-def check_identity(stored: dict, here: dict, file: Path):
+def check_identity(
+    stored: dict,  # From `identity_of`, as the file has it
+    here: dict,  # From `identity_of`, of this run
+    file: Path,  # Where `stored` was read; for the message
+):
     "Raise `DataError` naming every entry in which two identities differ."
     differ = [k for k in {**stored, **here} if stored.get(k) != here.get(k)]
     if not differ:
@@ -95,7 +101,9 @@ def check_identity(stored: dict, here: dict, file: Path):
     )
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a0cd558e
-def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
+def tensors_of(
+    optimiser: Optimiser,  # With its model; sharded tensors are put together
+) -> dict[str, torch.Tensor]:
     """Optimiser state, and under `model/` what of the model is not trained: frozen weights and
     buffers."""
     model, kept = optimiser.model, optimiser.model.state_dict()
@@ -108,14 +116,20 @@ def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
     return {k: full_tensor(found[k]) for k in sorted(found)}
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+def write_tensors(
+    path: Path,  # The file; an older one is replaced
+    tensors: dict[str, torch.Tensor],  # Name -> tensor; whole ones, of any shape
+) -> str:
     "Write a safetensors file that is whole or absent; returns its SHA-256."
     data = save({k: t.contiguous() for k, t in tensors.items()})
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path,  # The file, from `write_tensors`
+    sha256: str,  # What `write_tensors` returned, in hex
+) -> dict[str, torch.Tensor]:
     """Read a safetensors file. Raises `DataError`, naming it, when its content is not what was
     written."""
     data = path.read_bytes() if path.exists() else b""
@@ -132,7 +146,7 @@ def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a85f436e
 def save_checkpoint(
     folder: str | Path,  # Where; usually record.resume
-    optimiser: Optimiser,
+    optimiser: Optimiser,  # With its model, both as they are between two steps
     state: dict,  # The loop's own numbers: plain JSON values
     identity: dict,  # From `identity_of`
     writes: bool = True,  # Of several processes, one does
@@ -153,7 +167,11 @@ def save_checkpoint(
     )
 
 
-def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) -> dict | None:
+def load_checkpoint(
+    folder: str | Path,  # Where `save_checkpoint` wrote
+    optimiser: Optimiser,  # Made as that of the checkpoint; changed in place
+    identity: dict,  # From `identity_of`, of this run
+) -> dict | None:
     """Restore optimiser, model and generators; returns the loop's numbers, None when there is no
     checkpoint. Raises `DataError` for another run's or a damaged one."""
     pointer = Path(folder) / "checkpoint.json"
@@ -170,7 +188,10 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #725a7dc4
 def save_best(
-    folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True
+    folder: str | Path,  # Where; usually that of the checkpoint
+    optimiser: Optimiser,  # Of the run, after this step
+    step: int,  # After which it is so; part of the file's name
+    writes: bool = True,  # Of several processes, one does
 ) -> str | None:
     """Store the masters, or their average where one is kept, as the best so far; returns the file's
     SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."""
@@ -178,13 +199,18 @@ def save_best(
     return write_tensors(Path(folder) / f"best-{step}.safetensors", best) if writes else None
 
 
-def load_best(folder: str | Path, optimiser: Optimiser, step: int, sha256: str):
+def load_best(
+    folder: str | Path,  # Where `save_best` wrote
+    optimiser: Optimiser,  # Of the same model; changed in place
+    step: int,  # That `save_best` was given
+    sha256: str,  # What `save_best` returned, in hex
+):
     "Put the best weights back into masters and model. Raises `DataError` when the file is damaged."
     optimiser.load_masters(read_tensors(Path(folder) / f"best-{step}.safetensors", sha256))
 
 
 def forget_best(
-    folder: str | Path,
+    folder: str | Path,  # Where `save_best` wrote
     step: int | None,  # The one to keep
 ):
     "Remove stored best weights but those of `step`."

@@ -34,7 +34,10 @@ from .optim import Optimiser
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #170b1334
 @contextmanager
-def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
+def preserve_training_state(
+    model: torch.nn.Module,  # Also its mode, training or not
+    optimiser: Optimiser,  # Of this model
+):
     """Whatever is trained in this `with` block: model, optimiser and generators are afterwards as
     they were. Holds a copy of weights and moments meanwhile."""
     before, states, mode = (
@@ -67,7 +70,10 @@ def saved_bytes(model: torch.nn.Module, step: Callable, batch) -> int:
     return found.bytes
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #4f04b0ef
-def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
+def resident_bytes(
+    model: torch.nn.Module,  # Whose weights and buffers are counted
+    optimiser: Optimiser,  # Of this model: its masters, moments and averages
+) -> int:
     "Bytes of weights, buffers, masters, moments and averages as they are now."
     return sum(
         storages([*model.parameters(), *model.buffers(), *optimiser.state_dict().values()]).values()
@@ -75,7 +81,10 @@ def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
 
 
 def memory_timeline(
-    model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batch,  # What `step` takes; both steps get it
+    optimiser: Optimiser,  # Of this model; afterwards as it was
 ) -> np.ndarray:
     """Bytes of tensors after each operation of two steps on this batch: what is resident and what
     the steps add. Library workspaces and the interpreter are not in it."""
@@ -97,13 +106,18 @@ def memory_timeline(
     return start + np.array(ledger.course)
 
 
-def peak_step_bytes(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> int:
+def peak_step_bytes(
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batch,  # What `step` takes
+    optimiser: Optimiser,  # Of this model; afterwards as it was
+) -> int:
     "Peak bytes of training on batches like this one."
     return int(memory_timeline(model, step, batch, optimiser).max())
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #09548fdb
 def cgroup_memory(
-    root: str | Path = "/sys/fs/cgroup",
+    root: str | Path = "/sys/fs/cgroup",  # Where the kernel shows the groups
     own: str | None = None,  # The group's path below root; None: read from /proc/self/cgroup
 ) -> tuple[int, str] | None:
     """Bytes left in the tightest memory control group around this process (version 2 or 1) and the
@@ -153,7 +167,10 @@ def available_memory(device: str | torch.device = "cpu") -> tuple[int, str]:
     return min(machine, cgroup_memory() or machine)
 
 
-def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, str]:
+def memory_budget(
+    model: torch.nn.Module,  # Its device is asked
+    optimiser: Optimiser,  # Of this model: what it holds is added
+) -> tuple[float, str]:
     """Bytes training may have in all, and who says so: of what is available a tenth is left free;
     what is resident already is no longer among it."""
     free, who = available_memory(next(model.parameters()).device)
@@ -161,10 +178,10 @@ def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, 
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #673e1e72
 def fit_memory_model(
-    model: torch.nn.Module,
-    step: Callable,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
     make: Callable,
-    optimiser: Optimiser,
+    optimiser: Optimiser,  # Of this model; afterwards as it was
     sizes: tuple[int, int] = (2, 4),  # Rows of the two batches that are measured
 ) -> list[tuple[float, float]]:
     """Lines (fixed, a row) in bytes, of which the highest counts; `make(size, index)` gives a batch
@@ -188,7 +205,11 @@ def predict_peak_bytes(law: list | Callable, rows: int) -> float:
     return max(fixed + row * rows for fixed, row in (law(rows) if callable(law) else law))
 
 
-def largest_batch(law: list | Callable, limit: float, most: int) -> int:
+def largest_batch(
+    law: list | Callable,  # From `fit_memory_model` or `chunked_memory_model`
+    limit: float,  # Bytes training may have in all
+    most: int,  # Rows asked about at most
+) -> int:
     """The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks
     for small batches first, so that nothing large is measured before it is known to fit."""
     low, high = 0, 1
@@ -200,7 +221,9 @@ def largest_batch(law: list | Callable, limit: float, most: int) -> int:
     return low
 
 
-def mib(n: float) -> str:
+def mib(
+    n: float,  # Bytes
+) -> str:
     return f"{n / 2**20:,.1f} MiB"
 
 
@@ -234,12 +257,12 @@ def check_fits_memory(
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ef046bcd
 def chunked_memory_model(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # Afterwards as it was
     step: Callable,  # number of parts -> a step that makes so many of whatever batch it gets
     parts: Callable,  # rows -> parts the real step would make
     tokens: float,  # Of a row, that the loss is asked about
-    make: Callable,
-    optimiser: Optimiser,
+    make: Callable,  # (rows, index) -> batch
+    optimiser: Optimiser,  # Of this model; afterwards as it was
 ) -> Callable:
     """For `check_fits_memory` and `predict_peak_bytes`: rows -> the lines of a step whose loss is
     made in parts. Each number of parts is measured once."""
@@ -298,7 +321,10 @@ def fit_power_law(
     return dict(E=e, A=k * middle**a, a=a)
 
 
-def power_law_loss(law: dict, c: float) -> float:
+def power_law_loss(
+    law: dict,  # E, A, a, from `fit_power_law`
+    c: float,  # Above 0, in the unit of the points: compute or tokens
+) -> float:
     return law["E"] + law["A"] / c ** law["a"]
 
 
@@ -332,10 +358,10 @@ def expected_loss(points: list[tuple[float, float]], c: float) -> dict:
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #659a3242
 def forecast(
-    model: torch.nn.Module,
-    step: Callable,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
     make: Callable,  # (rows, index) -> batch
-    optimiser: Optimiser,
+    optimiser: Optimiser,  # Of this model; afterwards as it was
     plan: dict,  # steps, accumulation
     batch: int,  # Rows of a micro-batch
     earlier: list[tuple[float, float]] = (),  # (compute or tokens, loss) of earlier runs
@@ -394,14 +420,14 @@ def forecast(
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ba2e2b77
 def compile_choice(
-    model: torch.nn.Module,
-    step: Callable,
-    batches: Callable,
-    optimiser: Optimiser,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batches: Callable,  # Number of a micro-batch -> batch
+    optimiser: Optimiser,  # Of this model; afterwards as it was
     steps: int,  # Of the run that this decides for
     compiler: Callable = torch.compile,  # model -> model
-    accumulation: int = 1,
-    tries: int = 3,
+    accumulation: int = 1,  # Micro-batches a step
+    tries: int = 3,  # Steps timed each way, after one that does not count
 ) -> dict:
     """`step` to train with, whether it is `compiled`, seconds a step `plain` and `fast`, `gain`
     (plain / fast), seconds `compiling` took, and `why`. A compiler that fails is a reason, not an

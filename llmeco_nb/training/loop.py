@@ -48,18 +48,22 @@ from .prefetch import Prefetch
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #55b1291c
 @lru_cache(4)
-def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_permutation(
+    n: int,  # Number of examples
+    seed: int,  # Not negative
+    epoch: int,  # From 0
+) -> np.ndarray:
     """The order of epoch `epoch`: a permutation of 0 to n-1 that depends on nothing but the
     arguments."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def batch_indices(
-    index: int,
-    batch: int,
-    n: int,
-    seed: int,
-    world: int = 1,
+    index: int,  # From 0
+    batch: int,  # Examples a batch, of all processes together
+    n: int,  # Number of examples
+    seed: int,  # Decides the order of every epoch
+    world: int = 1,  # Processes that share a batch
     rank: int = 0,  # Of so many processes, the share of this one; see 16_parallel
 ) -> np.ndarray:
     "Which of `n` examples stand in batch `index` of the endless stream of epochs."
@@ -73,8 +77,8 @@ def batch_indices(
 def length_bucketed_batches(
     lengths: tuple[int, ...],  # Tokens of every example
     batch: int,  # Examples a batch
-    seed: int,
-    epoch: int,
+    seed: int,  # Decides pools and order of the batches
+    epoch: int,  # From 0; each has an order of its own
     pool: int = 16,  # Batches that are sorted together
 ) -> list[np.ndarray]:
     """The batches of one epoch, each of examples of similar length; every example once, the last
@@ -88,11 +92,11 @@ def length_bucketed_batches(
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #59420118
 def measure_step_time(
-    model: torch.nn.Module,
-    step: Callable,
-    batches: Callable,
-    optimiser: Optimiser,
-    accumulation: int = 1,
+    model: torch.nn.Module,  # Trained meanwhile, then as before
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batches: Callable,  # Number of a micro-batch -> batch
+    optimiser: Optimiser,  # Of this model
+    accumulation: int = 1,  # Micro-batches a step
     tries: int = 3,  # After one that does not count
 ) -> float:
     """Median seconds of an optimiser step. Model, optimiser and generators are afterwards as they
@@ -118,7 +122,7 @@ def measure_step_time(
 
 
 def resolve_plan(
-    record: Record,
+    record: Record,  # Keeps the plan, beside its folder
     asked: dict,  # The parameters the plan depends on
     make: Callable[[], dict],  # Makes the plan, the first time
 ) -> dict:
@@ -127,7 +131,11 @@ def resolve_plan(
     return run_on_rank_zero(lambda: resolve_plan_on_rank_zero(record, asked, make))
 
 
-def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], dict]) -> dict:
+def resolve_plan_on_rank_zero(
+    record: Record,  # Keeps the plan, beside its folder
+    asked: dict,  # The parameters the plan depends on
+    make: Callable[[], dict],  # Makes the plan, the first time
+) -> dict:
     "`resolve_plan` where it is decided."
     key = sha256_text(json.dumps(asked, sort_keys=True))[:16]
     plan = record.plan(lambda: {**make(), "asked": key})
@@ -191,7 +199,10 @@ def digest(batch) -> str:
     return sha256_text(repr(plain(batch)))
 
 
-def must_share(name: str, batches: Callable):
+def must_share(
+    name: str,  # Of the training, for the message
+    batches: Callable,  # Number of a micro-batch -> batch; 0 is made
+):
     "Raise `UsageError` where several processes would all learn from the same batches."
     size = current_world().size
     if size > 1 and len(set(told_by_all(digest(batches(0))))) == 1:
@@ -203,16 +214,16 @@ def must_share(name: str, batches: Callable):
 
 
 def train_step(
-    model,
-    step,
-    batches,
-    optimiser,
-    factor: float,
-    s: int,
-    accumulation: int,
-    size,
-    sound: Callable,
-    b: int,
+    model,  # In training mode
+    step,  # (model, batch, backward) -> (summed loss, weight)
+    batches,  # Number of a micro-batch -> batch
+    optimiser,  # Of this model; makes one update
+    factor: float,  # On the learning rate, from the schedule
+    s: int,  # From 0
+    accumulation: int,  # Micro-batches a step
+    size,  # batch -> tokens read; None: the weights are tokens
+    sound: Callable,  # Mean loss -> whether to learn from it
+    b: int,  # The step whose batches are taken; usually `s`
 ) -> tuple[float, float, int, float]:
     """Step `s` on the micro-batches of place `b`, then the update. Returns (loss sum, weight,
     tokens read, norm of the gradient). Raises `UnstableStep` for a loss that is no number, or that
@@ -256,7 +267,10 @@ def train_step(
         ) from None
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #a2c9ee8f
-def rows_before(folder, record: Record) -> int:
+def rows_before(
+    folder,  # Of the training's checkpoints; before.json goes there
+    record: Record,  # Whose log is counted
+) -> int:
     """Rows the log had before this training began; written down, so that an attempt killed before
     its first checkpoint leaves no rows behind."""
     mark = folder / "before.json"
@@ -272,7 +286,7 @@ def train(
     batches: Callable,  # Number of a micro-batch -> batch; a pure function
     optimiser: Optimiser,  # Of this model
     plan: dict,  # Whole numbers and names, see above
-    record: Record,
+    record: Record,  # Gets log rows and progress; its `resume` keeps the checkpoints
     evaluate: Callable
     | None = None,  # model -> {name: number}; holds `watch`; see `run_evaluation`
     on_checkpoint: Callable | None = None,  # Called with the step after each checkpoint
@@ -396,7 +410,10 @@ def train(
     )
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #6f456f0d
-def spike_guard(plan: dict, state: dict) -> Callable[[float], bool]:
+def spike_guard(
+    plan: dict,  # guard: rewinds allowed, 0 for no guard; leap: `times` of `is_loss_spike`
+    state: dict,  # The loop's numbers; `recent` holds the last losses
+) -> Callable[[float], bool]:
     "Whether a step's loss is to be learned from: always, unless the plan has a guard."
     return lambda loss: (
         not plan.get("guard") or not is_loss_spike(loss, state["recent"], plan.get("leap", 10))
@@ -404,7 +421,13 @@ def spike_guard(plan: dict, state: dict) -> Callable[[float], bool]:
 
 
 def rollback(
-    folder, optimiser, belongs: dict, state: dict, plan: dict, record: Record, why: Exception
+    folder,  # Of the checkpoint
+    optimiser,  # With its model; both go back
+    belongs: dict,  # From `identity_of`, of this run
+    state: dict,  # The loop's numbers now
+    plan: dict,  # steps, and guard: rewinds allowed
+    record: Record,  # Whose log is cut back, and gets a row
+    why: Exception,  # What was found in the step
 ) -> dict:
     """Go back to the last checkpoint, as `rolled_back_state` says, and write that down. Raises
     `DataError` when the plan's `guard` is spent."""
@@ -427,14 +450,14 @@ def rollback(
 
 
 def run_evaluation(
-    model,
-    optimiser,
-    evaluate,
-    state: dict,
-    record: Record,
-    folder,
-    watch: str,
-    higher: bool,
+    model,  # In training mode, before and after
+    optimiser,  # Of this model; its averages are evaluated, if it has them
+    evaluate,  # model -> {name: number}
+    state: dict,  # The loop's numbers; changed in place
+    record: Record,  # Whose log gets a row
+    folder,  # Where the best weights go
+    watch: str,  # Name of the value that decides which weights are best
+    higher: bool,  # Whether more of it is better
     warmup: int = 0,  # Steps; an evaluation within them does not count against patience
 ):
     """Evaluate, log, and keep the weights if `watch` is the best so far. Progress is a better

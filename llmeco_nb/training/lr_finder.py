@@ -19,13 +19,13 @@ from .optim import Optimiser
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #edb91319
 def trial(
-    model: torch.nn.Module,
-    step: Callable,
-    batches: Callable,
-    optimiser: Optimiser,
-    lr: float,
-    steps: int,
-    accumulation: int = 1,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batches: Callable,  # Number of a micro-batch -> batch
+    optimiser: Optimiser,  # Of this model; afterwards as it was
+    lr: float,  # Peak learning rate to try, above 0
+    steps: int,  # Optimiser steps
+    accumulation: int = 1,  # Micro-batches a step
 ) -> float:
     """Mean loss over the last half of `steps` at this rate, a quarter of them warm-up; infinite
     when it diverged. Muon's rate moves in proportion. Everything is taken back."""
@@ -57,13 +57,13 @@ def trial(
 
 
 def successive_halving(
-    model: torch.nn.Module,
-    step: Callable,
-    batches: Callable,
-    optimiser: Optimiser,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batches: Callable,  # Number of a micro-batch -> batch
+    optimiser: Optimiser,  # Of this model; afterwards as it was
     rates: list[float],  # Three to five learning rates
     steps: int = 8,  # Of each in the first round; doubled in every further one
-    accumulation: int = 1,
+    accumulation: int = 1,  # Micro-batches a step
 ) -> dict:
     """`lr`, the rate that is left; `rounds`, [{rate: loss}]; `why` in words. Raises `UsageError`
     for other numbers of rates or when all diverge."""
@@ -99,7 +99,10 @@ def successive_halving(
     )
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #08521ce5
-def set_lr(optimiser: Optimiser, lr: float):
+def set_lr(
+    optimiser: Optimiser,  # Changed in place
+    lr: float,  # The new rate, above 0
+):
     """Set the learning rate, and in proportion Muon's; for an optimiser that has made no step.
     Raises `UsageError`."""
     if lr <= 0:
@@ -112,14 +115,14 @@ def set_lr(optimiser: Optimiser, lr: float):
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #c1e9e47c
 def lr_range_test(
-    model: torch.nn.Module,
-    step: Callable,
-    batches: Callable,
-    optimiser: Optimiser,
-    low: float,
-    high: float,
-    steps: int = 40,
-    accumulation: int = 1,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    batches: Callable,  # Number of a micro-batch -> batch
+    optimiser: Optimiser,  # Of this model; afterwards as it was
+    low: float,  # First learning rate, above 0
+    high: float,  # Last learning rate, above `low`
+    steps: int = 40,  # Learning rates to try, one step each; at least 2
+    accumulation: int = 1,  # Micro-batches a step
 ) -> list[tuple[float, float]]:
     """(rate, loss) of one run whose rate grows by a constant factor; ends early when the loss is
     four times its lowest or no number. Everything is taken back. Source: Smith 2017."""
@@ -155,7 +158,7 @@ def lr_range_test(
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #702e4a4e
 def smallest_near_best(
     speeds: dict[int, float],  # Batch size -> tokens a second
-    within: float = 0.05,
+    within: float = 0.05,  # Share of the best speed that may be lost, 0 to 1
 ) -> int:
     "The smallest batch whose speed is within this share of the best."
     return min(
@@ -164,14 +167,14 @@ def smallest_near_best(
 
 
 def fastest_batch_size(
-    model: torch.nn.Module,
-    step: Callable,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
     make: Callable,  # (rows, index) -> batch
-    optimiser: Optimiser,
-    sizes: list[int],
+    optimiser: Optimiser,  # Of this model; afterwards as it was
+    sizes: list[int],  # Rows a batch to try, each at least 1
     size: Callable,  # batch -> tokens
-    within: float = 0.05,
-    tries: int = 3,
+    within: float = 0.05,  # Share of the best speed that may be lost, 0 to 1
+    tries: int = 3,  # Steps timed with each, after one that does not count
 ) -> dict:
     """`batch`, the smallest within `within` of the best, and `speeds`, tokens a second of each
     (median step of whole optimiser steps). Everything is taken back."""

@@ -18,7 +18,7 @@ from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
 def parameter_groups(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # Whose parameters are grouped; frozen ones are left out
     decay: float = 0.01,  # Weight decay of matrices
     embeddings: bool = False,  # Decay embeddings, too
     rate: Callable[[str], float]
@@ -41,13 +41,17 @@ def parameter_groups(
     ]
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #f396ff2f
-def local_shard(t: torch.Tensor) -> torch.Tensor:
+def local_shard(
+    t: torch.Tensor,  # Of any shape, on any device
+) -> torch.Tensor:
     """What this process holds of a tensor that is cut up over several; an ordinary tensor is its
     own."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def full_tensor(t: torch.Tensor) -> torch.Tensor:
+def full_tensor(
+    t: torch.Tensor,  # Of any shape, on any device
+) -> torch.Tensor:
     """A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is
     whole."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -65,7 +69,10 @@ def shard_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     )  # each process has all of it: nothing travels
 
 
-def cast_parameters(model: torch.nn.Module, dtype: torch.dtype):
+def cast_parameters(
+    model: torch.nn.Module,  # Changed in place
+    dtype: torch.dtype,  # A floating type
+):
     """Store the parameters in this type, in place; buffers stay as they are. Weights that
     `fully_shard` cut up are changed through the module, which tells the sharding of it."""
     cut = any(hasattr(p, "to_local") for p in model.parameters())
@@ -384,7 +391,10 @@ class Optimiser:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]):
+    def load_state_dict(
+        self,
+        state: dict[str, torch.Tensor],  # `<kind>/<parameter>` -> tensor; copied
+    ):
         """Take over what `state_dict` gave. Raises `DataError` if the masters are not those of this
         model."""
         self.load_masters(
@@ -441,9 +451,9 @@ def warmup_linear(
 
 
 def warmup_stable_decay(
-    step: int,
-    steps: int,
-    warmup: int,
+    step: int,  # 0 for the first update
+    steps: int,  # Of the whole run
+    warmup: int,  # Steps until the full rate
     decay: int,  # Steps of the way down
     floor: float = 0.0,  # Factor it goes down to
 ) -> float:

@@ -298,7 +298,12 @@ def import_function(function: str) -> Callable:
     return getattr(module, name)
 
 
-def launched_main(function: str, arguments: str, folder: str, device: str):
+def launched_main(
+    function: str,  # 'module:function' or 'file.py:function'
+    arguments: str,  # Its keyword arguments, as JSON
+    folder: str,  # Where results and errors go, a file for each rank
+    device: str,  # See `init_process_group`
+):
     """What every process of `launch` does: find the function, meet the others, call it, write its
     result."""
     if sys.platform == "linux":
@@ -333,7 +338,7 @@ def launched_main(function: str, arguments: str, folder: str, device: str):
 def reduce_gradients(
     optimiser,  # `Optimiser` of 14_optim, not stepped yet
     weight: float,  # What this process counted, such as tokens
-    group=None,
+    group=None,  # Processes to add over; None: all
 ) -> float:
     """Add gradients over all processes and return the added weight:
     `optimiser.step(factor, reduce_gradients(optimiser, weight))`. Sharded gradients are added
@@ -370,7 +375,10 @@ class LossModule(torch.nn.Module):
         super().__init__()
         self.model, self.step = model, step
 
-    def forward(self, batch):
+    def forward(
+        self,
+        batch,  # What the step takes
+    ):
         losses = []
         counted = self.step(self.model, batch, losses.append)[1]
         if len(losses) != 1:
@@ -381,7 +389,11 @@ class LossModule(torch.nn.Module):
         return losses[0], counted
 
 
-def ddp_loss_step(model: torch.nn.Module, step: Callable, **options) -> Callable:
+def ddp_loss_step(
+    model: torch.nn.Module,  # Wrapped; its parameters stay the same objects
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    **options,
+) -> Callable:
     """`step` through torch's DistributedDataParallel (its `options` too): after it, gradients are
     sums over all processes, and the loop adds nothing more."""
     from torch.nn.parallel import DistributedDataParallel
@@ -405,7 +417,10 @@ def ddp_loss_step(model: torch.nn.Module, step: Callable, **options) -> Callable
     return stepping
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #74fce324
-def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
+def shard(
+    model: torch.nn.Module,  # On this device, the same in every process
+    device: str = "cpu",  # Its type: cpu or cuda
+) -> torch.nn.Module:
     """Shard every block (the members of the model's `ModuleList`s) and the rest over all processes,
     in place; gradients are sums, made in float32. Make the `Optimiser` after it."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -424,7 +439,10 @@ def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
     return model
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #b952751e
-def tensor_parallel(model: torch.nn.Module, mesh) -> torch.nn.Module:
+def tensor_parallel(
+    model: torch.nn.Module,  # A BERT of transformers, the same in every process
+    mesh,  # One-dimensional; heads and feed-forward divide by its size
+) -> torch.nn.Module:
     """Split attention heads and feed-forwards of a stock BERT over a one-dimensional `DeviceMesh`,
     in place. Raises `UsageError` for others or if heads do not divide."""
     from torch.distributed.tensor.parallel import (
@@ -505,7 +523,11 @@ def run_distributed(
     return run
 
 
-def worker_record(folder: str, first: str | Path, name: str) -> Record:
+def worker_record(
+    folder: str,  # Where the record is made
+    first: str | Path,  # Folder of the first process's record
+    name: str,  # Of the stage
+) -> Record:
     """A record to throw away, for a process that is not the first. It has the first one's log: a
     training that was done before a kill writes no rows, and the stage still reads them."""
     record = create_record(folder, name)
@@ -515,7 +537,14 @@ def worker_record(folder: str, first: str | Path, name: str) -> Record:
     return record
 
 
-def worker_main(world: World, work: str, record: str, name: str, given: list, named: dict) -> str:
+def worker_main(
+    world: World,  # Of this process
+    work: str,  # 'module:function' of the stage
+    record: str,  # Folder of the first process's record
+    name: str,  # Of the stage
+    given: list,  # Its inputs and config by position, after the record
+    named: dict,  # Those by name
+) -> str:
     "What each process of `run_distributed` does."
     with tempfile.TemporaryDirectory() as aside:
         return str(
@@ -527,7 +556,9 @@ def worker_main(world: World, work: str, record: str, name: str, given: list, na
         )
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #0bef6c8b
-def shares_work(notebook: Notebook) -> bool:
+def shares_work(
+    notebook: Notebook,  # Any; one without a stage shares nothing
+) -> bool:
     "Whether it is a stage that several processes can share: one with a parameter `nproc`."
     return "stage" in notebook.contract and "nproc" in read_parameters(notebook)
 
@@ -584,7 +615,9 @@ if (
     )  # the module under its name, where others find the world it joins
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #7eaa023c
-def mark_step(device: torch.device):
+def mark_step(
+    device: torch.device,  # Where the step was computed
+):
     """End a step: XLA compiles and runs what was gathered since the last one. Other devices did it
     at once."""
     if device.type == "xla":

@@ -32,7 +32,11 @@ from .optim import Optimiser
 from .parallel import current_world, run_on_rank_zero
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ac2025ad
-def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
+def recipe_of(
+    asked: dict,  # The parameters the plan depends on
+    plan: dict,  # Settled; its batch and accumulation are taken
+    optimiser: Optimiser,  # Whose `lr` is the rate, settled too
+) -> dict:
     """What runs must share for their losses to lie on one curve: all that was asked but length,
     budget, seed and what is only looked at."""
     length = (
@@ -55,7 +59,10 @@ def recipe_of(asked: dict, plan: dict, optimiser: Optimiser) -> dict:
     )
 
 
-def previous_run_losses(folders, recipe: dict) -> list[tuple[float, float]]:
+def previous_run_losses(
+    folders,  # Records of finished trainings
+    recipe: dict,  # From `recipe_of`, of this run
+) -> list[tuple[float, float]]:
     """(tokens, loss) of finished runs, from their folders. Raises `MissingError` for a folder
     without a finished forecast, `UsageError` for another recipe, naming where it differs."""
     found = []
@@ -91,10 +98,10 @@ BATCH_SIZE_CANDIDATES = (8, 16, 32, 64)  # tried where no batch is given
 
 
 def plan_training(
-    record: Record,
+    record: Record,  # Keeps plan, probes and forecast
     asked: dict,  # The parameters the plan depends on
-    model: torch.nn.Module,
-    step: Callable,
+    model: torch.nn.Module,  # Afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
     make: Callable,  # (rows, index) -> batch
     optimiser: Optimiser,  # Its rate is moved to what is found; Muon's in proportion
     plan_of: Callable,  # (rows, seconds of a step, seconds of an evaluation) -> plan
@@ -107,8 +114,8 @@ def plan_training(
     limit: float
     | None = None,  # Bytes training may have; None: what is available, a tenth left free
     earlier: list[str] = (),  # Folders of finished runs of the same recipe
-    rates: tuple = LR_CANDIDATES,
-    sizes: tuple = BATCH_SIZE_CANDIDATES,
+    rates: tuple = LR_CANDIDATES,  # Learning rates to try, three to five
+    sizes: tuple = BATCH_SIZE_CANDIDATES,  # Rows a batch to try
 ) -> dict:
     """The settled plan; what is foretold is printed and kept. Raises `UsageError` for a batch that
     cannot fit, before one of that size is made."""
@@ -237,14 +244,14 @@ def plan_training(
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #9584297f
 def record_actual(
-    record: Record,
-    model: torch.nn.Module,
-    step: Callable,
-    make: Callable,
-    optimiser: Optimiser,
-    plan: dict,
-    result: dict,  # From `plan_training`, from `train`
-    loss: float,
+    record: Record,  # Its folder gets forecast.json
+    model: torch.nn.Module,  # As trained; afterwards as it was
+    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    make: Callable,  # (rows, index) -> batch
+    optimiser: Optimiser,  # Of this model
+    plan: dict,  # From `plan_training`
+    result: dict,  # From `train`: seconds, tokens and steps are kept
+    loss: float,  # What came, in the unit of the forecast
 ) -> dict:
     """Keep what came beside what was foretold, as forecast.json; returns both as numbers for the
     metrics. Call it before `optimiser.finish`."""

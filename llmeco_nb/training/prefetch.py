@@ -62,13 +62,17 @@ class Prefetch:
 worker_batches = None
 
 
-def init_worker(batches):
+def init_worker(
+    batches,  # Number -> batch; what the worker will call
+):
     "Runs once in each forked process."
     global worker_batches
     worker_batches = batches
     torch.set_num_threads(1)
 
 
-def make_in_worker(index: int):
+def make_in_worker(
+    index: int,  # Number of the batch, from 0
+):
     "A worker's side of `Prefetch`."
     return worker_batches(index)
