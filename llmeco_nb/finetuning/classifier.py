@@ -47,7 +47,7 @@ from llmeco_nb.data.corpus import (
 def labelled_subset(
     rows,  # Columns id, text, label
     n: int,  # How many; 0 for all
-    seed: int = 0,  # Decides the lots
+    seed: int = 0,  # Decides the lots; another seed, another order
 ):
     """`n` rows, each class in its proportion, in the order of their lots; the same for equal
     arguments. Raises `UsageError` for fewer than one a class."""
@@ -529,7 +529,7 @@ def save_classifier(
 
 
 def mistakes(
-    table,  # In the format of predictions, one index a row
+    table,  # In the format of predictions, its index unique
     texts: dict,  # Id -> text, of the test split
     count: int = 6,  # How many at most
 ) -> list[dict]:

@@ -151,7 +151,7 @@ def causal_attention(
     q: torch.Tensor,  # (B, H, T, d)
     k: torch.Tensor,  # (B, K, T, d)
     v: torch.Tensor,  # (B, K, T, d)
-    document_ids: torch.Tensor | None = None,  # (B, T), rising; None: one document a row
+    document_ids: torch.Tensor | None = None,  # (B, T) document, rising; None: one a row
     implementation: str = "auto",  # "math", "sdpa", "flex"; auto: what `choose_attention` says
 ) -> torch.Tensor:
     """Attention to earlier tokens of the same document, (B, H, T, d). `flex` has no backward pass
@@ -438,7 +438,7 @@ class Decoder(torch.nn.Module):
     def hidden(
         self,
         input_ids: torch.Tensor,  # (B, T)
-        documents: torch.Tensor | None = None,  # (B, T) their numbers; None: one a row
+        documents: torch.Tensor | None = None,  # (B, T) document; None: one a row
     ) -> torch.Tensor:
         "What the head reads, (B, T, D). Raises `DataError` for rows longer than the context."
         c = self.config
@@ -604,7 +604,7 @@ def save_decoder(
 
 
 def foreign_options(
-    config: Any,  # A `transformers.PreTrainedConfig`, of Qwen3 or another model
+    config: Any,  # Of Qwen3 or any other model of transformers
 ) -> list[str]:
     "What a `transformers` configuration has that a `Decoder` has not."
     if config.model_type != "qwen3":
@@ -680,7 +680,7 @@ def decoder_parameters(config: DecoderConfig) -> dict[str, int]:
 
 
 def decoder_flops(
-    config: DecoderConfig,  # Of the decoder
+    config: DecoderConfig,  # Of the decoder; embedding tables do not count
     seq_len: int,  # Tokens of a row
     training: bool = True,  # Forward and backward; else forward only
 ) -> int:

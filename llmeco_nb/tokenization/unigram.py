@@ -328,7 +328,7 @@ def measure_subwords(
 def build_subword_tokenizer(
     record: Record,  # Gets the artifact `pieces`
     prose: str | Path,  # Folder of a pretraining mixture or a corpus
-    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),  # Kind, size, and how many texts are read
+    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),  # Kind, size, number of texts
 ) -> Path:
     """Learn a vocabulary from the training texts, measure it on the validation texts, return the
     tokenizer's folder. Raises `UsageError`, `DataError`, `MissingError`."""
