@@ -332,7 +332,7 @@ def add_mean_layer(
 
 
 def centre_mean_layer(
-    model,  # From `add_mean_layer`; changed in place
+    model,  # After `add_mean_layer`; changed in place
     rows: list[list[int]],  # Token ids of texts
     pad: int,  # Id of the padding token
     batch: int = 32,  # Texts of a forward pass
