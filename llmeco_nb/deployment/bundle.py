@@ -91,7 +91,10 @@ class Manifest:
         return values if values["origin"] else {k: v for k, v in values.items() if k != "origin"}
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> Self:
+    def from_json(
+        cls,
+        raw: dict[str, Any],  # What manifest.json holds
+    ) -> Self:
         "A manifest of format version 1 or 2. Raises `KeyError` or `TypeError` if a field lacks."
         values, origin = dict(raw), dict(raw.get("origin") or {})
         if "form" in values:
@@ -580,7 +583,7 @@ def build_bundle(
     classifier: list[str] = (),  # Folders of fine-tuned classifiers
     baselines: str = "",  # Folder of linear models; empty: one is fitted
     table: str = "",  # Folder of the table of all models; empty with `baselines`
-    config: BundleConfig = BundleConfig(),
+    config: BundleConfig = BundleConfig(),  # Texts and tolerance of the proof
 ) -> Path:
     """Pack the best model on validation, prove that it answers as before, write its manifest;
     return the folder. Raises `DataError` and leaves nothing behind if it does not."""

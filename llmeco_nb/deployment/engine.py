@@ -61,7 +61,7 @@ class TextPredictor(Protocol):
         "What predicting this text costs, in tokens, at least 1."
 
     def predict_batch(self, texts: list[str]) -> list[Answer]:
-        "One answer for every text."
+        "One answer for each of `texts`, in their order."
 
 
 class Predictor:
@@ -95,7 +95,7 @@ class Predictor:
         return max(1, self.model.cost(text))
 
     def predict_batch(self, texts: list[str]) -> list[Answer]:
-        "One answer for every text, in their order."
+        "One answer for each of `texts`, in their order."
         return [
             Answer(
                 label=self.labels[int(p.argmax())],

@@ -218,10 +218,10 @@ class FeedbackReply:
 
 
 def keep_predictions(
-    ledger: Ledger,
-    request_id: str,
+    ledger: Ledger,  # Where to; its thread writes
+    request_id: str,  # At most 64 characters, no other request has it
     model: str,  # Digest of the bundle that answered
-    texts: list[str],
+    texts: list[str],  # Those of the request, in their order
     answers: list[Answer],  # One for every text
 ) -> Future:
     "Store the answers to a request; the future holds None once they are on the disk."
@@ -241,7 +241,7 @@ def keep_predictions(
 
 
 def keep_feedback(
-    ledger: Ledger,
+    ledger: Ledger,  # Where to; it must hold the answer
     request_id: str,  # The one that came with the answer
     item: int = 0,  # Which of the request's answers
     label: str | None = None,  # What is right

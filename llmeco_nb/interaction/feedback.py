@@ -311,7 +311,7 @@ def ask_three_ways(
 
 
 def find_mistakes(
-    client: Client,
+    client: Client,  # Of the gateway to ask
     rows,  # Table with text and label, asked about in this order
     names: list[str],  # Names of the labels
     max_mistakes: int,  # No more than these are returned
@@ -336,7 +336,7 @@ def find_mistakes(
 
 
 def time_requests(
-    client: Client,
+    client: Client,  # Of the gateway to time
     texts: list[str],  # Asked about one after another
     record: Record,  # Gets a log row for each
 ) -> list[float]:
@@ -354,7 +354,7 @@ def interact(
     record: Record,  # Gets the artifact answer.json
     corpus: str = "",  # Corpus folder; empty: a small one is made
     champion: str = "",  # The bundle to serve; empty: a small one is made
-    config: InteractConfig = InteractConfig(),
+    config: InteractConfig = InteractConfig(),  # How many questions, corrections, timings
 ) -> Path:
     """Serve the champion, ask, measure, correct. Writes answer.json, which is returned, metrics and
     summary.txt; feedback goes to the live database. Raises `DataError`, `LlmecoError`."""

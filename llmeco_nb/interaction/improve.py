@@ -194,7 +194,7 @@ def refit_encoder(
     corrections,  # Table with text and label
     num_labeled: int,  # Training labels the classifier learned from; 0 for all
     at: Path,  # Folder to write the classifier to
-    config: ImproveConfig = ImproveConfig(),
+    config: ImproveConfig = ImproveConfig(),  # Of its training
 ) -> None:
     "Fine-tune a classifier briefly on corrections and replayed training texts."
     import pandas as pd
@@ -325,7 +325,9 @@ def right_answers(
     return model.probabilities(rows.text.tolist()).argmax(1) == rows.label.to_numpy()
 
 
-def base_digest(manifest: Manifest) -> str:
+def base_digest(
+    manifest: Manifest,  # Of the champion's bundle
+) -> str:
     """What a champion descends from, before any feedback: the hash over the model's files, whenever
     and by whom they were packed."""
     return manifest.origin.base or sha256_text(json.dumps(manifest.files, sort_keys=True))
@@ -337,7 +339,7 @@ def learn_corrections(
     champion: str | Path,  # This run's bundle
     classifier: list[str],  # Folders, one of which an encoder's bundle was made of
     corrections,  # Table with text and label
-    config: ImproveConfig,
+    config: ImproveConfig,  # Of the training; a linear model takes its seed only
 ) -> Candidate:
     "Retrain what `champion` is made of with the corrections and pack it. Raises `MissingError`."
     manifest, origin = verify(champion), verify(champion).origin
@@ -371,7 +373,7 @@ def judge_candidate(
     standing: np.ndarray,  # Which test texts the champion answers rightly, shape (texts,)
     test,  # Table with text and label
     num_comparisons: int,  # Candidates judged in this round
-    config: ImproveConfig,
+    config: ImproveConfig,  # Its alpha and margin decide
 ) -> Verdict:
     "Hold a candidate against the champion; a candidate made in this round gets its manifest."
     learned, at = candidate.facts, candidate.folder
@@ -422,7 +424,7 @@ def improve(
     feedback: str = "",  # Frozen feedback; empty: nobody has said anything
     previous: str = "",  # The champion of the round before; empty: this is the first
     history: str = "",  # What the rounds before decided
-    config: ImproveConfig = ImproveConfig(),
+    config: ImproveConfig = ImproveConfig(),  # Of the training, and what must be proven
 ) -> Path:
     """Judge what feedback and this run have to offer, and hand on the champion; return its folder.
     Raises `MissingError`, `DataError`."""
@@ -487,7 +489,7 @@ def improve(
 
 
 def round_metrics(
-    one: Round,
+    one: Round,  # An entry of history.json
 ) -> dict[str, Any]:
     "A round's numbers for metrics.json; those of the last candidate stand for all."
     counts = one.feedback
@@ -507,7 +509,7 @@ def round_metrics(
 
 
 def round_summary(
-    one: Round,
+    one: Round,  # An entry of history.json
 ) -> str:
     "What a round decided, as plain text."
     head = f"Round {one.round}: "

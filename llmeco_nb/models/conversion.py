@@ -80,7 +80,9 @@ def required_options(
     return found
 
 
-def architecture_of(model: torch.nn.Module) -> str:
+def architecture_of(
+    model: torch.nn.Module,  # Bert, Gpt or Seq2Seq
+) -> str:
     """The stock class that has exactly this network. Raises `UsageError`, naming the options that
     no class has."""
     missed = {}
@@ -106,7 +108,10 @@ LINEAR = ("weight", "bias")
 WeightMap = list[tuple[str, tuple[str, ...], str]]
 
 
-def bert_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+def bert_weight_map(
+    config: TransformerConfig,  # Of our network
+    name: str,  # A stock class of `Bert`
+) -> WeightMap:
     "`weight_map` for the BERT classes."
     pre = config.norm == "pre"
     found = [
@@ -140,7 +145,10 @@ def bert_weight_map(config: TransformerConfig, name: str) -> WeightMap:
     return [(t if t.startswith("cls.") else "bert." + t, (o,), "") for t, o in found]
 
 
-def gpt_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+def gpt_weight_map(
+    config: TransformerConfig,  # Of our network
+    name: str,  # A stock class of `Gpt`
+) -> WeightMap:
     "`weight_map` for GPT and GPT-2."
     tokens, positions = "tokens_embed", "positions_embed"
     if name.startswith("GPT2"):
@@ -169,7 +177,7 @@ def gpt_weight_map(config: TransformerConfig, name: str) -> WeightMap:
 
 
 def seq2seq_side_map(
-    config: TransformerConfig,
+    config: TransformerConfig,  # Of our network
     side: str,  # "encoder" or "decoder"
 ) -> WeightMap:
     "The part of `seq2seq_weight_map` for one stack and its embeddings."
@@ -205,7 +213,10 @@ def seq2seq_side_map(
     return found + [(f"{t}.{w}", (f"{o}.{w}",), "") for t, o in parts for w in LINEAR]
 
 
-def seq2seq_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+def seq2seq_weight_map(
+    config: TransformerConfig,  # Of our network
+    name: str,  # A stock class of `Seq2Seq`; all have the same map
+) -> WeightMap:
     "`weight_map` for the encoder-decoders, which all name their parameters alike."
     return [
         ("model.shared.weight", ("token_embedding.weight",), ""),
@@ -287,7 +298,7 @@ def attribute_map(name: str) -> dict[str, str]:
 
 def stock_config(
     name: str,  # A stock class
-    ours: TransformerConfig,
+    ours: TransformerConfig,  # Of our network; its options must be those of the stock class
     pad_token_id: int = 0,  # Token that fills rows up
     bos_token_id: int | None = None,  # Token that begins a written text; None: the padding
     eos_token_id: int | None = None,  # Token that ends one
@@ -348,7 +359,7 @@ def config_from_stock(
 def to_stock(
     model: torch.nn.Module,  # Bert, Gpt or Seq2Seq
     # Of classes with the same network the one to take (BertForMaskedLM drops the NSP head)
-    name: str = "",
+    name: str = "",  # Empty: what `architecture_of` says
     pad_token_id: int = 0,  # Token that fills rows up
     bos_token_id: int | None = None,  # Token that begins a written text; None: the padding
     eos_token_id: int | None = None,  # Token that ends one

@@ -16,7 +16,7 @@ from .transformer import Bert, Gpt, Seq2Seq, TransformerConfig
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #afa78056
 def count_blocks(
     model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,
+    config: TransformerConfig,  # Its num_layers and num_decoder_layers
 ) -> tuple[int, int, int]:
     """Blocks in all, those with cross-attention, and stacks. Raises `UsageError` for a network that
     is none of ours."""
@@ -31,7 +31,7 @@ def count_blocks(
 
 def parameters_of(
     model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,
+    config: TransformerConfig,  # Sizes and options of the network
 ) -> dict[str, int]:
     "Parameters by part; a table that two parts share counts once. Raises `UsageError`."
     d = config.hidden_size
@@ -152,7 +152,9 @@ published = {
 }
 
 
-def published_config(name: str) -> Any:
+def published_config(
+    name: str,  # A key of `published`, such as "Transformer base"
+) -> Any:
     "The `transformers` configuration of a network in `published`. Raises `UsageError`."
     if name not in published:
         raise UsageError(f"{name!r} is not among the published networks: {', '.join(published)}.")
@@ -162,7 +164,7 @@ def published_config(name: str) -> Any:
 
 def extra_parameters(
     stock: str,  # A stock class
-    config: TransformerConfig,
+    config: TransformerConfig,  # Our configuration of the same network
 ) -> int:
     """What a stock class holds beyond ours: two unused rows in each table of positions (BART), or
     tables of sinusoidal positions, which ours computes."""
@@ -186,7 +188,7 @@ def check_target_length(
 
 def flops_of(
     model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,
+    config: TransformerConfig,  # Sizes of the network
     seq_len: int,  # Tokens of a text
     target_len: int = 0,  # Tokens of the answer, for an encoder-decoder
     predicted_fraction: float = 1.0,  # Share of an encoder's positions whose token is predicted
@@ -216,7 +218,7 @@ def flops_of(
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #d1f3a3b6
 def activation_bytes(
     model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,
+    config: TransformerConfig,  # Sizes and options of the network
     batch_size: int,  # Texts of a batch
     seq_len: int,  # Tokens of each
     target_len: int = 0,  # Tokens of each answer, for an encoder-decoder
@@ -258,7 +260,7 @@ def activation_bytes(
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #90c1ebce
 def training_bytes(
     model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,
+    config: TransformerConfig,  # Sizes and options of the network
     batch_size: int,  # Texts of a batch
     seq_len: int,  # Tokens of each
     target_len: int = 0,  # Tokens of each answer, for an encoder-decoder

@@ -35,7 +35,12 @@ class RMSNormFunction(torch.autograd.Function):
     the data."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    def forward(
+        ctx,  # Keeps what `backward` reads
+        x: torch.Tensor,  # (..., D)
+        weight: torch.Tensor | None,  # (D,); None: 1
+        eps: float,  # Added to the mean square, > 0, against a division by 0
+    ) -> torch.Tensor:
         "`x` (..., D) over its root mean square, times `weight` (D,) or 1."
         number = x.dtype if x.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=number)
@@ -46,7 +51,10 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple:
+    def backward(
+        ctx,  # With what `forward` kept
+        grad: torch.Tensor,  # (..., D), gradient of the result
+    ) -> tuple:
         "Gradients of `x` and `weight`."
         unit, factor, weight = ctx.saved_tensors
         weight_grad = None if weight is None else (grad * unit).flatten(0, -2).sum(0)
@@ -104,7 +112,11 @@ class MathAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+        ctx,  # Keeps what `backward` reads
+        q: torch.Tensor,  # (B, H, T, d)
+        k: torch.Tensor,  # (B, H, T, d)
+        v: torch.Tensor,  # (B, H, T, d)
+        mask: torch.Tensor,  # (T, T) or (B, 1, T, T): 0 or minus infinity
     ) -> torch.Tensor:
         "q, k, v and the result (B, H, T, d); `mask` (T, T) or (B, 1, T, T) is added to the scores."
         weights = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5).add_(mask).softmax(-1)
@@ -113,7 +125,10 @@ class MathAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple:
+    def backward(
+        ctx,  # With what `forward` kept
+        grad: torch.Tensor,  # (B, H, T, d), gradient of the result
+    ) -> tuple:
         "Gradients of q, k and v."
         q, k, v, weights = ctx.saved_tensors
         by_weights = grad @ v.transpose(-2, -1)
@@ -136,8 +151,7 @@ def causal_attention(
     q: torch.Tensor,  # (B, H, T, d)
     k: torch.Tensor,  # (B, K, T, d)
     v: torch.Tensor,  # (B, K, T, d)
-    # (B, T) number of the document, rising; None: one document a row
-    document_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,  # (B, T) document, rising; None: one a row
     implementation: str = "auto",  # "math", "sdpa", "flex"; auto: what `choose_attention` says
 ) -> torch.Tensor:
     """Attention to earlier tokens of the same document, (B, H, T, d). `flex` has no backward pass
@@ -180,7 +194,10 @@ class ReLUSquared(torch.autograd.Function):
     "The square of what is positive."
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx,  # Keeps what `backward` reads
+        x: torch.Tensor,  # Any shape
+    ) -> torch.Tensor:
         "max(x, 0) squared, of the shape of `x`."
         positive = x.relu()
         ctx.save_for_backward(positive)
@@ -188,7 +205,10 @@ class ReLUSquared(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(
+        ctx,  # With what `forward` kept
+        grad: torch.Tensor,  # Of the shape of `x`, gradient of the result
+    ) -> torch.Tensor:
         "Gradient of `x`."
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
@@ -227,8 +247,8 @@ def decoder_config(
     context_length: int = 64,  # Tokens a row may have
     num_heads: int | None = None,  # Query heads; None: of 64, or 32 where the width is below 256
     num_kv_heads: int | None = None,  # Key and value heads; None: as many
-    # Width inside the feed-forward network; None: as many parameters as a widening by four has
-    intermediate_size: int | None = None,
+    # Width inside the feed-forward network
+    intermediate_size: int | None = None,  # None: as many parameters as a widening by four has
     **options,  # Fields of `DecoderConfig` that have a default
 ) -> DecoderConfig:
     "Configuration of a decoder. Raises `UsageError` for what is unknown or does not fit together."
@@ -289,7 +309,10 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,  # Rows to norm, each over its last dimension
+    ) -> torch.Tensor:
         "(..., D) -> (..., D)."
         return rms_norm(x, self.weight)
 
@@ -346,7 +369,10 @@ class MLP(torch.nn.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,  # What attention has left in the stream, normed
+    ) -> torch.Tensor:
         "(B, T, D) -> (B, T, D)."
         if self.gated:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -412,8 +438,7 @@ class Decoder(torch.nn.Module):
     def hidden(
         self,
         input_ids: torch.Tensor,  # (B, T)
-        # (B, T) numbers of the documents; None: one document a row
-        documents: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,  # (B, T) document; None: one a row
     ) -> torch.Tensor:
         "What the head reads, (B, T, D). Raises `DataError` for rows longer than the context."
         c = self.config
@@ -481,8 +506,8 @@ def new_decoder(
     size: str = "4x128",  # Layers x width
     context_length: int = 64,  # Tokens a row may have
     num_heads: int | None = None,  # See `decoder_config`, like the next two
-    num_kv_heads: int | None = None,
-    intermediate_size: int | None = None,
+    num_kv_heads: int | None = None,  # Must divide num_heads
+    intermediate_size: int | None = None,  # Width inside the feed-forward network
     seed: int = 0,  # Of the first weights
     **options,  # Fields of `DecoderConfig` that have a default
 ) -> Decoder:
@@ -500,7 +525,7 @@ def new_decoder(
 
 # %% ../../nbs/1_pretraining/13b_decoder.ipynb #58cec881
 def causal_loss(
-    model: Decoder,
+    model: Decoder,  # Its `hidden` and `logits` are asked
     input_ids: torch.Tensor,  # (B, T)
     targets: torch.Tensor,  # (B, T): what comes next; -100 is not asked
     documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
@@ -522,7 +547,9 @@ def qwen3() -> tuple[type, type]:
     return Qwen3Config, Qwen3ForCausalLM
 
 
-def qwen3_config(config: DecoderConfig) -> Any:
+def qwen3_config(
+    config: DecoderConfig,  # Of a decoder that Qwen3 can be
+) -> Any:
     "The same network as `transformers.Qwen3Config`. Raises `UsageError` naming what Qwen3 has not."
     unknown = ("embedding_norm", "softcap", "bigram_rows", "value_embeddings", "embedding_skip")
     strange = [f"{k}={v!r}" for k, v in asdict(config).items() if k in unknown and v]
@@ -554,7 +581,7 @@ def qwen3_config(config: DecoderConfig) -> Any:
 
 
 def save_decoder(
-    model: Decoder,
+    model: Decoder,  # A decoder that `qwen3_config` takes
     tokenizer_folder: str | Path | None,  # Its files are copied beside the weights; None: no files
     folder: str | Path,  # Where to; made if it is not there
 ) -> Path:
@@ -576,7 +603,9 @@ def save_decoder(
     return folder
 
 
-def foreign_options(config: Any) -> list[str]:
+def foreign_options(
+    config: Any,  # Of Qwen3 or any other model of transformers
+) -> list[str]:
     "What a `transformers` configuration has that a `Decoder` has not."
     if config.model_type != "qwen3":
         return [f"model_type {config.model_type!r}"]
@@ -627,7 +656,9 @@ def load_decoder(folder: str | Path) -> Decoder:
     return model
 
 # %% ../../nbs/1_pretraining/13b_decoder.ipynb #6b151a0d
-def matrix_sizes(config: DecoderConfig) -> tuple[int, int]:
+def matrix_sizes(
+    config: DecoderConfig,  # Widths, heads and mlp_type count
+) -> tuple[int, int]:
     "Entries of a layer's matrices: of its attention, of its feed-forward network."
     heads = config.num_heads + config.num_kv_heads
     mlp = (3 if config.mlp_type == "gated" else 2) * config.hidden_size * config.intermediate_size
@@ -649,7 +680,7 @@ def decoder_parameters(config: DecoderConfig) -> dict[str, int]:
 
 
 def decoder_flops(
-    config: DecoderConfig,
+    config: DecoderConfig,  # Of the decoder; embedding tables do not count
     seq_len: int,  # Tokens of a row
     training: bool = True,  # Forward and backward; else forward only
 ) -> int:
@@ -661,7 +692,7 @@ def decoder_flops(
 
 
 def cache_bytes(
-    config: DecoderConfig,
+    config: DecoderConfig,  # Layers, key and value heads, and their size count
     num_tokens: int,  # Tokens whose keys and values are kept
     bytes_per_value: int = 2,  # 4 in fp32, 2 in bf16
 ) -> int:

@@ -58,10 +58,10 @@ def encoder_config(
 
 
 def new_encoder(
-    vocab_size: int,  # See `encoder_config`, like the next three
-    size: str = "mini",
-    max_position_embeddings: int = 512,
-    dropout: float = 0.0,
+    vocab_size: int,  # Tokens of the vocabulary
+    size: str = "mini",  # A name from `sizes`, or layers x width
+    max_position_embeddings: int = 512,  # Tokens a text may have
+    dropout: float = 0.0,  # Probability of dropping a value in training, 0 to 1
     seed: int = 0,  # Of the first weights
 ) -> torch.nn.Module:
     """A `transformers.BertForMaskedLM` with random weights that depend on the arguments alone;

@@ -27,7 +27,7 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx,  # Keeps what `backward` reads
         q: torch.Tensor,  # (B, H, T, d)
         k: torch.Tensor,  # (B, H, S, d)
         v: torch.Tensor,  # (B, H, S, d)
@@ -51,7 +51,10 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple:
+    def backward(
+        ctx,  # With what `forward` kept
+        grad: torch.Tensor,  # (B, H, T, d), gradient of the result
+    ) -> tuple:
         "Gradients of q, k and v."
         q, k, v, p = ctx.saved_tensors
         grad = grad.reshape(q.shape)
@@ -101,12 +104,12 @@ def eager_attention(
 
 
 def auto_attention(
-    module: torch.nn.Module,  # See `eager_attention`, like all the others
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **more,
+    module: torch.nn.Module,  # The attention layer of transformers
+    query: torch.Tensor,  # (B, H, T, d)
+    key: torch.Tensor,  # (B, H, S, d)
+    value: torch.Tensor,  # (B, H, S, d)
+    attention_mask: torch.Tensor | None,  # (B, H or 1, T, S); True: may look; None: all may
+    **more,  # dropout, scaling, is_causal and what else `sdpa_attention_forward` takes
 ) -> tuple[torch.Tensor, None]:
     """`eager_attention` in bfloat16 and for rows of up to `EAGER_MAX_LENGTH` tokens, else torch's
     attention."""
@@ -137,7 +140,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx,  # Keeps the gradients for `backward`
         hidden: torch.Tensor,  # (N, D)
         weight: torch.Tensor,  # (V, D)
         bias: torch.Tensor,  # (V,)
@@ -172,7 +175,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple:
+    def backward(
+        ctx,  # With the gradients that `forward` made
+        grad: torch.Tensor,  # A scalar, gradient of the sum
+    ) -> tuple:
         "Gradients of hidden, weight and bias."
         found = ctx.saved_tensors
         return (*(found if grad == 1 else [g * grad.to(g) for g in found]), None, None)

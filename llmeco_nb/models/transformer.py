@@ -143,7 +143,7 @@ class FeedForward(nn.Module):
         self.activation = activations[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "(B, T, D) -> (B, T, D)."
+        "`x` (B, T, D), each token by itself -> (B, T, D)."
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -348,7 +348,7 @@ class Bert(nn.Module):
 
 
 def bert_loss(
-    model: Bert,
+    model: Bert,  # Gives logits of the tokens and of the pair
     input_ids: torch.Tensor,  # (B, T)
     labels: torch.Tensor,  # (B, T), the hidden tokens; -100 is not asked
     next_sentence_label: torch.Tensor,  # (B,), 0: the second segment follows; 1: it does not
@@ -439,7 +439,7 @@ class Seq2Seq(nn.Module):
 
 @torch.no_grad()
 def greedy_decode(
-    model: Seq2Seq,
+    model: Seq2Seq,  # Its `encode` runs once, its `decode` for every token
     input_ids: torch.Tensor,  # (B, S), what is read
     bos_token_id: int,  # Token that begins an answer; it is not returned
     eos_token_id: int,  # Token that ends an answer

@@ -113,9 +113,9 @@ def require_text(texts: Iterable[str]) -> Iterator[str]:
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #35fa9a01
 def encode_subwords(
     tokenizer: Any,  # A `tokenizers.Tokenizer` of this chapter or of 12_wordpiece
-    texts: Iterable[str],
+    texts: Iterable[str],  # Read once, in order
     # Whether `<|im_end|>` and the like, written in a text, are the special tokens
-    allow_special: bool = False,
+    allow_special: bool = False,  # False: they are split like any text
     batch_size: int = 512,  # Texts handed over at a time
 ) -> list[np.ndarray]:
     "Token ids of every text as int32 arrays (tokens,), nothing added around them."

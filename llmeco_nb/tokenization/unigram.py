@@ -178,7 +178,7 @@ class Lattice:
         return reached
 
     def totals(self, p: np.ndarray) -> np.ndarray:
-        "Probability of each word, (words,), from those of the pieces, (pieces,)."
+        "Probability of each word, (words,), from `p`, those of the pieces, (pieces,)."
         return self.sweep(p)[self.length, np.arange(len(self.length))]
 
     def expected_counts(
@@ -328,7 +328,7 @@ def measure_subwords(
 def build_subword_tokenizer(
     record: Record,  # Gets the artifact `pieces`
     prose: str | Path,  # Folder of a pretraining mixture or a corpus
-    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),
+    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),  # Kind, size, number of texts
 ) -> Path:
     """Learn a vocabulary from the training texts, measure it on the validation texts, return the
     tokenizer's folder. Raises `UsageError`, `DataError`, `MissingError`."""

@@ -200,7 +200,7 @@ def open_tokenizer(folder: str | Path) -> Any:
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #522c3739
 def encode_texts(
     tokenizer: Any,  # From `wordpiece` or `open_tokenizer`
-    texts: Iterable[str],
+    texts: Iterable[str],  # Read once, in order; words stand between white space
 ) -> list:
     """Token ids of every text, without special tokens around it, as int32 arrays (tokens,); the
     same ids as `tokenizer.encode` gives, only faster."""
@@ -250,7 +250,7 @@ class TokenizerConfig(StageConfig):
 def build_tokenizer(
     record: Record,  # Gets the artifact `tokenizer`
     corpus: str | Path,  # Folder of a corpus
-    config: TokenizerConfig = TokenizerConfig(),
+    config: TokenizerConfig = TokenizerConfig(),  # Size of the vocabulary, and what it counts
 ) -> Path:
     """Learn a WordPiece vocabulary from a corpus' training texts, measure it on its validation
     texts, return the folder. Raises `UsageError`, `DataError`."""
