@@ -45,8 +45,8 @@ from .runner.store import link
 def parse_settings(
     given: list[str], files: list[Path], single: bool = False
 ) -> list[tuple[str, str, object]]:
-    """(stage, parameter, value) for every -f entry and then every -p; with `single` there is no
-    stage part. Raises `UsageError`."""
+    """(stage, parameter, value) for every entry of the YAML `files` (-f), then for every text in
+    `given` (-p); with `single` there is no stage part. Raises `UsageError`."""
     found = []
     for f in files:
         for stage, values in read_yaml(f).items():
@@ -82,12 +82,12 @@ state_words = dict(
 
 
 def remaining_seconds(done: int | None, total: int | None, elapsed: float) -> float | None:
-    "Seconds left if the rest goes as fast as what is done."
+    "Seconds left of `total` units if the rest goes as fast as the `done` ones in `elapsed` seconds."
     return elapsed * (total - done) / done if done and total else None
 
 # %% ../nbs/0_ground/01c_cli.ipynb #14a0c772
 def status_table(pipe, board):
-    "The board as a rich table."
+    "The `board` (instance -> `Progress`) of the pipeline `pipe` as a rich table."
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -152,6 +152,7 @@ class Display:
         )
 
     def say(self, sentence: str):
+        "Print `sentence` above the board, as it is, without markup."
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self):
@@ -281,7 +282,8 @@ class RunOptions(Settings):
 
 
 def prepare_run(o: RunOptions):
-    """The pipeline to run, and the names of the stages to consider (None for all).
+    """The pipeline to run as the options `o` want it, and the names of the stages to consider (None
+    for all).
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
@@ -314,7 +316,9 @@ def prepare_run(o: RunOptions):
 
 
 @command(RunOptions)
-def run(o: RunOptions):
+def run(
+    o: RunOptions,  # What was typed: run, parameters, choice of stages
+):
     "Bring a run up to date: make what is missing or stale, in order, and nothing else."
     from llmeco_nb.runner.pipeline import run_pipeline
 
@@ -365,7 +369,9 @@ def chosen_stages(
 
 # %% ../nbs/0_ground/01c_cli.ipynb #7a692052
 @command(Settings)
-def stages(o: Settings):
+def stages(
+    o: Settings,  # What was typed: run, and parameters as if they were set
+):
     "Say of every stage whether it is current, stale or missing, and why."
     from rich.console import Console
     from rich.table import Table
@@ -475,7 +481,9 @@ def prune(
 
 
 @command(RunChoice)
-def report(o: RunChoice):
+def report(
+    o: RunChoice,  # What was typed: which run
+):
     "Render the run's report: runs/<run>/report/index.html."
     from llmeco_nb.runner.pipeline import Pipeline, open_run
     from llmeco_nb.site.report import render_report
