@@ -446,9 +446,7 @@ def stages_table(
 
 
 def costs(
-    made: list[
-        StageResult
-    ],  # Every instance of the run, as `gather` returns them; those without an entry are left out
+    made: list[StageResult],  # Every instance of the run; those without an entry are left out
 ) -> str:
     "Seconds and peak memory of each instance as bars."
     there = [m for m in made if m.entry]

@@ -29,8 +29,7 @@ number_pattern = re.compile(
 
 
 def format_value(value: object) -> str:
-    """A value for people, as HTML: thousands with a comma, a true minus, four digits of a
-    measurement."""
+    "A `value` for people, as HTML: commas for thousands, a true minus, four digits of a float."
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -44,12 +43,12 @@ def format_value(value: object) -> str:
 
 
 def is_number(value: object) -> bool:
+    "Whether a `value` is an integer or a float; a truth value is none."
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def align_decimals(values: list) -> list[str]:
-    """The numbers of a column, floats with as many decimals as the one that needs most.
-
+    """The `values` of a column, floats with as many decimals as the one that needs most.
     A number that these decimals would show as zero, and is none, keeps its own form."""
     texts = [format_value(v) for v in values]
     decimals = max(
@@ -83,7 +82,7 @@ def scroll_box(
 def html_table(
     head: list[str],  # Texts; an empty one makes no header cell
     rows: list[list],  # Values, or HTML with `raw`
-    raw: bool = False,
+    raw: bool = False,  # Whether the rows are HTML already
     what: str = "Table",  # Its name, for those who hear the page
 ) -> str:
     "An HTML table that scrolls by itself; numeric columns stand to the right."
@@ -115,7 +114,7 @@ def html_table(
 
 
 def metrics_grid(metrics: dict, most: int = 12) -> str:
-    "Metrics as a grid of names and values; those beyond `most` fold."
+    "The `metrics` (name -> value) as a grid; those beyond `most` fold."
     grid = lambda items: (
         '<dl class="facts">'
         + "".join(
@@ -136,6 +135,7 @@ def metrics_grid(metrics: dict, most: int = 12) -> str:
 
 
 def chips(items: list[str]) -> str:
+    "The `items`, HTML, as a row of small labels; empty ones are left out."
     return '<ul class="chips">' + "".join(f"<li>{i}</li>" for i in items if i) + "</ul>"
 
 # %% ../../nbs/0_ground/04b_template.ipynb #708c9643
@@ -240,7 +240,7 @@ class Page:
 
 
 def table_of_contents(pages: list[Page], here: Page) -> str:
-    "The list of pages, in groups."
+    "The list of `pages`, in groups, with the page `here` marked."
     parts, group = [], None
     for p in pages:
         if p.group != group:
@@ -259,7 +259,7 @@ def table_of_contents(pages: list[Page], here: Page) -> str:
 
 
 def prev_next_links(pages: list[Page], here: Page) -> str:
-    "Links to the page before and the page after."
+    "Links to the neighbours in `pages` of the page `here`."
     k = pages.index(here)
 
     def link(p, kind, word):
@@ -321,7 +321,7 @@ def page_sections(page: Page) -> list[list[str]]:
 
 # %% ../../nbs/0_ground/04b_template.ipynb #cdca83ab
 def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: str = "") -> str:
-    "The page as a complete HTML document."
+    "The page as a complete HTML document; all but `page` itself as `write_pages` takes it: `pages`, `brand`, `run`, `foot`."
     deep = [(level, i, text) for level, i, text in page.headings if level in (2, 3)]
     toc = "".join(
         f'<li><a href="#{i}"{" class=deep" if level == 3 else ""}>{escape(text)}</a></li>'
