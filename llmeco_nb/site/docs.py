@@ -127,7 +127,7 @@ def chapter_map(
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #a14d7310
 def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker")) -> bool:
-    """Whether a cell's `source` asks not to be executed (`#| eval: false`) or has one of the `flags`
+    """Whether a cell's `source` asks not to be executed (`#| eval: false`) or has one of `flags`
     (`#| gpu`): it needs what a machine may lack."""
     return any(
         re.search(rf"^\s*#\s*\|\s*{word}\s*$", source, re.M) for word in (r"eval:\s*false", *flags)
@@ -552,8 +552,8 @@ def render_site(
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #49a6a88c
 def evaluated(source: str, space: dict):
-    """Run the cell `source` of index.ipynb in the namespace `space`; the value of its last expression,
-    None without one."""
+    """Run the cell `source` of index.ipynb in the namespace `space`; the value of its last
+    expression, None without one."""
     tree = ast.parse(source)
     last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "index.ipynb", "exec"), space)
@@ -563,8 +563,8 @@ def evaluated(source: str, space: dict):
 
 
 def from_root(house: StageRegistry, markdown: str) -> str:
-    """The `markdown` whose links start beside the notebooks of `house`, with links that start at the
-    repository's root."""
+    """The `markdown` whose links start beside the notebooks of `house`, with links that start at
+    the repository's root."""
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
 
 

@@ -380,8 +380,8 @@ class PageRenderer:
         return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], markup)
 
     def picture(self, source: str) -> dict | None:
-        """Attributes of a picture that the prose names by `source`: kept as a file if it lies beside
-        the notebook or is a data URI, else None."""
+        """Attributes of a picture that the prose names by `source`: kept as a file if it lies
+        beside the notebook or is a data URI, else None."""
         if m := re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,(.+)", source, re.S):
             return self.keep(base64.b64decode(m[2]), m[1].removesuffix("+xml"))
         file = self.home / source if self.home and not re.match(r"\w+:|/|\.\.", source) else None

@@ -21,8 +21,7 @@ from ..core import lock
 from .style import style
 
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
-# how a cell with a number reads
-number_pattern = re.compile(
+number_pattern = re.compile(  # how a cell with a number reads
     r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?"
     r"(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*"
 )
@@ -68,11 +67,9 @@ def align_decimals(values: list) -> list[str]:
     return [aligned(v, t) for v, t in zip(values, texts)]
 
 
-def scroll_box(
-    inner: str,  # HTML, usually a table or a drawing
-    what: str = "Table",  # What it is, for those who hear the page
-) -> str:
-    "What may be wider than the page, in a box that scrolls by touch, mouse and keyboard."
+def scroll_box(inner: str, what: str = "Table") -> str:
+    """`inner`, HTML that may be wider than the page, in a box that scrolls by touch, mouse and
+    keyboard; `what` it is, such as Table, is said to those who hear the page."""
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(what)}, '
         f'may be scrolled sideways">{inner}</div>'
@@ -284,6 +281,7 @@ class SectionReader(HTMLParser):
         self.ids, self.sections, self.skipped = ids, [("", [])], 0
 
     def handle_starttag(self, tag, attrs):
+        "Begin a section where `attrs` (name, value) hold one of the ids; a `tag` parts words."
         anchor = dict(attrs).get("id")
         if anchor in self.ids:
             self.sections.append((anchor, []))
@@ -293,12 +291,14 @@ class SectionReader(HTMLParser):
             self.sections[-1][1].append(" ")
 
     def handle_endtag(self, tag):
+        "The end of a `tag` parts words too, unless it stands inside a line."
         if tag in ("script", "style", "svg", "math"):
             self.skipped -= 1
         elif tag not in inline_elements:
             self.sections[-1][1].append(" ")
 
     def handle_data(self, data):
+        "Add the text `data` to the open section."
         if not self.skipped:
             self.sections[-1][1].append(data)
 
@@ -321,7 +321,7 @@ def page_sections(page: Page) -> list[list[str]]:
 
 # %% ../../nbs/0_ground/04b_template.ipynb #cdca83ab
 def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: str = "") -> str:
-    "The page as a complete HTML document; all but `page` itself as `write_pages` takes it: `pages`, `brand`, `run`, `foot`."
+    "The page as a complete HTML document; `pages`, `brand`, `run`, `foot` are of `write_pages`."
     deep = [(level, i, text) for level, i, text in page.headings if level in (2, 3)]
     toc = "".join(
         f'<li><a href="#{i}"{" class=deep" if level == 3 else ""}>{escape(text)}</a></li>'
@@ -383,8 +383,7 @@ def write_pages(
 # %% ../../nbs/0_ground/04b_template.ipynb #bb957ec2
 @contextmanager
 def replaced_folder(target: Path):
-    """Yield an empty folder; when the `with` block ends well, it becomes `target`, and what was
-    there is gone."""
+    "Yield an empty folder that replaces `target` when the `with` block ends well."
     partial, old = (
         target.with_name(target.name + ".partial"),
         target.with_name(target.name + ".old.partial"),
