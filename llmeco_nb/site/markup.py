@@ -34,7 +34,7 @@ function_name = re.compile(
 
 
 def mathml(tex: str, display: bool = False) -> str:
-    "The LaTeX formula `tex` as MathML, a block with `display`; as code where it resists."
+    "The LaTeX formula `tex` as MathML, a block with `display`; as code if untranslatable."
     from latex2mathml.converter import convert
 
     tex = re.sub(r"\\(begin|end)\{(aligned|align|split)\}", r"\\\1{align*}", tex.strip())
