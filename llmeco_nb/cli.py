@@ -45,8 +45,8 @@ from .runner.store import link
 def parse_settings(
     given: list[str], files: list[Path], single: bool = False
 ) -> list[tuple[str, str, object]]:
-    """(stage, parameter, value) for every -f entry and then every -p; with `single` there is no
-    stage part. Raises `UsageError`."""
+    """(stage, parameter, value) for every entry of the YAML `files` (-f), then for every text in
+    `given` (-p); with `single` there is no stage part. Raises `UsageError`."""
     found = []
     for f in files:
         for stage, values in read_yaml(f).items():
@@ -82,12 +82,12 @@ state_words = dict(
 
 
 def remaining_seconds(done: int | None, total: int | None, elapsed: float) -> float | None:
-    "Seconds left if the rest goes as fast as what is done."
+    "Seconds left if the rest of `total` goes as fast as `done`, which took `elapsed` seconds."
     return elapsed * (total - done) / done if done and total else None
 
 # %% ../nbs/0_ground/01c_cli.ipynb #14a0c772
 def status_table(pipe, board):
-    "The board as a rich table."
+    "The `board` (instance -> `Progress`) of the pipeline `pipe` as a rich table."
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -152,6 +152,7 @@ class Display:
         )
 
     def say(self, sentence: str):
+        "Print `sentence` above the board, as it is, without markup."
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self):
@@ -281,7 +282,8 @@ class RunOptions(Settings):
 
 
 def prepare_run(o: RunOptions):
-    """The pipeline to run, and the names of the stages to consider (None for all).
+    """The pipeline to run as the options `o` want it, and the names of the stages to consider (None
+    for all).
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
@@ -314,7 +316,9 @@ def prepare_run(o: RunOptions):
 
 
 @command(RunOptions)
-def run(o: RunOptions):
+def run(
+    o: RunOptions,  # What was typed: run, parameters, choice of stages
+):
     "Bring a run up to date: make what is missing or stale, in order, and nothing else."
     from llmeco_nb.runner.pipeline import run_pipeline
 
@@ -365,7 +369,9 @@ def chosen_stages(
 
 # %% ../nbs/0_ground/01c_cli.ipynb #7a692052
 @command(Settings)
-def stages(o: Settings):
+def stages(
+    o: Settings,  # What was typed: run, and parameters as if they were set
+):
     "Say of every stage whether it is current, stale or missing, and why."
     from rich.console import Console
     from rich.table import Table
@@ -403,14 +409,16 @@ def first_reasons(
 
 @app.command()
 def bench(
-    name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),
-    level: str = typer.Option(
+    name: str = typer.Argument(  # A key of `benchmarks`; None lists them
+        None, help="The benchmark to run; without a name they are listed."
+    ),
+    level: str = typer.Option(  # check or record: how much is measured
         "check", help="check: minutes, a subset, one seed; record: whole, resumable."
     ),
-    given: list[str] = typer.Option(
+    given: list[str] = typer.Option(  # Each `name=value`; one for each -p
         [], "-p", metavar="NAME=VALUE", help="Set a parameter, such as data=DIR or peer=DIR."
     ),
-    keep: bool = typer.Option(
+    keep: bool = typer.Option(  # Whether the result becomes the kept record
         False, "--keep", help="Keep the result as nbs/records/NAME.json, to be quoted."
     ),
 ):
@@ -461,8 +469,12 @@ def doctor():
 
 @app.command()
 def prune(
-    keep: int = typer.Option(None, help="Also drop all but the newest N runs of each profile."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
+    keep: int = typer.Option(  # Runs of each profile to spare, at least 0; None spares all
+        None, help="Also drop all but the newest N runs of each profile."
+    ),
+    dry_run: bool = typer.Option(  # Whether nothing is removed
+        False, "--dry-run", help="Only say what would go."
+    ),
 ):
     "Remove store entries no run names, and what killed attempts left."
     from llmeco_nb.runner.doctor import prune_runs
@@ -475,7 +487,9 @@ def prune(
 
 
 @command(RunChoice)
-def report(o: RunChoice):
+def report(
+    o: RunChoice,  # What was typed: which run
+):
     "Render the run's report: runs/<run>/report/index.html."
     from llmeco_nb.runner.pipeline import Pipeline, open_run
     from llmeco_nb.site.report import render_report
@@ -490,11 +504,11 @@ def serve(
     bundle: Path = typer.Option(
         None, help="A bundle's folder (default: the newest champion or bundle in runs)."
     ),
-    host: str = typer.Option(
+    host: str = typer.Option(  # Address of the interface to listen at
         "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
     ),
-    port: int = typer.Option(8000, help="The port; 0 takes a free one."),
-    database: str = typer.Option(
+    port: int = typer.Option(8000, help="The port; 0 takes a free one."),  # 0 to 65535
+    database: str = typer.Option(  # None: runs/feedback.sqlite
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
@@ -516,7 +530,7 @@ def serve(
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command()
 def docs(
-    run: str = typer.Option(
+    run: str = typer.Option(  # Folder of a run
         None,
         "--run",
         help=(
@@ -524,10 +538,10 @@ def docs(
             "without it, those of an execution at the defaults."
         ),
     ),
-    quick: bool = typer.Option(
+    quick: bool = typer.Option(  # Whether only kept outputs are shown
         False, "--quick", help="Execute nothing; show the outputs there are."
     ),
-    readme: bool = typer.Option(
+    readme: bool = typer.Option(  # Whether README.md is written instead of the site
         False, "--readme", help="Write README.md from nbs/index.ipynb, and nothing else."
     ),
 ):

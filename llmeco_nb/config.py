@@ -106,7 +106,11 @@ def stage_config(cls: type) -> type:
     return made
 
 
-def refusal(where: str, error: ValidationError, name: str = "") -> str:
+def refusal(
+    where: str,  # Put before the field, such as a class's or an instance's name
+    error: ValidationError,  # What validation raised; its first error is told
+    name: str = "",  # The field, where `error` is about one value alone
+) -> str:
     "The first thing pydantic found wrong, in one sentence: field, value, reason."
     first = error.errors()[0]
     loc = [name, *first["loc"]] if name else list(first["loc"])
@@ -153,7 +157,12 @@ class StageConfig:
         return cls(**{name: cls.read(name, value, where) for name, value in values.items()})
 
     @classmethod
-    def read(cls, name: str, value: Any, where: str = "") -> Any:
+    def read(
+        cls,
+        name: str,  # A field of this config
+        value: Any,  # As YAML, the terminal or a cell gave it
+        where: str = "",  # Instance to name in the error; empty: the field alone
+    ) -> Any:
         """One field's value as its type has it.
 
         Raises `UsageError` that names field, value, reason and default."""
@@ -173,7 +182,10 @@ class StageConfig:
             name: getattr(self, name) for name in self.types() if name not in self.execution_only()
         }
 
-    def replace(self, **values: Any) -> Self:
+    def replace(
+        self,
+        **values: Any,  # Field -> new value; other fields stay as they are
+    ) -> Self:
         "This config with some fields changed, validated as a whole. Raises `UsageError`."
         return self.of({**{name: getattr(self, name) for name in self.types()}, **values})
 

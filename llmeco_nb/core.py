@@ -75,7 +75,9 @@ class ChangedSourceError(LlmecoError):
     code = 8
 
 # %% ../nbs/0_ground/00_core.ipynb #6faf3b5e
-def fsync_folder(path: Path):
+def fsync_folder(
+    path: Path,  # An existing folder
+):
     "Push a folder's list of names to the disk; file systems without the notion are left in peace."
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -89,8 +91,8 @@ def fsync_folder(path: Path):
 
 def write_bytes(
     path: str | Path,  # Final name; its folder must exist
-    data: bytes,
-):  # What the file shall hold
+    data: bytes,  # What the file shall hold
+):
     """Write `data` under `path` so that a crash leaves the former file or the new one, never a
     mixture."""
     path = Path(path)
@@ -107,14 +109,19 @@ def write_bytes(
     fsync_folder(path.parent)
 
 # %% ../nbs/0_ground/00_core.ipynb #799d7148
-def write_json(path: str | Path, obj: object):
+def write_json(
+    path: str | Path,  # Final name; its folder must exist
+    obj: object,  # Anything JSON can hold; NaN and infinity are refused
+):
     "Write `obj` as readable JSON through `write_bytes`."
     write_bytes(
         path, (json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
 
 
-def read_json(path: str | Path):
+def read_json(
+    path: str | Path,  # The file to read, as UTF-8
+):
     "Read a JSON file. Raises `MissingError` when it is not there, `DataError` when it is not JSON."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -147,8 +154,8 @@ def sha256_text(text: str) -> str:
 @contextmanager
 def lock(
     path: str | Path,  # Lock file; made here, removed on leaving
-    waiting: Callable[[], None] | None = None,
-):  # Called once if somebody else holds it
+    waiting: Callable[[], None] | None = None,  # Called once if somebody else holds it
+):
     """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
     process holds it."""
     path = Path(path)
@@ -308,7 +315,12 @@ class Record:
             write_json(file, plan)
         return read_json(file)
 
-    def progress(self, done: int, total: int | None, unit: str = "items"):
+    def progress(
+        self,
+        done: int,  # How many units are finished, from 0 to `total`
+        total: int | None,  # How many there are in all; None where nobody knows
+        unit: str = "items",  # What is counted, in the plural, such as tokens
+    ):
         """Tell the terminal how far the stage is; cheap enough for every step, written at most
         five times a second."""
         now = time.monotonic()
@@ -324,7 +336,12 @@ class Record:
         except OSError:
             pass
 
-    def track(self, items: Iterable, total: int | None = None, unit: str = "items") -> Iterator:
+    def track(
+        self,
+        items: Iterable,  # What to yield, one after the other
+        total: int | None = None,  # How many; None: `len(items)`, where it has one
+        unit: str = "items",  # What an item is, in the plural, for the display
+    ) -> Iterator:
         "Yield `items` while telling `progress`."
         total = len(items) if total is None and hasattr(items, "__len__") else total
         for n, item in enumerate(items, 1):
@@ -338,8 +355,8 @@ kept_files = {"record.json", "resume", "notebook.ipynb"}
 
 def create_record(
     out: str | Path,  # The record's folder; "" for runs/scratch/<stage>
-    stage: str,
-) -> Record:  # Name of the stage
+    stage: str,  # Name of the stage
+) -> Record:
     """Open a record for a new attempt, empty but for `resume/` and its log.
 
     Raises `WriteError` if the folder is somebody else's."""
@@ -363,7 +380,10 @@ def create_record(
     return Record(path, stage)
 
 
-def open_record(out: str | Path, stage: str) -> Record:
+def open_record(
+    out: str | Path,  # The record's folder; "" for runs/scratch/<stage>
+    stage: str,  # Name of the stage
+) -> Record:
     """Open the record that `create_record` with the same arguments made.
 
     Raises `MissingError` if there is none."""
@@ -375,7 +395,9 @@ def open_record(out: str | Path, stage: str) -> Record:
     return Record(path, stage)
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
-def format_duration(seconds: float | None) -> str:
+def format_duration(
+    seconds: float | None,  # Not negative; None where nothing was measured
+) -> str:
     "Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None."
     if seconds is None:
         return ""

@@ -28,21 +28,26 @@ from .machine import machine, versions
 from .stages import Instance, StageRegistry
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #be702c29
-def benchmarks(house: StageRegistry) -> dict[str, Path]:
+def benchmarks(
+    house: StageRegistry,  # Whose notebooks are looked through
+) -> dict[str, Path]:
     "Name -> notebook of every benchmark."
     return {m[1]: p for p in house.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))}
 
 
-def code_key(house: StageRegistry, notebook: Notebook) -> str:
+def code_key(
+    house: StageRegistry,  # Its package is followed to the functions the run cells reach
+    notebook: Notebook,  # A benchmark's
+) -> str:
     "Key of a benchmark's code alone, whatever its parameters: what a kept record is stale against."
     return key_of(work_parts(notebook, house.package, {}, {}, {}))
 
 
 def run_benchmark(
-    house: StageRegistry,
-    name: str,
+    house: StageRegistry,  # Where the benchmark's notebook and package are
+    name: str,  # A key of `benchmarks`, such as augment
     settings: dict,  # Parameters to change, such as level, data, peer
-    watching=lambda watch: None,
+    watching=lambda watch: None,  # Given the monitor of the kernel that starts
 ) -> Path:
     """Run a benchmark into runs/bench/<name>, replacing the former result when the new one is
     whole. Raises `UsageError`."""
@@ -115,7 +120,10 @@ def run_benchmark(
     return final
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #01fa7bdb
-def keep_record(house: StageRegistry, result: Path) -> Path:
+def keep_record(
+    house: StageRegistry,  # A checkout; its nbs/records takes the file
+    result: Path,  # Folder of a finished run, as `run_benchmark` returns it
+) -> Path:
     """Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON
     artifacts, plan, machine, key."""
     if not house.checkout:
@@ -151,7 +159,10 @@ def keep_record(house: StageRegistry, result: Path) -> Path:
     return target
 
 
-def kept_record(house: StageRegistry, notebook: Path) -> Path | None:
+def kept_record(
+    house: StageRegistry,  # Where records are kept, in nbs/records
+    notebook: Path,  # Path of any notebook
+) -> Path | None:
     "The file of a benchmark's kept record; None for other notebooks, and where none is kept."
     return next(
         (
@@ -163,7 +174,10 @@ def kept_record(house: StageRegistry, notebook: Path) -> Path | None:
     )
 
 
-def restore_record(file: Path, folder: Path):
+def restore_record(
+    file: Path,  # A kept record, nbs/records/<name>.json
+    folder: Path,  # Exists and is empty; filled here
+):
     """Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the
     JSON artifacts that were kept."""
     kept = read_json(file)
@@ -177,14 +191,21 @@ def restore_record(file: Path, folder: Path):
         write_json(folder / name, content)
 
 
-def is_stale(house: StageRegistry, file: Path) -> bool:
+def is_stale(
+    house: StageRegistry,  # Where today's benchmarks are
+    file: Path,  # A kept record, nbs/records/<name>.json
+) -> bool:
     "Whether the benchmark of a kept record has changed since, or is gone."
     notebook = benchmarks(house).get(file.stem)
     return not notebook or read_json(file)["key"] != code_key(house, Notebook.read(notebook))
 
 
 def quote(
-    name: str, metric: str, digits: int = 3, house: StageRegistry | None = None, times: float = 1
+    name: str,  # A benchmark's, as its record's file is called
+    metric: str,  # Key of the record's metrics
+    digits: int = 3,  # Decimals of a float; other values stand as they are
+    house: StageRegistry | None = None,  # Where records are kept; None: checkout or package
+    times: float = 1,  # Factor of a float, such as 100 for percent
 ) -> str:
     """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
     has changed since; 'not measured' if there is none."""

@@ -19,7 +19,10 @@ from .stages import StageRegistry
 from .store import Run
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #4d48d7eb
-def findings(house: StageRegistry, runs: Path):
+def findings(
+    house: StageRegistry,  # The notebooks and package to check
+    runs: Path,  # Folder of all runs; made if it is not there
+):
     "Yield (what was looked at, whether it is well, what was found) one after the other."
     yield "Python", sys.version_info >= (3, 11), sys.version.split()[0]
     yield from _libraries()

@@ -126,7 +126,10 @@ class Cell:
             )
         )
 
-    def text(self, package: str = "") -> str:
+    def text(
+        self,
+        package: str = "",  # Imports from this package count without their module
+    ) -> str:
         "What is hashed: meaning, directives and magics."
         magics = [line.strip() for line in self.source.splitlines() if line.startswith(("%", "!"))]
         return "\n".join([meaning(self.tree, package), *self.directives, *magics])
@@ -141,7 +144,10 @@ class Notebook:
     contract: dict = field(default_factory=dict)  # stage, inputs, outputs, cores, sources
 
     @classmethod
-    def read(cls, path: str | Path) -> "Notebook":
+    def read(
+        cls,
+        path: str | Path,  # An .ipynb file
+    ) -> "Notebook":
         """Read an .ipynb file.
 
         Raises `MissingError`, or `DataError` naming the notebook and the cell that cannot
@@ -191,7 +197,11 @@ class Parameter:
     default: object
     comment: str = ""
 
-    def coerce(self, value: object, where: str = ""):
+    def coerce(
+        self,
+        value: object,  # As YAML or the terminal gave it
+        where: str = "",  # Instance to name in the error; empty: the parameter alone
+    ):
         """Turn `value` (from YAML or the command line) into this parameter's type.
 
         Raises `UsageError`."""
@@ -249,8 +259,8 @@ class Module:
     @classmethod
     def read(
         cls,
-        tree: ast.Module,
-        package: str,
+        tree: ast.Module,  # The module's source, parsed
+        package: str,  # Name of the package; other imports count as outside
         home: str = "",  # Folder of the package, dotted, that the module stands in
     ) -> "Module":
         "Sort a module's statements."
@@ -279,8 +289,8 @@ class Module:
 
 
 def bound_names(
-    node: ast.Import | ast.ImportFrom,
-    package: str,
+    node: ast.Import | ast.ImportFrom,  # The statement, as syntax
+    package: str,  # Name of the package; other imports count as outside
     home: str = "",  # Folder of the package, dotted, in which the statement stands
 ) -> dict[str, str]:
     "What an import statement binds: name here -> where it comes from."
@@ -399,7 +409,11 @@ class Package:
                 found.add((home, name.split(".")[0]))
         return found
 
-    def facts(self, origin: str, name: str) -> tuple[str | None, set[tuple[str, str]]]:
+    def facts(
+        self,
+        origin: str,  # Module of the package, such as `training.loop`
+        name: str,  # A definition in it; '*' for all, '' for its effects
+    ) -> tuple[str | None, set[tuple[str, str]]]:
         """What a definition means (None if it only hands something on) and what it reads.
 
         A module's effects are its definition ''."""
@@ -431,7 +445,11 @@ class Package:
         return dict(sorted(found.items()))
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #5019763b
-def cell_parts(notebook: Notebook, package: Package, roles: tuple[str, ...]) -> dict:
+def cell_parts(
+    notebook: Notebook,  # Whose cells
+    package: Package,  # Where the functions that they call are looked up
+    roles: tuple[str, ...],  # Such as run or show; imports cells are read in any case
+) -> dict:
     "What the cells of these roles are and reach: {'cells': {id: hash}, 'functions': {name: hash}}."
     imports, own, mine = {}, {}, notebook.role(*roles)
     for cell in notebook.role("imports", *roles):
@@ -450,8 +468,8 @@ def cell_parts(notebook: Notebook, package: Package, roles: tuple[str, ...]) -> 
 
 
 def work_parts(
-    notebook: Notebook,
-    package: Package,
+    notebook: Notebook,  # The stage's
+    package: Package,  # Where the functions that its run cells call are looked up
     parameters: dict,  # Final values, without `out` and the inputs
     inputs: dict[
         str, object
@@ -469,7 +487,10 @@ def work_parts(
     }
 
 
-def show_parts(notebook: Notebook, package: Package) -> dict:
+def show_parts(
+    notebook: Notebook,  # The stage's
+    package: Package,  # Where the functions that its show cells call are looked up
+) -> dict:
     "All that a stage's page follows from, besides its record."
     return cell_parts(notebook, package, ("show",))
 
@@ -497,7 +518,10 @@ def _placeless(functions: dict[str, str]) -> set[tuple[str, str]]:
     }
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #b4bc7ab2
-def differences(old: dict, new: dict) -> list[str]:
+def differences(
+    old: dict,  # Parts as `work_parts` or `show_parts` made them
+    new: dict,  # Parts of the same kind, made later
+) -> list[str]:
     "What changed between two parts, one sentence each; empty if the keys are equal."
     said, short = (
         [],

@@ -32,7 +32,11 @@ def die_with_parent(parent: int):
         os._exit(1)  # it had died before we asked
 
 
-def kernel_class(env: dict[str, str], sockets: Path, started):
+def kernel_class(
+    env: dict[str, str],  # Set in the kernel besides this process's own variables
+    sockets: Path,  # An existing folder with a short path
+    started,  # Called with the kernel's process id
+):
     """A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and
     complain into its file `stderr`; `started(pid)` is called."""
     from jupyter_client import AsyncKernelManager
@@ -74,10 +78,10 @@ def socket_folder():
 def execute(
     notebook,  # Path, or a notebook node
     output: Path,  # Where the executed notebook goes; kept when a cell fails
-    parameters: dict,
-    env: dict[str, str] | None = None,
-    started: Callable[[int], object] = lambda pid: None,
-):  # Told the kernel's process id
+    parameters: dict,  # Put in place of the parameter cell's values
+    env: dict[str, str] | None = None,  # Variables set in the kernel besides ours
+    started: Callable[[int], object] = lambda pid: None,  # Told the kernel's process id
+):
     """Execute a notebook through papermill.
 
     Raises the error of the package that a cell raised, `WriteError`, or `CellError` naming the
@@ -231,7 +235,9 @@ def json_or(default, path: Path):
         return default
 
 
-def last_row(path: Path) -> dict | None:
+def last_row(
+    path: Path,  # May be absent; its last 4096 bytes are read
+) -> dict | None:
     "The newest complete row of a JSONL file, read from its end."
     import json
 

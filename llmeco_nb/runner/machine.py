@@ -99,8 +99,9 @@ def versions(
         "onnxruntime",
     ),
 ) -> dict[str, str]:
-    """Versions of the libraries a result may depend on, without importing them; absent ones are
-    left out."""
+    """Versions of the libraries in `names`, without importing them; absent ones are left out.
+
+    The default names are those that a result may depend on, as pip calls them."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

@@ -47,7 +47,7 @@ from .store import Run, Store, link, new_run_info
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #200d5a65
 def open_run(
-    house: StageRegistry,
+    house: StageRegistry,  # Where the profile and its stages' notebooks are
     profile: str,  # Name of a profile, or the path of its folder
     path: str | None = None,  # Folder of the run; None for the newest of the profile
     next_round: bool = False,  # Start a new run whose parent is the current one
@@ -140,7 +140,10 @@ class StageStatus:
     entry: Path | None = None  # the finished entry, where there is one
     inputs: dict = field(default_factory=dict)  # input -> [(where from, path)]
 
-    def paths(self, one: Instance) -> dict[str, str | list[str]]:
+    def paths(
+        self,
+        one: Instance,  # The instance that was looked at
+    ) -> dict[str, str | list[str]]:
         """The inputs as the notebook's parameters want them: a path, '' for none, or a list of
         paths."""
         return {
@@ -163,11 +166,19 @@ class Pipeline:
         self.store = Store(run.path.parent)
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
 
-    def select(self, name: str, told_by: str) -> list[Instance]:
+    def select(
+        self,
+        name: str,  # Of an instance (`train@a`) or a stage (`train`)
+        told_by: str,  # Option or file to name in the error
+    ) -> list[Instance]:
         "The instances meant by an instance's or a stage's name. Raises `UsageError`."
         return select_instances(self.instances, name, told_by)
 
-    def override(self, settings: list[tuple[str, str, object]], told_by: str):
+    def override(
+        self,
+        settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)
+        told_by: str,  # Option or file to name in the error
+    ):
         """Change parameters for this run, for good: (stage or instance, parameter, value).
         Nothing is stored unless all of them can be used. Raises what `set_parameters` raises."""
         chosen = set_parameters(self.instances, settings, told_by)
@@ -179,7 +190,10 @@ class Pipeline:
         if chosen:
             self.run.update(change)
 
-    def inputs(self, one: Instance) -> dict[str, list[tuple[str, Path]]] | str:
+    def inputs(
+        self,
+        one: Instance,  # An instance of this pipeline
+    ) -> dict[str, list[tuple[str, Path]]] | str:
         """Input -> [(where from, path of the artifact)]; or the name of an instance that must be
         made first."""
         found = {}
@@ -224,7 +238,11 @@ class Pipeline:
             name: source_revision(one, name) for name in one.notebook.contract.get("sources", {})
         }
 
-    def look(self, one: Instance, revisions: dict[str, str] | None = None) -> StageStatus:
+    def look(
+        self,
+        one: Instance,  # An instance of this pipeline
+        revisions: dict[str, str] | None = None,  # Of its outside sources; None: read here
+    ) -> StageStatus:
         "Work out an instance's state without running anything."
         known = self.run.info["instances"].get(one.name)
         inputs = self.inputs(one)
@@ -382,7 +400,10 @@ def set_parameters(
     return [(o, name) for o, name, _ in chosen]
 
 
-def source_revision(one: Instance, name: str) -> str:
+def source_revision(
+    one: Instance,  # Its value of the parameter says which source
+    name: str,  # A parameter that its contract lists under sources
+) -> str:
     "Revision of the outside source that the parameter `name` gives; '' if it gives none."
     value = one.values.get(name)
     if value in (None, ""):
@@ -416,10 +437,10 @@ def _absolute_path(one: Instance, name: str, value):
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #35cd2beb
 def make_entry(
-    pipe: Pipeline,
-    one: Instance,
-    look: StageStatus,
-    force: bool,
+    pipe: Pipeline,  # Whose store takes the entry
+    one: Instance,  # The instance to execute
+    look: StageStatus,  # What `Pipeline.look` found of it; not of one that waits
+    force: bool,  # Make it again even if a whole entry is there
     watching: Callable[[KernelMonitor], object],  # Given the monitor of the kernel that starts
     notice: Callable[[str], object],  # Told sentences worth printing
 ) -> Path:
@@ -523,7 +544,12 @@ def _finish(pipe: Pipeline, one: Instance, look: StageStatus, partial: Path, fac
     )
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #4403f7d8
-def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
+def make_page(
+    pipe: Pipeline,  # Whose store holds the entry
+    one: Instance,  # The instance the entry is of
+    look: StageStatus,  # What `Pipeline.look` found of it: inputs and page key
+    entry: Path,  # Its finished folder in the store
+):
     "Run the show cells of a finished entry again and exchange its page."
     import nbformat
 
@@ -580,7 +606,7 @@ class Progress:
 
 
 def run_pipeline(
-    pipe: Pipeline,
+    pipe: Pipeline,  # Its run is brought up to date
     only: set[str] | None = None,  # Names of the instances to consider; None for all
     force: bool = False,  # Make them even if they are current
     notice: Callable[[str], object] = print,  # Told sentences worth printing
@@ -637,7 +663,9 @@ def run_pipeline(
 
 
 @contextmanager
-def kill_kernels_on_interrupt(board: dict[str, Progress]):
+def kill_kernels_on_interrupt(
+    board: dict[str, Progress],  # Instance -> progress; kernels of running ones are killed
+):
     "When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too."
     try:
         yield

@@ -64,7 +64,7 @@ class StageRegistry:
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #8fb27119
 def export_is_current(notebook: Path, package: Path) -> bool:
-    "Whether the module exported from `notebook` means what its export cells mean."
+    "Whether the module of `notebook` in the folder `package` means what its export cells mean."
     cells = ["".join(c["source"]) for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
     name = next(
         (m[1] for c in cells if (m := re.search(r"^#\s*\|\s*default_exp\s+([\w.]+)", c, re.M))),
@@ -179,9 +179,9 @@ class Instance:
         }
 
     def set(self, values: dict, told_by: str):
-        """Set parameters by name, read as their types want.
+        """Set parameters by name (`values`), read as their types want.
 
-        Raises `UsageError` naming who told us, and what a name is called today."""
+        Raises `UsageError` naming who told us (`told_by`), and what a name is called today."""
         for name, value in values.items():
             if name not in self.parameters:
                 renamed = renamed_parameters(self.stage).get(name)
@@ -213,8 +213,8 @@ def renamed_parameters(stage: str) -> dict[str, str]:
 
 
 def headline(one: Instance, metrics: dict) -> str:
-    """The metric worth a column: the one the notebook's contract names, else the first; empty if
-    it was not saved."""
+    """Of the `metrics` the one worth a column: the one the notebook's contract names, else the
+    first; empty if it was not saved."""
     name = one.notebook.contract.get("headline") or next(iter(metrics), None)
     if name not in metrics:
         return ""
@@ -233,7 +233,7 @@ def renamed_values(stage: str) -> dict[tuple[str, str], str]:
 
 
 def current_value(
-    stage: str,
+    stage: str,  # Whose parameter
     name: str,  # What the parameter was called
     value: object,  # As it was stored then
 ) -> object:
@@ -264,9 +264,9 @@ def current_overrides(
 
 # %% ../../nbs/0_ground/00c_stages.ipynb #af01c26f
 def read_yaml(path: Path) -> dict:
-    """A YAML file that holds a mapping (or nothing). Keys and values are the texts as written, also
-    where they look like numbers, dates or truth values; only an empty value, `~` and `null` are
-    None. Raises `MissingError` or `UsageError` naming file and line."""
+    """What the YAML file `path` holds, a mapping (or nothing). Keys and values are texts as they
+    are written, also where they look like numbers, dates or truth values; only an empty value, `~`
+    and `null` are None. Raises `MissingError` or `UsageError` naming file and line."""
     import yaml
 
     kept = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
@@ -293,7 +293,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def profile_folder(house: StageRegistry, profile: str) -> Path:
-    "The folder of a profile given by name or path. Raises `UsageError` with the names there are."
+    "The folder of a profile of `house` by name or path. Raises `UsageError` with the known names."
     for folder in (house.nbs / "profiles" / profile, Path(profile)):
         if (folder / "pipeline.yaml").is_file():
             return folder
@@ -308,9 +308,8 @@ def profile_folder(house: StageRegistry, profile: str) -> Path:
 
 
 def read_profile(house: StageRegistry, profile: str) -> tuple[list[Instance], dict]:
-    """The instances of a profile in the order they can run, and the rest of its pipeline.yaml.
-
-    Raises `UsageError`."""
+    """The instances of a profile of `house`, given by name or path, in the order they can run, and
+    the rest of its pipeline.yaml (`profile` as for `profile_folder`). Raises `UsageError`."""
     folder = profile_folder(house, profile)
     spec, file = read_yaml(folder / "pipeline.yaml"), folder / "pipeline.yaml"
     made: dict[str, Instance] = {}

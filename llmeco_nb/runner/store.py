@@ -39,10 +39,18 @@ class Store:
         except (MissingError, DataError):
             self._seen = {}
 
-    def entry(self, stage: str, key: str) -> Path:
+    def entry(
+        self,
+        stage: str,  # Name of the stage, without a variant
+        key: str,  # Its work key, 16 hex digits
+    ) -> Path:
+        "Where a stage's result of this key stands, or would stand: its folder in the store."
         return self.folder / f"{stage}-{key}"
 
-    def sha(self, path: Path) -> str:
+    def sha(
+        self,
+        path: Path,  # File or folder; one that is not there gives 'absent'
+    ) -> str:
         "`sha256_of` with a memory for files that have not been touched."
         if path.is_dir():
             files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
@@ -71,7 +79,11 @@ class Store:
             if self.sha(entry / name) != sha
         ]
 
-    def find(self, stage: str, key: str) -> Path | None:
+    def find(
+        self,
+        stage: str,  # Name of the stage, without a variant
+        key: str,  # Its work key, 16 hex digits
+    ) -> Path | None:
         "The whole and unharmed entry, or None."
         entry = self.entry(stage, key)
         return entry if (entry / "manifest.json").is_file() and not self.damage(entry) else None
@@ -101,9 +113,9 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: Path,
-        profile: str,
-        parent: "Run | None" = None,
+        path: Path,  # The run's folder, which does not exist yet
+        profile: str,  # Name of the profile, or the path of its folder
+        parent: "Run | None" = None,  # The run of the round before; None for a first round
         freeze: Callable[[Path], object] = lambda folder: None,
     ) -> "Run":
         "Make a run folder, whole or not at all; `freeze(folder)` puts snapshots into it first."
@@ -123,11 +135,18 @@ class Run:
             change(self.info)
             write_json(self.path / "run.json", self.info)
 
-    def key(self, instance: str) -> str | None:
+    def key(
+        self,
+        instance: str,  # Such as `train` or `train@a`
+    ) -> str | None:
+        "Work key of what this run made of an instance; None if it has made nothing of it yet."
         return self.info["instances"].get(instance, {}).get("key")
 
 
-def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
+def new_run_info(
+    profile: str,  # Name of the profile, or the path of its folder
+    parent: "Run | None" = None,  # The run of the round before; None for a first round
+) -> dict:
     """What run.json holds of a run that has made nothing yet.
 
     A later round takes its parent's overrides."""

@@ -20,7 +20,8 @@ from ..core import palette
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #e8c27d57
 def ranks(names: list[str], arrows: list[tuple[str, str]]) -> dict[str, int]:
-    "Column of each box, for `names` in an order in which they can be made."
+    """Column of each of `names`, which stand in an order in which they can be made; `arrows` are
+    pairs (from, to) of names."""
     rank = {}
     for n in names:
         rank[n] = max((rank[a] + 1 for a, b in arrows if b == n), default=0)
@@ -32,8 +33,8 @@ def ranks(names: list[str], arrows: list[tuple[str, str]]) -> dict[str, int]:
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #0ffc9012
 def waypoints(rank: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list[list], dict]:
-    """Columns of boxes (names) and waypoints (pairs name, column), and for each arrow the points
-    it goes through."""
+    """Columns of boxes (names) and waypoints (pairs name, column), and for each of `arrows` (from,
+    to) the points it goes through; `rank` is the column of each name, from 0."""
     columns = [[n for n in rank if rank[n] == k] for k in range(max(rank.values(), default=0) + 1)]
     paths = {}
     for a, b in arrows:
@@ -45,8 +46,8 @@ def waypoints(rank: dict[str, int], arrows: list[tuple[str, str]]) -> tuple[list
 
 
 def minimize_crossings(columns: list[list], paths: dict, sweeps: int = 8) -> list[list]:
-    """Sort each column by the mean position of its neighbours, back and forth, and keep the order
-    with the fewest crossings."""
+    """Sort each of the `columns` by the mean position of its neighbours along the `paths`, back and
+    forth, `sweeps` times in all, and keep the order with the fewest crossings."""
     links = {pair for p in paths.values() for pair in zip(p, p[1:])}
     best = columns = [list(c) for c in columns]
     for sweep in range(sweeps):
@@ -81,8 +82,8 @@ def crossings(columns: list[list], links: set) -> int:
 def heights(
     columns: list[list], paths: dict, gap: Callable[[object, object], float], sweeps: int = 12
 ) -> dict:
-    """Height of every box and waypoint; `gap(a, b)` is the least distance between two that follow
-    each other."""
+    """Height of every box and waypoint of the `columns`, near those its `paths` link it to, after
+    `sweeps` rounds; `gap(a, b)` is the least distance of two that follow each other."""
     links = {pair for p in paths.values() for pair in zip(p, p[1:])}
     near = {n: [a if b == n else b for a, b in links if n in (a, b)] for c in columns for n in c}
     y = {}
@@ -104,7 +105,7 @@ def heights(
 
 
 def cumulative_sums(steps: Iterable[float]) -> list[float]:
-    "Running sums."
+    "Running sums of the `steps`."
     total, found = 0.0, []
     for s in steps:
         total += s
@@ -113,7 +114,7 @@ def cumulative_sums(steps: Iterable[float]) -> list[float]:
 
 
 def isotonic_fit(values: list[float]) -> list[float]:
-    "The closest sequence that never falls: neighbours that would fall are replaced by their mean."
+    "The closest to `values` that never falls: neighbours that would fall are given their mean."
     blocks: list[list[float]] = []
     for v in values:
         blocks.append([v, 1])
@@ -199,7 +200,7 @@ def lineage_svg(
 
 
 def has_longer_path(pair: tuple[str, str], pairs: list[tuple[str, str]]) -> bool:
-    "Whether there is a way from a to b over others."
+    "Whether a way over others leads from the first to the second of `pair`, along `pairs`."
     reach, todo = set(), [b for a, b in pairs if a == pair[0] and b != pair[1]]
     while todo:
         n = todo.pop()
@@ -255,8 +256,8 @@ def _box(box: Box, left: float, right: float, y: float) -> str:
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #f10a0002
 def parse_mermaid(source: str) -> tuple[dict[str, tuple[str, bool]], list[tuple[str, str, str]]]:
-    """Boxes, name -> (words, whether it is a circle), and arrows (from, to, words) of a `graph LR`
-    in Mermaid's language. Raises `ValueError` naming the line it cannot read."""
+    """Boxes, name -> (words, whether it is a circle), and arrows (from, to, words) of `source`, a
+    `graph LR` in Mermaid's language. Raises `ValueError` naming the line it cannot read."""
     node, arrow = (
         re.compile(r"\s*(\w+)(?:\[([^\]]+)\]|\(\(([^)]+)\)\))?\s*"),
         re.compile(r"-->(?:\|([^|]*)\|)?|-\.(.*?)\.->"),
@@ -287,7 +288,7 @@ def parse_mermaid(source: str) -> tuple[dict[str, tuple[str, bool]], list[tuple[
 def topological_order(
     names: Iterable[str], arrows: list[tuple[str, str, str]]
 ) -> tuple[list[str], list[tuple[str, str, str]]]:
-    "Names in an order in which arrows lead forward, and the arrows that lead back all the same."
+    "The `names` so that `arrows` (from, to, words) lead forward, and those that lead back even so."
     order, open_, back = [], [], []
 
     def visit(n):
@@ -307,8 +308,7 @@ def topological_order(
 
 
 def flow_svg(source: str) -> str:
-    """A flow in Mermaid's words, drawn from left to right.
-
+    """The flow `source`, in Mermaid's words, drawn from left to right.
     Raises `ValueError` for words it does not know."""
     boxes, arrows = parse_mermaid(source)
     order, back = topological_order(boxes, arrows)
@@ -416,7 +416,7 @@ def flow_svg(source: str) -> str:
 # %% ../../nbs/0_ground/04c_diagram.ipynb #498cf2f2
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], which must not be
-    empty."""
+    empty; `about` says how many to aim at."""
     power = 10.0 ** math.floor(math.log10((high - low) / about))
     step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= about + 0.5)
     return [
@@ -445,7 +445,7 @@ def downsample(points: list[tuple[float, float]], most: int = 240) -> list[tuple
 
 
 def short_number(x: float) -> str:
-    "A number for an axis: 12k, 0.05, 3."
+    "The number `x` for an axis: 12k, 0.05, 3."
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:g}{letter}"
@@ -454,13 +454,12 @@ def short_number(x: float) -> str:
 # %% ../../nbs/0_ground/04c_diagram.ipynb #718148e9
 def curves_svg(
     series: dict[str, list[tuple[float, float]]],  # Name -> points, each with at least one
-    xlabel: str,
-    width: int = 380,
-    height: int = 210,
+    xlabel: str,  # Name of the common axis
+    width: int = 380,  # Of the picture, in CSS pixels
+    height: int = 210,  # Of the picture, in CSS pixels
 ) -> str:
-    """Curves over a common axis, in the colours --c0, --c1, ...
-
-    of the page; their names are for the caption."""
+    """Curves over a common axis, in the colours --c0, --c1, ... of the page; their names are for
+    the caption."""
     series = {n: downsample(sorted(p)) for n, p in series.items() if p}
     every = [p for points in series.values() for p in points]
     (x0, x1), (y0, y1) = (
@@ -510,7 +509,7 @@ def curves_svg(
 # %% ../../nbs/0_ground/04c_diagram.ipynb #2bf29516
 def intervals_svg(
     rows: list[tuple[str, float, float, float]],  # (name, value, low, high); at least one
-    width: int = 620,
+    width: int = 620,  # Of the picture, in CSS pixels
 ) -> str:
     "Values with their intervals below each other, on a common axis, each with its number."
     (x0, x1) = padded_range([v for _, _, low, high in rows for v in (low, high)], 0.04)

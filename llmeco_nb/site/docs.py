@@ -75,7 +75,7 @@ class Chapter:
 
 
 def chapters(house: StageRegistry) -> list[Chapter]:
-    "All notebooks but the front page, guides first, then by number."
+    "All notebooks of `house` but the front page, guides first, then by number."
     found = []
     for path in house.notebooks:
         if path.name == "index.ipynb":
@@ -127,15 +127,16 @@ def chapter_map(
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #a14d7310
 def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker")) -> bool:
-    "Whether a cell asks not to be executed (`#| eval: false`) or needs what a machine may lack."
+    """Whether a cell's `source` asks not to be executed (`#| eval: false`) or has one of `flags`
+    (`#| gpu`): it needs what a machine may lack."""
     return any(
         re.search(rf"^\s*#\s*\|\s*{word}\s*$", source, re.M) for word in (r"eval:\s*false", *flags)
     )
 
 
 def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
-    """The notebook as `execute_notebook` has executed it, if nothing has changed since, neither in
-    its code nor in a benchmark's record."""
+    """The notebook at `path` as `execute_notebook` has executed it, if nothing has changed since,
+    neither in its code (cells and what they reach in `house`) nor in a benchmark's record."""
     found, file = kept_lessons(path, house.package), kept_record(house, path)
     return (
         found
@@ -145,8 +146,8 @@ def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
 
 
 def execute_notebook(house: StageRegistry, path: Path) -> str:
-    """Execute a notebook at its defaults, or the show cells of a benchmark on its kept record,
-    unless it is kept already; returns what went wrong, or ''."""
+    """Execute the notebook at `path`, one of `house`, at its defaults, or the show cells of a
+    benchmark on its kept record, unless it is kept already; returns what went wrong, or ''."""
     import nbformat
 
     if executed_notebook(house, path):
@@ -208,7 +209,7 @@ class ApiEntry:
 
 
 def api_entries(code: str, kind: str = "function") -> list[ApiEntry]:
-    "The public functions and classes that a piece of code defines."
+    "The public functions (each of the kind `kind`) and classes that a piece of code defines."
     lines = code.splitlines()
     return [
         _entry(n, lines, kind)
@@ -315,18 +316,18 @@ def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #6d7e1ab9
 def escape_tags(text: str) -> str:
-    """Markdown in which a `<` outside of code is a sign and begins no tag: so it is meant in
+    """Markdown `text` in which a `<` outside of code is a sign and begins no tag: so it is meant in
     docstrings and comments."""
     return re.sub(r"(`+[^`]*`+)|<", lambda m: m[1] or "&lt;", text)
 
 
 def render_inline(scribe: PageRenderer, text: str) -> str:
-    "A line of Markdown as HTML without a paragraph around it."
+    "The line `text` of Markdown as HTML without a paragraph around it, written by `scribe`."
     return re.sub("^<p>|</p>$", "", scribe.prose(text, listed=False).strip())
 
 
 def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> str:
-    "Entries as HTML; each is a heading that the search knows."
+    "The entries `found` in `module` as HTML; each is a heading of `scribe` that the search knows."
     parts = []
     for e in found:
         scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
@@ -356,7 +357,7 @@ def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> s
 
 
 def exported_code(nb: dict) -> list[ApiEntry]:
-    "What a notebook exports, in order."
+    "What a notebook exports, in order; `nb` is its JSON."
     return [e for c in cells_with_outputs(nb) if c.exported for e in api_entries(c.source)]
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #2c045940
@@ -364,12 +365,12 @@ glossary = "05b_glossary.ipynb"
 
 
 def chapter_page(
-    house: StageRegistry,
-    c: Chapter,
-    known: list[Chapter],
-    folder: Path,
-    run: dict | None,
-    failed: str,
+    house: StageRegistry,  # Whose package the chapter's functions belong to
+    c: Chapter,  # The chapter
+    known: list[Chapter],  # All chapters of the site, for links
+    folder: Path,  # The site's; pictures go to its assets/
+    run: dict | None,  # The notebook as a run executed it; None: without one
+    failed: str,  # Why the chapter could not be executed; empty if it could
 ) -> Page:
     "A chapter with its code in the open, its outputs, and the reference of what it exports."
     files = {k.path.name: k.file for k in known} | {"index.ipynb": "index.html"}
@@ -418,7 +419,8 @@ def chapter_page(
 
 
 def site_link(href: str, files: dict[str, str]) -> str | None:
-    "A notebook's address as its page's; other relative addresses lead nowhere on the site."
+    """The address `href`, a notebook's as its page's in `files` (name -> page); other relative ones
+    lead nowhere on the site."""
     if "://" in href or href.startswith("mailto:"):
         return href
     name, _, anchor = href.rpartition("/")[2].partition("#")
@@ -426,7 +428,9 @@ def site_link(href: str, files: dict[str, str]) -> str | None:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #4a2886a7
 def front_page(house: StageRegistry, known: list[Chapter], folder: Path) -> Page:
-    "The front page: the words of index.ipynb, the ring, and all chapters."
+    """The front page: the words of index.ipynb in `house`, the ring, and the chapters `known`.
+
+    Pictures go to assets/ in the site's `folder`."""
     files = {k.path.name: k.file for k in known}
     scribe = PageRenderer(folder, lambda href: site_link(href, files), house.nbs)
     title, subtitle, cells = (
@@ -458,7 +462,7 @@ def front_page(house: StageRegistry, known: list[Chapter], folder: Path) -> Page
 
 
 def listing(known: list[Chapter], scribe: PageRenderer) -> str:
-    "Every chapter with its subtitle, by decade."
+    "Every chapter of `known` with its subtitle, written by `scribe`, by decade."
     parts = []
     for d, name in [(None, "guides"), *decades.items()]:
         found = [c for c in known if c.decade == d]
@@ -478,7 +482,9 @@ def listing(known: list[Chapter], scribe: PageRenderer) -> str:
 
 
 def reference_page(known: list[Chapter], folder: Path) -> Page:
-    "Every exported name with the first sentence about it."
+    """Every name that the chapters `known` export with the first sentence about it.
+
+    Pictures would go to assets/ in the site's `folder`."""
     scribe, parts = PageRenderer(folder), []
     for c in known:
         found = exported_code(read_json(c.path)) if c.module else []
@@ -504,7 +510,7 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #3e3fc512
 def render_site(
-    house: StageRegistry,
+    house: StageRegistry,  # Its chapters; `_docs/` stands in its checkout, else here
     pipe: Pipeline | None = None,  # Take the stages' outputs from this pipeline's run
     execute: bool = True,  # Execute chapters whose outputs are not kept
     notice: Callable[[str], object] = lambda sentence: None,  # Told what is being executed
@@ -546,8 +552,8 @@ def render_site(
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #49a6a88c
 def evaluated(source: str, space: dict):
-    """Run a cell of index.ipynb in the namespace `space`; the value of its last expression, None
-    without one."""
+    """Run the cell `source` of index.ipynb in the namespace `space`; the value of its last
+    expression, None without one."""
     tree = ast.parse(source)
     last = tree.body.pop().value if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "index.ipynb", "exec"), space)
@@ -557,13 +563,13 @@ def evaluated(source: str, space: dict):
 
 
 def from_root(house: StageRegistry, markdown: str) -> str:
-    """Markdown whose links start beside the notebooks, with links that start at the repository's
-    root."""
+    """The `markdown` whose links start beside the notebooks of `house`, with links that start at
+    the repository's root."""
     return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
 
 
 def render_readme(house: StageRegistry) -> str:
-    "README.md, made from index.ipynb."
+    "README.md, made from index.ipynb of `house`."
     parts, space = [], {}
     for c in read_json(house.nbs / "index.ipynb")["cells"]:
         source = cell_source(c)
@@ -576,7 +582,7 @@ def render_readme(house: StageRegistry) -> str:
 
 
 def write_readme(house: StageRegistry) -> Path:
-    "Write README.md and the picture of the ring from the notebooks."
+    "Write README.md and the picture of the ring from the notebooks of `house`, a checkout."
     (house.nbs / "images").mkdir(exist_ok=True)
     write_bytes(house.nbs / "images" / "ring.svg", ring_svg("", alone=True).encode())
     write_bytes(house.nbs.parent / "README.md", render_readme(house).encode())

@@ -34,7 +34,7 @@ function_name = re.compile(
 
 
 def mathml(tex: str, display: bool = False) -> str:
-    "A formula in LaTeX as MathML; as code if it cannot be translated."
+    "The LaTeX formula `tex` as MathML, a block with `display`; as code if untranslatable."
     from latex2mathml.converter import convert
 
     tex = re.sub(r"\\(begin|end)\{(aligned|align|split)\}", r"\\\1{align*}", tex.strip())
@@ -86,6 +86,7 @@ class HTMLSanitizer(HTMLParser):
         self.anchors = []  # of the open <a>, whether each leads somewhere
 
     def handle_starttag(self, tag, attrs, empty=False):
+        "Write the opening `tag` with its harmless `attrs` (name, value); `empty`: and close it."
         if self.skip or tag in forbidden_elements:
             if tag in forbidden_elements and tag not in void_elements and not empty:
                 self.skip.append(tag)
@@ -141,6 +142,7 @@ class HTMLSanitizer(HTMLParser):
                 self.handle_endtag(tag)
 
     def handle_startendtag(self, tag, attrs):
+        "Write a `tag` that closes itself, with its `attrs`."
         self.handle_starttag(tag, attrs, True)
 
     def _close_to(self, tag):
@@ -150,6 +152,7 @@ class HTMLSanitizer(HTMLParser):
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
+        "Close `tag`, and what is open inside it; one that is not open is passed over."
         if self.skip:
             if tag == self.skip[-1]:
                 self.skip.pop()
@@ -170,7 +173,6 @@ class HTMLSanitizer(HTMLParser):
 
     def _end_cell(self, tag: str, start: int) -> str:
         """Mark a cell whose content begins at `start`; the tag that closes it.
-
         An empty header is no header."""
         text = re.sub(r"<[^>]*>", "", "".join(self.parts[start:])).strip()
         if tag == "th" and not text and "<img" not in "".join(self.parts[start:]):
@@ -188,6 +190,7 @@ class HTMLSanitizer(HTMLParser):
         return tag
 
     def handle_data(self, data):
+        "Write the text `data`, escaped."
         if not self.skip:
             self.parts.append(html.escape(data, quote=False))
 
@@ -195,8 +198,7 @@ class HTMLSanitizer(HTMLParser):
 def sanitize_html(
     markup: str, link: Callable = lambda href: href, image: Callable = lambda src: None
 ) -> str:
-    """Harmless and balanced HTML.
-
+    """The HTML `markup`, made harmless and balanced.
     `link(href)` gives the new address or None, `image(src)` the new attributes or None."""
     tidy = HTMLSanitizer(link, image)
     tidy.feed(markup)
@@ -218,7 +220,7 @@ def hanging_indent(line: str) -> str:
 
 
 def highlight_code(code: str, language: str = "python") -> str:
-    "Code as HTML with a class for each kind of token; plain where the language is unknown."
+    "The `code` as HTML with a class for each kind of token; plain where `language` is unknown."
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import get_lexer_by_name
@@ -234,14 +236,14 @@ def highlight_code(code: str, language: str = "python") -> str:
 
 
 def strip_directives(source: str) -> str:
-    "Code without nbdev's directives."
+    "The code `source` without nbdev's directives."
     return "\n".join(line for line in source.split("\n") if not re.match(r"\s*#\s*\|", line)).strip(
         "\n"
     )
 
 
 def code_summary(source: str) -> str:
-    "What a piece of code is about, in a few words: the names it defines, else its first line."
+    "What the code `source` is about, in a few words: names it defines, else its first line."
     try:
         body = ast.parse(source).body
     except SyntaxError:
@@ -294,7 +296,7 @@ def markdown_parser():
 
 
 def slug(text: str) -> str:
-    "A heading as an id; what Jupyter makes of it (`#The-run`) gives the same."
+    "The heading `text` as an id; what Jupyter makes of it (`#The-run`) gives the same."
     return re.sub(r"\W+", "-", text.lower()).strip("-") or "section"
 
 
@@ -304,11 +306,9 @@ class PageRenderer:
     def __init__(
         self,
         folder: Path,  # The site's folder; pictures go to its assets/
-        link: Callable[[str], str | None] = lambda href: (
-            href
-        ),  # New address of a link, None for no link
-        home: Path | None = None,
-    ):  # Where relative pictures of the prose are
+        link: Callable[[str], str | None] = lambda href: href,  # New address; None: no link
+        home: Path | None = None,  # Where relative pictures of the prose are
+    ):
         self.folder, self._link, self.home, self.headings, self.ids = (
             folder,
             link,
@@ -318,20 +318,20 @@ class PageRenderer:
         )
 
     def heading(self, level: int, text: str, markup: str = "") -> str:
-        "A heading that the page's list of headings and the search know."
+        "A heading of `level` 1 to 6, `text` or its `markup`, that the page's list and search know."
         self.ids[slug(text)] += 1
         i = slug(text) + (f"-{self.ids[slug(text)]}" if self.ids[slug(text)] > 1 else "")
         self.headings.append((level, i, text))
         return f'<h{level} id="{i}">{markup or html.escape(text)}</h{level}>\n'
 
     def link(self, href: str) -> str | None:
-        "Addresses in the page's own headings are brought into form; scripts are none."
+        "An address `href` in the page's own headings is brought into form; scripts are none."
         if href.startswith("#"):
             return "#" + slug(unquote(href[1:]))
         return None if re.match(r"\s*(javascript|data|vbscript):", href, re.I) else self._link(href)
 
     def prose(self, text: str, listed: bool = True) -> str:
-        "Markdown as HTML; with `listed` its headings join the list."
+        "The Markdown `text` as HTML; with `listed` its headings join the list."
         formulas = []
 
         def out(m):
@@ -380,15 +380,15 @@ class PageRenderer:
         return re.sub("\ue000(\\d+)\ue001", lambda m: formulas[int(m[1])], markup)
 
     def picture(self, source: str) -> dict | None:
-        """Attributes of a picture named in the prose: kept as a file if it lies beside the
-        notebook, else none."""
+        """Attributes of a picture that the prose names by `source`: kept as a file if it lies
+        beside the notebook or is a data URI, else None."""
         if m := re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,(.+)", source, re.S):
             return self.keep(base64.b64decode(m[2]), m[1].removesuffix("+xml"))
         file = self.home / source if self.home and not re.match(r"\w+:|/|\.\.", source) else None
         return self.keep(file.read_bytes(), file.suffix[1:]) if file and file.is_file() else None
 
     def keep(self, data: bytes, suffix: str) -> dict:
-        "Put a picture into assets/ and return what its <img> needs."
+        "Put a picture, its bytes `data`, into assets/ with this `suffix`; what its <img> needs."
         name = f"{hashlib.sha256(data).hexdigest()[:12]}.{suffix}"
         (self.folder / "assets").mkdir(parents=True, exist_ok=True)
         (self.folder / "assets" / name).write_bytes(data)

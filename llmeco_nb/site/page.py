@@ -38,8 +38,8 @@ def strip_ansi(text: str) -> str:
 
 def output_html(
     outputs: list[dict],  # As nbformat stores them
-    scribe: PageRenderer,
-    alt: str = "figure",
+    scribe: PageRenderer,  # Writes the page the outputs stand on
+    alt: str = "figure",  # Alternative text of pictures
 ) -> str:
     "Outputs of one cell as HTML; empty if there is nothing to see."
     parts, stream = [], {"name": None}
@@ -106,11 +106,16 @@ class PageCell:
         return bool(re.search(r"^\s*#\s*\|\s*(export|exporti|exports)\s*$", self.source, re.M))
 
 
-def cell_source(cell: dict) -> str:
+def cell_source(
+    cell: dict,  # As nbformat stores it
+) -> str:
+    "The source of a raw notebook's cell, which may be one string or a list of lines."
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
-def cell_role(cell: dict) -> str:
+def cell_role(
+    cell: dict,  # As nbformat stores it
+) -> str:
     "The role of a cell in a raw notebook."
     if cell["cell_type"] != "code":
         return cell["cell_type"]
@@ -121,7 +126,10 @@ def cell_role(cell: dict) -> str:
     return found or ("imports" if code_summary(cell_source(cell)) == "imports" else "lesson")
 
 
-def same_code(a: str, b: str) -> bool:
+def same_code(
+    a: str,  # Python code
+    b: str,  # Python code; if either cannot be parsed and they differ: False
+) -> bool:
     "Whether two pieces of code mean the same."
     try:
         return a == b or meaning(a) == meaning(b)
@@ -188,7 +196,7 @@ def split_title(cells: list[PageCell]) -> tuple[str, str, list[PageCell]]:
 
 def render_chapter(
     cells: list[PageCell],
-    scribe: PageRenderer,
+    scribe: PageRenderer,  # Writes the page; collects its headings
     fold: bool = False,  # Hide the code behind one line
     module: str = "",  # Name of the module that exported cells go to
 ) -> str:
@@ -287,7 +295,10 @@ def is_picture(output: dict) -> bool:
     return any(kind.startswith("image/") for kind in output.get("data", {}))
 
 
-def code_html(cell: PageCell, module: str = "") -> str:
+def code_html(
+    cell: PageCell,
+    module: str = "",  # Shown at exported cells; empty: nowhere
+) -> str:
     "A code cell; one that is exported says where to."
     source = strip_directives(cell.source)
     label = (
@@ -298,7 +309,10 @@ def code_html(cell: PageCell, module: str = "") -> str:
     return f'<div class="code">{label}{highlight_code(source)}</div>' if source else ""
 
 # %% ../../nbs/0_ground/04e_page.ipynb #09a05914
-def lesson_key(notebook: dict, package: Package) -> str:
+def lesson_key(
+    notebook: dict,  # As JSON or nbformat gives it
+    package: Package,  # Where the functions that its cells call are looked up
+) -> str:
     "Key over all code cells of a notebook and the functions they reach."
     cells = [
         Cell(c.get("id", ""), "", cell_source(c))
@@ -318,7 +332,10 @@ def lesson_key(notebook: dict, package: Package) -> str:
     )
 
 
-def kept_lessons(notebook: Path, package: Package) -> dict | None:
+def kept_lessons(
+    notebook: Path,
+    package: Package,  # Where the functions that its cells call are looked up
+) -> dict | None:
     "The notebook executed at its defaults, if it was and nothing has changed since."
     try:
         found = read_json(runs_dir() / "lessons" / notebook.name)

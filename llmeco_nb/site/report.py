@@ -80,7 +80,9 @@ class StageResult:
         return ", ".join([self.title, *changed[:3]])
 
 
-def reading_order(instances: list[Instance]) -> list[Instance]:
+def reading_order(
+    instances: list[Instance],  # All of a profile
+) -> list[Instance]:
     "Instances so that each comes after those it needs, and else in the order of the chapters."
     left, done = sorted(instances, key=lambda o: (o.notebook.path.name, o.name)), []
     while left:
@@ -90,7 +92,9 @@ def reading_order(instances: list[Instance]) -> list[Instance]:
     return done
 
 
-def gather(pipe: Pipeline) -> list[StageResult]:
+def gather(
+    pipe: Pipeline,  # Its run and store are read; nothing is executed
+) -> list[StageResult]:
     "All instances of a run, in order."
     try:
         looks = pipe.looks()
@@ -149,7 +153,9 @@ def add_durations(rows: list[dict], log: list[dict]) -> list[dict]:
     ]
 
 
-def comparison(rows: list[dict]) -> str:
+def comparison(
+    rows: list[dict],  # As `comparison_rows` returns them
+) -> str:
     """Rows as tables, one for each number of labels, the third and later ones folded away.
 
     Columns stand in the order they first appear; `x_low` and `x_high` stand in brackets behind
@@ -170,7 +176,9 @@ def comparison(rows: list[dict]) -> str:
     return "".join(parts[:2]) + (folded if rest else "") + model_names(rows)
 
 
-def model_names(rows: list[dict]) -> str:
+def model_names(
+    rows: list[dict],  # With `model` and `title`; others say nothing here
+) -> str:
     "What the short names of models, which stand in files and on the command line, mean."
     known = {r["model"]: r["title"] for r in rows if r.get("model") and r.get("title")}
     known = {name: known_models.get(name, title) for name, title in known.items()}
@@ -191,7 +199,9 @@ known_models = dict(
 )
 
 
-def one_table(rows: list[dict]) -> str:
+def one_table(
+    rows: list[dict],  # As `comparison_rows` returns them, at least one
+) -> str:
     """Rows as a table: names first, then what has an interval, then what is claimed, then the rest.
 
     What a name, a heading or another column says already is left out: `model` beside a title, the
@@ -228,7 +238,11 @@ def one_table(rows: list[dict]) -> str:
     return html_table(head, [list(r) for r in texts], raw=True, what="Comparison")
 
 
-def table_column(name: str, rows: list[dict], ranged: bool) -> list[str]:
+def table_column(
+    name: str,  # Key of the rows
+    rows: list[dict],  # Rows of the table; one without the key shows a dash
+    ranged: bool,  # Whether the rows hold the column's interval too
+) -> list[str]:
     "The cells of a column as HTML. Of a column with intervals both ends stand in brackets."
     values = [r.get(name) for r in rows]
     if name in ("p", "p_adjusted"):
@@ -241,7 +255,10 @@ def table_column(name: str, rows: list[dict], ranged: bool) -> list[str]:
     return align_decimals(values) if numeric else [format_value(v) for v in values]
 
 
-def with_interval(row: dict, name: str) -> str:
+def with_interval(
+    row: dict,  # Holds the number, and its ends as `<name>_low` and `<name>_high`
+    name: str,  # Key of the number
+) -> str:
     "A number with its interval, three digits each, such as 0.52 [0.451, 0.588]."
     value, low, high = (row.get(k) for k in (name, f"{name}_low", f"{name}_high"))
     if not is_number(value):
@@ -270,7 +287,9 @@ def verdict_of(row: dict) -> str:
     return f"{claimed}: {row['verdict']}" if claimed else row["verdict"]
 
 
-def accuracy_picture(rows: list[dict]) -> str:
+def accuracy_picture(
+    rows: list[dict],  # As `comparison_rows` returns them; may be none
+) -> str:
     """Each model's accuracy with its interval, for the largest number of labels; empty without
     intervals."""
     most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
@@ -306,7 +325,10 @@ schedule_columns = {
 }
 
 
-def curves(rows: list[dict], most: int = 3) -> list[str]:
+def curves(
+    rows: list[dict],  # Of a log.jsonl; the axis is a number that never falls from row to row
+    most: int = 3,  # Pictures; all losses share the first
+) -> list[str]:
     "SVG pictures of a log, at most `most`."
     good = lambda r, k: is_number(r.get(k)) and math.isfinite(r[k])
     # an axis never turns back
@@ -334,7 +356,9 @@ def curves(rows: list[dict], most: int = 3) -> list[str]:
     return found
 
 # %% ../../nbs/0_ground/05_report.ipynb #0d5e2b50
-def outside_boxes(made: list[StageResult]) -> dict[str, str]:
+def outside_boxes(
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+) -> dict[str, str]:
     "Inputs that no instance of this run gives: reference -> where it is from."
     known = {m.name for m in made}
     found = {}
@@ -349,7 +373,9 @@ def outside_boxes(made: list[StageResult]) -> dict[str, str]:
     return found
 
 
-def lineage(made: list[StageResult]) -> str:
+def lineage(
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+) -> str:
     "The run's lineage as SVG, each box a link to its page."
     known, outside = {m.name for m in made}, outside_boxes(made)
     boxes = [Box(name, note, "outside") for name, note in outside.items()]
@@ -383,11 +409,16 @@ state_labels = dict(
 state_tones = dict(current="good", page="warn", stale="warn")
 
 
-def state_badge(m: StageResult) -> str:
+def state_badge(
+    m: StageResult,  # The instance, with its state
+) -> str:
+    "An instance's state as a coloured word."
     return f'<span class="{state_tones.get(m.state, "quiet")}">{state_labels[m.state]}</span>'
 
 
-def stages_table(made: list[StageResult]) -> str:
+def stages_table(
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+) -> str:
     "Each instance with its state and the metrics worth a line."
     rows = []
     for m in made:
@@ -414,7 +445,9 @@ def stages_table(made: list[StageResult]) -> str:
     return html_table(["stage", "state", "key metrics"], rows, raw=True)
 
 
-def costs(made: list[StageResult]) -> str:
+def costs(
+    made: list[StageResult],  # Every instance of the run; those without an entry are left out
+) -> str:
     "Seconds and peak memory of each instance as bars."
     there = [m for m in made if m.entry]
     seconds, memory = (
@@ -448,7 +481,11 @@ def costs(made: list[StageResult]) -> str:
     return scroll_box(f"<table>{body}</table>", "Cost")
 
 # %% ../../nbs/0_ground/05_report.ipynb #52367750
-def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
+def rounds(
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+    parent: Run,  # The run of the round before
+    store: Store,  # Where the entries of both runs are
+) -> str:
     "Metrics that differ from the parent's, side by side."
     rows, equal = [], 0
     for m in made:
@@ -494,7 +531,9 @@ def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
     )
 
 
-def claims(made: list[StageResult]) -> str:
+def claims(
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+) -> str:
     """The claims of all stages that wrote claims.json, beside their artifacts or in one, judged
     together."""
     files = [
@@ -545,7 +584,11 @@ def machine_facts(made: list[StageResult]) -> tuple[str, str]:
     )
 
 
-def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> Page:
+def report_front_page(
+    pipe: Pipeline,  # Of the run that is reported
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+    folder: Path,  # Of the report; pictures go to its assets/
+) -> Page:
     "The report's first page."
     scribe, run, there = PageRenderer(folder), pipe.run, [m for m in made if m.entry]
     behind = [m for m in made if m.state not in ("current", "unknown")]
@@ -629,7 +672,10 @@ def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> 
     )
 
 # %% ../../nbs/0_ground/05_report.ipynb #c798c1a5
-def parameters(m: StageResult, overrides: dict) -> str:
+def parameters(
+    m: StageResult,  # The instance; without a manifest its values of today count
+    overrides: dict,  # Parameters set for this run: name -> value
+) -> str:
     "Final parameters, changed ones first."
     final, known = m.manifest.get("parameters", m.one.values), m.one.parameters
     rows = {True: [], False: []}
@@ -671,7 +717,10 @@ def parameters(m: StageResult, overrides: dict) -> str:
     return "".join(parts) or "<p>This stage has no parameters.</p>"
 
 
-def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
+def artifacts_table(
+    m: StageResult,  # The instance whose artifacts are listed
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+) -> str:
     """Inputs and outputs with the first digits of their hashes; inputs link to the page of whom
     they are from."""
     pages, rows = {o.name: o.file for o in made}, []
@@ -718,7 +767,12 @@ def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
     return html_table(["", "artifact", "", "sha256"], rows, raw=True) if rows else ""
 
 # %% ../../nbs/0_ground/05_report.ipynb #a504a117
-def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: Path) -> Page:
+def stage_page(
+    pipe: Pipeline,  # Of the run that is reported
+    m: StageResult,  # The instance the page is about
+    made: list[StageResult],  # Every instance of the run, as `gather` returns them
+    folder: Path,  # Of the report; pictures go to its assets/
+) -> Page:
     "An instance's page: contract, then the chapter with this run's outputs."
     pages = {o.one.notebook.path.name: o.file for o in reversed(made)} | {
         m.one.notebook.path.name: m.file
@@ -811,7 +865,9 @@ def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: 
     )
 
 # %% ../../nbs/0_ground/05_report.ipynb #d4222ad2
-def render_report(pipe: Pipeline) -> Path:
+def render_report(
+    pipe: Pipeline,  # Its run is reported; the former report is replaced
+) -> Path:
     "Write `runs/<run>/report/` from the run's store entries and return its index.html."
     with replaced_folder(pipe.run.path / "report") as folder:
         made = gather(pipe)

@@ -21,16 +21,14 @@ from ..core import lock
 from .style import style
 
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
-# how a cell with a number reads
-number_pattern = re.compile(
+number_pattern = re.compile(  # how a cell with a number reads
     r"\s*(?:[-+−±~<>≤≥]?\s*\d[\d,.\s]*(?:e[-+]?\d+)?"
     r"(?:\s*(?:%|±\s*[\d.]+|[kMG]?i?B|m?s|min|points))?|nan|NaN|–|—|-)\s*"
 )
 
 
 def format_value(value: object) -> str:
-    """A value for people, as HTML: thousands with a comma, a true minus, four digits of a
-    measurement."""
+    "A `value` for people, as HTML: commas for thousands, a true minus, four digits of a float."
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -44,12 +42,12 @@ def format_value(value: object) -> str:
 
 
 def is_number(value: object) -> bool:
+    "Whether a `value` is an integer or a float; a truth value is none."
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def align_decimals(values: list) -> list[str]:
-    """The numbers of a column, floats with as many decimals as the one that needs most.
-
+    """The `values` of a column, floats with as many decimals as the one that needs most.
     A number that these decimals would show as zero, and is none, keeps its own form."""
     texts = [format_value(v) for v in values]
     decimals = max(
@@ -69,11 +67,9 @@ def align_decimals(values: list) -> list[str]:
     return [aligned(v, t) for v, t in zip(values, texts)]
 
 
-def scroll_box(
-    inner: str,  # HTML, usually a table or a drawing
-    what: str = "Table",  # What it is, for those who hear the page
-) -> str:
-    "What may be wider than the page, in a box that scrolls by touch, mouse and keyboard."
+def scroll_box(inner: str, what: str = "Table") -> str:
+    """`inner`, HTML that may be wider than the page, in a box that scrolls by touch, mouse and
+    keyboard; `what` it is, such as Table, is said to those who hear the page."""
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(what)}, '
         f'may be scrolled sideways">{inner}</div>'
@@ -83,7 +79,7 @@ def scroll_box(
 def html_table(
     head: list[str],  # Texts; an empty one makes no header cell
     rows: list[list],  # Values, or HTML with `raw`
-    raw: bool = False,
+    raw: bool = False,  # Whether the rows are HTML already
     what: str = "Table",  # Its name, for those who hear the page
 ) -> str:
     "An HTML table that scrolls by itself; numeric columns stand to the right."
@@ -115,7 +111,7 @@ def html_table(
 
 
 def metrics_grid(metrics: dict, most: int = 12) -> str:
-    "Metrics as a grid of names and values; those beyond `most` fold."
+    "The `metrics` (name -> value) as a grid; those beyond `most` fold."
     grid = lambda items: (
         '<dl class="facts">'
         + "".join(
@@ -136,6 +132,7 @@ def metrics_grid(metrics: dict, most: int = 12) -> str:
 
 
 def chips(items: list[str]) -> str:
+    "The `items`, HTML, as a row of small labels; empty ones are left out."
     return '<ul class="chips">' + "".join(f"<li>{i}</li>" for i in items if i) + "</ul>"
 
 # %% ../../nbs/0_ground/04b_template.ipynb #708c9643
@@ -240,7 +237,7 @@ class Page:
 
 
 def table_of_contents(pages: list[Page], here: Page) -> str:
-    "The list of pages, in groups."
+    "The list of `pages`, in groups, with the page `here` marked."
     parts, group = [], None
     for p in pages:
         if p.group != group:
@@ -259,7 +256,7 @@ def table_of_contents(pages: list[Page], here: Page) -> str:
 
 
 def prev_next_links(pages: list[Page], here: Page) -> str:
-    "Links to the page before and the page after."
+    "Links to the neighbours in `pages` of the page `here`."
     k = pages.index(here)
 
     def link(p, kind, word):
@@ -284,6 +281,7 @@ class SectionReader(HTMLParser):
         self.ids, self.sections, self.skipped = ids, [("", [])], 0
 
     def handle_starttag(self, tag, attrs):
+        "Begin a section where `attrs` (name, value) hold one of the ids; a `tag` parts words."
         anchor = dict(attrs).get("id")
         if anchor in self.ids:
             self.sections.append((anchor, []))
@@ -293,12 +291,14 @@ class SectionReader(HTMLParser):
             self.sections[-1][1].append(" ")
 
     def handle_endtag(self, tag):
+        "The end of a `tag` parts words too, unless it stands inside a line."
         if tag in ("script", "style", "svg", "math"):
             self.skipped -= 1
         elif tag not in inline_elements:
             self.sections[-1][1].append(" ")
 
     def handle_data(self, data):
+        "Add the text `data` to the open section."
         if not self.skipped:
             self.sections[-1][1].append(data)
 
@@ -321,7 +321,7 @@ def page_sections(page: Page) -> list[list[str]]:
 
 # %% ../../nbs/0_ground/04b_template.ipynb #cdca83ab
 def render_page(page: Page, pages: list[Page], brand: str, run: str = "", foot: str = "") -> str:
-    "The page as a complete HTML document."
+    "The page as a complete HTML document; `pages`, `brand`, `run`, `foot` are of `write_pages`."
     deep = [(level, i, text) for level, i, text in page.headings if level in (2, 3)]
     toc = "".join(
         f'<li><a href="#{i}"{" class=deep" if level == 3 else ""}>{escape(text)}</a></li>'
@@ -383,8 +383,7 @@ def write_pages(
 # %% ../../nbs/0_ground/04b_template.ipynb #bb957ec2
 @contextmanager
 def replaced_folder(target: Path):
-    """Yield an empty folder; when the `with` block ends well, it becomes `target`, and what was
-    there is gone."""
+    "Yield an empty folder that replaces `target` when the `with` block ends well."
     partial, old = (
         target.with_name(target.name + ".partial"),
         target.with_name(target.name + ".old.partial"),
