@@ -91,7 +91,9 @@ def test_the_table_is_the_one_meant(tmp_path):
 def test_sixty_messages_go_through_every_stage(tmp_path, monkeypatch):
     "Validation is smaller than any sample, training resembles the test, two names are no words."
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
-    source = dict(source=str(tickets(tmp_path / "tickets.csv")), text="message", label="team")
+    source = dict(
+        source=str(tickets(tmp_path / "tickets.csv")), text_column="message", label_column="team"
+    )
     made = live("smoke", tmp_path / "store", dict(data=source))
     metrics = {name: read_json(folder / "metrics.json") for name, folder in made.items()}
     splits = [metrics["data"][s] for s in ("train", "validation", "test")]
