@@ -570,6 +570,8 @@ def test_comparison_says_what_was_claimed():
         ]
     )
     assert "worse: supported" in table and "better: supported" in table
+    today = one_table([dict(row, model="a"), dict(low, verdict="refuted")])
+    assert "better: refuted" in today and "worse" not in today
     assert (
         "&lt; 0.0001" in table
         and "0.04" in table

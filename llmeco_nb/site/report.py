@@ -277,14 +277,15 @@ def p_value(p: float | None) -> str:
 
 
 def verdict_of(row: dict) -> str:
-    """The verdict with the sentence it is about.
+    """The verdict on a comparison's `row` with the sentence it is about.
 
-    A baseline's row differs from the reference downwards, and what was tested is that the reference
-    is better. Beside a negative difference the bare word `supported` would say the opposite."""
-    if not row.get("verdict"):
-        return "–"
-    claimed = {True: "worse", False: "better"}.get(row.get("baseline"))
-    return f"{claimed}: {row['verdict']}" if claimed else row["verdict"]
+    A row says whether its own model is better than the reference. Tables of earlier versions say of
+    a baseline whether it is worse, so a verdict that contradicts the difference is one on that."""
+    verdict, difference = row.get("verdict"), row.get("difference")
+    if not verdict or not is_number(difference):
+        return verdict or "–"
+    agrees = {"supported": difference > 0, "refuted": difference < 0}.get(verdict, True)
+    return f"{'better' if agrees else 'worse'}: {verdict}"
 
 
 def accuracy_picture(
