@@ -390,8 +390,8 @@ CEILINGS = {
     "banned names": 0,
     "public functions with an undocumented parameter": 0,
     "public functions with an untyped parameter": 89,
-    "modules over 600 lines": 9,
-    "modules over 400 lines": 30,
+    "modules over 600 lines": 8,
+    "modules over 400 lines": 29,
 }
 
 
