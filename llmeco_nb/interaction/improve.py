@@ -30,7 +30,6 @@ from llmeco_nb.core import (
     write_json,
 )
 from llmeco_nb.data.corpus import (
-    clean_text,
     label_names,
     normalized_key,
     read_split,
@@ -54,6 +53,7 @@ from ..finetuning.classifier import labelled_subset
 from ..finetuning.linear import LinearText
 from .feedback import freeze, read_frozen
 from ..stats.significance import compare
+from ..tasks.cleaning import clean_text
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #db29f0a7
 @dataclass(frozen=True)
