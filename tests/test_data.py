@@ -39,7 +39,7 @@ from llmeco_nb.data.corpus import (
     stratified_counts,
     subsample_splits,
 )
-from llmeco_nb.data.sources import text_ids
+from llmeco_nb.data.tables import text_ids
 from llmeco_nb.tasks.cleaning import clean_text
 
 

@@ -390,8 +390,8 @@ CEILINGS = {
     "banned names": 0,
     "public functions with an undocumented parameter": 0,
     "public functions with an untyped parameter": 98,
-    "modules over 600 lines": 10,
-    "modules over 400 lines": 31,
+    "modules over 600 lines": 9,
+    "modules over 400 lines": 30,
 }
 
 

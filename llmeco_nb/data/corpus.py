@@ -28,14 +28,8 @@ from llmeco_nb.core import (
     read_json,
     write_json,
 )
-from llmeco_nb.data.sources import (
-    citations,
-    is_blank,
-    local_path,
-    read_table,
-    revision,
-    source_kind,
-)
+from .sources import citations, local_path, revision, source_kind
+from .tables import is_blank, read_table
 from ..tasks.cleaning import clean_text
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856
