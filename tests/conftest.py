@@ -100,6 +100,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def machine_json(tmp_path_factory):
+    "This machine measured once for all toy houses."
+    from llmeco_nb.runner.machine import machine
+
+    file = tmp_path_factory.mktemp("machine") / "machine.json"
+    machine(file)
+    return file
+
+
 @pytest.fixture
 def killed_at():
     """`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its
