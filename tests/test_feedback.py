@@ -110,9 +110,10 @@ import sys
 from llmeco_nb.deployment.ledger import *
 from llmeco_nb.tasks.text_classification import ClassPrediction
 ledger = Ledger(sys.argv[1])
+answer = ClassPrediction(label="a", probabilities={"a": 1.0})
 for i in range(60):
     name = f"{sys.argv[2]}-{i}"
-    keep_predictions(ledger, name, "0" * 64, ["t"], [ClassPrediction(label="a", probabilities={"a": 1.0})]).result()
+    keep_predictions(ledger, name, "0" * 64, ["t"], [answer]).result()
     keep_feedback(ledger, name, correct=True).result()
 ledger.close()
 """

@@ -623,6 +623,13 @@ def test_serving_imports_no_torch():
     assert not complaints, complaints
 
 
+def test_the_light_half_of_a_task_imports_nothing_heavy():
+    "A server reads schemas and decodes answers without the libraries of training."
+    light = [f"{PACKAGE}.{name}" for name in modules() if name.startswith("tasks.")]
+    banned = "torch transformers datasets pandas sklearn scipy matplotlib nbdev pyarrow".split()
+    assert light and not behind_a_wall(banned, light), behind_a_wall(banned, light)
+
+
 def test_modules_are_what_the_notebooks_export(tmp_path):
     "Exporting everything from scratch and cleaning changes no notebook and no module."
     for name in ("settings.ini", "setup.py"):
