@@ -392,8 +392,8 @@ CEILINGS = {
     "banned names": 0,
     "public functions whose help leaves out a parameter": 611,
     "public functions with an untyped parameter": 89,
-    "modules over 600 lines": 8,
-    "modules over 400 lines": 29,
+    "modules over 600 lines": 7,
+    "modules over 400 lines": 28,
 }
 
 
