@@ -100,6 +100,16 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def machine_json(tmp_path_factory):
+    "This machine measured once for all toy houses."
+    from llmeco_nb.runner.machine import machine
+
+    file = tmp_path_factory.mktemp("machine") / "machine.json"
+    machine(file)
+    return file
+
+
 @pytest.fixture
 def at_step():
     """`at_step(step, work)` is a callback that calls `work` as that step of a training begins;

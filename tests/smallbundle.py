@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmeco_nb.deployment.bundle import Manifest, write_manifest
+from llmeco_nb.deployment.manifest import Manifest, write_manifest
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()
 

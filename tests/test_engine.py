@@ -17,7 +17,7 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 from smallbundle import WORDS, make_bundle
 
 from llmeco_nb.core import DataError, MissingError
-from llmeco_nb.deployment.bundle import Manifest, manifest_digest, verify, write_manifest
+from llmeco_nb.deployment.manifest import Manifest, manifest_digest, verify, write_manifest
 from llmeco_nb.deployment.engine import Answer, BatchingEngine, Busy, Expired, Predictor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.deployment.bundle import Manifest, Origin, verify, write_manifest
+from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
 from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.deployment.ledger import (
     Conflict,

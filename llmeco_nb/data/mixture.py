@@ -48,8 +48,9 @@ from llmeco_nb.data.filters import (
     counts_by_domain,
     filter_documents,
 )
-from .sources import did_you_mean, local_path, revision, source_kind, text_ids
+from .sources import did_you_mean, local_path, revision, source_kind
 from .stream import stream_texts
+from .tables import text_ids
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #cdd55410
 documented_packages = [

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from ..core import LlmecoError
-from .bundle import Classifier, Manifest, open_model, verify
+from .loading import Classifier, open_model
+from .manifest import Manifest, verify
 
 # %% ../../nbs/4_deployment/41_engine.ipynb #06f9a095
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ModelName:
 
 @dataclass(frozen=True)
 class PredictReply:
-    "What a gateway replies to a request, and a client reads."
+    "What the server replies to a request, and a client reads."
 
     request_id: str  # feedback names it
     model: ModelName
@@ -59,9 +60,11 @@ class TextPredictor(Protocol):
 
     def cost(self, text: str) -> int:
         "What predicting this text costs, in tokens, at least 1."
+        ...
 
     def predict_batch(self, texts: list[str]) -> list[Answer]:
         "One answer for each of `texts`, in their order."
+        ...
 
 
 class Predictor:

@@ -268,8 +268,9 @@ def keep_feedback(
                 f"{label!r} is not a label of this model. Its labels are: {', '.join(known)}."
             )
         given = label if label is not None else _implied_label(row.label, known, correct)
-        content = dict(author=author, given=given, correct=given == row.label, note=note)
-        if label is not None and correct is not None and correct != content["correct"]:
+        right = given == row.label
+        content = dict(author=author, given=given, correct=right, note=note)
+        if label is not None and correct is not None and correct != right:
             raise UsageError(
                 f"The answer was {row.label!r}: correct={str(correct).lower()} and "
                 f"label={label!r} contradict each other. Send one of them."
@@ -285,7 +286,7 @@ def keep_feedback(
                     f"There is other feedback on this answer already (label {old.given!r}). To "
                     "replace it, send the new one with another `key`."
                 )
-        return FeedbackReply(bool(done.rowcount), given, row.label, content["correct"])
+        return FeedbackReply(bool(done.rowcount), given, row.label, right)
 
     return ledger.write(job)
 

@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Annotated, NamedTuple
 
 import uvicorn
 from fastapi import Body, FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError, runs_dir
 from llmeco_nb.deployment.engine import (
@@ -66,7 +67,7 @@ def error_response(
     code: str,  # A word for programs
     message: str,  # A sentence for people
     where: list[dict[str, str]] | None = None,  # The fields that are wrong, each with its reason
-    headers: dict[str, str] | None = None,  # Further HTTP headers
+    headers: Mapping[str, str] | None = None,  # Further HTTP headers
 ) -> JSONResponse:
     "Every refusal looks like this: `{error: {code, message, where}}`, ASCII only."
     error = dict(code=code, message=to_ascii(message), where=where or [])
@@ -218,11 +219,11 @@ def asked_texts(
     texts: list[str] | None,  # The request's `texts`; one of the two must be None
 ) -> list[str]:
     "The texts of a request, checked. Raises `UsageError`."
-    if (text is None) == (texts is None):
-        raise UsageError('Send either {"text": "..."} or {"texts": ["...", "..."]}.')
-    if texts is None:
+    if text is not None and texts is None:
         check_text(text, "text")
         return [text]
+    if texts is None or text is not None:
+        raise UsageError('Send either {"text": "..."} or {"texts": ["...", "..."]}.')
     for i, one in enumerate(texts):
         check_text(one, f"texts.{i}")
     return texts
@@ -234,7 +235,7 @@ def make_app(
     deadline: float = 10.0,  # Seconds within which a request is answered or refused
     max_queue: int = 256,  # Requests that may wait
 ) -> FastAPI:
-    "The gateway as an ASGI application. Bundle and database are opened when it starts."
+    "The server as an ASGI application. Bundle and database are opened when it starts."
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -326,8 +327,16 @@ def add_model_routes(
         told = dict(request_id=request_id, label=label, author=author, note=note, key=key)
         for name, value in told.items():
             check_plain(value, name)
-        told["key"] = key or idempotency_key
-        kept = keep_feedback(app.state.ledger, item=item, correct=correct, **told)
+        kept = keep_feedback(
+            app.state.ledger,
+            request_id,
+            item,
+            label,
+            correct,
+            author=author,
+            note=note,
+            key=key or idempotency_key,
+        )
         reply = await asyncio.wrap_future(kept)
         return FeedbackResult(**asdict(reply), request_id=request_id, item=item)
 
@@ -426,7 +435,7 @@ def listen(
             errno.EACCES: f"Port {port} needs more rights; choose one above 1023.",
             errno.EADDRNOTAVAIL: f"{host} is not an address of this machine.",
         }
-        reason = why.get(e.errno, f"Cannot listen at {host}:{port}: {e.strerror}.")
+        reason = why.get(e.errno or 0, f"Cannot listen at {host}:{port}: {e.strerror}.")
         raise UsageError(reason) from None
     return s
 
@@ -440,7 +449,7 @@ class Server(uvicorn.Server):
 
     async def startup(
         self,
-        sockets=None,  # Listening sockets, as uvicorn gives them; None: it opens its own
+        sockets: list[socket.socket] | None = None,  # That listen; None: uvicorn opens its own
     ):
         "Start, and call `ready` if that went well."
         await super().startup(sockets)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Timer
+from typing import TYPE_CHECKING
 
 import httpx
 from pydantic import NonNegativeInt, PositiveInt
@@ -41,14 +42,18 @@ from ..data.corpus import label_names, read_split, small_corpus
 from ..deployment.engine import ItemAnswer, ModelName, PredictReply
 from ..deployment.ledger import FeedbackReply, read_feedback
 
+# %% ../../nbs/5_interaction/50_feedback.ipynb #6df55236
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    import pandas as pd
+
 # %% ../../nbs/5_interaction/50_feedback.ipynb #73db89f7
 class Client:
-    """Talks to a gateway. Errors are `MissingError` (no server), `UsageError` (what the server
+    """Talks to a server. Errors are `MissingError` (no server), `UsageError` (what the server
     refused, in its words), `LlmecoError`."""
 
     def __init__(
         self,
-        url: str = "http://127.0.0.1:8000",  # The gateway's address
+        url: str = "http://127.0.0.1:8000",  # The server's address
         author: str = "",  # Who gives feedback
         timeout: float = 30.0,  # Seconds to wait for an answer, and to keep asking a busy server
         transport: httpx.BaseTransport | None = None,  # None for the network; tests give their own
@@ -131,7 +136,7 @@ class Client:
 def predict_reply(
     body: dict,  # JSON of `POST /v1/predict`
 ) -> PredictReply:
-    "A gateway's reply with typed fields."
+    "A server's reply with typed fields."
     model = ModelName(body["model"]["name"], body["model"]["digest"])
     answers = [ItemAnswer(a["item"], a["label"], a["probabilities"]) for a in body["answers"]]
     return PredictReply(body["request_id"], model, answers)
@@ -222,6 +227,7 @@ def running_server(
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout and process.stderr  # piped above
     late = Timer(seconds, process.kill)
     late.start()
     try:
@@ -246,7 +252,7 @@ def running_server(
 
 
 def ask_by_curl(
-    address: str,  # Of a gateway
+    address: str,  # Of a server
     text: str,  # What to ask about
 ) -> PredictReply | None:
     "The reply as curl gets it; None where there is no curl."
@@ -311,8 +317,8 @@ def ask_three_ways(
 
 
 def find_mistakes(
-    client: Client,  # Of the gateway to ask
-    rows,  # Table with text and label, asked about in this order
+    client: Client,  # Of the server to ask
+    rows: "pd.DataFrame",  # With text and label, asked about in this order
     names: list[str],  # Names of the labels
     max_mistakes: int,  # No more than these are returned
     record: Record,  # Told progress
@@ -321,22 +327,22 @@ def find_mistakes(
     "Answers that differ from the label, and the number of texts that were asked about."
     found: list[Mistake] = []
     asked = 0
-    rows = list(rows.itertuples())
-    while asked < len(rows) and len(found) < max_mistakes:
-        part = rows[asked : asked + batch_size]
-        got = client.predict([r.text for r in part])
+    pairs = list(zip(rows.text, rows.label))
+    while asked < len(pairs) and len(found) < max_mistakes:
+        part = pairs[asked : asked + batch_size]
+        got = client.predict([text for text, _ in part])
         found += [
-            Mistake(got.request_id, a.item, r.text, predicted=a.label, label=names[r.label])
-            for r, a in zip(part, got.answers)
-            if a.label != names[r.label]
+            Mistake(got.request_id, a.item, text, predicted=a.label, label=names[label])
+            for (text, label), a in zip(part, got.answers)
+            if a.label != names[label]
         ]
         asked += len(part)
-        record.progress(asked, len(rows), "questions")
+        record.progress(asked, len(pairs), "questions")
     return found[:max_mistakes], asked
 
 
 def time_requests(
-    client: Client,  # Of the gateway to time
+    client: Client,  # Of the server to time
     texts: list[str],  # Asked about one after another
     record: Record,  # Gets a log row for each
 ) -> list[float]:

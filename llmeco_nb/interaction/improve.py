@@ -11,9 +11,10 @@ __all__ = ['GateResult', 'gate', 'CorrectionCounts', 'usable_corrections', 'refi
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -30,30 +31,33 @@ from llmeco_nb.core import (
     write_json,
 )
 from llmeco_nb.data.corpus import (
-    clean_text,
     label_names,
     normalized_key,
     read_split,
     small_corpus,
     sort_by_split_hash,
 )
-from llmeco_nb.deployment.bundle import (
-    Manifest,
+from ..deployment.bundle import small_bundle
+from ..deployment.loading import open_model
+from ..deployment.manifest import Manifest, verify, write_manifest
+from llmeco_nb.deployment.packing import (
     open_classifier,
-    open_model,
     pack_encoder,
     pack_linear,
+    padding_id,
     parity,
     reference_probabilities,
-    small_bundle,
     truncation_of,
-    verify,
-    write_manifest,
 )
 from ..finetuning.classifier import labelled_subset
 from ..finetuning.linear import LinearText
 from .feedback import freeze, read_frozen
 from ..stats.significance import compare
+from ..tasks.cleaning import clean_text
+
+# %% ../../nbs/5_interaction/51_improve.ipynb #6df55236
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    import pandas as pd
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #db29f0a7
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class CorrectionCounts:
 def usable_corrections(
     snapshot: str | Path,  # Frozen feedback
     corpus: str | Path,  # Corpus folder
-):
+) -> "tuple[pd.DataFrame, CorrectionCounts]":
     """The corrections worth learning from, a table with text and label, and `CorrectionCounts`.
     Raises `MissingError`, `DataError`."""
     import pandas as pd
@@ -145,7 +149,7 @@ def usable_corrections(
 def refit_linear(
     model: LinearText,  # Whose recipe
     corpus: str | Path,  # Corpus folder, with the texts it was fitted on
-    corrections,  # Table with text and label
+    corrections: "pd.DataFrame",  # With text and label
     seed: int = 0,  # Where the model does not state its own
 ) -> LinearText:
     "The recipe of `model` fitted on its training texts and the corrections."
@@ -191,7 +195,7 @@ def refit_encoder(
     record: Record,  # Told progress; keeps the plan and the checkpoints
     source: str | Path,  # The classifier to start from
     corpus: str | Path,  # Corpus folder, for the replayed texts
-    corrections,  # Table with text and label
+    corrections: "pd.DataFrame",  # With text and label
     num_labeled: int,  # Training labels the classifier learned from; 0 for all
     at: Path,  # Folder to write the classifier to
     config: ImproveConfig = ImproveConfig(),  # Of its training
@@ -220,7 +224,7 @@ def refit_encoder(
     rows = pd.concat([*repeated, replayed[["text", "label"]]], ignore_index=True)
     coded, _ = tokenize_texts(tokenizer, rows.text.tolist(), max_length, head)
     batches, steps = classifier_batches(
-        coded, rows.label.tolist(), tokenizer.pad_token_id, config.batch_size, config.seed
+        coded, rows.label.tolist(), padding_id(tokenizer), config.batch_size, config.seed
     )
     learned = ("lr", "replay_examples", "correction_repeats", "batch_size", "seed")
     depends = dict(
@@ -310,12 +314,13 @@ class Candidate:
     name: str  # where it comes from
     folder: Path  # of the bundle
     facts: Manifest | None = None  # what its manifest is to say, where it is made in this round
-    corrections: Any = None  # table with text and label that it learned
+    # with text and label: what it learned; a bundle of the run learned none
+    corrections: "pd.DataFrame | None" = None
 
 
 def right_answers(
     bundle: str | Path,  # Folder of a bundle
-    rows,  # Table with text and label
+    rows: "pd.DataFrame",  # With text and label
 ) -> np.ndarray:
     "Which of the rows a bundle answers rightly, booleans of shape (rows,)."
     model = open_model(bundle, verify(bundle), int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -334,8 +339,8 @@ def learn_corrections(
     record: Record,  # Gets the folder `candidate`
     corpus: str | Path,  # Corpus folder
     champion: str | Path,  # This run's bundle
-    classifier: list[str],  # Folders, one of which an encoder's bundle was made of
-    corrections,  # Table with text and label
+    classifier: Sequence[str],  # Folders, one of which an encoder's bundle was made of
+    corrections: "pd.DataFrame",  # With text and label
     config: ImproveConfig,  # Of the training; a linear model takes its seed only
 ) -> Candidate:
     "Retrain what `champion` is made of with the corrections and pack it. Raises `MissingError`."
@@ -353,7 +358,7 @@ def learn_corrections(
                 f"The champion was made of the classifier {str(origin.artifact)[:12]}, and none of "
                 f"the {len(classifier)} given is that one. Run the stage bundle again."
             )
-        labels = origin.num_labeled
+        labels = origin.num_labeled or 0  # not stated: all
         refit_encoder(record, source, corpus, corrections, labels, refitted, config)
         facts = pack_encoder(refitted, at, manifest.name)
         some = read_split(corpus, "validation").text.tolist()[:32]
@@ -368,7 +373,7 @@ def judge_candidate(
     candidate: Candidate,
     incumbent: str | Path,  # Folder of the champion's bundle
     standing: np.ndarray,  # Which test texts the champion answers rightly, shape (texts,)
-    test,  # Table with text and label
+    test: "pd.DataFrame",  # With text and label
     num_comparisons: int,  # Candidates judged in this round
     config: ImproveConfig,  # Its alpha and margin decide
 ) -> Verdict:
@@ -379,7 +384,7 @@ def judge_candidate(
     answers = right_answers(at, test)
     found = gate(standing, answers, config.alpha, config.margin, num_comparisons)
     before = after = None
-    if learned:
+    if learned and candidate.corrections is not None:
         write_manifest(at, replace(learned, accuracy=dict(test=float(answers.mean()))))
         before = float(right_answers(incumbent, candidate.corrections).mean())
         after = float(right_answers(at, candidate.corrections).mean())
@@ -400,12 +405,13 @@ def small_feedback(
     from llmeco_nb.deployment.engine import Answer
     from llmeco_nb.deployment.ledger import Ledger, keep_feedback, keep_predictions
 
-    def make(place):
+    def make(place: Path) -> None:
         ledger, names = Ledger(place / "feedback.sqlite"), label_names(corpus)
-        for i, r in enumerate(read_split(corpus, "validation").head(12).itertuples()):
-            answer = Answer(names[1 - r.label], dict.fromkeys(names, 0.5))
-            keep_predictions(ledger, f"{i:04}", "0" * 64, [r.text], [answer]).result()
-            keep_feedback(ledger, f"{i:04}", 0, names[r.label], author="simulated").result()
+        rows = read_split(corpus, "validation").head(12)
+        for i, (text, label) in enumerate(zip(rows.text, rows.label)):
+            answer = Answer(names[1 - label], dict.fromkeys(names, 0.5))
+            keep_predictions(ledger, f"{i:04}", "0" * 64, [text], [answer]).result()
+            keep_feedback(ledger, f"{i:04}", 0, names[label], author="simulated").result()
         ledger.close()
         freeze(place, place / "frozen")
 
@@ -417,7 +423,7 @@ def improve(
     record: Record,  # Gets the artifacts champion and history.json
     corpus: str = "",  # Corpus folder; empty: a small one is made
     champion: str = "",  # This run's bundle; empty: a small one, with simulated feedback
-    classifier: list[str] = (),  # Folders, one of which an encoder's bundle was made of
+    classifier: Sequence[str] = (),  # Folders, one of which an encoder's bundle was made of
     feedback: str = "",  # Frozen feedback; empty: nobody has said anything
     previous: str = "",  # The champion of the round before; empty: this is the first
     history: str = "",  # What the rounds before decided
@@ -448,6 +454,7 @@ def improve(
                 feedback=sha256_of(feedback),
                 stage=record.path.name.removesuffix(".partial"),
             )
+            assert one.facts, "what learned has its facts"
             one.facts = replace(one.facts, origin=origin)
             candidates.append(one)
     test = read_split(corpus, "test")

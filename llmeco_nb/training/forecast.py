@@ -229,6 +229,7 @@ def largest_batch(
 def mib(
     n: float,  # Bytes
 ) -> str:
+    "A size for people, in MiB."
     return f"{n / 2**20:,.1f} MiB"
 
 
@@ -330,6 +331,7 @@ def power_law_loss(
     law: dict,  # E, A, a, from `fit_power_law`
     c: float,  # Above 0, in the unit of the points: compute or tokens
 ) -> float:
+    "The loss that a law expects."
     return law["E"] + law["A"] / c ** law["a"]
 
 
