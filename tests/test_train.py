@@ -325,7 +325,9 @@ def accuracy(task):
     return evaluate
 
 
-PLATEAU = dict(make_batch=lambda n, i, *share: mostly_one(n, i), evaluate=accuracy(mostly_one), steps=80)
+PLATEAU = dict(
+    make_batch=lambda n, i, *share: mostly_one(n, i), evaluate=accuracy(mostly_one), steps=80
+)
 # the same eight rows over and over
 OVERFITTING = dict(
     make_batch=lambda n, i, *share: noise(n, i % 2), evaluate=accuracy(noise), steps=150
@@ -541,14 +543,8 @@ def test_a_plan_is_kept_until_something_else_is_asked(tmp_path):
     steps = lambda epochs, n: resolve_train_plan(record, epochs, lambda: TrainPlan(steps=n)).steps
     assert steps(dict(epochs=1), 5) == 5
     (record.resume / "left").write_text("half a run")
-    assert (
-        steps(dict(epochs=1), 6) == 5
-        and (record.resume / "left").exists()
-    )
-    assert (
-        steps(dict(epochs=2), 7) == 7
-        and not (record.resume / "left").exists()
-    )
+    assert steps(dict(epochs=1), 6) == 5 and (record.resume / "left").exists()
+    assert steps(dict(epochs=2), 7) == 7 and not (record.resume / "left").exists()
 
 
 def test_order_is_a_function_of_seed_and_index():

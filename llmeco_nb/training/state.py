@@ -47,7 +47,9 @@ class TrainPlan(Stored):
     """What a training will do. Raises `UsageError` for numbers that no training can have."""
 
     steps: int  # optimizer steps, at least 1
-    batch_size: int | None = None  # rows of a micro-batch of all processes; None: `make_batch` knows
+    batch_size: int | None = (
+        None  # rows of a micro-batch of all processes; None: `make_batch` knows
+    )
     grad_accum_steps: int = 1  # micro-batches a step
     lr: float | None = None  # learning rate found by probes; None: the optimizer's own
     schedule: Literal["linear", "wsd"] = "linear"  # of the learning rate, see 14_optim
