@@ -166,8 +166,10 @@ def refit_encoder(
         save_classifier,
         tokenize_texts,
     )
-    from llmeco_nb.training.loop import resolve_plan, train
+    from llmeco_nb.training.loop import resolve_train_plan, train_task
     from llmeco_nb.training.optim import Optimiser
+    from llmeco_nb.training.state import TrainPlan
+    from llmeco_nb.training.task import TrainTask
 
     model, tokenizer = open_classifier(source)
     max_length, head_fraction = truncation_of(model.config)
@@ -190,28 +192,23 @@ def refit_encoder(
     )
     optimiser = Optimiser(model, config.lr)
 
-    def make_plan() -> dict:
-        return dict(
+    def make_plan() -> TrainPlan:
+        return TrainPlan(
             steps=steps,
             warmup=max(1, steps // 10),
-            schedule="linear",
             checkpoint_every=20,
-            log_every=1,
             threads=torch.get_num_threads(),
         )
 
-    plan = resolve_plan(record, depends, make_plan)
-    train(
-        model,
-        classification_loss_step(),
-        batches,
-        optimiser,
-        plan,
-        record,
-        size=lambda b: b["input_ids"].numel(),
-        identity=dict(asked=plan["asked"]),
+    task = TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=classification_loss_step(),
+        make_batch=lambda batch_size, index, *share: batches(index),
+        count_tokens=lambda b: b["input_ids"].numel(),
         name="improve",
     )
+    train_task(record, task, resolve_train_plan(record, depends, make_plan))
     save_classifier(optimiser.finish(), tokenizer, at, max_length, head)
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #4ac630af
