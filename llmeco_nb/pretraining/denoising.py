@@ -359,6 +359,7 @@ class EagerMultiHeadAttention(MultiHeadAttention):
         attn_mask=None,  # Broadcast to (B, H, T, S); True: may look
         is_causal=False,  # Whether no token looks ahead; only without `attn_mask`
     ):
+        "What each token of `x` takes over, (B, T, D)."
         memory = x if memory is None else memory
         if x.device.type != "cpu" or self.dropout and self.training:
             return super().forward(x, memory, attn_mask, is_causal)
