@@ -43,7 +43,7 @@ from llmeco_nb.pretraining.denoising_eval import (  # noqa: E402
     ngram_nats,
     validation_scores,
 )
-from llmeco_nb.pretraining.mlm import SEP, group_texts  # noqa: E402
+from llmeco_nb.pretraining.masking import SEP, group_texts  # noqa: E402
 from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
     denoise_loss,
     denoise_loss_step,

@@ -39,7 +39,8 @@ from llmeco_nb.pretraining.denoising_eval import (
     untrained_baselines,
     validation_scores,
 )
-from .mlm import CLS, MASK, SEP, group_texts, pretrain_plan
+from .masking import CLS, MASK, SEP, group_texts
+from .mlm import pretrain_plan
 from .seq2seq import denoise_loss_step, new_seq2seq
 from .span_corruption import SpanCorruption, denoise_batches, span_counts
 from ..tokenization.wordpiece import encode_texts, open_tokenizer
@@ -57,7 +58,8 @@ def save_seq2seq(
     target: str = "spans",  # What it was trained to write, spans or text: decides begin and end
 ) -> Path:
     """A folder for plain `transformers`: the model, and the tokenizer with the sentinels
-    `<extra_id_0>` and so on behind its subword tokens. Raises `UsageError` for a network no stock class has."""
+    `<extra_id_0>` and so on behind its subword tokens. Raises `UsageError` for a network no stock
+    class has."""
     made = open_tokenizer(tokenizer_folder)
     vocab_size, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - vocab_size)])

@@ -16,7 +16,7 @@ import torch
 
 from ..models.ngram import Ngram, concat_documents
 from ..models.transformer import Seq2Seq
-from .mlm import CLS, SEP
+from .masking import CLS, SEP
 from .seq2seq import token_log_probs
 from llmeco_nb.pretraining.span_corruption import (
     SpanCorruption,

@@ -28,16 +28,8 @@ from llmeco_nb.core import (
     write_json,
 )
 from ..data.corpus import read_split
-from llmeco_nb.pretraining.mlm import (
-    CLS,
-    SEP,
-    MLMConfig,
-    mask_row,
-    pretrain,
-    pretrain_plan,
-    save_encoder,
-    small_tokenizer,
-)
+from .masking import CLS, SEP, mask_row, small_tokenizer
+from .mlm import MLMConfig, pretrain, pretrain_plan, save_encoder
 from ..tokenization.wordpiece import encode_texts, open_tokenizer
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #a7a59b11

@@ -24,7 +24,7 @@ from llmeco_nb.models.transformer import (
     init_weights,
     sinusoidal_embedding,
 )
-from .mlm import single_thread
+from .embedding_init import single_thread
 from .span_corruption import SpanCorruption
 from ..tokenization.wordpiece import special_tokens
 
