@@ -113,23 +113,22 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 
 def undocumented_parameters() -> list[Place]:
-    "Public functions with a parameter that neither a comment on its line nor the docstring names."
+    "Public functions whose docstring, which is what `help()` shows, leaves out a parameter."
     found = []
     for name, source in modules().items():
-        lines = source.splitlines()
         for function in public_functions(ast.parse(source)):
             text = ast.get_docstring(function) or ""
-            bare = [
-                p.arg
-                for p in parameters_of(function)
-                if "#" not in lines[p.end_lineno - 1].encode()[p.end_col_offset :].decode()
-                and not re.search(rf"\b{re.escape(p.arg)}\b", text)
-            ]
+            bare = [p.arg for p in parameters_of(function) if not names(text, p.arg)]
             if bare:
                 found.append(
                     Place(name, str(function.lineno), f"{function.name}: {', '.join(bare)}")
                 )
     return found
+
+
+def names(docstring: str, parameter: str) -> bool:
+    "Whether a docstring says something of a parameter."
+    return re.search(rf"\b{re.escape(parameter)}\b", docstring) is not None
 
 
 def unannotated() -> list[Place]:
@@ -199,7 +198,7 @@ MEASURES = {
     "lines over 100 columns": wide_lines,
     "functions with over eight parameters": many_parameters,
     "banned names": banned_names,
-    "public functions with an undocumented parameter": undocumented_parameters,
+    "public functions whose help leaves out a parameter": undocumented_parameters,
     "public functions with an untyped parameter": unannotated,
     "modules over 600 lines": lambda: long_modules(600),
     "modules over 400 lines": lambda: long_modules(400),

@@ -11,7 +11,6 @@ import psutil
 import pytest
 from toyhouse import (
     ToyHouse,
-    machine_json,  # noqa: F401  (a fixture)
 )
 
 KILLS_EACH, SCENARIOS = 10, 10
@@ -19,7 +18,7 @@ WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, machine_json):  # noqa: F811
+def undisturbed(tmp_path_factory, machine_json):
     house = ToyHouse(tmp_path_factory.mktemp("undisturbed") / "house", machine_json)
     house.run()
     return house.artifacts()
@@ -109,7 +108,7 @@ def only_whole_entries(house):
 
 
 @pytest.mark.parametrize("seed", range(SCENARIOS))
-def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # noqa: F811
+def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):
     rng, house = random.Random(seed), ToyHouse(tmp_path / "house", machine_json)
     ways = [WAYS[(seed + k) % len(WAYS)] for k in range(KILLS_EACH)]
     for way in ways:
@@ -134,7 +133,7 @@ def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):  # n
     assert not list((house.runs / "store" / ".locks").glob("*")), "a lock was left behind"
 
 
-def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F811
+def test_two_that_start_together_share_a_run(tmp_path, machine_json):
     """Both find no run and want to make one; the second must take what the first has made in the
     meantime."""
     from llmeco_nb.core import lock
@@ -158,7 +157,7 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):  # noqa: F
     assert [f.name for f in house.runs.glob("toy-*")] == ["toy-1"]
 
 
-def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # noqa: F811
+def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):
     """A runner that looks in the moment before the folder gets its name, or after one died then,
     must not take the unfinished one for the newest run."""
     from llmeco_nb.runner.store import Run
@@ -171,7 +170,7 @@ def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):  # 
     assert [r.path.name for r in Run.all(house.runs)] == ["toy-2"]
 
 
-def test_the_killer_kills(tmp_path, machine_json):  # noqa: F811
+def test_the_killer_kills(tmp_path, machine_json):
     """The crash tests would prove nothing if nobody died: a runner told to die at a rename does,
     before and after it."""
     house = ToyHouse(tmp_path / "house", machine_json)

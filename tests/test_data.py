@@ -27,7 +27,6 @@ from llmeco_nb.data.corpus import (
     CorpusConfig,
     build_corpus,
     clean_table,
-    clean_text,
     count_split_leakage,
     drop_duplicates,
     label_names,
@@ -40,7 +39,8 @@ from llmeco_nb.data.corpus import (
     stratified_counts,
     subsample_splits,
 )
-from llmeco_nb.data.sources import text_ids
+from llmeco_nb.data.tables import text_ids
+from llmeco_nb.tasks.cleaning import clean_text
 
 
 def table(texts, labels=None) -> pd.DataFrame:

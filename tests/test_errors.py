@@ -9,12 +9,11 @@ import pytest
 from toyhouse import (
     RUNNER,
     ToyHouse,
-    machine_json,  # noqa: F401  (a fixture)
 )
 
 
 @pytest.fixture
-def house(tmp_path, machine_json):  # noqa: F811
+def house(tmp_path, machine_json):
     return ToyHouse(tmp_path / "house", machine_json)
 
 

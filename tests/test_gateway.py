@@ -1,4 +1,4 @@
-"""The gateway: no body it cannot answer, nothing acknowledged that is not stored."""
+"""The server: no body it cannot answer, nothing acknowledged that is not stored."""
 
 import json
 import os
@@ -24,9 +24,10 @@ import httpx
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.deployment.bundle import verify
+from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.ledger import read_feedback
-from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
+from llmeco_nb.deployment.refusals import limits
+from llmeco_nb.deployment.server import listen, make_app, newest_bundle
 from llmeco_nb.interaction.feedback import server_script
 
 with warnings.catch_warnings():
@@ -74,7 +75,8 @@ def test_one_text_or_several(client, bundle):
         and one.json()["request_id"] != several.json()["request_id"]
     )
     assert (
-        one.json()["model"] == {"name": "words", "digest": verify(bundle).digest}
+        one.json()["model"]
+        == {"name": "words", "digest": verify(bundle).digest, "task": "text-classification"}
         and one.headers["X-Request-Id"] == one.json()["request_id"]
     )
 
@@ -281,7 +283,7 @@ def test_a_ledger_that_cannot_write_takes_no_thanks(bundle, tmp_path):
         c.app.state.ledger.close = lambda: None
 
 
-def test_an_overloaded_gateway_says_when(bundle, tmp_path):
+def test_an_overloaded_server_says_when(bundle, tmp_path):
     with TestClient(
         make_app(bundle, tmp_path / "f.sqlite", max_queue=0), raise_server_exceptions=False
     ) as c:

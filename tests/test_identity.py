@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from toyhouse import (
     ToyHouse,
-    machine_json,  # noqa: F401  (a fixture)
 )
 
 ROOT = Path(__file__).resolve().parent.parent

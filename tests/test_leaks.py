@@ -16,7 +16,6 @@ from llmeco_nb.data.decontamination import (
     LeakIndex,
     evaluation_sets,
     ngram_hashes,
-    normalized_words,
     without_leaks,
 )
 from llmeco_nb.data.filters import FilterReport

@@ -2,6 +2,8 @@
 are told to do."""
 
 import ast
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -386,12 +388,12 @@ def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
 
 CEILINGS = {
     "lines over 100 columns": 0,
-    "functions with over eight parameters": 16,
+    "functions with over eight parameters": 9,
     "banned names": 0,
-    "public functions with an undocumented parameter": 0,
-    "public functions with an untyped parameter": 98,
-    "modules over 600 lines": 10,
-    "modules over 400 lines": 31,
+    "public functions whose help leaves out a parameter": 644,
+    "public functions with an untyped parameter": 86,
+    "modules over 600 lines": 7,
+    "modules over 400 lines": 27,
 }
 
 
@@ -403,3 +405,65 @@ def test_craft_gets_no_worse(measure):
 
     found = MEASURES[measure]()
     assert len(found) <= CEILINGS[measure], "\n".join(map(str, found))
+
+
+def public_objects():
+    "(name, function) of every public function and method that the modules export, as imported."
+    from craft import modules
+
+    for name in modules():
+        module = importlib.import_module(f"llmeco_nb.{name}")
+        for public in module.__all__:
+            thing = getattr(module, public)
+            if getattr(thing, "__module__", None) != module.__name__:
+                continue
+            if inspect.isclass(thing):
+                for method in vars(thing).values():
+                    function = getattr(method, "__func__", method)
+                    if inspect.isfunction(function) and not function.__name__.startswith("_"):
+                        yield f"{name}.{function.__qualname__}", function
+            elif callable(thing):
+                yield f"{name}.{public}", thing
+
+
+def test_help_explains_every_parameter():
+    """What `help()` shows of a function at run time: a decorator may have lost what stands in the
+    source."""
+    from craft import names
+
+    found, seen = [], 0
+    for name, function in public_objects():
+        text, seen = inspect.getdoc(function) or "", seen + 1
+        bare = [p for p in inspect.signature(function).parameters if not names(text, p)]
+        found += [f"{name}: {', '.join(bare)}"] if set(bare) - {"self", "cls"} else []
+    assert seen > 500
+    assert len(found) <= CEILINGS["public functions whose help leaves out a parameter"], "\n".join(
+        found
+    )
+
+
+def test_help_of_a_config_explains_every_field():
+    import dataclasses
+
+    from llmeco_nb.runner.stages import StageRegistry
+
+    configs = [n.contract["config"] for n in StageRegistry.find().stages.values()]
+    assert len(configs) > 10
+    for config in configs:
+        module, _, name = config.rpartition(".")
+        kind = getattr(importlib.import_module(f"llmeco_nb.{module}"), name)
+        text = inspect.getdoc(kind)
+        bare = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if not re.search(rf"^    {f.name}: .", text, re.M)
+        ]
+        assert not bare, f"{config}: {', '.join(bare)}"
+
+
+def test_help_in_the_terminal_is_for_the_terminal():
+    "Parameters of the Python function are no part of what a command says of itself."
+    from llmeco_nb.cli import Command
+
+    about = Command("x", help="Does a thing.\n\nArgs:\n    o: What was typed.")
+    assert about.help == "Does a thing."

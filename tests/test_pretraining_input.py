@@ -40,6 +40,7 @@ from llmeco_nb.training.checkpoint import (  # noqa: E402
     save_checkpoint,
 )
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.state import TrainPlan, TrainState  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
 
@@ -160,8 +161,9 @@ def leaking(house, tmp):
 
 def another_model(house, tmp):
     one, other = Optimiser(new_encoder(50, "1x32", 16)), Optimiser(new_encoder(50, "2x32", 16))
-    save_checkpoint(tmp / "resume", one, dict(step=1), identity_of(one, dict(steps=9)))
-    load_checkpoint(tmp / "resume", other, identity_of(other, dict(steps=9)))
+    plan = TrainPlan(steps=9)
+    save_checkpoint(tmp / "resume", one, TrainState(step=1), identity_of(one, plan))
+    load_checkpoint(tmp / "resume", other, identity_of(other, plan))
 
 
 def foreign_folder(house, tmp):

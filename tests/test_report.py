@@ -16,7 +16,6 @@ from urllib.parse import unquote
 import pytest
 from toyhouse import (
     ToyHouse,
-    machine_json,  # noqa: F401  (a fixture)
 )
 
 from llmeco_nb.runner.identity import Package
@@ -164,7 +163,7 @@ def check_pages(folder: Path) -> dict[str, Html]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, machine_json):  # noqa: F811
+def finished(tmp_path_factory, machine_json):
     """Two rounds of a toy house whose stages show what pages must cope with: formulas, figures,
     tables, rude HTML, links."""
     house = ToyHouse(tmp_path_factory.mktemp("report") / "house", machine_json)

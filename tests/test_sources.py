@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +21,9 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
 from llmeco_nb.data import sources
-from llmeco_nb.data.sources import (
-    HubSource,
-    as_text,
-    class_name,
-    encode_labels,
-    is_blank,
-    parse_hub,
-    read_csv,
-    read_json_table,
-    read_table,
-    revision,
-    text_ids,
-)
+from llmeco_nb.data.readers import read_csv, read_json_table
+from llmeco_nb.data.sources import HubSource, parse_hub, revision
+from llmeco_nb.data.tables import as_text, class_name, encode_labels, is_blank, read_table, text_ids
 
 frame = pd.DataFrame(
     {
@@ -702,18 +693,8 @@ def test_a_folder_without_texts(tmp_path):
 
 
 def test_a_missing_driver():
-    import fsspec.registry
-
-    missing = next(
-        (
-            p
-            for p in ("s3", "gs", "abfs")
-            if not __import__("importlib").util.find_spec(
-                {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}[p]
-            )
-        ),
-        None,
-    )
+    drivers = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}
+    missing = next((p for p, driver in drivers.items() if not find_spec(driver)), None)
     if not missing:
         pytest.skip("drivers for s3, gs and abfs are all installed")
     with pytest.raises(MissingError, match="(?i)install"):
@@ -928,7 +909,8 @@ def test_hub_rows(hub, tmp_path):
     must not pass one commit off as another."""
     code = """import sys
 from llmeco_nb.core import LlmecoError
-from llmeco_nb.data.sources import read_table, revision
+from llmeco_nb.data.sources import revision
+from llmeco_nb.data.tables import read_table
 for source in sys.argv[1:]:
     try: t = read_table(source); print(revision(source), list(zip(t.text, t.label)))
     except LlmecoError as e: print(type(e).__name__, e)"""

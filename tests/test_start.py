@@ -13,7 +13,6 @@ import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     UsageError,
     create_record,
-    open_record,
     read_json,
     sha256_of,
 )

@@ -11,8 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
-from llmeco_nb.data.sources import read_table
 from llmeco_nb.data.stream import read_lines, stream_texts
+from llmeco_nb.data.tables import read_table
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 drawn = settings(max_examples=80, deadline=None)

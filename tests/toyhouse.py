@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 RUNNER = "import sys; sys.argv[0] = 'llmeco'; from llmeco_nb.cli import main; main()"
 
@@ -185,16 +183,6 @@ def cell(kind, source, name):
         outputs=[],
         source=source,
     )
-
-
-@pytest.fixture(scope="session")
-def machine_json(tmp_path_factory):
-    "This machine measured once for all toy houses."
-    from llmeco_nb.runner.machine import machine
-
-    file = tmp_path_factory.mktemp("machine") / "machine.json"
-    machine(file)
-    return file
 
 
 class ToyHouse:

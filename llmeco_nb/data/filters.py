@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 
-from .corpus import clean_text
+from ..tasks.cleaning import clean_text
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #15628cc7
 @dataclass(frozen=True)

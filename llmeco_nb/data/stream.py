@@ -21,21 +21,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core import DataError, UsageError
+from .readers import decode_utf8, tsv_quoting
 from llmeco_nb.data.sources import (
-    as_text,
-    column_values,
-    decode_utf8,
     did_you_mean,
     file_extensions,
-    is_blank,
     local_path,
     packaged_reviews,
-    read_table,
     remote_filesystem,
     source_kind,
     translate_read_errors,
-    tsv_quoting,
 )
+from .tables import as_text, column_values, is_blank, read_table
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager

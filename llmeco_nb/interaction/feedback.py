@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Timer
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic import NonNegativeInt, PositiveInt
@@ -38,17 +39,22 @@ from llmeco_nb.core import (
     write_json,
 )
 from ..data.corpus import label_names, read_split, small_corpus
-from ..deployment.engine import ItemAnswer, ModelName, PredictReply
+from ..deployment.engine import ModelName, PredictReply
 from ..deployment.ledger import FeedbackReply, read_feedback
+from ..tasks.registry import find_task, load_schema
+
+# %% ../../nbs/5_interaction/50_feedback.ipynb #6df55236
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    import pandas as pd
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #73db89f7
 class Client:
-    """Talks to a gateway. Errors are `MissingError` (no server), `UsageError` (what the server
+    """Talks to a server. Errors are `MissingError` (no server), `UsageError` (what the server
     refused, in its words), `LlmecoError`."""
 
     def __init__(
         self,
-        url: str = "http://127.0.0.1:8000",  # The gateway's address
+        url: str = "http://127.0.0.1:8000",  # The server's address
         author: str = "",  # Who gives feedback
         timeout: float = 30.0,  # Seconds to wait for an answer, and to keep asking a busy server
         transport: httpx.BaseTransport | None = None,  # None for the network; tests give their own
@@ -108,33 +114,36 @@ class Client:
     def feedback(
         self,
         answer: PredictReply | str,  # What `predict` returned, or its request id
-        label: str | None = None,  # What is right
+        given: str | float | None = None,  # What is right: a class, or a number
         correct: bool | None = None,  # Whether the answer was right; one of the two is enough
         item: int = 0,  # Which of the request's answers
         note: str = "",  # Anything else
         key: str = "",  # Repeated messages have the same; empty: the author
     ) -> FeedbackReply:
         "Feedback on an answer. Repeating it changes nothing; `stored` says whether it was new."
-        told = dict(
+        told: dict[str, Any] = dict(
             request_id=answer if isinstance(answer, str) else answer.request_id,
             item=item,
-            label=label,
             correct=correct,
             note=note,
             author=self.author,
             key=key,
         )
+        if given is not None:
+            told["label" if isinstance(given, str) else "value"] = given
         r = self.ask("POST", "/v1/feedback", told)
-        return FeedbackReply(r["stored"], r["label"], r["predicted"], r["correct"])
+        right = r["label"] if "label" in r else r["value"]
+        return FeedbackReply(r["stored"], right, r["predicted"], r["correct"])
 
 
 def predict_reply(
     body: dict,  # JSON of `POST /v1/predict`
 ) -> PredictReply:
-    "A gateway's reply with typed fields."
-    model = ModelName(body["model"]["name"], body["model"]["digest"])
-    answers = [ItemAnswer(a["item"], a["label"], a["probabilities"]) for a in body["answers"]]
-    return PredictReply(body["request_id"], model, answers)
+    "A server's reply with typed fields, those of the task that it names. Raises `UsageError`."
+    model = ModelName(**body["model"])
+    response = find_task(model.task).Response
+    answers = [response(**a) for a in body["answers"]]
+    return PredictReply(request_id=body["request_id"], model=model, answers=answers)
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #237999aa
 @dataclass(frozen=True)
@@ -222,6 +231,7 @@ def running_server(
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout and process.stderr  # piped above
     late = Timer(seconds, process.kill)
     late.start()
     try:
@@ -246,7 +256,7 @@ def running_server(
 
 
 def ask_by_curl(
-    address: str,  # Of a gateway
+    address: str,  # Of a server
     text: str,  # What to ask about
 ) -> PredictReply | None:
     "The reply as curl gets it; None where there is no curl."
@@ -311,8 +321,8 @@ def ask_three_ways(
 
 
 def find_mistakes(
-    client: Client,  # Of the gateway to ask
-    rows,  # Table with text and label, asked about in this order
+    client: Client,  # Of the server to ask
+    rows: "pd.DataFrame",  # With text and label, asked about in this order
     names: list[str],  # Names of the labels
     max_mistakes: int,  # No more than these are returned
     record: Record,  # Told progress
@@ -321,22 +331,22 @@ def find_mistakes(
     "Answers that differ from the label, and the number of texts that were asked about."
     found: list[Mistake] = []
     asked = 0
-    rows = list(rows.itertuples())
-    while asked < len(rows) and len(found) < max_mistakes:
-        part = rows[asked : asked + batch_size]
-        got = client.predict([r.text for r in part])
+    pairs = list(zip(rows.text, rows.label))
+    while asked < len(pairs) and len(found) < max_mistakes:
+        part = pairs[asked : asked + batch_size]
+        got = client.predict([text for text, _ in part])
         found += [
-            Mistake(got.request_id, a.item, r.text, predicted=a.label, label=names[r.label])
-            for r, a in zip(part, got.answers)
-            if a.label != names[r.label]
+            Mistake(got.request_id, a.item, text, predicted=a.label, label=names[label])
+            for (text, label), a in zip(part, got.answers)
+            if a.label != names[label]
         ]
         asked += len(part)
-        record.progress(asked, len(rows), "questions")
+        record.progress(asked, len(pairs), "questions")
     return found[:max_mistakes], asked
 
 
 def time_requests(
-    client: Client,  # Of the gateway to time
+    client: Client,  # Of the server to time
     texts: list[str],  # Asked about one after another
     record: Record,  # Gets a log row for each
 ) -> list[float]:
@@ -364,6 +374,12 @@ def interact(
         from llmeco_nb.deployment.bundle import small_bundle
 
         champion = str(small_bundle())
+    task = load_schema(corpus).task
+    if task != "text-classification":
+        raise UsageError(
+            f"{corpus} is a corpus for {task}; this stage looks for wrong classes. `llmeco serve` "
+            "answers and takes corrections for it all the same: leave the stage interact out."
+        )
     names = label_names(corpus)
     rows = read_split(corpus, "validation")
     rows = rows[rows.text.str.len().between(1, 20_000)]
@@ -402,7 +418,7 @@ def interact(
     )
     written = dict(
         question=question,
-        by={way: asdict(reply) for way, reply in by.items()},
+        by={way: reply.model_dump() for way, reply in by.items()},
         corrections=[asdict(w) for w in wrong],
         stored=[asdict(r) for r in stored[:1]],
     )

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['decades', 'glossary', 'Chapter', 'chapters', 'chapter_map', 'not_executable', 'executed_notebook', 'execute_notebook',
-           'ApiEntry', 'api_entries', 'escape_tags', 'render_inline', 'api_reference', 'exported_code', 'chapter_page',
-           'site_link', 'front_page', 'listing', 'reference_page', 'render_site', 'evaluated', 'from_root',
-           'render_readme', 'write_readme']
+           'chapter_page', 'site_link', 'front_page', 'listing', 'reference_page', 'render_site', 'evaluated',
+           'from_root', 'render_readme', 'write_readme']
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #a2b3f27c
 import ast
@@ -23,7 +22,7 @@ from urllib.parse import unquote
 from ..core import LlmecoError, lock, read_json, runs_dir, sha256_of, write_bytes
 from ..runner.benchmarks import is_stale, kept_record, restore_record
 from ..runner.identity import Notebook
-from ..runner.kernel import execute
+from ..runner.kernel import execute, import_nbformat
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, export_is_current
 from .diagram import ring_svg
@@ -36,6 +35,7 @@ from llmeco_nb.site.page import (
     render_chapter,
     split_title,
 )
+from .reference import api_reference, escape_tags, exported_code, render_inline
 from .report import gather
 from .template import Page, replaced_folder, scroll_box, write_pages
 
@@ -148,8 +148,7 @@ def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
 def execute_notebook(house: StageRegistry, path: Path) -> str:
     """Execute the notebook at `path`, one of `house`, at its defaults, or the show cells of a
     benchmark on its kept record, unless it is kept already; returns what went wrong, or ''."""
-    import nbformat
-
+    nbformat = import_nbformat()
     if executed_notebook(house, path):
         return ""
     folder = runs_dir() / "lessons"
@@ -194,171 +193,6 @@ def execute_notebook(house: StageRegistry, path: Path) -> str:
         write_bytes(folder / path.name, nbformat.writes(done).encode())
         partial.unlink()
     return ""
-
-# %% ../../nbs/0_ground/05a_docs.ipynb #e30cfe91
-@dataclass
-class ApiEntry:
-    "A public function or class."
-
-    name: str
-    kind: str  # function, class, method
-    signature: str
-    doc: str
-    parameters: list[tuple[str, str, str]]  # (name, type and default, comment)
-    inner: list  # methods of a class
-
-
-def api_entries(code: str, kind: str = "function") -> list[ApiEntry]:
-    "The public functions (each of the kind `kind`) and classes that a piece of code defines."
-    lines = code.splitlines()
-    return [
-        _entry(n, lines, kind)
-        for n in ast.parse(code).body
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        and not n.name.startswith("_")
-    ]
-
-
-def _entry(n: ast.AST, lines: list[str], kind: str) -> ApiEntry:
-    "One definition as an entry."
-    doc = ast.get_docstring(n) or ""
-    if isinstance(n, ast.ClassDef):
-        inner = [
-            _entry(m, lines, "method")
-            for m in n.body
-            if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef))
-            and not m.name.startswith("_")
-            and ast.get_docstring(m)
-        ]
-        made = next(
-            (m for m in n.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None
-        )
-        fields = [
-            (
-                f.target.id,
-                ast.unparse(f.annotation) + (f" = {ast.unparse(f.value)}" if f.value else ""),
-                _comment(f, lines),
-            )
-            for f in n.body
-            if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
-        ]
-        bases = f"({', '.join(map(ast.unparse, n.bases))})" if n.bases else ""
-        return ApiEntry(
-            n.name,
-            "class",
-            bases if made is None else _signature(made),
-            doc,
-            _parameters(made, lines) if made else fields,
-            inner,
-        )
-    return ApiEntry(n.name, kind, _signature(n), doc, _parameters(n, lines), [])
-
-
-def _signature(n) -> str:
-    "Names and defaults; types stand in the table."
-    bare = ast.parse(ast.unparse(n)).body[0].args
-    for a in _arguments(bare):
-        a.annotation = None
-    return (
-        "("
-        + re.sub(r"^(self|cls)(, |$)", "", ast.unparse(bare))
-        + ")"
-        + (f" → {ast.unparse(n.returns)}" if n.returns else "")
-    )
-
-
-def _arguments(a: ast.arguments) -> list[ast.arg]:
-    "All arguments in order."
-    return [
-        *a.posonlyargs,
-        *a.args,
-        *filter(None, [a.vararg]),
-        *a.kwonlyargs,
-        *filter(None, [a.kwarg]),
-    ]
-
-
-def _comment(node: ast.AST, lines: list[str]) -> str:
-    "The comment behind a definition's line."
-    return (
-        lines[node.end_lineno - 1]
-        .encode()[node.end_col_offset :]
-        .decode()
-        .partition("#")[2]
-        .strip()
-    )
-
-
-def _parameters(n, lines: list[str]) -> list[tuple[str, str, str]]:
-    "Parameters that have a type or a comment of their own."
-    a, found = n.args, []
-    positional = [*a.posonlyargs, *a.args]
-    defaults = dict(
-        zip([p.arg for p in positional[len(positional) - len(a.defaults) :]], a.defaults)
-    ) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d is not None}
-    # of several on a line the comment belongs to the last
-    last = {p.end_lineno: p for p in _arguments(a)}
-    for p in _arguments(a):
-        if p.arg in ("self", "cls"):
-            continue
-        end = defaults.get(p.arg, p)
-        comment = (
-            _comment(end, lines)
-            if last.get(p.end_lineno) is p and end.end_lineno < n.body[0].lineno
-            else ""
-        )
-        kind = (ast.unparse(p.annotation) if p.annotation else "") + (
-            f" = {ast.unparse(defaults[p.arg])}" if p.arg in defaults else ""
-        )
-        if p.annotation or comment:
-            found.append((p.arg, kind.removeprefix(" "), comment))
-    return found
-
-# %% ../../nbs/0_ground/05a_docs.ipynb #6d7e1ab9
-def escape_tags(text: str) -> str:
-    """Markdown `text` in which a `<` outside of code is a sign and begins no tag: so it is meant in
-    docstrings and comments."""
-    return re.sub(r"(`+[^`]*`+)|<", lambda m: m[1] or "&lt;", text)
-
-
-def render_inline(scribe: PageRenderer, text: str) -> str:
-    "The line `text` of Markdown as HTML without a paragraph around it, written by `scribe`."
-    return re.sub("^<p>|</p>$", "", scribe.prose(text, listed=False).strip())
-
-
-def api_reference(found: list[ApiEntry], scribe: PageRenderer, module: str) -> str:
-    "The entries `found` in `module` as HTML; each is a heading of `scribe` that the search knows."
-    parts = []
-    for e in found:
-        scribe.headings.append((4, f"api-{e.name}", f"{module}.{e.name}"))
-        rows = "".join(
-            f"<tr><td><code>{html.escape(n)}</code></td><td><code>{html.escape(t)}</code></td>"
-            f"<td>{render_inline(scribe, escape_tags(c))}</td></tr>"
-            for n, t, c in e.parameters
-        )
-        rows = (
-            scroll_box(f"<table><tbody>{rows}</tbody></table>", f"Parameters of {e.name}")
-            if rows
-            else ""
-        )
-        inner = "".join(
-            f"<h3>{html.escape(e.name)}.{html.escape(m.name)}"
-            f'<span class="sig">{html.escape(m.signature)}</span></h3>'
-            f"{scribe.prose(escape_tags(m.doc), listed=False)}"
-            for m in e.inner
-        )
-        parts.append(
-            f'<section class="api" id="api-{e.name}">'
-            f"<h3>{'class ' if e.kind == 'class' else ''}{html.escape(e.name)}"
-            f'<span class="sig">{html.escape(e.signature)}</span></h3>'
-            f"{scribe.prose(escape_tags(e.doc), listed=False)}{rows}{inner}</section>"
-        )
-    return "".join(parts)
-
-
-def exported_code(nb: dict) -> list[ApiEntry]:
-    "What a notebook exports, in order; `nb` is its JSON."
-    return [e for c in cells_with_outputs(nb) if c.exported for e in api_entries(c.source)]
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #2c045940
 glossary = "05b_glossary.ipynb"

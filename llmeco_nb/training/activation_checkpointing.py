@@ -134,6 +134,7 @@ class MemoryTracker(TorchDispatchMode):
         self,
         storage,  # Memory behind a tensor; counted once, until it is freed
     ):
+        "Count a storage that was not met before."
         if storage in self.known:
             return
         self.known.add(storage)
@@ -144,4 +145,5 @@ class MemoryTracker(TorchDispatchMode):
         self,
         n: int,  # Bytes that were freed
     ):
+        "Take off what is held no longer."
         self.now -= n

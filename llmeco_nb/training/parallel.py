@@ -379,6 +379,7 @@ class LossModule(torch.nn.Module):
         self,
         batch,  # What the step takes
     ):
+        "The summed loss of a batch and what it counts."
         losses = []
         counted = self.step(self.model, batch, losses.append)[1]
         if len(losses) != 1:

@@ -1,0 +1,135 @@
+"""The light half of the task contract: schemas, checks, predictions, metrics of numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
+from llmeco_nb.core import DataError, UsageError
+from llmeco_nb.stats.regression import (
+    regression_metrics,
+    regression_report,
+    regression_statistic,
+    weighted_ranks,
+)
+from llmeco_nb.stats.significance import bootstrap
+from llmeco_nb.tasks.contract import Cleaning, Rows, max_label_chars
+from llmeco_nb.tasks.registry import (
+    find_task,
+    load_schema,
+    save_schema,
+    schema_from_json,
+    task_of,
+    tasks,
+)
+
+NUMBERS = st.lists(
+    st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=40
+).filter(lambda pairs: all(len({p[side] for p in pairs}) > 1 for side in (0, 1)))
+
+
+@given(NUMBERS)
+@settings(max_examples=60, deadline=None)
+def test_metrics_of_numbers_are_those_of_scipy_and_scikit_learn(pairs):
+    y, p = np.array(pairs, float).T
+    found = regression_report(y, p)
+    assert found["mae"] == pytest.approx(mean_absolute_error(y, p))
+    assert found["rmse"] == pytest.approx(root_mean_squared_error(y, p))
+    assert found["r2"] == pytest.approx(r2_score(y, p))
+    assert found["spearman"] == pytest.approx(spearmanr(y, p).statistic, abs=1e-9)
+
+
+@given(NUMBERS, st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_a_statistic_of_drawn_rows_is_the_metric_of_the_rows_written_out(pairs, seed):
+    y, p = np.array(pairs, float).T
+    w = np.random.default_rng(seed).integers(0, 3, (1, len(y)))
+    if w.sum() == 0:
+        return
+    whole = [np.repeat(side, w[0]) for side in (y, p)]
+    for name, value in regression_report(*whole).items():
+        if name == "items":
+            continue
+        if name in ("r2", "spearman") and len(set(whole[0])) < 2:
+            continue
+        assert regression_statistic(name)(w, y, p)[0] == pytest.approx(value, abs=1e-9), name
+
+
+def test_equal_values_share_their_mean_rank():
+    assert weighted_ranks(np.array([[1, 1, 1]]), np.array([2.0, 1.0, 2.0])).tolist() == [
+        [2.5, 1.0, 2.5]
+    ]
+
+
+def test_every_metric_of_numbers_has_an_interval():
+    rng = np.random.default_rng(3)
+    y = rng.normal(size=120)
+    p = y + rng.normal(size=120)
+    for name in regression_metrics:
+        found = bootstrap(regression_statistic(name), y, p, resamples=300)
+        assert found.low < found.estimate < found.high
+        assert found.estimate == pytest.approx(regression_report(y, p)[name])
+    with pytest.raises(UsageError, match="mape"):
+        regression_statistic("mape")
+
+
+def sample(name: str) -> Rows:
+    "Three rows that fit the task of this name."
+    values = {
+        "text-classification": {"text": ["a", "b", "c"], "label": [0, 1, 1]},
+        "regression": {"text": ["a", "b", "c"], "target": ["1", 2.5, 4]},
+    }
+    return Rows("t.csv", values[name], [2, 3, 5], ["no", "yes"], Cleaning(keep_newlines=True))
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_a_schema_survives_json_and_a_folder(name, tmp_path):
+    schema = find_task(name).check(sample(name))
+    assert schema_from_json(json.loads(json.dumps(schema.to_json()))) == schema
+    save_schema(schema, tmp_path)
+    assert load_schema(tmp_path) == schema and task_of(schema) is tasks[name]
+    assert schema.prepare("It&#x27;s<br>so") == "It's\nso"
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_answers_are_json_and_say_what_was_predicted(name):
+    task = find_task(name)
+    schema = task.check(sample(name))
+    outputs = np.array([[0.5, 1.5], [3.0, -1.0]])[:, : 2 if name == "text-classification" else 1]
+    scores = task.activate(outputs, schema)
+    assert scores.dtype == np.float32 and scores.shape == outputs.shape
+    answers = [task.respond(i, p) for i, p in enumerate(task.decode(scores, schema))]
+    told = json.loads(json.dumps([a.model_dump() for a in answers]))
+    assert [a["item"] for a in told] == [0, 1]
+    if name == "regression":
+        assert [a["value"] for a in told] == task.predict(scores).tolist() == [0.5, 3.0]
+    else:
+        assert [a["label"] for a in told] == ["yes", "no"]
+        assert [schema.labels[i] for i in task.predict(scores)] == ["yes", "no"]
+    assert task.cost("", len) == 1 and task.cost("abc", len) == 3
+
+
+def test_a_target_that_is_no_number_is_refused_with_its_row():
+    rows = sample("regression")
+    rows.values["target"][1] = "2,5"
+    with pytest.raises(DataError, match=r"t\.csv, row 3.*'2,5'.*point"):
+        find_task("regression").check(rows)
+
+
+def test_a_label_that_no_client_could_send_back_is_refused_with_its_row():
+    rows = sample("text-classification")
+    rows.labels[1] = "y" * (max_label_chars + 1)
+    with pytest.raises(DataError, match=r"t\.csv, row 3.*101 characters"):
+        find_task("text-classification").check(rows)
+
+
+def test_texts_cleaned_in_a_way_that_is_not_known_are_refused(tmp_path):
+    (tmp_path / "schema.json").write_text(
+        '{"task": "regression", "low": 0, "high": 1, "cleaning": {"version": 9}}'
+    )
+    with pytest.raises(DataError, match=r"schema\.json.*version 9"):
+        load_schema(tmp_path)
