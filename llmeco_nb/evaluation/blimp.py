@@ -214,7 +214,9 @@ class BlimpConfig(StageConfig):
     "What the stage `blimp` may be told."
 
     data: str = "auto"  # folder with BLiMP.zip; auto: $LLMECO_DATA, else ../shared/data, if there
-    pairs_per_set: PositiveInt | None = 10  # of each of the 67 sets, from the front; none: all 1,000
+    pairs_per_set: PositiveInt | None = (
+        10  # of each of the 67 sets, from the front; none: all 1,000
+    )
 
 
 def find_blimp(
@@ -246,7 +248,9 @@ def untrained_decoder() -> Path:
     from llmeco_nb.pretraining.causal import small_subword_tokenizer
 
     def make(folder):
-        save_decoder(new_decoder(1024, "2x64", 64), small_subword_tokenizer(small_mixture()), folder)
+        save_decoder(
+            new_decoder(1024, "2x64", 64), small_subword_tokenizer(small_mixture()), folder
+        )
 
     return cached_fixture("decoder-untrained", make, small_subword_tokenizer(small_mixture()))
 
