@@ -214,9 +214,7 @@ class BlimpConfig(StageConfig):
     "What the stage `blimp` may be told."
 
     data: str = "auto"  # folder with BLiMP.zip; auto: $LLMECO_DATA, else ../shared/data, if there
-    pairs_per_set: PositiveInt | None = (
-        10  # of each of the 67 sets, from the front; none: all 1,000
-    )
+    pairs_per_set: PositiveInt | None = 10  # of each of the 67 sets, the first; none: all 1,000
 
 
 def find_blimp(
