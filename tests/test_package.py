@@ -393,7 +393,7 @@ CEILINGS = {
     "public functions whose help leaves out a parameter": 644,
     "public functions with an untyped parameter": 86,
     "modules over 600 lines": 7,
-    "modules over 400 lines": 27,
+    "modules over 400 lines": 26,
 }
 
 
