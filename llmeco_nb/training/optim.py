@@ -278,7 +278,8 @@ class Optimiser:
             n: p for n, p in model.named_parameters() if any(n in g["names"] for g in groups)
         }
         self.masters = {
-            n: p.detach().clone() if config.precision == "bf16" else p for n, p in self.weights.items()
+            n: p.detach().clone() if config.precision == "bf16" else p
+            for n, p in self.weights.items()
         }
         if config.precision == "bf16":
             cast_parameters(model, torch.bfloat16)
