@@ -21,18 +21,21 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.models.decoder import causal_loss, load_decoder, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
-    best_fit_packing,
-    eos_token_id,
     fast_causal_loss,
     generate,
-    pack_documents,
     pretrain_causal,
+    validation_nats,
+)
+from llmeco_nb.pretraining.packing import (  # noqa: E402
+    best_fit_packing,
+    eos_token_id,
+    pack_documents,
     read_texts,
     select_rows,
-    validation_nats,
 )
 from llmeco_nb.tokenization.bpe import (  # noqa: E402
     encode_subwords,

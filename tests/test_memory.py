@@ -180,7 +180,8 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, at_step):
     """Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the
     same bytes as a run that never did, or always."""
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
     from llmeco_nb.training.task import added_callbacks
 
     prose, toy = (
@@ -232,7 +233,8 @@ def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     forget."""
     from llmeco_nb.core import MissingError
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
     from llmeco_nb.training.forecast import torch_cpp_compiler
 
     try:

@@ -159,7 +159,8 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     toy, prose, losses = (
         dict(
@@ -305,8 +306,8 @@ def test_a_real_stage_in_two_processes(tmp_path):
     """The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up
     to rounding."""
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.models.decoder_conversion import qwen3
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3(), small_subword_tokenizer(small_mixture())  # before the fork, once for all
     args = [
@@ -392,9 +393,9 @@ def small_inputs():
     from llmeco_nb.data.corpus import small_corpus
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.finetuning.classifier import small_random_encoder
-    from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.models.decoder_conversion import qwen3
     from llmeco_nb.pretraining.nsp import small_pretrained_encoder
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3()
     small_subword_tokenizer(small_mixture())

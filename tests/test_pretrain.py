@@ -20,22 +20,26 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.mlm import (  # noqa: E402
-    MASK,
-    MLMConfig,
+from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
     document_ppmi_embeddings,
-    fill_mask,
-    group_texts,
     init_mlm_model,
+    unigram_log_probs,
+    window_ppmi_embeddings,
+)
+from llmeco_nb.pretraining.masking import (  # noqa: E402
+    MASK,
+    group_texts,
     mask_row,
     masked_batch,
     mlm_batches,
+)
+from llmeco_nb.pretraining.mlm import (  # noqa: E402
+    MLMConfig,
+    fill_mask,
     pretrain,
     pretrain_plan,
     tile_position_embeddings,
-    unigram_log_probs,
     validation_losses,
-    window_ppmi_embeddings,
 )
 from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     TokenizerConfig,

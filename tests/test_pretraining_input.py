@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretraining.mlm  # noqa: E402
+import llmeco_nb.pretraining.masking  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     DataError,
@@ -22,7 +22,8 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
-from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
 from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
@@ -397,9 +398,9 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
 def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
     """The refusal names a batch that was within the limit, and nothing larger than a few rows was
     made before it."""
-    made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
+    made, masked = [], llmeco_nb.pretraining.masking.masked_batch
     monkeypatch.setattr(
-        llmeco_nb.pretraining.mlm,
+        llmeco_nb.pretraining.masking,
         "masked_batch",
         lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more),
     )
