@@ -113,7 +113,7 @@ def sentence_scores(
     import torch
     import torch.nn.functional as F
 
-    from llmeco_nb.pretraining.causal import eos_token_id
+    from llmeco_nb.pretraining.packing import eos_token_id
     from llmeco_nb.tokenization.bpe import encode_subwords
 
     end = eos_token_id(tokenizer)

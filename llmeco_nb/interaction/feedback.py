@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Timer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic import NonNegativeInt, PositiveInt
@@ -39,8 +39,9 @@ from llmeco_nb.core import (
     write_json,
 )
 from ..data.corpus import label_names, read_split, small_corpus
-from ..deployment.engine import ItemAnswer, ModelName, PredictReply
+from ..deployment.engine import ModelName, PredictReply
 from ..deployment.ledger import FeedbackReply, read_feedback
+from ..tasks.registry import find_task, load_schema
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #6df55236
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -113,33 +114,36 @@ class Client:
     def feedback(
         self,
         answer: PredictReply | str,  # What `predict` returned, or its request id
-        label: str | None = None,  # What is right
+        given: str | float | None = None,  # What is right: a class, or a number
         correct: bool | None = None,  # Whether the answer was right; one of the two is enough
         item: int = 0,  # Which of the request's answers
         note: str = "",  # Anything else
         key: str = "",  # Repeated messages have the same; empty: the author
     ) -> FeedbackReply:
         "Feedback on an answer. Repeating it changes nothing; `stored` says whether it was new."
-        told = dict(
+        told: dict[str, Any] = dict(
             request_id=answer if isinstance(answer, str) else answer.request_id,
             item=item,
-            label=label,
             correct=correct,
             note=note,
             author=self.author,
             key=key,
         )
+        if given is not None:
+            told["label" if isinstance(given, str) else "value"] = given
         r = self.ask("POST", "/v1/feedback", told)
-        return FeedbackReply(r["stored"], r["label"], r["predicted"], r["correct"])
+        right = r["label"] if "label" in r else r["value"]
+        return FeedbackReply(r["stored"], right, r["predicted"], r["correct"])
 
 
 def predict_reply(
     body: dict,  # JSON of `POST /v1/predict`
 ) -> PredictReply:
-    "A server's reply with typed fields."
-    model = ModelName(body["model"]["name"], body["model"]["digest"])
-    answers = [ItemAnswer(a["item"], a["label"], a["probabilities"]) for a in body["answers"]]
-    return PredictReply(body["request_id"], model, answers)
+    "A server's reply with typed fields, those of the task that it names. Raises `UsageError`."
+    model = ModelName(**body["model"])
+    response = find_task(model.task).Response
+    answers = [response(**a) for a in body["answers"]]
+    return PredictReply(request_id=body["request_id"], model=model, answers=answers)
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #237999aa
 @dataclass(frozen=True)
@@ -370,6 +374,12 @@ def interact(
         from llmeco_nb.deployment.bundle import small_bundle
 
         champion = str(small_bundle())
+    task = load_schema(corpus).task
+    if task != "text-classification":
+        raise UsageError(
+            f"{corpus} is a corpus for {task}; this stage looks for wrong classes. `llmeco serve` "
+            "answers and takes corrections for it all the same: leave the stage interact out."
+        )
     names = label_names(corpus)
     rows = read_split(corpus, "validation")
     rows = rows[rows.text.str.len().between(1, 20_000)]
@@ -408,7 +418,7 @@ def interact(
     )
     written = dict(
         question=question,
-        by={way: asdict(reply) for way, reply in by.items()},
+        by={way: reply.model_dump() for way, reply in by.items()},
         corrections=[asdict(w) for w in wrong],
         stored=[asdict(r) for r in stored[:1]],
     )
