@@ -391,9 +391,9 @@ CEILINGS = {
     "functions with over eight parameters": 9,
     "banned names": 0,
     "public functions whose help leaves out a parameter": 700,
-    "public functions with an untyped parameter": 86,
-    "modules over 600 lines": 7,
-    "modules over 400 lines": 27,
+    "public functions with an untyped parameter": 78,
+    "modules over 600 lines": 6,
+    "modules over 400 lines": 26,
 }
 
 
