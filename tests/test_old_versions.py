@@ -18,7 +18,8 @@ from llmeco_nb.deployment.loading import open_model  # noqa: E402
 from llmeco_nb.deployment.manifest import verify  # noqa: E402
 from llmeco_nb.deployment.engine import Predictor  # noqa: E402
 from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
-from llmeco_nb.interaction.feedback import Client, freeze, read_frozen, running_server  # noqa: E402
+from llmeco_nb.interaction.client import Client, running_server  # noqa: E402
+from llmeco_nb.interaction.feedback import freeze, read_frozen  # noqa: E402
 from llmeco_nb.interaction.rounds import read_history  # noqa: E402
 from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name  # noqa: E402
 
