@@ -16,18 +16,21 @@ import numpy as np  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
 from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
+from llmeco_nb.finetuning.checkpoints import packaged_minilm  # noqa: E402
 from llmeco_nb.finetuning.classifier import (  # noqa: E402
     ClassifierConfig,
-    collate,
     enough_labels,
     fine_tune,
     labelled_subset,
     layerwise_lr_scales,
-    packaged_minilm,
-    predict_proba,
+)
+from llmeco_nb.finetuning.encoding import (  # noqa: E402
+    collate,
     tokenize_texts,
     truncate_middle,
 )
+from llmeco_nb.finetuning.text_classification import predict_proba  # noqa: E402
+from llmeco_nb.tasks.predictions import scores_of  # noqa: E402
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {
@@ -103,32 +106,30 @@ def test_predictions_have_the_agreed_form(done, corpus):
     table = pd.read_parquet(done.artifact("predictions"))
     assert list(table.columns) == [
         "model",
-        "labels",
+        "num_labeled",
         "split",
         "id",
-        "label",
-        "predicted",
-        "score_0",
-        "score_1",
-        "score_2",
+        "target",
+        "prediction",
+        "scores",
     ]
     assert (
         set(table.model) == {"toy"}
-        and set(table.labels) == {120}
+        and set(table.num_labeled) == {120}
         and table.split.value_counts().to_dict() == {"test": 60, "validation": 45}
     )
-    scores = table.filter(like="score_").to_numpy()
+    scores = scores_of(table)
     assert (
         scores.dtype == np.float32
         and np.allclose(scores.sum(1), 1, atol=1e-5)
-        and (scores.argmax(1) == table.predicted).all()
+        and (scores.argmax(1) == table.prediction).all()
     )
     truth = (
         pd.concat([pd.read_parquet(f"{corpus}/{s}.parquet") for s in ("validation", "test")])
         .set_index("id")
         .label
     )
-    assert (truth[table.id].to_numpy() == table.label).all() and table.id.is_unique
+    assert (truth[table.id].to_numpy() == table.target).all() and table.id.is_unique
 
 
 def test_plain_transformers_opens_it(done):
@@ -400,6 +401,7 @@ def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     unlabelled = tmp_path / "unlabelled"
     made(unlabelled)
     (unlabelled / "labels.json").write_text("[]")
+    (unlabelled / "schema.json").unlink(missing_ok=True)
     with pytest.raises(DataError, match="has 0 classes"):
         attempt(str(unlabelled))
     monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)

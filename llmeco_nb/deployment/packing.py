@@ -161,7 +161,8 @@ def reference_probabilities(
 ) -> np.ndarray:
     """Class probabilities as torch and transformers compute them from the original folder, float32
     of shape (texts, classes). Raises `DataError`."""
-    from llmeco_nb.finetuning.classifier import predict_proba, tokenize_texts
+    from llmeco_nb.finetuning.encoding import tokenize_texts
+    from llmeco_nb.finetuning.text_classification import predict_proba
 
     model, tokenizer = open_classifier(folder)
     max_length, head_fraction = truncation_of(model.config)
