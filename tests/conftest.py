@@ -111,25 +111,34 @@ def machine_json(tmp_path_factory):
 
 
 @pytest.fixture
-def killed_at():
+def at_step():
+    """`at_step(step, work)` is a callback that calls `work` as that step of a training begins;
+    `work` gets the step. Without a step it does so at each."""
+    from llmeco_nb.training.task import Callback
+
+    class AtStep(Callback):
+        def __init__(self, step, work):
+            self.step, self.work = step, work
+
+        def on_step_begin(self, run):
+            if self.step in (None, run.state.step):
+                self.work(run.state.step)
+
+    return AtStep
+
+
+@pytest.fixture
+def killed_at(at_step):
     """`killed_at(step, work)` calls `work` in a process of its own, which signal 9 ends as its
     training begins that step."""
+    from llmeco_nb.training.task import added_callbacks
 
     def killed(at: int, work):
-        import llmeco_nb.training.loop
-
-        one_step = llmeco_nb.training.loop.train_step
-
-        def dying(*given):
-            if given[5] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return one_step(*given)
-
         pid = os.fork()
         if pid == 0:
             try:
-                llmeco_nb.training.loop.train_step = dying
-                work()
+                with added_callbacks(at_step(at, lambda s: os.kill(os.getpid(), signal.SIGKILL))):
+                    work()
             except BaseException:
                 traceback.print_exc()
             finally:

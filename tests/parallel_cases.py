@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from llmeco_nb.core import Record, UsageError, create_record
 from llmeco_nb.training.activation_checkpointing import enable_activation_checkpointing
 from llmeco_nb.training.checkpoint import load_checkpoint, save_checkpoint
-from llmeco_nb.training.loop import batch_indices, train
+from llmeco_nb.training.loop import batch_indices, train_task
 from llmeco_nb.training.loss_spikes import UnstableStep
 from llmeco_nb.training.optim import Optimiser
 from llmeco_nb.training.parallel import (
@@ -26,6 +26,8 @@ from llmeco_nb.training.parallel import (
     shard,
     tensor_parallel,
 )
+from llmeco_nb.training.state import TrainPlan, TrainState
+from llmeco_nb.training.task import TrainTask
 
 BATCH = 6
 
@@ -191,7 +193,7 @@ def halved(world, mine, folder):
             for w, m in zip(p.weights.values(), p.masters.values())
         ),
     )
-    save_checkpoint(folder, p, dict(step=2), dict(made="here"), writes=world.rank == 0)
+    save_checkpoint(folder, p, TrainState(step=2), dict(made="here"), writes=world.rank == 0)
     torch.distributed.barrier()
     alone, again = (
         Optimiser(model().to(world.device), 1e-2, muon=1e-2),
@@ -261,9 +263,8 @@ def training(
     net.drop.p = dropout
     optimiser = Optimiser(net, 3e-3, precision="fp32")
 
-    def batches(index):
-        share = () if alike else (world.size, world.rank)
-        which = batch_indices(index, 5, len(rows), 3, *share)
+    def make_batch(batch_size, index, *share):
+        which = batch_indices(index, batch_size, len(rows), 3, *(() if alike else share))
         if seen:
             with open(f"{seen}.{world.rank}", "a") as f:
                 f.write(f"{index} {' '.join(map(str, which))}\n")
@@ -287,11 +288,25 @@ def training(
     def judge(net):
         return dict(validation_loss=float(tiny_step(net, rows[:5], lambda loss: None)[0]) / 40)
 
-    plan = dict(
-        steps=steps, accumulation=2, warmup=2, evaluate_every=3, checkpoint_every=2, guard=guard
+    plan = TrainPlan(
+        steps=steps,
+        batch_size=5,
+        grad_accum_steps=2,
+        warmup=2,
+        evaluate_every=3,
+        checkpoint_every=2,
+        max_rollbacks=guard,
     )
-    name = "toy" if alike else "train"
-    train(net, stepping, batches, optimiser, plan, record, judge, identity=dict(seed=1), name=name)
+    task = TrainTask(
+        model=net,
+        optimizer=optimiser,
+        loss_step=stepping,
+        make_batch=make_batch,
+        evaluate=judge,
+        identity=dict(seed=1),
+        name="toy" if alike else "train",
+    )
+    train_task(record, task, plan)
     if world.rank == 0:
         torch.save(
             {n: m.detach() for n, m in optimiser.masters.items()}, record.path / "masters.pt"

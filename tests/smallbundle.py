@@ -5,18 +5,22 @@ from pathlib import Path
 import numpy as np
 
 from llmeco_nb.deployment.manifest import Manifest, write_manifest
+from llmeco_nb.tasks.contract import Cleaning, Schema
+from llmeco_nb.tasks.text_classification import ClassificationSchema
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good great fine funny wonderful bad dull poor long awful".split()
 
 
-def make_bundle(folder: Path, name: str = "words") -> Path:
+def make_bundle(folder: Path, name: str = "words", schema: Schema | None = None) -> Path:
     "Words 4 to 8 speak for `positive`, the rest for `negative`; logits are a mean over tokens."
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     folder.mkdir(parents=True)
-    vectors = np.zeros((len(WORDS), 2), np.float32)
-    vectors[4:9, 1], vectors[9:, 0] = 4, 4
+    schema = schema or ClassificationSchema(labels=["negative", "positive"], cleaning=Cleaning())
+    outputs = len(getattr(schema, "labels", "1"))  # a regression has one
+    vectors = np.zeros((len(WORDS), outputs), np.float32)
+    vectors[4:9, -1], vectors[9:, 0] = 4, 4
     nodes = [
         helper.make_node("Gather", ["vectors", "input_ids"], ["found"]),
         helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
@@ -39,7 +43,7 @@ def make_bundle(folder: Path, name: str = "words") -> Path:
         nodes,
         "words",
         inputs,
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["texts", 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["texts", outputs])],
         constants,
     )
     onnx.save(
@@ -57,7 +61,7 @@ def make_bundle(folder: Path, name: str = "words") -> Path:
     facts = Manifest(
         name,
         kind="onnx",
-        labels=["negative", "positive"],
+        schema=schema,
         max_length=16,
         head_fraction=0.25,
         pad_token_id=0,

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.training.loop  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     DataError,
     MissingError,
@@ -22,18 +21,21 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.models.decoder import causal_loss, load_decoder, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
-    best_fit_packing,
-    eos_token_id,
     fast_causal_loss,
     generate,
-    pack_documents,
     pretrain_causal,
+    validation_nats,
+)
+from llmeco_nb.pretraining.packing import (  # noqa: E402
+    best_fit_packing,
+    eos_token_id,
+    pack_documents,
     read_texts,
     select_rows,
-    validation_nats,
 )
 from llmeco_nb.tokenization.bpe import (  # noqa: E402
     encode_subwords,
@@ -41,6 +43,7 @@ from llmeco_nb.tokenization.bpe import (  # noqa: E402
     save_subword_tokenizer,
     train_bpe,
 )
+from llmeco_nb.training.task import added_callbacks  # noqa: E402
 
 QUICK = dict(
     size="1x32",
@@ -210,9 +213,9 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
     )
 
 
-def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch, killed_at):
+def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, at_step, killed_at):
     "Before the first checkpoint, after one, and in the last step."
-    whole, one_step = what_stays(calm), llmeco_nb.training.loop.train_step
+    whole = what_stays(calm)
     for at in (1, 7, 13):
         killed_at(
             at,
@@ -222,12 +225,8 @@ def test_killed_it_ends_with_the_same_bytes(calm, inputs, tmp_path, monkeypatch,
         )
         assert not (tmp_path / "run" / "decoder").exists()
     taken = []
-    monkeypatch.setattr(
-        llmeco_nb.training.loop,
-        "train_step",
-        lambda *given: taken.append(given[5]) or one_step(*given),
-    )
-    pretrain_causal(create_record(tmp_path / "run", "causal"), *inputs, CausalConfig(**QUICK))
+    with added_callbacks(at_step(None, taken.append)):
+        pretrain_causal(create_record(tmp_path / "run", "causal"), *inputs, CausalConfig(**QUICK))
     assert what_stays(tmp_path / "run") == whole and taken == [12, 13]
 
 

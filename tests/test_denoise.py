@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretraining.denoising  # noqa: E402
+import llmeco_nb.pretraining.span_corruption  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     DataError,
@@ -26,34 +26,41 @@ from llmeco_nb.models.ngram import Ngram  # noqa: E402
 from llmeco_nb.models.transformer import Seq2Seq, TransformerConfig  # noqa: E402
 from llmeco_nb.pretraining.denoising import (  # noqa: E402
     DenoisingConfig,
+    denoise,
+    masks_to_sentinels,
+    save_seq2seq,
+)
+from llmeco_nb.pretraining.denoising_eval import (  # noqa: E402
     apply_baseline,
     best_baseline,
     bigram_baselines,
     copy_baseline_nats,
     copy_baselines,
-    corrupt_spans,
-    denoise,
-    denoise_batch,
-    denoise_batches,
-    denoise_loss,
-    denoise_loss_step,
     denoise_texts,
     edit_distances,
-    fit_bigram_embeddings,
     generate_spans,
-    masks_to_sentinels,
     most_frequent_successors,
-    neighbour_ppmi_embeddings,
-    new_seq2seq,
     ngram_nats,
-    restore_spans,
-    sample_spans,
-    save_seq2seq,
-    span_counts,
-    token_log_probs,
     validation_scores,
 )
-from llmeco_nb.pretraining.mlm import SEP, group_texts  # noqa: E402
+from llmeco_nb.pretraining.masking import SEP, group_texts  # noqa: E402
+from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
+    denoise_loss,
+    denoise_loss_step,
+    fit_bigram_embeddings,
+    neighbour_ppmi_embeddings,
+    new_seq2seq,
+    token_log_probs,
+)
+from llmeco_nb.pretraining.span_corruption import (  # noqa: E402
+    SpanCorruption,
+    corrupt_spans,
+    denoise_batch,
+    denoise_batches,
+    restore_spans,
+    sample_spans,
+    span_counts,
+)
 from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     TokenizerConfig,
     build_tokenizer,
@@ -188,24 +195,24 @@ def test_holes_differ_by_epoch_row_and_seed():
 
 def test_batches_are_pure_across_epochs(rows, first):
     batches, fresh, edge = (
-        denoise_batches(rows, 7, 3, 0.3, 3.0, first),
-        denoise_batches(rows.copy(), 7, 3, 0.3, 3.0, first),
+        denoise_batches(rows, 7, SpanCorruption(first, seed=3)),
+        denoise_batches(rows.copy(), 7, SpanCorruption(first, seed=3)),
         len(rows) // 7,
     )
     expected = {i: batches(i) for i in (0, edge, 500)}
     for i in (500, edge, 0):
         assert all(fresh(i)[k].equal(expected[i][k]) for k in expected[i])
-    one, two = (denoise_batch(rows, [4], [e], 3, 0.3, 3.0, first) for e in (0, 1))
+    one, two = (denoise_batch(rows, [4], [e], SpanCorruption(first, seed=3)) for e in (0, 1))
     assert not one["input_ids"].equal(two["input_ids"])
 
 
 def test_what_is_cut_out_is_not_read(rows, first):
-    b = denoise_batch(rows, [0, 1], [0, 0], 0, 0.3, 3.0, first)
+    b = denoise_batch(rows, [0, 1], [0, 0], SpanCorruption(first))
     other = rows.copy()
     for i in (0, 1):
         for a, z in sample_spans(32, (0, 0, i), 0.3, 3.0):
             other[i, a:z] = 9
-    c = denoise_batch(other, [0, 1], [0, 0], 0, 0.3, 3.0, first)
+    c = denoise_batch(other, [0, 1], [0, 0], SpanCorruption(first))
     assert (
         b["input_ids"].equal(c["input_ids"])
         and not b["targets"].equal(c["targets"])
@@ -234,16 +241,16 @@ def shaken(model, spread=0.1):
 def test_what_is_masked_counts_nothing(rows, first):
     """Targets of -100, padding in what is read, the parts a loss is made in, and how rows are
     batched change neither loss nor gradient."""
-    model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0))
-    asked = lambda b: (b["input_ids"], b["written"], b["targets"], b["keep"])
+    model = shaken(new_seq2seq(rows, SpanCorruption(first), "1x32", 48))
+    asked = lambda b: (b["input_ids"], b["written"], b["targets"], b["attention_mask"])
     b, alone = (
-        denoise_batch(rows, range(4), [0] * 4, 0, 0.3, 3.0, first),
-        [denoise_batch(rows, [i], [0], 0, 0.3, 3.0, first) for i in range(4)],
+        denoise_batch(rows, range(4), [0] * 4, SpanCorruption(first)),
+        [denoise_batch(rows, [i], [0], SpanCorruption(first)) for i in range(4)],
     )
     assert (
-        (b["keep"] == 0).any()
+        (b["attention_mask"] == 0).any()
         and (b["targets"] == -100).any()
-        and all(a["keep"].all() and (a["targets"] != -100).all() for a in alone)
+        and all(a["attention_mask"].all() and (a["targets"] != -100).all() for a in alone)
     )
     plain = sum(
         torch.nn.functional.cross_entropy(
@@ -258,10 +265,12 @@ def test_what_is_masked_counts_nothing(rows, first):
     assert abs(ours - plain) / plain < 1e-6
     near = lambda other: (other - whole).norm() / whole.norm() < 1e-6
     assert near(gradients(model, plain))
-    assert near(gradients(model, denoise_loss(model, *asked(b), room=7 * model.config.vocab_size)))
+    assert near(
+        gradients(model, denoise_loss(model, *asked(b), max_logits=7 * model.config.vocab_size))
+    )
     padded, keep = (
         torch.cat([b["input_ids"], torch.randint(5, 20, (4, 5))], 1),
-        torch.cat([b["keep"], torch.zeros(4, 5, dtype=torch.long)], 1),
+        torch.cat([b["attention_mask"], torch.zeros(4, 5, dtype=torch.long)], 1),
     )
     more = torch.cat([b["written"], torch.randint(5, 20, (4, 3))], 1)
     assert near(
@@ -274,7 +283,7 @@ def test_what_is_masked_counts_nothing(rows, first):
     )
     assert not near(
         gradients(model, denoise_loss(model, padded, b["written"], b["targets"]))
-    )  # without `keep` the padding is read
+    )  # without `attention_mask` the padding is read
     loss, n = denoise_loss_step(
         model, b | dict(targets=b["targets"].masked_fill(b["cut"], -100)), lambda loss: None
     )
@@ -284,10 +293,10 @@ def test_what_is_masked_counts_nothing(rows, first):
 
 
 def test_held_answers_do_not_depend_on_the_batch(rows, first):
-    model = shaken(new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0)).eval()
+    model = shaken(new_seq2seq(rows, SpanCorruption(first), "1x32", 48)).eval()
     for answer in ("spans", "text"):
         one, two = (
-            validation_scores(model, rows[:11], 0, 0.3, 3.0, first, answer, batch)
+            validation_scores(model, rows[:11], SpanCorruption(first, target=answer), batch)
             for batch in (3, 11)
         )
         assert (
@@ -357,11 +366,11 @@ def test_the_fit_comes_near_the_counted_probabilities(rows, first):
 def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
     """Before its first step it already finds unseen hidden tokens less surprising than their
     frequencies do, and the parts that only training can fill add nothing."""
-    model = new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0).eval()
+    model = new_seq2seq(rows, SpanCorruption(first), "2x64", 48).eval()
     held = group_texts(
         encode_texts(open_tokenizer(inputs[1]), read_split(inputs[0], "validation").text), 32
     )[:30]
-    nats, _, hidden, *_ = validation_scores(model, held, 0, 0.3, 3.0, first).sum(0)
+    nats, _, hidden, *_ = validation_scores(model, held, SpanCorruption(first)).sum(0)
     guess = copy_baseline_nats(
         held,
         [sample_spans(32, (0, 0, i), 0.3, 3.0) for i in range(len(held))],
@@ -369,13 +378,13 @@ def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):
         [0],
     ).sum()
     assert nats < guess - 0.5 * hidden
-    seen = denoise_batch(rows, [0], [0], 0, 0.3, 3.0, first)["input_ids"]
+    seen = denoise_batch(rows, [0], [0], SpanCorruption(first))["input_ids"]
     with torch.no_grad():
         assert torch.allclose(
             model.encode(seen), model.encoder.norm(model.encoder_embeddings(seen)), atol=1e-5
         )
     with pytest.raises(UsageError, match="embedding_init is 'warm'"):
-        new_seq2seq(rows, first, "2x64", 48, 0.3, 3.0, embedding_init="warm")
+        new_seq2seq(rows, SpanCorruption(first), "2x64", 48, "warm")
 
 
 # -- copying
@@ -430,7 +439,7 @@ def test_copying_is_a_distribution_and_the_best_way_is_found(rows, first):
         [apply_baseline(b, way, follower, first) for b in broken], list(rows)
     ).sum()
     ways = copy_baselines(rows, first) | bigram_baselines
-    name, way = best_baseline(ways, rows, first, follower, 0, 0.3, 3.0, tried=10**6)
+    name, way = best_baseline(ways, rows, follower, SpanCorruption(first), tried=10**6)
     assert (
         cost(way)
         == min(map(cost, ways.values()))
@@ -491,14 +500,14 @@ def test_plain_transformers_opens_it_with_the_same_logits_and_writes_the_same(
 ):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    model = new_seq2seq(rows, first, "2x32", 48, 0.3, 3.0, seed=4)
+    model = new_seq2seq(rows, SpanCorruption(first, seed=4), "2x32", 48)
     shaken(model)
     save_seq2seq(model.eval(), inputs[1], tmp_path / "writer")
     plain, words = (
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "writer").eval(),
         AutoTokenizer.from_pretrained(tmp_path / "writer"),
     )
-    b = denoise_batch(rows, range(5), [0] * 5, 0, 0.3, 3.0, first)
+    b = denoise_batch(rows, range(5), [0] * 5, SpanCorruption(first))
     with torch.no_grad():
         assert (
             plain(input_ids=b["input_ids"], decoder_input_ids=b["written"]).logits
@@ -554,10 +563,10 @@ def test_what_can_be_filled_in_is_filled_in(inputs, tmp_path):
 
 def test_answers_fill_every_hole_in_order(rows, first):
     "Even a network that knows nothing writes a hole after the other, and ends."
-    model = new_seq2seq(rows, first, "1x32", 48, 0.3, 3.0).eval()
+    model = new_seq2seq(rows, SpanCorruption(first), "1x32", 48).eval()
     said = generate_spans(
         model,
-        denoise_batch(rows, range(6), [0] * 6, 0, 0.3, 3.0, first)["input_ids"],
+        denoise_batch(rows, range(6), [0] * 6, SpanCorruption(first))["input_ids"],
         first,
         40,
         3.0,
@@ -574,7 +583,7 @@ def test_answers_fill_every_hole_in_order(rows, first):
         masks_to_sentinels([2, 7, 4, 8, 9, 3], first, 3),
         masks_to_sentinels([2, 4, 3], first, 3),
     ]
-    for text, back in zip(texts, denoise_texts(model, texts, first, 20, 3.0)):
+    for text, back in zip(texts, denoise_texts(model, texts, SpanCorruption(first), 20)):
         assert back[0] == 2 and back[-1] == 3 and (back < first).all() and len(back) >= len(text)
 
 
@@ -599,9 +608,9 @@ def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_p
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_it_is_made(inputs, tmp_path, monkeypatch):
-    made, batch = [], llmeco_nb.pretraining.denoising.denoise_batch
+    made, batch = [], llmeco_nb.pretraining.span_corruption.denoise_batch
     monkeypatch.setattr(
-        llmeco_nb.pretraining.denoising,
+        llmeco_nb.pretraining.span_corruption,
         "denoise_batch",
         lambda rows, which, *more: made.append(len(which)) or batch(rows, which, *more),
     )

@@ -18,7 +18,8 @@ from smallbundle import WORDS, make_bundle
 
 from llmeco_nb.core import DataError, MissingError
 from llmeco_nb.deployment.manifest import Manifest, manifest_digest, verify, write_manifest
-from llmeco_nb.deployment.engine import Answer, BatchingEngine, Busy, Expired, Predictor
+from llmeco_nb.deployment.engine import BatchingEngine, Busy, Expired, Predictor
+from llmeco_nb.tasks.text_classification import ClassificationSchema, ClassPrediction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +79,13 @@ def test_a_version_or_kind_from_the_future_is_refused(bundle, tmp_path):
     (place / "manifest.json").write_text(json.dumps(m))
     with pytest.raises(
         DataError,
-        match="format version 99; 1 and 2 are read here. .*make a new one with `llmeco run`",
+        match="format version 99; 1 to 3 are read here. .*make a new one with `llmeco run`",
     ):
         verify(place)
     (place / "manifest.json").unlink()
-    write_manifest(place, Manifest("x", kind="quantum", labels=["a", "b"]))
+    write_manifest(
+        place, Manifest("x", kind="quantum", schema=ClassificationSchema(labels=["a", "b"]))
+    )
     with pytest.raises(DataError, match="quantum"):
         Predictor.load(place)
 
@@ -156,7 +159,7 @@ class Clockwork:
             time.sleep(sum(map(len, texts)) / 1000)
             if any("fire" in t for t in texts):
                 raise ValueError("fire")
-            return [Answer(t.upper(), {}) for t in texts]
+            return [ClassPrediction(label=t.upper(), probabilities={}) for t in texts]
         finally:
             self.inside -= 1
 

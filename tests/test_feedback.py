@@ -20,7 +20,6 @@ from smallbundle import make_bundle
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
 from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
-from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.deployment.ledger import (
     Conflict,
     Ledger,
@@ -31,26 +30,15 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
-from llmeco_nb.interaction.feedback import (
-    Client,
-    InteractConfig,
-    ask_by_curl,
-    freeze,
-    interact,
-    read_frozen,
-    running_server,
-)
-from llmeco_nb.interaction.improve import (
-    CorrectionCounts,
-    gate,
-    improve,
-    read_history,
-    refit_linear,
-    usable_corrections,
-)
+from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
+from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
+from llmeco_nb.interaction.improve import improve, refit_linear, usable_corrections
+from llmeco_nb.interaction.rounds import CorrectionCounts, gate, read_history
+from llmeco_nb.tasks.registry import load_schema
+from llmeco_nb.tasks.text_classification import ClassPrediction
 
 ROOT = Path(__file__).resolve().parent.parent
-ANSWER = Answer("positive", {"negative": 0.4, "positive": 0.6})
+ANSWER = ClassPrediction(label="positive", probabilities={"negative": 0.4, "positive": 0.6})
 
 
 @pytest.fixture
@@ -112,12 +100,13 @@ def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
 
 WRITER = """
 import sys
-from llmeco_nb.deployment.engine import Answer
 from llmeco_nb.deployment.ledger import *
+from llmeco_nb.tasks.text_classification import ClassPrediction
 ledger = Ledger(sys.argv[1])
+answer = ClassPrediction(label="a", probabilities={"a": 1.0})
 for i in range(60):
     name = f"{sys.argv[2]}-{i}"
-    keep_predictions(ledger, name, "0" * 64, ["t"], [Answer("a", {"a": 1.0})]).result()
+    keep_predictions(ledger, name, "0" * 64, ["t"], [answer]).result()
     keep_feedback(ledger, name, correct=True).result()
 ledger.close()
 """
@@ -169,7 +158,11 @@ def test_the_same_rows_freeze_to_the_same_bytes(tmp_path):
 
 def test_the_last_word_counts_and_doubt_is_not_frozen(ledger, tmp_path):
     keep_predictions(
-        ledger, "r", "0" * 64, ["t"], [Answer("a", {"a": 0.5, "b": 0.3, "c": 0.2})]
+        ledger,
+        "r",
+        "0" * 64,
+        ["t"],
+        [ClassPrediction(label="a", probabilities={"a": 0.5, "b": 0.3, "c": 0.2})],
     ).result()
     keep_feedback(ledger, "r", 0, "b", author="ann").result()
     keep_feedback(ledger, "r", 0, "c", author="ann", key="again").result()
@@ -296,7 +289,8 @@ def world(tmp_path_factory):
     model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), split, names)
     model.save(place / "bundle")
     origin = Origin(model="tfidf_lr", num_labeled=80)
-    facts = Manifest("tfidf_lr", "linear", names, accuracy=dict(test=0.7), origin=origin)
+    schema = load_schema(place / "corpus")
+    facts = Manifest("tfidf_lr", "linear", schema, accuracy=dict(test=0.7), origin=origin)
     write_manifest(place / "bundle", facts)
     return place, texts_of(600, 4)
 

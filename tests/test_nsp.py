@@ -2,6 +2,7 @@
 stock class's; a killed run ends with the same bytes; what can be learned is learned."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,17 +25,20 @@ from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
 from llmeco_nb.pretraining.nsp import (  # noqa: E402
     NSPConfig,
     load_nsp_model,
-    nsp_batch,
-    nsp_batches,
-    nsp_example,
     nsp_loss_step,
     nsp_losses,
     nsp_validation,
-    pair_boundaries,
     pretrain_nsp,
+    token_overlap_baseline,
+)
+from llmeco_nb.pretraining.sentence_pairs import (  # noqa: E402
+    SentencePairs,
+    nsp_batch,
+    nsp_batches,
+    nsp_example,
+    pair_boundaries,
     segment_lengths,
     split_sentences,
-    token_overlap_baseline,
     tokenize_documents,
 )
 from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
@@ -117,6 +121,11 @@ def docs(inputs):
     return tokenize_documents(open_tokenizer(inputs[1]), read_split(inputs[0], "train").text)
 
 
+def pairs_of(docs, vocab_size=100, **more):
+    "Pairs of 24 tokens."
+    return SentencePairs(docs, pair_boundaries(docs, 24), 24, vocab_size, **more)
+
+
 # -- pairs
 
 
@@ -166,10 +175,11 @@ def test_shares_of_a_batch_add_up(docs, inputs):
     for d, (ids, borders) in enumerate(docs):
         unknown = np.arange(len(ids)) % (2 + d % 3) == 0
         sparse.append((np.where(unknown, 1, ids), borders))  # [UNK] is never hidden
-    where, model = pair_boundaries(sparse, 24), load_nsp_model(inputs[2], 0)
+    model = load_nsp_model(inputs[2], 0)
+    pairs = pairs_of(sparse, model.config.vocab_size, mask_prob=0.3, seed=3)
 
     def made(world, rank):
-        return nsp_batches(sparse, where, 7, 3, 24, 0.3, model.config.vocab_size, world, rank)(5)
+        return nsp_batches(pairs, 7, world, rank)(5)
 
     def learned(batches):
         model.zero_grad()
@@ -179,9 +189,9 @@ def test_shares_of_a_batch_add_up(docs, inputs):
 
     parts = [made(3, rank) for rank in range(3)]
     assert len({len(b["targets"]) / len(b["next_sentence"]) for b in parts}) > 1
-    loss, pairs, gradient = learned([made(1, 0)])
+    loss, count, gradient = learned([made(1, 0)])
     shared, counted, added = learned(parts)
-    assert pairs == counted == 7 and shared == pytest.approx(loss, rel=1e-5)
+    assert count == counted == 7 and shared == pytest.approx(loss, rel=1e-5)
     assert (added - gradient).norm() < 1e-5 * gradient.norm()
     with pytest.raises(UsageError, match="can not be shared by 8 processes"):
         made(8, 0)
@@ -200,10 +210,8 @@ def test_a_false_b_comes_from_another_document(docs):
 
 def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
     where = pair_boundaries(docs, 24)
-    batches, fresh = (
-        nsp_batches(docs, where, 7, 3, 24, 0.15, 100),
-        nsp_batches(docs, where.copy(), 7, 3, 24, 0.15, 100),
-    )
+    pairs = pairs_of(docs, seed=3)
+    batches, fresh = (nsp_batches(p, 7) for p in (pairs, replace(pairs, boundaries=where.copy())))
     edge = len(where) // 7  # this batch crosses an epoch
     expected = {i: batches(i) for i in (0, edge, 500)}
     for i in (500, edge, 0):
@@ -213,7 +221,7 @@ def test_a_batch_is_pure_across_epochs_and_hides_the_same_everywhere(docs):
         len(b["positions"]) == 7 * round(0.15 * 21)
         and b["token_type_ids"].sum(1).eq(segment_lengths(24)[1] + 1).all()
     )
-    shown = nsp_batch(docs, where, [0, 1], [0, 0], 3, 24, 0.15, 100)
+    shown = nsp_batch(pairs, [0, 1], [0, 0])
     plain = torch.from_numpy(
         np.concatenate([nsp_example(docs, where, i, (3, 0, i), 24)[0] for i in (0, 1)])
     ).long()
@@ -236,8 +244,8 @@ def test_too_little_text_is_refused(docs):
 
 
 def test_losses_are_the_stock_class_s(inputs, docs):
-    model, where = load_nsp_model(inputs[2], 1), pair_boundaries(docs, 24)
-    b = nsp_batch(docs, where, range(9), [0] * 9, 0, 24, 0.2, 100)
+    model = load_nsp_model(inputs[2], 1)
+    b = nsp_batch(pairs_of(docs, mask_prob=0.2), range(9), [0] * 9)
     labels = torch.full((9 * 24,), -100)
     labels[b["positions"]] = b["targets"]
     out = model(
@@ -259,8 +267,8 @@ def test_losses_are_the_stock_class_s(inputs, docs):
 
 
 def test_held_pairs_are_balanced_and_do_not_depend_on_the_batch(inputs, docs):
-    model, where = load_nsp_model(inputs[2], 1).eval(), pair_boundaries(docs, 24)
-    a, b = (nsp_validation(model, docs, where, 31, 0, 24, 0.15, 100, batch) for batch in (4, 30))
+    model = load_nsp_model(inputs[2], 1).eval()
+    a, b = (nsp_validation(model, pairs_of(docs), 31, batch) for batch in (4, 30))
     assert len(a) == 30 and np.allclose(a[:, :2], b[:, :2], atol=1e-4)
 
 
@@ -335,14 +343,8 @@ def test_what_can_be_told_is_told(inputs, tmp_path):
 def test_counting_shared_words_knows_nothing_without_topics(docs):
     r = np.random.default_rng(0)
     noise = [(r.integers(5, 120, len(ids)).astype(np.int32), borders) for ids, borders in docs]
-    where = pair_boundaries(noise, 24)
-    assert (
-        0.35
-        < token_overlap_baseline(
-            noise, where, noise[30:], pair_boundaries(noise[30:], 24), 200, 0, 24, 120
-        ).mean()
-        < 0.65
-    )
+    train, held = pairs_of(noise, 120), pairs_of(noise[30:], 120)
+    assert 0.35 < token_overlap_baseline(train, held, 200).mean() < 0.65
 
 
 def test_refusals(inputs, tmp_path):

@@ -18,8 +18,9 @@ from llmeco_nb.deployment.loading import open_model  # noqa: E402
 from llmeco_nb.deployment.manifest import verify  # noqa: E402
 from llmeco_nb.deployment.engine import Predictor  # noqa: E402
 from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
-from llmeco_nb.interaction.feedback import Client, freeze, read_frozen, running_server  # noqa: E402
-from llmeco_nb.interaction.improve import read_history  # noqa: E402
+from llmeco_nb.interaction.client import Client, running_server  # noqa: E402
+from llmeco_nb.interaction.feedback import freeze, read_frozen  # noqa: E402
+from llmeco_nb.interaction.rounds import read_history  # noqa: E402
 from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name  # noqa: E402
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -54,7 +55,7 @@ def answers() -> dict:
 @pytest.mark.parametrize("kind", ["linear", "onnx"])
 def test_an_old_bundle_answers_as_it_did(kind, bundles, answers):
     manifest = verify(bundles / kind)
-    found = open_model(bundles / kind, manifest).probabilities(answers["texts"])
+    found = open_model(bundles / kind, manifest).scores(answers["texts"])
     assert np.abs(found - np.array(answers[kind])).max() < 1e-5
     assert manifest.digest == read_json(bundles / kind / "manifest.json")["digest"]
 

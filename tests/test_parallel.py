@@ -159,7 +159,8 @@ def test_two_gpus_are_one(tmp_path):
 @pytest.mark.parametrize("device", ["cuda"])
 def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal, small_subword_tokenizer
+    from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     toy, prose, losses = (
         dict(
@@ -305,8 +306,8 @@ def test_a_real_stage_in_two_processes(tmp_path):
     """The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up
     to rounding."""
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.models.decoder_conversion import qwen3
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3(), small_subword_tokenizer(small_mixture())  # before the fork, once for all
     args = [
@@ -392,9 +393,9 @@ def small_inputs():
     from llmeco_nb.data.corpus import small_corpus
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.finetuning.checkpoints import small_random_encoder
-    from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.models.decoder_conversion import qwen3
     from llmeco_nb.pretraining.nsp import small_pretrained_encoder
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3()
     small_subword_tokenizer(small_mixture())
@@ -436,30 +437,30 @@ def test_every_stage_shares_its_work_or_is_refused(stage, tmp_path, request):
 
 @pytest.mark.parametrize("how", ["raises in a step", "is killed as it should agree"])
 @pytest.mark.parametrize("stage", SHARING)
-def test_a_process_that_fails_leaves_no_results(stage, how, tmp_path, small_inputs):
+def test_a_process_that_fails_leaves_no_results(stage, how, tmp_path, small_inputs, at_step):
     """Of two processes the second fails, and nobody ends the first: it ends by itself, and leaves
     what can go on, but no metrics and no artifacts."""
-    import llmeco_nb.training.loop
     import llmeco_nb.training.parallel
+    from llmeco_nb.training.task import added_callbacks
 
-    step, out = llmeco_nb.training.loop.train_step, tmp_path / "run"
+    out = tmp_path / "run"
 
-    def raising(*given):
-        if given[5] == 3:
-            raise RuntimeError("the second process stumbles")
-        return step(*given)
+    def raising(step):
+        raise RuntimeError("the second process stumbles")
 
     def dying():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def stumbling():
+        stumbles = []
         if os.environ["RANK"] == "1" and how == "raises in a step":
-            llmeco_nb.training.loop.train_step = raising
+            stumbles.append(at_step(3, raising))
         elif os.environ["RANK"] == "1":
             llmeco_nb.training.parallel.barrier = (
                 dying  # only `all_finished` finds it under this name
             )
-        run_notebook(asked(stage, out))
+        with added_callbacks(*stumbles):
+            run_notebook(asked(stage, out))
 
     first, second = left_to_themselves(stumbling, 2, tmp_path)
     assert "RuntimeError" in first and "onnection" in first

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.training.loop  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     DataError,
     UsageError,
@@ -21,22 +20,26 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.mlm import (  # noqa: E402
-    MASK,
-    MLMConfig,
+from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
     document_ppmi_embeddings,
-    fill_mask,
-    group_texts,
     init_mlm_model,
+    unigram_log_probs,
+    window_ppmi_embeddings,
+)
+from llmeco_nb.pretraining.masking import (  # noqa: E402
+    MASK,
+    group_texts,
     mask_row,
     masked_batch,
     mlm_batches,
+)
+from llmeco_nb.pretraining.mlm import (  # noqa: E402
+    MLMConfig,
+    fill_mask,
     pretrain,
     pretrain_plan,
     tile_position_embeddings,
-    unigram_log_probs,
     validation_losses,
-    window_ppmi_embeddings,
 )
 from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     TokenizerConfig,
@@ -44,6 +47,7 @@ from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     encode_texts,
     open_tokenizer,
 )
+from llmeco_nb.training.task import added_callbacks  # noqa: E402
 
 QUICK = dict(
     size="1x32",
@@ -315,10 +319,10 @@ def test_it_learns_and_opens_in_plain_transformers(calm, inputs):
 
 
 def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(
-    calm, inputs, tmp_path, monkeypatch, killed_at
+    calm, inputs, tmp_path, at_step, killed_at
 ):
     "Before the first checkpoint, right after one, and in the last step."
-    whole, one_step = what_stays(calm), llmeco_nb.training.loop.train_step
+    whole = what_stays(calm)
     for at in (1, 6, 13):
         killed_at(
             at,
@@ -328,12 +332,8 @@ def test_killed_at_chosen_steps_it_ends_with_the_same_bytes(
         )
         assert not (tmp_path / "run" / "encoder").exists()
     taken = []
-    monkeypatch.setattr(
-        llmeco_nb.training.loop,
-        "train_step",
-        lambda *given: taken.append(given[5]) or one_step(*given),
-    )
-    pretrain(create_record(tmp_path / "run", "pretrain"), *inputs, MLMConfig(**QUICK))
+    with added_callbacks(at_step(None, taken.append)):
+        pretrain(create_record(tmp_path / "run", "pretrain"), *inputs, MLMConfig(**QUICK))
     assert what_stays(tmp_path / "run") == whole
     assert taken == [12, 13]  # it went on from its last checkpoint and did not start anew
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretraining.mlm  # noqa: E402
+import llmeco_nb.pretraining.masking  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     DataError,
@@ -22,7 +22,8 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
-from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
 from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
@@ -40,6 +41,7 @@ from llmeco_nb.training.checkpoint import (  # noqa: E402
     save_checkpoint,
 )
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.state import TrainPlan, TrainState  # noqa: E402
 
 QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
 
@@ -160,8 +162,9 @@ def leaking(house, tmp):
 
 def another_model(house, tmp):
     one, other = Optimiser(new_encoder(50, "1x32", 16)), Optimiser(new_encoder(50, "2x32", 16))
-    save_checkpoint(tmp / "resume", one, dict(step=1), identity_of(one, dict(steps=9)))
-    load_checkpoint(tmp / "resume", other, identity_of(other, dict(steps=9)))
+    plan = TrainPlan(steps=9)
+    save_checkpoint(tmp / "resume", one, TrainState(step=1), identity_of(one, plan))
+    load_checkpoint(tmp / "resume", other, identity_of(other, plan))
 
 
 def foreign_folder(house, tmp):
@@ -395,9 +398,9 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
 def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
     """The refusal names a batch that was within the limit, and nothing larger than a few rows was
     made before it."""
-    made, masked = [], llmeco_nb.pretraining.mlm.masked_batch
+    made, masked = [], llmeco_nb.pretraining.masking.masked_batch
     monkeypatch.setattr(
-        llmeco_nb.pretraining.mlm,
+        llmeco_nb.pretraining.masking,
         "masked_batch",
         lambda rows, which, *more: made.append(len(which)) or masked(rows, which, *more),
     )

@@ -24,20 +24,10 @@ from llmeco_nb.core import (
     sha256_of,
 )
 from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
+from llmeco_nb.data.domains import packaged_domains, read_domains
 from llmeco_nb.data.filters import english_share, mask_pii, quality_rule
-from llmeco_nb.data.mixture import (
-    MixtureConfig,
-    assign_split,
-    build_mixture,
-    interleave,
-    normalized_weights,
-    packaged_domains,
-    read_domains,
-    read_mixture,
-    sample_mixture,
-    small_mixture,
-    splits,
-)
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture, read_mixture, small_mixture, splits
+from llmeco_nb.data.sampling import assign_split, interleave, normalized_weights, sample_mixture
 
 vocabulary = [f"word{i}" for i in range(3000)]
 common = "the of and to a in that is was it for with be have on by".split()
@@ -358,6 +348,7 @@ def test_killed_anywhere_it_begins_cleanly(tmp_path):
     own = write(tmp_path, "a", 200)
     code = f"""import os, signal, sys
 import llmeco_nb.data.mixture as p
+import llmeco_nb.data.sampling as s
 from llmeco_nb.core import create_record
 at, seen = int(sys.argv[2]), 0
 def dying(function):
@@ -367,8 +358,8 @@ def dying(function):
         if seen == at: os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-p.split_hash, p.write_split, p.write_json = \
-dying(p.split_hash), dying(p.write_split), dying(p.write_json)
+s.split_hash = dying(s.split_hash)
+p.write_split, p.write_json = dying(p.write_split), dying(p.write_json)
 config = p.MixtureConfig(domains=[], extra_sources=[{own!r}], max_documents=None, max_epochs=1)
 p.build_mixture(create_record(sys.argv[1], "prose"), config=config)"""
     attempt = lambda at: subprocess.run(

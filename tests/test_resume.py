@@ -1,6 +1,7 @@
 """Resume is the same run: 2N steps, against N, a death, and the rest, bit by bit, for every
 combination the loop offers."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import DataError, UsageError, create_record  # noqa: E402
-from llmeco_nb.training.loop import batch_indices, train  # noqa: E402
+from llmeco_nb.training.loop import batch_indices, train_task  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.state import TrainPlan  # noqa: E402
+from llmeco_nb.training.task import TrainTask  # noqa: E402
 
 WORDS, ROWS, STEPS, ACCUMULATION, BATCH = (
     30,
@@ -60,8 +63,8 @@ def corpus():
 def batches(poison=None):
     rows = corpus()
 
-    def of(index):
-        ids = rows[torch.from_numpy(batch_indices(index, BATCH, ROWS, 3))].clone()
+    def of(batch_size, index, *share):
+        ids = rows[torch.from_numpy(batch_indices(index, batch_size, ROWS, 3, *share))].clone()
         if index == poison:
             ids[:] = 0
         return ids
@@ -98,46 +101,35 @@ def judge(model):
     return {"validation_loss": float(loss / weight)}
 
 
-def run(
-    out,
-    step=step,
-    precision="fp32",
-    muon=0.0,
-    ema=0.0,
-    muon_options=None,
-    poison=None,
-    workers=0,
-    **plan,
-):
+OPTIMIZER = ("precision", "muon", "ema", "muon_options")  # what `Optimiser` is told
+
+
+def run(out, step=step, poison=None, workers=0, **given):
+    "A run with these entries of the plan and of the optimizer; what must not depend on its deaths."
     torch.manual_seed(1)
     record = create_record(out, "toy")
-    optimiser = Optimiser(
-        Tiny(), 3e-3, precision=precision, muon=muon, ema=ema, muon_options=muon_options
+    chosen = {k: given.pop(k) for k in OPTIMIZER if k in given}
+    optimiser = Optimiser(Tiny(), 3e-3, **{"precision": "fp32", **chosen})
+    usual = dict(
+        steps=STEPS,
+        batch_size=BATCH,
+        grad_accum_steps=ACCUMULATION,
+        warmup=2,
+        schedule="wsd",
+        decay=4,
+        evaluate_every=5,
+        checkpoint_every=2,
     )
-    plan = (
-        dict(
-            steps=STEPS,
-            accumulation=ACCUMULATION,
-            warmup=2,
-            schedule="wsd",
-            decay=4,
-            evaluate_every=5,
-            checkpoint_every=2,
-            log_every=1,
-        )
-        | plan
-    )
-    result = train(
-        optimiser.model,
-        step,
-        batches(poison),
-        optimiser,
-        plan,
-        record,
-        judge,
+    task = TrainTask(
+        model=optimiser.model,
+        optimizer=optimiser,
+        loss_step=step,
+        make_batch=batches(poison),
+        evaluate=judge,
         identity=dict(seed=1),
-        workers=workers,
     )
+    plan = TrainPlan(**usual | given)
+    result = dataclasses.asdict(train_task(record, task, plan, workers=workers))
     rows = [
         {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()
     ]
@@ -160,14 +152,14 @@ def die_here():
     raise Died
 
 
-everything = dict(muon=0.02, ema=0.9, guard=3, poison=8 * ACCUMULATION + 1)
+everything = dict(muon=0.02, ema=0.9, max_rollbacks=3, poison=8 * ACCUMULATION + 1)
 settings = {
     "AdamW fp32": {},
     "AdamW bf16": dict(precision="bf16"),
     "Muon fp32": dict(muon=0.02),
     "Muon bf16": dict(muon=0.02, precision="bf16"),
     "EMA": dict(ema=0.9, muon=0.02),
-    "guard": dict(guard=3, poison=8 * ACCUMULATION + 1),
+    "guard": dict(max_rollbacks=3, poison=8 * ACCUMULATION + 1),
     "all fp32": everything,
     "all bf16": dict(everything, precision="bf16"),
 }
@@ -243,7 +235,7 @@ def test_the_guard_gives_up(tmp_path):
         return (loss * float("nan") if model.seen > 15 else loss), weight
 
     with pytest.raises(DataError, match="gone back 2 times already"):
-        run(tmp_path, always, guard=2)
+        run(tmp_path, always, max_rollbacks=2)
     rates = [r["rate"] for r in create_record(tmp_path, "toy").rows() if "rewind" in r]
     assert rates[-1] == 0.5  # the second time, the rate was halved
 

@@ -22,10 +22,9 @@ from llmeco_nb.models.speedups import num_loss_chunks  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
     causal_loss_step,
-    pack_documents,
     pretrain_causal,
-    select_rows,
 )
+from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402

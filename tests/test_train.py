@@ -1,6 +1,7 @@
 """The training loop: sums that are right, runs that survive any kill bit by bit, and errors that
 say where to look."""
 
+import dataclasses
 import json
 import os
 import random
@@ -21,10 +22,12 @@ from llmeco_nb.training.loop import (  # noqa: E402
     batch_indices,
     length_bucketed_batches,
     measure_step_time,
-    resolve_plan,
-    train,
+    resolve_train_plan,
+    train_task,
 )
 from llmeco_nb.training.optim import Optimiser, schedule_of  # noqa: E402
+from llmeco_nb.training.state import TrainPlan, TrainState  # noqa: E402
+from llmeco_nb.training.task import Callback, TrainTask  # noqa: E402
 
 IGNORED, PAD, WORDS = -100, 0, 40
 
@@ -68,48 +71,36 @@ def step(model, batch, backward):
     return loss.detach(), (labels != IGNORED).sum()
 
 
+def make_batch(rows, index, *share):
+    return sentences(rows, index)
+
+
 def judge(model):
     loss, weight = step(model, sentences(16, 99_999), lambda loss: None)
     return {"validation_loss": float(loss / weight)}
 
 
-def run(
-    out,
-    step=step,
-    dropout=0.1,
-    precision="bf16",
-    batches=lambda i: sentences(4, i),
-    evaluate=judge,
-    lr=3e-3,
-    on_checkpoint=None,
-    watch="validation_loss",
-    higher=False,
-    **plan,
-):
+OF_TASK = ("loss_step", "make_batch", "evaluate", "monitor", "mode")  # fields of `TrainTask`
+
+
+def run(out, dropout=0.1, precision="bf16", lr=3e-3, callbacks=(), **given):
+    "A run with these fields of task and plan: its record, optimizer and result."
     torch.manual_seed(1)
     record, model = create_record(out, "toy"), bert(dropout=dropout)
-    plan = (
-        dict(steps=14, accumulation=3, warmup=2, evaluate_every=5, checkpoint_every=3, log_every=2)
-        | plan
-    )
     optimiser = Optimiser(model, lr, precision=precision)
-    return (
-        record,
-        optimiser,
-        train(
-            model,
-            step,
-            batches,
-            optimiser,
-            plan,
-            record,
-            evaluate,
-            on_checkpoint,
-            watch,
-            higher,
-            identity=dict(seed=1),
-        ),
+    task = dict(
+        model=model,
+        optimizer=optimiser,
+        loss_step=step,
+        make_batch=make_batch,
+        evaluate=judge,
+        identity=dict(seed=1),
     )
+    task |= {k: given.pop(k) for k in OF_TASK if k in given}
+    plan = dict(steps=14, batch_size=4, grad_accum_steps=3, warmup=2, log_every=2)
+    plan |= dict(evaluate_every=5, checkpoint_every=3) | given
+    result = train_task(record, TrainTask(**task), TrainPlan(**plan), callbacks)
+    return record, optimiser, result
 
 
 def what_stays(record, optimiser, result):
@@ -117,7 +108,8 @@ def what_stays(record, optimiser, result):
     rows = [
         {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in record.rows()
     ]
-    return json.dumps([rows, {k: v for k, v in result.items() if k != "seconds"}]), {
+    result = {k: v for k, v in dataclasses.asdict(result).items() if k != "seconds"}
+    return json.dumps([rows, result]), {
         k: v.clone() for k, v in optimiser.state_dict().items() if k.startswith("master/")
     }
 
@@ -150,10 +142,8 @@ def test_accumulation_is_one_big_batch(tmp_path, size):
     """24 sentences at once, or in pieces that count different numbers of tokens: the same weights
     after four steps."""
 
-    def piece(size):
-        return lambda i: tuple(
-            t[i % (24 // size) * size :][:size] for t in sentences(24, i // (24 // size))
-        )
+    def piece(size, i, *share):
+        return tuple(t[i % (24 // size) * size :][:size] for t in sentences(24, i // (24 // size)))
 
     whole, cut = (
         run(
@@ -161,10 +151,11 @@ def test_accumulation_is_one_big_batch(tmp_path, size):
             dropout=0.0,
             precision="fp32",
             lr=1e-3,
-            batches=piece(s),
+            make_batch=piece,
             evaluate=None,
             steps=4,
-            accumulation=24 // s,
+            batch_size=s,
+            grad_accum_steps=24 // s,
         )
         for s in (24, size)
     )
@@ -245,16 +236,17 @@ def test_a_finished_run_does_not_train_again(tmp_path):
     def never(model, batch, backward):
         raise AssertionError("it trained")
 
-    same(first, what_stays(*run(tmp_path, step=never)))
+    same(first, what_stays(*run(tmp_path, loss_step=never)))
 
 
 def test_a_run_can_be_prolonged_only_by_beginning_anew(tmp_path):
-    def stop(s):
-        if s >= 6:
-            raise KeyboardInterrupt
+    class Stop(Callback):
+        def on_checkpoint(self, run):
+            if run.state.step >= 6:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_checkpoint=stop)
+        run(tmp_path, callbacks=(Stop(),))
     with pytest.raises(DataError, match="plan.steps is 14 there and 20 here"):
         run(tmp_path, steps=20)
     with pytest.raises(DataError, match="lr is 0.003 there and 0.001 here"):
@@ -267,8 +259,8 @@ def test_a_run_can_be_prolonged_only_by_beginning_anew(tmp_path):
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_named(tmp_path, spoil):
     optimiser = Optimiser(bert())
-    identity = identity_of(optimiser, dict(steps=1))
-    save_checkpoint(tmp_path, optimiser, dict(step=1), identity)
+    identity = identity_of(optimiser, TrainPlan(steps=1))
+    save_checkpoint(tmp_path, optimiser, TrainState(step=1), identity)
     file = tmp_path / "a.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 16
@@ -291,9 +283,9 @@ def test_early_stopping_keeps_the_best(tmp_path):
         return {"validation_loss": value}
 
     record, optimiser, result = run(
-        tmp_path, evaluate=evaluate, steps=100, accumulation=1, evaluate_every=4, patience=2
+        tmp_path, evaluate=evaluate, steps=100, grad_accum_steps=1, evaluate_every=4, patience=2
     )
-    assert (result["steps"], result["best_step"], result["best"], result["stopped"]) == (
+    assert (result.steps, result.best_step, result.best, result.stopped) == (
         20,
         12,
         1.0,
@@ -333,15 +325,19 @@ def accuracy(task):
     return evaluate
 
 
-PLATEAU = dict(batches=lambda i: mostly_one(4, i), evaluate=accuracy(mostly_one), steps=80)
+PLATEAU = dict(
+    make_batch=lambda n, i, *share: mostly_one(n, i), evaluate=accuracy(mostly_one), steps=80
+)
 # the same eight rows over and over
-OVERFITTING = dict(batches=lambda i: noise(4, i % 2), evaluate=accuracy(noise), steps=150)
+OVERFITTING = dict(
+    make_batch=lambda n, i, *share: noise(n, i % 2), evaluate=accuracy(noise), steps=150
+)
 BY_ACCURACY = dict(
-    watch="validation_accuracy",
-    higher=True,
+    monitor="validation_accuracy",
+    mode="max",
     precision="fp32",
     lr=1e-2,
-    accumulation=1,
+    grad_accum_steps=1,
     evaluate_every=3,
     checkpoint_every=5,
     log_every=5,
@@ -370,18 +366,19 @@ def test_patience_outlasts_a_plateau(tmp_path):
     steps, accuracies, _ = evaluations(record)
     early = ended_by_accuracy_alone(accuracies, 2)
     assert early is not None and max(accuracies[: early + 1]) < 0.95
-    assert not result["stopped"] and result["steps"] == 80 and max(accuracies) == 1.0
-    assert result["best"] == 1.0 and result["best_step"] == steps[accuracies.index(1.0)]
+    assert not result.stopped and result.steps == 80 and max(accuracies) == 1.0
+    assert result.best == 1.0 and result.best_step == steps[accuracies.index(1.0)]
     record, _, without = run(tmp_path / "without", **PLATEAU, **BY_ACCURACY)
     assert evaluations(record)[1] == accuracies
-    assert {**without, "seconds": 0} == {**result, "seconds": 0}
+    alike = lambda one: dataclasses.replace(one, seconds=0, plan=result.plan)
+    assert alike(without) == alike(result)
 
 
 def test_patience_ends_overfitting(tmp_path):
     "Noise learned by heart: the training ends as soon as patience allows after the lowest loss."
     record, _, result = run(tmp_path, **OVERFITTING, **BY_ACCURACY, patience=3)
     _, accuracies, losses = evaluations(record)
-    assert result["stopped"] and result["steps"] < 45 and result["best"] == max(accuracies)
+    assert result.stopped and result.steps < 45 and result.best == max(accuracies)
     assert losses.index(min(losses)) == len(losses) - 4
     record, _, _ = run(tmp_path / "on", **OVERFITTING, **BY_ACCURACY)
     assert evaluations(record)[2][-1] > 1.5 * min(losses)  # it would have gone on so
@@ -420,21 +417,22 @@ def given(pairs):
 def test_what_counts_as_progress(tmp_path, pairs, warmup, ends, best):
     how = {**BY_ACCURACY, "evaluate_every": 2, "steps": 60, "warmup": warmup, "patience": 2}
     _, _, result = run(tmp_path, evaluate=given(pairs), **how)
-    assert (result["steps"], result["best_step"], result["stopped"]) == (ends, best, True)
+    assert (result.steps, result.best_step, result.stopped) == (ends, best, True)
 
 
 @pytest.mark.parametrize("task,patience", [(PLATEAU, 2), (OVERFITTING, 3)])
 def test_a_killed_run_stops_where_the_undisturbed_one_does(tmp_path, task, patience):
     "Killed at every checkpoint: each attempt must know how long was waited, and for what."
 
-    def dying(step):
-        os.kill(os.getpid(), signal.SIGKILL)
+    class Dying(Callback):
+        def on_checkpoint(self, run):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     how = {**BY_ACCURACY, **task, "patience": patience, "checkpoint_every": 4}
     straight = what_stays(*run(tmp_path / "straight", **how))
     pointer, kills, done = tmp_path / "killed" / "resume" / "train" / "checkpoint.json", 0, False
     while not done:
-        with forked(lambda: run(tmp_path / "killed", on_checkpoint=dying, **how)):
+        with forked(lambda: run(tmp_path / "killed", callbacks=(Dying(),), **how)):
             pass
         kills, done = kills + 1, json.loads(pointer.read_text())["state"]["done"]
     assert kills > 3
@@ -451,7 +449,7 @@ def test_nan_is_refused_with_its_place(tmp_path):
         return (loss * float("nan") if calls == 20 else loss), weight
 
     with pytest.raises(DataError, match=r"loss is nan at step 7 \(batches 18 to 20, learning rate"):
-        run(tmp_path, spoilt)
+        run(tmp_path, loss_step=spoilt)
     same(
         what_stays(*run(tmp_path)), what_stays(*run(tmp_path / "straight"))
     )  # what was saved before it is sound
@@ -460,7 +458,7 @@ def test_nan_is_refused_with_its_place(tmp_path):
         return step(model, batch, lambda loss: (loss * float("inf")).backward())
 
     with pytest.raises(DataError, match="norm of the gradient is (nan|inf).*at step 1"):
-        run(tmp_path / "other", no_gradient)
+        run(tmp_path / "other", loss_step=no_gradient)
 
 
 def test_mistakes_of_the_caller_are_named(tmp_path):
@@ -469,11 +467,12 @@ def test_mistakes_of_the_caller_are_named(tmp_path):
     with pytest.raises(UsageError, match="steps is 0"):
         run(tmp_path / "b", steps=0)
     with pytest.raises(UsageError, match="cosine"):
-        schedule_of(dict(steps=3, schedule="cosine"))
+        schedule_of(TrainPlan(steps=3, schedule="cosine"))
     with pytest.raises(UsageError, match="fp16"):
         Optimiser(bert(), precision="fp16")
     with pytest.raises(DataError, match="Nothing was counted"):
-        run(tmp_path / "c", batches=lambda i: (*sentences(4, i)[:2], torch.full((4, 12), IGNORED)))
+        nothing = lambda n, i, *share: (*sentences(n, i)[:2], torch.full((n, 12), IGNORED))
+        run(tmp_path / "c", make_batch=nothing)
 
 
 def test_two_trainings_share_a_record(tmp_path):
@@ -482,15 +481,14 @@ def test_two_trainings_share_a_record(tmp_path):
         for name in ("first", "second"):
             torch.manual_seed(3)
             model = bert(dropout=0.1)
-            train(
-                model,
-                step,
-                lambda i: sentences(4, i),
-                Optimiser(model),
-                dict(steps=3, checkpoint_every=2),
-                record,
+            task = TrainTask(
+                model=model,
+                optimizer=Optimiser(model),
+                loss_step=step,
+                make_batch=make_batch,
                 name=name,
             )
+            train_task(record, task, TrainPlan(steps=3, batch_size=4, checkpoint_every=2))
 
     both()
     once = [r["loss"] for r in open_record(tmp_path, "toy").rows()]
@@ -503,7 +501,7 @@ def test_bf16_with_masters_follows_fp32(tmp_path):
         [
             r["loss"]
             for r in run(
-                tmp_path / p, dropout=0.0, precision=p, steps=40, accumulation=1, log_every=1
+                tmp_path / p, dropout=0.0, precision=p, steps=40, grad_accum_steps=1, log_every=1
             )[0].rows()
             if "loss" in r
         ]
@@ -542,16 +540,11 @@ def test_pace_leaves_no_trace():
 
 def test_a_plan_is_kept_until_something_else_is_asked(tmp_path):
     record = create_record(tmp_path / "r", "toy")
-    assert resolve_plan(record, dict(epochs=1), lambda: dict(steps=5))["steps"] == 5
+    steps = lambda epochs, n: resolve_train_plan(record, epochs, lambda: TrainPlan(steps=n)).steps
+    assert steps(dict(epochs=1), 5) == 5
     (record.resume / "left").write_text("half a run")
-    assert (
-        resolve_plan(record, dict(epochs=1), lambda: dict(steps=6))["steps"] == 5
-        and (record.resume / "left").exists()
-    )
-    assert (
-        resolve_plan(record, dict(epochs=2), lambda: dict(steps=7))["steps"] == 7
-        and not (record.resume / "left").exists()
-    )
+    assert steps(dict(epochs=1), 6) == 5 and (record.resume / "left").exists()
+    assert steps(dict(epochs=2), 7) == 7 and not (record.resume / "left").exists()
 
 
 def test_order_is_a_function_of_seed_and_index():

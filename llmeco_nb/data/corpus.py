@@ -258,7 +258,7 @@ def read_split(
     corpus: str | Path,  # Its folder
     name: str,  # train, validation or test
 ) -> "pd.DataFrame":
-    "One split of a corpus: columns id, text, and label or target. Raises `UsageError`, `MissingError`."
+    "A split of a corpus: columns id, text, label or target. Raises `UsageError`, `MissingError`."
     import pandas as pd
 
     if name not in split_names:

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['schema', 'predictions', 'feedback', 'database_url', 'connect', 'UnknownRequest', 'Conflict', 'Ledger',
-           'FeedbackReply', 'keep_predictions', 'keep_feedback', 'FeedbackRow', 'read_feedback']
+           'FeedbackReply', 'stored_answer', 'keep_predictions', 'keep_feedback', 'FeedbackRow', 'read_feedback']
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #3fdd8d34
 import json
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,7 +39,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateTable
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError
-from .engine import Answer
+from ..tasks.contract import Prediction
+from ..tasks.regression import NumberPrediction
+from ..tasks.text_classification import ClassPrediction
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #fa1fd69e
 schema = MetaData()
@@ -50,8 +53,8 @@ predictions = Table(
     Column("at", Float, nullable=False),  # seconds since 1970
     Column("model", String(64), nullable=False),  # digest of the bundle
     Column("text", Text, nullable=False),
-    Column("label", Text, nullable=False),
-    Column("probabilities", Text, nullable=False),  # JSON: label -> probability
+    Column("label", Text, nullable=False),  # class that was predicted, or a number as text
+    Column("probabilities", Text, nullable=False),  # JSON: label -> probability; null for a number
 )
 feedback = Table(
     "feedback",
@@ -61,7 +64,8 @@ feedback = Table(
     Column("key", String(200), primary_key=True),
     Column("at", Float, nullable=False),  # seconds since 1970
     Column("author", Text, nullable=False),
-    Column("given", Text),  # empty when the answer was wrong and what is right is not known
+    # class or number; empty when the answer was wrong and what is right is not known
+    Column("given", Text),
     Column("correct", Boolean, nullable=False),
     Column("note", Text, nullable=False),
 )
@@ -212,9 +216,24 @@ class FeedbackReply:
     "What became of a piece of feedback."
 
     stored: bool  # False for a repetition
-    label: str | None  # what is right; None if that is not known
-    predicted: str  # what the answer said
+    given: str | float | None  # what is right, a class or a number; None if that is not known
+    predicted: str | float  # what the answer said
     correct: bool  # whether the answer was right
+
+
+def stored_answer(
+    answer: Prediction,  # Of a task
+) -> tuple[str, str]:
+    """What the columns label and probabilities hold of an answer. Raises `UsageError` for an answer
+    of a task whose feedback cannot be stored."""
+    if isinstance(answer, ClassPrediction):
+        return answer.label, json.dumps(answer.probabilities)
+    if isinstance(answer, NumberPrediction):
+        return repr(answer.value), "null"
+    raise UsageError(
+        f"An answer of the kind {type(answer).__name__} cannot be stored yet; classes and numbers "
+        "can."
+    )
 
 
 def keep_predictions(
@@ -222,21 +241,15 @@ def keep_predictions(
     request_id: str,  # At most 64 characters, no other request has it
     model: str,  # Digest of the bundle that answered
     texts: list[str],  # Those of the request, in their order
-    answers: list[Answer],  # One for every text
+    answers: Sequence[Prediction],  # One for every text
 ) -> Future:
-    "Store the answers to a request; the future holds None once they are on the disk."
-    rows = [
-        dict(
-            request_id=request_id,
-            item=i,
-            at=time.time(),
-            model=model,
-            text=text,
-            label=answer.label,
-            probabilities=json.dumps(answer.probabilities),
-        )
-        for i, (text, answer) in enumerate(zip(texts, answers))
-    ]
+    """Store the answers to a request; the future holds None once they are on the disk. Raises
+    `UsageError` for answers of a task whose feedback cannot be stored."""
+    rows = []
+    for i, (text, answer) in enumerate(zip(texts, answers)):
+        label, probabilities = stored_answer(answer)
+        row = dict(request_id=request_id, item=i, at=time.time(), model=model, text=text)
+        rows.append({**row, "label": label, "probabilities": probabilities})
     return ledger.write(lambda c: c.execute(predictions.insert(), rows) and None)
 
 
@@ -244,7 +257,7 @@ def keep_feedback(
     ledger: Ledger,  # Where to; it must hold the answer
     request_id: str,  # The one that came with the answer
     item: int = 0,  # Which of the request's answers
-    label: str | None = None,  # What is right
+    given: str | float | None = None,  # What is right: a class, or a number where the answer is one
     correct: bool | None = None,  # Whether the answer was right; one of the two is enough
     author: str = "",  # Who says so
     note: str = "",  # Anything else
@@ -262,19 +275,15 @@ def keep_feedback(
                 f"There is no answer {item} of a request {request_id}. Send the request_id and "
                 "the item that came with the answer."
             )
-        known = list(json.loads(row.probabilities))
-        if label is not None and label not in known:
+        known = json.loads(row.probabilities)
+        right = _right_answer(row.label, known, given, correct)
+        agrees = right == row.label
+        if given is not None and correct is not None and correct != agrees:
             raise UsageError(
-                f"{label!r} is not a label of this model. Its labels are: {', '.join(known)}."
+                f"The answer was {row.label!r}: correct={str(correct).lower()} and {given!r} as "
+                "what is right contradict each other. Send one of them."
             )
-        given = label if label is not None else _implied_label(row.label, known, correct)
-        right = given == row.label
-        content = dict(author=author, given=given, correct=right, note=note)
-        if label is not None and correct is not None and correct != right:
-            raise UsageError(
-                f"The answer was {row.label!r}: correct={str(correct).lower()} and "
-                f"label={label!r} contradict each other. Send one of them."
-            )
+        content = dict(author=author, given=right, correct=agrees, note=note)
         names = dict(request_id=request_id, item=item, key=key or author)
         insert = ledger.insert(feedback).values(**names, at=time.time(), **content)
         done = c.execute(insert.on_conflict_do_nothing())
@@ -283,20 +292,43 @@ def keep_feedback(
             old = c.execute(select(feedback).where(same)).one()
             if any(getattr(old, k) != v for k, v in content.items()):
                 raise Conflict(
-                    f"There is other feedback on this answer already (label {old.given!r}). To "
+                    f"There is other feedback on this answer already ({old.given!r}). To "
                     "replace it, send the new one with another `key`."
                 )
-        return FeedbackReply(bool(done.rowcount), given, row.label, right)
+        if known is None:  # a number, which stands there as text
+            told = None if right is None else float(right)
+            return FeedbackReply(bool(done.rowcount), told, float(row.label), agrees)
+        return FeedbackReply(bool(done.rowcount), right, row.label, agrees)
 
     return ledger.write(job)
 
 
-def _implied_label(predicted: str, known: list[str], correct: bool | None) -> str | None:
-    "What is right if an answer is `correct` or not; None where that leaves more than one."
-    if correct:
-        return predicted
-    others = [k for k in known if k != predicted]
-    return others[0] if len(others) == 1 else None
+def _right_answer(
+    predicted: str,
+    known: dict[str, float] | None,
+    given: str | float | None,
+    correct: bool | None,
+) -> str | None:
+    """What is right, as the column `given` has it; None if that is not known. `known`: the classes
+    of the answer; None for a number. Raises `UsageError` for what the answer could not have been.
+    """
+    if given is None:
+        if correct:
+            return predicted
+        others = [name for name in known or () if name != predicted]
+        return others[0] if len(others) == 1 else None
+    if known is None:
+        if isinstance(given, str) or not math.isfinite(given):
+            raise UsageError(
+                f"The answer was the number {predicted}, and {given!r} is no finite number. Send "
+                "what is right as `value`."
+            )
+        return repr(float(given))
+    if not isinstance(given, str) or given not in known:
+        raise UsageError(
+            f"{given!r} is not a label of this model. Its labels are: {', '.join(known)}."
+        )
+    return given
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #ad95b718
 @dataclass(frozen=True)

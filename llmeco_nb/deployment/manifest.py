@@ -14,14 +14,18 @@ from typing import Any, Self
 from llmeco_nb.core import (
     DataError,
     MissingError,
+    UsageError,
     read_json,
     sha256_of,
     sha256_text,
     write_json,
 )
+from ..tasks.contract import Schema, Task
+from ..tasks.registry import schema_from_json, task_of
+from ..tasks.text_classification import ClassificationSchema
 
 # %% ../../nbs/4_deployment/40a_manifest.ipynb #a4361f04
-format_version = 2  # of the folder; versions 1 and 2 are read, others are refused
+format_version = 3  # of the folder; versions 1 to 3 are read, others are refused
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Parity:
     "How far the packed model agrees with the original."
 
     items: int  # texts compared
-    max_difference: float  # largest difference of a probability, 0 to 1
-    equal: int  # texts on which both give the same label
+    max_difference: float  # largest difference of a score: a probability, or a predicted number
+    equal: int  # texts on which both predict the same: the class, or a number within the tolerance
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,35 @@ class Manifest:
 
     name: str  # the model's name in the table of all models
     kind: str  # what opens it, a key of `loaders`
-    labels: list[str]  # class names; an answer's label is one of them
+    schema: Schema  # the task, what its answers can be, and how a text is prepared
     max_length: int | None = None  # encoder: tokens read of a text, special ones included
     head_fraction: float | None = None  # encoder: share of these tokens from the beginning, 0 to 1
     pad_token_id: int | None = None  # encoder: id that fills up shorter texts
     accuracy: dict[str, float | None] = field(default_factory=dict)  # split -> accuracy, 0 to 1
+    # other tasks than classification: split -> metric -> value
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     parity: Parity | None = None  # None: not compared with an original
     origin: Origin = Origin()
     files: dict[str, str] = field(default_factory=dict)  # path in the folder -> SHA-256
     digest: str = ""  # SHA-256 of all the rest; empty: not written yet
     format_version: int = format_version
 
+    @property
+    def task(self) -> Task:
+        "The light half of the task that the model was trained for."
+        return task_of(self.schema)
+
+    @property
+    def labels(self) -> list[str]:
+        "Class names; empty where an answer is no class."
+        return list(getattr(self.schema, "labels", []))
+
     def as_json(self) -> dict[str, Any]:
         "The content of manifest.json: what is None or empty by default is left out."
         values = {k: v for k, v in asdict(self).items() if v not in (None, "")}
+        values |= dict(task=self.task.name, schema=self.schema.to_json())
+        if not self.metrics:
+            del values["metrics"]
         values["origin"] = {k: v for k, v in values["origin"].items() if v is not None}
         return values if values["origin"] else {k: v for k, v in values.items() if k != "origin"}
 
@@ -76,7 +95,9 @@ class Manifest:
         cls,
         raw: dict[str, Any],  # What manifest.json holds
     ) -> Self:
-        "A manifest of format version 1 or 2. Raises `KeyError` or `TypeError` if a field lacks."
+        """A manifest of format version 1 to 3. One of version 1 or 2 knows classes only, and was
+        served without preparing texts. Raises `KeyError`, `TypeError`, `DataError`, `UsageError`.
+        """
         values, origin = dict(raw), dict(raw.get("origin") or {})
         if "form" in values:
             values["format_version"] = values.pop("form")
@@ -86,6 +107,10 @@ class Manifest:
                 values["pad_token_id"] = values.pop("pad")
             if "labels" in origin:
                 origin["num_labeled"] = origin.pop("labels")
+        if values.get("schema") is None:
+            values["schema"] = ClassificationSchema(labels=values["labels"])
+        else:
+            values["schema"] = schema_from_json(values["schema"])
         if values.get("parity"):
             values["parity"] = Parity(**_known(Parity, values["parity"]))
         return cls(**{**_known(cls, values), "origin": Origin(**_known(Origin, origin))})
@@ -140,9 +165,9 @@ def verify(
     if not isinstance(raw, dict) or raw.get("digest") != manifest_digest(raw):
         raise refusal("manifest.json is not as it was written")
     version = raw.get("format_version", raw.get("form"))
-    if version not in (1, format_version):
+    if version not in range(1, format_version + 1):
         raise DataError(
-            f"{folder} has the format version {version}; 1 and {format_version} are read here. "
+            f"{folder} has the format version {version}; 1 to {format_version} are read here. "
             "Open it with the llmeco that made it, or make a new one with `llmeco run`."
         )
     there = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()}
@@ -153,4 +178,9 @@ def verify(
             raise refusal(f"{name} is missing")
         if sha256_of(folder / name) != raw["files"][name]:
             raise refusal(f"{name} is not the file that was packed")
-    return Manifest.from_json(raw)
+    try:
+        return Manifest.from_json(raw)
+    except (KeyError, TypeError, DataError, UsageError) as e:
+        raise DataError(
+            f"{folder}/manifest.json cannot be read: {e} Open it with the llmeco that made it."
+        ) from None

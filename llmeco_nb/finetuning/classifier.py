@@ -212,14 +212,17 @@ def fine_tune(
     encoder: str = "",  # Folder; `config.weights` goes before it; both empty: random
     config: ClassifierConfig = ClassifierConfig(),  # Of model and training
 ) -> Path:
-    """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters are those of the
-    chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`, `UsageError`."""
+    """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters
+    are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`,
+    `UsageError`."""
     import pandas as pd
 
     from llmeco_nb.models.speedups import retain_freed_memory
-    from llmeco_nb.training.loop import measure_step_time, resolve_plan, train
+    from llmeco_nb.training.loop import measure_step_time, resolve_train_plan, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
+    from llmeco_nb.training.state import TrainPlan
+    from llmeco_nb.training.task import TrainTask
 
     asked = config.fingerprint()
     corpus = corpus or str(small_corpus())
@@ -279,30 +282,28 @@ def fine_tune(
     )
     predicted = len(coded["validation"]) + len(coded["test"])
 
-    def make_plan() -> dict:
+    def make_plan() -> TrainPlan:
         step_s = measure_step_time(model, step, batches, optimiser)
-        return finetune_plan(config, an_epoch, step_s, predicted, len(few))
+        return TrainPlan.from_json(finetune_plan(config, an_epoch, step_s, predicted, len(few)))
 
-    plan = resolve_plan(record, asked, make_plan)
+    plan = resolve_train_plan(record, asked, make_plan)
 
     def evaluate(model):
         return half.evaluate(half.scores(model, few, pad, schema), few_targets, schema)
 
+    task = TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=step,
+        make_batch=lambda batch_size, index, *share: batches(index),
+        count_tokens=lambda b: b["input_ids"].numel(),
+        evaluate=evaluate,
+        name="finetune",
+        monitor=half.monitor,
+        mode=half.mode,
+    )
     with retain_freed_memory():
-        result = train(
-            model,
-            step,
-            batches,
-            optimiser,
-            plan,
-            record,
-            evaluate,
-            watch=half.monitor,
-            higher=half.mode == "max",
-            size=lambda b: b["input_ids"].numel(),
-            identity=dict(asked=plan["asked"]),
-            name="finetune",
-        )
+        result = train_task(record, task, plan)
         if not all_finished():
             return record.artifact("classifier")
         started = time.monotonic()
@@ -352,16 +353,16 @@ def fine_tune(
         **headline_metrics(half, scores),
         labels=len(target),
         seconds=round(time.monotonic() - begun, 1),
-        training_s=round(result["seconds"], 1),
+        training_s=round(result.seconds, 1),
         predicting_s=round(predicting, 1),
         parameters=sum(p.numel() for p in model.parameters()),
-        examples_per_s=round(result["steps"] * config.batch_size / result["seconds"], 2),
+        examples_per_s=round(result.steps * config.batch_size / result.seconds, 2),
         predicted_per_s=round(len(table) / predicting, 1),
-        steps=result["steps"],
-        best_step=result["best_step"],
-        stopped_early=result["stopped"],
+        steps=result.steps,
+        best_step=result.best_step,
+        stopped_early=result.stopped,
         truncated=float(np.mean([n > config.max_length for n in lengths])),
-        forecast_s=plan["forecast_s"],
+        forecast_s=plan.predicted_seconds,
         **agreement,
     )
     if enough > config.num_labeled:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from ..core import LlmecoError, lock, write_bytes
-from .kernel import execute
+from .kernel import execute, import_nbformat
 from .machine import machine, versions
 from .stages import StageRegistry
 from .store import Run
@@ -71,8 +71,7 @@ def findings(
 
 def _one_cell():
     "A notebook with one cell."
-    import nbformat
-
+    nbformat = import_nbformat()
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 2")])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     return nb

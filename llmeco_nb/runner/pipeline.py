@@ -33,7 +33,7 @@ from llmeco_nb.core import (
     write_json,
 )
 from .identity import differences, key_of, show_parts, unknown_name_hint, work_parts
-from .kernel import KernelMonitor, execute, json_or
+from .kernel import KernelMonitor, execute, import_nbformat, json_or
 from .machine import machine, versions
 from llmeco_nb.runner.stages import (
     Instance,
@@ -551,8 +551,7 @@ def make_page(
     entry: Path,  # Its finished folder in the store
 ):
     "Run the show cells of a finished entry again and exchange its page."
-    import nbformat
-
+    nbformat = import_nbformat()
     with lock(pipe.store.folder / ".locks" / entry.name):
         if json_or({}, entry / "page.json").get("key") == key_of(look.page):
             return

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from ..core import LlmecoError, lock, read_json, runs_dir, sha256_of, write_bytes
 from ..runner.benchmarks import is_stale, kept_record, restore_record
 from ..runner.identity import Notebook
-from ..runner.kernel import execute
+from ..runner.kernel import execute, import_nbformat
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, export_is_current
 from .diagram import ring_svg
@@ -148,8 +148,7 @@ def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
 def execute_notebook(house: StageRegistry, path: Path) -> str:
     """Execute the notebook at `path`, one of `house`, at its defaults, or the show cells of a
     benchmark on its kept record, unless it is kept already; returns what went wrong, or ''."""
-    import nbformat
-
+    nbformat = import_nbformat()
     if executed_notebook(house, path):
         return ""
     folder = runs_dir() / "lessons"

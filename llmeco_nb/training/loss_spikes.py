@@ -6,9 +6,11 @@
 __all__ = ['UnstableStep', 'is_loss_spike', 'rolled_back_state']
 
 # %% ../../nbs/1_pretraining/15a_loss_spikes.ipynb #9a6575b2
+import dataclasses
 import statistics
 
 from ..core import DataError
+from .state import TrainPlan, TrainState
 
 # %% ../../nbs/1_pretraining/15a_loss_spikes.ipynb #62498a67
 class UnstableStep(DataError):
@@ -35,24 +37,23 @@ def is_loss_spike(
 
 # %% ../../nbs/1_pretraining/15a_loss_spikes.ipynb #4eb419d1
 def rolled_back_state(
-    stored: dict,  # The loop's numbers in the last checkpoint
-    state: dict,  # The loop's numbers now
-    step: int,  # The step that leaped, from 0
-    steps: int,  # Of the plan
-    most: int,  # Rewinds allowed in a run
+    stored: TrainState,  # Of the last checkpoint
+    failed: TrainState,  # Of now: its next step is the one that failed
+    plan: TrainPlan,  # Its `steps`, and `max_rollbacks`
     why: str,  # What was found
-) -> dict:
+) -> TrainState:
     """The numbers to go on with from the last checkpoint. Raises `DataError` when it has happened
-    more than `most` times."""
-    times = state["rewinds"] + 1
-    if times > most:
+    more than `max_rollbacks` times."""
+    times = failed.rollbacks + 1
+    if times > plan.max_rollbacks:
         raise DataError(
-            f"{why} The run has gone back {most} times already, so it is not single batches. Lower "
-            "the learning rate, lengthen the warm-up, or look at the data."
+            f"{why} The run has gone back {plan.max_rollbacks} times already, so it is not single "
+            "batches. Lower the learning rate, lengthen the warm-up, or look at the data."
         )
-    return {
-        **stored,
-        "rewinds": times,
-        "instead": {**state["instead"], str(step): steps + state["rewinds"]},
-        "rate": state["rate"] * (0.5 if times > 1 else 1.0),
-    }
+    beyond = plan.steps + failed.rollbacks  # batches that no step of the plan takes
+    return dataclasses.replace(
+        stored,
+        rollbacks=times,
+        replaced_batches={**failed.replaced_batches, str(failed.step): beyond},
+        lr_scale=failed.lr_scale * (0.5 if times > 1 else 1.0),
+    )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from ..core import DataError, UsageError
+from .state import TrainPlan
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
 def parameter_groups(
@@ -465,13 +466,13 @@ def warmup_stable_decay(
 
 
 def schedule_of(
-    plan: dict,  # steps, warmup, decay: whole numbers; schedule: "linear" or "wsd"
+    plan: TrainPlan,  # Its steps, warmup, decay and schedule
 ) -> Callable[[int], float]:
     """The schedule a plan names, as a function of the step. Raises `UsageError` for a name nobody
     knows."""
-    steps, warmup, kind = plan["steps"], plan.get("warmup", 0), plan.get("schedule", "linear")
-    if kind == "linear":
-        return lambda step: warmup_linear(step, steps, warmup)
-    if kind == "wsd":
-        return lambda step: warmup_stable_decay(step, steps, warmup, plan.get("decay", steps // 5))
-    raise UsageError(f"schedule is {kind!r}; it is linear or wsd.")
+    if plan.schedule == "linear":
+        return lambda step: warmup_linear(step, plan.steps, plan.warmup)
+    if plan.schedule == "wsd":
+        decay = plan.steps // 5 if plan.decay is None else plan.decay
+        return lambda step: warmup_stable_decay(step, plan.steps, plan.warmup, decay)
+    raise UsageError(f"schedule is {plan.schedule!r}; it is linear or wsd.")

@@ -1,0 +1,323 @@
+"""What is served is prepared as what was trained, and any task of the contract can be served."""
+
+import html
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
+    pytest.importorskip(library, reason="serving needs the extra `serve`")
+pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+import pandas as pd
+from smallbundle import make_bundle
+
+from llmeco_nb.core import DataError, UsageError, create_record, read_json
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
+from llmeco_nb.deployment.bundle import build_bundle
+from llmeco_nb.deployment.engine import Predictor
+from llmeco_nb.deployment.loading import open_model
+from llmeco_nb.deployment.manifest import manifest_digest, verify, write_manifest
+from llmeco_nb.deployment.packing import (
+    model_schema,
+    pack_encoder,
+    pack_linear,
+    parity,
+    reference_scores,
+)
+from llmeco_nb.deployment.server import make_app
+from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
+from llmeco_nb.interaction.client import Client, running_server
+from llmeco_nb.interaction.feedback import freeze, interact, read_frozen
+from llmeco_nb.interaction.improve import improve
+from llmeco_nb.tasks.contract import Cleaning
+from llmeco_nb.tasks.registry import load_schema, save_schema
+from llmeco_nb.tasks.regression import RegressionSchema
+from llmeco_nb.tasks.text_classification import ClassificationSchema
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the test client about its HTTP library
+    from fastapi.testclient import TestClient
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# -- texts are prepared
+
+
+@pytest.fixture(scope="module")
+def escaped(tmp_path_factory):
+    """Texts with `&#x27;` where an apostrophe was, and a corpus and a linear bundle made of them:
+    who says "don't" is not content."""
+    place = tmp_path_factory.mktemp("escaped")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(240):
+        bad = i % 2
+        verb = ["would", "could", "did", "do"][rng.integers(4)] + ("n&#x27;t" if bad else "")
+        thing = ["jacket", "lamp", "order", "coat"][rng.integers(4)]
+        text = f"I {verb} say the {thing} I got on day {i} was worth it"
+        rows.append(dict(text=text, label=["good", "bad"][bad]))
+    table = pd.DataFrame(rows)
+    table.to_csv(place / "table.csv", index=False)
+    record = create_record(place / "data", "data")
+    corpus = build_corpus(record, CorpusConfig(source=str(place / "table.csv")))
+    parts = {split: read_split(corpus, split) for split in ("train", "validation")}
+    every = pd.concat(parts.values())
+    bags = recipes["tfidf_lr"].bags
+    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in bags}
+    n = len(parts["train"])
+    split = RowSplit(np.arange(n), np.arange(n, len(every)), np.arange(0))
+    schema = load_schema(corpus)
+    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), split, schema.labels)
+    model.save(place / "model")
+    (place / "bundle").mkdir()
+    write_manifest(place / "bundle", pack_linear(place / "model", place / "bundle", "nots", schema))
+    return place / "bundle", table
+
+
+def share_right(labels, table) -> float:
+    return float(np.mean([a == b for a, b in zip(labels, table.label)]))
+
+
+def test_an_escaped_text_is_served_as_it_was_trained(escaped, tmp_path):
+    bundle, table = escaped
+    texts = table.text.tolist()
+    assert all("&#x27;" in t for t in texts[1::2])
+    by_engine = [a.label for a in Predictor.load(bundle).predict_batch(texts)]
+    with running_server(bundle, tmp_path / "f.sqlite") as address:
+        client = Client(address)
+        asked = [client.predict(texts[i : i + 60]) for i in range(0, len(texts), 60)]
+        assert client.model()["schema"]["cleaning"] == {"keep_newlines": False, "version": 1}
+    by_server = [a.label for reply in asked for a in reply.answers]
+    assert by_server == by_engine and share_right(by_server, table) == 1.0
+    # without the preparation, the same bundle is wrong about some of them
+    manifest = verify(bundle)
+    raw = replace(manifest, schema=replace(manifest.schema, cleaning=None))
+    picked = open_model(bundle, raw).scores(texts).argmax(1)
+    assert share_right([manifest.labels[i] for i in picked], table) < 0.95
+
+
+def test_every_way_in_prepares_a_text(escaped, tmp_path):
+    bundle, table = escaped
+    raw = table.text[1]
+    plain = html.unescape(raw)
+    model = open_model(bundle, verify(bundle))
+    assert (model.scores([raw]) == model.scores([plain])).all()
+    assert model.cost(raw) == model.cost(plain)
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        one, two = (c.post("/v1/predict", json={"text": t}).json()["answers"] for t in (raw, plain))
+        assert one == two
+        refused = c.post("/v1/predict", json={"texts": ["good", " <br/>&nbsp;"]})
+        assert refused.status_code == 422
+        assert "texts.1 holds nothing but markup" in refused.json()["error"]["message"]
+
+
+def test_a_bundle_of_an_earlier_version_is_served_as_it_was(tmp_path):
+    "Versions 1 and 2 held no schema, and texts went to the model as they were sent."
+    folder = make_bundle(tmp_path / "bundle")
+    raw = read_json(folder / "manifest.json")
+    raw["format_version"], raw["labels"] = 2, raw.pop("schema")["labels"]
+    del raw["task"]
+    raw["digest"] = manifest_digest(raw)
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    manifest = verify(folder)
+    assert manifest.schema == ClassificationSchema(labels=["negative", "positive"])
+    assert (manifest.task.name, manifest.format_version) == ("text-classification", 2)
+    model = open_model(folder, manifest)
+    assert model.prepare("&lt;good&gt;") == "&lt;good&gt;"
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (dict(schema={"task": "telepathy"}), "telepathy"),
+        (dict(schema={"task": "regression"}), "low"),
+        (dict(schema={"task": "regression", "low": 0, "high": 1, "cleaning": {"version": 9}}), "9"),
+        (dict(schema={}), "names its task"),
+        (dict(schema=[]), "names its task"),
+    ],
+)
+def test_a_schema_that_cannot_be_read_is_refused_by_name(change, said, tmp_path):
+    folder = make_bundle(tmp_path / "bundle")
+    raw = {**read_json(folder / "manifest.json"), **change}
+    raw["digest"] = manifest_digest(raw)
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="manifest.json.*" + said):
+        verify(folder)
+
+
+def test_another_preparation_is_another_digest(tmp_path):
+    labels = ["negative", "positive"]
+    digests = {
+        verify(make_bundle(tmp_path / name, schema=schema)).digest
+        for name, schema in (
+            ("raw", ClassificationSchema(labels=labels)),
+            ("cleaned", ClassificationSchema(labels=labels, cleaning=Cleaning())),
+            ("lines", ClassificationSchema(labels=labels, cleaning=Cleaning(keep_newlines=True))),
+        )
+    }
+    assert len(digests) == 3
+
+
+# -- a regression, from a fitted model's folder to a served answer
+
+
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory):
+    "A corpus of texts with numbers, and the folder of a fine-tuned encoder with one output."
+    pytest.importorskip("torch")
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llmeco_nb.data.corpus import small_corpus
+    from llmeco_nb.finetuning.classifier import save_classifier
+    from llmeco_nb.finetuning.checkpoints import small_random_encoder
+
+    place = tmp_path_factory.mktemp("ratings")
+    reviews = small_corpus()
+    rng = np.random.default_rng(0)
+    parts = {}
+    for name in ("train", "validation", "test"):
+        rows = read_split(reviews, name).head(40)
+        parts[name] = rows.assign(target=1990 + 30 * rng.random(len(rows))).drop(columns="label")
+    (place / "corpus").mkdir()
+    for name, rows in parts.items():
+        rows.to_parquet(place / "corpus" / f"{name}.parquet")
+    seen = parts["train"].target
+    schema = RegressionSchema(low=seen.min(), high=seen.max(), cleaning=Cleaning())
+    save_schema(schema, place / "corpus")
+    encoder = str(small_random_encoder(reviews))
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    save_classifier(model, tokenizer, place / "model", 64, 25)
+    save_schema(schema.standardised(seen), place / "model")
+    return place
+
+
+@pytest.fixture(scope="module")
+def rating_bundle(ratings):
+    record = create_record(ratings / "bundle-0", "bundle")
+    return build_bundle(record, str(ratings / "corpus"), [str(ratings / "model")])
+
+
+def test_a_fitted_regression_is_served(ratings, rating_bundle, tmp_path):
+    manifest = verify(rating_bundle)
+    own = load_schema(ratings / "model")
+    assert manifest.schema == own and own.scale > 5 and manifest.labels == []
+    assert manifest.parity.equal == manifest.parity.items == 40
+    texts = read_split(ratings / "corpus", "test").text.tolist()[:5]
+    reference = reference_scores(ratings / "model", texts, own)[:, 0]
+    assert np.ptp(reference) > 0
+    with running_server(rating_bundle, tmp_path / "feedback.sqlite") as address:
+        client = Client(address, author="ann")
+        facts = client.model()
+        assert facts["task"] == "regression" and facts["schema"]["mean"] == own.mean
+        assert facts["metrics"] == manifest.metrics and "accuracy" not in facts
+        reply = client.predict(texts)
+        assert reply.model.task == "regression"
+        assert np.abs([a.value for a in reply.answers] - reference).max() < 1e-3
+        escaped = client.predict("It&#x27;s <b>fine</b>").answers
+        assert escaped == client.predict("It's fine").answers
+        told = client.feedback(reply, 2001.5)
+        assert (told.stored, told.given, told.correct) == (True, 2001.5, False)
+        assert told.predicted == reply.answers[0].value
+        assert not client.feedback(reply, 2001.5).stored
+        assert client.feedback(reply, correct=True, item=1).given == reply.answers[1].value
+        for wrong in ("positive", 2002.0):
+            with pytest.raises(UsageError, match="value|other feedback"):
+                client.feedback(reply, wrong)
+    assert freeze(tmp_path, tmp_path / "frozen") == 2
+    rows = read_frozen(tmp_path / "frozen")
+    assert {r.given for r in rows} == {"2001.5", repr(reply.answers[1].value)}
+
+
+def test_the_document_describes_the_task_that_is_served(rating_bundle, tmp_path):
+    wanted = {
+        "NumberResponse": (rating_bundle, "NumberFeedback"),
+        "ClassResponse": (make_bundle(tmp_path / "words"), "LabelFeedback"),
+    }
+    for response, (bundle, feedback) in wanted.items():
+        with TestClient(make_app(bundle, tmp_path / f"{response}.sqlite")) as c:
+            document = c.get("/openapi.json").json()
+        models = document["components"]["schemas"]
+        other = wanted.keys() - {response}
+        assert {response, feedback, "TextRequest"} <= models.keys()
+        assert not other & models.keys()
+        post = document["paths"]["/v1/predict"]["post"]
+        assert post["requestBody"]["content"]["application/json"]["schema"] == {
+            "$ref": "#/components/schemas/TextRequest"
+        }
+        reply = post["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+        answers = models[reply.rpartition("/")[2]]["properties"]["answers"]
+        assert answers["items"] == {"$ref": f"#/components/schemas/{response}"}
+
+
+@pytest.mark.parametrize("body", [{}, {"value": "NaN"}, {"value": 1e999}, {"label": "good"}])
+def test_a_correction_that_is_no_number_is_refused(rating_bundle, tmp_path, body):
+    with TestClient(make_app(rating_bundle, tmp_path / "f.sqlite")) as c:
+        asked = c.post("/v1/predict", json={"text": "good"}).json()["request_id"]
+        content = json.dumps({**body, "request_id": asked})
+        r = c.post("/v1/feedback", content=content, headers={"Content-Type": "application/json"})
+        assert r.status_code == 422 and "value" in r.json()["error"]["message"], r.text
+
+
+def test_a_regression_that_reads_less_than_the_original_fails_parity(ratings, tmp_path):
+    own = load_schema(ratings / "model")
+    facts = pack_encoder(ratings / "model", tmp_path, "ratings", own)
+    texts = read_split(ratings / "corpus", "test").text.tolist()[:20]
+    original = reference_scores(ratings / "model", texts, own)
+    same = parity(original, open_model(tmp_path, facts).scores(texts), 1e-4, own)
+    assert same.items == same.equal == 20 and same.max_difference < 1e-3
+    shorter = open_model(tmp_path, replace(facts, max_length=20)).scores(texts)
+    with pytest.raises(DataError, match="does not answer as the original"):
+        parity(original, shorter, 1e-4, own)
+
+
+def test_a_model_that_does_not_fit_its_corpus_is_not_packed(ratings, tmp_path):
+    two = ClassificationSchema(labels=["a", "b"], cleaning=Cleaning())
+    with pytest.raises(DataError, match="knows the classes"):
+        pack_encoder(ratings / "model", tmp_path, "x", two)
+    with pytest.raises(DataError, match="trained for regression"):
+        model_schema(ratings / "model", two)
+    lines = replace(load_schema(ratings / "corpus"), cleaning=Cleaning(keep_newlines=True))
+    with pytest.raises(DataError, match="prepared by"):
+        model_schema(ratings / "model", lines)
+    with pytest.raises(UsageError, match="no fine-tuned model was given"):
+        build_bundle(create_record(tmp_path / "r", "bundle"), str(ratings / "corpus"))
+
+
+def test_stages_that_know_classes_only_say_so(ratings, rating_bundle, tmp_path):
+    for stage in (interact, improve):
+        record = create_record(tmp_path / stage.__name__, stage.__name__)
+        with pytest.raises(UsageError, match="a corpus for regression"):
+            stage(record, str(ratings / "corpus"), str(rating_bundle))
+
+
+SERVE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from fastapi.testclient import TestClient
+from llmeco_nb.deployment.server import make_app
+with TestClient(make_app(sys.argv[1], sys.argv[2])) as c:
+    asked = c.post("/v1/predict", json={"text": "It&#x27;s good"}).json()
+    body = dict(request_id=asked["request_id"], correct=True)
+    assert c.post("/v1/feedback", json=body).json()["stored"], asked
+print(*sorted(asked["answers"][0]))
+print(*sorted({"torch", "transformers", "nbdev", "pandas", "sklearn", "scipy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("task", ["text-classification", "regression"])
+def test_serving_a_task_loads_no_heavy_library(task, tmp_path):
+    schema = RegressionSchema(low=0, high=9, cleaning=Cleaning()) if task == "regression" else None
+    bundle = make_bundle(tmp_path / "bundle", schema=schema)
+    line = [sys.executable, "-c", SERVE, str(bundle), str(tmp_path / "f.sqlite")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    fields = "item value" if task == "regression" else "item label probabilities"
+    assert done.stdout == f"{fields}\n\n", done.stdout + done.stderr
