@@ -4,6 +4,7 @@ are told to do."""
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import shutil
