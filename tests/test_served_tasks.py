@@ -15,7 +15,10 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from smallbundle import make_bundle
+from test_gateway import fields, values
 
 from llmeco_nb.core import DataError, UsageError, create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
@@ -296,6 +299,38 @@ def test_stages_that_know_classes_only_say_so(ratings, rating_bundle, tmp_path):
         record = create_record(tmp_path / stage.__name__, stage.__name__)
         with pytest.raises(UsageError, match="a corpus for regression"):
             stage(record, str(ratings / "corpus"), str(rating_bundle))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    "A client of a hand-made regression, and a request that it has answered."
+    place = tmp_path_factory.mktemp("numbers")
+    schema = RegressionSchema(low=0, high=9, mean=2.0, scale=3.0, cleaning=Cleaning())
+    bundle = make_bundle(place / "bundle", schema=schema)
+    app = make_app(bundle, place / "f.sqlite")
+    with TestClient(app, raise_server_exceptions=False) as client:
+        asked = client.post("/v1/predict", json={"text": "good"}).json()
+        yield client, asked["request_id"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    body=fields | values,
+    number=values,
+    route=st.sampled_from(["/v1/predict", "/v1/feedback"]),
+    real=st.booleans(),
+)
+@example(body={"correct": False}, number=10**400, route="/v1/feedback", real=True)
+@example(body={"correct": False}, number=True, route="/v1/feedback", real=True)
+def test_no_json_is_a_server_error_of_a_regression(numbers, body, number, route, real):
+    client, asked = numbers
+    if real and isinstance(body, dict):
+        body = {**body, "request_id": asked, "value": number}
+    content, kind = json.dumps(body), {"Content-Type": "application/json"}
+    r = client.post(route, content=content, headers=kind)
+    assert r.status_code < 500, (body, r.text)
+    if r.status_code != 200:
+        assert set(r.json()) == {"error"}
 
 
 SERVE = """
