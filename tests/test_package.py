@@ -391,7 +391,7 @@ CEILINGS = {
     "functions with over eight parameters": 2,
     "banned names": 0,
     "public functions whose help leaves out a parameter": 644,
-    "public functions with an untyped parameter": 52,
+    "public functions with an untyped parameter": 45,
     "modules over 600 lines": 4,
     "modules over 400 lines": 23,
 }
