@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'renamed_options', 'parse_settings', 'Command', 'command', 'option', 'RunChoice', 'Settings', 'RunOptions',
            'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune',
-           'report', 'serve', 'docs', 'main', 'exit_with']
+           'report', 'serve', 'docs', 'outputs', 'main', 'exit_with']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import dataclasses
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from .runner.display import Display
 from typer.core import TyperCommand
 
 from llmeco_nb.core import (
@@ -33,6 +32,8 @@ from llmeco_nb.core import (
     format_duration,
     runs_dir,
 )
+from .runner.display import Display
+from .runner.identity import unknown_name_hint
 from llmeco_nb.runner.stages import (
     Instance,
     StageRegistry,
@@ -177,13 +178,8 @@ def prepare_run(o: RunOptions):
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
-    from llmeco_nb.runner.pipeline import (
-        Pipeline,
-        open_run,
-        require_inputs,
-        set_parameters,
-        set_stored,
-    )
+    from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
+    from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     house = StageRegistry.find()
     if behind := house.out_of_step():
@@ -210,7 +206,7 @@ def run(
     o: RunOptions,  # What was typed: run, parameters, choice of stages
 ):
     "Bring a run up to date: make what is missing or stale, in order, and nothing else."
-    from llmeco_nb.runner.pipeline import run_pipeline
+    from llmeco_nb.runner.execution import run_pipeline
 
     begun = time.monotonic()
     pipe, chosen = prepare_run(o)
@@ -244,7 +240,7 @@ def chosen_stages(
     """Names of the instances that --only and --from leave in play; None for all.
 
     Raises `UsageError`."""
-    from llmeco_nb.runner.pipeline import select_instances
+    from llmeco_nb.runner.overrides import select_instances
 
     if only and start:
         raise UsageError("Give --only or --from, not both.")
@@ -266,7 +262,8 @@ def stages(
     from rich.console import Console
     from rich.table import Table
 
-    from llmeco_nb.runner.pipeline import Pipeline, open_run, set_parameters
+    from llmeco_nb.runner.overrides import set_parameters
+    from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     house = StageRegistry.find()
     pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
@@ -453,6 +450,42 @@ def docs(
         f"Site: {os.path.relpath(page)}"
         + (f"; {len(failed)} chapters without outputs" if failed else "")
     )
+
+
+@app.command(cls=Command)
+def outputs(
+    names: list[str] = typer.Argument(  # Stems such as 12_wordpiece; none: all
+        None, metavar="[NOTEBOOK]...", help="Notebooks, such as 12_wordpiece (default: all)."
+    ),
+    stale: bool = typer.Option(  # Whether nothing is executed
+        False, "--stale", help="Only list the notebooks whose outputs are older than their code."
+    ),
+    jobs: int = typer.Option(  # Notebooks at a time, at least 1
+        1, "--jobs", "-j", min=1, help="Notebooks to execute at a time."
+    ),
+):
+    "Execute the chapters whose outputs are stale, and store what they show in the notebooks."
+    from llmeco_nb.site.outputs import refresh_outputs, staleness
+
+    house = StageRegistry.find()
+    known = {p.stem: p for p in house.notebooks if p.name != "index.ipynb"}
+    wrong = [n for n in names or [] if n.removesuffix(".ipynb") not in known]
+    if wrong:
+        raise UsageError(f"{wrong[0]}: {unknown_name_hint(wrong[0], known)}")
+    paths = [known[n.removesuffix(".ipynb")] for n in names or known]
+    if stale:
+        for path in paths:
+            if why := staleness(house, path):
+                typer.echo(f"{path.stem}: {why}")
+        return
+
+    def tell(stored):
+        typer.echo(f"{stored.path.stem}: {stored.failed or f'{stored.size:,} bytes'}")
+        for sentence in stored.left_out:
+            typer.echo(f"  {sentence}")
+
+    done = refresh_outputs(house, paths, jobs, tell)
+    raise typer.Exit(1 if any(s.failed for s in done) else 0)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #0beed08b
 renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}  # of earlier versions

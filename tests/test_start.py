@@ -1,6 +1,7 @@
 """Before the first step: what is probed goes into the plan, a killed run takes it from there and
 ends with the same bytes, and what was foretold stands beside what came."""
 
+import dataclasses
 import json
 import random
 
@@ -8,7 +9,6 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.training.loop  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     UsageError,
@@ -35,11 +35,13 @@ from llmeco_nb.training.forecast import (  # noqa: E402
     peak_step_bytes,
     predict_peak_bytes,
 )
+from llmeco_nb.training.loop import resolve_train_plan  # noqa: E402
 from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.training.plan import (  # noqa: E402
     BATCH_SIZE_CANDIDATES,
     LR_CANDIDATES,
+    Measured,
     forecast_vs_actual,
 )
 
@@ -186,19 +188,17 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path / "told", batch_size=4, lr=2e-3)
 
-    def silent(record, asked, model, step, make, optimiser, plan_of, batch, lr, *more, **named):
-        plan = llmeco_nb.training.loop.resolve_plan(
-            record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1}
-        )
-        (record.resume / "forecast.json").write_text(
-            json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[]))
-        )
-        return plan
+    def silent(record, task, config, **_):
+        def plan():
+            made = config.make_plan(Measured(config.batch_size, 1.0, 1.0))
+            return dataclasses.replace(made, batch_size=config.batch_size)
 
-    monkeypatch.setattr(
-        llmeco_nb.training.plan, "plan_training", silent
-    )  # the encoder's stage imports it when called
-    monkeypatch.setattr("llmeco_nb.pretraining.causal.plan_training", silent)
+        nothing = dict(seconds=1.0, bytes=1, loss=None, says=[])
+        made = resolve_train_plan(record, config.fingerprint, plan)
+        (record.resume / "forecast.json").write_text(json.dumps(nothing))
+        return made
+
+    monkeypatch.setattr(llmeco_nb.training.plan, "plan_training", silent)
     assert (
         what_stays(run(kind, inputs, tmp_path / "silent", batch_size=4, lr=2e-3))[:2]
         == what_stays(told)[:2]
