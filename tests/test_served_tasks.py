@@ -175,7 +175,8 @@ def ratings(tmp_path_factory):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from llmeco_nb.data.corpus import small_corpus
-    from llmeco_nb.finetuning.classifier import save_classifier, small_random_encoder
+    from llmeco_nb.finetuning.classifier import save_classifier
+    from llmeco_nb.finetuning.checkpoints import small_random_encoder
 
     place = tmp_path_factory.mktemp("ratings")
     reviews = small_corpus()

@@ -32,14 +32,15 @@ from ..data.corpus import label_names, read_split, small_corpus
 from .loading import open_model
 from .manifest import Manifest, Origin, Parity, write_manifest
 from llmeco_nb.deployment.packing import (
+    model_schema,
     pack_encoder,
     pack_linear,
-    model_schema,
     parity,
     reference_scores,
 )
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema
+from ..tasks.predictions import read_predictions_file, scores_of
 from ..tasks.registry import load_schema, task_of
 
 # %% ../../nbs/4_deployment/40_bundle.ipynb #f962d62f
@@ -63,11 +64,8 @@ def small_bundle(
     kind: str = "linear",  # linear or onnx
 ) -> Path:
     "The folder of a small bundle under runs/scratch."
-    from llmeco_nb.finetuning.classifier import (
-        build_classifier,
-        save_classifier,
-        small_random_encoder,
-    )
+    from llmeco_nb.finetuning.checkpoints import build_classifier, small_random_encoder
+    from llmeco_nb.finetuning.classifier import save_classifier
 
     corpus = small_corpus()
 
@@ -186,15 +184,9 @@ def stored_probabilities(
     ids: list[str],  # Of validation texts
 ) -> np.ndarray:
     "The probabilities that the table holds for validation texts, float32 of shape (ids, classes)."
-    import pandas as pd
-
-    filters = [
-        ("model", "==", row.model),
-        ("labels", "==", row.num_labeled),
-        ("split", "==", "validation"),
-    ]
-    every = pd.read_parquet(Path(table) / "predictions.parquet", filters=filters)
-    return every.set_index("id").loc[ids].filter(like="score_").to_numpy(np.float32)
+    file = Path(table) / "predictions.parquet"
+    every = read_predictions_file(file, row.model, row.num_labeled, "validation")
+    return scores_of(every.set_index("id").loc[ids])
 
 
 def match_checkpoint(

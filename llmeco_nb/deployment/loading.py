@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import DataError, MissingError
 from .manifest import Manifest
-from ..finetuning.classifier import truncate_middle
+from ..finetuning.encoding import truncate_middle
 from ..finetuning.linear import LinearText
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #6f8e4e34

@@ -204,7 +204,7 @@ def reference_scores(
     shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`."""
     import torch
 
-    from llmeco_nb.finetuning.classifier import collate, tokenize_texts
+    from llmeco_nb.finetuning.encoding import collate, tokenize_texts
 
     model, tokenizer = open_classifier(folder)
     max_length, head_fraction = truncation_of(model.config)
