@@ -110,8 +110,8 @@ class LinearModel:
         return self.model.cost(text)
 
     def scores(self, texts: list[str]) -> np.ndarray:
-        "Class probabilities, float32 of shape (texts, classes)."
-        return self.model.probabilities(texts)
+        "Probabilities, or numbers, as the task's `decode` reads them; float32 (texts, scores)."
+        return self.model.outputs(texts)
 
 
 class PreparedModel:
