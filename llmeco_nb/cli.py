@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'renamed_options', 'parse_settings', 'Command', 'command', 'option', 'RunChoice', 'Settings', 'RunOptions',
            'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune',
-           'report', 'serve', 'docs', 'main', 'exit_with']
+           'report', 'serve', 'docs', 'outputs', 'main', 'exit_with']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import dataclasses
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from .runner.display import Display
 from typer.core import TyperCommand
 
 from llmeco_nb.core import (
@@ -33,6 +32,8 @@ from llmeco_nb.core import (
     format_duration,
     runs_dir,
 )
+from .runner.display import Display
+from .runner.identity import unknown_name_hint
 from llmeco_nb.runner.stages import (
     Instance,
     StageRegistry,
@@ -453,6 +454,42 @@ def docs(
         f"Site: {os.path.relpath(page)}"
         + (f"; {len(failed)} chapters without outputs" if failed else "")
     )
+
+
+@app.command(cls=Command)
+def outputs(
+    names: list[str] = typer.Argument(  # Stems such as 12_wordpiece; none: all
+        None, metavar="[NOTEBOOK]...", help="Notebooks, such as 12_wordpiece (default: all)."
+    ),
+    stale: bool = typer.Option(  # Whether nothing is executed
+        False, "--stale", help="Only list the notebooks whose outputs are older than their code."
+    ),
+    jobs: int = typer.Option(  # Notebooks at a time, at least 1
+        1, "--jobs", "-j", min=1, help="Notebooks to execute at a time."
+    ),
+):
+    "Execute the chapters whose outputs are stale, and store what they show in the notebooks."
+    from llmeco_nb.site.outputs import refresh_outputs, staleness
+
+    house = StageRegistry.find()
+    known = {p.stem: p for p in house.notebooks if p.name != "index.ipynb"}
+    wrong = [n for n in names or [] if n.removesuffix(".ipynb") not in known]
+    if wrong:
+        raise UsageError(f"{wrong[0]}: {unknown_name_hint(wrong[0], known)}")
+    paths = [known[n.removesuffix(".ipynb")] for n in names or known]
+    if stale:
+        for path in paths:
+            if why := staleness(house, path):
+                typer.echo(f"{path.stem}: {why}")
+        return
+
+    def tell(stored):
+        typer.echo(f"{stored.path.stem}: {stored.failed or f'{stored.size:,} bytes'}")
+        for sentence in stored.left_out:
+            typer.echo(f"  {sentence}")
+
+    done = refresh_outputs(house, paths, jobs, tell)
+    raise typer.Exit(1 if any(s.failed for s in done) else 0)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #0beed08b
 renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}  # of earlier versions

@@ -20,7 +20,8 @@ from llmeco_nb.evaluation.blimp import (  # noqa: E402
     score_pairs,
     sentence_scores,
 )
-from llmeco_nb.models.decoder import new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import save_decoder  # noqa: E402
 from llmeco_nb.models.ngram import Ngram  # noqa: E402
 from llmeco_nb.pretraining.packing import eos_token_id  # noqa: E402
 from llmeco_nb.tokenization.bpe import (  # noqa: E402

@@ -21,7 +21,8 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.models.decoder import causal_loss, load_decoder, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
     fast_causal_loss,

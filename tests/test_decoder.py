@@ -12,18 +12,19 @@ from hypothesis import strategies as st  # noqa: E402
 from llmeco_nb.core import DataError, MissingError, UsageError  # noqa: E402
 from llmeco_nb.models.decoder import (  # noqa: E402
     cache_bytes,
-    causal_attention,
     causal_loss,
     decoder_config,
     decoder_flops,
     decoder_parameters,
-    document_positions,
-    load_decoder,
     new_decoder,
+)
+from llmeco_nb.models.decoder_conversion import (  # noqa: E402
+    load_decoder,
     qwen3,
     qwen3_config,
     save_decoder,
 )
+from llmeco_nb.models.decoder_parts import causal_attention, document_positions  # noqa: E402
 
 VOCABULARY = 120
 FULL = dict(

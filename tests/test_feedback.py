@@ -30,15 +30,8 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
-from llmeco_nb.interaction.feedback import (
-    Client,
-    InteractConfig,
-    ask_by_curl,
-    freeze,
-    interact,
-    read_frozen,
-    running_server,
-)
+from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
+from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve, refit_linear, usable_corrections
 from llmeco_nb.interaction.rounds import CorrectionCounts, gate, read_history
 from llmeco_nb.tasks.registry import load_schema

@@ -28,7 +28,7 @@ from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.ledger import read_feedback
 from llmeco_nb.deployment.refusals import limits
 from llmeco_nb.deployment.server import listen, make_app, newest_bundle
-from llmeco_nb.interaction.feedback import server_script
+from llmeco_nb.interaction.client import server_script
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library

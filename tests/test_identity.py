@@ -85,6 +85,11 @@ TABLE = {
         SAME_NUMBERS,
         "cell 71-3 changed",
     ),
+    "outputs stored in the notebook": (
+        lambda h: h.store_outputs("71_make"),
+        NOTHING,
+        "",
+    ),
     "function used": (
         lambda h: h.edit("70_toys", "return x * SCALE", "return SCALE * x + 1"),
         EVERYTHING,

@@ -18,7 +18,8 @@ from llmeco_nb.deployment.loading import open_model  # noqa: E402
 from llmeco_nb.deployment.manifest import verify  # noqa: E402
 from llmeco_nb.deployment.engine import Predictor  # noqa: E402
 from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
-from llmeco_nb.interaction.feedback import Client, freeze, read_frozen, running_server  # noqa: E402
+from llmeco_nb.interaction.client import Client, running_server  # noqa: E402
+from llmeco_nb.interaction.feedback import freeze, read_frozen  # noqa: E402
 from llmeco_nb.interaction.rounds import read_history  # noqa: E402
 from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name  # noqa: E402
 
@@ -154,6 +155,26 @@ def test_the_stages_of_an_old_run_are_said_to_be_stale(runs):
     assert {name: states.get(name) for name in instances} == dict.fromkeys(instances, "stale")
     assert max(map(len, done.stdout.splitlines())) <= 200
     assert len(done.stdout.splitlines()) < 100, "hundreds of changed functions say no more than ten"
+
+
+def test_the_plan_of_an_old_training_is_read(runs):
+    "Its names of fields are translated, and a name that nobody knows is refused with a command."
+    from llmeco_nb.training.checkpoint import current_identity
+    from llmeco_nb.training.state import TrainPlan
+
+    files = sorted((runs / "store").glob("*.plan.json"))
+    assert len(files) == 3
+    for file in files:
+        stored = read_json(file)
+        plan = TrainPlan.from_json(stored, str(file))
+        assert plan.steps == stored["steps"] and plan.fingerprint == stored["asked"]
+        assert plan.batch_size == stored.get("batch")
+        assert {k: plan.to_json()[k] for k in stored} == stored
+        # a checkpoint that says it belongs to this plan says so still
+        identity = {f"plan.{k}": v for k, v in stored.items()} | dict(asked=stored["asked"])
+        assert current_identity(identity) == {f"plan.{k}": v for k, v in plan.to_json().items()}
+        with pytest.raises(DataError, match=f"{file.name} holds 'momentum'.*llmeco run --new-run"):
+            TrainPlan.from_json({**stored, "momentum": 1}, str(file))
 
 
 def test_an_old_run_has_a_report(runs):

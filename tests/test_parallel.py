@@ -306,7 +306,7 @@ def test_a_real_stage_in_two_processes(tmp_path):
     """The decoder of 18a from its notebook's cells, as under torchrun: what one process learns, up
     to rounding."""
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.models.decoder import qwen3
+    from llmeco_nb.models.decoder_conversion import qwen3
     from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3(), small_subword_tokenizer(small_mixture())  # before the fork, once for all
@@ -393,9 +393,9 @@ def small_inputs():
     from llmeco_nb.data.corpus import small_corpus
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.finetuning.classifier import small_random_encoder
-    from llmeco_nb.models.decoder import qwen3
-    from llmeco_nb.pretraining.packing import small_subword_tokenizer
+    from llmeco_nb.models.decoder_conversion import qwen3
     from llmeco_nb.pretraining.nsp import small_pretrained_encoder
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     qwen3()
     small_subword_tokenizer(small_mixture())

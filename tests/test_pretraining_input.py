@@ -22,7 +22,8 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
-from llmeco_nb.models.decoder import load_decoder, new_decoder, save_decoder  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder  # noqa: E402
+from llmeco_nb.models.decoder_conversion import load_decoder, save_decoder  # noqa: E402
 from llmeco_nb.models.encoder import new_encoder  # noqa: E402
 from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402

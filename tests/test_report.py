@@ -523,7 +523,7 @@ def test_search_finds_text_and_not_only_headings(site, tmp_path):
         if "softmax" in "".join(Html(f.read_text(encoding="utf-8")).text).lower()
     }
     assert len(holding) > 5 and holding <= shown
-    assert {"13_encoder.html", "13b_decoder.html"} <= holding
+    assert {"13_encoder.html", "13f_decoder_parts.html"} <= holding
     if not shutil.which("node"):
         pytest.skip("needs node to run the search")
     code = f"""

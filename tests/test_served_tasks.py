@@ -32,7 +32,8 @@ from llmeco_nb.deployment.packing import (
 )
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
-from llmeco_nb.interaction.feedback import Client, freeze, interact, read_frozen, running_server
+from llmeco_nb.interaction.client import Client, running_server
+from llmeco_nb.interaction.feedback import freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve
 from llmeco_nb.tasks.contract import Cleaning
 from llmeco_nb.tasks.registry import load_schema, save_schema

@@ -4,15 +4,11 @@ import csv
 import importlib.util
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import pytest
+from live import live
 
 from llmeco_nb.core import read_json
 from llmeco_nb.data.stream import stream_texts
-from llmeco_nb.runner.stages import StageRegistry, read_profile
 
 SAYS = {
     "delivery": "Where is {0}? It should have arrived {1}.",
@@ -42,43 +38,6 @@ def tickets(file: Path) -> Path:
         for team, text in SAYS.items():
             writer.writerows([text.format(thing, day), team] for thing in THINGS for day in DAYS)
     return file
-
-
-def live(profile: str, store: Path, given: dict[str, dict]) -> dict[str, Path]:
-    """Every stage of a profile, wired as the pipeline does it: {instance: its record's folder}.
-
-    Of each notebook the parameters, imports, `run` and `show` cells are executed, as papermill
-    would, but in this process; `given` are parameters by stage."""
-    instances, _ = read_profile(StageRegistry.find(), profile)
-    notebooks = {one.name: one.notebook for one in instances}
-    made: dict[str, Path] = {}
-
-    def artifact(ref: str, name: str) -> list[str]:
-        giver, _, asked = ref.partition(":")
-        if giver not in made:
-            return []  # of the round before, or feedback: there is none
-        outputs = notebooks[giver].contract["outputs"]
-        single = outputs[0] if len(outputs) == 1 else name
-        return [str(made[giver] / (asked or (name if name in outputs else single)))]
-
-    for one in instances:
-        one.set(given.get(one.stage, {}), "the test")
-        names: dict = {}
-        for name, refs in one.wires.items():
-            paths = [p for ref in refs for p in artifact(ref, name)]
-            names[name] = paths if one.inputs[name] == "[]" else "".join(paths)
-        out = store / one.name
-        scope: dict = {}
-        for c in one.notebook.role("imports", "parameters"):
-            exec(c.source, scope)
-        scope |= {**one.values, **names, "out": str(out)}
-        for c in one.notebook.role("run", "show"):
-            exec(compile(c.source, f"{one.name}, cell {c.id}", "exec"), scope)
-        plt.close("all")
-        absent = [o for o in one.notebook.contract["outputs"] if not (out / o).exists()]
-        assert not absent, f"{one.name} did not write {absent}"
-        made[one.name] = out
-    return made
 
 
 def test_the_table_is_the_one_meant(tmp_path):

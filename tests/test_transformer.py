@@ -11,7 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.decoder import apply_rotary, rotary_cos_sin  # noqa: E402
+from llmeco_nb.models.decoder_parts import apply_rotary, rotary_cos_sin  # noqa: E402
 from llmeco_nb.models.transformer import (  # noqa: E402
     Bert,
     Block,

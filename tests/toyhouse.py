@@ -241,6 +241,16 @@ class ToyHouse:
         file.write_text(json.dumps(nb))
         self.export()
 
+    def store_outputs(self, notebook):
+        "Give every code cell an output, and the notebook the key of what they were made by."
+        file = self.folder / "nbs" / f"{notebook}.ipynb"
+        nb = json.loads(file.read_text())
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = [dict(output_type="stream", name="stdout", text=["42\n"])]
+        nb["metadata"].setdefault("llmeco", {})["outputs_of"] = dict(cells="a" * 16, code="b" * 16)
+        file.write_text(json.dumps(nb))
+
     def edit_core(self, old, new):
         "Replace text in 00_core, in the notebook and in the module."
         for file in (

@@ -29,13 +29,8 @@ from llmeco_nb.core import (
     seed_everything,
     write_json,
 )
-from llmeco_nb.models.decoder import (
-    Decoder,
-    decoder_flops,
-    decoder_parameters,
-    new_decoder,
-    save_decoder,
-)
+from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder
+from ..models.decoder_conversion import save_decoder
 from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
 from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
 from .budget import peak_gflops, stage_plan, tokens_per_second

