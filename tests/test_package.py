@@ -388,12 +388,12 @@ def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
 
 CEILINGS = {
     "lines over 100 columns": 0,
-    "functions with over eight parameters": 2,
+    "functions with over eight parameters": 0,
     "banned names": 0,
-    "public functions whose help leaves out a parameter": 700,
-    "public functions with an untyped parameter": 52,
+    "public functions whose help leaves out a parameter": 694,
+    "public functions with an untyped parameter": 49,
     "modules over 600 lines": 4,
-    "modules over 400 lines": 23,
+    "modules over 400 lines": 21,
 }
 
 

@@ -57,8 +57,8 @@ def fast_causal_loss(
     documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
     max_logits: int = 2**24,  # Made at a time
 ) -> torch.Tensor:
-    """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `max_logits` of
-    them made at a time. Summed nats of the targets that are not -100."""
+    """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and
+    `max_logits` of them made at a time. Summed nats of the targets that are not -100."""
     if model.config.softcap:
         raise UsageError("This loss has no softcap; use decoder.causal_loss.")
     asked, weight = targets != -100, model.lm_head.weight
@@ -236,29 +236,21 @@ def pretrain_causal(
     `MissingError`."""
     begun = time.monotonic()
     tokenizer = open_subword_tokenizer(pieces)
-    vocabulary, end, held_texts = (
-        tokenizer.get_vocab_size(),
-        eos_token_id(tokenizer),
-        read_texts(prose, "validation"),
-    )
+    vocabulary, end = tokenizer.get_vocab_size(), eos_token_id(tokenizer)
+    held_texts = read_texts(prose, "validation")
     if not held_texts:
         raise DataError(
             f"{prose} has no validation texts, and without them nobody knows which weights are "
             "best. Build it with a share for validation."
         )
     train_texts = [t for texts in read_texts(prose, "train").values() for t in texts]
-    order = np.random.default_rng([config.seed, 3]).permutation(
-        len(train_texts)
-    )  # domains side by side, for rows and baselines
+    # domains side by side, for rows and baselines
+    order = np.random.default_rng([config.seed, 3]).permutation(len(train_texts))
     train_texts = [train_texts[i] for i in order]
-    train_ids, held_ids = (
-        encode_subwords(tokenizer, train_texts),
-        {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()},
-    )
-    rows, held = (
-        pack_documents(train_ids, config.context_length, end),
-        {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()},
-    )
+    train_ids = encode_subwords(tokenizer, train_texts)
+    held_ids = {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()}
+    rows = pack_documents(train_ids, config.context_length, end)
+    held = {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()}
     seed_everything(config.seed)
     model = new_decoder(
         vocabulary, config.size, config.context_length, seed=config.seed, zero_init=True
