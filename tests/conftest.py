@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import slow
 from hypothesis import settings
 
 settings.register_profile(
@@ -71,16 +72,48 @@ MARKERS = dict(
 )
 
 
+def pytest_addoption(parser):
+    text = "write to tests/slow.tsv which of the tests that run are slow; on an idle machine"
+    parser.addoption("--note-slow", action="store_true", help=text)
+
+
 def pytest_configure(config):
     for name, reason in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {reason}; skipped then")
+    text = f"takes more than {slow.LIMIT:.0f} s, as tests/slow.tsv says"
+    config.addinivalue_line("markers", f"slow: {text}")
 
 
 def pytest_collection_modifyitems(items):
+    listed = slow.read()
     for item in items:
+        if slow.short(item.nodeid) in listed:
+            item.add_marker(pytest.mark.slow)
         for name, reason in MARKERS.items():
             if item.get_closest_marker(name) and not available(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        names = [slow.short(item.nodeid) for item in items]
+        items[:] = [items[k] for k in slow.longest_first(names, listed)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Unless `--dist` asks for another: a file's fixtures are made once, the longest is run first."
+    return slow.scheduler(config, log) if config.getvalue("dist") == "load" else None
+
+
+TOOK: dict[str, float] = {}  # Seconds of the call of each test that passed
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        TOOK[slow.short(report.nodeid)] = report.duration
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("note_slow") and "PYTEST_XDIST_WORKER" not in os.environ:
+        slow.write(TOOK)
 
 
 def pytest_unconfigure():

@@ -15,6 +15,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import slow
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -271,6 +272,21 @@ def test_readme_is_the_index():
 # -- machines elsewhere
 
 workflows = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+
+
+def test_the_list_of_slow_tests_names_tests_that_exist():
+    "A row of a test that was renamed marks nothing."
+    defined = {}
+    for name in slow.read():
+        file, _, function = name.partition("[")[0].partition("::")
+        if file not in defined:
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            defined[file] = set(re.findall(r"^def (test_\w+)", text, re.M))
+        assert function in defined[file], f"tests/slow.tsv: there is no {name}"
+    ran = "test_notebooks.py::test_runs_from_top_to_bottom["
+    notebooks = {p.name for p in (ROOT / "nbs").rglob("*.ipynb")}
+    listed = {name.removeprefix(ran).rstrip("]") for name in slow.read() if name.startswith(ran)}
+    assert listed <= notebooks, listed - notebooks
 
 
 def test_workflows_are_valid():

@@ -133,7 +133,7 @@ def classifier_batches(
     part of an epoch's last batch may be empty. Raises `UsageError` for more processes than texts in
     a batch."""
     from llmeco_nb.training.loop import length_bucketed_batches
-    from llmeco_nb.training.parallel import rank_rows, rank_slice
+    from llmeco_nb.training.sharding import rank_rows, rank_slice
 
     lengths, an_epoch = tuple(map(len, rows)), math.ceil(len(rows) / batch)
     rank_slice(0, batch, world, rank)
