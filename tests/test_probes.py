@@ -1,6 +1,7 @@
 """Probes: on a problem whose answer is known, the right learning rate is left, the wrong ones lose,
 and nothing has moved."""
 
+import dataclasses
 import math
 
 import pytest
@@ -14,9 +15,10 @@ from llmeco_nb.training.lr_finder import (  # noqa: E402
     successive_halving,
 )
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.task import TrainTask  # noqa: E402
 
 
-def make(rows, index):
+def make(rows, index, *share):
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(index))
 
 
@@ -29,34 +31,36 @@ def step(model, x, backward):
 
 
 @pytest.fixture
-def pair():
+def task():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1, bias=False))
     torch.nn.init.zeros_(model[1].weight)
     model[0].requires_grad_(False)
-    return model, Optimiser(model, 1e-3, decay=0.0, precision="fp32")
+    return TrainTask(
+        model=model,
+        optimizer=Optimiser(model, 1e-3, decay=0.0, precision="fp32"),
+        loss_step=step,
+        make_batch=make,
+        count_tokens=len,
+    )
 
 
-def test_the_known_order(pair):
-    model, optimiser = pair
+def test_the_known_order(task):
+    model, optimiser = task.model, task.optimizer
     before, noise = (
         {k: v.clone() for k, v in [*model.state_dict().items(), *optimiser.state_dict().items()]},
         torch.get_rng_state(),
     )
-    found = successive_halving(
-        model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2]
-    )
-    first = found["rounds"][0]
+    found = successive_halving(task, 16, [100.0, 1e-4, 0.1, 1e-2])
+    first = found.rounds[0]
     assert (
-        found["lr"] == 0.1
+        found.lr == 0.1
         and first[0.1] < first[1e-2] < first[1e-4] < first[100.0] == math.inf
-        and len(found["rounds"]) == 2
+        and len(found.rounds) == 2
     )
-    assert found == successive_halving(
-        model, step, lambda i: make(16, i), optimiser, [100.0, 1e-4, 0.1, 1e-2]
-    )
-    curve = lr_range_test(model, step, lambda i: make(16, i), optimiser, 1e-5, 1e3)
+    assert found == successive_halving(task, 16, [100.0, 1e-4, 0.1, 1e-2])
+    curve = lr_range_test(task, 16, 1e-5, 1e3)
     assert len(curve) < 40 and min(curve, key=lambda p: p[1])[0] < curve[-1][0]
-    fastest_batch_size(model, step, make, optimiser, [2, 4], len)
+    fastest_batch_size(task, [2, 4])
     after = dict([*model.state_dict().items(), *optimiser.state_dict().items()])
     assert (
         before.keys() == after.keys()
@@ -65,33 +69,23 @@ def test_the_known_order(pair):
     )
 
 
-def test_says_when_the_best_is_at_the_edge(pair):
-    assert (
-        "largest that was tried"
-        in successive_halving(*pair[:1], step, lambda i: make(16, i), pair[1], [1e-5, 1e-4, 1e-2])[
-            "why"
-        ]
-    )
+def test_says_when_the_best_is_at_the_edge(task):
+    assert "largest that was tried" in successive_halving(task, 16, [1e-5, 1e-4, 1e-2]).why
 
 
-def test_all_diverge_or_too_few(pair):
+def test_all_diverge_or_too_few(task):
     for rates, said in (
         ([1e3, 1e4, 1e5], "Every learning rate diverged"),
         ([0.1, 0.2], "three to five"),
     ):
         with pytest.raises(UsageError, match=said):
-            successive_halving(pair[0], step, lambda i: make(16, i), pair[1], rates)
+            successive_halving(task, 16, rates)
 
 
-def test_batches_without_anything_that_counts(pair):
+def test_batches_without_anything_that_counts(task):
     with pytest.raises(DataError, match="masked out"):
-        successive_halving(
-            pair[0],
-            lambda m, x, backward: (step(m, x, backward)[0], 0),
-            lambda i: make(16, i),
-            pair[1],
-            [1e-3, 1e-2, 1e-1],
-        )
+        nothing = lambda m, x, backward: (step(m, x, backward)[0], 0)
+        successive_halving(dataclasses.replace(task, loss_step=nothing), 16, [1e-3, 1e-2, 1e-1])
 
 
 def test_smallest_within_five_per_cent():

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
 from toyhouse import (
     ToyHouse,
 )
@@ -26,7 +27,7 @@ from llmeco_nb.site.diagram import ring_svg
 from llmeco_nb.site.docs import chapter_map, render_readme, render_site
 from llmeco_nb.site.markup import PageRenderer, code_summary
 from llmeco_nb.site.page import NOT_EXECUTED, PageCell, output_html, render_chapter
-from llmeco_nb.site.report import accuracy_picture, comparison, one_table, render_report
+from llmeco_nb.site.report import render_report
 from llmeco_nb.site.style import contrast, dark, light, style
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,6 +396,9 @@ def test_the_command_says_where_the_report_is(house):
         "site.diagram",
         "site.markup",
         "site.page",
+        "site.results",
+        "site.comparisons",
+        "site.stage_page",
         "site.report",
         "stats.claims",
         "stats.significance",

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,9 +16,12 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from smallbundle import make_bundle
+from test_gateway import fields, values
 
-from llmeco_nb.core import DataError, UsageError, create_record, read_json
+from llmeco_nb.core import DataError, Record, UsageError, create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.deployment.bundle import build_bundle
 from llmeco_nb.deployment.engine import Predictor
@@ -31,12 +35,14 @@ from llmeco_nb.deployment.packing import (
     reference_scores,
 )
 from llmeco_nb.deployment.server import make_app
-from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
+from llmeco_nb.evaluation.comparison import evaluate_models
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
 from llmeco_nb.interaction.client import Client, running_server
 from llmeco_nb.interaction.feedback import freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve
 from llmeco_nb.tasks.contract import Cleaning
-from llmeco_nb.tasks.registry import load_schema, save_schema
+from llmeco_nb.tasks.predictions import predictions_table, write_predictions
+from llmeco_nb.tasks.registry import load_schema, save_schema, task_of
 from llmeco_nb.tasks.regression import RegressionSchema
 from llmeco_nb.tasks.text_classification import ClassificationSchema
 
@@ -175,7 +181,8 @@ def ratings(tmp_path_factory):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from llmeco_nb.data.corpus import small_corpus
-    from llmeco_nb.finetuning.classifier import save_classifier, small_random_encoder
+    from llmeco_nb.finetuning.checkpoints import small_random_encoder
+    from llmeco_nb.finetuning.classifier import save_classifier
 
     place = tmp_path_factory.mktemp("ratings")
     reviews = small_corpus()
@@ -195,14 +202,48 @@ def ratings(tmp_path_factory):
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     save_classifier(model, tokenizer, place / "model", 64, 25)
-    save_schema(schema.standardised(seen), place / "model")
+    own = schema.standardised(seen)
+    save_schema(own, place / "model")
+    answers = []
+    for name in ("validation", "test"):
+        rows = parts[name]
+        scores = reference_scores(place / "model", rows.text.tolist(), own)
+        answers.append(predictions_table(task_of(own), name, rows, scores, "tiny", 40))
+    write_predictions(pd.concat(answers, ignore_index=True), place / "predictions.parquet")
+    record = create_record(place / "evaluate-0", "evaluate")
+    evaluate_models(record, str(place / "corpus"), [str(place / "predictions.parquet")])
     return place
+
+
+def build(place: Path, name: str, best: str) -> tuple[Path, Record]:
+    "A bundle of the model that a copy of the table, where `best` has the least error, prefers."
+    table = shutil.copytree(place / "evaluate-0" / "table", place / f"table-{name}")
+    told = read_json(table / "table.json")
+    for row in told["rows"]:
+        if row["model"] == best:
+            row["validation_mae"] = 0.0
+    (table / "table.json").write_text(json.dumps(told))
+    record = create_record(place / f"{name}-0", "bundle")
+    folders = [str(place / "model")]
+    baselines = str(place / "evaluate-0" / "baselines")
+    return build_bundle(record, str(place / "corpus"), folders, baselines, str(table)), record
 
 
 @pytest.fixture(scope="module")
 def rating_bundle(ratings):
-    record = create_record(ratings / "bundle-0", "bundle")
-    return build_bundle(record, str(ratings / "corpus"), [str(ratings / "model")])
+    return build(ratings, "encoder", "tiny")[0]
+
+
+def test_a_linear_regression_is_served(ratings, tmp_path):
+    bundle, record = build(ratings, "ridge", "tfidf_ridge")
+    manifest = verify(bundle)
+    assert (manifest.kind, manifest.task.name) == ("linear", "regression")
+    assert record.metrics["mae_validation"] == 0.0 and record.metrics["mae_test"] > 0
+    text = read_split(ratings / "corpus", "test").text[0]
+    model = LinearText.load(bundle)
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        [answer] = c.post("/v1/predict", json={"text": text}).json()["answers"]
+    assert answer["value"] == pytest.approx(float(model.outputs([text])[0, 0]), abs=1e-3)
 
 
 def test_a_fitted_regression_is_served(ratings, rating_bundle, tmp_path):
@@ -273,7 +314,7 @@ def test_a_regression_that_reads_less_than_the_original_fails_parity(ratings, tm
     original = reference_scores(ratings / "model", texts, own)
     same = parity(original, open_model(tmp_path, facts).scores(texts), 1e-4, own)
     assert same.items == same.equal == 20 and same.max_difference < 1e-3
-    shorter = open_model(tmp_path, replace(facts, max_length=20)).scores(texts)
+    shorter = open_model(tmp_path, replace(facts, max_length=4)).scores(texts)
     with pytest.raises(DataError, match="does not answer as the original"):
         parity(original, shorter, 1e-4, own)
 
@@ -287,8 +328,6 @@ def test_a_model_that_does_not_fit_its_corpus_is_not_packed(ratings, tmp_path):
     lines = replace(load_schema(ratings / "corpus"), cleaning=Cleaning(keep_newlines=True))
     with pytest.raises(DataError, match="prepared by"):
         model_schema(ratings / "model", lines)
-    with pytest.raises(UsageError, match="no fine-tuned model was given"):
-        build_bundle(create_record(tmp_path / "r", "bundle"), str(ratings / "corpus"))
 
 
 def test_stages_that_know_classes_only_say_so(ratings, rating_bundle, tmp_path):
@@ -296,6 +335,38 @@ def test_stages_that_know_classes_only_say_so(ratings, rating_bundle, tmp_path):
         record = create_record(tmp_path / stage.__name__, stage.__name__)
         with pytest.raises(UsageError, match="a corpus for regression"):
             stage(record, str(ratings / "corpus"), str(rating_bundle))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    "A client of a hand-made regression, and a request that it has answered."
+    place = tmp_path_factory.mktemp("numbers")
+    schema = RegressionSchema(low=0, high=9, mean=2.0, scale=3.0, cleaning=Cleaning())
+    bundle = make_bundle(place / "bundle", schema=schema)
+    app = make_app(bundle, place / "f.sqlite")
+    with TestClient(app, raise_server_exceptions=False) as client:
+        asked = client.post("/v1/predict", json={"text": "good"}).json()
+        yield client, asked["request_id"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    body=fields | values,
+    number=values,
+    route=st.sampled_from(["/v1/predict", "/v1/feedback"]),
+    real=st.booleans(),
+)
+@example(body={"correct": False}, number=10**400, route="/v1/feedback", real=True)
+@example(body={"correct": False}, number=True, route="/v1/feedback", real=True)
+def test_no_json_is_a_server_error_of_a_regression(numbers, body, number, route, real):
+    client, asked = numbers
+    if real and isinstance(body, dict):
+        body = {**body, "request_id": asked, "value": number}
+    content, kind = json.dumps(body), {"Content-Type": "application/json"}
+    r = client.post(route, content=content, headers=kind)
+    assert r.status_code < 500, (body, r.text)
+    if r.status_code != 200:
+        assert set(r.json()) == {"error"}
 
 
 SERVE = """

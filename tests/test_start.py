@@ -3,12 +3,12 @@ ends with the same bytes, and what was foretold stands beside what came."""
 
 import json
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.training.loop  # noqa: E402
 import llmeco_nb.training.plan  # noqa: E402
 from llmeco_nb.core import (  # noqa: E402
     UsageError,
@@ -24,8 +24,8 @@ from llmeco_nb.pretraining.causal import (  # noqa: E402
     causal_loss_step,
     pretrain_causal,
 )
-from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
+from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
 from llmeco_nb.training.forecast import (  # noqa: E402
@@ -35,11 +35,13 @@ from llmeco_nb.training.forecast import (  # noqa: E402
     peak_step_bytes,
     predict_peak_bytes,
 )
+from llmeco_nb.training.loop import resolve_train_plan  # noqa: E402
 from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.training.plan import (  # noqa: E402
     BATCH_SIZE_CANDIDATES,
     LR_CANDIDATES,
+    Measured,
     forecast_vs_actual,
 )
 
@@ -186,19 +188,18 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path / "told", batch_size=4, lr=2e-3)
 
-    def silent(record, asked, model, step, make, optimiser, plan_of, batch, lr, *more, **named):
-        plan = llmeco_nb.training.loop.resolve_plan(
-            record, asked, lambda: {**plan_of(batch, 1.0, 1.0), "batch": batch, "accumulation": 1}
-        )
+    def silent(record, task, config):
+        def make():
+            plan = config.make_plan(Measured(batch_size=4, step_seconds=1, evaluation_seconds=1))
+            return replace(plan, batch_size=4, grad_accum_steps=1)
+
+        plan = resolve_train_plan(record, config.fingerprint, make)
         (record.resume / "forecast.json").write_text(
             json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[]))
         )
         return plan
 
-    monkeypatch.setattr(
-        llmeco_nb.training.plan, "plan_training", silent
-    )  # the encoder's stage imports it when called
-    monkeypatch.setattr("llmeco_nb.pretraining.causal.plan_training", silent)
+    monkeypatch.setattr(llmeco_nb.training.plan, "plan_training", silent)
     assert (
         what_stays(run(kind, inputs, tmp_path / "silent", batch_size=4, lr=2e-3))[:2]
         == what_stays(told)[:2]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import DataError, MissingError
 from .manifest import Manifest
-from ..finetuning.classifier import truncate_middle
+from ..finetuning.encoding import truncate_middle
 from ..finetuning.linear import LinearText
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #6f8e4e34
@@ -110,8 +110,8 @@ class LinearModel:
         return self.model.cost(text)
 
     def scores(self, texts: list[str]) -> np.ndarray:
-        "Class probabilities, float32 of shape (texts, classes)."
-        return self.model.probabilities(texts)
+        "Probabilities, or numbers, as the task's `decode` reads them; float32 (texts, scores)."
+        return self.model.outputs(texts)
 
 
 class PreparedModel:

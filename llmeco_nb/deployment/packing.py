@@ -188,7 +188,8 @@ def pack_linear(
 ) -> Manifest:
     "Pack a linear model; returns what the manifest is to say. Raises `DataError`, `MissingError`."
     model = LinearText.load(folder)
-    check_outputs(folder, model.classes, schema)
+    outputs = model.classes or [str(i) for i in range(len(model.bias))]
+    check_outputs(folder, outputs, schema)
     for f in sorted(Path(folder).iterdir()):
         shutil.copyfile(f, bundle / f.name)
     return Manifest(name, kind="linear", schema=schema)
@@ -204,7 +205,7 @@ def reference_scores(
     shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`."""
     import torch
 
-    from llmeco_nb.finetuning.classifier import collate, tokenize_texts
+    from llmeco_nb.finetuning.encoding import collate, tokenize_texts
 
     model, tokenizer = open_classifier(folder)
     max_length, head_fraction = truncation_of(model.config)

@@ -6,7 +6,7 @@
 __all__ = ['token_pattern', 'linear_format', 'tfidf', 'recipes', 'BagOfNgrams', 'softmax', 'as_columns', 'LinearText',
            'index_items', 'NgramIndex', 'index_ngrams', 'count_matrix', 'NgramCounts', 'count_ngrams',
            'inverse_document_frequency', 'weight_counts', 'log_count_ratio', 'interpolate', 'Recipe', 'fit_binary',
-           'Candidate', 'candidates', 'fit_temperature', 'RowSplit', 'fit']
+           'Candidate', 'candidates', 'fit_temperature', 'RowSplit', 'FittedBags', 'fit']
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #d7c52978
 import re
@@ -87,7 +87,7 @@ class LinearText:
     "Bags of n-grams under a linear model. Needs numpy, and nothing else, to load and to answer."
 
     name: str  # Which kind, such as "nbsvm"
-    classes: list[str]  # Class names; a label is an index into them
+    classes: list[str]  # Class names; a label is an index into them; none for a number
     bags: list[BagOfNgrams]  # What is counted
     vocabularies: list[list[str]]  # For every bag its n-grams
     idfs: list[np.ndarray | None]  # For every bag, shape (n-grams,); None where it wants none
@@ -134,6 +134,13 @@ class LinearText:
     def probabilities(self, texts: list[str]) -> np.ndarray:
         "Probability of every class for `texts`, float32 of shape (texts, classes)."
         return softmax(self.scale * self.scores(texts)).astype(np.float32)
+
+    def outputs(self, texts: list[str]) -> np.ndarray:
+        """What the task's `decode` reads, float32 of shape (texts, scores): probabilities, or the
+        number itself where there are no classes."""
+        if self.classes:
+            return self.probabilities(texts)
+        return self.scores(texts).astype(np.float32)
 
     def cost(self, text: str) -> int:
         "What answering `text` costs, in words."
@@ -503,6 +510,64 @@ class RowSplit:
     scored: np.ndarray  # To score with the model that was chosen
 
 
+@dataclass(frozen=True)
+class FittedBags:
+    "Which n-grams some bags know after looking at training texts, and their weights."
+
+    bags: list[BagOfNgrams]  # What is counted
+    kept: list[np.ndarray]  # For every bag the columns of the n-grams it keeps
+    idfs: list[np.ndarray | None]  # For every bag, shape (n-grams,); None where it wants none
+
+    @classmethod
+    def of(
+        cls,
+        bags: list[BagOfNgrams],  # What is counted
+        counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
+        train: np.ndarray,  # Row numbers of the training texts
+    ) -> "FittedBags":
+        "Look at the training texts."
+        kept = []
+        idfs = []
+        for bag in bags:
+            known = counted[bag.analyzer].matrix[train]
+            texts_with = known.getnnz(axis=0)
+            # What one text alone contains teaches little and fills the memory.
+            kept.append(np.flatnonzero(texts_with >= (2 if (texts_with > 1).any() else 1)))
+            idfs.append(inverse_document_frequency(known[:, kept[-1]]) if bag.idf else None)
+        return cls(bags, kept, idfs)
+
+    def features(
+        self,
+        counted: dict[str, NgramCounts],  # The same counts
+        rows: np.ndarray,  # Row numbers of the texts that are wanted
+    ) -> "csr_matrix":
+        "The features of these texts, CSR of shape (rows, features)."
+        from scipy.sparse import csr_matrix, hstack
+
+        parts = [
+            weight_counts(counted[bag.analyzer].matrix[rows][:, c], bag, idf)
+            for bag, c, idf in zip(self.bags, self.kept, self.idfs)
+        ]
+        if not parts:
+            return csr_matrix((len(rows), 0))
+        return parts[0] if len(parts) == 1 else hstack(parts, format="csr")
+
+    def split_weights(
+        self,
+        weights: np.ndarray,  # Shape (features, outputs)
+    ) -> list[np.ndarray]:
+        "The weights of every bag, float32."
+        ends = np.cumsum([len(c) for c in self.kept])[:-1]
+        return [part.astype(np.float32) for part in np.split(weights, ends)] if self.bags else []
+
+    def vocabularies(
+        self,
+        counted: dict[str, NgramCounts],  # The same counts
+    ) -> list[list[str]]:
+        "The n-grams of every bag."
+        return [counted[bag.analyzer].spell(c) for bag, c in zip(self.bags, self.kept)]
+
+
 def fit(
     name: str,  # A recipe's name
     counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
@@ -517,8 +582,6 @@ def fit(
     The scores have the shape (rows, classes). Raises `UsageError` for an unknown recipe,
     `DataError` without validation rows, or with training texts of fewer than two classes.
     """
-    from scipy.sparse import csr_matrix, hstack
-
     train = rows.train
     validation = rows.validation
     if name not in recipes:
@@ -527,27 +590,9 @@ def fit(
         raise DataError(
             f"{name} needs texts of two classes to train on, and validation texts to choose by."
         )
-    bags = recipes[name].bags
-    kept = []
-    idfs = []
-    for bag in bags:
-        known = counted[bag.analyzer].matrix[train]
-        texts_with = known.getnnz(axis=0)
-        # What one text alone contains teaches little and fills the memory.
-        kept.append(np.flatnonzero(texts_with >= (2 if (texts_with > 1).any() else 1)))
-        idfs.append(inverse_document_frequency(known[:, kept[-1]]) if bag.idf else None)
-
-    def features(rows: np.ndarray):
-        parts = [
-            weight_counts(counted[bag.analyzer].matrix[rows][:, c], bag, idf)
-            for bag, c, idf in zip(bags, kept, idfs)
-        ]
-        if not parts:
-            return csr_matrix((len(rows), 0))
-        return parts[0] if len(parts) == 1 else hstack(parts, format="csr")
-
-    x = features(train)
-    x_validation = features(validation)
+    fitted = FittedBags.of(recipes[name].bags, counted, train)
+    x = fitted.features(counted, train)
+    x_validation = fitted.features(counted, validation)
     best = None
     least = np.inf
     for tried in candidates(name, x, y[train], len(classes), seed, settings):
@@ -559,8 +604,6 @@ def fit(
             scale = factor
             accuracy = float((scores.argmax(1) == y[validation]).mean())
     del x, x_validation  # they are large, and the rows to score come next
-    ends = np.cumsum([len(c) for c in kept])[:-1]
-    weights = [part.astype(np.float32) for part in np.split(best.weights, ends)] if bags else []
     about = dict(
         settings=best.settings,
         labels=len(train),
@@ -572,12 +615,14 @@ def fit(
     model = LinearText(
         name=name,
         classes=list(classes),
-        bags=bags,
-        vocabularies=[counted[bag.analyzer].spell(c) for bag, c in zip(bags, kept)],
-        idfs=idfs,
-        weights=weights,
+        bags=fitted.bags,
+        vocabularies=fitted.vocabularies(counted),
+        idfs=fitted.idfs,
+        weights=fitted.split_weights(best.weights),
         bias=best.bias,
         scale=scale,
         about=about,
     )
-    return model, as_columns(features(rows.scored) @ best.weights + best.bias, len(classes))
+    return model, as_columns(
+        fitted.features(counted, rows.scored) @ best.weights + best.bias, len(classes)
+    )

@@ -160,12 +160,9 @@ def refit_encoder(
     import pandas as pd
     import torch
 
-    from llmeco_nb.finetuning.classifier import (
-        classification_loss_step,
-        classifier_batches,
-        save_classifier,
-        tokenize_texts,
-    )
+    from llmeco_nb.finetuning.classifier import save_classifier
+    from llmeco_nb.finetuning.encoding import classifier_batches, tokenize_texts
+    from llmeco_nb.finetuning.text_classification import classification_loss_step
     from llmeco_nb.training.loop import resolve_train_plan, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.state import TrainPlan

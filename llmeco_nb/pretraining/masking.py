@@ -15,7 +15,7 @@ import torch
 from ..core import DataError, UsageError, cached_fixture, create_record
 from ..tokenization.wordpiece import TokenizerConfig, build_tokenizer, special_tokens
 from ..training.loop import batch_indices
-from ..training.parallel import rank_slice
+from ..training.sharding import rank_slice
 
 # %% ../../nbs/1_pretraining/18f_masking.ipynb #c0219f90
 def small_tokenizer(

@@ -19,7 +19,7 @@ from ..core import DataError, UsageError
 from .masking import CLS, SEP, mask_row
 from ..tokenization.wordpiece import encode_texts
 from ..training.loop import batch_indices
-from ..training.parallel import rank_slice
+from ..training.sharding import rank_slice
 
 # %% ../../nbs/1_pretraining/18k_sentence_pairs.ipynb #a7a59b11
 def split_sentences(

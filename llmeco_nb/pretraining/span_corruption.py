@@ -15,7 +15,7 @@ import torch
 
 from ..core import UsageError
 from ..training.loop import batch_indices
-from ..training.parallel import rank_rows, rank_slice
+from ..training.sharding import rank_rows, rank_slice
 
 # %% ../../nbs/1_pretraining/18h_span_corruption.ipynb #e7fede61
 def random_partition(

@@ -112,7 +112,7 @@ def execute(
     source = nbformat.read(notebook, 4) if isinstance(notebook, Path) else notebook
     name = notebook.name if isinstance(notebook, Path) else output.parent.name
     follow = (
-        "--IPKernelApp.exec_lines=from llmeco_nb.runner.pipeline import die_with_parent; "
+        "--IPKernelApp.exec_lines=from llmeco_nb.runner.kernel import die_with_parent; "
         f"die_with_parent({os.getpid()})"
     )
     with socket_folder() as sockets:

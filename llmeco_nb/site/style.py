@@ -233,6 +233,9 @@ pre .line{--by:4ch;display:inline-block;width:100%;white-space:pre-wrap;overflow
 .out{margin:0 0 1.2em}
 .out pre{background:none;border-left:3px solid var(--line);border-radius:0;
   padding:.1rem 0 .1rem 1rem;max-height:32rem;overflow:auto}
+.out{overflow-x:auto}
+@media (min-width:52rem){.out pre{white-space:pre-wrap;overflow-wrap:anywhere}}
+h1,h2,h3{overflow-wrap:anywhere}
 .out pre.wrong{border-color:var(--bad)}
 .out img,.pic{display:block;border-radius:6px}
 .out.lesson{border-left:3px solid color-mix(in srgb,var(--c4) 45%,transparent);padding-left:.9rem;

@@ -75,12 +75,12 @@ class TextClassification(Task[ClassificationSchema]):
         long = next((name for name in labels if len(name) > max_label_chars), None)
         if long is not None:
             values = rows.values["label"]
-            line = (
-                rows.lines[values.index(labels.index(long))] if labels.index(long) in values else 1
-            )
+            number = labels.index(long)
+            line = f", row {rows.lines[values.index(number)]}" if rows.lines else ""
             raise DataError(
-                f"{rows.source}, row {line}: the class name {long[:40]!r}… has {len(long)} "
-                f"characters; a server takes at most {max_label_chars}. Give it a shorter name."
+                f"{rows.source}{line}: the class name {long[:40]!r}… has {len(long)} characters "
+                f"({values.count(number)} rows); a server takes at most {max_label_chars}. Give it "
+                "a shorter name."
             )
         return ClassificationSchema(labels=labels, cleaning=rows.cleaning)
 

@@ -38,13 +38,12 @@ from llmeco_nb.training.parallel import (
     barrier,
     current_world,
     mark_step,
-    rank_slice,
-    reduce_gradients,
     run_on_rank_zero,
     seed_per_rank,
     told_by_all,
 )
 from .prefetch import Prefetch
+from .sharding import rank_slice, reduce_gradients
 from .state import TrainPlan, TrainResult, TrainState
 from llmeco_nb.training.task import (
     Batch,

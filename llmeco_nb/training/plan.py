@@ -203,17 +203,9 @@ class Trials:
         batch_sizes: list[int],  # Those that fit
     ) -> tuple[int, str]:
         "The smallest batch size within 5 % of the fastest, and a sentence on how it was found."
-        task = self.task
-        found = fastest_batch_size(
-            task.model,
-            task.loss_step,
-            make_device_batch(task),
-            task.optimizer,
-            batch_sizes,
-            task.count_tokens,
-        )
-        speeds = ", ".join(f"{n}: {v:,.0f} tokens/s" for n, v in found["speeds"].items())
-        rows = found["batch"]
+        found = fastest_batch_size(self.task, batch_sizes)
+        speeds = ", ".join(f"{n}: {v:,.0f} tokens/s" for n, v in found.speeds.items())
+        rows = found.batch_size
         return rows, f"batch {rows}: the smallest within 5 % of the fastest ({speeds})"
 
     def best_lr(
@@ -221,20 +213,17 @@ class Trials:
         batch_size: int,  # Rows of a micro-batch
     ) -> tuple[float, str]:
         "The learning rate that successive halving leaves, and a sentence on how it was found."
-        task, make = self.task, make_device_batch(self.task)
         found = successive_halving(
-            task.model,
-            task.loss_step,
-            lambda index: make(batch_size, index),
-            task.optimizer,
-            list(self.config.lr_candidates),
-            accumulation=self.config.grad_accum_steps,
+            self.task,
+            batch_size,
+            self.config.lr_candidates,
+            grad_accum_steps=self.config.grad_accum_steps,
         )
         a_round = lambda losses: ", ".join(
             f"{lr:g}: {'diverged' if loss == math.inf else f'{loss:.3f}'}"
             for lr, loss in losses.items()
         )
-        return found["lr"], f"{found['why']} ({'; '.join(map(a_round, found['rounds']))})"
+        return found.lr, f"{found.why} ({'; '.join(map(a_round, found.rounds))})"
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ab83cded
 def make_plan(
