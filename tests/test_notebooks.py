@@ -426,6 +426,23 @@ def test_names_are_taken_once():
 # -- names: show and run cells stand on what a pipeline gives them
 
 
+def loops_inside(statement: ast.stmt) -> set[str]:
+    """Names that only comprehensions of a statement bind and read. From Python 3.12 on, symtable
+    counts them among those of the notebook."""
+    made, elsewhere, todo = set(), set(), [(statement, False)]
+    while todo:
+        node, inside = todo.pop()
+        inside = inside or isinstance(
+            node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        )
+        if isinstance(node, ast.comprehension):
+            made |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+        if isinstance(node, ast.Name) and not inside:
+            elsewhere.add(node.id)
+        todo += [(child, inside) for child in ast.iter_child_nodes(node)]
+    return made - elsewhere
+
+
 def bound(statement: ast.stmt) -> set[str]:
     "Names a top-level statement binds in the notebook."
     table = symtable.symtable(ast.unparse(ast.Module([statement], [])), "cell", "exec")
@@ -433,7 +450,7 @@ def bound(statement: ast.stmt) -> set[str]:
         s.get_name()
         for s in table.get_symbols()
         if s.is_assigned() or s.is_imported() or s.is_namespace()
-    }
+    } - loops_inside(statement)
 
 
 def read(statement: ast.stmt) -> tuple[set[str], set[str]]:
@@ -458,7 +475,7 @@ def read(statement: ast.stmt) -> tuple[set[str], set[str]]:
             names = later
         names |= {s.get_name() for s in inner.get_symbols() if s.is_global() and s.is_referenced()}
         todo += [(deeper, names) for deeper in inner.get_children()]
-    return at_once, later
+    return at_once - loops_inside(statement), later
 
 
 def stray_names(chapter: Chapter, role: str) -> list[str]:

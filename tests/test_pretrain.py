@@ -20,6 +20,7 @@ from llmeco_nb.core import (  # noqa: E402
     sha256_of,
 )
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
+from llmeco_nb.pretraining.budget import pretrain_plan  # noqa: E402
 from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
     document_ppmi_embeddings,
     init_mlm_model,
@@ -37,7 +38,6 @@ from llmeco_nb.pretraining.mlm import (  # noqa: E402
     MLMConfig,
     fill_mask,
     pretrain,
-    pretrain_plan,
     tile_position_embeddings,
     validation_losses,
 )
@@ -47,6 +47,7 @@ from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     encode_texts,
     open_tokenizer,
 )
+from llmeco_nb.training.plan import Measured  # noqa: E402
 from llmeco_nb.training.task import added_callbacks  # noqa: E402
 
 QUICK = dict(
@@ -282,11 +283,12 @@ def test_positions_are_repeated():
 
 
 def test_plans_are_whole_numbers():
-    plan = pretrain_plan(MLMConfig(minutes=2.0, num_evals=8), 8.3, 0.217, 1.9, 32)
-    assert all(isinstance(v, (int, str)) for v in plan.values())
-    assert 8.3 + plan["steps"] * 0.217 + 8 * 1.9 < 120 and plan["steps"] > 400
+    measured = Measured(batch_size=32, step_seconds=0.217, evaluation_seconds=1.9)
+    plan = pretrain_plan(MLMConfig(minutes=2.0, num_evals=8), 8.3, measured)
+    assert all(isinstance(v, (int, str)) for v in plan.to_json().values())
+    assert 8.3 + plan.steps * 0.217 + 8 * 1.9 < 120 and plan.steps > 400
     with pytest.raises(UsageError, match="together they are at most 1"):
-        pretrain_plan(MLMConfig(warmup_ratio=0.7), 0, 1, 1, 1)
+        pretrain_plan(MLMConfig(warmup_ratio=0.7), 0, measured)
 
 
 # -- the stage

@@ -1,9 +1,9 @@
 """Before the first step: what is probed goes into the plan, a killed run takes it from there and
 ends with the same bytes, and what was foretold stands beside what came."""
 
-import dataclasses
 import json
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -24,8 +24,8 @@ from llmeco_nb.pretraining.causal import (  # noqa: E402
     causal_loss_step,
     pretrain_causal,
 )
-from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
 from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
+from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
 from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
 from llmeco_nb.training.forecast import (  # noqa: E402
@@ -188,15 +188,16 @@ def test_a_forecast_leaves_no_trace(kind, inputs, tmp_path, monkeypatch):
     "The same run without anything being measured before it."
     told = run(kind, inputs, tmp_path / "told", batch_size=4, lr=2e-3)
 
-    def silent(record, task, config, **_):
-        def plan():
-            made = config.make_plan(Measured(config.batch_size, 1.0, 1.0))
-            return dataclasses.replace(made, batch_size=config.batch_size)
+    def silent(record, task, config):
+        def make():
+            plan = config.make_plan(Measured(batch_size=4, step_seconds=1, evaluation_seconds=1))
+            return replace(plan, batch_size=4, grad_accum_steps=1)
 
-        nothing = dict(seconds=1.0, bytes=1, loss=None, says=[])
-        made = resolve_train_plan(record, config.fingerprint, plan)
-        (record.resume / "forecast.json").write_text(json.dumps(nothing))
-        return made
+        plan = resolve_train_plan(record, config.fingerprint, make)
+        (record.resume / "forecast.json").write_text(
+            json.dumps(dict(seconds=1.0, bytes=1, loss=None, says=[]))
+        )
+        return plan
 
     monkeypatch.setattr(llmeco_nb.training.plan, "plan_training", silent)
     assert (

@@ -8,9 +8,9 @@ __all__ = ['fast_causal_loss', 'count_target_tokens', 'causal_loss_step', 'valid
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #27a4e067
 import math
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,14 +27,13 @@ from llmeco_nb.core import (
     UsageError,
     read_json,
     seed_everything,
-    sha256_of,
     write_json,
 )
 from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder
 from ..models.decoder_conversion import save_decoder
 from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
 from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
-from .mlm import peak_gflops, pretrain_plan
+from .budget import peak_gflops, stage_plan, tokens_per_second
 from llmeco_nb.pretraining.packing import (
     eos_token_id,
     pack_documents,
@@ -43,11 +42,12 @@ from llmeco_nb.pretraining.packing import (
 )
 from ..tokenization.bpe import encode_subwords, open_subword_tokenizer
 from ..training.activation_checkpointing import enable_activation_checkpointing
-from ..training.forecast import chunked_memory_model, compile_layers
-from ..training.loop import batch_indices, to_device, train
+from ..training.forecast import compile_layers
+from ..training.loop import batch_indices, to_device
 from ..training.optim import Optimiser
 from ..training.parallel import all_finished, current_world, resolve_device
-from ..training.plan import plan_training, record_actual
+from ..training.plan import Measured, run_training
+from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #62fbc2cf
 def fast_causal_loss(
@@ -57,8 +57,8 @@ def fast_causal_loss(
     documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
     max_logits: int = 2**24,  # Made at a time
 ) -> torch.Tensor:
-    """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and `max_logits` of
-    them made at a time. Summed nats of the targets that are not -100."""
+    """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and
+    `max_logits` of them made at a time. Summed nats of the targets that are not -100."""
     if model.config.softcap:
         raise UsageError("This loss has no softcap; use decoder.causal_loss.")
     asked, weight = targets != -100, model.lm_head.weight
@@ -235,31 +235,22 @@ def pretrain_causal(
     probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,
     `MissingError`."""
     begun = time.monotonic()
-    asked = config.fingerprint() | dict(prose=sha256_of(prose), pieces=sha256_of(pieces))
     tokenizer = open_subword_tokenizer(pieces)
-    vocabulary, end, held_texts = (
-        tokenizer.get_vocab_size(),
-        eos_token_id(tokenizer),
-        read_texts(prose, "validation"),
-    )
+    vocabulary, end = tokenizer.get_vocab_size(), eos_token_id(tokenizer)
+    held_texts = read_texts(prose, "validation")
     if not held_texts:
         raise DataError(
             f"{prose} has no validation texts, and without them nobody knows which weights are "
             "best. Build it with a share for validation."
         )
     train_texts = [t for texts in read_texts(prose, "train").values() for t in texts]
-    order = np.random.default_rng([config.seed, 3]).permutation(
-        len(train_texts)
-    )  # domains side by side, for rows and baselines
+    # domains side by side, for rows and baselines
+    order = np.random.default_rng([config.seed, 3]).permutation(len(train_texts))
     train_texts = [train_texts[i] for i in order]
-    train_ids, held_ids = (
-        encode_subwords(tokenizer, train_texts),
-        {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()},
-    )
-    rows, held = (
-        pack_documents(train_ids, config.context_length, end),
-        {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()},
-    )
+    train_ids = encode_subwords(tokenizer, train_texts)
+    held_ids = {d: encode_subwords(tokenizer, texts) for d, texts in held_texts.items()}
+    rows = pack_documents(train_ids, config.context_length, end)
+    held = {d: pack_documents(ids, config.context_length, end) for d, ids in held_ids.items()}
     seed_everything(config.seed)
     model = new_decoder(
         vocabulary, config.size, config.context_length, seed=config.seed, zero_init=True
@@ -275,19 +266,15 @@ def pretrain_causal(
         muon=config.muon_lr,
         precision=config.precision,
     )
-    make, a_row = (
-        lambda n, i: to_device(
-            select_rows(rows, batch_indices(i, n, len(rows["targets"]), config.seed)),
-            model.lm_head.weight.device,
-        ),
-        count_target_tokens(rows) / len(rows["targets"]),
-    )
-    few, samples = (
-        {d: first_rows(p, config.eval_examples) for d, p in held.items()},
-        record.resume / "samples",
-    )
 
-    def evaluate(m):
+    def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
+        which = batch_indices(index, n, len(rows["targets"]), config.seed, world, rank)
+        return select_rows(rows, which)
+
+    few = {d: first_rows(p, config.eval_examples) for d, p in held.items()}
+    samples = record.resume / "samples"
+
+    def evaluate(m: Decoder) -> dict[str, float]:
         samples.mkdir(
             parents=True, exist_ok=True
         )  # another plan than last time clears what was begun
@@ -312,65 +299,31 @@ def pretrain_causal(
     peak = current_world().size * peak_gflops(
         torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
-    law = chunked_memory_model(
-        model,
-        lambda parts: lambda m, b, backward: causal_loss_step(m, b, backward, parts),
-        lambda n: num_loss_chunks(round(n * a_row), vocabulary),
-        a_row,
-        make,
-        optimiser,
-    )
 
-    def plan_of(n, a_step, an_evaluation):
-        rest = (
-            an_evaluation
-            * sum(len(p["targets"]) for p in held.values())
-            / sum(len(p["targets"]) for p in few.values())
-        )  # at the end all validation rows are asked
-        return pretrain_plan(config, time.monotonic() - begun + rest, a_step, an_evaluation, n)
+    def spent(measured: Measured) -> float:
+        rows_of = lambda packed: sum(len(p["targets"]) for p in packed.values())
+        # at the end all validation rows are asked
+        rest = measured.evaluation_seconds * rows_of(held) / rows_of(few)
+        return time.monotonic() - begun + rest
 
-    plan = plan_training(
-        record,
-        asked,
-        model,
-        causal_loss_step,
-        make,
-        optimiser,
-        plan_of,
-        config.batch_size,
-        config.lr,
-        count_target_tokens,
-        evaluate,
-        config.grad_accum_steps,
-        law,
-        earlier=config.previous_runs,
-    )
-    result = train(
-        model,
-        causal_loss_step,
-        lambda i: select_rows(
-            rows,
-            batch_indices(
-                i,
-                plan["batch"],
-                len(rows["targets"]),
-                config.seed,
-                current_world().size,
-                current_world().rank,
-            ),
-        ),
-        optimiser,
-        plan,
-        record,
-        evaluate,
-        identity=dict(asked=plan["asked"]),
+    a_row = count_target_tokens(rows) / len(rows["targets"])
+    task = TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=causal_loss_step,
+        make_batch=make_batch,
+        count_tokens=count_target_tokens,
+        evaluate=evaluate,
         name="causal",
-        flops=decoder_flops(model.config, config.context_length),
-        roof=peak * 1e9,
+        chunked_loss=ChunkedLoss(
+            loss_step=lambda parts: partial(causal_loss_step, parts=parts),
+            num_chunks=lambda n: num_loss_chunks(round(n * a_row), vocabulary),
+            tokens_per_row=a_row,
+        ),
+        flops_per_token=decoder_flops(model.config, config.context_length),
+        peak_flops=peak * 1e9,
     )
-    foretold = record_actual(
-        record, model, causal_loss_step, make, optimiser, plan, result, result["best"]
-    )
+    result = run_training(record, task, stage_plan(config, dict(prose=prose, pieces=pieces), spent))
     if not all_finished():
         return record.artifact("decoder")
     optimiser.finish().eval().cpu()
@@ -415,11 +368,9 @@ def pretrain_causal(
         ],
     )
     save_decoder(model, pieces, record.artifact("decoder"))
-    speed, work, parts = (
-        statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r),
-        decoder_flops(model.config, config.context_length),
-        decoder_parameters(model.config),
-    )
+    speed = tokens_per_second(record)
+    work = decoder_flops(model.config, config.context_length)
+    parts = decoder_parameters(model.config)
     record.save_metrics(
         validation_loss=nats / n,
         perplexity=math.exp(nats / n),
@@ -427,12 +378,8 @@ def pretrain_causal(
         bytes_per_token=total / n,
         **{f"{name}_bits_per_byte": v["all"] for name, v in beside.items() if "all" in v},
         **({"counted_tokens": beside["counted"]["tokens"]} if beside else {}),
-        best_step=result["best_step"],
-        steps=result["steps"],
-        tokens=result["tokens"],
-        seconds=result["seconds"],
         tokens_per_s=speed,
-        epochs=result["tokens"] / int((rows["targets"] != -100).sum()),
+        epochs=result.tokens / int((rows["targets"] != -100).sum()),
         train_tokens=int((rows["targets"] != -100).sum()),
         empty=float((rows["targets"] == -100).mean()),
         gflops=speed * work / 1e9,
@@ -444,8 +391,6 @@ def pretrain_causal(
         parameters_layers=parts["layers"],
         vocabulary=vocabulary,
         domains=len(domains),
-        batch=plan["batch"],
-        lr=optimiser.lr,
-        **foretold,
+        **result.metrics(),
     )
     return record.artifact("decoder")

@@ -8,8 +8,8 @@ __all__ = ['save_seq2seq', 'masks_to_sentinels', 'split_validation', 'first_text
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #c151ff78
 import math
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,6 @@ from llmeco_nb.core import (
     Record,
     UsageError,
     seed_everything,
-    sha256_of,
     write_bytes,
     write_json,
 )
@@ -32,6 +31,7 @@ from ..data.corpus import read_split
 from ..models.conversion import save_pretrained
 from ..models.speedups import num_loss_chunks, retain_freed_memory
 from ..models.transformer import Seq2Seq
+from .budget import stage_plan, tokens_per_second
 from llmeco_nb.pretraining.denoising_eval import (
     UntrainedBaselines,
     denoise_texts,
@@ -40,15 +40,13 @@ from llmeco_nb.pretraining.denoising_eval import (
     validation_scores,
 )
 from .masking import CLS, MASK, SEP, group_texts
-from .mlm import pretrain_plan
 from .seq2seq import denoise_loss_step, new_seq2seq
 from .span_corruption import SpanCorruption, denoise_batches, span_counts
 from ..tokenization.wordpiece import encode_texts, open_tokenizer
-from ..training.forecast import chunked_memory_model
-from ..training.loop import train
 from ..training.optim import Optimiser
-from ..training.parallel import all_finished, current_world
-from ..training.plan import plan_training, record_actual
+from ..training.parallel import all_finished
+from ..training.plan import Measured, run_training
+from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4c7e71bd
 def save_seq2seq(
@@ -241,7 +239,6 @@ def denoise(
     `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises
     `UsageError`, `DataError`, `MissingError`."""
     begun = time.monotonic()
-    asked = config.fingerprint() | dict(corpus=sha256_of(corpus), tokenizer=sha256_of(tokenizer))
     hidden, spans = span_counts(config.seq_len, config.noise_density, config.mean_span_length)
     if config.seq_len > config.max_position_embeddings:
         raise UsageError(
@@ -285,11 +282,8 @@ def denoise(
         model, config.lr or 3e-3, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision
     )
 
-    def make(n: int, index: int) -> dict[str, torch.Tensor]:
-        return denoise_batches(rows, n, corruption)(index)
-
-    def tokens(batch: dict[str, torch.Tensor]) -> int:
-        return batch["input_ids"].numel() + batch["written"].numel()
+    def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
+        return denoise_batches(rows, n, corruption, world, rank)(index)
 
     def evaluate(m: Seq2Seq) -> dict[str, float]:
         nats, right, cut, every, asked = validation_scores(m, few, corruption).sum(0)
@@ -297,54 +291,32 @@ def denoise(
             validation_loss=every / asked, hidden_loss=nats / cut, hidden_accuracy=right / cut
         )
 
-    def plan_of(n: int, step_s: float, evaluation_s: float) -> dict:
-        rest = 10 * evaluation_s * len(held) / len(few)  # at the end it writes, token by token
-        return pretrain_plan(config, time.monotonic() - begun + rest, step_s, evaluation_s, n)
+    def spent(measured: Measured) -> float:
+        rest = 10 * measured.evaluation_seconds * len(held) / len(few)
+        return time.monotonic() - begun + rest  # at the end it writes, token by token
 
     targets_a_row = config.seq_len - 1 if config.target == "text" else hidden + 2 * spans
-    law = chunked_memory_model(
-        model,
-        lambda parts: lambda m, b, backward: denoise_loss_step(m, b, backward, parts),
-        lambda n: num_loss_chunks(n * targets_a_row, corruption.vocab_size),
-        targets_a_row,
-        # rows of a large batch are as long as its longest
-        lambda n, index: {k: v[:n] for k, v in make(max(n, 64), index).items()},
-        optimiser,
+    task = TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=denoise_loss_step,
+        make_batch=make_batch,
+        count_tokens=lambda batch: batch["input_ids"].numel() + batch["written"].numel(),
+        evaluate=evaluate,
+        name="denoise",
+        chunked_loss=ChunkedLoss(
+            loss_step=lambda parts: partial(denoise_loss_step, parts=parts),
+            num_chunks=lambda n: num_loss_chunks(n * targets_a_row, corruption.vocab_size),
+            tokens_per_row=targets_a_row,
+            # rows of a large batch are as long as its longest
+            make_batch=lambda n, index: {
+                k: v[:n] for k, v in make_batch(max(n, 64), index).items()
+            },
+        ),
     )
     with retain_freed_memory():
-        plan = plan_training(
-            record,
-            asked,
-            model,
-            denoise_loss_step,
-            make,
-            optimiser,
-            plan_of,
-            config.batch_size,
-            config.lr,
-            tokens,
-            evaluate,
-            config.grad_accum_steps,
-            law,
-            earlier=config.previous_runs,
-        )
-        batches = denoise_batches(
-            rows, plan["batch"], corruption, current_world().size, current_world().rank
-        )
-        result = train(
-            model,
-            denoise_loss_step,
-            batches,
-            optimiser,
-            plan,
-            record,
-            evaluate,
-            size=tokens,
-            identity=dict(asked=plan["asked"]),
-            name="denoise",
-        )
-        foretold = record_actual(
-            record, model, denoise_loss_step, make, optimiser, plan, result, result["best"]
+        result = run_training(
+            record, task, stage_plan(config, dict(corpus=corpus, tokenizer=tokenizer), spent)
         )
     if not all_finished():
         return record.artifact("writer")
@@ -371,22 +343,14 @@ def denoise(
         counter=beside.counter[0],
         copy_share=beside.copy_share,
         validation_loss=scores[:, 3].sum() / scores[:, 4].sum(),
-        best_step=result["best_step"],
-        steps=result["steps"],
-        tokens=result["tokens"],
-        seconds=result["seconds"],
-        tokens_per_s=statistics.median(
-            r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r
-        ),
-        epochs=result["steps"] * plan["batch"] * config.grad_accum_steps / len(rows),
+        tokens_per_s=tokens_per_second(record),
+        epochs=result.steps * result.plan.batch_size * config.grad_accum_steps / len(rows),
         rows=len(rows),
         held_rows=len(held),
         hidden=float(scores[:, 2].mean()),
         holes=spans,
         vocabulary=corruption.vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
-        batch=plan["batch"],
-        lr=optimiser.lr,
-        **foretold,
+        **result.metrics(),
     )
     return record.artifact("writer")

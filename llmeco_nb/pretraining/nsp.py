@@ -27,7 +27,6 @@ from llmeco_nb.core import (
     cached_fixture,
     create_record,
     seed_everything,
-    sha256_of,
     write_json,
 )
 from ..data.corpus import read_split, small_corpus
@@ -37,8 +36,9 @@ from llmeco_nb.models.speedups import (
     retain_freed_memory,
     use_fast_attention,
 )
+from .budget import stage_plan
 from .masking import small_tokenizer
-from .mlm import MLMConfig, pretrain, pretrain_plan, save_encoder
+from .mlm import MLMConfig, pretrain, save_encoder
 from llmeco_nb.pretraining.sentence_pairs import (
     SentencePairs,
     nsp_batch,
@@ -47,16 +47,10 @@ from llmeco_nb.pretraining.sentence_pairs import (
     sentence_pairs,
 )
 from ..tokenization.wordpiece import open_tokenizer
-from ..training.forecast import chunked_memory_model
-from ..training.loop import train
 from ..training.optim import Optimiser
-from llmeco_nb.training.parallel import (
-    all_finished,
-    current_world,
-    run_on_rank_zero,
-    single_process,
-)
-from ..training.plan import plan_training, record_actual
+from ..training.parallel import all_finished, run_on_rank_zero, single_process
+from ..training.plan import run_training
+from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
 def nsp_losses(
@@ -263,10 +257,6 @@ def pretrain_nsp(
     """Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter;
     `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises
     `UsageError`, `DataError`, `MissingError`."""
-    asked = config.fingerprint() | {
-        k: sha256_of(v)
-        for k, v in dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder).items()
-    }
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     model, vocabulary = load_nsp_model(encoder, config.seed), cutter.get_vocab_size()
     if model.config.vocab_size != vocabulary:
@@ -292,26 +282,12 @@ def pretrain_nsp(
     )
     seed_everything(config.seed)
     use_fast_attention(model)
-    step = nsp_loss_step(config.mlm_weight)
     optimiser = Optimiser(
         model, config.lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=config.precision
     )
 
-    def make(n: int, index: int) -> dict:
-        return nsp_batches(pairs, n)(index)
-
-    def tokens_of(batch: dict) -> int:
-        return batch["input_ids"].numel()
-
-    hidden = len(make(1, 0)["targets"])
-    law = chunked_memory_model(
-        model,
-        lambda parts: nsp_loss_step(config.mlm_weight, parts),
-        lambda n: num_loss_chunks(n * hidden, vocabulary),
-        hidden,
-        make,
-        optimiser,
-    )
+    def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, Any]:
+        return nsp_batches(pairs, n, world, rank)(index)
 
     def evaluate(m: torch.nn.Module) -> dict[str, float]:
         loss, right, tokens = nsp_validation(m, held, config.eval_examples).mean(0)
@@ -322,41 +298,29 @@ def pretrain_nsp(
             token_loss=tokens,
         )
 
-    def plan_of(n, a_step, an_evaluation):
-        return pretrain_plan(config, time.monotonic() - begun, a_step, an_evaluation, n)
-
+    hidden = len(make_batch(1, 0)["targets"])
+    task = TrainTask(
+        model=model,
+        optimizer=optimiser,
+        loss_step=nsp_loss_step(config.mlm_weight),
+        make_batch=make_batch,
+        count_tokens=lambda batch: batch["input_ids"].numel(),
+        evaluate=evaluate,
+        name="nsp",
+        chunked_loss=ChunkedLoss(
+            loss_step=lambda parts: nsp_loss_step(config.mlm_weight, parts),
+            num_chunks=lambda n: num_loss_chunks(n * hidden, vocabulary),
+            tokens_per_row=hidden,
+        ),
+    )
+    plan = stage_plan(
+        config,
+        dict(corpus=corpus, tokenizer=tokenizer, encoder=encoder),
+        lambda measured: time.monotonic() - begun,
+        NSP_LR_CANDIDATES,
+    )
     with retain_freed_memory():
-        plan = plan_training(
-            record,
-            asked,
-            model,
-            step,
-            make,
-            optimiser,
-            plan_of,
-            config.batch_size,
-            config.lr,
-            tokens_of,
-            evaluate,
-            law=law,
-            earlier=config.previous_runs,
-            rates=NSP_LR_CANDIDATES,
-        )
-        world = current_world()
-        batches = nsp_batches(pairs, plan["batch"], world.size, world.rank)
-        result = train(
-            model,
-            step,
-            batches,
-            optimiser,
-            plan,
-            record,
-            evaluate,
-            size=tokens_of,
-            identity=dict(asked=plan["asked"]),
-            name="nsp",
-        )
-        foretold = record_actual(record, model, step, make, optimiser, plan, result, result["best"])
+        result = run_training(record, task, plan)
     if not all_finished():
         return record.artifact("paired")
     optimiser.finish().eval()
@@ -379,13 +343,7 @@ def pretrain_nsp(
         pairs=len(final),
         places=len(pairs.boundaries),
         held_places=len(held.boundaries),
-        best_step=result["best_step"],
-        steps=result["steps"],
-        tokens=result["tokens"],
-        seconds=result["seconds"],
         length=config.seq_len,
-        batch=plan["batch"],
-        lr=optimiser.lr,
-        **foretold,
+        **result.metrics(),
     )
     return record.artifact("paired")

@@ -6,34 +6,35 @@
 __all__ = ['active_parameters', 'scaling_law_loss', 'fit_scaling_law', 'predict_loss', 'compute_optimal']
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #4c580103
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..core import DataError, UsageError
+from ..models.decoder import DecoderConfig, decoder_parameters
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
 def active_parameters(
-    c,  # Of the decoder; hidden_size and vocab_size count for the head
+    c: DecoderConfig,  # Of the decoder; hidden_size and vocab_size count for the head
 ) -> int:
     """Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers
     and of the head."""
-    from llmeco_nb.models.decoder import decoder_parameters
-
     return decoder_parameters(c)["layers"] + c.hidden_size * c.vocab_size
 
 
 def scaling_law_loss(
     p: np.ndarray,  # ln E, ln A, alpha, ln B, beta
-    n,  # Above 0
-    d,  # Above 0
-):
+    n: float | np.ndarray,  # Parameters, above 0
+    d: float | np.ndarray,  # Tokens, above 0
+) -> float | np.ndarray:
     "The law's loss for `n` parameters and `d` tokens; arrays broadcast."
     return np.exp(p[0]) + np.exp(p[1] - p[2] * np.log(n)) + np.exp(p[3] - p[4] * np.log(d))
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #174f6fff
 def fit_scaling_law(
-    n,  # Parameters of each run, (runs,); at least two different
-    d,  # Tokens each run read, (runs,); at least three different
-    loss,  # What each run reached, (runs,), above 0; at least six
+    n: Sequence[float],  # Parameters of each run, (runs,); at least two different
+    d: Sequence[float],  # Tokens each run read, (runs,); at least three different
+    loss: Sequence[float],  # What each run reached, (runs,), above 0; at least six
 ) -> dict:
     """Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the
     logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."""
@@ -95,8 +96,8 @@ def fit_scaling_law(
 
 def predict_loss(
     law: dict,  # From `fit_scaling_law`
-    n: float,
-    d: float,
+    n: float,  # Parameters
+    d: float,  # Tokens
     level: float = 0.95,  # Of the interval
 ) -> dict[str, float]:
     """`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new
@@ -123,7 +124,10 @@ def predict_loss(
     return dict(loss=loss, low=loss * float(np.exp(-width)), high=loss * float(np.exp(width)))
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #b43af30e
-def compute_optimal(law: dict, operations: float) -> tuple[float, float]:
+def compute_optimal(
+    law: dict,  # From `fit_scaling_law`
+    operations: float,  # Of the training, all together
+) -> tuple[float, float]:
     """Parameters and tokens that give the law's lowest loss for a number of training operations, 6
     a parameter and token."""
     n = np.geomspace(1e3, operations / 6e3, 20_000)
