@@ -239,7 +239,9 @@ def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
                     f"{notebook.path.name}: the default of {node.target.id} is not a plain value: "
                     f"`{ast.unparse(node.value)}`."
                 ) from None
-            rest = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset :].decode()
+            rest = (
+                lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset :].decode()
+            )
             found[node.target.id] = Parameter(
                 node.target.id,
                 ast.unparse(node.annotation),
@@ -476,7 +478,9 @@ def work_parts(
     notebook: Notebook,  # The stage's
     package: Package,  # Where the functions that its run cells call are looked up
     parameters: dict,  # Final values, without `out` and the inputs
-    inputs: Mapping[str, object],  # Input name -> hash of the artifact (a list for a list of artifacts)
+    inputs: Mapping[
+        str, object
+    ],  # Input name -> hash of the artifact (a list for a list of artifacts)
     sources: dict[str, str],  # Parameter that names an outside source -> its revision
 ) -> dict:
     "All that a stage's result follows from, as one JSON object."
