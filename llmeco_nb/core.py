@@ -20,9 +20,14 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# %% ../nbs/0_ground/00_core.ipynb #a7f1ac9d
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    from matplotlib.figure import Figure
 
 # %% ../nbs/0_ground/00_core.ipynb #3b363d6f
 class LlmecoError(Exception):
@@ -154,7 +159,7 @@ def sha256_text(text: str) -> str:
 @contextmanager
 def lock(
     path: str | Path,  # Lock file; made here, removed on leaving
-    waiting: Callable[[], None] | None = None,  # Called once if somebody else holds it
+    waiting: Callable[[], object] | None = None,  # Called once if somebody else holds it
 ):
     """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
     process holds it."""
@@ -343,7 +348,7 @@ class Record:
         unit: str = "items",  # What an item is, in the plural, for the display
     ) -> Iterator:
         "Yield `items` while telling `progress`."
-        total = len(items) if total is None and hasattr(items, "__len__") else total
+        total = len(items) if total is None and isinstance(items, Sized) else total
         for n, item in enumerate(items, 1):
             yield item
             self.progress(n, total, unit)
@@ -429,9 +434,10 @@ palette = ["#3866a8", "#d9793b", "#4a9a6a", "#b8476b", "#7d6bb0", "#8a7a5c", "#3
 
 
 def figure_style():
-    """Set matplotlib's defaults to the house style: quiet axes, direct labels, eight colours told
+    """Set matplotlib's defaults to one style: quiet axes, direct labels, eight colours told
     apart by the colour-blind too."""
     import matplotlib as mpl
+    from cycler import cycler
 
     mpl.rcParams.update(
         {
@@ -456,12 +462,12 @@ def figure_style():
             "ytick.color": "#555555",
             "legend.frameon": False,
             "lines.linewidth": 1.8,
-            "axes.prop_cycle": mpl.cycler(color=palette),
+            "axes.prop_cycle": cycler(color=palette),
         }
     )
 
 
-def save_figure(fig: object, record: Record, name: str) -> Path:
+def save_figure(fig: "Figure", record: Record, name: str) -> Path:
     """Save the matplotlib figure `fig` as figures/<name>.png of the record (or of the page that is
     being made from it)."""
     folder = Path(os.environ.get("LLMECO_PAGE") or record.path) / "figures"

@@ -1,4 +1,6 @@
-"""What pyright finds wrong with the types of the package may become fewer, never more.
+"""pyright finds nothing wrong with the types of the folders that are done; more may join the list.
+
+In the other modules it finds 435 errors (`pyright` without a path: 2 minutes, 3 GB).
 
 pyright brings 200 MB of Node.js, so no extra installs it: `pip install "pyright[nodejs]"`."""
 
@@ -11,22 +13,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RUNNER_CEILING = 35  # errors in core.py and runner/
-OTHER_CEILING = 470  # errors in all other modules
+TYPED = ["core.py", "runner", "tasks", "deployment"]  # in llmeco_nb
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="needs the command pyright")
-def test_types_get_no_worse():
+def test_types_are_right():
+    paths = [f"llmeco_nb/{name}" for name in TYPED]
     done = subprocess.run(
-        ["pyright", "--outputjson"], cwd=ROOT, capture_output=True, text=True, timeout=900
+        ["pyright", "--outputjson", *paths], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    found = json.loads(done.stdout)["generalDiagnostics"]
-    errors = [d for d in found if d["severity"] == "error"]
-    package = ROOT / "llmeco_nb"
-    near, far = [], []
-    for d in errors:
-        file = Path(d["file"]).relative_to(package)
-        line = f"{file}:{d['range']['start']['line'] + 1}: {d['message']}"
-        (near if file.parts[0] in ("core.py", "runner") else far).append(line)
-    assert len(near) <= RUNNER_CEILING, "\n".join(near)
-    assert len(far) <= OTHER_CEILING, f"{len(far)} errors:\n" + "\n".join(far)
+    said = json.loads(done.stdout)
+    wanted = {f for p in paths for f in [ROOT / p, *(ROOT / p).rglob("*.py")] if f.suffix == ".py"}
+    assert said["summary"]["filesAnalyzed"] == len(wanted)  # a wrong path is passed over in silence
+    errors = [
+        f"{Path(d['file']).relative_to(ROOT)}:{d['range']['start']['line'] + 1}: {d['message']}"
+        for d in said["generalDiagnostics"]
+        if d["severity"] == "error"
+    ]
+    assert not errors, "\n".join(errors)

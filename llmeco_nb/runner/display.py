@@ -71,7 +71,7 @@ def status_table(pipe, board):
             else f"[dim]{state_words[p.state]}",
             format_duration(spent) if spent else "",
             format_duration(left),
-            ProgressBar(total or 1, done, width=16) if total else "",
+            ProgressBar(total or 1, done or 0, width=16) if total else "",
             speed + row if p.state == "running" else headline(one, p.metrics),
         )
     return t

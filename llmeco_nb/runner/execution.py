@@ -235,7 +235,7 @@ def run_pipeline(
                     todo.remove(o)
                     try:
                         look = pipe.look(o, pipe.check_sources(o))
-                        if look.parts is None:
+                        if not look.parts:
                             raise UsageError(
                                 f"{o.name}: {look.reasons[0]}; leave --only/--from out."
                             )

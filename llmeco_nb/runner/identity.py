@@ -11,6 +11,7 @@ __all__ = ['DEFINITIONS', 'NO_MEANING', 'TYPES', 'meaning', 'Cell', 'Notebook', 
 import ast
 import difflib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -63,17 +64,19 @@ def _joined(parts: list[ast.expr]) -> list[ast.expr]:
     3.12 adds some."""
     found: list[ast.expr] = []
     for part in parts:
-        text = part.value if isinstance(part, ast.Constant) else None
-        if text == "":
-            continue
-        if text is not None and found and isinstance(found[-1], ast.Constant):
-            found[-1] = ast.Constant(found[-1].value + text)
-        else:
+        last = found[-1] if found else None
+        if not (isinstance(part, ast.Constant) and isinstance(part.value, str)):
+            found.append(part)
+        elif isinstance(last, ast.Constant) and isinstance(last.value, str):
+            found[-1] = ast.Constant(last.value + part.value)
+        elif part.value:
             found.append(part)
     return found
 
 
-def _without_docstring(node: ast.AST) -> list[ast.stmt]:
+def _without_docstring(
+    node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef,
+) -> list[ast.stmt]:
     """The statements of a body but for its docstring; a definition that is nothing else does
     nothing."""
     first = node.body[0] if node.body else None
@@ -236,7 +239,9 @@ def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
                     f"{notebook.path.name}: the default of {node.target.id} is not a plain value: "
                     f"`{ast.unparse(node.value)}`."
                 ) from None
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            rest = (
+                lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset :].decode()
+            )
             found[node.target.id] = Parameter(
                 node.target.id,
                 ast.unparse(node.annotation),
@@ -403,9 +408,10 @@ class Package:
             for alias, origin in around.items()
             if alias == "*" and not origin.startswith("outside")
         }
+        module = self.module(home) if home else None
         for name in dotted_names(node):
             found |= self.find(name, around)
-            if home and name.split(".")[0] in self.module(home).definitions:
+            if home and module and name.split(".")[0] in module.definitions:
                 found.add((home, name.split(".")[0]))
         return found
 
@@ -419,6 +425,7 @@ class Package:
         A module's effects are its definition ''."""
         if (origin, name) not in self._facts:
             module = self.module(origin)
+            assert module is not None, f"{origin} is no module of {self.folder}"
             if name == "*":
                 facts = None, {(origin, one) for one in module.definitions}
             elif name and name not in module.definitions:
@@ -432,7 +439,7 @@ class Package:
             self._facts[origin, name] = facts[0], facts[1] | ({(origin, "")} if name else set())
         return self._facts[origin, name]
 
-    def reach(self, nodes: list[ast.AST], imports: dict[str, str]) -> dict[str, str]:
+    def reach(self, nodes: Sequence[ast.AST], imports: dict[str, str]) -> dict[str, str]:
         """Everything `nodes` reach, given the imports around them: 'module.definition' -> hash of
         its meaning."""
         found, todo, met = {}, set().union(*(self.targets(n, imports) for n in nodes)), set()
@@ -471,7 +478,7 @@ def work_parts(
     notebook: Notebook,  # The stage's
     package: Package,  # Where the functions that its run cells call are looked up
     parameters: dict,  # Final values, without `out` and the inputs
-    inputs: dict[
+    inputs: Mapping[
         str, object
     ],  # Input name -> hash of the artifact (a list for a list of artifacts)
     sources: dict[str, str],  # Parameter that names an outside source -> its revision

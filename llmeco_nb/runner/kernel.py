@@ -42,6 +42,7 @@ def kernel_class(
     """A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and
     complain into its file `stderr`; `started(pid)` is called."""
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
@@ -53,6 +54,7 @@ def kernel_class(
                 await super()._async_start_kernel(
                     **{**kwargs, "env": {**os.environ, **env}, "stderr": complaints}
                 )
+            assert isinstance(self.provisioner, LocalProvisioner), self.provisioner
             started(self.provisioner.pid)
 
         start_kernel = _async_start_kernel
@@ -82,7 +84,8 @@ def import_nbformat() -> ModuleType:
     format `iri`."""
     absent = not {"jsonschema", "rfc3987_syntax"} & sys.modules.keys()
     if absent:
-        sys.modules["rfc3987_syntax"] = None  # an import of it fails, which jsonschema allows for
+        # an import of it fails, which jsonschema allows for; the stubs do not know None here
+        sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     try:
         import nbformat
     finally:

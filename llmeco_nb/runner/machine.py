@@ -45,7 +45,7 @@ def probe(
     from llmeco_nb.runner.machine import gflops
 
     cores, speed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         {},
     )
     for threads in sorted({1, *(2**k for k in range(1, 8) if 2**k <= cores), cores}):

@@ -88,7 +88,9 @@ def require_inputs(
     made: set[str],  # Those the run has already
 ):
     "Raises `UsageError` if a considered instance needs one that is neither considered nor made."
-    for o in instances if names is not None else []:
+    if names is None:
+        return
+    for o in instances:
         missing = sorted(n for n in needs(o) if n not in names and n not in made)
         if o.name in names and missing:
             raise UsageError(

@@ -115,9 +115,9 @@ class StageStatus:
 
     state: str  # current, page (only its page is stale), stale, missing, waiting
     reasons: list[str]
-    parts: dict | None = None  # what the work key hashes
-    page: dict | None = None  # what the show key hashes
-    key: str | None = None
+    parts: dict = field(default_factory=dict)  # what the work key hashes; waiting: empty
+    page: dict = field(default_factory=dict)  # what the show key hashes; waiting: empty
+    key: str = ""  # the work key; waiting: empty
     entry: Path | None = None  # the finished entry, where there is one
     inputs: dict = field(default_factory=dict)  # input -> [(where from, path)]
 

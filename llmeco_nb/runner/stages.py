@@ -241,8 +241,9 @@ def current_value(
     words = renamed_values(stage)
     if (name, str(value)) in words:
         return words[name, str(value)]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and (name, "*") in words:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if (name, "*") in words:
         return value / float(words[name, "*"].removeprefix("/"))
     return value
 

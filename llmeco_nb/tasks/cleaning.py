@@ -10,6 +10,7 @@ __all__ = ['block_tag_names', 'inline_tag_names', 'block_tag', 'inline_tag', 'en
 # %% ../../nbs/1_pretraining/10e_cleaning.ipynb #d930c92d
 import html
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 # %% ../../nbs/1_pretraining/10e_cleaning.ipynb #95cea8b5
@@ -21,7 +22,7 @@ label link mark meta option q s samp select small
             span strike strong sub sup tt u var""".split()
 
 
-def tag_pattern(names: list[str]) -> re.Pattern:
+def tag_pattern(names: Sequence[str]) -> re.Pattern:
     "Matches opening, closing and empty HTML tags with these names."
     attribute = r"""\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s<>"']+)"""
     return re.compile(

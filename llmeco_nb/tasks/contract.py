@@ -113,7 +113,10 @@ class TextRequest(BaseModel):
 
     def items(self) -> list[str]:
         "The texts that are asked about, in their order."
-        return [self.text] if self.texts is None else list(self.texts)
+        if self.texts is not None:
+            return list(self.texts)
+        assert self.text is not None  # `one_of_two` has seen to it
+        return [self.text]
 
 
 class Prediction(BaseModel):
@@ -146,6 +149,9 @@ class Selection:
     ) -> float:
         "A number that is larger for a better model."
         return value if self.higher_is_better else -value
+
+
+_Prediction = Prediction  # inside Task the name means the attribute
 
 
 class Task(ABC, Generic[SchemaT]):
@@ -196,7 +202,7 @@ class Task(ABC, Generic[SchemaT]):
         self,
         scores: np.ndarray,  # Of `activate`, shape (items, scores)
         schema: SchemaT,  # What `check` returned
-    ) -> list[Prediction]:
+    ) -> list[_Prediction]:
         "One typed answer for each row of `scores`."
 
     @abstractmethod
@@ -219,7 +225,7 @@ class Task(ABC, Generic[SchemaT]):
     def respond(
         self,
         item: int,  # Place of the item in the request, from 0
-        prediction: Prediction,  # What `decode` said of it
+        prediction: _Prediction,  # What `decode` said of it
     ) -> ItemResponse:
         "The answer to the item at this place of a request."
         return self.Response(item=item, **prediction.model_dump())

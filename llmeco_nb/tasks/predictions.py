@@ -131,5 +131,5 @@ def read_predictions_file(
     wanted = {"model": model, "num_labeled": num_labeled, "split": split}
     for name, value in wanted.items():
         if value is not None:
-            found = found[found[name] == value]
+            found = found.loc[found[name] == value]
     return found

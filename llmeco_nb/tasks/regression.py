@@ -105,7 +105,8 @@ class Regression(Task[RegressionSchema]):
                 "finite number, with a point for decimals. Mend or remove the row, name another "
                 "target_column, or set task to text-classification."
             )
-        found = [as_number(v) for v in rows.values["target"]]
+        numbers = map(as_number, rows.values["target"])
+        found = [number for number in numbers if number is not None]  # all of them, by now
         if len(set(found)) < 2:
             raise DataError(
                 f"{rows.source} has the same target in all of {len(found)} rows; there is nothing "
