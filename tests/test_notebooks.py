@@ -4,6 +4,7 @@ read where, and what is imported from where."""
 import ast
 import builtins
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -621,6 +622,37 @@ def test_names_in_modules_resolve():
         [sys.executable, "-m", "pyflakes", PACKAGE], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def own_imports(tree: ast.AST) -> list[tuple[int, str, str]]:
+    "(line, module, name) of every `from llmeco_nb... import name`, those in functions too."
+    return [
+        (node.lineno, node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and not node.level
+        if (node.module or "").split(".")[0] == "llmeco_nb"
+        for alias in node.names
+    ]
+
+
+def test_imports_inside_functions_resolve():
+    """What a function imports when it is called is not seen when its module is imported: a name
+    that has moved would be met by the user first."""
+    places = [(p, p.read_text(encoding="utf-8")) for p in (ROOT / "tests").glob("*.py")]
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        places += [(path, source) for source in code if not source.startswith(("%", "!"))]
+    assert len(places) > 1000
+    found = []
+    for path, source in places:
+        for line, module, name in own_imports(ast.parse(source)):
+            there = importlib.import_module(module)
+            if hasattr(there, name):
+                continue
+            if not hasattr(there, "__path__") or not importlib.util.find_spec(f"{module}.{name}"):
+                found.append(f"{path.name}:{line}: {module} has no {name}")
+    fail_with(found)
 
 
 WALL = """

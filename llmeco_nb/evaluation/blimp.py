@@ -242,8 +242,9 @@ def blimp_revision(
 def untrained_decoder() -> Path:
     "The folder of a tiny decoder with random weights, made at the first call under runs/scratch."
     from llmeco_nb.data.mixture import small_mixture
-    from llmeco_nb.models.decoder import new_decoder, save_decoder
-    from llmeco_nb.pretraining.causal import small_subword_tokenizer
+    from llmeco_nb.models.decoder import new_decoder
+    from llmeco_nb.models.decoder_conversion import save_decoder
+    from llmeco_nb.pretraining.packing import small_subword_tokenizer
 
     def make(folder):
         save_decoder(
@@ -260,7 +261,7 @@ def evaluate_blimp(
 ) -> Path:
     """Score the pairs with a decoder and return the path of blimp.json: pairs scored, and the
     reason where there are none. Raises `DataError`, `MissingError` for a named folder."""
-    from llmeco_nb.models.decoder import load_decoder
+    from llmeco_nb.models.decoder_conversion import load_decoder
     from llmeco_nb.stats.significance import wilson
     from llmeco_nb.tokenization.bpe import open_subword_tokenizer
 

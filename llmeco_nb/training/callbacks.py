@@ -157,8 +157,8 @@ class Checkpointing(Callback):
     "Stores a checkpoint every `checkpoint_every` steps and after the last one."
 
     def on_step_end(self, run: TrainRun, result: StepResult) -> None:
-        """Store a checkpoint of `run` where one is due, whatever the `result` of the step; then
-        remove best weights nobody refers to."""
+        """Store a checkpoint of `run` where one is due, whatever the `result` of the step;
+        then remove best weights nobody refers to."""
         if not (run.state.done or run.is_due(run.plan.checkpoint_every)):
             return
         run.state.seconds = run.seconds
