@@ -181,22 +181,22 @@ def prepare_run(o: RunOptions):
     from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
     from llmeco_nb.runner.pipeline import Pipeline, open_run
 
-    house = StageRegistry.find()
-    if behind := house.out_of_step():
+    registry = StageRegistry.find()
+    if behind := registry.out_of_step():
         raise ExportError(
             f"The package is out of step with {', '.join(behind)}. "
-            f"Run `nbdev_export` in {house.nbs.parent}, then try again."
+            f"Run `nbdev_export` in {registry.nbs.parent}, then try again."
         )
     settings = parse_settings(o.given, o.files)
 
     def check(info: dict):
-        instances = read_profile(house, o.profile)[0]
+        instances = read_profile(registry, o.profile)[0]
         set_stored(instances, info["overrides"], Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
 
-    run = open_run(house, o.profile, o.run, o.next, o.new_run, check=check)
-    pipe = Pipeline(house, run, o.accept_changed)
+    run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check)
+    pipe = Pipeline(registry, run, o.accept_changed)
     pipe.override(settings, "-p")
     return pipe, chosen_stages(pipe.instances, o.only, o.start)
 
@@ -265,8 +265,8 @@ def stages(
     from llmeco_nb.runner.overrides import set_parameters
     from llmeco_nb.runner.pipeline import Pipeline, open_run
 
-    house = StageRegistry.find()
-    pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
+    registry = StageRegistry.find()
+    pipe = Pipeline(registry, open_run(registry, o.profile, o.run, create=False))
     # "what if": nothing is stored
     set_parameters(pipe.instances, parse_settings(o.given, o.files), "-p")
     t = Table(box=None, pad_edge=False, header_style="dim")
@@ -275,7 +275,7 @@ def stages(
     for name, look in pipe.looks().items():
         state = "current, page stale" if look.state == "page" else look.state
         t.add_row(name, state, first_reasons(look.reasons))
-    behind = house.out_of_step()
+    behind = registry.out_of_step()
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(t)
     if behind:
@@ -313,13 +313,13 @@ def bench(
     from llmeco_nb.core import read_json
     from llmeco_nb.runner.benchmarks import benchmarks, keep_record, run_benchmark
 
-    house = StageRegistry.find()
+    registry = StageRegistry.find()
     if name is None:
-        for each, path in benchmarks(house).items():
+        for each, path in benchmarks(registry).items():
             typer.echo(f"{each:20} {first_line(path)}")
         return
     result = run_benchmark(
-        house,
+        registry,
         name,
         {"level": level, **{k: v for _, k, v in parse_settings(given, [], single=True)}},
     )
@@ -327,7 +327,7 @@ def bench(
         typer.echo(f"{k} {v}")
     typer.echo(f"\nResult: {os.path.relpath(result)}")
     if keep:
-        typer.echo(f"Kept: {os.path.relpath(keep_record(house, result))}")
+        typer.echo(f"Kept: {os.path.relpath(keep_record(registry, result))}")
 
 
 def first_line(notebook: Path) -> str:
@@ -381,8 +381,8 @@ def report(
     from llmeco_nb.runner.pipeline import Pipeline, open_run
     from llmeco_nb.site.report import render_report
 
-    house = StageRegistry.find()
-    pipe = Pipeline(house, open_run(house, o.profile, o.run, create=False))
+    registry = StageRegistry.find()
+    pipe = Pipeline(registry, open_run(registry, o.profile, o.run, create=False))
     typer.echo(f"Report: {os.path.relpath(render_report(pipe))}")
 
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f
@@ -435,17 +435,17 @@ def docs(
     "Write the site of all chapters into _docs."
     from llmeco_nb.site import docs as pages
 
-    house = StageRegistry.find()
+    registry = StageRegistry.find()
     if readme:
-        typer.echo(f"Written: {os.path.relpath(pages.write_readme(house))}")
+        typer.echo(f"Written: {os.path.relpath(pages.write_readme(registry))}")
         return
     pipe = None
     if run:
         from llmeco_nb.runner.pipeline import Pipeline
         from llmeco_nb.runner.store import Run
 
-        pipe = Pipeline(house, Run(Path(run).absolute()))
-    page, failed = pages.render_site(house, pipe, not quick, typer.echo)
+        pipe = Pipeline(registry, Run(Path(run).absolute()))
+    page, failed = pages.render_site(registry, pipe, not quick, typer.echo)
     typer.echo(
         f"Site: {os.path.relpath(page)}"
         + (f"; {len(failed)} chapters without outputs" if failed else "")
@@ -467,15 +467,15 @@ def outputs(
     "Execute the chapters whose outputs are stale, and store what they show in the notebooks."
     from llmeco_nb.site.outputs import refresh_outputs, staleness
 
-    house = StageRegistry.find()
-    known = {p.stem: p for p in house.notebooks if p.name != "index.ipynb"}
+    registry = StageRegistry.find()
+    known = {p.stem: p for p in registry.notebooks if p.name != "index.ipynb"}
     wrong = [n for n in names or [] if n.removesuffix(".ipynb") not in known]
     if wrong:
         raise UsageError(f"{wrong[0]}: {unknown_name_hint(wrong[0], known)}")
     paths = [known[n.removesuffix(".ipynb")] for n in names or known]
     if stale:
         for path in paths:
-            if why := staleness(house, path):
+            if why := staleness(registry, path):
                 typer.echo(f"{path.stem}: {why}")
         return
 
@@ -484,7 +484,7 @@ def outputs(
         for sentence in stored.left_out:
             typer.echo(f"  {sentence}")
 
-    done = refresh_outputs(house, paths, jobs, tell)
+    done = refresh_outputs(registry, paths, jobs, tell)
     raise typer.Exit(1 if any(s.failed for s in done) else 0)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #0beed08b

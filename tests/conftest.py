@@ -135,7 +135,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def machine_json(tmp_path_factory):
-    "This machine measured once for all toy houses."
+    "This machine measured once for all toy projects."
     from llmeco_nb.runner.machine import machine
 
     file = tmp_path_factory.mktemp("machine") / "machine.json"

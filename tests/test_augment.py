@@ -311,7 +311,7 @@ def key(pipe, **values):
     return key_of(
         work_parts(
             one.notebook,
-            pipe.house.package,
+            pipe.registry.package,
             one.values,
             {"corpus": "a corpus"},
             pipe.revisions(one),

@@ -9,8 +9,8 @@ import time
 
 import psutil
 import pytest
-from toyhouse import (
-    ToyHouse,
+from toy_project import (
+    ToyProject,
 )
 
 KILLS_EACH, SCENARIOS = 10, 10
@@ -19,19 +19,19 @@ WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, machine_json):
-    house = ToyHouse(tmp_path_factory.mktemp("undisturbed") / "house", machine_json)
-    house.run()
-    return house.artifacts()
+    project = ToyProject(tmp_path_factory.mktemp("undisturbed") / "project", machine_json)
+    project.run()
+    return project.artifacts()
 
 
-def kernels(house):
-    "Living processes, other than runners of ours, that work for this house."
+def kernels(project):
+    "Living processes, other than runners of ours, that work for this project."
     found = []
     for p in psutil.process_iter():
         try:
             if (
                 p.pid != os.getpid()
-                and p.environ().get("LLMECO_RUNS") == str(house.runs)
+                and p.environ().get("LLMECO_RUNS") == str(project.runs)
                 and any("ipykernel" in w for w in p.cmdline())
                 and p.status() != psutil.STATUS_ZOMBIE
             ):
@@ -41,10 +41,10 @@ def kernels(house):
     return found
 
 
-def wait_for_kernel(house, runner, seconds):
+def wait_for_kernel(project, runner, seconds):
     until = time.monotonic() + seconds
     while time.monotonic() < until and runner.poll() is None:
-        if found := kernels(house):
+        if found := kernels(project):
             return found[0]
         time.sleep(0.02)
 
@@ -54,18 +54,18 @@ def end(process):
     process.communicate()
 
 
-def kill_once(house, way, rng):
+def kill_once(project, way, rng):
     """Start the run and kill it in one of the ways, at a seeded moment. A run that ends first was
     quicker than its killer."""
     if way == "rename":
-        p = house.start(
+        p = project.start(
             "run", "--profile", "toy", DIE_AT=f"{rng.randint(1, 40)}{rng.choice(['', '+'])}"
         )
         p.communicate(timeout=120)
         return p.returncode == -signal.SIGKILL
-    p = house.start("run", "--profile", "toy")
+    p = project.start("run", "--profile", "toy")
     if way == "kernel":
-        kernel = wait_for_kernel(house, p, 10)
+        kernel = wait_for_kernel(project, p, 10)
         time.sleep(rng.uniform(0, 1.2))
         if kernel and kernel.is_running():
             try:
@@ -81,7 +81,7 @@ def kill_once(house, way, rng):
         time.sleep(rng.uniform(0.2, 4))
         end(p)
         return p.returncode == -signal.SIGKILL
-    q = house.start("run", "--profile", "toy")
+    q = project.start("run", "--profile", "toy")
     time.sleep(rng.uniform(0.5, 4))
     end(p)
     if way == "both runners":
@@ -95,12 +95,12 @@ def kill_once(house, way, rng):
     return True
 
 
-def only_whole_entries(house):
+def only_whole_entries(project):
     "Every entry under a final name is whole, whatever happened."
     from llmeco_nb.runner.store import Store
 
-    store = Store(house.runs)
-    for entry in house.entries():
+    store = Store(project.runs)
+    for entry in project.entries():
         if entry.suffix in (".partial", ".page"):
             continue
         assert (entry / "manifest.json").is_file(), entry
@@ -109,28 +109,28 @@ def only_whole_entries(house):
 
 @pytest.mark.parametrize("seed", range(SCENARIOS))
 def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):
-    rng, house = random.Random(seed), ToyHouse(tmp_path / "house", machine_json)
+    rng, project = random.Random(seed), ToyProject(tmp_path / "project", machine_json)
     ways = [WAYS[(seed + k) % len(WAYS)] for k in range(KILLS_EACH)]
     for way in ways:
-        kill_once(house, way, rng)
-        only_whole_entries(house)
+        kill_once(project, way, rng)
+        only_whole_entries(project)
         deadline = time.monotonic() + 2
-        while (left := kernels(house)) and time.monotonic() < deadline:
+        while (left := kernels(project)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"{way}: an orphan kernel is still at work: {left}"
         if (
             rng.random() < 0.4
-        ):  # come back to an unfinished house half of the time, to a fresh one otherwise
+        ):  # come back to an unfinished project half of the time, to a fresh one otherwise
             subprocess.run(
-                ["rm", "-rf", *map(str, house.runs.glob("toy-*")), str(house.runs / "store")],
+                ["rm", "-rf", *map(str, project.runs.glob("toy-*")), str(project.runs / "store")],
                 check=True,
             )
     start = time.monotonic()
-    house.run()
+    project.run()
     assert time.monotonic() - start < 60, "a stale lock?"
-    assert set(house.run().values()) == {"current"}
-    assert house.artifacts(max(p.name for p in house.runs.glob("toy-?"))) == undisturbed
-    assert not list((house.runs / "store" / ".locks").glob("*")), "a lock was left behind"
+    assert set(project.run().values()) == {"current"}
+    assert project.artifacts(max(p.name for p in project.runs.glob("toy-?"))) == undisturbed
+    assert not list((project.runs / "store" / ".locks").glob("*")), "a lock was left behind"
 
 
 def test_two_that_start_together_share_a_run(tmp_path, machine_json):
@@ -138,11 +138,11 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):
     meantime."""
     from llmeco_nb.core import lock
 
-    house = ToyHouse(tmp_path / "house", machine_json)
-    house.runs.mkdir(parents=True, exist_ok=True)
-    with lock(house.runs / ".new.lock"):  # held until both stand before it
+    project = ToyProject(tmp_path / "project", machine_json)
+    project.runs.mkdir(parents=True, exist_ok=True)
+    with lock(project.runs / ".new.lock"):  # held until both stand before it
         started, deadline = (
-            [house.start("run", "--profile", "toy") for _ in range(2)],
+            [project.start("run", "--profile", "toy") for _ in range(2)],
             time.monotonic() + 60,
         )
         before = lambda p: any(
@@ -154,7 +154,7 @@ def test_two_that_start_together_share_a_run(tmp_path, machine_json):
     for p in started:
         out, err = p.communicate(timeout=120)
         assert p.returncode == 0, (out, err)
-    assert [f.name for f in house.runs.glob("toy-*")] == ["toy-1"]
+    assert [f.name for f in project.runs.glob("toy-*")] == ["toy-1"]
 
 
 def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):
@@ -162,19 +162,19 @@ def test_a_run_that_is_still_being_made_is_none_yet(tmp_path, machine_json):
     must not take the unfinished one for the newest run."""
     from llmeco_nb.runner.store import Run
 
-    house = ToyHouse(tmp_path / "house", machine_json)
-    house.runs.mkdir(parents=True, exist_ok=True)
-    Run.create(house.runs / "toy-1", "toy").path.rename(house.runs / "toy-1.partial")
-    assert Run.all(house.runs) == []
-    house.run()
-    assert [r.path.name for r in Run.all(house.runs)] == ["toy-2"]
+    project = ToyProject(tmp_path / "project", machine_json)
+    project.runs.mkdir(parents=True, exist_ok=True)
+    Run.create(project.runs / "toy-1", "toy").path.rename(project.runs / "toy-1.partial")
+    assert Run.all(project.runs) == []
+    project.run()
+    assert [r.path.name for r in Run.all(project.runs)] == ["toy-2"]
 
 
 def test_the_killer_kills(tmp_path, machine_json):
     """The crash tests would prove nothing if nobody died: a runner told to die at a rename does,
     before and after it."""
-    house = ToyHouse(tmp_path / "house", machine_json)
+    project = ToyProject(tmp_path / "project", machine_json)
     for at in ("2", "2+", "6"):
-        p = house.start("run", "--profile", "toy", DIE_AT=at)
+        p = project.start("run", "--profile", "toy", DIE_AT=at)
         p.communicate(timeout=120)
         assert p.returncode == -signal.SIGKILL

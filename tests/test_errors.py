@@ -6,15 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from toyhouse import (
+from toy_project import (
     RUNNER,
-    ToyHouse,
+    ToyProject,
 )
 
 
 @pytest.fixture
-def house(tmp_path, machine_json):
-    return ToyHouse(tmp_path / "house", machine_json)
+def project(tmp_path, machine_json):
+    return ToyProject(tmp_path / "project", machine_json)
 
 
 def refused(result, code, *words):
@@ -55,10 +55,10 @@ def refused(result, code, *words):
         (["bench", "nothing"], 2, ["no benchmark nothing"]),
     ],
 )
-def test_names_and_values(house, words, code, said):
-    refused(house.llmeco(*words), code, *said)
-    assert not house.entries(), "nothing was executed"
-    assert not list(house.runs.glob("toy-*")), "a command that is refused makes no run"
+def test_names_and_values(project, words, code, said):
+    refused(project.llmeco(*words), code, *said)
+    assert not project.entries(), "nothing was executed"
+    assert not list(project.runs.glob("toy-*")), "a command that is refused makes no run"
 
 
 TYPOS = [
@@ -72,27 +72,27 @@ TYPOS = [
 ]
 
 
-def test_what_is_refused_leaves_no_trace(house):
+def test_what_is_refused_leaves_no_trace(project):
     "Neither in the run it would have changed, nor as a new run that would count as the newest."
-    house.run()
-    before = (house.runs / "toy-1" / "run.json").read_bytes()
+    project.run()
+    before = (project.runs / "toy-1" / "run.json").read_bytes()
     for k, typo in enumerate(TYPOS):
         more = [[], ["--new-run"], ["--next"]][k % 3]
-        code, _, err = house.llmeco("run", "--profile", "toy", *typo, *more)
+        code, _, err = project.llmeco("run", "--profile", "toy", *typo, *more)
         assert code in (2, 3), (typo, more, err)
-        assert (house.runs / "toy-1" / "run.json").read_bytes() == before, (typo, more)
-        assert [p.name for p in house.runs.glob("toy-*")] == ["toy-1"], (typo, more)
-    only = house.llmeco("run", "--profile", "toy", "--new-run", "--only", "compare")
+        assert (project.runs / "toy-1" / "run.json").read_bytes() == before, (typo, more)
+        assert [p.name for p in project.runs.glob("toy-*")] == ["toy-1"], (typo, more)
+    only = project.llmeco("run", "--profile", "toy", "--new-run", "--only", "compare")
     refused(only, 2, "compare needs train@a, train@b")
-    assert [p.name for p in house.runs.glob("toy-*")] == ["toy-1"]
-    assert set(house.run().values()) == {"current"}
+    assert [p.name for p in project.runs.glob("toy-*")] == ["toy-1"]
+    assert set(project.run().values()) == {"current"}
 
 
 @pytest.mark.parametrize(
     "words, new", [(["run", "--fresh"], "--new-run"), (["prune", "--pretend"], "--dry-run")]
 )
-def test_options_that_were_renamed(house, words, new):
-    refused(house.llmeco(*words), 2, f"{words[1]} is called {new} now")
+def test_options_that_were_renamed(project, words, new):
+    refused(project.llmeco(*words), 2, f"{words[1]} is called {new} now")
 
 
 @pytest.mark.parametrize(
@@ -114,15 +114,15 @@ def test_options_that_were_renamed(house, words, new):
         ),
     ],
 )
-def test_profiles(house, text, said):
-    (house.folder / "nbs" / "profiles" / "toy" / "pipeline.yaml").write_text(text)
-    refused(house.llmeco("run", "--profile", "toy"), 2, *said)
+def test_profiles(project, text, said):
+    (project.folder / "nbs" / "profiles" / "toy" / "pipeline.yaml").write_text(text)
+    refused(project.llmeco("run", "--profile", "toy"), 2, *said)
 
 
-def test_failing_cell_names_itself_and_keeps_the_notebook(house):
-    house.edit("71_make", "record.rewind(rows)", "record.rewind(1 / 0)")
+def test_failing_cell_names_itself_and_keeps_the_notebook(project):
+    project.edit("71_make", "record.rewind(rows)", "record.rewind(1 / 0)")
     err = refused(
-        house.llmeco("run", "--profile", "toy"),
+        project.llmeco("run", "--profile", "toy"),
         5,
         "71_make.ipynb",
         "cell 71-3 (run)",
@@ -130,16 +130,16 @@ def test_failing_cell_names_itself_and_keeps_the_notebook(house):
     )
     kept = err.rstrip().rpartition(" ")[2]
     assert os.path.exists(kept) and "ZeroDivisionError" in open(kept).read()
-    house.edit("71_make", "record.rewind(1 / 0)", "record.rewind(rows)")
-    assert house.run()["make"] == "made"
+    project.edit("71_make", "record.rewind(1 / 0)", "record.rewind(rows)")
+    assert project.run()["make"] == "made"
 
 
-def test_an_output_that_was_promised(house):
-    house.edit(
+def test_an_output_that_was_promised(project):
+    project.edit(
         "72_train", "write_json(record.artifact('model'), dict(total=total + before))", "pass"
     )
     refused(
-        house.llmeco("run", "--profile", "toy"),
+        project.llmeco("run", "--profile", "toy"),
         5,
         "72_train.ipynb promises model and did not write it",
     )
@@ -150,15 +150,15 @@ def test_an_output_that_was_promised(house):
     reason="a small file system can be mounted by root alone",
 )
 @pytest.mark.parametrize("kib", [64, 132, 196])
-def test_full_disk(house, kib):
-    disk = house.folder / "disk"
+def test_full_disk(project, kib):
+    disk = project.folder / "disk"
     disk.mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(disk)], capture_output=True
     ).returncode:
         pytest.skip("no right to mount here")
     try:
-        shutil.copy(house.runs / "machine.json", disk)
+        shutil.copy(project.runs / "machine.json", disk)
         roomy = dict(pause="0.01", n="4000")  # more rows than the disk takes
         words = (
             [
@@ -171,13 +171,13 @@ def test_full_disk(house, kib):
             else ["run", "--profile", "toy"]
         )
         (disk / "ballast").write_bytes(b"x" * (kib - 52) * 1024)
-        refused(house.llmeco(*words, LLMECO_RUNS=str(disk)), 6, "No space left", "LLMECO_RUNS")
+        refused(project.llmeco(*words, LLMECO_RUNS=str(disk)), 6, "No space left", "LLMECO_RUNS")
         assert not [p for p in disk.glob("store/*-*") if p.is_dir() and p.suffix != ".partial"], (
             "nothing whole was made"
         )
         (disk / "ballast").unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        code, out, err = house.llmeco(
+        code, out, err = project.llmeco(
             "run", "--profile", "toy", "-p", "make.n=6", LLMECO_RUNS=str(disk)
         )
         assert code == 0, err  # with room again it carries on
@@ -189,8 +189,8 @@ def test_full_disk(house, kib):
     not shutil.which("setpriv") or os.geteuid() != 0,
     reason="root's rights are dropped with setpriv",
 )
-def test_no_right_to_write(house):
-    house.runs.chmod(0o555)
+def test_no_right_to_write(project):
+    project.runs.chmod(0o555)
     try:
         drop = [
             "setpriv",
@@ -199,11 +199,11 @@ def test_no_right_to_write(house):
         ]  # still root, but file permissions count
         done = subprocess.run(
             [*drop, sys.executable, "-c", RUNNER, "run", "--profile", "toy"],
-            cwd=house.folder,
-            env=house.env(),
+            cwd=project.folder,
+            env=project.env(),
             capture_output=True,
             text=True,
         )
         refused((done.returncode, done.stdout, done.stderr), 6, "Permission denied", "LLMECO_RUNS")
     finally:
-        house.runs.chmod(0o755)
+        project.runs.chmod(0o755)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from toyhouse import (
-    ToyHouse,
+from toy_project import (
+    ToyProject,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,17 +18,17 @@ ALL = ["make", "train@a", "train@b", "compare"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, machine_json):
-    "A toy house with a finished run; tests work on copies of it."
-    house = ToyHouse(tmp_path_factory.mktemp("identity") / "house", machine_json)
-    assert house.run() == dict.fromkeys(ALL, "made")
-    assert house.run() == dict.fromkeys(ALL, "current")
-    return house
+    "A toy project with a finished run; tests work on copies of it."
+    project = ToyProject(tmp_path_factory.mktemp("identity") / "project", machine_json)
+    assert project.run() == dict.fromkeys(ALL, "made")
+    assert project.run() == dict.fromkeys(ALL, "current")
+    return project
 
 
 @pytest.fixture
-def house(finished, tmp_path):
-    copy = object.__new__(ToyHouse)
-    copy.folder, copy.runs = tmp_path / "house", tmp_path / "house" / "runs"
+def project(finished, tmp_path):
+    copy = object.__new__(ToyProject)
+    copy.folder, copy.runs = tmp_path / "project", tmp_path / "project" / "runs"
     shutil.copytree(finished.folder, copy.folder, symlinks=True)
     return copy
 
@@ -130,77 +130,77 @@ TABLE = {
 
 
 @pytest.mark.parametrize("change", TABLE)
-def test_what_runs_again_and_why(house, change):
+def test_what_runs_again_and_why(project, change):
     act, expected, reason = TABLE[change]
-    before = house.artifacts()
-    act(house)
-    said = house.why()
+    before = project.artifacts()
+    act(project)
+    said = project.why()
     if reason:
         assert any(reason in why for _, why in said.values()), said
     else:
         assert all(state == "current" for state, _ in said.values()), said
-    assert house.run() == {**dict.fromkeys(ALL, "current"), **expected}
-    assert house.run() == dict.fromkeys(ALL, "current")
+    assert project.run() == {**dict.fromkeys(ALL, "current"), **expected}
+    assert project.run() == dict.fromkeys(ALL, "current")
     if expected in (NOTHING, PAGE):
-        assert house.artifacts() == before
+        assert project.artifacts() == before
 
 
-def test_a_parameter_on_the_command_line(house):
-    assert house.why("-p", "train@a.factor=7")["train@a"] == ("stale", "parameter factor: 2 → 7")
-    assert house.run("-p", "train@a.factor=7") == {
+def test_a_parameter_on_the_command_line(project):
+    assert project.why("-p", "train@a.factor=7")["train@a"] == ("stale", "parameter factor: 2 → 7")
+    assert project.run("-p", "train@a.factor=7") == {
         "make": "current",
         "train@a": "made",
         "train@b": "current",
         "compare": "made",
     }
-    assert house.run() == dict.fromkeys(ALL, "current")  # it stays with the run
+    assert project.run() == dict.fromkeys(ALL, "current")  # it stays with the run
     # both instances with one value are one and the same work: the store has it already
-    assert house.run("-p", "train.factor=7") == {
+    assert project.run("-p", "train.factor=7") == {
         "make": "current",
         "train@a": "current",
         "train@b": "current",
         "compare": "made",
     }
     assert (
-        house.run("--new-run")["train@a"] == "current"
+        project.run("--new-run")["train@a"] == "current"
     )  # a fresh run starts from the profile's values; the store still has them
 
 
-def test_a_library_version_is_recorded_and_changes_nothing(house):
-    site = house.folder / "llmeco_nb" / "runner" / "machine.py"
+def test_a_library_version_is_recorded_and_changes_nothing(project):
+    site = project.folder / "llmeco_nb" / "runner" / "machine.py"
     # versions() reads installed metadata; a newer papermill is played by a metadata folder that
     # comes first on the path
-    fake = house.folder / "papermill-99.0.dist-info"
+    fake = project.folder / "papermill-99.0.dist-info"
     fake.mkdir()
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: papermill\nVersion: 99.0\n")
-    assert site.exists() and house.run() == dict.fromkeys(ALL, "current")
+    assert site.exists() and project.run() == dict.fromkeys(ALL, "current")
     from llmeco_nb.core import read_json
 
-    assert house.run("--force", "--only", "make")["make"] == "made"
+    assert project.run("--force", "--only", "make")["make"] == "made"
     assert (
-        read_json(house.runs / "toy-1" / "make" / "manifest.json")["versions"]["papermill"]
+        read_json(project.runs / "toy-1" / "make" / "manifest.json")["versions"]["papermill"]
         == "99.0"
     )
 
 
-def test_outside_source_touched_and_changed(house):
-    source = house.folder / "words.txt"
+def test_outside_source_touched_and_changed(project):
+    source = project.folder / "words.txt"
     source.write_text("some words")
-    assert house.run("-p", "make.source=words.txt") == EVERYTHING
+    assert project.run("-p", "make.source=words.txt") == EVERYTHING
     os.utime(source, (1, 1))
-    assert house.run() == dict.fromkeys(ALL, "current")
+    assert project.run() == dict.fromkeys(ALL, "current")
     source.write_text("some other words")
-    assert "source source changed" in house.why()["make"][1]
-    code, _, err = house.llmeco("run", "--profile", "toy")
+    assert "source source changed" in project.why()["make"][1]
+    code, _, err = project.llmeco("run", "--profile", "toy")
     assert code == 8 and "words.txt" in err and "--accept-changed" in err and "Traceback" not in err
-    assert house.run("--accept-changed") == EVERYTHING
+    assert project.run("--accept-changed") == EVERYTHING
     source.write_text("some words")  # the old content again: it is still in the store
-    assert house.run("--accept-changed") == dict.fromkeys(ALL, "current")
+    assert project.run("--accept-changed") == dict.fromkeys(ALL, "current")
 
 
-def test_second_round(house):
-    first = house.artifacts("toy-1")
-    assert house.run("--next") == {
+def test_second_round(project):
+    first = project.artifacts("toy-1")
+    assert project.run("--next") == {
         "make": "current",
         "train@a": "current",
         "train@b": "made",
@@ -208,46 +208,46 @@ def test_second_round(house):
     }
     from llmeco_nb.core import read_json
 
-    second = read_json(house.runs / "toy-2" / "run.json")
+    second = read_json(project.runs / "toy-2" / "run.json")
     assert second["parent"] == "toy-1" and second["round"] == 2
-    assert house.artifacts("toy-1") == first
+    assert project.artifacts("toy-1") == first
     assert (
-        read_json(house.runs / "toy-2" / "train@b" / "model")["total"]
-        == 2 * read_json(house.runs / "toy-1" / "train@b" / "model")["total"]
+        read_json(project.runs / "toy-2" / "train@b" / "model")["total"]
+        == 2 * read_json(project.runs / "toy-1" / "train@b" / "model")["total"]
     )
-    assert house.run() == dict.fromkeys(ALL, "current")  # continues the second round
-    assert (house.runs / "latest").resolve() == (house.runs / "toy-2").resolve()
+    assert project.run() == dict.fromkeys(ALL, "current")  # continues the second round
+    assert (project.runs / "latest").resolve() == (project.runs / "toy-2").resolve()
 
 
-def test_tampered_output_is_made_again_with_a_warning(house):
-    before = house.artifacts()
-    (house.runs / "toy-1" / "make" / "numbers" / "00.txt").write_text("666\n")
-    assert "numbers was changed after it was made" in house.why()["make"][1]
-    code, out, err = house.llmeco("run", "--profile", "toy")
+def test_tampered_output_is_made_again_with_a_warning(project):
+    before = project.artifacts()
+    (project.runs / "toy-1" / "make" / "numbers" / "00.txt").write_text("666\n")
+    assert "numbers was changed after it was made" in project.why()["make"][1]
+    code, out, err = project.llmeco("run", "--profile", "toy")
     assert code == 0 and "numbers is not what it was when it was made" in out
-    assert house.artifacts() == before
+    assert project.artifacts() == before
 
 
-def test_only_from_and_force(house):
-    assert house.run("--only", "train@a") == {"train@a": "current"}
-    assert house.run("--from", "train@b", "--force") == {"train@b": "made", "compare": "made"}
-    assert house.run("--force") == EVERYTHING
+def test_only_from_and_force(project):
+    assert project.run("--only", "train@a") == {"train@a": "current"}
+    assert project.run("--from", "train@b", "--force") == {"train@b": "made", "compare": "made"}
+    assert project.run("--force") == EVERYTHING
 
 
-def test_export_out_of_step_is_refused(house):
-    module = house.folder / "llmeco_nb" / "toys.py"
+def test_export_out_of_step_is_refused(project):
+    module = project.folder / "llmeco_nb" / "toys.py"
     module.write_text(module.read_text().replace("SCALE = 3", "SCALE = 4"))
-    code, _, err = house.llmeco("run", "--profile", "toy")
+    code, _, err = project.llmeco("run", "--profile", "toy")
     assert code == 7 and "70_toys.ipynb" in err and "nbdev_export" in err and "Traceback" not in err
 
 
-def test_plain_papermill_with_a_flat_file(house, tmp_path):
+def test_plain_papermill_with_a_flat_file(project, tmp_path):
     """The notebooks are ordinary papermill notebooks; the profile's flat files are ordinary
     parameter files."""
     import subprocess
     import sys
 
-    numbers = (house.runs / "toy-1" / "make" / "numbers").resolve()
+    numbers = (project.runs / "toy-1" / "make" / "numbers").resolve()
     done = subprocess.run(
         [
             sys.executable,
@@ -264,8 +264,8 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
             "out",
             str(tmp_path / "record"),
         ],
-        cwd=house.folder,
-        env=house.env(),
+        cwd=project.folder,
+        env=project.env(),
         capture_output=True,
         text=True,
     )
@@ -273,7 +273,7 @@ def test_plain_papermill_with_a_flat_file(house, tmp_path):
     from llmeco_nb.core import read_json
 
     assert read_json(tmp_path / "record" / "model") == read_json(
-        house.runs / "toy-1" / "train@b" / "model"
+        project.runs / "toy-1" / "train@b" / "model"
     )
 
 
@@ -283,11 +283,11 @@ KEYS = """
 import json
 from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.identity import Notebook, key_of, show_parts, work_parts
-house, found = StageRegistry.find(), {}
-for path in house.notebooks:
+registry, found = StageRegistry.find(), {}
+for path in registry.notebooks:
     notebook = Notebook.read(path)
-    found[path.stem] = [key_of(work_parts(notebook, house.package, {}, {}, {})), \
-key_of(show_parts(notebook, house.package))]
+    found[path.stem] = [key_of(work_parts(notebook, registry.package, {}, {}, {})), \
+key_of(show_parts(notebook, registry.package))]
 print(json.dumps(found))
 """
 

@@ -249,10 +249,10 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
     code = f"""
 import sys, llmeco_nb
 from llmeco_nb.runner.stages import StageRegistry, read_profile
-house = StageRegistry.find()
-print(llmeco_nb.__file__, llmeco_nb.__version__, house.checkout, len(house.stages))
-for folder in sorted((house.nbs/"profiles").iterdir()): \
-print(folder.name, len(read_profile(house, folder.name)[0]))
+registry = StageRegistry.find()
+print(llmeco_nb.__file__, llmeco_nb.__version__, registry.checkout, len(registry.stages))
+for folder in sorted((registry.nbs/"profiles").iterdir()): \
+print(folder.name, len(read_profile(registry, folder.name)[0]))
 from {script[1]} import {script[2]}
 sys.argv = ["llmeco", "--help"]
 {script[2]}()

@@ -58,10 +58,10 @@ def said(seed: int, n: int = 8) -> str:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def inputs(tmp_path_factory):
     """What a pretraining needs, small and sound: corpus, tokenizer, prose, pieces, an encoder of 24
     tokens."""
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("inputs")
     write_corpus(
         folder / "corpus",
         {
@@ -97,20 +97,20 @@ def house(tmp_path_factory):
     return folder
 
 
-def encoder(house, tmp, **more):
+def encoder(inputs, tmp, **more):
     pretrain(
         create_record(tmp / "run", "pretrain"),
-        house / "corpus",
-        house / "t" / "tokenizer",
+        inputs / "corpus",
+        inputs / "t" / "tokenizer",
         MLMConfig(**QUICK | dict(seq_len=24, max_position_embeddings=32, batch_size=4) | more),
     )
 
 
-def decoder(house, tmp, **more):
+def decoder(inputs, tmp, **more):
     pretrain_causal(
         create_record(tmp / "run", "causal"),
-        house / "prose",
-        house / "pieces",
+        inputs / "prose",
+        inputs / "pieces",
         CausalConfig(**QUICK | dict(context_length=24, batch_size=4, baseline_tokens=0) | more),
     )
 
@@ -120,7 +120,7 @@ def corpus_from(tmp, name: str):
 
 
 def corpus_of(text: bytes, name: str):
-    def work(house, tmp):
+    def work(inputs, tmp):
         (tmp / name).write_bytes(text)
         corpus_from(tmp, name)
 
@@ -128,7 +128,7 @@ def corpus_of(text: bytes, name: str):
 
 
 def prose_of(texts: list[str], corpus="", **more):
-    def work(house, tmp):
+    def work(inputs, tmp):
         (tmp / "own").mkdir()
         for i, t in enumerate(texts):
             (tmp / "own" / f"{i}.txt").write_text(t)
@@ -138,8 +138,8 @@ def prose_of(texts: list[str], corpus="", **more):
     return work
 
 
-def leaking(house, tmp):
-    held = pd.read_parquet(house / "corpus" / "validation.parquet").text.tolist()
+def leaking(inputs, tmp):
+    held = pd.read_parquet(inputs / "corpus" / "validation.parquet").text.tolist()
     words = [
         " ".join(
             random.Random(i).choice(
@@ -151,27 +151,27 @@ def leaking(house, tmp):
     ]
     prose_of(
         [*words, *held[:3]],
-        corpus=house / "corpus",
+        corpus=inputs / "corpus",
         on_leak="stop",
         quality_rules=["mine=none"],
         min_english=0.0,
         validation_size=0,
         test_size=0,
-    )(house, tmp)
+    )(inputs, tmp)
 
 
-def another_model(house, tmp):
+def another_model(inputs, tmp):
     one, other = Optimiser(new_encoder(50, "1x32", 16)), Optimiser(new_encoder(50, "2x32", 16))
     plan = TrainPlan(steps=9)
     save_checkpoint(tmp / "resume", one, TrainState(step=1), identity_of(one, plan))
     load_checkpoint(tmp / "resume", other, identity_of(other, plan))
 
 
-def foreign_folder(house, tmp):
-    load_decoder(house / "e" / "encoder")
+def foreign_folder(inputs, tmp):
+    load_decoder(inputs / "e" / "encoder")
 
 
-def no_tokenizer(house, tmp):
+def no_tokenizer(inputs, tmp):
     save_decoder(new_decoder(60, "1x32", 16), tmp / "nowhere", tmp / "model")
 
 
@@ -179,7 +179,7 @@ BAD = [
     # what, how, error, and what its message must say: the place, what was found, what to do
     (
         "no such source",
-        lambda house, tmp: corpus_from(tmp, "absent.csv"),
+        lambda inputs, tmp: corpus_from(tmp, "absent.csv"),
         MissingError,
         ["absent.csv", "no file or folder"],
     ),
@@ -227,19 +227,19 @@ BAD = [
     ),
     (
         "a vocabulary too small",
-        lambda house, tmp: train_wordpiece([said(1)], 9),
+        lambda inputs, tmp: train_wordpiece([said(1)], 9),
         UsageError,
         ["vocab_size is 9", "letters", "Raise vocab_size"],
     ),
     (
         "pieces too few",
-        lambda house, tmp: train_tokenizer("bpe", [said(1)], 100),
+        lambda inputs, tmp: train_tokenizer("bpe", [said(1)], 100),
         UsageError,
         ["vocab_size is 100", "260", "Give more"],
     ),
     (
         "an encoder's rows too long",
-        lambda house, tmp: encoder(house, tmp, seq_len=64),
+        lambda inputs, tmp: encoder(inputs, tmp, seq_len=64),
         UsageError,
         [
             "seq_len is 64",
@@ -249,11 +249,11 @@ BAD = [
     ),
     (
         "a next-sentence row too long",
-        lambda house, tmp: pretrain_nsp(
+        lambda inputs, tmp: pretrain_nsp(
             create_record(tmp / "run", "nsp"),
-            house / "corpus",
-            house / "t" / "tokenizer",
-            house / "e" / "encoder",
+            inputs / "corpus",
+            inputs / "t" / "tokenizer",
+            inputs / "e" / "encoder",
             NSPConfig(seq_len=32, steps=2),
         ),
         UsageError,
@@ -261,25 +261,25 @@ BAD = [
     ),
     (
         "a decoder's row too long",
-        lambda house, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)),
+        lambda inputs, tmp: new_decoder(60, "1x32", 16)(torch.zeros(1, 17, dtype=torch.long)),
         DataError,
         ["17 tokens", "context is 16", "Cut the rows, or make it with a longer context"],
     ),
     (
         "a row longer than all text",
-        lambda house, tmp: encoder(house, tmp, seq_len=4000, max_position_embeddings=4000),
+        lambda inputs, tmp: encoder(inputs, tmp, seq_len=4000, max_position_embeddings=4000),
         DataError,
         ["do not fill a single row of 4000", "Take more texts, or lower seq_len"],
     ),
     (
         "a batch of nothing",
-        lambda house, tmp: encoder(house, tmp, batch_size=0),
+        lambda inputs, tmp: encoder(inputs, tmp, batch_size=0),
         UsageError,
         [r"batch_size is 0", "greater than 0"],
     ),
     (
         "an encoder's batch too large",
-        lambda house, tmp: encoder(house, tmp, batch_size=4096),
+        lambda inputs, tmp: encoder(inputs, tmp, batch_size=4096),
         UsageError,
         [
             "batch of 4096 rows",
@@ -291,7 +291,7 @@ BAD = [
     ),
     (
         "a decoder's batch too large",
-        lambda house, tmp: decoder(house, tmp, batch_size=4096),
+        lambda inputs, tmp: decoder(inputs, tmp, batch_size=4096),
         UsageError,
         [
             "batch of 4096 rows",
@@ -321,10 +321,10 @@ BAD = [
     ),
     (
         "a folder that is no corpus",
-        lambda house, tmp: pretrain(
+        lambda inputs, tmp: pretrain(
             create_record(tmp / "run", "pretrain"),
-            house / "pieces",
-            house / "t" / "tokenizer",
+            inputs / "pieces",
+            inputs / "t" / "tokenizer",
             MLMConfig(**QUICK, batch_size=16),
         ),
         MissingError,
@@ -332,13 +332,13 @@ BAD = [
     ),
     (
         "an earlier run that is none",
-        lambda house, tmp: encoder(house, tmp, previous_runs=[str(tmp / "old")]),
+        lambda inputs, tmp: encoder(inputs, tmp, previous_runs=[str(tmp / "old")]),
         MissingError,
         ["previous_runs names", "old", "forecast.json"],
     ),
     (
         "an earlier run of another recipe",
-        lambda house, tmp: encoder(house, tmp, previous_runs=[str(house / "e")]),
+        lambda inputs, tmp: encoder(inputs, tmp, previous_runs=[str(inputs / "e")]),
         UsageError,
         ["previous_runs names", "max_position_embeddings is 24 there and 32 here", "Leave it out"],
     ),
@@ -357,14 +357,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("work,error,parts", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input_is_a_clear_error(work, error, parts, house, tmp_path, monkeypatch):
+def test_bad_input_is_a_clear_error(work, error, parts, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         llmeco_nb.training.plan,
         "memory_budget",
         lambda model, optimiser: (2**24, "set for this test"),
     )  # 16 MiB: enough for batches of four
     with pytest.raises(LlmecoError) as e:
-        work(house, tmp_path)
+        work(inputs, tmp_path)
     assert type(e.value) is error
     for part in parts:
         assert re.search(part, str(e.value)), f"{part!r} is not in: {e.value}"
@@ -395,7 +395,7 @@ def test_a_vocabulary_larger_than_the_data_gives_is_said(train, enough):
         train([said(i) for i in range(20)], enough)
 
 
-def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, monkeypatch):
+def test_no_large_batch_is_made_to_find_that_it_does_not_fit(inputs, tmp_path, monkeypatch):
     """The refusal names a batch that was within the limit, and nothing larger than a few rows was
     made before it."""
     made, masked = [], llmeco_nb.pretraining.masking.masked_batch
@@ -410,7 +410,7 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
         lambda model, optimiser: (2**23, "set for this test"),
     )
     with pytest.raises(UsageError) as e:
-        encoder(house, tmp_path, batch_size=512)
+        encoder(inputs, tmp_path, batch_size=512)
     largest, rows, instead, times = map(
         int,
         re.search(
@@ -426,15 +426,15 @@ def test_no_large_batch_is_made_to_find_that_it_does_not_fit(house, tmp_path, mo
         and not (tmp_path / "run.plan.json").exists()
     )
     encoder(
-        house, tmp_path, batch_size=instead, grad_accum_steps=times, steps=1
+        inputs, tmp_path, batch_size=instead, grad_accum_steps=times, steps=1
     )  # the advice can be followed
     assert read_json(tmp_path / "run" / "forecast.json")["came"]["bytes"] <= 2**23
 
 
-def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, killed_at):
+def test_a_damaged_checkpoint_of_a_stage_is_named(inputs, tmp_path, killed_at):
     """Killed in the middle, one byte of its checkpoint turned: the next attempt says which file,
     and what to remove."""
-    killed_at(4, lambda: encoder(house, tmp_path))
+    killed_at(4, lambda: encoder(inputs, tmp_path))
     folder = tmp_path / "run" / "resume" / "pretrain"
     file = folder / f"{read_json(folder / 'checkpoint.json')['slot']}.safetensors"
     data = bytearray(file.read_bytes())
@@ -447,9 +447,9 @@ def test_a_damaged_checkpoint_of_a_stage_is_named(house, tmp_path, killed_at):
             "to begin anew"
         ),
     ):
-        encoder(house, tmp_path)
+        encoder(inputs, tmp_path)
     for f in folder.iterdir():
         f.unlink()
     folder.rmdir()
-    encoder(house, tmp_path)  # what was advised works
+    encoder(inputs, tmp_path)  # what was advised works
     assert np.isfinite(read_json(tmp_path / "run" / "metrics.json")["validation_loss"])

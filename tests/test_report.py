@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
-from toyhouse import (
-    ToyHouse,
+from toy_project import (
+    ToyProject,
 )
 
 from llmeco_nb.runner.identity import Package
@@ -165,10 +165,10 @@ def check_pages(folder: Path) -> dict[str, Html]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, machine_json):
-    """Two rounds of a toy house whose stages show what pages must cope with: formulas, figures,
+    """Two rounds of a toy project whose stages show what pages must cope with: formulas, figures,
     tables, rude HTML, links."""
-    house = ToyHouse(tmp_path_factory.mktemp("report") / "house", machine_json)
-    file = house.folder / "nbs" / "71_make.ipynb"
+    project = ToyProject(tmp_path_factory.mktemp("report") / "project", machine_json)
+    file = project.folder / "nbs" / "71_make.ipynb"
     nb = json.loads(file.read_text())
     nb["cells"][0]["source"] += (
         "\n\n"
@@ -214,7 +214,7 @@ def finished(tmp_path_factory, machine_json):
         ),
     ]
     file.write_text(json.dumps(nb))
-    house.edit(
+    project.edit(
         "73_compare",
         (
             "write_json(record.artifact('table'), "
@@ -228,55 +228,55 @@ def finished(tmp_path_factory, machine_json):
     )
     with pytest.MonkeyPatch.context() as outside:
         outside.delenv("MPLBACKEND", raising=False)  # figures shall appear in the notebook
-        house.run()
-        house.run("--next")
-    return house
+        project.run()
+        project.run("--next")
+    return project
 
 
 @pytest.fixture
-def house(finished, tmp_path, monkeypatch):
-    copy = object.__new__(ToyHouse)
-    copy.folder, copy.runs = tmp_path / "house", tmp_path / "house" / "runs"
+def project(finished, tmp_path, monkeypatch):
+    copy = object.__new__(ToyProject)
+    copy.folder, copy.runs = tmp_path / "project", tmp_path / "project" / "runs"
     shutil.copytree(finished.folder, copy.folder, symlinks=True)
     monkeypatch.setenv("LLMECO_RUNS", str(copy.runs))
     return copy
 
 
-def report(house, run="toy-2"):
+def report(project, run="toy-2"):
     "Render a run's report; ({file: page}, {file: text})."
-    where = StageRegistry(house.folder / "nbs", Package(house.folder / "llmeco_nb"), False)
-    index = render_report(Pipeline(where, Run(house.runs / run)))
-    assert index == house.runs / run / "report" / "index.html"
+    where = StageRegistry(project.folder / "nbs", Package(project.folder / "llmeco_nb"), False)
+    index = render_report(Pipeline(where, Run(project.runs / run)))
+    assert index == project.runs / run / "report" / "index.html"
     return check_pages(index.parent), {
         f.name: f.read_text(encoding="utf-8") for f in index.parent.glob("*.html")
     }
 
 
-def test_report_is_whole_and_needs_no_network(house):
-    pages, text = report(house)
+def test_report_is_whole_and_needs_no_network(project):
+    pages, text = report(project)
     assert set(pages) == {"index.html", "make.html", "train-a.html", "train-b.html", "compare.html"}
-    assert not list((house.runs / "toy-2").glob("report.*"))
+    assert not list((project.runs / "toy-2").glob("report.*"))
     for name in ("make", "train@a", "train@b", "compare"):
         assert any(
             t == "a" and a.get("href") == name.replace("@", "-") + ".html"
             for t, a in pages["index.html"].tags
         )
-    again, _ = report(house)
+    again, _ = report(project)
     assert set(again) == set(pages)
 
 
-def test_report_can_be_moved(house, tmp_path):
-    report(house)
-    shutil.move(house.runs / "toy-2" / "report", tmp_path / "elsewhere")
-    shutil.rmtree(house.folder)
+def test_report_can_be_moved(project, tmp_path):
+    report(project)
+    shutil.move(project.runs / "toy-2" / "report", tmp_path / "elsewhere")
+    shutil.rmtree(project.folder)
     check_pages(tmp_path / "elsewhere")
 
 
-def test_front_page_says_what_came_out(house):
-    _, text = report(house)
+def test_front_page_says_what_came_out(project):
+    _, text = report(project)
     front = text["index.html"]
     metrics = {
-        name: json.loads((house.runs / "toy-2" / name / "metrics.json").read_text())
+        name: json.loads((project.runs / "toy-2" / name / "metrics.json").read_text())
         for name in ("make", "train@a", "train@b")
     }
     assert (
@@ -293,7 +293,7 @@ def test_front_page_says_what_came_out(house):
     assert (
         "parent/train@b" in front and '<h2 id="against-the-round-before">' in front
     )  # train@b adds what the round before gave
-    before = json.loads((house.runs / "toy-1" / "train@b" / "metrics.json").read_text())["total"]
+    before = json.loads((project.runs / "toy-1" / "train@b" / "metrics.json").read_text())["total"]
     assert (
         f'<td class="num">{before}</td><td class="num">{metrics["train@b"]["total"]}</td>'
         f'<td class="num">+{metrics["train@b"]["total"] - before}</td>'
@@ -301,11 +301,11 @@ def test_front_page_says_what_came_out(house):
     assert front.count('class="meter') == 8 and "<b>value</b> over step" in front
 
 
-def test_stage_page_says_from_what_and_how(house):
-    pages, text = report(house)
+def test_stage_page_says_from_what_and_how(project):
+    pages, text = report(project)
     page, manifest = (
         text["train-b.html"],
-        json.loads((house.runs / "toy-2" / "train@b" / "manifest.json").read_text()),
+        json.loads((project.runs / "toy-2" / "train@b" / "manifest.json").read_text()),
     )
     assert '<code>factor</code></td><td class="num"><b>5</b>' in page or "<b>5</b>" in page
     assert (
@@ -321,11 +321,11 @@ def test_stage_page_says_from_what_and_how(house):
     assert 'to <a href="compare.html">compare</a>' in page
 
 
-def test_prose_outputs_and_formulas_are_joined(house):
-    pages, text = report(house)
+def test_prose_outputs_and_formulas_are_joined(project):
+    pages, text = report(project)
     page, total = (
         text["make.html"],
-        json.loads((house.runs / "toy-2" / "make" / "metrics.json").read_text())["total"],
+        json.loads((project.runs / "toy-2" / "make" / "metrics.json").read_text())["total"],
     )
     assert f"the sum is {total}" in page and f"<strong>{total}</strong> in all" in page
     assert page.count("<math") == 3 and "\\frac" not in page and "<mfrac>" in page
@@ -339,37 +339,37 @@ def test_prose_outputs_and_formulas_are_joined(house):
     assert 'href="train-a.html">Train</a>' in page and "<span>elsewhere</span>" in page
 
 
-def test_changed_prose_appears_without_a_rerun(house):
-    _, before = report(house)
+def test_changed_prose_appears_without_a_rerun(project):
+    _, before = report(project)
     entries = {
         p: p.stat().st_mtime_ns
-        for p in (house.runs / "store").rglob("*")
+        for p in (project.runs / "store").rglob("*")
         if p.is_file() and p.name != ".seen.json"
     }
-    house.edit("71_make", "Writes numbers", "Puts down numbers")
-    _, after = report(house)
+    project.edit("71_make", "Writes numbers", "Puts down numbers")
+    _, after = report(project)
     assert (
         "Writes numbers" in before["make.html"]
         and "Puts down numbers" in after["make.html"]
         and "Writes numbers" not in after["make.html"]
     )
-    total = json.loads((house.runs / "toy-2" / "make" / "metrics.json").read_text())["total"]
+    total = json.loads((project.runs / "toy-2" / "make" / "metrics.json").read_text())["total"]
     assert f"the sum is {total}" in after["make.html"] and "all current" in after["index.html"]
     assert entries == {
         p: p.stat().st_mtime_ns
-        for p in (house.runs / "store").rglob("*")
+        for p in (project.runs / "store").rglob("*")
         if p.is_file() and p.name != ".seen.json"
     }
 
 
-def test_a_changed_cell_is_shown_as_it_ran(house):
-    house.edit(
+def test_a_changed_cell_is_shown_as_it_ran(project):
+    project.edit(
         "71_make",
         "caption(open_record(out, 'make').metrics['total'])",
         "caption(2 * open_record(out, 'make').metrics['total'])",
     )
-    house.edit("72_train", "total + before))", "total - before))")
-    _, text = report(house)
+    project.edit("72_train", "total + before))", "total - before))")
+    _, text = report(project)
     assert (
         "This cell has changed since the run" in text["make.html"]
         and "the sum is" in text["make.html"]
@@ -378,17 +378,17 @@ def test_a_changed_cell_is_shown_as_it_ran(house):
     assert "Not current: " in text["train-b.html"] and "not current" in text["index.html"]
 
 
-def test_an_unfinished_run_has_a_report_too(house):
-    run = Run(house.runs / "toy-2")
+def test_an_unfinished_run_has_a_report_too(project):
+    run = Run(project.runs / "toy-2")
     run.update(lambda info: info["instances"].pop("compare"))
-    pages, text = report(house)
+    pages, text = report(project)
     assert (
         "has not been made in this run yet" in text["compare.html"]
         and "<b>3</b> of 4 stages made" in text["index.html"]
     )
 
 
-def test_the_command_says_where_the_report_is(house):
+def test_the_command_says_where_the_report_is(project):
     "From the terminal, in a checkout that has the report's chapter."
     for module in (
         "site.style",
@@ -404,8 +404,8 @@ def test_the_command_says_where_the_report_is(house):
         "stats.significance",
         "stats.metrics",
     ):
-        house.bring(module)
-    code, out, err = house.llmeco("report", "--profile", "toy")
+        project.bring(module)
+    code, out, err = project.llmeco("report", "--profile", "toy")
     assert code == 0 and "Report: runs/toy-2/report/index.html" in out, err
 
 
@@ -585,19 +585,19 @@ def test_comparison_says_what_was_claimed():
     assert accuracy_picture([dict(row, model="a")]).count("<circle") == 1
 
 
-def test_parameters_stand_in_their_columns(house):
+def test_parameters_stand_in_their_columns(project):
     "The value with who set it; the default alone."
-    _, text = report(house)
+    _, text = report(project)
     assert (
         '<b>5</b> <span class="quiet">(by the profile)</span></td><td class="num">2</td>'
         in text["train-b.html"]
     )
 
 
-def test_pages_follow_the_chapters_numbers(house):
+def test_pages_follow_the_chapters_numbers(project):
     """In the list of pages and when turning from one to the next; the last page leads back on the
     left."""
-    _, text = report(house)
+    _, text = report(project)
     order = ["make.html", "train-a.html", "train-b.html", "compare.html"]
     side = re.findall(
         r'<li><a href="([\w-]+\.html)"', text["index.html"].split('<nav class="side"')[1]

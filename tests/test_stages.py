@@ -10,26 +10,26 @@ from llmeco_nb.runner.stages import StageRegistry, read_profile, read_yaml
 
 
 @pytest.fixture(scope="module")
-def house():
+def registry():
     return StageRegistry.find()
 
 
-def profile_of(house, folder, **files):
+def profile_of(registry, folder, **files):
     "The stage `data` of a profile that has it alone, with the given texts as its YAML files."
     (folder / "p").mkdir(exist_ok=True)
     for name, text in {"pipeline": "stages:\n  data:\n", **files}.items():
         (folder / "p" / f"{name}.yaml").write_text(text)
-    return read_profile(house, str(folder / "p"))[0][0]
+    return read_profile(registry, str(folder / "p"))[0][0]
 
 
-def test_columns_named_on_and_no(house, tmp_path):
+def test_columns_named_on_and_no(registry, tmp_path):
     "In a profile's file and in a file given with -f, down to the corpus."
-    one = profile_of(house, tmp_path, data="text_column: on\nlabel_column: no\n")
+    one = profile_of(registry, tmp_path, data="text_column: on\nlabel_column: no\n")
     assert (one.values["text_column"], one.values["label_column"]) == ("on", "no")
     (tmp_path / "norway.yaml").write_text("data:\n  text_column: on\n  label_column: no\n")
     given = parse_settings([], [tmp_path / "norway.yaml"])
     assert given == [("data", "text_column", "on"), ("data", "label_column", "no")]
-    other = profile_of(house, tmp_path, data="")
+    other = profile_of(registry, tmp_path, data="")
     for _, name, value in given:
         other.set({name: value}, "-f")
     assert other.values == one.values
@@ -69,14 +69,16 @@ words = [
 
 
 @pytest.mark.parametrize("word", words)
-def test_a_text_is_what_was_written(house, tmp_path, word):
+def test_a_text_is_what_was_written(registry, tmp_path, word):
     "As a value, in a list, as a key, and in quotes."
     (tmp_path / "a.yaml").write_text(f"value: {word}\nlist: [{word}, '{word}']\n{word}: here\n")
     read = read_yaml(tmp_path / "a.yaml")
     assert read == {"value": word, "list": [word, word], word: "here"}
     assert Parameter("x", "str", "").coerce(read["value"]) == word
     assert Parameter("x", "list[str]", []).coerce(read["list"]) == [word, word]
-    assert profile_of(house, tmp_path, data=f"text_column: {word}\n").values["text_column"] == word
+    assert (
+        profile_of(registry, tmp_path, data=f"text_column: {word}\n").values["text_column"] == word
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,33 +29,35 @@ from .stages import Instance, StageRegistry
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #be702c29
 def benchmarks(
-    house: StageRegistry,  # Whose notebooks are looked through
+    registry: StageRegistry,  # Whose notebooks are looked through
 ) -> dict[str, Path]:
     "Name -> notebook of every benchmark."
-    return {m[1]: p for p in house.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))}
+    return {
+        m[1]: p for p in registry.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))
+    }
 
 
 def code_key(
-    house: StageRegistry,  # Its package is followed to the functions the run cells reach
+    registry: StageRegistry,  # Its package is followed to the functions the run cells reach
     notebook: Notebook,  # A benchmark's
 ) -> str:
     "Key of a benchmark's code alone, whatever its parameters: what a kept record is stale against."
-    return key_of(work_parts(notebook, house.package, {}, {}, {}))
+    return key_of(work_parts(notebook, registry.package, {}, {}, {}))
 
 
 def run_benchmark(
-    house: StageRegistry,  # Where the benchmark's notebook and package are
+    registry: StageRegistry,  # Where the benchmark's notebook and package are
     name: str,  # A key of `benchmarks`, such as augment
     settings: dict,  # Parameters to change, such as level, data, peer
     watching=lambda watch: None,  # Given the monitor of the kernel that starts
 ) -> Path:
     """Run a benchmark into runs/bench/<name>, replacing the former result when the new one is
     whole. Raises `UsageError`."""
-    if name not in benchmarks(house):
+    if name not in benchmarks(registry):
         raise UsageError(
-            f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(house))}"
+            f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(registry))}"
         )
-    one = Instance(name, Notebook.read(benchmarks(house)[name]))
+    one = Instance(name, Notebook.read(benchmarks(registry)[name]))
     one.values = {k: p.default for k, p in one.parameters.items()}
     one.set(settings, "llmeco bench")
     final = runs_dir() / "bench" / name
@@ -68,7 +70,7 @@ def run_benchmark(
         plan, asked, key = (
             final.with_name(name + ".plan.json"),
             final.with_name(name + ".asked.json"),
-            code_key(house, one.notebook),
+            code_key(registry, one.notebook),
         )
         # an interrupted run with other parameters left parts that are none of this one
         if asked.exists() and read_json(asked) != one.values:
@@ -121,12 +123,12 @@ def run_benchmark(
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #01fa7bdb
 def keep_record(
-    house: StageRegistry,  # A checkout; its nbs/records takes the file
+    registry: StageRegistry,  # A checkout; its nbs/records takes the file
     result: Path,  # Folder of a finished run, as `run_benchmark` returns it
 ) -> Path:
     """Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON
     artifacts, plan, machine, key."""
-    if not house.checkout:
+    if not registry.checkout:
         raise UsageError(
             "Records are kept in a checkout of the project; this is an installed package."
         )
@@ -134,8 +136,8 @@ def keep_record(
     rows = (
         (result / "log.jsonl").read_text().splitlines() if (result / "log.jsonl").exists() else []
     )
-    (house.nbs / "records").mkdir(exist_ok=True)
-    target = house.nbs / "records" / f"{m['benchmark']}.json"
+    (registry.nbs / "records").mkdir(exist_ok=True)
+    target = registry.nbs / "records" / f"{m['benchmark']}.json"
     beside = {
         f.name: read_json(f)
         for f in sorted(result.glob("*.json"))
@@ -160,15 +162,15 @@ def keep_record(
 
 
 def kept_record(
-    house: StageRegistry,  # Where records are kept, in nbs/records
+    registry: StageRegistry,  # Where records are kept, in nbs/records
     notebook: Path,  # Path of any notebook
 ) -> Path | None:
     "The file of a benchmark's kept record; None for other notebooks, and where none is kept."
     return next(
         (
             file
-            for name, p in benchmarks(house).items()
-            if p == notebook and (file := house.nbs / "records" / f"{name}.json").exists()
+            for name, p in benchmarks(registry).items()
+            if p == notebook and (file := registry.nbs / "records" / f"{name}.json").exists()
         ),
         None,
     )
@@ -192,27 +194,27 @@ def restore_record(
 
 
 def is_stale(
-    house: StageRegistry,  # Where today's benchmarks are
+    registry: StageRegistry,  # Where today's benchmarks are
     file: Path,  # A kept record, nbs/records/<name>.json
 ) -> bool:
     "Whether the benchmark of a kept record has changed since, or is gone."
-    notebook = benchmarks(house).get(file.stem)
-    return not notebook or read_json(file)["key"] != code_key(house, Notebook.read(notebook))
+    notebook = benchmarks(registry).get(file.stem)
+    return not notebook or read_json(file)["key"] != code_key(registry, Notebook.read(notebook))
 
 
 def quote(
     name: str,  # A benchmark's, as its record's file is called
     metric: str,  # Key of the record's metrics
     digits: int = 3,  # Decimals of a float; other values stand as they are
-    house: StageRegistry | None = None,  # Where records are kept; None: checkout or package
+    registry: StageRegistry | None = None,  # Where records are kept; None: checkout or package
     times: float = 1,  # Factor of a float, such as 100 for percent
 ) -> str:
     """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
     has changed since; 'not measured' if there is none."""
-    house = house or StageRegistry.find()
-    file = house.nbs / "records" / f"{name}.json"
+    registry = registry or StageRegistry.find()
+    file = registry.nbs / "records" / f"{name}.json"
     if not file.exists() or metric not in read_json(file)["metrics"]:
         return "not measured"
     value = read_json(file)["metrics"][metric]
     shown = f"{times * value:.{digits}f}" if isinstance(value, float) else str(value)
-    return f"{shown} (stale)" if is_stale(house, file) else shown
+    return f"{shown} (stale)" if is_stale(registry, file) else shown

@@ -20,21 +20,21 @@ from .store import Run
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #4d48d7eb
 def findings(
-    house: StageRegistry,  # The notebooks and package to check
+    registry: StageRegistry,  # The notebooks and package to check
     runs: Path,  # Folder of all runs; made if it is not there
 ):
     "Yield (what was looked at, whether it is well, what was found) one after the other."
     yield "Python", sys.version_info >= (3, 11), sys.version.split()[0]
     yield from _libraries()
-    yield "notebooks", True, f"{len(house.stages)} stages in {house.nbs}"
-    behind = house.out_of_step()
+    yield "notebooks", True, f"{len(registry.stages)} stages in {registry.nbs}"
+    behind = registry.out_of_step()
     yield (
         "export",
         not behind,
         f"out of step: {', '.join(behind)}; run nbdev_export"
         if behind
         else "in step"
-        if house.checkout
+        if registry.checkout
         else "installed package",
     )
     try:

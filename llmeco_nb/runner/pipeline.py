@@ -28,7 +28,7 @@ from .store import Run, Store, new_run_info
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #200d5a65
 def open_run(
-    house: StageRegistry,  # Where the profile and its stages' notebooks are
+    registry: StageRegistry,  # Where the profile and its stages' notebooks are
     profile: str,  # Name of a profile, or the path of its folder
     path: str | None = None,  # Folder of the run; None for the newest of the profile
     next_round: bool = False,  # Start a new run whose parent is the current one
@@ -51,7 +51,7 @@ def open_run(
         raise MissingError(
             f"There is no run of the profile {profile} in {runs}. Start one with {start_hint}."
         )
-    instances, spec = read_profile(house, profile)
+    instances, spec = read_profile(registry, profile)
 
     def freeze(folder: Path):
         for name, function in (spec.get("snapshots") or {}).items():
@@ -140,9 +140,9 @@ class StageStatus:
 class Pipeline:
     "A profile, a run and a store: looks at instances and makes them."
 
-    def __init__(self, house: StageRegistry, run: Run, accept_changed: bool = False):
-        self.house, self.run, self.accept_changed = house, run, accept_changed
-        self.instances, self.spec = read_profile(house, run["profile"])
+    def __init__(self, registry: StageRegistry, run: Run, accept_changed: bool = False):
+        self.registry, self.run, self.accept_changed = registry, run, accept_changed
+        self.instances, self.spec = read_profile(registry, run["profile"])
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
@@ -239,7 +239,7 @@ class Pipeline:
         }
         parts = work_parts(
             one.notebook,
-            self.house.package,
+            self.registry.package,
             one.result_values,
             hashes,
             self.revisions(one) if revisions is None else revisions,
@@ -248,7 +248,7 @@ class Pipeline:
             "missing",
             ["never run"],
             parts,
-            show_parts(one.notebook, self.house.package),
+            show_parts(one.notebook, self.registry.package),
             key_of(parts),
             self.store.find(one.stage, key_of(parts)),
             inputs,

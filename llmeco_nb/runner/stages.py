@@ -29,7 +29,7 @@ class StageRegistry:
 
     @classmethod
     def find(cls) -> "StageRegistry":
-        "The house this package belongs to. Raises `MissingError` if its notebooks are gone."
+        "The registry of this package's project. Raises `MissingError` without its notebooks."
         folder = Path(llmeco_nb.__file__).parent
         beside = (folder.parent / "nbs").is_dir() and (folder.parent / "settings.ini").is_file()
         nbs = folder.parent / "nbs" if beside else folder / "nbs"
@@ -293,34 +293,34 @@ def read_yaml(path: Path) -> dict:
     return found
 
 
-def profile_folder(house: StageRegistry, profile: str) -> Path:
-    "The folder of a profile of `house` by name or path. Raises `UsageError` with the known names."
-    for folder in (house.nbs / "profiles" / profile, Path(profile)):
+def profile_folder(registry: StageRegistry, profile: str) -> Path:
+    "The folder of a profile of `registry` by name or path. Raises `UsageError`."
+    for folder in (registry.nbs / "profiles" / profile, Path(profile)):
         if (folder / "pipeline.yaml").is_file():
             return folder
     raise UsageError(
         f"There is no profile {profile}. "
         f"""{
             unknown_name_hint(
-                profile, [p.parent.name for p in house.nbs.glob("profiles/*/pipeline.yaml")]
+                profile, [p.parent.name for p in registry.nbs.glob("profiles/*/pipeline.yaml")]
             )
         }"""
     )
 
 
-def read_profile(house: StageRegistry, profile: str) -> tuple[list[Instance], dict]:
-    """The instances of a profile of `house`, given by name or path, in the order they can run, and
-    the rest of its pipeline.yaml (`profile` as for `profile_folder`). Raises `UsageError`."""
-    folder = profile_folder(house, profile)
+def read_profile(registry: StageRegistry, profile: str) -> tuple[list[Instance], dict]:
+    """The instances of a profile of `registry`, given by name or path, in the order they can run,
+    and the rest of its pipeline.yaml (`profile` as for `profile_folder`). Raises `UsageError`."""
+    folder = profile_folder(registry, profile)
     spec, file = read_yaml(folder / "pipeline.yaml"), folder / "pipeline.yaml"
     made: dict[str, Instance] = {}
     for name, wires in (spec.pop("stages", None) or {}).items():
         stage = name.partition("@")[0]
-        if stage not in house.stages:
+        if stage not in registry.stages:
             raise UsageError(
-                f"{file}: there is no stage {stage}. {unknown_name_hint(stage, house.stages)}"
+                f"{file}: there is no stage {stage}. {unknown_name_hint(stage, registry.stages)}"
             )
-        one = made[name] = Instance(name, house.stages[stage])
+        one = made[name] = Instance(name, registry.stages[stage])
         one.values = {k: p.default for k, p in one.parameters.items()}
         for f in dict.fromkeys((f"{stage}.yaml", f"{name}.yaml")):
             if (folder / f).is_file():

@@ -75,10 +75,10 @@ class Chapter:
         return int(self.number[0]) if self.number else None
 
 
-def chapters(house: StageRegistry) -> list[Chapter]:
-    "All notebooks of `house` but the front page, guides first, then by number."
+def chapters(registry: StageRegistry) -> list[Chapter]:
+    "All notebooks of `registry` but the front page, guides first, then by number."
     found = []
-    for path in house.notebooks:
+    for path in registry.notebooks:
         if path.name == "index.ipynb":
             continue
         nb = read_json(path)
@@ -107,18 +107,18 @@ def chapters(house: StageRegistry) -> list[Chapter]:
 
 
 def chapter_map(
-    house: StageRegistry,  # Whose chapters
+    registry: StageRegistry,  # Whose chapters
     folder: str = "",  # Put before every link
 ) -> str:
     """The stages of life as a Markdown table: how many chapters each has, its first and last, and a
     link to the folder that holds them all."""
-    known = chapters(house)
+    known = chapters(registry)
     lines = ["| | stage of life | chapters |", "|---|---|---|"]
     for decade, name in decades.items():
         found = [c for c in known if c.decade == decade]
         if not found:
             continue
-        paths = [folder + c.path.relative_to(house.nbs).as_posix() for c in found]
+        paths = [folder + c.path.relative_to(registry.nbs).as_posix() for c in found]
         ends = f"[{found[0].title}]({paths[0]})"
         if len(found) > 1:
             ends += f" to [{found[-1].title}]({paths[-1]})"
@@ -135,10 +135,10 @@ def not_executable(source: str, flags: tuple[str, ...] = ("gpu", "hub", "docker"
     )
 
 
-def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
+def executed_notebook(registry: StageRegistry, path: Path) -> dict | None:
     """The notebook at `path` as `execute_notebook` has executed it, if nothing has changed since,
-    neither in its code (cells and what they reach in `house`) nor in a benchmark's record."""
-    found, file = kept_lessons(path, house.package), kept_record(house, path)
+    neither in its code (cells and what they reach in `registry`) nor in a benchmark's record."""
+    found, file = kept_lessons(path, registry.package), kept_record(registry, path)
     return (
         found
         if found and found["metadata"].get("llmeco_record") == (sha256_of(file) if file else None)
@@ -146,23 +146,23 @@ def executed_notebook(house: StageRegistry, path: Path) -> dict | None:
     )
 
 
-def execute_notebook(house: StageRegistry, path: Path) -> str:
-    """Execute the notebook at `path`, one of `house`, at its defaults, or the show cells of a
+def execute_notebook(registry: StageRegistry, path: Path) -> str:
+    """Execute the notebook at `path`, one of `registry`, at its defaults, or the show cells of a
     benchmark on its kept record, unless it is kept already; returns what went wrong, or ''."""
     nbformat = import_nbformat()
-    if executed_notebook(house, path):
+    if executed_notebook(registry, path):
         return ""
     folder = runs_dir() / "lessons"
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / f".{path.stem}.lock"):
         nb = nbformat.read(path, 4)
-        key = lesson_key(nb, house.package)
+        key = lesson_key(nb, registry.package)
         for c in nb.cells:
             if c.cell_type == "code":
                 c.metadata["tags"] = [
                     t for t in c.metadata.get("tags", []) if t != "skip-execution"
                 ] + (["skip-execution"] if not_executable(c.source) else [])
-        partial, file = folder / f".{path.stem}.partial.ipynb", kept_record(house, path)
+        partial, file = folder / f".{path.stem}.partial.ipynb", kept_record(registry, path)
         if file:
             rested, place = (
                 {c.id for c in Notebook.read(path).role("run")},
@@ -200,7 +200,7 @@ glossary = "05b_glossary.ipynb"
 
 
 def chapter_page(
-    house: StageRegistry,  # Whose package the chapter's functions belong to
+    registry: StageRegistry,  # Whose package the chapter's functions belong to
     c: Chapter,  # The chapter
     known: list[Chapter],  # All chapters of the site, for links
     folder: Path,  # The site's; pictures go to its assets/
@@ -212,19 +212,19 @@ def chapter_page(
     nb = read_json(c.path)
     scribe = PageRenderer(folder, lambda href: site_link(href, files), c.path.parent)
     _, subtitle, cells = split_title(
-        cells_with_outputs(nb, run, lessons := executed_notebook(house, c.path))
+        cells_with_outputs(nb, run, lessons := executed_notebook(registry, c.path))
     )
     number = f"chapter {c.number} · {decades[c.decade]}" if c.number else "guide"
     parts = [f'<p class="eyebrow">{html.escape(number)}</p>', f"<h1>{html.escape(c.title)}</h1>"]
     if subtitle:
         parts.append(f'<div class="lede">{scribe.prose(subtitle, listed=False)}</div>')
-    module = f"{house.package.folder.name}.{c.module}" if c.module else ""
+    module = f"{registry.package.folder.name}.{c.module}" if c.module else ""
     facts = [
         f"<code>{html.escape(c.path.name)}</code>",
         f"module <b>{html.escape(module)}</b>" if module else "",
         f"stage <b>{html.escape(c.stage)}</b>" if c.stage else "",
         '<span class="warn">the module is out of step</span>'
-        if house.checkout and not export_is_current(c.path, house.package.folder)
+        if registry.checkout and not export_is_current(c.path, registry.package.folder)
         else "",
     ]
     parts.append('<ul class="chips">' + "".join(f"<li>{f}</li>" for f in facts if f) + "</ul>")
@@ -233,14 +233,18 @@ def chapter_page(
             '<p class="note">Shown without outputs, because it could not be executed here: '
             f"{html.escape(failed)}</p>"
         )
-    elif (file := kept_record(house, c.path)) and lessons:
+    elif (file := kept_record(registry, c.path)) and lessons:
         kept = read_json(file)
         parts.append(
             '<p class="note">Tables and figures show the kept record: '
             f"level {html.escape(str(kept['level']))}, {kept['seconds'] / 60:,.0f} minutes on "
             f"{html.escape(str(kept['machine']['processor']))} with "
             f"{kept['machine']['cores']} cores."
-            + (" The code that made it has changed since.</p>" if is_stale(house, file) else "</p>")
+            + (
+                " The code that made it has changed since.</p>"
+                if is_stale(registry, file)
+                else "</p>"
+            )
         )
     parts.append(render_chapter(cells, scribe, module=module))
     if found := exported_code(nb):
@@ -262,15 +266,15 @@ def site_link(href: str, files: dict[str, str]) -> str | None:
     return files[name] + (f"#{slug(unquote(anchor))}" if anchor else "") if name in files else None
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #4a2886a7
-def front_page(house: StageRegistry, known: list[Chapter], folder: Path) -> Page:
-    """The front page: the words of index.ipynb in `house`, the ring, and the chapters `known`.
+def front_page(registry: StageRegistry, known: list[Chapter], folder: Path) -> Page:
+    """The front page: the words of index.ipynb in `registry`, the ring, and the chapters `known`.
 
     Pictures go to assets/ in the site's `folder`."""
     files = {k.path.name: k.file for k in known}
-    scribe = PageRenderer(folder, lambda href: site_link(href, files), house.nbs)
+    scribe = PageRenderer(folder, lambda href: site_link(href, files), registry.nbs)
     title, subtitle, cells = (
-        split_title(cells_with_outputs(read_json(house.nbs / "index.ipynb")))
-        if (house.nbs / "index.ipynb").is_file()
+        split_title(cells_with_outputs(read_json(registry.nbs / "index.ipynb")))
+        if (registry.nbs / "index.ipynb").is_file()
         else ("llmeco", "", [])
     )
     parts = [
@@ -345,7 +349,7 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #3e3fc512
 def render_site(
-    house: StageRegistry,  # Its chapters; `_docs/` stands in its checkout, else here
+    registry: StageRegistry,  # Its chapters; `_docs/` stands in its checkout, else here
     pipe: Pipeline | None = None,  # Take the stages' outputs from this pipeline's run
     execute: bool = True,  # Execute chapters whose outputs are not kept
     notice: Callable[[str], object] = lambda sentence: None,  # Told what is being executed
@@ -353,15 +357,15 @@ def render_site(
     """Write `_docs/` and return its index.html, and which chapters could not be executed: {name:
     why}."""
     target, known, failed = (
-        (house.nbs.parent if house.checkout else Path.cwd()) / "_docs",
-        chapters(house),
+        (registry.nbs.parent if registry.checkout else Path.cwd()) / "_docs",
+        chapters(registry),
         {},
     )
     for c in known if execute else []:
-        if executed_notebook(house, c.path):
+        if executed_notebook(registry, c.path):
             continue
         notice(f"{c.path.name}: executing")
-        if why := execute_notebook(house, c.path):
+        if why := execute_notebook(registry, c.path):
             failed[c.path.name] = why
             notice(f"{c.path.name}: {why}")
     ran = {}
@@ -369,11 +373,11 @@ def render_site(
         if m.entry and (m.entry / "notebook.ipynb").is_file():
             ran.setdefault(m.one.notebook.path.name, read_json(m.entry / "notebook.ipynb"))
     with replaced_folder(target) as folder:
-        pages = [front_page(house, known, folder), reference_page(known, folder)]
+        pages = [front_page(registry, known, folder), reference_page(known, folder)]
         for c in sorted(known, key=lambda c: c.path.name != glossary):
             pages.append(
                 chapter_page(
-                    house, c, known, folder, ran.get(c.path.name), failed.get(c.path.name, "")
+                    registry, c, known, folder, ran.get(c.path.name), failed.get(c.path.name, "")
                 )
             )
         write_pages(
@@ -397,28 +401,28 @@ def evaluated(source: str, space: dict):
     )
 
 
-def from_root(house: StageRegistry, markdown: str) -> str:
-    """The `markdown` whose links start beside the notebooks of `house`, with links that start at
+def from_root(registry: StageRegistry, markdown: str) -> str:
+    """The `markdown` whose links start beside the notebooks of `registry`, with links that start at
     the repository's root."""
-    return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({house.nbs.name}/\1)", markdown)
+    return re.sub(r"\]\((?!\w+:|#|/)([^)\s]+)\)", rf"]({registry.nbs.name}/\1)", markdown)
 
 
-def render_readme(house: StageRegistry) -> str:
-    "README.md, made from index.ipynb of `house`."
+def render_readme(registry: StageRegistry) -> str:
+    "README.md, made from index.ipynb of `registry`."
     parts, space = [], {}
-    for c in read_json(house.nbs / "index.ipynb")["cells"]:
+    for c in read_json(registry.nbs / "index.ipynb")["cells"]:
         source = cell_source(c)
         if c["cell_type"] == "markdown":
-            parts.append(from_root(house, source))
+            parts.append(from_root(registry, source))
         elif c["cell_type"] == "code":
             if (value := evaluated(source, space)) is not None:
-                parts.append(from_root(house, value.data))
+                parts.append(from_root(registry, value.data))
     return "\n\n".join(p.strip() for p in parts if p.strip()) + "\n"
 
 
-def write_readme(house: StageRegistry) -> Path:
-    "Write README.md and the picture of the ring from the notebooks of `house`, a checkout."
-    (house.nbs / "images").mkdir(exist_ok=True)
-    write_bytes(house.nbs / "images" / "ring.svg", ring_svg("", alone=True).encode())
-    write_bytes(house.nbs.parent / "README.md", render_readme(house).encode())
-    return house.nbs.parent / "README.md"
+def write_readme(registry: StageRegistry) -> Path:
+    "Write README.md and the picture of the ring from the notebooks of `registry`, a checkout."
+    (registry.nbs / "images").mkdir(exist_ok=True)
+    write_bytes(registry.nbs / "images" / "ring.svg", ring_svg("", alone=True).encode())
+    write_bytes(registry.nbs.parent / "README.md", render_readme(registry).encode())
+    return registry.nbs.parent / "README.md"

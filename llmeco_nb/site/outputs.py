@@ -39,24 +39,24 @@ def cells_key(
 
 
 def outputs_key(
-    house: StageRegistry,  # Whose package the cells call
+    registry: StageRegistry,  # Whose package the cells call
     path: Path,  # One of its notebooks
 ) -> dict[str, str]:
     "What a notebook's outputs follow from today: keys of its cells, of all code, of its record."
-    nb, record = read_json(path), kept_record(house, path)
-    found = {"cells": cells_key(nb), "code": lesson_key(nb, house.package)}
+    nb, record = read_json(path), kept_record(registry, path)
+    found = {"cells": cells_key(nb), "code": lesson_key(nb, registry.package)}
     return found | ({"record": sha256_of(record)} if record else {})
 
 
 def staleness(
-    house: StageRegistry,  # Whose package the cells call
+    registry: StageRegistry,  # Whose package the cells call
     path: Path,  # One of its notebooks
 ) -> str:
     "Why the outputs in a notebook are not those of today's code; empty if they are."
     kept = read_json(path)["metadata"].get("llmeco", {}).get("outputs_of")
     if not kept:
         return "has no outputs"
-    today = outputs_key(house, path)
+    today = outputs_key(registry, path)
     if kept["cells"] != today["cells"]:
         return "its own cells have changed"
     if kept.get("record") != today.get("record"):
@@ -71,11 +71,11 @@ MACHINE_PATH = re.compile(
 
 def plain_text(
     text: str,  # As a cell printed it
-    house: StageRegistry,  # Its folder and that of the runs are written relative
+    registry: StageRegistry,  # Its folder and that of the runs are written relative
 ) -> str:
     "A text without colours, overwritten lines, addresses of objects and paths of this machine."
     text = re.sub(r" at 0x[0-9a-f]{6,}", "", strip_ansi(text))
-    for folder, short in ((runs_dir(), "runs"), (house.nbs.parent, "")):
+    for folder, short in ((runs_dir(), "runs"), (registry.nbs.parent, "")):
         text = text.replace(f"{folder}/", f"{short}/".removeprefix("/")).replace(
             str(folder), short or "."
         )
@@ -85,11 +85,11 @@ def plain_text(
 
 def plain_outputs(
     outputs: list[dict],  # Of one cell, as nbformat stores them
-    house: StageRegistry,  # Whose folders are written relative
+    registry: StageRegistry,  # Whose folders are written relative
 ) -> list[dict]:
     "Outputs as they are stored: what was printed in one piece, displays of picture, HTML or text."
     joined = lambda v: v if isinstance(v, str) else "".join(v)
-    lines = lambda text: plain_text(text, house).splitlines(keepends=True)
+    lines = lambda text: plain_text(text, registry).splitlines(keepends=True)
     found: list[dict] = []
     for o in outputs:
         if o["output_type"] == "stream" and o["name"] == "stdout":
@@ -205,21 +205,21 @@ class Stored:
 
 
 def store_outputs(
-    house: StageRegistry,  # Whose notebook
+    registry: StageRegistry,  # Whose notebook
     path: Path,  # The notebook; its JSON is rewritten
 ) -> Stored:
     "Execute a notebook at its defaults, unless that is kept, and write what it shows into it."
-    nb, key = read_json(path), outputs_key(house, path)
-    record = kept_record(house, path)
+    nb, key = read_json(path), outputs_key(registry, path)
+    record = kept_record(registry, path)
     shown: dict[str, list[dict]] = {}
-    if path not in benchmarks(house).values() or (record and not is_stale(house, record)):
-        if failed := execute_notebook(house, path):
+    if path not in benchmarks(registry).values() or (record and not is_stale(registry, record)):
+        if failed := execute_notebook(registry, path):
             return Stored(path, failed=failed)
-        ran = executed_notebook(house, path)
+        ran = executed_notebook(registry, path)
         shown = {c["id"]: c.get("outputs", []) for c in ran["cells"]}
     cells = [c for c in nb["cells"] if c["cell_type"] == "code"]
     plain = [
-        [] if not_executable(cell_source(c)) else plain_outputs(shown.get(c["id"], []), house)
+        [] if not_executable(cell_source(c)) else plain_outputs(shown.get(c["id"], []), registry)
         for c in cells
     ]
     made, gone = fitted(plain)
@@ -235,21 +235,21 @@ def store_outputs(
 
 def _store(nbs: Path, path: Path) -> Stored:
     "`store_outputs` in a process of its own."
-    house = StageRegistry.find()
-    return store_outputs(StageRegistry(nbs, house.package, house.checkout), path)
+    registry = StageRegistry.find()
+    return store_outputs(StageRegistry(nbs, registry.package, registry.checkout), path)
 
 
 def refresh_outputs(
-    house: StageRegistry,  # Whose notebooks
+    registry: StageRegistry,  # Whose notebooks
     paths: Iterable[Path],  # Those to look at; what is not stale is left alone
     jobs: int = 1,  # Notebooks at a time, at least 1
     notice: Callable[[Stored], object] = lambda stored: None,  # Told of each when it is done
 ) -> list[Stored]:
     "Bring the outputs in notebooks up to date, as many at a time as `jobs` says."
-    todo = [p for p in paths if staleness(house, p)]
+    todo = [p for p in paths if staleness(registry, p)]
     found = []
     with ProcessPoolExecutor(jobs) as pool:
-        for stored in pool.map(_store, [house.nbs] * len(todo), todo):
+        for stored in pool.map(_store, [registry.nbs] * len(todo), todo):
             notice(stored)
             found.append(stored)
     return found

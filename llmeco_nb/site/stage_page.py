@@ -142,7 +142,7 @@ def stage_page(
     cells = cells_with_outputs(
         read_json(path),
         read_json(ran) if ran and ran.is_file() else {"cells": []},
-        kept_lessons(path, pipe.house.package),
+        kept_lessons(path, pipe.registry.package),
     )
     title, subtitle, cells = split_title(cells)
     taught, lessons = (
@@ -201,7 +201,7 @@ def stage_page(
             "because a pipeline passes them by. "
             "After <code>llmeco docs</code>, which executes them, a new report shows it.</p>"
         )
-    parts.append(render_chapter(cells, scribe, fold=True, module=pipe.house.package.folder.name))
+    parts.append(render_chapter(cells, scribe, fold=True, module=pipe.registry.package.folder.name))
     return Page(
         m.file,
         title or m.name,

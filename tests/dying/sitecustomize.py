@@ -1,4 +1,5 @@
-"""Put on PYTHONPATH by the crash tests: kills this process at the n-th rename, before or after it, as `DIE_AT=n[+]` says."""
+"""Put on PYTHONPATH by the crash tests: kills this process at the n-th rename, before or
+after it, as `DIE_AT=n[+]` says."""
 
 import os
 import signal

@@ -1,5 +1,5 @@
-"""A small checkout of its own: the real ground floor, with four toy stages that take a second. The
-tests edit it and see what runs again."""
+"""A small checkout of its own: the real core and runner, with four toy stages that take a second.
+The tests edit it and see what runs again."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def cell(kind, source, name):
     )
 
 
-class ToyHouse:
+class ToyProject:
     def __init__(self, folder: Path, machine: Path):
         self.folder, self.runs = folder, folder / "runs"
         (folder / "nbs" / "profiles" / "toy").mkdir(parents=True)
