@@ -23,17 +23,15 @@ from llmeco_nb.evaluation.comparison import (
 from llmeco_nb.evaluation.comparison_table import ComparisonTable
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
-    BagOfNgrams,
     LinearText,
     Recipe,
     RowSplit,
-    count_ngrams,
     fit,
     interpolate,
     log_count_ratio,
     recipes,
-    token_pattern,
 )
+from llmeco_nb.finetuning.ngram_counts import BagOfNgrams, count_ngrams, token_pattern
 from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.tasks.predictions import read_predictions_file, scores_of
 

@@ -29,7 +29,8 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
 from llmeco_nb.finetuning.classifier import labelled_subset
-from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
+from llmeco_nb.finetuning.ngram_counts import count_ngrams
 from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
 from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve, refit_linear, usable_corrections

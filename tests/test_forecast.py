@@ -7,11 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.training.forecast import (  # noqa: E402
+from llmeco_nb.training.forecast import (
     ForecastConfig,
     cgroup_memory,
     check_fits_memory,
-    compile_choice,
     expected_loss,
     fit_memory_model,
     fit_power_law,
@@ -20,6 +19,7 @@ from llmeco_nb.training.forecast import (  # noqa: E402
     predict_peak_bytes,
     saved_bytes,
 )
+from llmeco_nb.training.compilation import compile_choice
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.training.state import TrainPlan  # noqa: E402
 from llmeco_nb.training.task import TrainTask  # noqa: E402

@@ -235,7 +235,7 @@ def test_compiled_layers_learn_the_same_and_repeatably(tmp_path):
     from llmeco_nb.data.mixture import small_mixture
     from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
     from llmeco_nb.pretraining.packing import small_subword_tokenizer
-    from llmeco_nb.training.forecast import torch_cpp_compiler
+    from llmeco_nb.training.compilation import torch_cpp_compiler
 
     try:
         torch_cpp_compiler()

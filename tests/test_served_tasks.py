@@ -36,7 +36,8 @@ from llmeco_nb.deployment.packing import (
 )
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.evaluation.comparison import evaluate_models
-from llmeco_nb.finetuning.linear import LinearText, RowSplit, count_ngrams, fit, recipes
+from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
+from llmeco_nb.finetuning.ngram_counts import count_ngrams
 from llmeco_nb.interaction.client import Client, running_server
 from llmeco_nb.interaction.feedback import freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve

@@ -32,14 +32,8 @@ from llmeco_nb.evaluation.comparison_table import (
     table_rows,
 )
 from ..finetuning.classifier import labelled_subset
-from llmeco_nb.finetuning.linear import (
-    LinearText,
-    NgramCounts,
-    RowSplit,
-    count_ngrams,
-    fit,
-    softmax,
-)
+from ..finetuning.linear import LinearText, RowSplit, fit, softmax
+from ..finetuning.ngram_counts import NgramCounts, count_ngrams
 from ..finetuning.linear_regression import fit_number
 from ..stats.claims import write_claims
 from ..tasks.contract import Schema

@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import DataError, UsageError
-from llmeco_nb.finetuning.linear import (
-    BagOfNgrams,
-    FittedBags,
-    LinearText,
-    NgramCounts,
-    Recipe,
-    RowSplit,
-    tfidf,
-)
+from .linear import FittedBags, LinearText, Recipe, RowSplit, tfidf
+from .ngram_counts import BagOfNgrams, NgramCounts
 
 # %% ../../nbs/2_finetuning/29a_linear_regression.ipynb #2d32a8e1
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

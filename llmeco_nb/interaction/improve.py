@@ -111,7 +111,8 @@ def refit_linear(
     "The recipe of `model` fitted on its training texts and the corrections."
     import pandas as pd
 
-    from llmeco_nb.finetuning.linear import RowSplit, count_ngrams, fit, recipes
+    from llmeco_nb.finetuning.linear import RowSplit, fit, recipes
+    from llmeco_nb.finetuning.ngram_counts import count_ngrams
 
     corrected = set(corrections.text.map(normalized_key))
     seed = model.about.get("seed", seed)

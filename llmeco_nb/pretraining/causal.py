@@ -42,7 +42,7 @@ from llmeco_nb.pretraining.packing import (
 )
 from ..tokenization.bpe import encode_subwords, open_subword_tokenizer
 from ..training.activation_checkpointing import enable_activation_checkpointing
-from ..training.forecast import compile_layers
+from ..training.compilation import compile_layers
 from ..training.loop import batch_indices, to_device
 from ..training.optim import Optimiser
 from ..training.parallel import all_finished, current_world, resolve_device

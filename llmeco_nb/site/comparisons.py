@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from .diagram import curves_svg, intervals_svg
+from .charts import curves_svg, intervals_svg
 from .template import align_decimals, format_value, html_table, is_number, scroll_box
 
 # %% ../../nbs/0_ground/05d_comparisons.ipynb #b87de283
