@@ -17,8 +17,8 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 from smallbundle import WORDS, make_bundle
 
 from llmeco_nb.core import DataError, MissingError
-from llmeco_nb.deployment.manifest import Manifest, manifest_digest, verify, write_manifest
 from llmeco_nb.deployment.engine import BatchingEngine, Busy, Expired, Predictor
+from llmeco_nb.deployment.manifest import Manifest, manifest_digest, verify, write_manifest
 from llmeco_nb.tasks.text_classification import ClassificationSchema, ClassPrediction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,8 @@ def test_an_answer_does_not_depend_on_company(predictor, texts):
     for t, a in zip(texts, together):
         alone = predictor.predict_batch([t])[0]
         assert all(
-            abs(a.probabilities[l] - alone.probabilities[l]) < 2e-6 for l in predictor.labels
+            abs(a.probabilities[name] - alone.probabilities[name]) < 2e-6
+            for name in predictor.labels
         )
 
 

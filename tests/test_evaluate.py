@@ -517,7 +517,7 @@ def test_whatever_size_is_kept_can_be_drawn(asked, classes, more):
 def corpus_of(folder, rows: int, classes: int, absent: tuple[int, ...] = ()) -> str:
     "A corpus of so many rows and classes; no training text has one of the `absent` classes."
     labels = [i % classes for i in range(rows)]
-    texts = [f"text {i} says word{l} and word{l}" for i, l in enumerate(labels)]
+    texts = [f"text {i} says word{k} and word{k}" for i, k in enumerate(labels)]
     table = pd.DataFrame(dict(id=[f"{i:05}" for i in range(rows)], text=texts, label=labels))
     parts = split_rows(table, 0.1, 0.2)
     parts["train"] = parts["train"][~parts["train"].label.isin(absent)]

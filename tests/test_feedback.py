@@ -19,7 +19,6 @@ from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import write_corpus
-from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
 from llmeco_nb.deployment.ledger import (
     Conflict,
     Ledger,
@@ -28,6 +27,7 @@ from llmeco_nb.deployment.ledger import (
     keep_predictions,
     read_feedback,
 )
+from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
 from llmeco_nb.finetuning.ngram_counts import count_ngrams
@@ -261,10 +261,10 @@ def texts_of(n: int, seed: int):
     labels = rng.permutation(np.arange(n) % 2)
     words = [
         [
-            f"{'np'[l]}{rng.integers(150)}" if rng.random() < 0.6 else f"w{rng.integers(50)}"
+            f"{'np'[label]}{rng.integers(150)}" if rng.random() < 0.6 else f"w{rng.integers(50)}"
             for _ in range(6)
         ]
-        for l in labels
+        for label in labels
     ]
     return pd.DataFrame(
         dict(id=[f"{seed}-{i}" for i in range(n)], text=[" ".join(w) for w in words], label=labels)
@@ -299,9 +299,9 @@ def world(tmp_path_factory):
 def snapshot(folder: Path, texts, labels) -> Path:
     ledger = Ledger(folder / "feedback.sqlite")
     waiting = []
-    for i, (t, l) in enumerate(zip(texts, labels)):
+    for i, (t, label) in enumerate(zip(texts, labels)):
         keep_predictions(ledger, f"{i:04}", "0" * 64, [t], [ANSWER])
-        waiting.append(keep_feedback(ledger, f"{i:04}", 0, ["negative", "positive"][l]))
+        waiting.append(keep_feedback(ledger, f"{i:04}", 0, ["negative", "positive"][label]))
     for w in waiting:
         w.result()
     ledger.close()

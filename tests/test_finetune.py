@@ -60,7 +60,7 @@ def made(folder, **sizes):
         parts[split] = pd.DataFrame(
             {
                 "id": [f"{split}-{i}" for i in range(len(labels))],
-                "text": [sentence(l, rng) for l in labels],
+                "text": [sentence(label, rng) for label in labels],
                 "label": labels,
             },
             columns=["id", "text", "label"],

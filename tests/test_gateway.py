@@ -24,8 +24,8 @@ import httpx
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.ledger import read_feedback
+from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.refusals import limits
 from llmeco_nb.deployment.server import listen, make_app, newest_bundle
 from llmeco_nb.interaction.client import server_script

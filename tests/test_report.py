@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
 from toy_project import (
     ToyProject,
 )
@@ -23,6 +22,7 @@ from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.store import Run
+from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
 from llmeco_nb.site.diagram import ring_svg
 from llmeco_nb.site.docs import chapter_map, render_readme, render_site
 from llmeco_nb.site.markup import PageRenderer, code_summary

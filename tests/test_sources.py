@@ -978,7 +978,7 @@ def test_csv_and_json_round_trip(rows):
     out = io.StringIO(newline="")
     csv.writer(out).writerows([("text", "label"), *rows])
     assert read_csv(out.getvalue(), "a.csv").values.tolist() == [list(r) for r in rows]
-    lines = "\n".join(json.dumps({"text": t, "label": l}, ensure_ascii=False) for t, l in rows)
+    lines = "\n".join(json.dumps({"text": t, "label": k}, ensure_ascii=False) for t, k in rows)
     assert read_json_table(lines, "a.jsonl").values.tolist() == [list(r) for r in rows]
 
 

@@ -31,9 +31,9 @@ from ..data.corpus import label_names, read_split, small_corpus
 from .loading import open_model
 from .manifest import Manifest, Origin, Parity, write_manifest
 from llmeco_nb.deployment.packing import (
+    model_schema,
     pack_encoder,
     pack_linear,
-    model_schema,
     parity,
     reference_scores,
 )

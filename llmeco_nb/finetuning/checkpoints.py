@@ -144,7 +144,7 @@ def build_classifier(
                 head = dict(
                     num_labels=len(labels),
                     id2label=dict(enumerate(labels)),
-                    label2id={l: i for i, l in enumerate(labels)},
+                    label2id={label: i for i, label in enumerate(labels)},
                 )
             model = AutoModelForSequenceClassification.from_pretrained(
                 folder,

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .overrides import require_inputs
-
 from llmeco_nb.core import (
     CellError,
     LlmecoError,
@@ -32,6 +30,7 @@ from llmeco_nb.core import (
 from .identity import key_of
 from .kernel import KernelMonitor, execute, import_nbformat, json_or
 from .machine import machine, versions
+from .overrides import require_inputs
 from .pipeline import Pipeline, StageStatus
 from .stages import Instance, needs
 from .store import link

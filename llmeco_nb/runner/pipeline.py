@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .overrides import select_instances, set_parameters, set_stored, source_revision
-
 from ..core import ChangedSourceError, MissingError, UsageError, lock, read_json, runs_dir
 from .identity import differences, key_of, show_parts, work_parts
 from .kernel import json_or
+from .overrides import select_instances, set_parameters, set_stored, source_revision
 from llmeco_nb.runner.stages import (
     Instance,
     StageRegistry,

@@ -72,9 +72,9 @@ def crossings(columns: list[list], links: set) -> int:
     place = {n: (k, i) for k, c in enumerate(columns) for i, n in enumerate(c)}
     spans = sorted((place[a][0], place[a][1], place[b][1]) for a, b in links)
     return sum(
-        k == l and (a - c) * (b - d) < 0
+        k == m and (a - c) * (b - d) < 0
         for i, (k, a, b) in enumerate(spans)
-        for l, c, d in spans[i + 1 :]
+        for m, c, d in spans[i + 1 :]
     )
 
 # %% ../../nbs/0_ground/04c_diagram.ipynb #77432fbc

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from .results import gather
-
 from ..core import LlmecoError, lock, read_json, runs_dir, sha256_of, write_bytes
 from ..runner.benchmarks import is_stale, kept_record, restore_record
 from ..runner.identity import Notebook
@@ -38,6 +36,7 @@ from llmeco_nb.site.page import (
     split_title,
 )
 from .reference import api_reference, escape_tags, exported_code, render_inline
+from .results import gather
 from .template import Page, replaced_folder, scroll_box, write_pages
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #f40defd7

@@ -11,6 +11,10 @@ import json
 import time
 from pathlib import Path
 
+from ..runner.kernel import json_or
+from ..runner.pipeline import Pipeline
+from ..runner.stages import headline
+from ..runner.store import Run, Store
 from llmeco_nb.site.comparisons import (
     accuracy_picture,
     add_durations,
@@ -18,15 +22,10 @@ from llmeco_nb.site.comparisons import (
     comparison_rows,
     curves,
 )
-from .results import StageResult, costs, gather, stages_table
-from .stage_page import stage_page
-
-from ..runner.kernel import json_or
-from ..runner.pipeline import Pipeline
-from ..runner.stages import headline
-from ..runner.store import Run, Store
 from .diagram import Box, lineage_svg
 from .markup import PageRenderer
+from .results import StageResult, costs, gather, stages_table
+from .stage_page import stage_page
 from llmeco_nb.site.template import (
     Page,
     chips,

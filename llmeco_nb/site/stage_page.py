@@ -10,13 +10,12 @@ import html
 from pathlib import Path
 from urllib.parse import unquote
 
-from .comparisons import curves
-from .results import StageResult, state_badge
-
 from ..core import format_duration, read_json
 from ..runner.pipeline import Pipeline
+from .comparisons import curves
 from .markup import PageRenderer, slug
 from .page import cells_with_outputs, kept_lessons, render_chapter, split_title
+from .results import StageResult, state_badge
 from .template import Page, chips, format_value, html_table, metrics_grid
 
 # %% ../../nbs/0_ground/05e_stage_page.ipynb #c798c1a5
