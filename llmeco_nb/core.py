@@ -437,7 +437,7 @@ def figure_style():
     """Set matplotlib's defaults to one style: quiet axes, direct labels, eight colours told
     apart by the colour-blind too."""
     import matplotlib as mpl
-    from cycler import cycler
+    from matplotlib.rcsetup import cycler
 
     mpl.rcParams.update(
         {
