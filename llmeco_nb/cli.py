@@ -89,10 +89,12 @@ app = typer.Typer(
 )
 
 
-def command(
-    options: type,  # A dataclass whose fields are made by `option`
-) -> Callable:
-    "Register a function as a command of its name that takes what was typed as one object."
+def command(options: type) -> Callable:
+    """Register a function as a command of its name that takes what was typed as one object.
+
+    Args:
+        options: A dataclass whose fields are made by `option`.
+    """
 
     def register(work: Callable) -> Callable:
         def typed(**values):
@@ -117,13 +119,15 @@ def command(
     return register
 
 
-def option(
-    default: object,  # Value where nothing is typed
-    names: str,  # Such as "--profile -P"
-    said: str,  # What the help says of it
-    metavar: str | None = None,  # What the help shows for a value
-) -> dataclasses.Field:
-    "A field of the options of a command."
+def option(default: object, names: str, said: str, metavar: str | None = None) -> dataclasses.Field:
+    """A field of the options of a command.
+
+    Args:
+        default: Value where nothing is typed.
+        names: Such as "--profile -P".
+        said: What the help says of it.
+        metavar: What the help shows for a value.
+    """
     typed = typer.Option(default, *names.split(), help=said, metavar=metavar)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata={"option": typed})
@@ -202,10 +206,12 @@ def prepare_run(o: RunOptions):
 
 
 @command(RunOptions)
-def run(
-    o: RunOptions,  # What was typed: run, parameters, choice of stages
-):
-    "Bring a run up to date: make what is missing or stale, in order, and nothing else."
+def run(o: RunOptions):
+    """Bring a run up to date: make what is missing or stale, in order, and nothing else.
+
+    Args:
+        o: What was typed: run, parameters, choice of stages.
+    """
     from llmeco_nb.runner.execution import run_pipeline
 
     begun = time.monotonic()
@@ -232,14 +238,16 @@ def run(
     display.say(f"\n{counts}, in {spent}. Records: {os.path.relpath(info.path)}")
 
 
-def chosen_stages(
-    instances: list[Instance],  # All of a profile, in the order in which they run
-    only: list[str],  # What --only was told
-    start: str | None,  # What --from was told
-) -> set[str] | None:
+def chosen_stages(instances: list[Instance], only: list[str], start: str | None) -> set[str] | None:
     """Names of the instances that --only and --from leave in play; None for all.
 
-    Raises `UsageError`."""
+    Raises `UsageError`.
+
+    Args:
+        instances: All of a profile, in the order in which they run.
+        only: What --only was told.
+        start: What --from was told.
+    """
     from llmeco_nb.runner.overrides import select_instances
 
     if only and start:
@@ -255,10 +263,12 @@ def chosen_stages(
 
 # %% ../nbs/0_ground/01c_cli.ipynb #7a692052
 @command(Settings)
-def stages(
-    o: Settings,  # What was typed: run, and parameters as if they were set
-):
-    "Say of every stage whether it is current, stale or missing, and why."
+def stages(o: Settings):
+    """Say of every stage whether it is current, stale or missing, and why.
+
+    Args:
+        o: What was typed: run, and parameters as if they were set.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -285,31 +295,37 @@ def stages(
         )
 
 
-def first_reasons(
-    reasons: list[str],
-    most: int = 8,  # A run of an earlier version has hundreds
-) -> str:
-    "The first reasons in one line, and how many more there are."
+def first_reasons(reasons: list[str], most: int = 8) -> str:
+    """The first reasons in one line, and how many more there are.
+
+    Args:
+        most: A run of an earlier version has hundreds.
+    """
     left = len(reasons) - most
     return "; ".join(reasons[:most]) + (f"; and {left} more" if left > 0 else "")
 
 
 @app.command(cls=Command)
 def bench(
-    name: str = typer.Argument(  # A key of `benchmarks`; None lists them
-        None, help="The benchmark to run; without a name they are listed."
-    ),
-    level: str = typer.Option(  # check or record: how much is measured
+    name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),
+    level: str = typer.Option(
         "check", help="check: minutes, a subset, one seed; record: whole, resumable."
     ),
-    given: list[str] = typer.Option(  # Each `name=value`; one for each -p
+    given: list[str] = typer.Option(
         [], "-p", metavar="NAME=VALUE", help="Set a parameter, such as data=DIR or peer=DIR."
     ),
-    keep: bool = typer.Option(  # Whether the result becomes the kept record
+    keep: bool = typer.Option(
         False, "--keep", help="Keep the result as nbs/records/NAME.json, to be quoted."
     ),
 ):
-    "List the benchmarks, or run one into runs/bench/NAME."
+    """List the benchmarks, or run one into runs/bench/NAME.
+
+    Args:
+        name: A key of `benchmarks`; None lists them.
+        level: check or record: how much is measured.
+        given: Each `name=value`; one for each -p.
+        keep: Whether the result becomes the kept record.
+    """
     from llmeco_nb.core import read_json
     from llmeco_nb.runner.benchmarks import benchmarks, keep_record, run_benchmark
 
@@ -356,14 +372,15 @@ def doctor():
 
 @app.command(cls=Command)
 def prune(
-    keep: int = typer.Option(  # Runs of each profile to spare, at least 0; None spares all
-        None, help="Also drop all but the newest N runs of each profile."
-    ),
-    dry_run: bool = typer.Option(  # Whether nothing is removed
-        False, "--dry-run", help="Only say what would go."
-    ),
+    keep: int = typer.Option(None, help="Also drop all but the newest N runs of each profile."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
 ):
-    "Remove store entries no run names, and what killed attempts left."
+    """Remove store entries no run names, and what killed attempts left.
+
+    Args:
+        keep: Runs of each profile to spare, at least 0; None spares all.
+        dry_run: Whether nothing is removed.
+    """
     from llmeco_nb.runner.doctor import prune_runs
 
     gone = prune_runs(runs_dir(), keep, dry_run)
@@ -374,10 +391,12 @@ def prune(
 
 
 @command(RunChoice)
-def report(
-    o: RunChoice,  # What was typed: which run
-):
-    "Render the run's report: runs/<run>/report/index.html."
+def report(o: RunChoice):
+    """Render the run's report: runs/<run>/report/index.html.
+
+    Args:
+        o: What was typed: which run.
+    """
     from llmeco_nb.runner.pipeline import Pipeline, open_run
     from llmeco_nb.site.report import render_report
 
@@ -391,11 +410,11 @@ def serve(
     bundle: Path = typer.Option(
         None, help="A bundle's folder (default: the newest champion or bundle in runs)."
     ),
-    host: str = typer.Option(  # Address of the interface to listen at
+    host: str = typer.Option(
         "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
     ),
-    port: int = typer.Option(8000, help="The port; 0 takes a free one."),  # 0 to 65535
-    database: str = typer.Option(  # None: runs/feedback.sqlite
+    port: int = typer.Option(8000, help="The port; 0 takes a free one."),
+    database: str = typer.Option(
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
@@ -403,7 +422,13 @@ def serve(
         ),
     ),
 ):
-    "Answer over HTTP with the newest bundle, and take feedback."
+    """Answer over HTTP with the newest bundle, and take feedback.
+
+    Args:
+        host: Address of the interface to listen at.
+        port: 0 to 65535.
+        database: None: runs/feedback.sqlite.
+    """
     try:
         from llmeco_nb.deployment import server
     except ModuleNotFoundError as e:
@@ -417,7 +442,7 @@ def serve(
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
 def docs(
-    run: str = typer.Option(  # Folder of a run
+    run: str = typer.Option(
         None,
         "--run",
         help=(
@@ -425,14 +450,20 @@ def docs(
             "without it, those of an execution at the defaults."
         ),
     ),
-    quick: bool = typer.Option(  # Whether only kept outputs are shown
+    quick: bool = typer.Option(
         False, "--quick", help="Execute nothing; show the outputs there are."
     ),
-    readme: bool = typer.Option(  # Whether README.md is written instead of the site
+    readme: bool = typer.Option(
         False, "--readme", help="Write README.md from nbs/index.ipynb, and nothing else."
     ),
 ):
-    "Write the site of all chapters into _docs."
+    """Write the site of all chapters into _docs.
+
+    Args:
+        run: Folder of a run.
+        quick: Whether only kept outputs are shown.
+        readme: Whether README.md is written instead of the site.
+    """
     from llmeco_nb.site import docs as pages
 
     registry = StageRegistry.find()
@@ -454,17 +485,21 @@ def docs(
 
 @app.command(cls=Command)
 def outputs(
-    names: list[str] = typer.Argument(  # Stems such as 12_wordpiece; none: all
+    names: list[str] = typer.Argument(
         None, metavar="[NOTEBOOK]...", help="Notebooks, such as 12_wordpiece (default: all)."
     ),
-    stale: bool = typer.Option(  # Whether nothing is executed
+    stale: bool = typer.Option(
         False, "--stale", help="Only list the notebooks whose outputs are older than their code."
     ),
-    jobs: int = typer.Option(  # Notebooks at a time, at least 1
-        1, "--jobs", "-j", min=1, help="Notebooks to execute at a time."
-    ),
+    jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to execute at a time."),
 ):
-    "Execute the chapters whose outputs are stale, and store what they show in the notebooks."
+    """Execute the chapters whose outputs are stale, and store what they show in the notebooks.
+
+    Args:
+        names: Stems such as 12_wordpiece; none: all.
+        stale: Whether nothing is executed.
+        jobs: Notebooks at a time, at least 1.
+    """
     from llmeco_nb.site.outputs import refresh_outputs, staleness
 
     registry = StageRegistry.find()

@@ -150,12 +150,14 @@ def stage_config(cls: type) -> type:
     return made
 
 
-def refusal(
-    where: str,  # Put before the field, such as a class's or an instance's name
-    error: ValidationError,  # What validation raised; its first error is told
-    name: str = "",  # The field, where `error` is about one value alone
-) -> str:
-    "The first thing pydantic found wrong, in one sentence: field, value, reason."
+def refusal(where: str, error: ValidationError, name: str = "") -> str:
+    """The first thing pydantic found wrong, in one sentence: field, value, reason.
+
+    Args:
+        where: Put before the field, such as a class's or an instance's name.
+        error: What validation raised; its first error is told.
+        name: The field, where `error` is about one value alone.
+    """
     first = error.errors()[0]
     loc = [name, *first["loc"]] if name else list(first["loc"])
     field = "".join(
@@ -201,15 +203,16 @@ class StageConfig:
         return cls(**{name: cls.read(name, value, where) for name, value in values.items()})
 
     @classmethod
-    def read(
-        cls,
-        name: str,  # A field of this config
-        value: Any,  # As YAML, the terminal or a cell gave it
-        where: str = "",  # Instance to name in the error; empty: the field alone
-    ) -> Any:
+    def read(cls, name: str, value: Any, where: str = "") -> Any:
         """One field's value as its type has it.
 
-        Raises `UsageError` that names field, value, reason and default."""
+        Raises `UsageError` that names field, value, reason and default.
+
+        Args:
+            name: A field of this config.
+            value: As YAML, the terminal or a cell gave it.
+            where: Instance to name in the error; empty: the field alone.
+        """
         field = next(f for f in dataclasses.fields(cls) if f.name == name)
         return read_value(
             f"{where}.{name}" if where else name, value, field.type, default_of(field)
@@ -226,11 +229,12 @@ class StageConfig:
             name: getattr(self, name) for name in self.types() if name not in self.execution_only()
         }
 
-    def replace(
-        self,
-        **values: Any,  # Field -> new value; other fields stay as they are
-    ) -> Self:
-        "This config with some fields changed, validated as a whole. Raises `UsageError`."
+    def replace(self, **values: Any) -> Self:
+        """This config with some fields changed, validated as a whole. Raises `UsageError`.
+
+        Args:
+            **values: Field -> new value; other fields stay as they are.
+        """
         return self.of({**{name: getattr(self, name) for name in self.types()}, **values})
 
 

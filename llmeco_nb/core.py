@@ -80,10 +80,12 @@ class ChangedSourceError(LlmecoError):
     code = 8
 
 # %% ../nbs/0_ground/00_core.ipynb #6faf3b5e
-def fsync_folder(
-    path: Path,  # An existing folder
-):
-    "Push a folder's list of names to the disk; file systems without the notion are left in peace."
+def fsync_folder(path: Path):
+    """Push a folder's list of names to the disk; file systems without the notion are left in peace.
+
+    Args:
+        path: An existing folder.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -94,12 +96,14 @@ def fsync_folder(
         os.close(fd)
 
 
-def write_bytes(
-    path: str | Path,  # Final name; its folder must exist
-    data: bytes,  # What the file shall hold
-):
+def write_bytes(path: str | Path, data: bytes):
     """Write `data` under `path` so that a crash leaves the former file or the new one, never a
-    mixture."""
+    mixture.
+
+    Args:
+        path: Final name; its folder must exist.
+        data: What the file shall hold.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -114,20 +118,25 @@ def write_bytes(
     fsync_folder(path.parent)
 
 # %% ../nbs/0_ground/00_core.ipynb #799d7148
-def write_json(
-    path: str | Path,  # Final name; its folder must exist
-    obj: object,  # Anything JSON can hold; NaN and infinity are refused
-):
-    "Write `obj` as readable JSON through `write_bytes`."
+def write_json(path: str | Path, obj: object):
+    """Write `obj` as readable JSON through `write_bytes`.
+
+    Args:
+        path: Final name; its folder must exist.
+        obj: Anything JSON can hold; NaN and infinity are refused.
+    """
     write_bytes(
         path, (json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
 
 
-def read_json(
-    path: str | Path,  # The file to read, as UTF-8
-):
-    "Read a JSON file. Raises `MissingError` when it is not there, `DataError` when it is not JSON."
+def read_json(path: str | Path):
+    """Read a JSON file. Raises `MissingError` when it is not there, `DataError` when it is not
+    JSON.
+
+    Args:
+        path: The file to read, as UTF-8.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -157,12 +166,14 @@ def sha256_text(text: str) -> str:
 
 # %% ../nbs/0_ground/00_core.ipynb #c3aba0b8
 @contextmanager
-def lock(
-    path: str | Path,  # Lock file; made here, removed on leaving
-    waiting: Callable[[], object] | None = None,  # Called once if somebody else holds it
-):
+def lock(path: str | Path, waiting: Callable[[], object] | None = None):
     """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
-    process holds it."""
+    process holds it.
+
+    Args:
+        path: Lock file; made here, removed on leaving.
+        waiting: Called once if somebody else holds it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -218,13 +229,15 @@ def source_digest(function: Callable) -> str:
     return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
 
 
-def cached_fixture(
-    name: str,  # Of its folder under runs/scratch
-    make: Callable[[Path], None],  # Fills the folder it is given, which does not exist yet
-    *depends: object,  # Functions count by their file, paths by content, all else as text
-) -> Path:
+def cached_fixture(name: str, make: Callable[[Path], None], *depends: object) -> Path:
     """The folder runs/scratch/<name>/<hash of what it depends on>, made at the first call; a crash
-    leaves none."""
+    leaves none.
+
+    Args:
+        name: Of its folder under runs/scratch.
+        make: Fills the folder it is given, which does not exist yet.
+        *depends: Functions count by their file, paths by content, all else as text.
+    """
 
     def digest(one) -> str:
         if isinstance(one, Path):
@@ -320,14 +333,15 @@ class Record:
             write_json(file, plan)
         return read_json(file)
 
-    def progress(
-        self,
-        done: int,  # How many units are finished, from 0 to `total`
-        total: int | None,  # How many there are in all; None where nobody knows
-        unit: str = "items",  # What is counted, in the plural, such as tokens
-    ):
+    def progress(self, done: int, total: int | None, unit: str = "items"):
         """Tell the terminal how far the stage is; cheap enough for every step, written at most
-        five times a second."""
+        five times a second.
+
+        Args:
+            done: How many units are finished, from 0 to `total`.
+            total: How many there are in all; None where nobody knows.
+            unit: What is counted, in the plural, such as tokens.
+        """
         now = time.monotonic()
         if now - self._shown < 0.2 and done != total:
             return
@@ -341,13 +355,14 @@ class Record:
         except OSError:
             pass
 
-    def track(
-        self,
-        items: Iterable,  # What to yield, one after the other
-        total: int | None = None,  # How many; None: `len(items)`, where it has one
-        unit: str = "items",  # What an item is, in the plural, for the display
-    ) -> Iterator:
-        "Yield `items` while telling `progress`."
+    def track(self, items: Iterable, total: int | None = None, unit: str = "items") -> Iterator:
+        """Yield `items` while telling `progress`.
+
+        Args:
+            items: What to yield, one after the other.
+            total: How many; None: `len(items)`, where it has one.
+            unit: What an item is, in the plural, for the display.
+        """
         total = len(items) if total is None and isinstance(items, Sized) else total
         for n, item in enumerate(items, 1):
             yield item
@@ -358,13 +373,15 @@ class Record:
 kept_files = {"record.json", "resume", "notebook.ipynb"}
 
 
-def create_record(
-    out: str | Path,  # The record's folder; "" for runs/scratch/<stage>
-    stage: str,  # Name of the stage
-) -> Record:
+def create_record(out: str | Path, stage: str) -> Record:
     """Open a record for a new attempt, empty but for `resume/` and its log.
 
-    Raises `WriteError` if the folder is somebody else's."""
+    Raises `WriteError` if the folder is somebody else's.
+
+    Args:
+        out: The record's folder; "" for runs/scratch/<stage>.
+        stage: Name of the stage.
+    """
     path = Path(out) if str(out) else scratch(stage)
     path.mkdir(parents=True, exist_ok=True)
     # `write_bytes` leaves such a file when killed
@@ -385,13 +402,15 @@ def create_record(
     return Record(path, stage)
 
 
-def open_record(
-    out: str | Path,  # The record's folder; "" for runs/scratch/<stage>
-    stage: str,  # Name of the stage
-) -> Record:
+def open_record(out: str | Path, stage: str) -> Record:
     """Open the record that `create_record` with the same arguments made.
 
-    Raises `MissingError` if there is none."""
+    Raises `MissingError` if there is none.
+
+    Args:
+        out: The record's folder; "" for runs/scratch/<stage>.
+        stage: Name of the stage.
+    """
     path = Path(out) if str(out) else runs_dir() / "scratch" / stage
     if not (path / "record.json").exists():
         raise MissingError(
@@ -400,10 +419,12 @@ def open_record(
     return Record(path, stage)
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
-def format_duration(
-    seconds: float | None,  # Not negative; None where nothing was measured
-) -> str:
-    "Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None."
+def format_duration(seconds: float | None) -> str:
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None.
+
+    Args:
+        seconds: Not negative; None where nothing was measured.
+    """
     if seconds is None:
         return ""
     if seconds < 60:

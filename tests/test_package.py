@@ -468,12 +468,12 @@ def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
 
 CEILINGS = {
     "lines over 100 columns": 0,
-    "functions with over eight parameters": 1,
+    "functions with over eight parameters": 0,
     "banned names": 0,
-    "public functions whose help leaves out a parameter": 700,
-    "public functions with an untyped parameter": 39,
-    "modules over 600 lines": 1,
-    "modules over 400 lines": 22,
+    "public functions whose help leaves out a parameter": 0,
+    "public functions with an untyped parameter": 36,
+    "modules over 600 lines": 0,
+    "modules over 400 lines": 27,
 }
 
 

@@ -91,13 +91,15 @@ def apertium(mode: str) -> Callable[[list[str]], list[str]]:
     return translate
 
 
-def load_pretrained(
-    kind: type,  # Auto class of transformers
-    name: str,  # Folder, or name on the hub
-    what: str,  # What it is, for an error
-) -> tuple:
+def load_pretrained(kind: type, name: str, what: str) -> tuple:
     """Tokenizer and model (transformers' auto class `kind`) of a folder or hub name. Raises
-    `MissingError`."""
+    `MissingError`.
+
+    Args:
+        kind: Auto class of transformers.
+        name: Folder, or name on the hub.
+        what: What it is, for an error.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -108,11 +110,15 @@ def load_pretrained(
 
 
 def marian(
-    name: str,  # Folder, or name on the hub
-    batch_size: int = 16,  # Texts translated at once
-    max_length: int = 256,  # Tokens of a text; the rest is cut
+    name: str, batch_size: int = 16, max_length: int = 256
 ) -> Callable[[list[str]], list[str]]:
-    "A function that translates texts by a Marian model. Raises `MissingError`."
+    """A function that translates texts by a Marian model. Raises `MissingError`.
+
+    Args:
+        name: Folder, or name on the hub.
+        batch_size: Texts translated at once.
+        max_length: Tokens of a text; the rest is cut.
+    """
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
@@ -138,19 +144,27 @@ def marian(
     return translate
 
 
-def translator(
-    name: str,  # Mode of Apertium, folder, or name on the hub
-) -> Callable[[list[str]], list[str]]:
-    "Apertium for a mode such as `en-eo`, Marian for everything else."
+def translator(name: str) -> Callable[[list[str]], list[str]]:
+    """Apertium for a mode such as `en-eo`, Marian for everything else.
+
+    Args:
+        name: Mode of Apertium, folder, or name on the hub.
+    """
     return apertium(name) if re.fullmatch(apertium_mode, name) else marian(name)
 
 
 def back_translate(
-    texts: list[str],  # As many come back
-    there: Callable[[list[str]], list[str]],  # From `translator`
-    back: Callable[[list[str]], list[str]],  # Likewise
+    texts: list[str],
+    there: Callable[[list[str]], list[str]],
+    back: Callable[[list[str]], list[str]],
 ) -> list[str]:
-    "Every text translated there and back."
+    """Every text translated there and back.
+
+    Args:
+        texts: As many come back.
+        there: From `translator`.
+        back: Likewise.
+    """
     return back(there(texts))
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #853da146
@@ -210,16 +224,19 @@ class MaskedLMScorer:
             raise UsageError(f"{name} has no mask token; give a masked language model.")
 
     def gaps(
-        self,
-        before: str,  # Text in front of the word
-        word: str,  # What stands there
-        after: str,  # Text behind it
-        options: list[str],  # What may replace it
-        radius: int = 200,  # Characters of text to read on each side
+        self, before: str, word: str, after: str, options: list[str], radius: int = 200
     ) -> list[float]:
         """For every option its log-probability minus that of `word`, in nats.
 
-        Minus infinity where one of the two is not a single token."""
+        Minus infinity where one of the two is not a single token.
+
+        Args:
+            before: Text in front of the word.
+            word: What stands there.
+            after: Text behind it.
+            options: What may replace it.
+            radius: Characters of text to read on each side.
+        """
         import torch
 
         ids = [self.tokenizer.encode(w, add_special_tokens=False) for w in [word, *options]]
@@ -243,14 +260,23 @@ class MaskedLMScorer:
 
 
 def replace_words(
-    text: str,  # A text
-    net: WordNet,  # Gives the synonyms of a word
-    key: tuple[int, ...],  # Whole numbers that decide
-    fraction: float = 0.15,  # Of the words to replace, at most
-    scorer: MaskedLMScorer | None = None,  # Says which synonyms fit; None: all do
-    slack: float = 1.0,  # Nats that a synonym may be less likely
+    text: str,
+    net: WordNet,
+    key: tuple[int, ...],
+    fraction: float = 0.15,
+    scorer: MaskedLMScorer | None = None,
+    slack: float = 1.0,
 ) -> str:
-    "The text with some words replaced by synonyms; a function of the arguments alone."
+    """The text with some words replaced by synonyms; a function of the arguments alone.
+
+    Args:
+        text: A text.
+        net: Gives the synonyms of a word.
+        key: Whole numbers that decide.
+        fraction: Of the words to replace, at most.
+        scorer: Says which synonyms fit; None: all do.
+        slack: Nats that a synonym may be less likely.
+    """
     draw = np.random.default_rng(key)
     words = list(re.finditer(r"[A-Za-z]+(?:['’][A-Za-z]+)*", text))
     wanted, swaps = round(fraction * len(words)), {}
@@ -270,15 +296,22 @@ def replace_words(
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #3edec748
 def mix_augmented(
-    originals: "pd.DataFrame",  # Columns id, text, label
-    new: dict[str, "pd.DataFrame"],  # Kind -> the same columns
-    taken: set[str] = frozenset(),  # `normalized_key` of texts that must not come in
-    seed: int = 0,  # Of the order
+    originals: "pd.DataFrame",
+    new: dict[str, "pd.DataFrame"],
+    taken: set[str] = frozenset(),
+    seed: int = 0,
 ) -> tuple["pd.DataFrame", int]:
     """Originals and new texts shuffled together, and how many new texts were left out.
 
     The column `origin` says `original` or the kind. A new text that is empty, there already or in
-    `taken` is left out."""
+    `taken` is left out.
+
+    Args:
+        originals: Columns id, text, label.
+        new: Kind -> the same columns.
+        taken: `normalized_key` of texts that must not come in.
+        seed: Of the order.
+    """
     import pandas as pd
 
     known, dropped = set(taken) | set(originals.text.map(normalized_key)), 0
@@ -314,13 +347,15 @@ def distinct_n(texts: list[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def change_ratio(
-    a: str,  # A text
-    b: str,  # Another text
-) -> float:
+def change_ratio(a: str, b: str) -> float:
     """How much of two texts differs, word by word: 0 for equal, 1 for nothing in common.
 
-    One minus difflib's ratio."""
+    One minus difflib's ratio.
+
+    Args:
+        a: A text.
+        b: Another text.
+    """
     from difflib import SequenceMatcher
 
     return 1 - SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
@@ -375,13 +410,15 @@ class AugmentConfig(StageConfig):
     seed: NonNegativeInt = 0  # decides which texts and words
 
 
-def sample_epochs(
-    rows: "pd.DataFrame",  # The training texts
-    n: int,  # Rows to draw
-    key: tuple[int, ...],  # Whole numbers that decide
-) -> "pd.DataFrame":
+def sample_epochs(rows: "pd.DataFrame", n: int, key: tuple[int, ...]) -> "pd.DataFrame":
     """`n` rows in random order; each is drawn once before any is drawn again. None of an empty
-    table."""
+    table.
+
+    Args:
+        rows: The training texts.
+        n: Rows to draw.
+        key: Whole numbers that decide.
+    """
     if not len(rows):
         return rows
     epochs = [
@@ -391,16 +428,20 @@ def sample_epochs(
 
 
 def build_augmented(
-    record: Record,  # Gets the artifact `augmented`
-    corpus: str | Path,  # Folder of a corpus
-    encoder: str = "",  # Masked language model that judges synonyms; empty: none
-    config: AugmentConfig = AugmentConfig(),  # Parameters of the stage
+    record: Record, corpus: str | Path, encoder: str = "", config: AugmentConfig = AugmentConfig()
 ) -> Path:
     """Write the corpus with `added_ratio` new training texts for each one it has, and return its
     folder.
 
     The new texts are split evenly over the kinds. Raises `UsageError`, `MissingError`,
-    `DataError`."""
+    `DataError`.
+
+    Args:
+        record: Gets the artifact `augmented`.
+        corpus: Folder of a corpus.
+        encoder: Masked language model that judges synonyms; empty: none.
+        config: Parameters of the stage.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

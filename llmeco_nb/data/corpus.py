@@ -51,13 +51,17 @@ def excerpt(before: str, after: str, width: int = 60) -> dict[str, str]:
 
 
 def clean_table(
-    rows: "pd.DataFrame",  # From `read_table`
-    keep_newlines: bool = False,  # Keep line breaks
-    record: Record | None = None,  # Shows the progress
+    rows: "pd.DataFrame", keep_newlines: bool = False, record: Record | None = None
 ) -> tuple["pd.DataFrame", dict[str, dict]]:
     """The table with its texts cleaned and without empty ones; and what each step did.
 
-    That is, for each step the number of `texts` changed and three `samples`."""
+    That is, for each step the number of `texts` changed and three `samples`.
+
+    Args:
+        rows: From `read_table`.
+        keep_newlines: Keep line breaks.
+        record: Shows the progress.
+    """
     changed = {step: [] for step in ("encoding", "spaces", "entities", "tags", "controls")}
     texts = []
     pairs = list(zip(rows.id, rows.text))
@@ -79,19 +83,23 @@ def clean_table(
     return cleaned[~cleaned.text.map(is_blank)].reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #bf4221ce
-def normalized_key(
-    text: str,  # Any string
-) -> str:
-    "What equal texts share: their characters in lower case, any white space as one space."
+def normalized_key(text: str) -> str:
+    """What equal texts share: their characters in lower case, any white space as one space.
+
+    Args:
+        text: Any string.
+    """
     return " ".join(text.casefold().split())
 
 
-def drop_duplicates(
-    rows: "pd.DataFrame",  # Columns id, text, label; a target goes before the label
-) -> tuple["pd.DataFrame", dict]:
+def drop_duplicates(rows: "pd.DataFrame") -> tuple["pd.DataFrame", dict]:
     """One row for each text, none where equal texts carry different labels; ordered by id.
 
-    Beside it a report: numbers of `duplicates`, `conflicts` and `groups`, and three `samples`."""
+    Beside it a report: numbers of `duplicates`, `conflicts` and `groups`, and three `samples`.
+
+    Args:
+        rows: Columns id, text, label; a target goes before the label.
+    """
     said = "target" if "target" in rows else "label"
     rows = rows.assign(key=[normalized_key(t) for t in rows.text]).sort_values(
         "id", ignore_index=True
@@ -109,19 +117,23 @@ def drop_duplicates(
     return rows[~again & ~conflicting].drop(columns="key").reset_index(drop=True), report
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #f78d841f
-def split_hashes(
-    ids: Iterable[str],  # Of the rows
-    seed: int,  # Another seed gives other hashes
-) -> list[str]:
-    "For each id a hash of seed and id, 64 hex digits, whatever stands beside it."
+def split_hashes(ids: Iterable[str], seed: int) -> list[str]:
+    """For each id a hash of seed and id, 64 hex digits, whatever stands beside it.
+
+    Args:
+        ids: Of the rows.
+        seed: Another seed gives other hashes.
+    """
     return [hashlib.sha256(f"{seed}:{i}".encode()).hexdigest() for i in ids]
 
 
-def sort_by_split_hash(
-    rows: "pd.DataFrame",  # With a column id
-    seed: int,  # Another seed gives another order
-) -> "pd.DataFrame":
-    "The rows in the order of their hashes."
+def sort_by_split_hash(rows: "pd.DataFrame", seed: int) -> "pd.DataFrame":
+    """The rows in the order of their hashes.
+
+    Args:
+        rows: With a column id.
+        seed: Another seed gives another order.
+    """
     hashes = split_hashes(rows.id, seed)
     return rows.iloc[sorted(range(len(rows)), key=hashes.__getitem__)].reset_index(drop=True)
 
@@ -140,13 +152,15 @@ def stratified_counts(n: int, counts: dict[int, int]) -> dict[int, int]:
     return part
 
 
-def split_sizes(
-    total: int,  # Rows there are
-    validation: float,  # Share below 1, or number of rows
-    test: float,  # Likewise
-    classes: int,  # Each gets a row in each split that is not empty
-) -> dict[str, int]:
-    "How many of `total` rows each split gets. Raises `DataError` if nothing is left to train on."
+def split_sizes(total: int, validation: float, test: float, classes: int) -> dict[str, int]:
+    """How many of `total` rows each split gets. Raises `DataError` if nothing is left to train on.
+
+    Args:
+        total: Rows there are.
+        validation: Share below 1, or number of rows.
+        test: Likewise.
+        classes: Each gets a row in each split that is not empty.
+    """
 
     def size(share: float) -> int:
         if share <= 0:
@@ -168,15 +182,19 @@ split_names = ("train", "validation", "test")
 
 
 def split_rows(
-    rows: "pd.DataFrame",  # Columns id, text, label; every text once
-    validation: float,  # Share below 1, or number of rows
-    test: float,  # Likewise; 0 when there is an official test set
-    seed: int = 0,  # Decides which rows go where
-    labels: list[str] = (),  # Class names, for the messages
+    rows: "pd.DataFrame", validation: float, test: float, seed: int = 0, labels: list[str] = ()
 ) -> dict[str, "pd.DataFrame"]:
     """The rows of train, validation and test: disjoint, stratified, in the order of their hashes.
 
-    A function of seed and set of rows. Raises `DataError`."""
+    A function of seed and set of rows. Raises `DataError`.
+
+    Args:
+        rows: Columns id, text, label; every text once.
+        validation: Share below 1, or number of rows.
+        test: Likewise; 0 when there is an official test set.
+        seed: Decides which rows go where.
+        labels: Class names, for the messages.
+    """
     counts = rows.label.value_counts().sort_index().to_dict()
     name = lambda c: f"The class {labels[c]!r}" if labels else "The source"
     needed = 1 + (validation > 0) + (test > 0)
@@ -206,14 +224,18 @@ def split_rows(
 
 
 def subsample_splits(
-    parts: dict[str, "pd.DataFrame"],  # From `split_rows`
-    limit: int,  # Rows in all, at most
-    validation: float,  # Share below 1, or number of rows
-    test: float,  # Likewise
+    parts: dict[str, "pd.DataFrame"], limit: int, validation: float, test: float
 ) -> dict[str, "pd.DataFrame"]:
     """A smaller corpus: the head of every split, each class in its proportion.
 
-    Raises `DataError` if too few train."""
+    Raises `DataError` if too few train.
+
+    Args:
+        parts: From `split_rows`.
+        limit: Rows in all, at most.
+        validation: Share below 1, or number of rows.
+        test: Likewise.
+    """
 
     def head(rows: "pd.DataFrame", n: int) -> "pd.DataFrame":
         # a split of size 0 is empty, or an official test set that is wanted whole
@@ -229,15 +251,23 @@ def subsample_splits(
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #0b6fc52b
 def write_corpus(
-    folder: Path,  # Made if it is not there
-    parts: dict[str, "pd.DataFrame"],  # Split -> columns id, text, label
-    labels: list[str],  # Class names; a label is an index into them
-    datasheet: dict,  # What there is to say of the corpus
-    schema: Schema | None = None,  # Of its task; None: its texts have no labels
+    folder: Path,
+    parts: dict[str, "pd.DataFrame"],
+    labels: list[str],
+    datasheet: dict,
+    schema: Schema | None = None,
 ) -> None:
     """Write the splits, the class names, the schema and the datasheet into `folder`.
 
-    Numbers are written as a column `target`, in place of `label`."""
+    Numbers are written as a column `target`, in place of `label`.
+
+    Args:
+        folder: Made if it is not there.
+        parts: Split -> columns id, text, label.
+        labels: Class names; a label is an index into them.
+        datasheet: What there is to say of the corpus.
+        schema: Of its task; None: its texts have no labels.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -254,11 +284,13 @@ def write_corpus(
         save_schema(schema, folder)
 
 
-def read_split(
-    corpus: str | Path,  # Its folder
-    name: str,  # train, validation or test
-) -> "pd.DataFrame":
-    "A split of a corpus: columns id, text, label or target. Raises `UsageError`, `MissingError`."
+def read_split(corpus: str | Path, name: str) -> "pd.DataFrame":
+    """A split of a corpus: columns id, text, label or target. Raises `UsageError`, `MissingError`.
+
+    Args:
+        corpus: Its folder.
+        name: train, validation or test.
+    """
     import pandas as pd
 
     if name not in split_names:
@@ -278,19 +310,23 @@ def label_names(corpus: str | Path) -> list[str]:
     return read_json(Path(corpus) / "labels.json")
 
 
-def count_split_leakage(
-    parts: dict[str, "pd.DataFrame"],  # Split -> rows with a column text
-) -> int:
-    "How many texts (by `normalized_key`) stand in more than one split."
+def count_split_leakage(parts: dict[str, "pd.DataFrame"]) -> int:
+    """How many texts (by `normalized_key`) stand in more than one split.
+
+    Args:
+        parts: Split -> rows with a column text.
+    """
     sets = [set(p.text.map(normalized_key)) for p in parts.values()]
     return sum(map(len, sets)) - len(set().union(*sets))
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #44de55ef
-def drop_test_overlap(
-    rows: "pd.DataFrame",  # With a column text
-    official: "pd.DataFrame",  # Likewise: the official test set
-) -> tuple["pd.DataFrame", int]:
-    "The rows whose text does not stand in the official test set, and how many had to go."
+def drop_test_overlap(rows: "pd.DataFrame", official: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
+    """The rows whose text does not stand in the official test set, and how many had to go.
+
+    Args:
+        rows: With a column text.
+        official: Likewise: the official test set.
+    """
     known = rows.text.map(normalized_key).isin(set(official.text.map(normalized_key)))
     return rows[~known].reset_index(drop=True), int(known.sum())
 
@@ -322,13 +358,15 @@ class CorpusConfig(StageConfig):
     seed: int = 0  # decides who goes into which split, and the order
 
 
-def read_numbers(
-    source: str,  # Short name, hf:org/name, path, URL or folder
-    config: CorpusConfig,  # With text_column and target_column
-) -> tuple["pd.DataFrame", Schema]:
+def read_numbers(source: str, config: CorpusConfig) -> tuple["pd.DataFrame", Schema]:
     """The source with columns id, text, label (-1) and target (float), and its schema.
 
-    Its attrs are those of `read_table`. Raises `MissingError`, `UsageError`, `DataError`."""
+    Its attrs are those of `read_table`. Raises `MissingError`, `UsageError`, `DataError`.
+
+    Args:
+        source: Short name, hf:org/name, path, URL or folder.
+        config: With text_column and target_column.
+    """
     import pandas as pd
 
     frame, _, tabular = read_frame(source)
@@ -369,11 +407,15 @@ def read_numbers(
 
 
 def read_rows(
-    source: str,  # Short name, hf:org/name, path, URL or folder
-    config: CorpusConfig,  # Which columns are read, and for which task
-    known: list[str] | None = None,  # For a test set: the classes of training; none: no labels
+    source: str, config: CorpusConfig, known: list[str] | None = None
 ) -> tuple["pd.DataFrame", Schema | None]:
-    "The rows of a source as the task reads them, and its schema; None where it has no labels."
+    """The rows of a source as the task reads them, and its schema; None where it has no labels.
+
+    Args:
+        source: Short name, hf:org/name, path, URL or folder.
+        config: Which columns are read, and for which task.
+        known: For a test set: the classes of training; none: no labels.
+    """
     if config.task == "regression":
         return read_numbers(source, config)
     label = config.label_column if known is None or known else ""
@@ -388,10 +430,12 @@ def read_rows(
     return table, find_task(config.task).check(rows)
 
 
-def target_summary(
-    rows: "pd.DataFrame",  # A split, with a column target or label
-) -> dict[str, float]:
-    "Rows of each class by its number; for numbers their mean, deviation, least and largest."
+def target_summary(rows: "pd.DataFrame") -> dict[str, float]:
+    """Rows of each class by its number; for numbers their mean, deviation, least and largest.
+
+    Args:
+        rows: A split, with a column target or label.
+    """
     if "target" not in rows:
         return {str(c): int(n) for c, n in rows.label.value_counts().sort_index().items()}
     if not len(rows):
@@ -405,13 +449,15 @@ def target_summary(
     }
 
 
-def build_corpus(
-    record: Record,  # Gets the artifact `corpus`
-    config: CorpusConfig = CorpusConfig(),  # Parameters of the stage
-) -> Path:
+def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
     """Build a corpus and return its folder; metrics and datasheet account for every row.
 
-    Raises `MissingError`, `UsageError`, `DataError`."""
+    Raises `MissingError`, `UsageError`, `DataError`.
+
+    Args:
+        record: Gets the artifact `corpus`.
+        config: Parameters of the stage.
+    """
     source, test_source, seed = config.source, config.test_source, config.seed
     table, schema = read_rows(source, config)
     labels, read = table.attrs["labels"], table.attrs["report"]

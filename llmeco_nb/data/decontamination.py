@@ -94,15 +94,18 @@ class LeakIndex:
     """All evaluation sets, ready to be asked whether a text leaks.
 
     Evaluation texts of fewer than `min_words` words are looked for exactly only, since such short
-    sentences recur by chance. Raises `UsageError`, `DataError`."""
+    sentences recur by chance. Raises `UsageError`, `DataError`.
+
+    Args:
+        sets: Name of an evaluation set -> its texts.
+        min_containment: From which a text is a near copy, (0, 1].
+        min_words: Of a text that is looked for in parts.
+    """
 
     long, short = 13, 3  # words of a run that is a leak, and of those that are counted
 
     def __init__(
-        self,
-        sets: dict[str, Iterable[str]],  # Name of an evaluation set -> its texts
-        min_containment: float = 0.5,  # From which a text is a near copy, (0, 1]
-        min_words: int = 8,  # Of a text that is looked for in parts
+        self, sets: dict[str, Iterable[str]], min_containment: float = 0.5, min_words: int = 8
     ):
         if not 0 < min_containment <= 1:
             raise UsageError(
@@ -211,16 +214,24 @@ leak_policies = ("stop", "drop")
 
 
 def without_leaks(
-    documents: Iterable[dict],  # Each with id, text, domain
-    index: LeakIndex | None,  # None: nothing is held against them
-    report: FilterReport,  # Gets leaks as removed, and by set and kind
-    on_leak: str = "drop",  # drop, or stop: raise DataError after the last one
-    exact_only: Iterable[str] = (),  # Domains of which only exact copies leak
+    documents: Iterable[dict],
+    index: LeakIndex | None,
+    report: FilterReport,
+    on_leak: str = "drop",
+    exact_only: Iterable[str] = (),
 ) -> Iterator[dict]:
     """The documents that leak no evaluation text. One document is held at a time.
 
     What stays of the domains `exact_only` in spite of a likeness is counted as `resembling`.
-    Raises `UsageError`, `DataError`."""
+    Raises `UsageError`, `DataError`.
+
+    Args:
+        documents: Each with id, text, domain.
+        index: None: nothing is held against them.
+        report: Gets leaks as removed, and by set and kind.
+        on_leak: drop, or stop: raise DataError after the last one.
+        exact_only: Domains of which only exact copies leak.
+    """
     if on_leak not in leak_policies:
         raise UsageError(f"on_leak is {on_leak!r}; choose {' or '.join(leak_policies)}.")
     report.leaks, report.resembling = {}, {}
@@ -228,13 +239,21 @@ def without_leaks(
 
 
 def leak_filter(
-    documents: Iterable[dict],  # Each with id, text, domain
-    index: LeakIndex | None,  # None: nothing is held against them
-    report: FilterReport,  # Gets leaks as removed, and by set and kind
-    on_leak: str,  # drop or stop
-    exact_only: frozenset[str],  # Domains of which only exact copies leak
+    documents: Iterable[dict],
+    index: LeakIndex | None,
+    report: FilterReport,
+    on_leak: str,
+    exact_only: frozenset[str],
 ) -> Iterator[dict]:
-    "The generator behind `without_leaks`, which checks its arguments before the first document."
+    """The generator behind `without_leaks`, which checks its arguments before the first document.
+
+    Args:
+        documents: Each with id, text, domain.
+        index: None: nothing is held against them.
+        report: Gets leaks as removed, and by set and kind.
+        on_leak: drop or stop.
+        exact_only: Domains of which only exact copies leak.
+    """
     asked = 0
     for asked, d in enumerate(documents, 1):
         leak = index.check(d["text"]) if index else None

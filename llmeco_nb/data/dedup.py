@@ -25,11 +25,13 @@ from .corpus import normalized_key
 from .filters import FilterReport, note
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #cd50c84a
-def mix64(
-    x: np.ndarray,  # Whole numbers, of any shape
-) -> np.ndarray:
+def mix64(x: np.ndarray) -> np.ndarray:
     """Scatter 64-bit numbers: equal ones stay equal, near ones end far apart. A bijection. Works on
-    a copy."""
+    a copy.
+
+    Args:
+        x: Whole numbers, of any shape.
+    """
     x = x.astype(np.uint64)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -89,13 +91,15 @@ def word_hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(offsets)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2cef1d73
-def shingles(
-    texts: list[str],  # All of them at once
-    n: int = 5,  # Words of a run
-) -> tuple[np.ndarray, np.ndarray]:
+def shingles(texts: list[str], n: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """The hashes (uint64) of all runs of `n` words, and of which text each is (int64, ascending).
 
-    A text of fewer words has one; without words, none."""
+    A text of fewer words has one; without words, none.
+
+    Args:
+        texts: All of them at once.
+        n: Words of a run.
+    """
     coded = [as_bytes(t) for t in texts]
     hashes, offsets = word_hashes(b"\n".join(coded))
     starts = np.cumsum([0] + [len(c) + 1 for c in coded])
@@ -123,26 +127,32 @@ def shingles(
     return mix64(found), owners.astype(np.int64)
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #2e2f6890
-def densification_order(
-    k: int,  # Bins of a signature
-    seed: int = 0,  # Of the hash functions
-) -> np.ndarray:
+def densification_order(k: int, seed: int = 0) -> np.ndarray:
     """For each of `k` bins the order, [k, k] by column, in which it asks the others when it is
-    empty."""
+    empty.
+
+    Args:
+        k: Bins of a signature.
+        seed: Of the hash functions.
+    """
     draws = mix64(np.arange(k * k) + (seed + 1) * 1_000_003)
     return np.argsort(draws.reshape(k, k), axis=0)
 
 
 def minhash_signatures(
-    found: np.ndarray,  # uint64 [n]: hashes of shingles
-    owners: np.ndarray,  # int64 [n]: the text of each, from 0
-    texts: int,  # Number of texts
-    k: int,  # Numbers in a signature
-    seed: int = 0,  # Of the hash functions
+    found: np.ndarray, owners: np.ndarray, texts: int, k: int, seed: int = 0
 ) -> np.ndarray:
     """uint32 [texts, k]: for every bin the smallest draw among a text's shingles.
 
-    Texts without shingles are all ones (2**32 - 1)."""
+    Texts without shingles are all ones (2**32 - 1).
+
+    Args:
+        found: uint64 [n]: hashes of shingles.
+        owners: int64 [n]: the text of each, from 0.
+        texts: Number of texts.
+        k: Numbers in a signature.
+        seed: Of the hash functions.
+    """
     number = mix64(found ^ mix64(np.array([seed], np.uint64)))
     bins = ((number >> np.uint64(32)) * np.uint64(k)) >> np.uint64(32)
     empty = np.uint32(0xFFFFFFFF)
@@ -161,20 +171,26 @@ def minhash_signatures(
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #122bf7d8
 def candidate_probability(
-    similarity: float | np.ndarray,  # Jaccard similarity, 0 to 1
-    bands: int,  # Bands of a signature
-    rows: int,  # Numbers in each of them
+    similarity: float | np.ndarray, bands: int, rows: int
 ) -> float | np.ndarray:
-    "Probability that two texts agree in at least one band."
+    """Probability that two texts agree in at least one band.
+
+    Args:
+        similarity: Jaccard similarity, 0 to 1.
+        bands: Bands of a signature.
+        rows: Numbers in each of them.
+    """
     return 1 - (1 - similarity**rows) ** bands
 
 
-def choose_bands(
-    threshold: float,  # Jaccard similarity, above 0 and at most 1
-    hashes: int = 128,  # Numbers in a signature, at most
-    recall: float = 0.995,  # Probability that texts at the threshold meet
-) -> tuple[int, int]:
-    "(bands, rows) of the steepest curve that has the `recall` asked for. Raises `UsageError`."
+def choose_bands(threshold: float, hashes: int = 128, recall: float = 0.995) -> tuple[int, int]:
+    """(bands, rows) of the steepest curve that has the `recall` asked for. Raises `UsageError`.
+
+    Args:
+        threshold: Jaccard similarity, above 0 and at most 1.
+        hashes: Numbers in a signature, at most.
+        recall: Probability that texts at the threshold meet.
+    """
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold is {threshold}; a similarity lies above 0 and is at most 1.")
     for rows in range(hashes, 1, -1):
@@ -183,12 +199,14 @@ def choose_bands(
     return hashes, 1
 
 
-def band_keys(
-    table: np.ndarray,  # uint32 [texts, bands * rows]
-    bands: int,  # Of a signature
-    rows: int,  # Numbers in a band
-) -> np.ndarray:
-    "uint64 [texts, bands]: one key for each band of a table of signatures."
+def band_keys(table: np.ndarray, bands: int, rows: int) -> np.ndarray:
+    """uint64 [texts, bands]: one key for each band of a table of signatures.
+
+    Args:
+        table: uint32 [texts, bands * rows].
+        bands: Of a signature.
+        rows: Numbers in a band.
+    """
     weights = mix64(np.arange(1, rows + 1)) | np.uint64(1)
     mixed = mix64(table.astype(np.uint64) + np.uint64(1)).reshape(len(table), bands, rows)
     return mix64((mixed * weights).sum(2, dtype=np.uint64))
@@ -205,10 +223,12 @@ class MinHashConfig:
     seed: int  # of the hash functions
 
 
-def content_digest(
-    text: str,  # Any string
-) -> bytes:
-    "16 bytes that two texts share when they are equal after folding."
+def content_digest(text: str) -> bytes:
+    """16 bytes that two texts share when they are equal after folding.
+
+    Args:
+        text: Any string.
+    """
     return hashlib.blake2b(
         normalized_key(text).encode("utf-8", "surrogatepass"), digest_size=16
     ).digest()
@@ -290,14 +310,18 @@ class SignatureStore:
 
 
 def write_signatures(
-    documents: Iterable[dict],  # Each with id, text
-    folder: Path,  # Of the files
-    plan: MinHashConfig,  # How to sign
-    block: int = 1 << 20,  # Characters to sign at once
+    documents: Iterable[dict], folder: Path, plan: MinHashConfig, block: int = 1 << 20
 ) -> SignatureStore:
     """Write what `find_duplicates` needs of the documents; go on where an earlier call was ended.
 
-    Raises `DataError` if that call read another corpus."""
+    Raises `DataError` if that call read another corpus.
+
+    Args:
+        documents: Each with id, text.
+        folder: Of the files.
+        plan: How to sign.
+        block: Characters to sign at once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with SignatureStore(folder, plan) as store:
         texts, digests, size, n = [], [], 0, 0
@@ -329,12 +353,16 @@ def write_signatures(
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #8a3e2b03
 def pairs_with_equal_keys(
-    path: Path,  # File of keys, uint64
-    count: int,  # Keys in it
-    item: int = 1,  # uint64 of a key; the first of them is compared
-    memory: int = 1 << 25,  # Bytes to use, about
+    path: Path, count: int, item: int = 1, memory: int = 1 << 25
 ) -> Iterator[np.ndarray]:
-    "Pairs (earlier, later), int64 [n, 2], of the numbers of equal keys."
+    """Pairs (earlier, later), int64 [n, 2], of the numbers of equal keys.
+
+    Args:
+        path: File of keys, uint64.
+        count: Keys in it.
+        item: uint64 of a key; the first of them is compared.
+        memory: Bytes to use, about.
+    """
     chunk = max(1024, memory // (64 * item))
     passes = max(1, math.ceil(count * 64 / memory))
     for turn in range(passes):
@@ -405,12 +433,13 @@ class ShingleReader:
         found = os.pread(self.shingles, 4 * int(end - begin), 4 * int(begin))
         return np.unique(np.frombuffer(found, "<u4"))
 
-    def similarity(
-        self,
-        i: int,  # Number of a document
-        j: int,  # Number of another
-    ) -> float:
-        "The exact Jaccard similarity of two documents; 0 if neither has words."
+    def similarity(self, i: int, j: int) -> float:
+        """The exact Jaccard similarity of two documents; 0 if neither has words.
+
+        Args:
+            i: Number of a document.
+            j: Number of another.
+        """
         a, b = self[i], self[j]
         both = len(np.intersect1d(a, b, assume_unique=True))
         return both / max(1, len(a) + len(b) - both)
@@ -429,12 +458,13 @@ class Duplicates:
     def __len__(self) -> int:
         return len(self.leaders)
 
-    def kept(
-        self,
-        documents: Iterable[dict],  # The same as were looked at, in the same order
-        report: FilterReport | None = None,  # Counts exact and near copies as removed
-    ) -> Iterator[dict]:
-        "The documents that stay. Raises `DataError` if the corpus has another length."
+    def kept(self, documents: Iterable[dict], report: FilterReport | None = None) -> Iterator[dict]:
+        """The documents that stay. Raises `DataError` if the corpus has another length.
+
+        Args:
+            documents: The same as were looked at, in the same order.
+            report: Counts exact and near copies as removed.
+        """
         n = 0
         for n, document in enumerate(documents, 1):
             if n > len(self):
@@ -465,12 +495,14 @@ class DuplicateCounts:
     samples: list[dict] = field(default_factory=list)  # pairs (first, second, similarity)
 
 
-def cluster_duplicates(
-    store: SignatureStore,  # Of all documents
-    parent: np.ndarray,  # int64 [documents]: each its own number
-    memory: int,  # Bytes to use, about
-) -> DuplicateCounts:
-    "Join what is similar in `parent`, and make every pointer lead to the root."
+def cluster_duplicates(store: SignatureStore, parent: np.ndarray, memory: int) -> DuplicateCounts:
+    """Join what is similar in `parent`, and make every pointer lead to the root.
+
+    Args:
+        store: Of all documents.
+        parent: int64 [documents]: each its own number.
+        memory: Bytes to use, about.
+    """
     count, samples = store.state["documents"], []
     groups, shingle_sets = UnionFind(parent), ShingleReader(store)
     with open(store.path("digests"), "rb", buffering=0) as digests:
@@ -507,17 +539,27 @@ def cluster_duplicates(
 
 
 def find_duplicates(
-    documents: Iterable[dict],  # Each with id, text; read here, and by `kept`
-    folder: str | Path,  # Signatures, about as large as the text; here a killed call goes on
-    threshold: float = 0.8,  # Jaccard similarity from which texts are duplicates
-    words: int = 5,  # Words of a shingle
-    bands: tuple[int, int] | None = None,  # (bands, rows); None: by the threshold
-    seed: int = 0,  # Of the hash functions
-    memory_mib: int = 32,  # MiB beside the interpreter and the longest document, about
+    documents: Iterable[dict],
+    folder: str | Path,
+    threshold: float = 0.8,
+    words: int = 5,
+    bands: tuple[int, int] | None = None,
+    seed: int = 0,
+    memory_mib: int = 32,
 ) -> Duplicates:
     """Find exact and near-duplicates (Broder 1997).
 
-    The same corpus and arguments give the same answer. Raises `UsageError`, `DataError`."""
+    The same corpus and arguments give the same answer. Raises `UsageError`, `DataError`.
+
+    Args:
+        documents: Each with id, text; read here, and by `kept`.
+        folder: Signatures, about as large as the text; here a killed call goes on.
+        threshold: Jaccard similarity from which texts are duplicates.
+        words: Words of a shingle.
+        bands: (bands, rows); None: by the threshold.
+        seed: Of the hash functions.
+        memory_mib: MiB beside the interpreter and the longest document, about.
+    """
     if words < 1 or memory_mib < 8:
         raise UsageError(
             f"words is {words} and memory_mib {memory_mib}; at least 1 and 8 are needed."

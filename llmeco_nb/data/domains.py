@@ -32,11 +32,13 @@ documented_packages = [
 ]
 
 
-def package_folder(
-    package: str,  # As it is imported
-    requirement: str = "",  # As pip installs it, with its version
-) -> Path:
-    "The folder of an installed package, found without importing it. Raises `MissingError`."
+def package_folder(package: str, requirement: str = "") -> Path:
+    """The folder of an installed package, found without importing it. Raises `MissingError`.
+
+    Args:
+        package: As it is imported.
+        requirement: As pip installs it, with its version.
+    """
     spec = importlib.util.find_spec(package)
     if not spec or not spec.submodule_search_locations:
         wanted = requirement or package
@@ -85,10 +87,12 @@ def technical() -> Iterator[str]:
                 yield from docstrings(file.read_text(encoding="utf-8", errors="ignore"))
 
 # %% ../../nbs/1_pretraining/10f_domains.ipynb #8ec71422
-def bible_chapters(
-    file: Path,  # JSON lines
-) -> Iterator[str]:
-    "The chapters of a Bible in JSON lines (book, chapter, text), a verse a line."
+def bible_chapters(file: Path) -> Iterator[str]:
+    """The chapters of a Bible in JSON lines (book, chapter, text), a verse a line.
+
+    Args:
+        file: JSON lines.
+    """
     with open(file, encoding="utf-8") as lines:
         verses = (json.loads(line) for line in lines if line.strip())
         for _, chapter in groupby(verses, key=lambda v: (v["book"], v["chapter"])):
@@ -141,15 +145,22 @@ def peek_first(texts: Iterator[str]) -> Iterator[str]:
 
 
 def read_domains(
-    domains: list[str],  # Names of packaged domains, or corpus
-    extra_sources: list[str] = (),  # Each name=source
-    corpus: str | Path = "",  # Folder of the labelled corpus
-    text_column: str = "text",  # Of the extra sources that are tables
+    domains: list[str],
+    extra_sources: list[str] = (),
+    corpus: str | Path = "",
+    text_column: str = "text",
 ) -> dict[str, Iterator[str]]:
     """For each domain its texts, read as they are asked for.
 
     Raises `UsageError` for a name nobody knows or a name given twice, `MissingError` for an absent
-    source."""
+    source.
+
+    Args:
+        domains: Names of packaged domains, or corpus.
+        extra_sources: Each name=source.
+        corpus: Folder of the labelled corpus.
+        text_column: Of the extra sources that are tables.
+    """
     found, known = {}, [*packaged_domains, "corpus"]
     for name in domains:
         if name not in known:
@@ -183,12 +194,14 @@ def read_domains(
     return found
 
 # %% ../../nbs/1_pretraining/10f_domains.ipynb #6b1e94f2
-def extra_sources_revision(
-    extra_sources: list[str],  # Each name=source
-) -> str:
+def extra_sources_revision(extra_sources: list[str]) -> str:
     """A text that changes when the content of one of the sources (each name=source) does.
 
-    Empty without any. Raises `MissingError`, `UsageError`."""
+    Empty without any. Raises `MissingError`, `UsageError`.
+
+    Args:
+        extra_sources: Each name=source.
+    """
 
     def content(source: str) -> str:
         if source_kind(source) == "folder":

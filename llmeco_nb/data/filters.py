@@ -57,12 +57,14 @@ letter = re.compile(r"[^\W\d_]")
 sentence_end = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
 
-def shape_rule(
-    text: str,  # The document
-    words: list[str],  # Its words
-    rules: Rules = Rules(),  # Thresholds
-) -> str | None:
-    "The rule about words and symbols that `text` breaks, or None."
+def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | None:
+    """The rule about words and symbols that `text` breaks, or None.
+
+    Args:
+        text: The document.
+        words: Its words.
+        rules: Thresholds.
+    """
     if not rules.words[0] <= len(words) <= rules.words[1]:
         return "words"
     if not words:
@@ -86,11 +88,14 @@ def shape_rule(
     return next((f"banned: {b}" for b in rules.banned if b in lower), None)
 
 
-def line_rule(
-    lines: list[str],  # Of the document, not empty
-    rules: Rules = Rules(),  # Thresholds
-) -> str | None:
-    "The rule about the beginnings and ends of lines that these (not empty) `lines` break, or None."
+def line_rule(lines: list[str], rules: Rules = Rules()) -> str | None:
+    """The rule about the beginnings and ends of lines that these (not empty) `lines` break, or
+    None.
+
+    Args:
+        lines: Of the document, not empty.
+        rules: Thresholds.
+    """
     if len(lines) < rules.min_lines:
         return None  # one paragraph that trails off is no page of teasers
     bullets = sum(1 for s in lines if s.lstrip().startswith(("•", "-", "*")))
@@ -136,12 +141,16 @@ def repeated_ngram_chars(words: list[str], n: int) -> int:
 
 
 def repetition_rule(
-    text: str,  # The document
-    words: list[str],  # Its words
-    lines: list[str],  # Its lines that are not empty
-    rules: Rules = Rules(),  # Thresholds
+    text: str, words: list[str], lines: list[str], rules: Rules = Rules()
 ) -> str | None:
-    "The rule about repetition that `text` breaks, or None."
+    """The rule about repetition that `text` breaks, or None.
+
+    Args:
+        text: The document.
+        words: Its words.
+        lines: Its lines that are not empty.
+        rules: Thresholds.
+    """
     size = max(1, len(text))
     paragraphs = text.split("\n\n") if "\n\n" in text else []
     units = (
@@ -167,13 +176,15 @@ def repetition_rule(
     return None
 
 
-def quality_rule(
-    text: str,  # The document
-    rules: Rules = Rules(),  # Thresholds
-) -> str | None:
+def quality_rule(text: str, rules: Rules = Rules()) -> str | None:
     """The name of the first rule that takes the document away, or None if it may stay.
 
-    Sources: Rae et al. 2021; Raffel et al. 2020."""
+    Sources: Rae et al. 2021; Raffel et al. 2020.
+
+    Args:
+        text: The document.
+        rules: Thresholds.
+    """
     words = text.split()
     lines = [s for s in text.split("\n") if s.strip()]
     return (
@@ -194,12 +205,14 @@ policy_phrases = (
 )
 
 
-def terminal_lines(
-    text: str,  # A document
-    min_words: int = 3,  # Words of a line that stays, at least
-    max_word_chars: int = 1000,  # Characters of each of them, at most
-) -> str:
-    "The lines that end a sentence and are no notice (C4's rules for lines)."
+def terminal_lines(text: str, min_words: int = 3, max_word_chars: int = 1000) -> str:
+    """The lines that end a sentence and are no notice (C4's rules for lines).
+
+    Args:
+        text: A document.
+        min_words: Words of a line that stays, at least.
+        max_word_chars: Characters of each of them, at most.
+    """
 
     def stays(line: str) -> bool:
         end = line.rstrip()
@@ -258,12 +271,14 @@ def english_signs(words: list[str]) -> tuple[float, float]:
     return sum(1 for w in words if w in function_words) / len(words), known / max(1, len(line) - 2)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #6341d980
-def is_english(
-    words: list[str],  # In lower case
-    min_function: float = 0.28,  # Share of function words that suffices
-    min_both: float = 0.40,  # Sum of their share and that of trigrams that suffices
-) -> bool:
-    "Whether words are English, by function words or by these and English trigrams together."
+def is_english(words: list[str], min_function: float = 0.28, min_both: float = 0.40) -> bool:
+    """Whether words are English, by function words or by these and English trigrams together.
+
+    Args:
+        words: In lower case.
+        min_function: Share of function words that suffices.
+        min_both: Sum of their share and that of trigrams that suffices.
+    """
     share = sum(1 for w in words if w in function_words) / len(words)
     return share >= min_function or sum(english_signs(words)) >= min_both
 
@@ -280,19 +295,23 @@ def english_share(text: str, window: int = 40) -> float:
     return sum(b - a for a, b in zip(cuts, cuts[1:]) if is_english(words[a:b])) / len(words)
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #b79c8307
-def luhn(
-    digits: str,  # Digits alone
-) -> bool:
-    "Whether the checksum of a card number holds."
+def luhn(digits: str) -> bool:
+    """Whether the checksum of a card number holds.
+
+    Args:
+        digits: Digits alone.
+    """
     return (
         sum(sum(divmod(int(d) * (1 + i % 2), 10)) for i, d in enumerate(reversed(digits))) % 10 == 0
     )
 
 
-def mod97(
-    account: str,  # Without spaces
-) -> bool:
-    "Whether the checksum of an IBAN (no spaces, upper case) holds."
+def mod97(account: str) -> bool:
+    """Whether the checksum of an IBAN (no spaces, upper case) holds.
+
+    Args:
+        account: Without spaces.
+    """
     return int("".join(str(int(c, 36)) for c in account[4:] + account[:4])) % 97 == 1
 
 
@@ -437,13 +456,17 @@ class FilterConfig:
 
 
 def note(
-    steps: dict[str, StepReport],  # `removed` or `changed` of a report
-    step: str,  # The rule or step
-    document: dict,  # With id and domain
-    text: str,  # What to show of it
-    **more: str | int | float,  # What a sample says beside
+    steps: dict[str, StepReport], step: str, document: dict, text: str, **more: str | int | float
 ) -> None:
-    "Count a document under `step`; of the first three the beginning of the text is kept."
+    """Count a document under `step`; of the first three the beginning of the text is kept.
+
+    Args:
+        steps: `removed` or `changed` of a report.
+        step: The rule or step.
+        document: With id and domain.
+        text: What to show of it.
+        **more: What a sample says beside.
+    """
     entry, domain = steps.setdefault(step, StepReport()), document.get("domain", "")
     entry.documents += 1
     entry.domains[domain] = entry.domains.get(domain, 0) + 1
@@ -452,10 +475,12 @@ def note(
         entry.samples.append({"id": document["id"], "domain": domain, "text": shown, **more})
 
 
-def counts_by_domain(
-    report: FilterReport,  # Filled by the steps
-) -> dict[str, dict[str, int]]:
-    "For each domain how many documents were `read`, what each step removed, how many are `kept`."
+def counts_by_domain(report: FilterReport) -> dict[str, dict[str, int]]:
+    """For each domain how many documents were `read`, what each step removed, how many are `kept`.
+
+    Args:
+        report: Filled by the steps.
+    """
     found = {}
     for domain, n in report.read.items():
         taken = {step: entry.domains.get(domain, 0) for step, entry in report.removed.items()}
@@ -464,13 +489,17 @@ def counts_by_domain(
 
 
 def filter_documents(
-    documents: Iterable[dict],  # Each with id, text, domain; read once
-    report: FilterReport,  # Empty, or of an earlier part of the stream
-    config: FilterConfig = FilterConfig(),  # What is asked of a document
+    documents: Iterable[dict], report: FilterReport, config: FilterConfig = FilterConfig()
 ) -> Iterator[dict]:
     """Yield the documents that stay, cleaned.
 
-    `report` counts what was read, and for each rule the documents it removed or changed."""
+    `report` counts what was read, and for each rule the documents it removed or changed.
+
+    Args:
+        documents: Each with id, text, domain; read once.
+        report: Empty, or of an earlier part of the stream.
+        config: What is asked of a document.
+    """
     for document in documents:
         domain = document.get("domain", "")
         report.read[domain] = report.read.get(domain, 0) + 1

@@ -55,12 +55,16 @@ rule_sets = ("gopher", "verse", "web", "none")
 
 
 def filter_settings(
-    quality_rules: list[str],  # Each name=rules, for a domain of another kind
-    domains: list[str],  # All there are
-    min_words: int,  # Of a document
-    min_english: float,  # Smallest share of English words, 0 to 1
+    quality_rules: list[str], domains: list[str], min_words: int, min_english: float
 ) -> dict[str, FilterConfig]:
-    "For each domain what `filter_documents` asks of it. Raises `UsageError`."
+    """For each domain what `filter_documents` asks of it. Raises `UsageError`.
+
+    Args:
+        quality_rules: Each name=rules, for a domain of another kind.
+        domains: All there are.
+        min_words: Of a document.
+        min_english: Smallest share of English words, 0 to 1.
+    """
     chosen = {d: {"corpus": "none", "literature": "verse"}.get(d, "gopher") for d in domains}
     for one in quality_rules:
         name, _, rules = one.partition("=")
@@ -87,14 +91,23 @@ def filter_settings(
 
 
 def filtered(
-    domain: str,  # Its name
-    texts: Iterable[str],  # Its texts, read as they are needed
-    report: FilterReport,  # Filled
-    config: FilterConfig,  # What is asked of a document
-    max_documents: int | None = None,  # To read; None for all
-    enough: float = float("inf"),  # Characters after which no more is read
+    domain: str,
+    texts: Iterable[str],
+    report: FilterReport,
+    config: FilterConfig,
+    max_documents: int | None = None,
+    enough: float = float("inf"),
 ) -> Iterator[dict]:
-    "The documents (id, text, domain) of a domain that pass the filters."
+    """The documents (id, text, domain) of a domain that pass the filters.
+
+    Args:
+        domain: Its name.
+        texts: Its texts, read as they are needed.
+        report: Filled.
+        config: What is asked of a document.
+        max_documents: To read; None for all.
+        enough: Characters after which no more is read.
+    """
     some = (
         {"id": f"{domain} {n}", "text": t, "domain": domain}
         for n, t in enumerate(islice(texts, max_documents))
@@ -110,11 +123,15 @@ splits = ("train", "validation", "test")
 
 
 def check_nonempty(
-    index: dict[tuple[str, str], np.ndarray],  # From `index_documents`
-    report: FilterReport,  # Of all steps
-    domains: list[str],  # All there are
+    index: dict[tuple[str, str], np.ndarray], report: FilterReport, domains: list[str]
 ) -> None:
-    "Raise `DataError` if a domain has nothing to train on: it says which rule took how many."
+    """Raise `DataError` if a domain has nothing to train on: it says which rule took how many.
+
+    Args:
+        index: From `index_documents`.
+        report: Of all steps.
+        domains: All there are.
+    """
     for name in domains:
         if (name, "train") in index:
             continue
@@ -166,13 +183,17 @@ class MixtureConfig(StageConfig):
 
 
 def build_mixture(
-    record: Record,  # Gets the artifact `prose`
-    corpus: str | Path = "",  # Folder of a labelled corpus; empty: no check for leaks
-    config: MixtureConfig = MixtureConfig(),  # Parameters of the stage
+    record: Record, corpus: str | Path = "", config: MixtureConfig = MixtureConfig()
 ) -> Path:
     """Build the pretraining corpus and return its folder.
 
-    Raises `UsageError`, `MissingError`, `DataError`."""
+    Raises `UsageError`, `MissingError`, `DataError`.
+
+    Args:
+        record: Gets the artifact `prose`.
+        corpus: Folder of a labelled corpus; empty: no check for leaks.
+        config: Parameters of the stage.
+    """
     validation, test, seed = config.validation_size, config.test_size, config.seed
     if validation + test >= 1:
         raise UsageError(
@@ -274,13 +295,17 @@ def build_mixture(
 
 
 def read_mixture(
-    folder: str | Path,  # Of a pretraining corpus
-    split: str,  # train, validation or test
-    domains: list[str] | None = None,  # None: all there are
+    folder: str | Path, split: str, domains: list[str] | None = None
 ) -> Iterator[dict]:
     """The documents (id, text, domain) of a split, in order, a row group in memory at a time.
 
-    Raises `UsageError`, `MissingError`."""
+    Raises `UsageError`, `MissingError`.
+
+    Args:
+        folder: Of a pretraining corpus.
+        split: train, validation or test.
+        domains: None: all there are.
+    """
     import pyarrow.parquet as pq
 
     if split not in splits:

@@ -39,12 +39,14 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pyarrow as pa
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #d1d1f294
-def decode_utf8(
-    data: bytes,  # All bytes
-    name: str,  # How to call them in an error
-) -> str:
+def decode_utf8(data: bytes, name: str) -> str:
     """UTF-8 bytes as text, with or without a byte order mark. Raises `DataError` naming line and
-    byte, and the likely encoding."""
+    byte, and the likely encoding.
+
+    Args:
+        data: All bytes.
+        name: How to call them in an error.
+    """
     cure = lambda of: (
         f"save it as UTF-8, for instance with: iconv -f {of} -t UTF-8 {name} > "
         f"utf8-{Path(name).name}"
@@ -74,13 +76,17 @@ def decode_utf8(
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #6f188dbf
 def parse_delimited(
-    text: str,  # The table
-    name: str,  # How to call it in an error
-    sep: str,  # Between two columns
-    quoting: int = csv.QUOTE_MINIMAL,  # As in the module csv
+    text: str, name: str, sep: str, quoting: int = csv.QUOTE_MINIMAL
 ) -> list[list[str]]:
     """The rows of a delimited text, header first. Raises `DataError` naming the first line that
-    does not fit the header."""
+    does not fit the header.
+
+    Args:
+        text: The table.
+        name: How to call it in an error.
+        sep: Between two columns.
+        quoting: As in the module csv.
+    """
     csv.field_size_limit(
         sys.maxsize
     )  # a review may be longer than the 131,072 characters the module allows
@@ -130,13 +136,15 @@ def tsv_quoting(rows: Callable[[int], Iterable[list[str]]]) -> int:
     return csv.QUOTE_NONE
 
 
-def read_csv(
-    text: str,  # The table
-    name: str,  # How to call it in an error
-    tabs: bool = False,  # Whether tabs separate its columns
-) -> "pd.DataFrame":
+def read_csv(text: str, name: str, tabs: bool = False) -> "pd.DataFrame":
     """A CSV (or, with `tabs`, a TSV) text as a DataFrame of strings; nothing is taken for null.
-    Raises `DataError`."""
+    Raises `DataError`.
+
+    Args:
+        text: The table.
+        name: How to call it in an error.
+        tabs: Whether tabs separate its columns.
+    """
     import pandas as pd
 
     header = text.split("\n", 1)[0]
@@ -148,12 +156,14 @@ def read_csv(
     return pd.DataFrame(rows[1:], columns=rows[0] if rows else [], dtype=object)
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #0c97436b
-def read_json_table(
-    text: str,  # The table
-    name: str,  # How to call it in an error
-) -> "pd.DataFrame":
+def read_json_table(text: str, name: str) -> "pd.DataFrame":
     """JSON lines, or one JSON array of objects, as a DataFrame. Raises `DataError` naming line and
-    column."""
+    column.
+
+    Args:
+        text: The table.
+        name: How to call it in an error.
+    """
     import pandas as pd
 
     whole, rows = text.lstrip().startswith("["), []
@@ -187,13 +197,15 @@ def frame_of(table: "pa.Table") -> "pd.DataFrame":
     return table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
 
-def read_parquet(
-    data: bytes,  # All bytes
-    name: str,  # How to call them in an error
-) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A Parquet file as a DataFrame and its class names by column (`{}` when it carries none).
 
-    Raises `DataError` when it is broken."""
+    Raises `DataError` when it is broken.
+
+    Args:
+        data: All bytes.
+        name: How to call them in an error.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,12 +225,14 @@ def read_parquet(
     return frame_of(table), {k: [str(n) for n in of] for k, of in names.items()}
 
 
-def read_hub(
-    source: str,  # hf:org/name, as `parse_hub` reads it
-) -> tuple["pd.DataFrame", dict[str, list[str]]]:
+def read_hub(source: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A hub data set as a DataFrame and its class names by column.
 
-    Raises `MissingError`, or `UsageError` for an unknown split or config."""
+    Raises `MissingError`, or `UsageError` for an unknown split or config.
+
+    Args:
+        source: hf:org/name, as `parse_hub` reads it.
+    """
     hub = parse_hub(source)
     commit = hub_commit(hub.name, hub.revision)
     import datasets
@@ -268,12 +282,16 @@ def read_folder(folder: Path) -> "pd.DataFrame":
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #5eb73094
 def read_frame(
-    source: str,  # Any
-    unit: str = "line",  # What one text is in a .txt file: line, paragraph or file
+    source: str, unit: str = "line"
 ) -> tuple["pd.DataFrame", dict[str, list[str]], bool]:
     """All columns of a source, class names by column, and whether it is a table.
 
-    Plain text has no columns of its own. Raises `UsageError`, `MissingError`, `DataError`."""
+    Plain text has no columns of its own. Raises `UsageError`, `MissingError`, `DataError`.
+
+    Args:
+        source: Any.
+        unit: What one text is in a .txt file: line, paragraph or file.
+    """
     import pandas as pd
 
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)

@@ -60,31 +60,37 @@ class DocumentStore:
             yield d
 
 # %% ../../nbs/1_pretraining/10g_sampling.ipynb #1a162b77
-def split_hash(
-    one: str,  # Id of a document
-    seed: int,  # Another seed gives another number
-) -> float:
-    "The number in [0, 1) of the document with the id `one`."
+def split_hash(one: str, seed: int) -> float:
+    """The number in [0, 1) of the document with the id `one`.
+
+    Args:
+        one: Id of a document.
+        seed: Another seed gives another number.
+    """
     digest = hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
-def assign_split(
-    number: float,  # From `split_hash`
-    validation_size: float,  # Share of the documents
-    test_size: float,  # Likewise
-) -> str:
-    "The split of a document: train, validation or test."
+def assign_split(number: float, validation_size: float, test_size: float) -> str:
+    """The split of a document: train, validation or test.
+
+    Args:
+        number: From `split_hash`.
+        validation_size: Share of the documents.
+        test_size: Likewise.
+    """
     if number < test_size:
         return "test"
     return "validation" if number < test_size + validation_size else "train"
 
 
-def normalized_weights(
-    weights: list[str],  # Each name=number
-    domains: list[str],  # All there are; those not named have weight 1
-) -> dict[str, float]:
-    "Weights (each name=number; else 1) as shares that add up to one. Raises `UsageError`."
+def normalized_weights(weights: list[str], domains: list[str]) -> dict[str, float]:
+    """Weights (each name=number; else 1) as shares that add up to one. Raises `UsageError`.
+
+    Args:
+        weights: Each name=number.
+        domains: All there are; those not named have weight 1.
+    """
     given = dict.fromkeys(domains, 1.0)
     for one in weights:
         name, _, number = one.partition("=")
@@ -108,16 +114,24 @@ def normalized_weights(
 
 
 def sample_mixture(
-    sizes: dict[str, np.ndarray],  # Domain -> int [documents]: their characters
-    shares: dict[str, float],  # Domain -> share of the characters, 1 in all
-    max_epochs: int,  # How often a document may be used
-    max_characters: int | None,  # In all; None: as many as there are
-    on_exhausted: str = "limit",  # limit the other domains, or fill up with them
+    sizes: dict[str, np.ndarray],
+    shares: dict[str, float],
+    max_epochs: int,
+    max_characters: int | None,
+    on_exhausted: str = "limit",
 ) -> dict[str, np.ndarray]:
     """For each domain the numbers of its training documents in the order they are used.
 
     Later epochs repeat them. The last document that begins before the domain's share is full is
-    taken whole."""
+    taken whole.
+
+    Args:
+        sizes: Domain -> int [documents]: their characters.
+        shares: Domain -> share of the characters, 1 in all.
+        max_epochs: How often a document may be used.
+        max_characters: In all; None: as many as there are.
+        on_exhausted: limit the other domains, or fill up with them.
+    """
     bound = min if on_exhausted == "limit" else max
     full = bound(max_epochs * sizes[d].sum() / shares[d] for d in shares)
     total, used = min(full, max_characters or full), {}
@@ -133,15 +147,19 @@ document_dtype = np.dtype([("hash", "<f8"), ("offset", "<i8"), ("size", "<i4")])
 
 
 def index_documents(
-    documents: Iterable[dict],  # Each with id, text, domain, offset
-    seed: int,  # Of the split
-    validation_size: float,  # Share of the documents
-    test_size: float,  # Likewise
+    documents: Iterable[dict], seed: int, validation_size: float, test_size: float
 ) -> dict[tuple[str, str], np.ndarray]:
     """For each (domain, split) its documents in the order of their hashes.
 
     A document is a row of `document_dtype`: hash, offset in the store (bytes), size
-    (characters)."""
+    (characters).
+
+    Args:
+        documents: Each with id, text, domain, offset.
+        seed: Of the split.
+        validation_size: Share of the documents.
+        test_size: Likewise.
+    """
     found, pack = {}, struct.Struct("<dqi").pack
     for d in documents:
         number = split_hash(d["id"], seed)
@@ -153,11 +171,15 @@ def index_documents(
 
 
 def interleave(
-    used: dict[str, np.ndarray],  # Domain -> numbers of its documents, as they are used
-    sizes: dict[str, np.ndarray],  # Domain -> characters of its documents
-    order: str,  # mixed, or short: short documents first
+    used: dict[str, np.ndarray], sizes: dict[str, np.ndarray], order: str
 ) -> Iterator[tuple[str, int]]:
-    "Domain and number of the documents in the order of reading."
+    """Domain and number of the documents in the order of reading.
+
+    Args:
+        used: Domain -> numbers of its documents, as they are used.
+        sizes: Domain -> characters of its documents.
+        order: mixed, or short: short documents first.
+    """
     names = list(used)
     of = np.repeat(np.arange(len(names)), [len(used[d]) for d in names])
     number = np.concatenate([used[d] for d in names])
@@ -169,12 +191,14 @@ def interleave(
     return ((names[of[i]], int(number[i])) for i in np.argsort(key, kind="stable"))
 
 
-def write_split(
-    file: Path,  # Has this name only when it is whole
-    rows: Iterable[dict],  # Each with id, text, domain
-    group: int = 1000,  # Rows in memory
-) -> None:
-    "Write documents as Parquet."
+def write_split(file: Path, rows: Iterable[dict], group: int = 1000) -> None:
+    """Write documents as Parquet.
+
+    Args:
+        file: Has this name only when it is whole.
+        rows: Each with id, text, domain.
+        group: Rows in memory.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -43,11 +43,13 @@ citations = {
 file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
-def did_you_mean(
-    name: str,  # What was written
-    names: Iterable[str],  # What there is
-) -> str:
-    "A hint at the most similar of `names`, or nothing when none is similar."
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint at the most similar of `names`, or nothing when none is similar.
+
+    Args:
+        name: What was written.
+        names: What there is.
+    """
     alike = difflib.get_close_matches(
         name.lower(), {str(n).lower(): n for n in names}, n=1, cutoff=0.6
     )
@@ -56,12 +58,14 @@ def did_you_mean(
     )
 
 
-def source_kind(
-    source: str,  # As it was written
-) -> str:
+def source_kind(source: str) -> str:
     """One of `short`, `hub`, `url`, `folder`, `file`.
 
-    Raises `UsageError` for an empty name, `MissingError` for an absent path."""
+    Raises `UsageError` for an empty name, `MissingError` for an absent path.
+
+    Args:
+        source: As it was written.
+    """
     if not source.strip():
         raise UsageError("A source is empty. Give a short name, hf:org/name, a path or a URL.")
     if source in short_names:
@@ -117,10 +121,12 @@ class HubSource:
     config: str = ""  # one of several configurations
 
 
-def parse_hub(
-    source: str,  # As it was written
-) -> HubSource:
-    "The parts of `hf:org/name@revision?split=…&config=…`. Raises `UsageError`."
+def parse_hub(source: str) -> HubSource:
+    """The parts of `hf:org/name@revision?split=…&config=…`. Raises `UsageError`.
+
+    Args:
+        source: As it was written.
+    """
     m = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?:@([^?]+))?(?:\?(.*))?", source)
     extra = dict(parse_qsl(m[3] or "", keep_blank_values=True)) if m else {}
     if not m or set(extra) - {"split", "config"}:
@@ -141,12 +147,14 @@ def text_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     return {k: v for k, v in labelled.items() if v}, texts(folder)
 
 
-def hub_commit(
-    name: str,  # org/name
-    revision: str = "",  # Branch, tag or already a commit; empty: main
-    timeout: float = 5,  # Seconds
-) -> str:
-    "The commit of a hub data set. Asks once. Raises `MissingError`."
+def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
+    """The commit of a hub data set. Asks once. Raises `MissingError`.
+
+    Args:
+        name: org/name.
+        revision: Branch, tag or already a commit; empty: main.
+        timeout: Seconds.
+    """
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -212,12 +220,14 @@ def translate_read_errors(source: str) -> Iterator[None]:
         raise MissingError(f"{source} cannot be read ({type(e).__name__}: {e}).") from None
 
 
-def remote_filesystem(
-    url: str,  # Of a file
-) -> tuple["fsspec.AbstractFileSystem", str]:
+def remote_filesystem(url: str) -> tuple["fsspec.AbstractFileSystem", str]:
     """fsspec's file system for a URL, and the path in it.
 
-    Raises `ImportError` for a missing driver, `ValueError` for an unknown protocol."""
+    Raises `ImportError` for a missing driver, `ValueError` for an unknown protocol.
+
+    Args:
+        url: Of a file.
+    """
     import fsspec
 
     if not url.startswith("http"):
@@ -228,10 +238,12 @@ def remote_filesystem(
     return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
 
 
-def fetch(
-    source: str,  # Path or URL
-) -> bytes:
-    "All bytes of a path or URL. Raises `MissingError` when it is not there or cannot be read."
+def fetch(source: str) -> bytes:
+    """All bytes of a path or URL. Raises `MissingError` when it is not there or cannot be read.
+
+    Args:
+        source: Path or URL.
+    """
     with translate_read_errors(source):
         if source_kind(source) == "file":
             return local_path(source).read_bytes()

@@ -35,12 +35,14 @@ from .tables import as_text, column_values, is_blank, read_table
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager
-def open_stream(
-    source: str,  # Path or URL
-) -> Iterator[io.IOBase]:
+def open_stream(source: str) -> Iterator[io.IOBase]:
     """The bytes of a file or URL as an open file; unpacked when its name ends in .gz.
 
-    Raises `MissingError`, `DataError`."""
+    Raises `MissingError`, `DataError`.
+
+    Args:
+        source: Path or URL.
+    """
     with translate_read_errors(source):
         if source_kind(source) == "file":
             raw = open(local_path(source), "rb")
@@ -54,13 +56,15 @@ def open_stream(
         raise DataError(f"{source} is not a whole gzip file ({e}).") from None
 
 
-def broken_line(
-    source: str,  # Path or URL
-) -> DataError | None:
+def broken_line(source: str) -> DataError | None:
     """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has
     it.
 
-    None when all lines are in order."""
+    None when all lines are in order.
+
+    Args:
+        source: Path or URL.
+    """
     at = 0
     with open_stream(source) as raw:
         for n, line in enumerate(raw, 1):
@@ -94,11 +98,15 @@ def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #aacd5253
 def csv_rows(
-    source: str,  # Path or URL
-    sep: str | None = None,  # None: the first of , ; and tab in the header
-    quoting: int = csv.QUOTE_MINIMAL,  # As in the module csv
+    source: str, sep: str | None = None, quoting: int = csv.QUOTE_MINIMAL
 ) -> Iterator[list[str]]:
-    "The rows of a delimited source, header first. Raises `DataError` naming the line."
+    """The rows of a delimited source, header first. Raises `DataError` naming the line.
+
+    Args:
+        source: Path or URL.
+        sep: None: the first of , ; and tab in the header.
+        quoting: As in the module csv.
+    """
     csv.field_size_limit(sys.maxsize)
     lines = read_lines(source, "")
     head = next(lines, "")
@@ -133,12 +141,16 @@ def tsv_rows(source: str) -> Iterator[list[str]]:
 
 
 def column_texts(
-    rows: Iterator[list[str]],  # Header first
-    source: str,  # How to name it in an error
-    column: str,  # Of the texts
-    where: dict[str, str] | None = None,  # Only rows with these values in other columns
+    rows: Iterator[list[str]], source: str, column: str, where: dict[str, str] | None = None
 ) -> Iterator[str]:
-    "The texts of a column. Raises `DataError`."
+    """The texts of a column. Raises `DataError`.
+
+    Args:
+        rows: Header first.
+        source: How to name it in an error.
+        column: Of the texts.
+        where: Only rows with these values in other columns.
+    """
     import pandas as pd
 
     head = next(rows, [])
@@ -150,12 +162,14 @@ def column_texts(
     yield from (row[at] for row in rows if all(row[i] == value for i, value in asked))
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #f8543bcd
-def cell_text(
-    value: object,  # Of a cell
-    source: str,  # How to call it in an error
-    column: str,  # Of the cell
-) -> str:
-    "A cell as text; '' for nothing. Raises `DataError` for a list or an object."
+def cell_text(value: object, source: str, column: str) -> str:
+    """A cell as text; '' for nothing. Raises `DataError` for a list or an object.
+
+    Args:
+        value: Of a cell.
+        source: How to call it in an error.
+        column: Of the cell.
+    """
     if value is not None and hasattr(value, "__len__") and not isinstance(value, str):
         raise DataError(
             f"The column `{column}` of {source} holds such values as {str(value)[:60]}; "
@@ -164,12 +178,14 @@ def cell_text(
     return "" if is_blank(value) else as_text(value)
 
 
-def json_texts(
-    source: str,  # Path or URL
-    column: str,  # Key of the text in each object
-) -> Iterator[str]:
+def json_texts(source: str, column: str) -> Iterator[str]:
     """The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read
-    whole."""
+    whole.
+
+    Args:
+        source: Path or URL.
+        column: Key of the text in each object.
+    """
     first = True
     for n, line in enumerate(read_lines(source), 1):
         if not line.strip():
@@ -198,12 +214,14 @@ def json_texts(
         yield cell_text(row.get(column), source, column)
 
 
-def parquet_texts(
-    source: str,  # Path or URL
-    column: str,  # Of the texts
-    rows: int = 256,  # In memory at a time
-) -> Iterator[str]:
-    "The texts of a column of a Parquet file. Raises `DataError`."
+def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
+    """The texts of a column of a Parquet file. Raises `DataError`.
+
+    Args:
+        source: Path or URL.
+        column: Of the texts.
+        rows: In memory at a time.
+    """
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -262,14 +280,16 @@ def folder_texts(folder: Path) -> Iterator[str]:
         yield decode_utf8(data, str(f))
 
 
-def stream_texts(
-    source: str,  # Short name, hf:org/name, path, URL or folder
-    column: str = "text",  # Of a table
-    unit: str = "paragraph",  # What one text is in a .txt or .md file: line, paragraph or file
-) -> Iterator[str]:
+def stream_texts(source: str, column: str = "text", unit: str = "paragraph") -> Iterator[str]:
     """The texts of a source, one at a time; those of empty cells are ''.
 
-    Raises `MissingError`, `UsageError` and, as it reads, `DataError`."""
+    Raises `MissingError`, `UsageError` and, as it reads, `DataError`.
+
+    Args:
+        source: Short name, hf:org/name, path, URL or folder.
+        column: Of a table.
+        unit: What one text is in a .txt or .md file: line, paragraph or file.
+    """
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
     if kind == "hub":
         return (t for t in read_table(source, column, label_column="").text)

@@ -31,10 +31,12 @@ def is_blank(value: object) -> bool:
     return bool(pd.isna(value))
 
 
-def as_text(
-    value: object,  # Of a cell, not blank
-) -> str:
-    "A cell as text: a text as it stands, a number of any type without a point if it is whole."
+def as_text(value: object) -> str:
+    """A cell as text: a text as it stands, a number of any type without a point if it is whole.
+
+    Args:
+        value: Of a cell, not blank.
+    """
     if isinstance(value, str):
         return str(value)
     number = value.item() if hasattr(value, "item") else value  # a numpy scalar as Python's own
@@ -58,12 +60,14 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda n: (float(n), n) if numeric else n)
 
 
-def check_classes(
-    names: list[str],  # All different ones
-    where: str,  # How to name the column in an error
-    max_labels: int = 50,  # More are refused
-) -> None:
-    "Raise `DataError` if `names` are too many to be classes, or a single one."
+def check_classes(names: list[str], where: str, max_labels: int = 50) -> None:
+    """Raise `DataError` if `names` are too many to be classes, or a single one.
+
+    Args:
+        names: All different ones.
+        where: How to name the column in an error.
+        max_labels: More are refused.
+    """
     if len(names) > max_labels:
         numeric = all(map(number_text.fullmatch, names))
         raise DataError(
@@ -80,25 +84,29 @@ def check_classes(
         )
 
 
-def class_numbers(
-    values: list,  # Label values, none of them null
-    names: list[str],  # The classes, as they were declared or found
-) -> list[int | None]:
+def class_numbers(values: list, names: list[str]) -> list[int | None]:
     """The index into `names` of each value; None for a value that is no class. A value is compared
-    as it is written, then as `class_name` writes it, with all names written likewise."""
+    as it is written, then as `class_name` writes it, with all names written likewise.
+
+    Args:
+        values: Label values, none of them null.
+        names: The classes, as they were declared or found.
+    """
     forms = [class_name(n) for n in names]
     number = {form: i for i, form in enumerate(forms) if forms.count(form) == 1}
     number |= {name: i for i, name in enumerate(names)}
     return [number.get(as_text(v), number.get(class_name(v))) for v in values]
 
 
-def declared(
-    values: list,  # Values of a column with declared names, nulls among them
-    names: list[str],  # What the integers 0, 1, … mean
-    where: str,  # How to name the column in an error
-) -> list[str | None]:
+def declared(values: list, names: list[str], where: str) -> list[str | None]:
     """The declared name behind each value: that of an index, and a name itself. None for a null and
-    for -1, which is how a `ClassLabel` marks a row without a label. Raises `DataError`."""
+    for -1, which is how a `ClassLabel` marks a row without a label. Raises `DataError`.
+
+    Args:
+        values: Values of a column with declared names, nulls among them.
+        names: What the integers 0, 1, … mean.
+        where: How to name the column in an error.
+    """
     found = {None: None, -1: None}
     for value in {v for v in values if not is_blank(v)} - {-1}:
         indexed = not isinstance(value, (str, bool)) and value in range(len(names))
@@ -116,13 +124,17 @@ def declared(
 
 
 def encode_labels(
-    values: list,  # Label values, none of them null
-    where: str,  # How to name the column in an error
-    known: list[str] | None = None,  # Classes fixed beforehand, such as those of the training set
-    max_labels: int = 50,  # More distinct values than this are refused
+    values: list, where: str, known: list[str] | None = None, max_labels: int = 50
 ) -> tuple[list[int], list[str]]:
     """Label values as class numbers, and the classes' names; a class number is an index into them.
-    A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks."""
+    A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks.
+
+    Args:
+        values: Label values, none of them null.
+        where: How to name the column in an error.
+        known: Classes fixed beforehand, such as those of the training set.
+        max_labels: More distinct values than this are refused.
+    """
     if known is None:
         known = sort_class_names(class_name(v) for v in values)
         check_classes(known, where, max_labels)
@@ -154,13 +166,15 @@ def text_ids(texts: Iterable[str]) -> list[str]:
     return ids
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #2c376c1a
-def column_values(
-    frame: "pd.DataFrame",  # All columns of a source
-    source: str,  # How to name it in an error
-    role: str,  # text or label
-    name: str,  # The column that plays this role
-) -> list:
-    "The values of a column. Raises `DataError` if it is absent, there twice, or holds lists."
+def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> list:
+    """The values of a column. Raises `DataError` if it is absent, there twice, or holds lists.
+
+    Args:
+        frame: All columns of a source.
+        source: How to name it in an error.
+        role: text or label.
+        name: The column that plays this role.
+    """
     if not len(frame.columns):
         return []
     if name not in frame:
@@ -182,18 +196,27 @@ def column_values(
 
 
 def read_table(
-    source: str,  # Short name, hf:org/name, path, URL or folder
-    text_column: str = "text",  # Column that holds the text
-    label_column: str = "label",  # Column that holds the class; "" for none
-    labels: list[str] | None = None,  # Classes fixed beforehand, as of the training set
-    max_labels: int = 50,  # More distinct labels than this are refused
-    unit: str = "line",  # What one text of a .txt file is, as in `read_frame`
+    source: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    labels: list[str] | None = None,
+    max_labels: int = 50,
+    unit: str = "line",
 ) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
     Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names,
     `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`. Raises `MissingError`,
-    `UsageError`, `DataError`."""
+    `UsageError`, `DataError`.
+
+    Args:
+        source: Short name, hf:org/name, path, URL or folder.
+        text_column: Column that holds the text.
+        label_column: Column that holds the class; "" for none.
+        labels: Classes fixed beforehand, as of the training set.
+        max_labels: More distinct labels than this are refused.
+        unit: What one text of a .txt file is, as in `read_frame`.
+    """
     import pandas as pd
 
     frame, names, tabular = read_frame(source, unit)

@@ -43,10 +43,12 @@ from ..tasks.predictions import read_predictions_file, scores_of
 from ..tasks.registry import load_schema, task_of
 
 # %% ../../nbs/4_deployment/40_bundle.ipynb #f962d62f
-def small_table(
-    corpus: str | Path,  # Corpus folder
-) -> tuple[Path, Path]:
-    "The folders `baselines` and `table` of a quick evaluation of linear models."
+def small_table(corpus: str | Path) -> tuple[Path, Path]:
+    """The folders `baselines` and `table` of a quick evaluation of linear models.
+
+    Args:
+        corpus: Corpus folder.
+    """
     from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
 
     config = EvaluationConfig(num_labeled=[0], learning_curve=[])  # all models of the task
@@ -61,10 +63,12 @@ def small_table(
     return place / "baselines", place / "table"
 
 
-def small_bundle(
-    kind: str = "linear",  # linear or onnx
-) -> Path:
-    "The folder of a small bundle under runs/scratch."
+def small_bundle(kind: str = "linear") -> Path:
+    """The folder of a small bundle under runs/scratch.
+
+    Args:
+        kind: linear or onnx.
+    """
     from llmeco_nb.finetuning.checkpoints import build_classifier, small_random_encoder
     from llmeco_nb.finetuning.classifier import save_classifier
 
@@ -117,12 +121,16 @@ class PackableModel:
 
 
 def packable(
-    classifier: Sequence[str],  # Folders of fine-tuned models
-    baselines: str | Path,  # Folder of linear models
-    table: str | Path,  # Folder with table.json
-    task: Task,  # Of the corpus; its metric chooses
+    classifier: Sequence[str], baselines: str | Path, table: str | Path, task: Task
 ) -> list[PackableModel]:
-    "The models of the table that can be bundled, best on validation first. Raises `DataError`."
+    """The models of the table that can be bundled, best on validation first. Raises `DataError`.
+
+    Args:
+        classifier: Folders of fine-tuned models.
+        baselines: Folder of linear models.
+        table: Folder with table.json.
+        task: Of the corpus; its metric chooses.
+    """
     metric = task.selection.metric
     rows = read_json(Path(table) / "table.json")["rows"]
     rows = [r for r in rows if r.get(f"validation_{metric}") is not None]
@@ -156,26 +164,37 @@ def packable(
     return sorted(found, key=order)
 
 
-def stored_scores(
-    table: str | Path,  # Folder with predictions.parquet
-    row: PackableModel,  # Whose answers
-    ids: list[str],  # Of validation texts
-) -> np.ndarray:
-    "The task's scores that the table holds for validation texts, float32 of shape (ids, scores)."
+def stored_scores(table: str | Path, row: PackableModel, ids: list[str]) -> np.ndarray:
+    """The task's scores that the table holds for validation texts, float32 of shape (ids, scores).
+
+    Args:
+        table: Folder with predictions.parquet.
+        row: Whose answers.
+        ids: Of validation texts.
+    """
     file = Path(table) / "predictions.parquet"
     every = read_predictions_file(file, row.model, row.num_labeled, "validation")
     return scores_of(every.set_index("id").loc[ids])
 
 
 def match_checkpoint(
-    row: PackableModel,  # A fine-tuned model of the table
-    classifier: Sequence[str],  # Folders, one of which it may be
-    table: str | Path,  # Folder with predictions.parquet
-    texts: list[str],  # Validation texts to compare on
-    ids: list[str],  # Their ids
-    schema: Schema,  # Of the corpus
+    row: PackableModel,
+    classifier: Sequence[str],
+    table: str | Path,
+    texts: list[str],
+    ids: list[str],
+    schema: Schema,
 ) -> str:
-    "The classifier folder that answers as the table says this model does. Raises `DataError`."
+    """The classifier folder that answers as the table says this model does. Raises `DataError`.
+
+    Args:
+        row: A fine-tuned model of the table.
+        classifier: Folders, one of which it may be.
+        table: Folder with predictions.parquet.
+        texts: Validation texts to compare on.
+        ids: Their ids.
+        schema: Of the corpus.
+    """
     told = stored_scores(table, row, ids)
     off = {}
     for folder in classifier:
@@ -202,15 +221,24 @@ class BundleConfig(StageConfig):
 
 
 def build_bundle(
-    record: Record,  # Gets the artifact bundle
-    corpus: str = "",  # Corpus folder; empty: a small one is made
-    classifier: Sequence[str] = (),  # Folders of fine-tuned models
-    baselines: str = "",  # Folder of linear models; empty: one is fitted
-    table: str = "",  # Folder of the table of all models; empty with `baselines`
-    config: BundleConfig = BundleConfig(),  # Texts and tolerance of the proof
+    record: Record,
+    corpus: str = "",
+    classifier: Sequence[str] = (),
+    baselines: str = "",
+    table: str = "",
+    config: BundleConfig = BundleConfig(),
 ) -> Path:
     """Pack the best model on validation, prove that it answers as before, write its manifest;
-    return the folder. Raises `DataError` and leaves nothing behind if it does not."""
+    return the folder. Raises `DataError` and leaves nothing behind if it does not.
+
+    Args:
+        record: Gets the artifact bundle.
+        corpus: Corpus folder; empty: a small one is made.
+        classifier: Folders of fine-tuned models.
+        baselines: Folder of linear models; empty: one is fitted.
+        table: Folder of the table of all models; empty with `baselines`.
+        config: Texts and tolerance of the proof.
+    """
     corpus = corpus or str(small_corpus())
     bundle = record.artifact("bundle")
     schema = load_schema(corpus)

@@ -58,13 +58,14 @@ class TextPredictor(Protocol):
 
 
 class Predictor:
-    "A bundle that has been verified and opened. `manifest` says what it is."
+    """A bundle that has been verified and opened. `manifest` says what it is.
 
-    def __init__(
-        self,
-        manifest: Manifest,  # What `verify` returned
-        model: PreparedModel,  # What `open_model` returned
-    ):
+    Args:
+        manifest: What `verify` returned.
+        model: What `open_model` returned.
+    """
+
+    def __init__(self, manifest: Manifest, model: PreparedModel):
         self.manifest = manifest
         self.model = model
         self.task = manifest.task
@@ -73,13 +74,14 @@ class Predictor:
         self.digest = manifest.digest
 
     @classmethod
-    def load(
-        cls,
-        bundle: str | Path,  # A bundle's folder
-        threads: int = 1,  # Of one prediction; beside a server more than one is slower
-    ) -> Self:
+    def load(cls, bundle: str | Path, threads: int = 1) -> Self:
         """Verify the bundle, open it, and warm it up. Raises `MissingError`, and `DataError` naming
-        the file that is not as it was packed."""
+        the file that is not as it was packed.
+
+        Args:
+            bundle: A bundle's folder.
+            threads: Of one prediction; beside a server more than one is slower.
+        """
         manifest = verify(bundle)
         one = cls(manifest, open_model(bundle, manifest, threads))
         one.predict_batch(["A first text is slower than others: memory is laid out for it."])
@@ -121,14 +123,20 @@ class Job:
 
 
 class BatchingEngine:
-    "Runs a predictor in one thread beside the event loop. Use `async with`, or call `close`."
+    """Runs a predictor in one thread beside the event loop. Use `async with`, or call `close`.
+
+    Args:
+        deadline: Seconds a request may take unless it says otherwise.
+        max_queue: Requests that may wait, however small.
+        max_batch_tokens: Tokens of a batch; a single request may exceed it.
+    """
 
     def __init__(
         self,
         predictor: TextPredictor,
-        deadline: float = 10.0,  # Seconds a request may take unless it says otherwise
-        max_queue: int = 256,  # Requests that may wait, however small
-        max_batch_tokens: int = 4096,  # Tokens of a batch; a single request may exceed it
+        deadline: float = 10.0,
+        max_queue: int = 256,
+        max_batch_tokens: int = 4096,
     ):
         self.predictor = predictor
         self.deadline = deadline
@@ -159,13 +167,14 @@ class BatchingEngine:
             rest = max(0.0, self.running_tokens / self.tokens_per_s - elapsed)
         return rest + (self.queued_tokens + cost) / self.tokens_per_s
 
-    async def submit(
-        self,
-        texts: list[str],  # Of one request; answered together
-        deadline: float | None = None,  # Seconds it may take; None for the engine's
-    ) -> list[Prediction]:
+    async def submit(self, texts: list[str], deadline: float | None = None) -> list[Prediction]:
         """One answer for every text. Raises `Busy` at once if they cannot be given in time,
-        `Expired` if that turns out later."""
+        `Expired` if that turns out later.
+
+        Args:
+            texts: Of one request; answered together.
+            deadline: Seconds it may take; None for the engine's.
+        """
         deadline = deadline or self.deadline
         cost = sum(map(self.predictor.cost, texts))
         expected = self.expected_wait(cost)

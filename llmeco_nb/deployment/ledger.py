@@ -71,10 +71,12 @@ feedback = Table(
 )
 
 
-def database_url(
-    where: str | Path,  # Path of an SQLite file, or a database URL
-) -> str:
-    "A path as an SQLite URL; a URL as it is. Raises `UsageError` for other databases."
+def database_url(where: str | Path) -> str:
+    """A path as an SQLite URL; a URL as it is. Raises `UsageError` for other databases.
+
+    Args:
+        where: Path of an SQLite file, or a database URL.
+    """
     url = str(where) if "://" in str(where) else f"sqlite:///{Path(where).absolute()}"
     if not url.startswith(("sqlite", "postgresql")):
         raise UsageError(
@@ -84,11 +86,13 @@ def database_url(
     return url
 
 
-def connect(
-    where: str | Path,  # Path of an SQLite file, or a database URL
-) -> Engine:
+def connect(where: str | Path) -> Engine:
     """An SQLAlchemy engine on the database, tables made if they are not there. Raises `WriteError`
-    for one that cannot be opened or has other columns, `MissingError` for an absent driver."""
+    for one that cannot be opened or has other columns, `MissingError` for an absent driver.
+
+    Args:
+        where: Path of an SQLite file, or a database URL.
+    """
     url = database_url(where)
     sqlite = url.startswith("sqlite")
     # no hidden BEGIN: the writer says when
@@ -140,13 +144,14 @@ class Conflict(LlmecoError):
 
 
 class Ledger:
-    "The two tables, written by one thread that commits everything that waits at once."
+    """The two tables, written by one thread that commits everything that waits at once.
 
-    def __init__(
-        self,
-        where: str | Path,  # Path of an SQLite file, or a database URL
-        max_batch: int = 256,  # Jobs that share a commit, at most
-    ):
+    Args:
+        where: Path of an SQLite file, or a database URL.
+        max_batch: Jobs that share a commit, at most.
+    """
+
+    def __init__(self, where: str | Path, max_batch: int = 256):
         self.engine = connect(where)
         self.max_batch = max_batch
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -221,11 +226,13 @@ class FeedbackReply:
     correct: bool  # whether the answer was right
 
 
-def stored_answer(
-    answer: Prediction,  # Of a task
-) -> tuple[str, str]:
+def stored_answer(answer: Prediction) -> tuple[str, str]:
     """What the columns label and probabilities hold of an answer. Raises `UsageError` for an answer
-    of a task whose feedback cannot be stored."""
+    of a task whose feedback cannot be stored.
+
+    Args:
+        answer: Of a task.
+    """
     if isinstance(answer, ClassPrediction):
         return answer.label, json.dumps(answer.probabilities)
     if isinstance(answer, NumberPrediction):
@@ -237,14 +244,18 @@ def stored_answer(
 
 
 def keep_predictions(
-    ledger: Ledger,  # Where to; its thread writes
-    request_id: str,  # At most 64 characters, no other request has it
-    model: str,  # Digest of the bundle that answered
-    texts: list[str],  # Those of the request, in their order
-    answers: Sequence[Prediction],  # One for every text
+    ledger: Ledger, request_id: str, model: str, texts: list[str], answers: Sequence[Prediction]
 ) -> Future:
     """Store the answers to a request; the future holds None once they are on the disk. Raises
-    `UsageError` for answers of a task whose feedback cannot be stored."""
+    `UsageError` for answers of a task whose feedback cannot be stored.
+
+    Args:
+        ledger: Where to; its thread writes.
+        request_id: At most 64 characters, no other request has it.
+        model: Digest of the bundle that answered.
+        texts: Those of the request, in their order.
+        answers: One for every text.
+    """
     rows = []
     for i, (text, answer) in enumerate(zip(texts, answers)):
         label, probabilities = stored_answer(answer)
@@ -254,17 +265,28 @@ def keep_predictions(
 
 
 def keep_feedback(
-    ledger: Ledger,  # Where to; it must hold the answer
-    request_id: str,  # The one that came with the answer
-    item: int = 0,  # Which of the request's answers
-    given: str | float | None = None,  # What is right: a class, or a number where the answer is one
-    correct: bool | None = None,  # Whether the answer was right; one of the two is enough
-    author: str = "",  # Who says so
-    note: str = "",  # Anything else
-    key: str = "",  # Repeated messages have the same; empty: the author
+    ledger: Ledger,
+    request_id: str,
+    item: int = 0,
+    given: str | float | None = None,
+    correct: bool | None = None,
+    author: str = "",
+    note: str = "",
+    key: str = "",
 ) -> Future:
     """Store feedback once; the future holds a `FeedbackReply`. It raises `UsageError`,
-    `UnknownRequest`, `Conflict`."""
+    `UnknownRequest`, `Conflict`.
+
+    Args:
+        ledger: Where to; it must hold the answer.
+        request_id: The one that came with the answer.
+        item: Which of the request's answers.
+        given: What is right: a class, or a number where the answer is one.
+        correct: Whether the answer was right; one of the two is enough.
+        author: Who says so.
+        note: Anything else.
+        key: Repeated messages have the same; empty: the author.
+    """
 
     def job(c: Connection) -> FeedbackReply:
         p, f = predictions.c, feedback.c
@@ -348,11 +370,13 @@ class FeedbackRow:
     model: str  # digest of the bundle that answered
 
 
-def read_feedback(
-    where: str | Path,  # Path of an SQLite file, or a database URL
-) -> list[FeedbackRow]:
+def read_feedback(where: str | Path) -> list[FeedbackRow]:
     """Every piece of feedback, sorted by time, request, item and key. Empty if there is no
-    database. Raises `WriteError` for one that cannot be opened."""
+    database. Raises `WriteError` for one that cannot be opened.
+
+    Args:
+        where: Path of an SQLite file, or a database URL.
+    """
     url = database_url(where)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
         return []

@@ -32,14 +32,15 @@ class TextModel(Protocol):
 
 
 class OnnxEncoder:
-    "A fine-tuned encoder in ONNX form. Raises `DataError` for a manifest without its fields."
+    """A fine-tuned encoder in ONNX form. Raises `DataError` for a manifest without its fields.
 
-    def __init__(
-        self,
-        folder: Path,  # Bundle with model.onnx and tokenizer.json
-        manifest: Manifest,  # States schema, max_length, head_fraction and pad_token_id
-        threads: int = 1,  # Of one prediction
-    ):
+    Args:
+        folder: Bundle with model.onnx and tokenizer.json.
+        manifest: States schema, max_length, head_fraction and pad_token_id.
+        threads: Of one prediction.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int = 1):
         import onnxruntime as ort
         from tokenizers import Tokenizer
 
@@ -97,12 +98,13 @@ class OnnxEncoder:
 
 
 class LinearModel:
-    "A linear model in the form of `LinearText`."
+    """A linear model in the form of `LinearText`.
 
-    def __init__(
-        self,
-        folder: Path,  # Bundle with what `LinearText.save` wrote
-    ):
+    Args:
+        folder: Bundle with what `LinearText.save` wrote.
+    """
+
+    def __init__(self, folder: Path):
         self.model = LinearText.load(folder)
 
     def cost(self, text: str) -> int:
@@ -115,13 +117,14 @@ class LinearModel:
 
 
 class PreparedModel:
-    "A packed model behind the preparation that its schema states: no text reaches it without."
+    """A packed model behind the preparation that its schema states: no text reaches it without.
 
-    def __init__(
-        self,
-        model: TextModel,  # Reads prepared texts
-        manifest: Manifest,  # Of its bundle
-    ):
+    Args:
+        model: Reads prepared texts.
+        manifest: Of its bundle.
+    """
+
+    def __init__(self, model: TextModel, manifest: Manifest):
         self.model = model
         self.manifest = manifest
         # asked for the cost first, for the answer a moment later
@@ -142,12 +145,14 @@ loaders: dict[str, Callable[[Path, Manifest, int], TextModel]] = {
 }
 
 
-def open_model(
-    folder: str | Path,  # Folder of a bundle
-    manifest: Manifest,  # What `verify` returned for it
-    threads: int = 1,  # Of one prediction
-) -> PreparedModel:
-    "What answers for this bundle. Raises `DataError` for a kind or files it cannot open."
+def open_model(folder: str | Path, manifest: Manifest, threads: int = 1) -> PreparedModel:
+    """What answers for this bundle. Raises `DataError` for a kind or files it cannot open.
+
+    Args:
+        folder: Folder of a bundle.
+        manifest: What `verify` returned for it.
+        threads: Of one prediction.
+    """
     if manifest.kind not in loaders:
         raise DataError(
             f"{folder} holds a model of the kind {manifest.kind!r}; known are {', '.join(loaders)}."

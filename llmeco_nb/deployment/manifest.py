@@ -91,12 +91,12 @@ class Manifest:
         return values if values["origin"] else {k: v for k, v in values.items() if k != "origin"}
 
     @classmethod
-    def from_json(
-        cls,
-        raw: dict[str, Any],  # What manifest.json holds
-    ) -> Self:
+    def from_json(cls, raw: dict[str, Any]) -> Self:
         """A manifest of format version 1 to 3. One of version 1 or 2 knows classes only, and was
         served without preparing texts. Raises `KeyError`, `TypeError`, `DataError`, `UsageError`.
+
+        Args:
+            raw: What manifest.json holds.
         """
         values, origin = dict(raw), dict(raw.get("origin") or {})
         if "form" in values:
@@ -127,11 +127,13 @@ def manifest_digest(content: dict[str, Any]) -> str:
     return sha256_text(json.dumps(rest, sort_keys=True))
 
 
-def write_manifest(
-    folder: Path,  # Folder of the bundle; an older manifest.json in it is replaced
-    facts: Manifest,  # What is known of the model; files and digest are filled in here
-) -> Manifest:
-    "Write manifest.json with `facts` and the hash of every file in `folder`; return the manifest."
+def write_manifest(folder: Path, facts: Manifest) -> Manifest:
+    """Write manifest.json with `facts` and the hash of every file in `folder`; return the manifest.
+
+    Args:
+        folder: Folder of the bundle; an older manifest.json in it is replaced.
+        facts: What is known of the model; files and digest are filled in here.
+    """
     files = {
         f.relative_to(folder).as_posix(): sha256_of(f)
         for f in sorted(folder.rglob("*"))
@@ -143,11 +145,13 @@ def write_manifest(
     return manifest
 
 
-def verify(
-    folder: str | Path,  # Folder of a bundle
-) -> Manifest:
+def verify(folder: str | Path) -> Manifest:
     """The manifest of an unharmed bundle. Raises `MissingError` where there is none, and
-    `DataError` naming the first file that is not as it was packed, or an unknown version."""
+    `DataError` naming the first file that is not as it was packed, or an unknown version.
+
+    Args:
+        folder: Folder of a bundle.
+    """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise MissingError(

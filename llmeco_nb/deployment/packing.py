@@ -28,10 +28,12 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e9b91df2
-def open_classifier(
-    folder: str | Path,  # A Hugging Face folder, or any name that transformers opens
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    "A fine-tuned classifier in float32, for inference, and its tokenizer. Raises `DataError`."
+def open_classifier(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A fine-tuned classifier in float32, for inference, and its tokenizer. Raises `DataError`.
+
+    Args:
+        folder: A Hugging Face folder, or any name that transformers opens.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as chatter
@@ -51,26 +53,32 @@ def open_classifier(
             chatter.enable_progress_bar()
 
 
-def class_names(
-    config: "PretrainedConfig",  # Of a sequence classifier
-) -> list[str]:
-    "The classes in the order of the logits."
+def class_names(config: "PretrainedConfig") -> list[str]:
+    """The classes in the order of the logits.
+
+    Args:
+        config: Of a sequence classifier.
+    """
     return [name for _, name in sorted((config.id2label or {}).items())]
 
 
-def padding_id(
-    tokenizer: "PreTrainedTokenizerBase",  # Of a classifier
-) -> int:
-    "The token id that fills up shorter texts; 0 for a tokenizer that names none."
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token id that fills up shorter texts; 0 for a tokenizer that names none.
+
+    Args:
+        tokenizer: Of a classifier.
+    """
     found = tokenizer.pad_token_id
     return found if isinstance(found, int) else 0
 
 
-def truncation_of(
-    config: "PretrainedConfig",  # Its field `llmeco` says what the classifier read in training
-) -> tuple[int, float]:
+def truncation_of(config: "PretrainedConfig") -> tuple[int, float]:
     """(max_length, head_fraction): how many tokens of a text are read, and which share of them from
-    the beginning. A classifier trained elsewhere reads at most 512, all from the beginning."""
+    the beginning. A classifier trained elsewhere reads at most 512, all from the beginning.
+
+    Args:
+        config: Its field `llmeco` says what the classifier read in training.
+    """
     told = getattr(config, "llmeco", None)
     if not told:
         return min(512, config.max_position_embeddings), 1.0
@@ -79,12 +87,14 @@ def truncation_of(
     return told["max_length"], told["head_fraction"]
 
 
-def export_onnx(
-    model: "PreTrainedModel",  # A sequence classifier
-    at: Path,  # File to write
-) -> None:
+def export_onnx(model: "PreTrainedModel", at: Path) -> None:
     """Write a classifier as ONNX: input_ids, attention_mask (texts, tokens) -> logits (texts,
-    classes). Raises `MissingError` naming the package to install."""
+    classes). Raises `MissingError` naming the package to install.
+
+    Args:
+        model: A sequence classifier.
+        at: File to write.
+    """
     import torch
 
     class Logits(torch.nn.Module):
@@ -127,12 +137,14 @@ def export_onnx(
         logging.getLogger("torch.onnx").setLevel(level)
 
 
-def model_schema(
-    folder: str | Path,  # Of a model
-    corpus: Schema,  # Of the corpus it learned from
-) -> Schema:
+def model_schema(folder: str | Path, corpus: Schema) -> Schema:
     """The schema of a model: its own where its folder has one, else its corpus's. Raises
-    `DataError` if the two are not of one task or prepare texts differently."""
+    `DataError` if the two are not of one task or prepare texts differently.
+
+    Args:
+        folder: Of a model.
+        corpus: Of the corpus it learned from.
+    """
     if not (Path(folder) / "schema.json").is_file():
         return corpus
     own = load_schema(folder)
@@ -144,12 +156,14 @@ def model_schema(
     return own
 
 
-def check_outputs(
-    folder: str | Path,  # Of the model, for the message
-    found: list[str],  # Names of the model's outputs
-    schema: Schema,  # What they should be
-) -> None:
-    "Raises `DataError` for a model whose outputs are not those of the schema."
+def check_outputs(folder: str | Path, found: list[str], schema: Schema) -> None:
+    """Raises `DataError` for a model whose outputs are not those of the schema.
+
+    Args:
+        folder: Of the model, for the message.
+        found: Names of the model's outputs.
+        schema: What they should be.
+    """
     if isinstance(schema, ClassificationSchema) and found != schema.labels:
         raise DataError(
             f"The model {folder} knows the classes {found}, the corpus {schema.labels}."
@@ -158,13 +172,15 @@ def check_outputs(
         raise DataError(f"The model {folder} has {len(found)} outputs; a regression has one.")
 
 
-def pack_encoder(
-    folder: str | Path,  # A Hugging Face sequence classifier; one with a single output regresses
-    bundle: Path,  # Gets model.onnx and tokenizer.json
-    name: str,  # The model's name in the manifest
-    schema: Schema,  # Of the model
-) -> Manifest:
-    "Pack an encoder; returns what the manifest is to say. Raises `DataError`, `MissingError`."
+def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) -> Manifest:
+    """Pack an encoder; returns what the manifest is to say. Raises `DataError`, `MissingError`.
+
+    Args:
+        folder: A Hugging Face sequence classifier; one with a single output regresses.
+        bundle: Gets model.onnx and tokenizer.json.
+        name: The model's name in the manifest.
+        schema: Of the model.
+    """
     model, tokenizer = open_classifier(folder)
     check_outputs(folder, class_names(model.config), schema)
     max_length, head_fraction = truncation_of(model.config)
@@ -180,13 +196,15 @@ def pack_encoder(
     )
 
 
-def pack_linear(
-    folder: str | Path,  # A saved `LinearText`
-    bundle: Path,  # Gets its files
-    name: str,  # The model's name in the manifest
-    schema: Schema,  # Of the model
-) -> Manifest:
-    "Pack a linear model; returns what the manifest is to say. Raises `DataError`, `MissingError`."
+def pack_linear(folder: str | Path, bundle: Path, name: str, schema: Schema) -> Manifest:
+    """Pack a linear model; returns what the manifest is to say. Raises `DataError`, `MissingError`.
+
+    Args:
+        folder: A saved `LinearText`.
+        bundle: Gets its files.
+        name: The model's name in the manifest.
+        schema: Of the model.
+    """
     model = LinearText.load(folder)
     outputs = model.classes or [str(i) for i in range(len(model.bias))]
     check_outputs(folder, outputs, schema)
@@ -196,13 +214,17 @@ def pack_linear(
 
 
 def reference_scores(
-    folder: str | Path,  # A Hugging Face sequence classifier
-    texts: list[str],  # As somebody would send them
-    schema: Schema,  # Of the model
-    batch_size: int = 32,  # Texts of a forward pass
+    folder: str | Path, texts: list[str], schema: Schema, batch_size: int = 32
 ) -> np.ndarray:
     """The task's scores as torch and transformers compute them from the original folder, float32 of
-    shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`."""
+    shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`.
+
+    Args:
+        folder: A Hugging Face sequence classifier.
+        texts: As somebody would send them.
+        schema: Of the model.
+        batch_size: Texts of a forward pass.
+    """
     import torch
 
     from llmeco_nb.finetuning.encoding import collate, tokenize_texts
@@ -221,25 +243,29 @@ def reference_scores(
     return task_of(schema).activate(np.stack([logits[i] for i in range(len(rows))]), schema)
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e615c82b
-def parity_tolerance(
-    original: np.ndarray,  # Scores, shape (texts, scores)
-    atol: float,  # Tolerance for a probability, or for a standardised number
-    schema: Schema,  # Of the model
-) -> float:
+def parity_tolerance(original: np.ndarray, atol: float, schema: Schema) -> float:
     """The largest difference of a score that is rounding. Numbers of a regression are compared in
-    the unit of the targets, and float32 holds about seven digits of them."""
+    the unit of the targets, and float32 holds about seven digits of them.
+
+    Args:
+        original: Scores, shape (texts, scores).
+        atol: Tolerance for a probability, or for a standardised number.
+        schema: Of the model.
+    """
     if not isinstance(schema, RegressionSchema):
         return atol
     return atol * schema.scale + 2 * float(np.spacing(np.float32(np.abs(original).max())))
 
 
-def parity(
-    original: np.ndarray,  # Scores, shape (texts, scores)
-    packed: np.ndarray,  # Scores of the packed model, the same shape
-    atol: float,  # Largest difference that still counts as agreement; see `parity_tolerance`
-    schema: Schema,  # Of the model
-) -> Parity:
-    "How far two sets of scores agree. Raises `DataError` if they do not."
+def parity(original: np.ndarray, packed: np.ndarray, atol: float, schema: Schema) -> Parity:
+    """How far two sets of scores agree. Raises `DataError` if they do not.
+
+    Args:
+        original: Scores, shape (texts, scores).
+        packed: Scores of the packed model, the same shape.
+        atol: Largest difference that still counts as agreement; see `parity_tolerance`.
+        schema: Of the model.
+    """
     task, tolerance = task_of(schema), parity_tolerance(original, atol, schema)
     if isinstance(schema, RegressionSchema):
         same = np.abs(original - packed).max(1) <= tolerance

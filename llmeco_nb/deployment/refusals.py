@@ -37,13 +37,21 @@ limits = Limits()
 
 
 def error_response(
-    status: int,  # HTTP status
-    code: str,  # A word for programs
-    message: str,  # A sentence for people
-    where: list[dict[str, str]] | None = None,  # The fields that are wrong, each with its reason
-    headers: Mapping[str, str] | None = None,  # Further HTTP headers
+    status: int,
+    code: str,
+    message: str,
+    where: list[dict[str, str]] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    "Every refusal looks like this: `{error: {code, message, where}}`, ASCII only."
+    """Every refusal looks like this: `{error: {code, message, where}}`, ASCII only.
+
+    Args:
+        status: HTTP status.
+        code: A word for programs.
+        message: A sentence for people.
+        where: The fields that are wrong, each with its reason.
+        headers: Further HTTP headers.
+    """
     error = dict(code=code, message=to_ascii(message), where=where or [])
     return JSONResponse({"error": error}, status, headers)
 
@@ -63,19 +71,23 @@ status_of: dict[type[LlmecoError], tuple[int, str]] = {  # error -> HTTP status,
 }
 
 
-def hint(
-    request: Request,  # Its header content-type counts
-) -> str:
-    "What to say to somebody who sends a form or plain text."
+def hint(request: Request) -> str:
+    """What to say to somebody who sends a form or plain text.
+
+    Args:
+        request: Its header content-type counts.
+    """
     if "json" in request.headers.get("content-type", ""):
         return ""
     return " Send JSON, with the header `Content-Type: application/json`."
 
 
-def field_error(
-    error: dict,  # With `loc`, the path to the field, and `msg`
-) -> dict[str, str]:
-    "Which field one of pydantic's errors is about, and why, ASCII only."
+def field_error(error: dict) -> dict[str, str]:
+    """Which field one of pydantic's errors is about, and why, ASCII only.
+
+    Args:
+        error: With `loc`, the path to the field, and `msg`.
+    """
     name = ".".join(str(p)[:100] for p in error["loc"] if p != "body") or "body"
     message = error["msg"].removeprefix("Value error, ")  # pydantic's name for ours
     return dict(field=to_ascii(name), message=to_ascii(message))
@@ -111,13 +123,14 @@ def install_exception_handlers(app: FastAPI) -> None:
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #977c527f
 class BodyLimit:
-    "ASGI middleware: bodies over `limit` bytes get 413."
+    """ASGI middleware: bodies over `limit` bytes get 413.
 
-    def __init__(
-        self,
-        app: ASGIApp,  # What gets the bodies that pass
-        limit: int,  # Bytes
-    ):
+    Args:
+        app: What gets the bodies that pass.
+        limit: Bytes.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int):
         self.app = app
         self.limit = limit
 
@@ -150,22 +163,25 @@ class BodyLimit:
 FORBIDDEN_CHARS = re.compile("[\0\ud800-\udfff]")
 
 
-def check_plain(
-    value: str | None,  # Text of the field; None or empty passes
-    field: str,  # Its name in the request
-) -> None:
-    "Raises `UsageError` for what JSON allows in a string, and neither UTF-8 nor databases do."
+def check_plain(value: str | None, field: str) -> None:
+    """Raises `UsageError` for what JSON allows in a string, and neither UTF-8 nor databases do.
+
+    Args:
+        value: Text of the field; None or empty passes.
+        field: Its name in the request.
+    """
     if value and (found := FORBIDDEN_CHARS.search(value)):
         raise UsageError(
             f"{field} holds the character U+{ord(found[0]):04X}, which cannot be stored. Remove it."
         )
 
 
-def check_text(
-    text: str,
-    field: str,  # Its name in the request
-) -> None:
-    "Raises `UsageError` for a text that is empty or cannot be stored."
+def check_text(text: str, field: str) -> None:
+    """Raises `UsageError` for a text that is empty or cannot be stored.
+
+    Args:
+        field: Its name in the request.
+    """
     if not text.strip():
         raise UsageError(f"{field} is empty. Send some words.")
     check_plain(text, field)

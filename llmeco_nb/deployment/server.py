@@ -100,10 +100,12 @@ corrections: dict[str, tuple[str, type[FeedbackRequest], type[FeedbackResult]]] 
 }
 
 
-def check_served(
-    task: Task,  # Of a bundle
-) -> None:
-    "Raises `UsageError` for a task whose answers cannot be corrected, and so not be served, here."
+def check_served(task: Task) -> None:
+    """Raises `UsageError` for a task whose answers cannot be corrected, and so not be served, here.
+
+    Args:
+        task: Of a bundle.
+    """
     if task.name not in corrections:
         raise UsageError(
             f"The server knows no feedback for the task {task.name}; it serves "
@@ -111,10 +113,12 @@ def check_served(
         )
 
 
-def model_facts(
-    predictor: Predictor,  # The one that answers
-) -> dict[str, Any]:
-    "What `GET /v1/model` replies: what the manifest says of the model, without its files."
+def model_facts(predictor: Predictor) -> dict[str, Any]:
+    """What `GET /v1/model` replies: what the manifest says of the model, without its files.
+
+    Args:
+        predictor: The one that answers.
+    """
     manifest = predictor.manifest
     names = ("name", "kind", "digest", "labels", "accuracy", "metrics", "max_length")
     found = {name: getattr(manifest, name) for name in names}
@@ -124,12 +128,14 @@ def model_facts(
     return {**known, "task": manifest.task.name, "schema": manifest.schema.to_json()}
 
 
-def check_items(
-    items: Sequence[str],  # The texts of a request
-    single: bool,  # Whether it was sent as `text`
-    predictor: Predictor,  # Prepares them
-) -> None:
-    "Raises `UsageError` for a text that is empty, cannot be stored, or of which nothing is left."
+def check_items(items: Sequence[str], single: bool, predictor: Predictor) -> None:
+    """Raises `UsageError` for a text that is empty, cannot be stored, or of which nothing is left.
+
+    Args:
+        items: The texts of a request.
+        single: Whether it was sent as `text`.
+        predictor: Prepares them.
+    """
     for i, text in enumerate(items):
         name = "text" if single else f"texts.{i}"
         check_text(text, name)
@@ -141,13 +147,20 @@ def check_items(
 
 
 def make_app(
-    bundle: str | Path | Predictor,  # A bundle's folder, or a predictor that has loaded it
-    database: str | Path,  # Path of an SQLite file, or a database URL
-    deadline: float = 10.0,  # Seconds within which a request is answered or refused
-    max_queue: int = 256,  # Requests that may wait
+    bundle: str | Path | Predictor,
+    database: str | Path,
+    deadline: float = 10.0,
+    max_queue: int = 256,
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
-    when it starts. Raises `MissingError`, `DataError`, `UsageError`."""
+    when it starts. Raises `MissingError`, `DataError`, `UsageError`.
+
+    Args:
+        bundle: A bundle's folder, or a predictor that has loaded it.
+        database: Path of an SQLite file, or a database URL.
+        deadline: Seconds within which a request is answered or refused.
+        max_queue: Requests that may wait.
+    """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
 
@@ -175,10 +188,12 @@ def make_app(
     return app
 
 
-def add_health_routes(
-    app: FastAPI,  # Its state holds `engine` and `ledger` when it is asked
-) -> None:
-    "The routes that watchers ask: `/livez`, `/readyz`."
+def add_health_routes(app: FastAPI) -> None:
+    """The routes that watchers ask: `/livez`, `/readyz`.
+
+    Args:
+        app: Its state holds `engine` and `ledger` when it is asked.
+    """
 
     @app.get("/livez", summary="Is the process alive")
     async def livez():
@@ -193,11 +208,13 @@ def add_health_routes(
         return error_response(503, "not_ready", message, headers={"Retry-After": "1"})
 
 
-def add_model_routes(
-    app: FastAPI,  # Its state holds `predictor`, `engine` and `ledger` when it is asked
-    task: Task,  # Of the bundle; its models describe requests and answers
-) -> None:
-    "The routes that people ask: the page, `/v1/model`, `/v1/predict`, `/v1/feedback`."
+def add_model_routes(app: FastAPI, task: Task) -> None:
+    """The routes that people ask: the page, `/v1/model`, `/v1/predict`, `/v1/feedback`.
+
+    Args:
+        app: Its state holds `predictor`, `engine` and `ledger` when it is asked.
+        task: Of the bundle; its models describe requests and answers.
+    """
 
     @app.get("/v1/model", summary="What answers here")
     async def model():
@@ -259,10 +276,12 @@ def add_model_routes(
         return page_text
 
 # %% ../../nbs/4_deployment/42_server.ipynb #e1d37dda
-def newest_bundle(
-    runs: Path,  # Folder of runs
-) -> Path:
-    "The folder of the newest champion or bundle. Raises `MissingError`."
+def newest_bundle(runs: Path) -> Path:
+    """The folder of the newest champion or bundle. Raises `MissingError`.
+
+    Args:
+        runs: Folder of runs.
+    """
     for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
         for place in ("improve/champion", "bundle/bundle"):
             if (run / place / "manifest.json").is_file():
@@ -272,11 +291,13 @@ def newest_bundle(
     )
 
 
-def listen(
-    host: str,  # A name or address of this machine
-    port: int,  # 0 for any free one
-) -> socket.socket:
-    "A socket that listens there. Raises `UsageError` for a port in use or a foreign address."
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `UsageError` for a port in use or a foreign address.
+
+    Args:
+        host: A name or address of this machine.
+        port: 0 for any free one.
+    """
     if not 0 <= port <= 65535:
         raise UsageError(f"{port} is no port; ports go from 1 to 65535, and 0 takes a free one.")
     try:
@@ -311,25 +332,34 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.ready = ready
 
-    async def startup(
-        self,
-        sockets: list[socket.socket] | None = None,  # That listen; None: uvicorn opens its own
-    ):
-        "Start, and call `ready` if that went well."
+    async def startup(self, sockets: list[socket.socket] | None = None):
+        """Start, and call `ready` if that went well.
+
+        Args:
+            sockets: That listen; None: uvicorn opens its own.
+        """
         await super().startup(sockets)
         if self.started:
             self.ready()
 
 
 def run_server(
-    bundle: str | Path | None = None,  # A bundle's folder; None for the newest in runs
-    host: str = "127.0.0.1",  # Where to listen
-    port: int = 8000,  # 0 for any free one
-    database: str | Path | None = None,  # Path or URL; None for runs/feedback.sqlite
-    say: Callable[[str], None] = print,  # Told one line at a time
+    bundle: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    database: str | Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Serve until interrupted. Raises `MissingError`, `DataError`, `UsageError`, `WriteError`
-    before it starts."""
+    before it starts.
+
+    Args:
+        bundle: A bundle's folder; None for the newest in runs.
+        host: Where to listen.
+        port: 0 for any free one.
+        database: Path or URL; None for runs/feedback.sqlite.
+        say: Told one line at a time.
+    """
     s = listen(host, port)
     try:
         predictor = Predictor.load(bundle or newest_bundle(runs_dir()))

@@ -31,14 +31,15 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch.nn import Module
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #a24c0377
-def data_folder(
-    data: str,  # A folder; empty: the next in line
-    needed: list[str],  # Names of the files it must hold
-    beside: Sequence[Path] = (),  # Folders to try where neither `data` nor $LLMECO_DATA is set
-) -> Path:
+def data_folder(data: str, needed: list[str], beside: Sequence[Path] = ()) -> Path:
     """The first folder of `data`, $LLMECO_DATA and `beside` that is set and holds all files.
 
     Raises `MissingError` naming the first file that is lacking.
+
+    Args:
+        data: A folder; empty: the next in line.
+        needed: Names of the files it must hold.
+        beside: Folders to try where neither `data` nor $LLMECO_DATA is set.
     """
     if data:
         tried = [Path(data)]
@@ -57,13 +58,14 @@ def data_folder(
     )
 
 
-def read_blimp(
-    archive: str | Path,  # BLiMP.zip as it is published
-    pairs: int | None = None,  # Of each set, from the front; None for all
-) -> "pd.DataFrame":
+def read_blimp(archive: str | Path, pairs: int | None = None) -> "pd.DataFrame":
     """All pairs as a DataFrame: set, phenomenon, good, bad; sets in the order of their names.
 
     Raises `MissingError` without the file, `DataError` for one that is not BLiMP.
+
+    Args:
+        archive: BLiMP.zip as it is published.
+        pairs: Of each set, from the front; None for all.
     """
     import pandas as pd
 
@@ -87,10 +89,13 @@ def read_blimp(
     return pd.DataFrame(rows, columns=["set", "phenomenon", "good", "bad"])
 
 
-def read_published(
-    file: str | Path,  # models_summary.jsonl of the paper's results
-) -> "pd.DataFrame":
-    "Published accuracies by set (index): ngram, lstm, txl, gpt2, as shares. Raises `MissingError`."
+def read_published(file: str | Path) -> "pd.DataFrame":
+    """Published accuracies by set (index): ngram, lstm, txl, gpt2, as shares. Raises
+    `MissingError`.
+
+    Args:
+        file: models_summary.jsonl of the paper's results.
+    """
     import pandas as pd
 
     if not Path(file).is_file():
@@ -105,14 +110,17 @@ def read_published(
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #70266ebf
 def sentence_scores(
-    model: "Module",  # A causal model of `llmeco_nb.models.decoder`, in evaluation mode
-    tokenizer: "Tokenizer",  # Its tokenizer
-    sentences: list[str],  # In any order
-    max_batch_tokens: int = 8192,  # Tokens a batch may hold, padding included
+    model: "Module", tokenizer: "Tokenizer", sentences: list[str], max_batch_tokens: int = 8192
 ) -> np.ndarray:
     """log p of each sentence in nats, its end included; float64 of shape (sentences,).
 
     Raises `DataError` for a sentence longer than the context.
+
+    Args:
+        model: A causal model of `llmeco_nb.models.decoder`, in evaluation mode.
+        tokenizer: Its tokenizer.
+        sentences: In any order.
+        max_batch_tokens: Tokens a batch may hold, padding included.
     """
     import torch
     import torch.nn.functional as F
@@ -144,13 +152,14 @@ def sentence_scores(
     return found
 
 # %% ../../nbs/1_pretraining/18d_blimp.ipynb #396a8138
-def score_pairs(
-    pairs: "pd.DataFrame",  # As `read_blimp` gives them
-    scores: Callable[[list[str]], np.ndarray],  # Sentences -> their log-probabilities
-) -> np.ndarray:
+def score_pairs(pairs: "pd.DataFrame", scores: Callable[[list[str]], np.ndarray]) -> np.ndarray:
     """For each pair 1 if the good sentence scores higher, 0.5 for a tie, else 0; shape (pairs,).
 
     Raises `DataError` when a score is no number.
+
+    Args:
+        pairs: As `read_blimp` gives them.
+        scores: Sentences -> their log-probabilities.
     """
     both = np.asarray(scores([*pairs.good, *pairs.bad]))
     if not np.isfinite(both).all():
@@ -160,11 +169,13 @@ def score_pairs(
     return (good > bad) + 0.5 * (good == bad)
 
 
-def accuracy_by_set(
-    pairs: "pd.DataFrame",  # As `read_blimp` gives them
-    points: np.ndarray,  # What `score_pairs` gives for them, shape (pairs,)
-) -> "pd.DataFrame":
-    "A DataFrame with one row a set: set, phenomenon, pairs, accuracy in [0, 1]."
+def accuracy_by_set(pairs: "pd.DataFrame", points: np.ndarray) -> "pd.DataFrame":
+    """A DataFrame with one row a set: set, phenomenon, pairs, accuracy in [0, 1].
+
+    Args:
+        pairs: As `read_blimp` gives them.
+        points: What `score_pairs` gives for them, shape (pairs,).
+    """
     found = (
         pairs.assign(points=points)
         .groupby("set", sort=True)
@@ -180,11 +191,13 @@ def accuracy_by_set(
 published_names = dict(ngram="5-gram", lstm="LSTM", txl="Transformer-XL", gpt2="GPT-2")
 
 
-def blimp_figure(
-    table: "pd.DataFrame",  # A row a set: phenomenon, accuracy, ngram, lstm, txl, gpt2; fivegram?
-    title: str = "BLiMP",  # Over the figure
-) -> "Figure":
-    "A matplotlib figure: accuracy by phenomenon, ours beside the published."
+def blimp_figure(table: "pd.DataFrame", title: str = "BLiMP") -> "Figure":
+    """A matplotlib figure: accuracy by phenomenon, ours beside the published.
+
+    Args:
+        table: A row a set: phenomenon, accuracy, ngram, lstm, txl, gpt2; fivegram?
+        title: Over the figure.
+    """
     import matplotlib.pyplot as plt
 
     mean = table.drop(columns=["set", "pairs"]).groupby("phenomenon").mean().sort_values("accuracy")
@@ -217,19 +230,23 @@ class BlimpConfig(StageConfig):
     pairs_per_set: PositiveInt | None = 10  # of each of the 67 sets, the first; none: all 1,000
 
 
-def find_blimp(
-    data: str,  # A folder, or auto
-) -> Path:
-    "The folder that holds BLiMP and the published scores. Raises `MissingError`."
+def find_blimp(data: str) -> Path:
+    """The folder that holds BLiMP and the published scores. Raises `MissingError`.
+
+    Args:
+        data: A folder, or auto.
+    """
     checkout = Path(llmeco_nb.__file__).parent.parent
     beside = [folder / "shared" / "data" for folder in (checkout.parent, checkout)]
     return data_folder("" if data == "auto" else data, needed_files, beside)
 
 
-def blimp_revision(
-    data: str,  # A folder, or auto
-) -> str:
-    "Hash of the files that are read; `absent` for auto without any. Raises `MissingError`."
+def blimp_revision(data: str) -> str:
+    """Hash of the files that are read; `absent` for auto without any. Raises `MissingError`.
+
+    Args:
+        data: A folder, or auto.
+    """
     try:
         folder = find_blimp(data)
     except MissingError:
@@ -255,12 +272,16 @@ def untrained_decoder() -> Path:
 
 
 def evaluate_blimp(
-    record: Record,  # Gets the artifact `blimp.json`, and a log row for each set
-    decoder: str | Path,  # Folder of a causal model with its tokenizer
-    config: BlimpConfig = BlimpConfig(),  # What the stage may be told
+    record: Record, decoder: str | Path, config: BlimpConfig = BlimpConfig()
 ) -> Path:
     """Score the pairs with a decoder and return the path of blimp.json: pairs scored, and the
-    reason where there are none. Raises `DataError`, `MissingError` for a named folder."""
+    reason where there are none. Raises `DataError`, `MissingError` for a named folder.
+
+    Args:
+        record: Gets the artifact `blimp.json`, and a log row for each set.
+        decoder: Folder of a causal model with its tokenizer.
+        config: What the stage may be told.
+    """
     from llmeco_nb.models.decoder_conversion import load_decoder
     from llmeco_nb.stats.significance import wilson
     from llmeco_nb.tokenization.bpe import open_subword_tokenizer

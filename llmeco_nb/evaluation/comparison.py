@@ -45,14 +45,15 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/3_evaluation/30_comparison.ipynb #ae05e175
-def label_sizes(
-    requested: list[int],  # Numbers of labels; 0 for all there are
-    total: int,  # Labels there are
-    least: int,  # Labels that a subset needs, one for each class
-) -> tuple[list[int], list[int]]:
+def label_sizes(requested: list[int], total: int, least: int) -> tuple[list[int], list[int]]:
     """The sizes that can be drawn, and those that are too small, in the order given, each once.
 
     Sizes above `total` become `total`. Raises `UsageError` for a negative one.
+
+    Args:
+        requested: Numbers of labels; 0 for all there are.
+        total: Labels there are.
+        least: Labels that a subset needs, one for each class.
     """
     negative = [n for n in requested if n < 0]
     if negative:
@@ -62,14 +63,23 @@ def label_sizes(
 
 
 def fit_recipe(
-    schema: Schema,  # Of the corpus
-    name: str,  # A recipe's name
-    counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
-    y: np.ndarray,  # Target of every text, shape (texts,)
-    rows: RowSplit,  # What each text serves for
-    seed: int = 0,  # Of the solvers
+    schema: Schema,
+    name: str,
+    counted: dict[str, NgramCounts],
+    y: np.ndarray,
+    rows: RowSplit,
+    seed: int = 0,
 ) -> tuple[LinearText, np.ndarray]:
-    "A baseline of the schema's task, and its scores for `rows.scored`, float32."
+    """A baseline of the schema's task, and its scores for `rows.scored`, float32.
+
+    Args:
+        schema: Of the corpus.
+        name: A recipe's name.
+        counted: For every analyzer the counts of all texts.
+        y: Target of every text, shape (texts,).
+        rows: What each text serves for.
+        seed: Of the solvers.
+    """
     if schema.task == "regression":
         model, numbers = fit_number(name, counted, y, rows)
         return model, numbers.astype(np.float32)
@@ -78,16 +88,24 @@ def fit_recipe(
 
 
 def fit_baselines(
-    record: Record,  # Told progress and seconds
-    splits: dict[str, "pd.DataFrame"],  # Split name -> its rows (id, text, the task's target)
-    schema: Schema,  # Of the corpus
-    sizes: list[int],  # Numbers of labels
-    models: list[str],  # Names of recipes
-    seed: int = 0,  # Of subset and solvers
+    record: Record,
+    splits: dict[str, "pd.DataFrame"],
+    schema: Schema,
+    sizes: list[int],
+    models: list[str],
+    seed: int = 0,
 ) -> Iterator[tuple[LinearText, "pd.DataFrame"]]:
     """Yield (model, its predictions for validation and test) for every size and recipe.
 
     Raises `UsageError` for an unknown recipe, or without any.
+
+    Args:
+        record: Told progress and seconds.
+        splits: Split name -> its rows (id, text, the task's target).
+        schema: Of the corpus.
+        sizes: Numbers of labels.
+        models: Names of recipes.
+        seed: Of subset and solvers.
     """
     import pandas as pd
 
@@ -145,23 +163,28 @@ class EvaluationConfig(StageConfig):
     seed: int = 0  # decides the labelled subset and the solvers' order
 
 
-def recorded_facts(
-    path: str | Path,  # A prediction file
-) -> ModelFacts:
-    "Seconds and number of parameters that the record of a prediction file states, where it does."
+def recorded_facts(path: str | Path) -> ModelFacts:
+    """Seconds and number of parameters that the record of a prediction file states, where it does.
+
+    Args:
+        path: A prediction file.
+    """
     file = Path(path).parent / "metrics.json"
     stated = read_json(file) if file.is_file() else {}
     return ModelFacts(parameters=stated.get("parameters"), seconds=stated.get("seconds"))
 
 
 def read_other_models(
-    predictions: Iterable[str],  # Prediction files
-    splits: dict[str, "pd.DataFrame"],  # validation and test: rows of the corpus
-    schema: Schema,  # Of the corpus
+    predictions: Iterable[str], splits: dict[str, "pd.DataFrame"], schema: Schema
 ) -> tuple[list["pd.DataFrame"], dict[tuple[str, int], ModelFacts]]:
     """The prediction files as DataFrames, and what their records state, by (model, labels).
 
     Raises `DataError` for a file that does not fit, or a model that is there twice.
+
+    Args:
+        predictions: Prediction files.
+        splits: validation and test: rows of the corpus.
+        schema: Of the corpus.
     """
     found = []
     facts = {}
@@ -193,12 +216,14 @@ class SizePlan:
         return [n for n in self.compared + self.curve if self.least <= n <= self.total]
 
 
-def plan_sizes(
-    config: EvaluationConfig,  # Which numbers are asked for
-    train: "pd.DataFrame",  # Training rows (id, text, label)
-    others: Iterable[int],  # Numbers of labels of the models from elsewhere
-) -> SizePlan:
-    "Make the numbers follow the data: at least one comparison, none that cannot be drawn."
+def plan_sizes(config: EvaluationConfig, train: "pd.DataFrame", others: Iterable[int]) -> SizePlan:
+    """Make the numbers follow the data: at least one comparison, none that cannot be drawn.
+
+    Args:
+        config: Which numbers are asked for.
+        train: Training rows (id, text, label).
+        others: Numbers of labels of the models from elsewhere.
+    """
     total = len(train)
     least = train.label.nunique() if "label" in train else 2
     compared, small = label_sizes(config.num_labeled, total, least)
@@ -211,13 +236,17 @@ def plan_sizes(
 
 
 def save_baseline(
-    model: LinearText,  # The fitted model
-    answered: "pd.DataFrame",  # Its predictions, validation and test
-    texts: list[str],  # Validation texts
-    folder: Path,  # A new folder
-    schema: Schema,  # Of the corpus
+    model: LinearText, answered: "pd.DataFrame", texts: list[str], folder: Path, schema: Schema
 ) -> float:
-    "Save a baseline, read it back, and return by how much its scores differ, at most."
+    """Save a baseline, read it back, and return by how much its scores differ, at most.
+
+    Args:
+        model: The fitted model.
+        answered: Its predictions, validation and test.
+        texts: Validation texts.
+        folder: A new folder.
+        schema: Of the corpus.
+    """
     model.save(folder)
     save_schema(schema, folder)
     first = answered[answered.split == "validation"].head(50)
@@ -247,14 +276,20 @@ def read_evaluation_splits(corpus: str) -> tuple[Schema, dict[str, "pd.DataFrame
 
 
 def evaluate_models(
-    record: Record,  # Gets the artifacts table and baselines
-    corpus: str = "",  # Corpus folder; empty: a small one is made
-    predictions: Sequence[str] = (),  # Prediction files of other models
-    config: EvaluationConfig = EvaluationConfig(),  # Sizes and baselines
+    record: Record,
+    corpus: str = "",
+    predictions: Sequence[str] = (),
+    config: EvaluationConfig = EvaluationConfig(),
 ) -> Path:
     """Fit the baselines, compare all models, and return the folder `table`.
 
     Raises `DataError`, `MissingError`, `UsageError`.
+
+    Args:
+        record: Gets the artifacts table and baselines.
+        corpus: Corpus folder; empty: a small one is made.
+        predictions: Prediction files of other models.
+        config: Sizes and baselines.
     """
     import pandas as pd
 

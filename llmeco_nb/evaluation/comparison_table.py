@@ -33,13 +33,16 @@ all_recipes = recipes | number_recipes
 
 
 def read_predictions(
-    path: str | Path,  # File, or a folder with one
-    splits: dict[str, "pd.DataFrame"],  # Split name -> its rows (id, text and the task's target)
-    schema: Schema,  # Of the corpus
+    path: str | Path, splits: dict[str, "pd.DataFrame"], schema: Schema
 ) -> "pd.DataFrame":
     """The predictions in a file as a DataFrame, rows in the order of the splits.
 
     Raises `MissingError` and `DataError` naming the file.
+
+    Args:
+        path: File, or a folder with one.
+        splits: Split name -> its rows (id, text and the task's target).
+        schema: Of the corpus.
     """
     import pandas as pd
 
@@ -69,12 +72,14 @@ def read_predictions(
     return pd.concat(parts, ignore_index=True)
 
 
-def checked_scores(
-    who: str,  # How messages name the model
-    part: "pd.DataFrame",  # Its predictions for one split
-    schema: Schema,  # Of the corpus
-) -> np.ndarray:
-    "The scores, float32 of shape (texts, scores). Raises `DataError` unless they say the same."
+def checked_scores(who: str, part: "pd.DataFrame", schema: Schema) -> np.ndarray:
+    """The scores, float32 of shape (texts, scores). Raises `DataError` unless they say the same.
+
+    Args:
+        who: How messages name the model.
+        part: Its predictions for one split.
+        schema: Of the corpus.
+    """
     task = task_of(schema)
     if not task.stores_scores():
         scores = part.prediction.to_numpy(np.float32)[:, None]
@@ -119,19 +124,21 @@ class ShownMetric:
     title: str  # Such as "accuracy"
     unit: str  # "%" for shares, shown times 100; empty for a number in the target's unit
 
-    def text(
-        self,
-        value: float,  # As it is stored
-        digits: int = 2,  # Behind the point
-    ) -> str:
-        "The value for people, without its unit."
+    def text(self, value: float, digits: int = 2) -> str:
+        """The value for people, without its unit.
+
+        Args:
+            value: As it is stored.
+            digits: Behind the point.
+        """
         return f"{self.number(value):.{digits}f}"
 
-    def number(
-        self,
-        value: float,  # As it is stored
-    ) -> float:
-        "The value as an axis has it."
+    def number(self, value: float) -> float:
+        """The value as an axis has it.
+
+        Args:
+            value: As it is stored.
+        """
         return 100 * value if self.unit == "%" else value
 
     @property
@@ -164,19 +171,21 @@ class ModelRow:
         "The main metric on validation; None: it has no answers there."
         return getattr(self, f"validation_{self.main}")
 
-    def interval(
-        self,
-        metric: str,  # A field of this row
-    ) -> tuple[float, float, float]:
-        "Estimate on the test texts, lower and upper end of its 95 % interval."
+    def interval(self, metric: str) -> tuple[float, float, float]:
+        """Estimate on the test texts, lower and upper end of its 95 % interval.
+
+        Args:
+            metric: A field of this row.
+        """
         names = (metric, f"{metric}_low", f"{metric}_high")
         return tuple(getattr(self, name) for name in names)
 
-    def quality(
-        self,
-        split: str = "test",  # test or validation
-    ) -> float:
-        "A number that is larger for a better model; -inf where it has no answers."
+    def quality(self, split: str = "test") -> float:
+        """A number that is larger for a better model; -inf where it has no answers.
+
+        Args:
+            split: test or validation.
+        """
         value = self.on_validation if split == "validation" else getattr(self, self.main)
         return -np.inf if value is None else find_task(self.task).selection.key(value)
 
@@ -245,12 +254,14 @@ class NumberRow(ModelRow):
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
 
 
-def test_intervals(
-    test: "pd.DataFrame",  # Predictions of one model for the test texts
-    schema: Schema,  # Of the corpus
-    seed: int,  # Of the bootstrap
-) -> dict[str, float]:
-    "Each metric of the task's row with both ends of its interval, by the row's field names."
+def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str, float]:
+    """Each metric of the task's row with both ends of its interval, by the row's field names.
+
+    Args:
+        test: Predictions of one model for the test texts.
+        schema: Of the corpus.
+        seed: Of the bootstrap.
+    """
     y = test.target.to_numpy()
     p = test.prediction.to_numpy()
     found = {}
@@ -267,13 +278,15 @@ def test_intervals(
     return found
 
 
-def score_model(
-    part: "pd.DataFrame",  # Predictions of one model at one number of labels, validation and test
-    schema: Schema,  # Of the corpus
-    facts: ModelFacts,  # What else the row states
-    seed: int,  # Of the bootstrap
-) -> ModelRow:
-    "The model's row, compared with nothing yet."
+def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: int) -> ModelRow:
+    """The model's row, compared with nothing yet.
+
+    Args:
+        part: Predictions of one model at one number of labels, validation and test.
+        schema: Of the corpus.
+        facts: What else the row states.
+        seed: Of the bootstrap.
+    """
     task = task_of(schema)
     model = part.model.iloc[0]
     validation = part[part.split == "validation"]
@@ -294,14 +307,15 @@ def score_model(
     )
 
 
-def reference_comparison(
-    row: ModelRow,  # The row that is compared
-    reference: ModelRow,  # The reference of its block
-    judged: Claim,  # That the expected one of the two beats the other, p-value adjusted
-) -> ReferenceComparison:
+def reference_comparison(row: ModelRow, reference: ModelRow, judged: Claim) -> ReferenceComparison:
     """The comparison seen from the row: difference and verdict are about its model.
 
     The claim about a baseline says that the reference beats it, so both change sides.
+
+    Args:
+        row: The row that is compared.
+        reference: The reference of its block.
+        judged: That the expected one of the two beats the other, p-value adjusted.
     """
     sign = -1 if row.baseline else 1
     low, high = sorted([sign * judged.low, sign * judged.high])
@@ -318,15 +332,22 @@ def reference_comparison(
 
 
 def table_rows(
-    answers: "pd.DataFrame",  # Predictions of all models, validation and test
-    schema: Schema,  # Of the corpus
-    sizes: list[int],  # Numbers of labels at which claims are made
-    facts: dict[tuple[str, int], ModelFacts],  # (model, labels) -> what else its row states
-    seed: int = 0,  # Of the bootstrap
+    answers: "pd.DataFrame",
+    schema: Schema,
+    sizes: list[int],
+    facts: dict[tuple[str, int], ModelFacts],
+    seed: int = 0,
 ) -> tuple[list[ModelRow], list[Claim]]:
     """The table's rows, and the claims, their p-values adjusted together.
 
     All of it follows from `answers`, but for `facts`.
+
+    Args:
+        answers: Predictions of all models, validation and test.
+        schema: Of the corpus.
+        sizes: Numbers of labels at which claims are made.
+        facts: (model, labels) -> what else its row states.
+        seed: Of the bootstrap.
     """
     task = task_of(schema)
     sign = task.selection.key(1.0)  # so that more of an item's score is better
@@ -414,21 +435,25 @@ class ComparisonTable:
             raise DataError(f"{folder} holds no comparison as it is written here: {e!r}.") from None
 
 
-def left_out_text(
-    left_out: list[int],  # Numbers of labels that were too small to draw
-    least: int,  # Labels that a subset needs, one for each class
-) -> str:
-    "Which numbers of labels were too small to draw, as a sentence; empty where none was."
+def left_out_text(left_out: list[int], least: int) -> str:
+    """Which numbers of labels were too small to draw, as a sentence; empty where none was.
+
+    Args:
+        left_out: Numbers of labels that were too small to draw.
+        least: Labels that a subset needs, one for each class.
+    """
     if not left_out:
         return ""
     numbers = ", ".join(f"{n:,}" for n in left_out)
     return f"Numbers of labels left out, since training has {least:,} classes: {numbers}."
 
 
-def summary_text(
-    table: ComparisonTable,  # The comparison
-) -> str:
-    "The comparison as plain text: a line for every model, a column for every number of labels."
+def summary_text(table: ComparisonTable) -> str:
+    """The comparison as plain text: a line for every model, a column for every number of labels.
+
+    Args:
+        table: The comparison.
+    """
     rows = table.rows
     names = list(dict.fromkeys(r.title for r in rows if r.labels in table.sizes))
     wide = max(map(len, names)) + 4

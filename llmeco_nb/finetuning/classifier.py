@@ -44,13 +44,15 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #e98222a7
-def labelled_subset(
-    rows: "pd.DataFrame",  # Columns id, text, and label where there are classes
-    n: int,  # How many; 0 for all
-    seed: int = 0,  # Decides the lots; another seed, another order
-) -> "pd.DataFrame":
+def labelled_subset(rows: "pd.DataFrame", n: int, seed: int = 0) -> "pd.DataFrame":
     """`n` rows, each class in its proportion, in the order of their lots; the same for equal
-    arguments. Raises `UsageError` for fewer than one a class."""
+    arguments. Raises `UsageError` for fewer than one a class.
+
+    Args:
+        rows: Columns id, text, and label where there are classes.
+        n: How many; 0 for all.
+        seed: Decides the lots; another seed, another order.
+    """
     if "label" not in rows:
         return sort_by_split_hash(rows, seed).head(n or None)
     counts = rows.label.value_counts().to_dict()
@@ -67,21 +69,25 @@ def labelled_subset(
     ].reset_index(drop=True)
 
 
-def enough_labels(
-    rows: "pd.DataFrame",  # Of a corpus
-    n: int,  # How many are asked for
-) -> int:
+def enough_labels(rows: "pd.DataFrame", n: int) -> int:
     """`n`, but at least one label for each class in `rows`, and two numbers where there are none;
-    0 stands for all and stays 0."""
+    0 stands for all and stays 0.
+
+    Args:
+        rows: Of a corpus.
+        n: How many are asked for.
+    """
     least = rows.label.nunique() if "label" in rows else 2
     return max(n, least) if n > 0 else n
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #c3563717
-def layerwise_lr_scales(
-    layers: int,  # Of the encoder
-    decay: float,  # Factor from each layer to the one below
-):
-    "Name of a parameter -> factor on the learning rate."
+def layerwise_lr_scales(layers: int, decay: float):
+    """Name of a parameter -> factor on the learning rate.
+
+    Args:
+        layers: Of the encoder.
+        decay: Factor from each layer to the one below.
+    """
 
     def rate(name: str) -> float:
         found = re.search(r"\.layers?\.(\d+)\.", name)
@@ -117,14 +123,18 @@ class ClassifierConfig(StageConfig):
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #74933f66
 def finetune_plan(
-    config: StageConfig,  # With epochs, minutes, batch_size, num_evals, patience, warmup_ratio
-    batches_per_epoch: int,  # Steps that show every training text once
-    step_s: float,  # Seconds of a step, measured
-    predicted: int,  # Texts to predict at the end
-    evaluated: int,  # Texts of an evaluation
+    config: StageConfig, batches_per_epoch: int, step_s: float, predicted: int, evaluated: int
 ) -> dict:
     """The plan of a fine-tuning run: whole numbers. Raises `UsageError` when the minutes do not
-    even suffice for predicting."""
+    even suffice for predicting.
+
+    Args:
+        config: With epochs, minutes, batch_size, num_evals, patience, warmup_ratio.
+        batches_per_epoch: Steps that show every training text once.
+        step_s: Seconds of a step, measured.
+        predicted: Texts to predict at the end.
+        evaluated: Texts of an evaluation.
+    """
     import torch
 
     forward = step_s / config.batch_size / 3  # a forward pass is about a third of a step
@@ -152,15 +162,24 @@ def finetune_plan(
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #31539f61
 def save_classifier(
-    model: "PreTrainedModel",  # Its config gets `llmeco`
-    tokenizer: "PreTrainedTokenizerBase",  # Gets `tokens` as its longest text
-    folder: Path,  # Where to
-    tokens: int,  # How many a text may have
-    head: int,  # Per cent of them from the beginning, 0 to 100
-    schema: Schema | None = None,  # Written beside the model; None: nobody knows
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    tokens: int,
+    head: int,
+    schema: Schema | None = None,
 ) -> None:
     """Write a stock Hugging Face folder; how texts are shortened stands in its config under
-    `llmeco`."""
+    `llmeco`.
+
+    Args:
+        model: Its config gets `llmeco`.
+        tokenizer: Gets `tokens` as its longest text.
+        folder: Where to.
+        tokens: How many a text may have.
+        head: Per cent of them from the beginning, 0 to 100.
+        schema: Written beside the model; None: nobody knows.
+    """
     model.config.llmeco = dict(tokens=tokens, head=head)
     tokenizer.model_max_length = tokens
     tokenizer.init_kwargs.pop(
@@ -174,13 +193,17 @@ def save_classifier(
 
 
 def mistakes(
-    task: Task,  # Of the model
-    table: "pd.DataFrame",  # In the format of predictions, its index unique
-    texts: dict[str, str],  # Id -> text, of the test split
-    count: int = 6,  # How many at most
+    task: Task, table: "pd.DataFrame", texts: dict[str, str], count: int = 6
 ) -> list[dict]:
     """The worst test predictions: wrong classes of which the model was surest, or the numbers that
-    were furthest off."""
+    were furthest off.
+
+    Args:
+        task: Of the model.
+        table: In the format of predictions, its index unique.
+        texts: Id -> text, of the test split.
+        count: How many at most.
+    """
     test = table[table.split == "test"]
     wrong = test[test.target != test.prediction]
     by_class = task.stores_scores()
@@ -207,14 +230,18 @@ halves: dict[str, TrainingHalf] = {
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
 def fine_tune(
-    record: Record,  # Gets the artifacts classifier and predictions
-    corpus: str,  # Folder; empty: a small one is made
-    encoder: str = "",  # Folder; `config.weights` goes before it; both empty: random
-    config: ClassifierConfig = ClassifierConfig(),  # Of model and training
+    record: Record, corpus: str, encoder: str = "", config: ClassifierConfig = ClassifierConfig()
 ) -> Path:
     """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters
     are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`,
-    `UsageError`."""
+    `UsageError`.
+
+    Args:
+        record: Gets the artifacts classifier and predictions.
+        corpus: Folder; empty: a small one is made.
+        encoder: Folder; `config.weights` goes before it; both empty: random.
+        config: Of model and training.
+    """
     import pandas as pd
 
     from llmeco_nb.models.speedups import retain_freed_memory
@@ -371,11 +398,13 @@ def fine_tune(
     return record.artifact("classifier")
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #cc748664
-def headline_metrics(
-    half: TrainingHalf,  # Of the task
-    scores: dict[str, dict[str, float]],  # Split -> its report
-) -> dict[str, float]:
-    "What a record says of a model: the selecting metric on both splits, the others on test."
+def headline_metrics(half: TrainingHalf, scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What a record says of a model: the selecting metric on both splits, the others on test.
+
+    Args:
+        half: Of the task.
+        scores: Split -> its report.
+    """
     name = half.task.selection.metric
     test = scores.get("test", scores["validation"])
     found = {f"{name}_test": test[name], f"{name}_validation": scores["validation"][name]}
@@ -384,13 +413,17 @@ def headline_metrics(
 
 
 def reload_and_compare(
-    half: TrainingHalf,  # Of the task
-    folder: Path,  # Of the saved classifier
-    rows: list[list[int]],  # Token ids of some texts
-    table: "pd.DataFrame",  # Their predictions, in the same order
+    half: TrainingHalf, folder: Path, rows: list[list[int]], table: "pd.DataFrame"
 ) -> dict[str, float]:
     """Open a saved classifier with plain transformers, in float32; how often it agrees with the
-    predictions, and the largest difference of a score."""
+    predictions, and the largest difference of a score.
+
+    Args:
+        half: Of the task.
+        folder: Of the saved classifier.
+        rows: Token ids of some texts.
+        table: Their predictions, in the same order.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with quiet_transformers():

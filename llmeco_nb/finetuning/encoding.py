@@ -20,12 +20,14 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PreTrainedModel
 
 # %% ../../nbs/2_finetuning/20f_encoding.ipynb #9a0dab84
-def truncate_middle(
-    ids: list[int],  # Token ids of a text, special tokens included
-    tokens: int,  # How many may stay
-    head: int = 25,  # Per cent of them from the beginning
-) -> list[int]:
-    "The ids without their middle, at most `tokens` of them."
+def truncate_middle(ids: list[int], tokens: int, head: int = 25) -> list[int]:
+    """The ids without their middle, at most `tokens` of them.
+
+    Args:
+        ids: Token ids of a text, special tokens included.
+        tokens: How many may stay.
+        head: Per cent of them from the beginning.
+    """
     if len(ids) <= tokens:
         return ids
     first = min(tokens - 1, max(1, round(tokens * head / 100)))
@@ -33,12 +35,16 @@ def truncate_middle(
 
 
 def tokenize_texts(
-    tokenizer,  # A tokenizer of transformers
-    texts: list[str],  # May be empty
-    tokens: int,  # How many a text may have, special tokens included
-    head: int = 25,  # Per cent of them from the beginning, 0 to 100
+    tokenizer, texts: list[str], tokens: int, head: int = 25
 ) -> tuple[list[list[int]], list[int]]:
-    "Token ids of each text, shortened; and the lengths before that."
+    """Token ids of each text, shortened; and the lengths before that.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        texts: May be empty.
+        tokens: How many a text may have, special tokens included.
+        head: Per cent of them from the beginning, 0 to 100.
+    """
     if not texts:
         return [], []  # the tokenizer refuses an empty list
     full = tokenizer(
@@ -47,13 +53,14 @@ def tokenize_texts(
     return [truncate_middle(ids, tokens, head) for ids in full], [len(ids) for ids in full]
 
 # %% ../../nbs/2_finetuning/20f_encoding.ipynb #a76a7843
-def collate(
-    rows: list[list[int]],  # Token ids
-    pad: int,  # Id of the padding token
-    labels: list[int] | None = None,
-) -> dict:
+def collate(rows: list[list[int]], pad: int, labels: list[int] | None = None) -> dict:
     """Tensors input_ids (batch, longest), attention_mask (None where nothing is padded) and, if
-    given, labels (batch)."""
+    given, labels (batch).
+
+    Args:
+        rows: Token ids.
+        pad: Id of the padding token.
+    """
     import torch
 
     longest = max(map(len, rows))
@@ -71,17 +78,27 @@ def collate(
 
 
 def classifier_batches(
-    rows: list[list[int]],  # Token ids of each text
-    labels: list[int],  # Class of each text, from 0
-    pad: int,  # Id of the padding token
-    batch: int,  # Texts of a batch, over all processes
-    seed: int,  # Of the order, which is another in every epoch
-    world: int = 1,  # Processes that share a batch
-    rank: int = 0,  # Of so many processes, the part of this one
+    rows: list[list[int]],
+    labels: list[int],
+    pad: int,
+    batch: int,
+    seed: int,
+    world: int = 1,
+    rank: int = 0,
 ):
     """A function from the number of a batch to that batch, and how many there are in an epoch. The
     part of an epoch's last batch may be empty. Raises `UsageError` for more processes than texts in
-    a batch."""
+    a batch.
+
+    Args:
+        rows: Token ids of each text.
+        labels: Class of each text, from 0.
+        pad: Id of the padding token.
+        batch: Texts of a batch, over all processes.
+        seed: Of the order, which is another in every epoch.
+        world: Processes that share a batch.
+        rank: Of so many processes, the part of this one.
+    """
     from llmeco_nb.training.loop import length_bucketed_batches
     from llmeco_nb.training.sharding import rank_rows, rank_slice
 
@@ -97,15 +114,24 @@ def classifier_batches(
 
 # %% ../../nbs/2_finetuning/20f_encoding.ipynb #504fccb0
 def predict_outputs(
-    model: "PreTrainedModel",  # A sequence classifier of transformers; left in eval mode
-    rows: list[list[int]],  # Token ids of each text
-    pad: int,  # Id of the padding token
-    activate: Callable[["Tensor"], "Tensor"] | None = None,  # Of the outputs; None: as they are
-    batch: int = 32,  # Texts of a forward pass
-    record: Record | None = None,  # Whose progress is told
+    model: "PreTrainedModel",
+    rows: list[list[int]],
+    pad: int,
+    activate: Callable[["Tensor"], "Tensor"] | None = None,
+    batch: int = 32,
+    record: Record | None = None,
 ) -> np.ndarray:
     """What the model's head says of each text, float32 of shape (texts, outputs), in the order
-    given; computed in batches of similar length."""
+    given; computed in batches of similar length.
+
+    Args:
+        model: A sequence classifier of transformers; left in eval mode.
+        rows: Token ids of each text.
+        pad: Id of the padding token.
+        activate: Of the outputs; None: as they are.
+        batch: Texts of a forward pass.
+        record: Whose progress is told.
+    """
     import torch
 
     model.eval()

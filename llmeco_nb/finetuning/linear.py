@@ -189,19 +189,25 @@ class LinearText:
         return one
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #fec53ad0
-def inverse_document_frequency(
-    matrix: "csr_matrix",  # Counts, shape (texts, n-grams)
-) -> np.ndarray:
-    "log((1 + texts)/(1 + texts with the n-gram)) + 1, as in scikit-learn; shape (n-grams,)."
+def inverse_document_frequency(matrix: "csr_matrix") -> np.ndarray:
+    """log((1 + texts)/(1 + texts with the n-gram)) + 1, as in scikit-learn; shape (n-grams,).
+
+    Args:
+        matrix: Counts, shape (texts, n-grams).
+    """
     return np.log((1 + matrix.shape[0]) / (1 + matrix.getnnz(axis=0))) + 1
 
 
 def weight_counts(
-    matrix: "csr_matrix",  # Counts, shape (texts, n-grams)
-    bag: BagOfNgrams,  # What becomes of them
-    idf: np.ndarray | None = None,  # Shape (n-grams,); needed where the bag asks for it
+    matrix: "csr_matrix", bag: BagOfNgrams, idf: np.ndarray | None = None
 ) -> "csr_matrix":
-    "What `bag` makes of a matrix of counts: CSR, float64, same shape."
+    """What `bag` makes of a matrix of counts: CSR, float64, same shape.
+
+    Args:
+        matrix: Counts, shape (texts, n-grams).
+        bag: What becomes of them.
+        idf: Shape (n-grams,); needed where the bag asks for it.
+    """
     x = matrix.astype(np.float64)
     if bag.binary:
         x.data[:] = 1
@@ -215,12 +221,14 @@ def weight_counts(
     return x
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #022dc1ac
-def log_count_ratio(
-    x: "csr_matrix",  # In {0, 1}: which n-grams a text contains, shape (texts, n-grams)
-    positive: np.ndarray,  # Whether a text is of the class, boolean of shape (texts,)
-    alpha: float = 1.0,  # Added to every count
-) -> np.ndarray:
-    "The log-count ratio r of shape (n-grams,) (Wang and Manning 2012)."
+def log_count_ratio(x: "csr_matrix", positive: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    """The log-count ratio r of shape (n-grams,) (Wang and Manning 2012).
+
+    Args:
+        x: In {0, 1}: which n-grams a text contains, shape (texts, n-grams).
+        positive: Whether a text is of the class, boolean of shape (texts,).
+        alpha: Added to every count.
+    """
     total = lambda chosen: alpha + np.asarray(x[np.flatnonzero(chosen)].sum(0)).ravel()
     p = total(positive)
     q = total(~positive)
@@ -258,13 +266,17 @@ recipes = {
 
 
 def fit_binary(
-    name: str,  # A recipe's name
-    x: "csr_matrix",  # Features, shape (texts, features)
-    positive: np.ndarray,  # Whether a text is of the class, boolean of shape (texts,)
-    C: float,  # Inverse strength of regularisation
-    seed: int,  # Of the solver
+    name: str, x: "csr_matrix", positive: np.ndarray, C: float, seed: int
 ) -> tuple[np.ndarray, float]:
-    "Weights (features,) and bias of one class against the rest; zeros for a class without texts."
+    """Weights (features,) and bias of one class against the rest; zeros for a class without texts.
+
+    Args:
+        name: A recipe's name.
+        x: Features, shape (texts, features).
+        positive: Whether a text is of the class, boolean of shape (texts,).
+        C: Inverse strength of regularisation.
+        seed: Of the solver.
+    """
     if not positive.any():
         return np.zeros(x.shape[1]), 0.0
     from sklearn.linear_model import LogisticRegression
@@ -292,14 +304,18 @@ class Candidate:
 
 
 def candidates(
-    name: str,  # A recipe's name
-    x: "csr_matrix",  # Features of the training texts, shape (texts, features)
-    y: np.ndarray,  # Their classes, shape (texts,)
-    classes: int,  # How many classes there are
-    seed: int,  # Of the solver
-    settings: dict | None = None,  # Hyperparameters to fit with; None: the whole grid
+    name: str, x: "csr_matrix", y: np.ndarray, classes: int, seed: int, settings: dict | None = None
 ) -> Iterator[Candidate]:
-    "Yield a fitted model for every point of the recipe's grid, or for `settings` alone."
+    """Yield a fitted model for every point of the recipe's grid, or for `settings` alone.
+
+    Args:
+        name: A recipe's name.
+        x: Features of the training texts, shape (texts, features).
+        y: Their classes, shape (texts,).
+        classes: How many classes there are.
+        seed: Of the solver.
+        settings: Hyperparameters to fit with; None: the whole grid.
+    """
     recipe = recipes[name]
     Cs = [settings["C"]] if settings else recipe.Cs
     betas = [settings.get("beta", 1.0)] if settings else recipe.betas
@@ -328,13 +344,14 @@ def candidates(
             yield Candidate(tried, weights, bias)
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #9f4d0767
-def fit_temperature(
-    scores: np.ndarray,  # Scores of every class, shape (texts, classes)
-    y: np.ndarray,  # True classes, shape (texts,)
-) -> tuple[float, float]:
+def fit_temperature(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """The factor in [0.01, 100] under which the labels are likeliest, and the loss that is left.
 
     Probabilities are softmax(factor · scores); the loss is in nats per text.
+
+    Args:
+        scores: Scores of every class, shape (texts, classes).
+        y: True classes, shape (texts,).
     """
     from scipy.optimize import minimize_scalar
 
@@ -367,12 +384,15 @@ class FittedBags:
 
     @classmethod
     def of(
-        cls,
-        bags: list[BagOfNgrams],  # What is counted
-        counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
-        train: np.ndarray,  # Row numbers of the training texts
+        cls, bags: list[BagOfNgrams], counted: dict[str, NgramCounts], train: np.ndarray
     ) -> "FittedBags":
-        "Look at the training texts."
+        """Look at the training texts.
+
+        Args:
+            bags: What is counted.
+            counted: For every analyzer the counts of all texts.
+            train: Row numbers of the training texts.
+        """
         kept = []
         idfs = []
         for bag in bags:
@@ -383,12 +403,13 @@ class FittedBags:
             idfs.append(inverse_document_frequency(known[:, kept[-1]]) if bag.idf else None)
         return cls(bags, kept, idfs)
 
-    def features(
-        self,
-        counted: dict[str, NgramCounts],  # The same counts
-        rows: np.ndarray,  # Row numbers of the texts that are wanted
-    ) -> "csr_matrix":
-        "The features of these texts, CSR of shape (rows, features)."
+    def features(self, counted: dict[str, NgramCounts], rows: np.ndarray) -> "csr_matrix":
+        """The features of these texts, CSR of shape (rows, features).
+
+        Args:
+            counted: The same counts.
+            rows: Row numbers of the texts that are wanted.
+        """
         from scipy.sparse import csr_matrix, hstack
 
         parts = [
@@ -399,35 +420,46 @@ class FittedBags:
             return csr_matrix((len(rows), 0))
         return parts[0] if len(parts) == 1 else hstack(parts, format="csr")
 
-    def split_weights(
-        self,
-        weights: np.ndarray,  # Shape (features, outputs)
-    ) -> list[np.ndarray]:
-        "The weights of every bag, float32."
+    def split_weights(self, weights: np.ndarray) -> list[np.ndarray]:
+        """The weights of every bag, float32.
+
+        Args:
+            weights: Shape (features, outputs).
+        """
         ends = np.cumsum([len(c) for c in self.kept])[:-1]
         return [part.astype(np.float32) for part in np.split(weights, ends)] if self.bags else []
 
-    def vocabularies(
-        self,
-        counted: dict[str, NgramCounts],  # The same counts
-    ) -> list[list[str]]:
-        "The n-grams of every bag."
+    def vocabularies(self, counted: dict[str, NgramCounts]) -> list[list[str]]:
+        """The n-grams of every bag.
+
+        Args:
+            counted: The same counts.
+        """
         return [counted[bag.analyzer].spell(c) for bag, c in zip(self.bags, self.kept)]
 
 
 def fit(
-    name: str,  # A recipe's name
-    counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
-    y: np.ndarray,  # Class of every text, shape (texts,); looked at in train and validation only
-    rows: RowSplit,  # What each text serves for
-    classes: list[str],  # Class names
-    seed: int = 0,  # Of the solver
-    settings: dict | None = None,  # Hyperparameters to fit with; None: the best of the grid
+    name: str,
+    counted: dict[str, NgramCounts],
+    y: np.ndarray,
+    rows: RowSplit,
+    classes: list[str],
+    seed: int = 0,
+    settings: dict | None = None,
 ) -> tuple[LinearText, np.ndarray]:
     """The recipe's best model on the validation rows, and its scores for `rows.scored`.
 
     The scores have the shape (rows, classes). Raises `UsageError` for an unknown recipe,
     `DataError` without validation rows, or with training texts of fewer than two classes.
+
+    Args:
+        name: A recipe's name.
+        counted: For every analyzer the counts of all texts.
+        y: Class of every text, shape (texts,); looked at in train and validation only.
+        rows: What each text serves for.
+        classes: Class names.
+        seed: Of the solver.
+        settings: Hyperparameters to fit with; None: the best of the grid.
     """
     train = rows.train
     validation = rows.validation

@@ -27,15 +27,18 @@ number_recipes = {
 
 
 def fit_number(
-    name: str,  # A recipe's name
-    counted: dict[str, NgramCounts],  # For every analyzer the counts of all texts
-    y: np.ndarray,  # Target of every text, shape (texts,); looked at in train and validation only
-    rows: RowSplit,  # What each text serves for
+    name: str, counted: dict[str, NgramCounts], y: np.ndarray, rows: RowSplit
 ) -> tuple[LinearText, np.ndarray]:
     """The recipe's best model on the validation rows, and its numbers for `rows.scored`.
 
     The numbers have the shape (rows, 1). Raises `UsageError` for an unknown recipe, `DataError`
     without validation rows, or with fewer than two training texts.
+
+    Args:
+        name: A recipe's name.
+        counted: For every analyzer the counts of all texts.
+        y: Target of every text, shape (texts,); looked at in train and validation only.
+        rows: What each text serves for.
     """
     if name not in number_recipes:
         raise UsageError(f"There is no recipe {name!r}; there are {', '.join(number_recipes)}.")
@@ -76,11 +79,15 @@ def fit_number(
 
 
 def ridge(
-    x: "csr_matrix",  # Features of the training texts, shape (texts, features)
-    y: np.ndarray,  # Their targets, shape (texts,)
-    C: float,  # Inverse strength of regularisation
+    x: "csr_matrix", y: np.ndarray, C: float
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    "Weights (features, 1), bias (1,), and the setting they were fitted with."
+    """Weights (features, 1), bias (1,), and the setting they were fitted with.
+
+    Args:
+        x: Features of the training texts, shape (texts, features).
+        y: Their targets, shape (texts,).
+        C: Inverse strength of regularisation.
+    """
     from sklearn.linear_model import Ridge
 
     model = Ridge(alpha=1 / C, solver="sparse_cg", tol=1e-6, max_iter=2000).fit(x, y)

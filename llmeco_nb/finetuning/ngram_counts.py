@@ -59,12 +59,13 @@ class BagOfNgrams:
         ]
 
 # %% ../../nbs/2_finetuning/29b_ngram_counts.ipynb #e45edf0c
-def index_items(
-    sequences: Iterable[Iterable[Hashable]],  # Such as the tokens of every text
-) -> tuple[np.ndarray, np.ndarray, list]:
+def index_items(sequences: Iterable[Iterable[Hashable]]) -> tuple[np.ndarray, np.ndarray, list]:
     """Number all items: (number of each occurrence, its sequence, the items by number).
 
     The first two are int64 of shape (occurrences,), one sequence after the other.
+
+    Args:
+        sequences: Such as the tokens of every text.
     """
     known = defaultdict()
     known.default_factory = known.__len__
@@ -84,14 +85,16 @@ class NgramIndex:
     length: np.ndarray  # Items in each n-gram, shape (n-grams,)
 
 
-def index_ngrams(
-    flat: np.ndarray,  # Numbers of all items, one sequence after the other, shape (items,)
-    owner: np.ndarray,  # Sequence of each item, shape (items,)
-    base: int,  # How many different items there are
-    low: int,  # Length of the shortest n-gram
-    high: int,  # Length of the longest
-) -> NgramIndex:
-    "Number all runs of `low` to `high` items within a sequence."
+def index_ngrams(flat: np.ndarray, owner: np.ndarray, base: int, low: int, high: int) -> NgramIndex:
+    """Number all runs of `low` to `high` items within a sequence.
+
+    Args:
+        flat: Numbers of all items, one sequence after the other, shape (items,).
+        owner: Sequence of each item, shape (items,).
+        base: How many different items there are.
+        low: Length of the shortest n-gram.
+        high: Length of the longest.
+    """
     import pandas as pd
 
     ids = flat
@@ -119,12 +122,14 @@ def index_ngrams(
     return NgramIndex(**{k: np.concatenate(a) if a else none for k, a in found.items()})
 
 
-def count_matrix(
-    rows: np.ndarray,  # Row of each occurrence, shape (occurrences,)
-    columns: np.ndarray,  # Column of each occurrence, shape (occurrences,)
-    shape: tuple[int, int],  # Of the matrix
-) -> "csr_matrix":
-    "Sparse matrix (CSR, float32) of how often each (row, column) occurs."
+def count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
+    """Sparse matrix (CSR, float32) of how often each (row, column) occurs.
+
+    Args:
+        rows: Row of each occurrence, shape (occurrences,).
+        columns: Column of each occurrence, shape (occurrences,).
+        shape: Of the matrix.
+    """
     from scipy.sparse import coo_matrix
 
     ones = np.ones(len(rows), np.float32)
@@ -140,11 +145,13 @@ class NgramCounts:
     spell: Callable[[np.ndarray], list[str]]  # Columns -> the n-grams themselves
 
 
-def count_ngrams(
-    texts: list[str],  # Any texts
-    bag: BagOfNgrams,  # Of which only analyzer, lengths and pattern matter
-) -> NgramCounts:
-    "Count the n-grams of all texts. Raises `UsageError` for a bag that cannot be counted."
+def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:
+    """Count the n-grams of all texts. Raises `UsageError` for a bag that cannot be counted.
+
+    Args:
+        texts: Any texts.
+        bag: Of which only analyzer, lengths and pattern matter.
+    """
     if (
         bag.analyzer not in ("word", "char_wb")
         or not 1 <= bag.low <= bag.high

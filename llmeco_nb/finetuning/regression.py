@@ -48,54 +48,69 @@ class RegressionTraining(TrainingHalf[RegressionSchema]):
     monitor = "validation_mae"
     mode = "min"
 
-    def fit_schema(
-        self,
-        schema: RegressionSchema,  # Of the corpus
-        train: "pd.DataFrame",  # The labelled rows that are trained on
-    ) -> RegressionSchema:
-        "The schema with mean and scale of the training targets."
+    def fit_schema(self, schema: RegressionSchema, train: "pd.DataFrame") -> RegressionSchema:
+        """The schema with mean and scale of the training targets.
+
+        Args:
+            schema: Of the corpus.
+            train: The labelled rows that are trained on.
+        """
         return schema.standardised(train.target)
 
-    def targets(
-        self,
-        rows: "pd.DataFrame",  # With a column target
-        schema: RegressionSchema,  # After `fit_schema`
-    ) -> list[float]:
-        "Standardised targets."
+    def targets(self, rows: "pd.DataFrame", schema: RegressionSchema) -> list[float]:
+        """Standardised targets.
+
+        Args:
+            rows: With a column target.
+            schema: After `fit_schema`.
+        """
         return schema.standardise(rows.target).tolist()
 
     def model(
         self,
-        checkpoint: str,  # Folder or hub name of an encoder
-        schema: RegressionSchema,  # Of the corpus
-        seed: int = 0,  # Of the new layers
-        pooling: str = "cls",  # What the head reads: cls, or mean
-        device: str = "auto",  # cpu, cuda, xla or auto
+        checkpoint: str,
+        schema: RegressionSchema,
+        seed: int = 0,
+        pooling: str = "cls",
+        device: str = "auto",
     ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        "A sequence classifier with one output, `problem_type` regression."
+        """A sequence classifier with one output, `problem_type` regression.
+
+        Args:
+            checkpoint: Folder or hub name of an encoder.
+            schema: Of the corpus.
+            seed: Of the new layers.
+            pooling: What the head reads: cls, or mean.
+            device: cpu, cuda, xla or auto.
+        """
         return build_classifier(checkpoint, None, seed, pooling, device)
 
-    def loss_step(
-        self,
-        label_smoothing: float = 0.0,  # A number has no classes: not used
-    ) -> Callable:
-        "Summed squared error of the standardised target."
+    def loss_step(self, label_smoothing: float = 0.0) -> Callable:
+        """Summed squared error of the standardised target.
+
+        Args:
+            label_smoothing: A number has no classes: not used.
+        """
         return regression_loss_step()
 
-    def activation(
-        self,
-        schema: RegressionSchema,  # After `fit_schema`
-    ) -> Callable[["Tensor"], "Tensor"]:
-        "Back to the unit of the targets."
+    def activation(self, schema: RegressionSchema) -> Callable[["Tensor"], "Tensor"]:
+        """Back to the unit of the targets.
+
+        Args:
+            schema: After `fit_schema`.
+        """
         return lambda outputs: (schema.mean + schema.scale * outputs.double()).float()
 
     def evaluate(
-        self,
-        scores: np.ndarray,  # Numbers, shape (texts, 1)
-        targets: np.ndarray,  # As the corpus has them, shape (texts,)
-        schema: RegressionSchema,  # After `fit_schema`
+        self, scores: np.ndarray, targets: np.ndarray, schema: RegressionSchema
     ) -> dict[str, float]:
-        "validation_loss, the mean squared standardised error, and validation_mae."
+        """validation_loss, the mean squared standardised error, and validation_mae.
+
+        Args:
+            scores: Numbers, shape (texts, 1).
+            targets: As the corpus has them, shape (texts,).
+            schema: After `fit_schema`.
+        """
         off = scores[:, 0].astype(float) - targets
         return dict(
             validation_loss=float(np.square(off / schema.scale).mean()),

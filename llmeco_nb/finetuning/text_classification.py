@@ -25,10 +25,12 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/2_finetuning/21_text_classification_training.ipynb #09971f2a
-def classification_loss_step(
-    smoothing: float = 0.0,  # Share of the probability spread over all classes, 0 to 1
-):
-    "The `step` of a classifier for [17_loop]: summed cross-entropy, and the number of texts."
+def classification_loss_step(smoothing: float = 0.0):
+    """The `step` of a classifier for [17_loop]: summed cross-entropy, and the number of texts.
+
+    Args:
+        smoothing: Share of the probability spread over all classes, 0 to 1.
+    """
     import torch
 
     def step(model, batch, backward):
@@ -48,13 +50,21 @@ def classification_loss_step(
 
 
 def predict_proba(
-    model: "PreTrainedModel",  # A sequence classifier of transformers; left in eval mode
-    rows: list[list[int]],  # Token ids of each text
-    pad: int,  # Id of the padding token
-    batch: int = 32,  # Texts of a forward pass
-    record: Record | None = None,  # Whose progress is told
+    model: "PreTrainedModel",
+    rows: list[list[int]],
+    pad: int,
+    batch: int = 32,
+    record: Record | None = None,
 ) -> np.ndarray:
-    "Class probabilities, float32 of shape (texts, classes), in the order given."
+    """Class probabilities, float32 of shape (texts, classes), in the order given.
+
+    Args:
+        model: A sequence classifier of transformers; left in eval mode.
+        rows: Token ids of each text.
+        pad: Id of the padding token.
+        batch: Texts of a forward pass.
+        record: Whose progress is told.
+    """
     return predict_outputs(model, rows, pad, lambda logits: logits.softmax(-1), batch, record)
 
 # %% ../../nbs/2_finetuning/21_text_classification_training.ipynb #a8e35862
@@ -65,46 +75,60 @@ class ClassificationTraining(TrainingHalf[ClassificationSchema]):
     monitor = "validation_accuracy"
     mode = "max"
 
-    def targets(
-        self,
-        rows: "pd.DataFrame",  # With a column label
-        schema: ClassificationSchema,  # Of the corpus
-    ) -> list[int]:
-        "Class indices."
+    def targets(self, rows: "pd.DataFrame", schema: ClassificationSchema) -> list[int]:
+        """Class indices.
+
+        Args:
+            rows: With a column label.
+            schema: Of the corpus.
+        """
         return rows.label.tolist()
 
     def model(
         self,
-        checkpoint: str,  # Folder or hub name of an encoder
-        schema: ClassificationSchema,  # Of the corpus
-        seed: int = 0,  # Of the new layers
-        pooling: str = "cls",  # What the head reads: cls, or mean
-        device: str = "auto",  # cpu, cuda, xla or auto
+        checkpoint: str,
+        schema: ClassificationSchema,
+        seed: int = 0,
+        pooling: str = "cls",
+        device: str = "auto",
     ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        "A sequence classifier with the schema's classes."
+        """A sequence classifier with the schema's classes.
+
+        Args:
+            checkpoint: Folder or hub name of an encoder.
+            schema: Of the corpus.
+            seed: Of the new layers.
+            pooling: What the head reads: cls, or mean.
+            device: cpu, cuda, xla or auto.
+        """
         return build_classifier(checkpoint, schema.labels, seed, pooling, device)
 
-    def loss_step(
-        self,
-        label_smoothing: float = 0.0,  # Share of the probability spread over all classes
-    ) -> Callable:
-        "Summed cross-entropy."
+    def loss_step(self, label_smoothing: float = 0.0) -> Callable:
+        """Summed cross-entropy.
+
+        Args:
+            label_smoothing: Share of the probability spread over all classes.
+        """
         return classification_loss_step(label_smoothing)
 
-    def activation(
-        self,
-        schema: ClassificationSchema,  # Of the corpus
-    ) -> Callable[["Tensor"], "Tensor"]:
-        "Softmax over the classes."
+    def activation(self, schema: ClassificationSchema) -> Callable[["Tensor"], "Tensor"]:
+        """Softmax over the classes.
+
+        Args:
+            schema: Of the corpus.
+        """
         return lambda logits: logits.softmax(-1)
 
     def evaluate(
-        self,
-        scores: np.ndarray,  # Probabilities, shape (texts, classes)
-        targets: np.ndarray,  # Class indices, shape (texts,)
-        schema: ClassificationSchema,  # Of the corpus
+        self, scores: np.ndarray, targets: np.ndarray, schema: ClassificationSchema
     ) -> dict[str, float]:
-        "validation_loss, the mean cross-entropy in nats, and validation_accuracy."
+        """validation_loss, the mean cross-entropy in nats, and validation_accuracy.
+
+        Args:
+            scores: Probabilities, shape (texts, classes).
+            targets: Class indices, shape (texts,).
+            schema: Of the corpus.
+        """
         right = scores[np.arange(len(scores)), targets]
         return dict(
             validation_loss=-np.log(np.maximum(right, 1e-9)).mean(),

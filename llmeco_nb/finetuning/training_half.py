@@ -48,30 +48,39 @@ class TrainingHalf(ABC, Generic[SchemaT]):
     monitor: ClassVar[str]  # The number of `evaluate` that decides which weights are best
     mode: ClassVar[Literal["max", "min"]]  # Whether more of it is better, or less
 
-    def fit_schema(
-        self,
-        schema: SchemaT,  # Of the corpus
-        train: "pd.DataFrame",  # The labelled rows that are trained on
-    ) -> SchemaT:
-        "The schema with what is learned from the training rows alone; usually nothing."
+    def fit_schema(self, schema: SchemaT, train: "pd.DataFrame") -> SchemaT:
+        """The schema with what is learned from the training rows alone; usually nothing.
+
+        Args:
+            schema: Of the corpus.
+            train: The labelled rows that are trained on.
+        """
         return schema
 
     @abstractmethod
-    def targets(
-        self,
-        rows: "pd.DataFrame",  # Of a corpus
-        schema: SchemaT,  # After `fit_schema`
-    ) -> list:
-        "What the loss compares with, one a row."
+    def targets(self, rows: "pd.DataFrame", schema: SchemaT) -> list:
+        """What the loss compares with, one a row.
+
+        Args:
+            rows: Of a corpus.
+            schema: After `fit_schema`.
+        """
 
     def encode(
         self,
-        rows: "pd.DataFrame",  # Of a corpus
-        tokenizer: "PreTrainedTokenizerBase",  # Of the checkpoint
-        schema: SchemaT,  # After `fit_schema`
-        truncation: Truncation,  # How long texts are shortened
+        rows: "pd.DataFrame",
+        tokenizer: "PreTrainedTokenizerBase",
+        schema: SchemaT,
+        truncation: Truncation,
     ) -> Examples:
-        "Token ids and targets of the rows. A corpus holds texts as `prepare` leaves them."
+        """Token ids and targets of the rows. A corpus holds texts as `prepare` leaves them.
+
+        Args:
+            rows: Of a corpus.
+            tokenizer: Of the checkpoint.
+            schema: After `fit_schema`.
+            truncation: How long texts are shortened.
+        """
         ids, lengths = tokenize_texts(
             tokenizer, rows.text.tolist(), truncation.max_length, truncation.head
         )
@@ -80,44 +89,65 @@ class TrainingHalf(ABC, Generic[SchemaT]):
     @abstractmethod
     def model(
         self,
-        checkpoint: str,  # Folder or hub name of an encoder
-        schema: SchemaT,  # Of the corpus
-        seed: int = 0,  # Of the new layers
-        pooling: str = "cls",  # What the head reads: cls, or mean
-        device: str = "auto",  # cpu, cuda, xla or auto
+        checkpoint: str,
+        schema: SchemaT,
+        seed: int = 0,
+        pooling: str = "cls",
+        device: str = "auto",
     ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        "A stock model with a new head, and its tokenizer."
+        """A stock model with a new head, and its tokenizer.
+
+        Args:
+            checkpoint: Folder or hub name of an encoder.
+            schema: Of the corpus.
+            seed: Of the new layers.
+            pooling: What the head reads: cls, or mean.
+            device: cpu, cuda, xla or auto.
+        """
 
     @abstractmethod
-    def loss_step(
-        self,
-        label_smoothing: float = 0.0,  # Share of the probability spread over all classes
-    ) -> Callable:
-        "The step of [17_loop]: (model, batch, backward) -> (summed loss, number of texts)."
+    def loss_step(self, label_smoothing: float = 0.0) -> Callable:
+        """The step of [17_loop]: (model, batch, backward) -> (summed loss, number of texts).
+
+        Args:
+            label_smoothing: Share of the probability spread over all classes.
+        """
 
     @abstractmethod
-    def activation(
-        self,
-        schema: SchemaT,  # After `fit_schema`
-    ) -> Callable[["Tensor"], "Tensor"]:
-        "From outputs, float32 of shape (texts, outputs), to scores; as `Task.activate`, in torch."
+    def activation(self, schema: SchemaT) -> Callable[["Tensor"], "Tensor"]:
+        """From outputs, float32 of shape (texts, outputs), to scores; as `Task.activate`, in torch.
+
+        Args:
+            schema: After `fit_schema`.
+        """
 
     @abstractmethod
     def evaluate(
-        self,
-        scores: np.ndarray,  # Shape (texts, scores)
-        targets: np.ndarray,  # As the corpus has them, shape (texts,)
-        schema: SchemaT,  # After `fit_schema`
+        self, scores: np.ndarray, targets: np.ndarray, schema: SchemaT
     ) -> dict[str, float]:
-        "Numbers of the validation set by name; `monitor` is one, `validation_loss` another."
+        """Numbers of the validation set by name; `monitor` is one, `validation_loss` another.
+
+        Args:
+            scores: Shape (texts, scores).
+            targets: As the corpus has them, shape (texts,).
+            schema: After `fit_schema`.
+        """
 
     def scores(
         self,
-        model: "PreTrainedModel",  # Left in eval mode
-        rows: list[list[int]],  # Token ids of each text
-        pad: int,  # Id of the padding token
-        schema: SchemaT,  # After `fit_schema`
-        record: Record | None = None,  # Whose progress is told
+        model: "PreTrainedModel",
+        rows: list[list[int]],
+        pad: int,
+        schema: SchemaT,
+        record: Record | None = None,
     ) -> np.ndarray:
-        "Scores of each text, float32 of shape (texts, scores)."
+        """Scores of each text, float32 of shape (texts, scores).
+
+        Args:
+            model: Left in eval mode.
+            rows: Token ids of each text.
+            pad: Id of the padding token.
+            schema: After `fit_schema`.
+            record: Whose progress is told.
+        """
         return predict_outputs(model, rows, pad, self.activation(schema), record=record)

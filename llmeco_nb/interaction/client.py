@@ -30,14 +30,21 @@ from ..tasks.registry import find_task
 # %% ../../nbs/5_interaction/50a_client.ipynb #73db89f7
 class Client:
     """Talks to a server. Errors are `MissingError` (no server), `UsageError` (what the server
-    refused, in its words), `LlmecoError`."""
+    refused, in its words), `LlmecoError`.
+
+    Args:
+        url: The server's address.
+        author: Who gives feedback.
+        timeout: Seconds to wait for an answer, and to keep asking a busy server.
+        transport: None for the network; tests give their own.
+    """
 
     def __init__(
         self,
-        url: str = "http://127.0.0.1:8000",  # The server's address
-        author: str = "",  # Who gives feedback
-        timeout: float = 30.0,  # Seconds to wait for an answer, and to keep asking a busy server
-        transport: httpx.BaseTransport | None = None,  # None for the network; tests give their own
+        url: str = "http://127.0.0.1:8000",
+        author: str = "",
+        timeout: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ):
         self.url = url
         self.author = author
@@ -48,13 +55,15 @@ class Client:
             base_url=url, timeout=timeout, transport=transport, trust_env=not local
         )
 
-    def ask(
-        self,
-        method: str,  # GET or POST
-        route: str,  # Path on the server
-        body: dict | None = None,  # Sent as JSON
-    ) -> dict:
-        "One request; a refusal for being busy is repeated when the server says, until the timeout."
+    def ask(self, method: str, route: str, body: dict | None = None) -> dict:
+        """One request; a refusal for being busy is repeated when the server says, until the
+        timeout.
+
+        Args:
+            method: GET or POST.
+            route: Path on the server.
+            body: Sent as JSON.
+        """
         until = time.monotonic() + self.timeout
         while True:
             try:
@@ -83,24 +92,34 @@ class Client:
         "What the server says of its model: name, digest, labels, accuracy and more."
         return self.ask("GET", "/v1/model")
 
-    def predict(
-        self,
-        text: str | list[str],  # One text or several
-    ) -> PredictReply:
-        "The answers to a text, or to a list of them."
+    def predict(self, text: str | list[str]) -> PredictReply:
+        """The answers to a text, or to a list of them.
+
+        Args:
+            text: One text or several.
+        """
         body = {"text": text} if isinstance(text, str) else {"texts": list(text)}
         return predict_reply(self.ask("POST", "/v1/predict", body))
 
     def feedback(
         self,
-        answer: PredictReply | str,  # What `predict` returned, or its request id
-        given: str | float | None = None,  # What is right: a class, or a number
-        correct: bool | None = None,  # Whether the answer was right; one of the two is enough
-        item: int = 0,  # Which of the request's answers
-        note: str = "",  # Anything else
-        key: str = "",  # Repeated messages have the same; empty: the author
+        answer: PredictReply | str,
+        given: str | float | None = None,
+        correct: bool | None = None,
+        item: int = 0,
+        note: str = "",
+        key: str = "",
     ) -> FeedbackReply:
-        "Feedback on an answer. Repeating it changes nothing; `stored` says whether it was new."
+        """Feedback on an answer. Repeating it changes nothing; `stored` says whether it was new.
+
+        Args:
+            answer: What `predict` returned, or its request id.
+            given: What is right: a class, or a number.
+            correct: Whether the answer was right; one of the two is enough.
+            item: Which of the request's answers.
+            note: Anything else.
+            key: Repeated messages have the same; empty: the author.
+        """
         told: dict[str, Any] = dict(
             request_id=answer if isinstance(answer, str) else answer.request_id,
             item=item,
@@ -116,10 +135,12 @@ class Client:
         return FeedbackReply(r["stored"], right, r["predicted"], r["correct"])
 
 
-def predict_reply(
-    body: dict,  # JSON of `POST /v1/predict`
-) -> PredictReply:
-    "A server's reply with typed fields, those of the task that it names. Raises `UsageError`."
+def predict_reply(body: dict) -> PredictReply:
+    """A server's reply with typed fields, those of the task that it names. Raises `UsageError`.
+
+    Args:
+        body: JSON of `POST /v1/predict`.
+    """
     model = ModelName(**body["model"])
     response = find_task(model.task).Response
     answers = [response(**a) for a in body["answers"]]
@@ -134,12 +155,16 @@ server_script = (
 
 @contextmanager
 def running_server(
-    bundle: str | Path,  # Folder of the bundle to serve
-    database: str | Path,  # Where answers and feedback are stored
-    seconds: float = 60.0,  # What the start may take
+    bundle: str | Path, database: str | Path, seconds: float = 60.0
 ) -> Iterator[str]:
     """`llmeco serve` as a process of its own for the length of a `with` block; yields its address.
-    Raises `LlmecoError` with what it said."""
+    Raises `LlmecoError` with what it said.
+
+    Args:
+        bundle: Folder of the bundle to serve.
+        database: Where answers and feedback are stored.
+        seconds: What the start may take.
+    """
     package = str(Path(llmeco_nb.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     words = ["serve", "--bundle", str(bundle), "--database", str(database), "--port", "0"]
@@ -175,11 +200,13 @@ def running_server(
         process.stderr.close()
 
 
-def ask_by_curl(
-    address: str,  # Of a server
-    text: str,  # What to ask about
-) -> PredictReply | None:
-    "The reply as curl gets it; None where there is no curl."
+def ask_by_curl(address: str, text: str) -> PredictReply | None:
+    """The reply as curl gets it; None where there is no curl.
+
+    Args:
+        address: Of a server.
+        text: What to ask about.
+    """
     if not shutil.which("curl"):
         return None
     body = json.dumps({"text": text})

@@ -54,11 +54,13 @@ class FrozenRow:
 columns = tuple(FrozenRow.__dataclass_fields__)
 
 
-def freeze(
-    runs: str | Path,  # The folder of runs, which holds feedback.sqlite
-    destination: str | Path,  # Folder to make; not made if there is no feedback
-) -> int:
-    "Copy the feedback so far into feedback.jsonl and datasheet.json. Returns the number of rows."
+def freeze(runs: str | Path, destination: str | Path) -> int:
+    """Copy the feedback so far into feedback.jsonl and datasheet.json. Returns the number of rows.
+
+    Args:
+        runs: The folder of runs, which holds feedback.sqlite.
+        destination: Folder to make; not made if there is no feedback.
+    """
     last = {}
     for row in read_feedback(Path(runs) / "feedback.sqlite"):
         last[row.request_id, row.item, row.author] = row
@@ -81,10 +83,12 @@ def freeze(
     return len(rows)
 
 
-def read_frozen(
-    snapshot: str | Path,  # What `freeze` made
-) -> list[FrozenRow]:
-    "The rows of a frozen folder. Raises `MissingError`, and `DataError` if they were changed."
+def read_frozen(snapshot: str | Path) -> list[FrozenRow]:
+    """The rows of a frozen folder. Raises `MissingError`, and `DataError` if they were changed.
+
+    Args:
+        snapshot: What `freeze` made.
+    """
     snapshot = Path(snapshot)
     try:
         sheet = json.loads((snapshot / "datasheet.json").read_text())
@@ -119,22 +123,25 @@ class Mistake:
     label: str  # what is right
 
 
-def live_database(
-    record: Record,  # The stage's
-) -> Path:
+def live_database(record: Record) -> Path:
     """Where feedback is stored: feedback.sqlite of the runs folder that the record's store belongs
-    to; beside scratch records, one of their own."""
+    to; beside scratch records, one of their own.
+
+    Args:
+        record: The stage's.
+    """
     if record.path.parent.name == "store":
         return record.path.parent.parent / "feedback.sqlite"
     return scratch("feedback") / "feedback.sqlite"
 
 
-def ask_three_ways(
-    client: Client,
-    text: str,  # What to ask about
-) -> dict[str, PredictReply]:
+def ask_three_ways(client: Client, text: str) -> dict[str, PredictReply]:
     """{way: reply} by curl (where there is one), by plain httpx and by the client. Raises
-    `DataError` if they differ."""
+    `DataError` if they differ.
+
+    Args:
+        text: What to ask about.
+    """
     body = {"text": text}
     plain = httpx.post(f"{client.url}/v1/predict", json=body, timeout=30, trust_env=False)
     by = dict(
@@ -150,14 +157,23 @@ def ask_three_ways(
 
 
 def find_mistakes(
-    client: Client,  # Of the server to ask
-    rows: "pd.DataFrame",  # With text and label, asked about in this order
-    names: list[str],  # Names of the labels
-    max_mistakes: int,  # No more than these are returned
-    record: Record,  # Told progress
-    batch_size: int = 8,  # Texts of a request
+    client: Client,
+    rows: "pd.DataFrame",
+    names: list[str],
+    max_mistakes: int,
+    record: Record,
+    batch_size: int = 8,
 ) -> tuple[list[Mistake], int]:
-    "Answers that differ from the label, and the number of texts that were asked about."
+    """Answers that differ from the label, and the number of texts that were asked about.
+
+    Args:
+        client: Of the server to ask.
+        rows: With text and label, asked about in this order.
+        names: Names of the labels.
+        max_mistakes: No more than these are returned.
+        record: Told progress.
+        batch_size: Texts of a request.
+    """
     found: list[Mistake] = []
     asked = 0
     pairs = list(zip(rows.text, rows.label))
@@ -174,12 +190,14 @@ def find_mistakes(
     return found[:max_mistakes], asked
 
 
-def time_requests(
-    client: Client,  # Of the server to time
-    texts: list[str],  # Asked about one after another
-    record: Record,  # Gets a log row for each
-) -> list[float]:
-    "Milliseconds that each request took."
+def time_requests(client: Client, texts: list[str], record: Record) -> list[float]:
+    """Milliseconds that each request took.
+
+    Args:
+        client: Of the server to time.
+        texts: Asked about one after another.
+        record: Gets a log row for each.
+    """
     spent = []
     for text in texts:
         begun = time.perf_counter()
@@ -190,13 +208,17 @@ def time_requests(
 
 
 def interact(
-    record: Record,  # Gets the artifact answer.json
-    corpus: str = "",  # Corpus folder; empty: a small one is made
-    champion: str = "",  # The bundle to serve; empty: a small one is made
-    config: InteractConfig = InteractConfig(),  # How many questions, corrections, timings
+    record: Record, corpus: str = "", champion: str = "", config: InteractConfig = InteractConfig()
 ) -> Path:
     """Serve the champion, ask, measure, correct. Writes answer.json, which is returned, metrics and
-    summary.txt; feedback goes to the live database. Raises `DataError`, `LlmecoError`."""
+    summary.txt; feedback goes to the live database. Raises `DataError`, `LlmecoError`.
+
+    Args:
+        record: Gets the artifact answer.json.
+        corpus: Corpus folder; empty: a small one is made.
+        champion: The bundle to serve; empty: a small one is made.
+        config: How many questions, corrections, timings.
+    """
     corpus = corpus or str(small_corpus())
     database = live_database(record)
     if not champion:

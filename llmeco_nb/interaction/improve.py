@@ -69,11 +69,15 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #e0e365d2
 def usable_corrections(
-    snapshot: str | Path,  # Frozen feedback
-    corpus: str | Path,  # Corpus folder
+    snapshot: str | Path, corpus: str | Path
 ) -> "tuple[pd.DataFrame, CorrectionCounts]":
     """The corrections worth learning from, a table with text and label, and `CorrectionCounts`.
-    Raises `MissingError`, `DataError`."""
+    Raises `MissingError`, `DataError`.
+
+    Args:
+        snapshot: Frozen feedback.
+        corpus: Corpus folder.
+    """
     import pandas as pd
 
     rows, names, schema = read_frozen(snapshot), label_names(corpus), load_schema(corpus)
@@ -103,12 +107,16 @@ def usable_corrections(
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #ca1b4349
 def refit_linear(
-    model: LinearText,  # Whose recipe
-    corpus: str | Path,  # Corpus folder, with the texts it was fitted on
-    corrections: "pd.DataFrame",  # With text and label
-    seed: int = 0,  # Where the model does not state its own
+    model: LinearText, corpus: str | Path, corrections: "pd.DataFrame", seed: int = 0
 ) -> LinearText:
-    "The recipe of `model` fitted on its training texts and the corrections."
+    """The recipe of `model` fitted on its training texts and the corrections.
+
+    Args:
+        model: Whose recipe.
+        corpus: Corpus folder, with the texts it was fitted on.
+        corrections: With text and label.
+        seed: Where the model does not state its own.
+    """
     import pandas as pd
 
     from llmeco_nb.finetuning.linear import RowSplit, fit, recipes
@@ -149,15 +157,25 @@ class ImproveConfig(StageConfig):
 
 
 def refit_encoder(
-    record: Record,  # Told progress; keeps the plan and the checkpoints
-    source: str | Path,  # The classifier to start from
-    corpus: str | Path,  # Corpus folder, for the replayed texts
-    corrections: "pd.DataFrame",  # With text and label
-    num_labeled: int,  # Training labels the classifier learned from; 0 for all
-    at: Path,  # Folder to write the classifier to
-    config: ImproveConfig = ImproveConfig(),  # Of its training
+    record: Record,
+    source: str | Path,
+    corpus: str | Path,
+    corrections: "pd.DataFrame",
+    num_labeled: int,
+    at: Path,
+    config: ImproveConfig = ImproveConfig(),
 ) -> None:
-    "Fine-tune a classifier briefly on corrections and replayed training texts."
+    """Fine-tune a classifier briefly on corrections and replayed training texts.
+
+    Args:
+        record: Told progress; keeps the plan and the checkpoints.
+        source: The classifier to start from.
+        corpus: Corpus folder, for the replayed texts.
+        corrections: With text and label.
+        num_labeled: Training labels the classifier learned from; 0 for all.
+        at: Folder to write the classifier to.
+        config: Of its training.
+    """
     import pandas as pd
     import torch
 
@@ -221,23 +239,34 @@ class Candidate:
     corrections: "pd.DataFrame | None" = None
 
 
-def base_digest(
-    manifest: Manifest,  # Of the champion's bundle
-) -> str:
+def base_digest(manifest: Manifest) -> str:
     """What a champion descends from, before any feedback: the hash over the model's files, whenever
-    and by whom they were packed."""
+    and by whom they were packed.
+
+    Args:
+        manifest: Of the champion's bundle.
+    """
     return manifest.origin.base or sha256_text(json.dumps(manifest.files, sort_keys=True))
 
 
 def learn_corrections(
-    record: Record,  # Gets the folder `candidate`
-    corpus: str | Path,  # Corpus folder
-    champion: str | Path,  # This run's bundle
-    classifier: Sequence[str],  # Folders, one of which an encoder's bundle was made of
-    corrections: "pd.DataFrame",  # With text and label
-    config: ImproveConfig,  # Of the training; a linear model takes its seed only
+    record: Record,
+    corpus: str | Path,
+    champion: str | Path,
+    classifier: Sequence[str],
+    corrections: "pd.DataFrame",
+    config: ImproveConfig,
 ) -> Candidate:
-    "Retrain what `champion` is made of with the corrections and pack it. Raises `MissingError`."
+    """Retrain what `champion` is made of with the corrections and pack it. Raises `MissingError`.
+
+    Args:
+        record: Gets the folder `candidate`.
+        corpus: Corpus folder.
+        champion: This run's bundle.
+        classifier: Folders, one of which an encoder's bundle was made of.
+        corrections: With text and label.
+        config: Of the training; a linear model takes its seed only.
+    """
     manifest, origin = verify(champion), verify(champion).origin
     at, refitted = record.path / "candidate", record.path / "refitted"
     schema = load_schema(corpus)
@@ -266,13 +295,21 @@ def learn_corrections(
 
 def judge_candidate(
     candidate: Candidate,
-    incumbent: str | Path,  # Folder of the champion's bundle
-    standing: np.ndarray,  # Which test texts the champion answers rightly, shape (texts,)
-    test: "pd.DataFrame",  # With text and label
-    num_comparisons: int,  # Candidates judged in this round
-    config: ImproveConfig,  # Its alpha and margin decide
+    incumbent: str | Path,
+    standing: np.ndarray,
+    test: "pd.DataFrame",
+    num_comparisons: int,
+    config: ImproveConfig,
 ) -> Verdict:
-    "Hold a candidate against the champion; a candidate made in this round gets its manifest."
+    """Hold a candidate against the champion; a candidate made in this round gets its manifest.
+
+    Args:
+        incumbent: Folder of the champion's bundle.
+        standing: Which test texts the champion answers rightly, shape (texts,).
+        test: With text and label.
+        num_comparisons: Candidates judged in this round.
+        config: Its alpha and margin decide.
+    """
     learned, at = candidate.facts, candidate.folder
     if learned:
         write_manifest(at, learned)
@@ -292,11 +329,13 @@ def judge_candidate(
     )
 
 
-def small_feedback(
-    corpus: str | Path,  # Corpus folder
-) -> Path:
+def small_feedback(corpus: str | Path) -> Path:
     """Frozen feedback on a few validation texts, as if their readers had corrected a model, under
-    runs/scratch."""
+    runs/scratch.
+
+    Args:
+        corpus: Corpus folder.
+    """
     from llmeco_nb.deployment.ledger import Ledger, keep_feedback, keep_predictions
 
     def make(place: Path) -> None:
@@ -315,17 +354,28 @@ def small_feedback(
 
 
 def improve(
-    record: Record,  # Gets the artifacts champion and history.json
-    corpus: str = "",  # Corpus folder; empty: a small one is made
-    champion: str = "",  # This run's bundle; empty: a small one, with simulated feedback
-    classifier: Sequence[str] = (),  # Folders, one of which an encoder's bundle was made of
-    feedback: str = "",  # Frozen feedback; empty: nobody has said anything
-    previous: str = "",  # The champion of the round before; empty: this is the first
-    history: str = "",  # What the rounds before decided
-    config: ImproveConfig = ImproveConfig(),  # Of the training, and what must be proven
+    record: Record,
+    corpus: str = "",
+    champion: str = "",
+    classifier: Sequence[str] = (),
+    feedback: str = "",
+    previous: str = "",
+    history: str = "",
+    config: ImproveConfig = ImproveConfig(),
 ) -> Path:
     """Judge what feedback and this run have to offer, and hand on the champion; return its folder.
-    Raises `MissingError`, `DataError`, `UsageError`."""
+    Raises `MissingError`, `DataError`, `UsageError`.
+
+    Args:
+        record: Gets the artifacts champion and history.json.
+        corpus: Corpus folder; empty: a small one is made.
+        champion: This run's bundle; empty: a small one, with simulated feedback.
+        classifier: Folders, one of which an encoder's bundle was made of.
+        feedback: Frozen feedback; empty: nobody has said anything.
+        previous: The champion of the round before; empty: this is the first.
+        history: What the rounds before decided.
+        config: Of the training, and what must be proven.
+    """
     corpus = corpus or str(small_corpus())
     if not champion:
         champion = str(small_bundle())

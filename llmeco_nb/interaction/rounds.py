@@ -24,11 +24,13 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
 # %% ../../nbs/5_interaction/51a_rounds.ipynb #db29f0a7
-def right_answers(
-    bundle: str | Path,  # Folder of a bundle
-    rows: "pd.DataFrame",  # With text and label
-) -> np.ndarray:
-    "Which of the rows a bundle answers rightly, booleans of shape (rows,)."
+def right_answers(bundle: str | Path, rows: "pd.DataFrame") -> np.ndarray:
+    """Which of the rows a bundle answers rightly, booleans of shape (rows,).
+
+    Args:
+        bundle: Folder of a bundle.
+        rows: With text and label.
+    """
     model = open_model(bundle, verify(bundle), int(os.environ.get("OMP_NUM_THREADS") or 1))
     return model.scores(rows.text.tolist()).argmax(1) == rows.label.to_numpy()
 
@@ -50,13 +52,21 @@ class GateResult:
 
 
 def gate(
-    champion: np.ndarray,  # 1 where right, 0 where wrong, shape (texts,)
-    candidate: np.ndarray,  # The same for the same texts
-    alpha: float = 0.05,  # Two-sided level, 0 to 1
-    margin: float = 0.01,  # For "no worse", 0 to 1
-    num_comparisons: int = 1,  # Candidates judged in this round; p is adjusted for them
+    champion: np.ndarray,
+    candidate: np.ndarray,
+    alpha: float = 0.05,
+    margin: float = 0.01,
+    num_comparisons: int = 1,
 ) -> GateResult:
-    "The comparison of a candidate with the champion, and whether it is promoted."
+    """The comparison of a candidate with the champion, and whether it is promoted.
+
+    Args:
+        champion: 1 where right, 0 where wrong, shape (texts,).
+        candidate: The same for the same texts.
+        alpha: Two-sided level, 0 to 1.
+        margin: For "no worse", 0 to 1.
+        num_comparisons: Candidates judged in this round; p is adjusted for them.
+    """
     found = compare(candidate, champion)
     p = min(1.0, num_comparisons * found.p)
     return GateResult(
@@ -129,17 +139,21 @@ class Round:
         return cls(**values)
 
 
-def read_history(
-    file: str | Path,  # history.json
-) -> list[Round]:
-    "What the rounds decided, the first one first. Raises `MissingError`, `DataError`."
+def read_history(file: str | Path) -> list[Round]:
+    """What the rounds decided, the first one first. Raises `MissingError`, `DataError`.
+
+    Args:
+        file: history.json.
+    """
     return [Round.from_json(entry) for entry in read_json(Path(file))]
 
 
-def round_metrics(
-    one: Round,  # An entry of history.json
-) -> dict[str, Any]:
-    "A round's numbers for metrics.json; those of the last candidate stand for all."
+def round_metrics(one: Round) -> dict[str, Any]:
+    """A round's numbers for metrics.json; those of the last candidate stand for all.
+
+    Args:
+        one: An entry of history.json.
+    """
     counts = one.feedback
     found = {} if one.accuracy is None else {"accuracy_test": one.accuracy}
     found |= dict(
@@ -156,10 +170,12 @@ def round_metrics(
     return {**found, "digest": one.champion}
 
 
-def round_summary(
-    one: Round,  # An entry of history.json
-) -> str:
-    "What a round decided, as plain text."
+def round_summary(one: Round) -> str:
+    """What a round decided, as plain text.
+
+    Args:
+        one: An entry of history.json.
+    """
     head = f"Round {one.round}: "
     counts = one.feedback
     if not one.candidates:

@@ -64,11 +64,13 @@ architectures = {
 }
 
 
-def required_options(
-    name: str,  # A stock class
-    config: TransformerConfig,  # Whose sizes some options depend on
-) -> dict[str, Any]:
-    "The options that the stock class asks of a configuration, by field."
+def required_options(name: str, config: TransformerConfig) -> dict[str, Any]:
+    """The options that the stock class asks of a configuration, by field.
+
+    Args:
+        name: A stock class.
+        config: Whose sizes some options depend on.
+    """
     model_class, options = architectures[name]
     found = dict(options)
     if name == "OpenAIGPTLMHeadModel":
@@ -80,11 +82,13 @@ def required_options(
     return found
 
 
-def architecture_of(
-    model: torch.nn.Module,  # Bert, Gpt or Seq2Seq
-) -> str:
+def architecture_of(model: torch.nn.Module) -> str:
     """The stock class that has exactly this network. Raises `UsageError`, naming the options that
-    no class has."""
+    no class has.
+
+    Args:
+        model: Bert, Gpt or Seq2Seq.
+    """
     missed = {}
     for name, (model_class, _) in architectures.items():
         if type(model) is model_class:
@@ -108,11 +112,13 @@ LINEAR = ("weight", "bias")
 WeightMap = list[tuple[str, tuple[str, ...], str]]
 
 
-def bert_weight_map(
-    config: TransformerConfig,  # Of our network
-    name: str,  # A stock class of `Bert`
-) -> WeightMap:
-    "`weight_map` for the BERT classes."
+def bert_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+    """`weight_map` for the BERT classes.
+
+    Args:
+        config: Of our network.
+        name: A stock class of `Bert`.
+    """
     pre = config.norm == "pre"
     found = [
         ("embeddings.word_embeddings.weight", "embeddings.token_embedding.weight"),
@@ -145,11 +151,13 @@ def bert_weight_map(
     return [(t if t.startswith("cls.") else "bert." + t, (o,), "") for t, o in found]
 
 
-def gpt_weight_map(
-    config: TransformerConfig,  # Of our network
-    name: str,  # A stock class of `Gpt`
-) -> WeightMap:
-    "`weight_map` for GPT and GPT-2."
+def gpt_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+    """`weight_map` for GPT and GPT-2.
+
+    Args:
+        config: Of our network.
+        name: A stock class of `Gpt`.
+    """
     tokens, positions = "tokens_embed", "positions_embed"
     if name.startswith("GPT2"):
         tokens, positions = "wte", "wpe"
@@ -176,11 +184,13 @@ def gpt_weight_map(
     return [("transformer." + t, o, how) for t, o, how in found]
 
 
-def seq2seq_side_map(
-    config: TransformerConfig,  # Of our network
-    side: str,  # "encoder" or "decoder"
-) -> WeightMap:
-    "The part of `seq2seq_weight_map` for one stack and its embeddings."
+def seq2seq_side_map(config: TransformerConfig, side: str) -> WeightMap:
+    """The part of `seq2seq_weight_map` for one stack and its embeddings.
+
+    Args:
+        config: Of our network.
+        side: "encoder" or "decoder".
+    """
     top = f"model.{side}."
     embeddings = f"{side}_embeddings"
     found, parts = [], []
@@ -213,11 +223,13 @@ def seq2seq_side_map(
     return found + [(f"{t}.{w}", (f"{o}.{w}",), "") for t, o in parts for w in LINEAR]
 
 
-def seq2seq_weight_map(
-    config: TransformerConfig,  # Of our network
-    name: str,  # A stock class of `Seq2Seq`; all have the same map
-) -> WeightMap:
-    "`weight_map` for the encoder-decoders, which all name their parameters alike."
+def seq2seq_weight_map(config: TransformerConfig, name: str) -> WeightMap:
+    """`weight_map` for the encoder-decoders, which all name their parameters alike.
+
+    Args:
+        config: Of our network.
+        name: A stock class of `Seq2Seq`; all have the same map.
+    """
     return [
         ("model.shared.weight", ("token_embedding.weight",), ""),
         ("final_logits_bias", ("bias",), "row"),
@@ -226,13 +238,15 @@ def seq2seq_weight_map(
     ]
 
 
-def weight_map(
-    name: str,  # A stock class
-    config: TransformerConfig,  # Of our network
-) -> WeightMap:
+def weight_map(name: str, config: TransformerConfig) -> WeightMap:
     """(their parameter, our parameters, how). How is "" for equal ones; `flip`: stored transposed,
     ours one beside the other; `two unused`: their table begins with two rows nobody reads; `row`:
-    a row of its own."""
+    a row of its own.
+
+    Args:
+        name: A stock class.
+        config: Of our network.
+    """
     maps = {Bert: bert_weight_map, Gpt: gpt_weight_map, Seq2Seq: seq2seq_weight_map}
     return maps[architectures[name][0]](config, name)
 
@@ -297,13 +311,21 @@ def attribute_map(name: str) -> dict[str, str]:
 
 
 def stock_config(
-    name: str,  # A stock class
-    ours: TransformerConfig,  # Of our network; its options must be those of the stock class
-    pad_token_id: int = 0,  # Token that fills rows up
-    bos_token_id: int | None = None,  # Token that begins a written text; None: the padding
-    eos_token_id: int | None = None,  # Token that ends one
+    name: str,
+    ours: TransformerConfig,
+    pad_token_id: int = 0,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
 ) -> Any:
-    "The `transformers` configuration of the stock class for this network."
+    """The `transformers` configuration of the stock class for this network.
+
+    Args:
+        name: A stock class.
+        ours: Of our network; its options must be those of the stock class.
+        pad_token_id: Token that fills rows up.
+        bos_token_id: Token that begins a written text; None: the padding.
+        eos_token_id: Token that ends one.
+    """
     model_class = architectures[name][0]
     given = {t: getattr(ours, o) for o, t in attribute_map(name).items()}
     given |= {d: ours.dropout for d in dropout_attributes[model_class]}
@@ -321,11 +343,13 @@ def stock_config(
     return stock_class(name).config_class(**given)
 
 
-def config_from_stock(
-    name: str,  # A stock class
-    config: Any,  # Its `transformers` configuration
-) -> TransformerConfig:
-    "The same as our configuration. Raises `UsageError` for an option our networks do not have."
+def config_from_stock(name: str, config: Any) -> TransformerConfig:
+    """The same as our configuration. Raises `UsageError` for an option our networks do not have.
+
+    Args:
+        name: A stock class.
+        config: Its `transformers` configuration.
+    """
     model_class, wanted = architectures[name]
     sizes = {o: getattr(config, t) for o, t in attribute_map(name).items()}
     if name.startswith("OpenAI") and sizes["activation"] == "gelu":
@@ -357,14 +381,22 @@ def config_from_stock(
 
 # %% ../../nbs/1_pretraining/13c_conversion.ipynb #775d6b56
 def to_stock(
-    model: torch.nn.Module,  # Bert, Gpt or Seq2Seq
-    # Of classes with the same network the one to take (BertForMaskedLM drops the NSP head)
-    name: str = "",  # Empty: what `architecture_of` says
-    pad_token_id: int = 0,  # Token that fills rows up
-    bos_token_id: int | None = None,  # Token that begins a written text; None: the padding
-    eos_token_id: int | None = None,  # Token that ends one
+    model: torch.nn.Module,
+    name: str = "",
+    pad_token_id: int = 0,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
 ) -> torch.nn.Module:
-    "A stock `transformers` model with the weights of ours, in fp32. Raises `UsageError`."
+    """A stock `transformers` model with the weights of ours, in fp32. Raises `UsageError`.
+
+    Args:
+        model: Bert, Gpt or Seq2Seq.
+        name: Of classes with the same network the one to take (BertForMaskedLM drops the NSP head)
+            Empty: what `architecture_of` says.
+        pad_token_id: Token that fills rows up.
+        bos_token_id: Token that begins a written text; None: the padding.
+        eos_token_id: Token that ends one.
+    """
     found = architecture_of(model)
     name = name or found
     if name not in architectures or architectures[name] != architectures[found]:
@@ -385,12 +417,14 @@ def to_stock(
     return theirs.eval()
 
 
-def from_stock(
-    theirs: torch.nn.Module,  # A stock `transformers` model
-    dropout: float = 0.0,  # Of our network
-) -> torch.nn.Module:
+def from_stock(theirs: torch.nn.Module, dropout: float = 0.0) -> torch.nn.Module:
     """Our network with the weights of a stock model. Raises `UsageError` for a class or option we
-    do not have, `DataError` for a parameter nothing here accounts for."""
+    do not have, `DataError` for a parameter nothing here accounts for.
+
+    Args:
+        theirs: A stock `transformers` model.
+        dropout: Of our network.
+    """
     name = type(theirs).__name__
     if name not in architectures:
         raise UsageError(f"{name} is none of {', '.join(architectures)}.")
@@ -434,16 +468,26 @@ def from_stock(
 
 # %% ../../nbs/1_pretraining/13c_conversion.ipynb #06a27feb
 def save_pretrained(
-    model: torch.nn.Module,  # Bert, Gpt or Seq2Seq
-    folder: str | Path,  # Where to; made if it is not there
-    tokenizer_folder: str | Path | None = None,  # Its files are copied along
-    name: str = "",  # A stock class, where several have this network
-    pad_token_id: int = 0,  # Token that fills rows up
-    bos_token_id: int | None = None,  # Token that begins a written text; None: the padding
-    eos_token_id: int | None = None,  # Token that ends one
+    model: torch.nn.Module,
+    folder: str | Path,
+    tokenizer_folder: str | Path | None = None,
+    name: str = "",
+    pad_token_id: int = 0,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
 ) -> Path:
     """Write our network as a folder for plain `transformers`; the folder. Raises `UsageError`,
-    naming what no stock class has, before anything is written."""
+    naming what no stock class has, before anything is written.
+
+    Args:
+        model: Bert, Gpt or Seq2Seq.
+        folder: Where to; made if it is not there.
+        tokenizer_folder: Its files are copied along.
+        name: A stock class, where several have this network.
+        pad_token_id: Token that fills rows up.
+        bos_token_id: Token that begins a written text; None: the padding.
+        eos_token_id: Token that ends one.
+    """
     from transformers.utils import logging
 
     theirs = to_stock(model, name, pad_token_id, bos_token_id, eos_token_id)

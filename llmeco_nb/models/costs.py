@@ -14,12 +14,14 @@ from .conversion import architectures, config_from_stock, stock_class
 from .transformer import Bert, Gpt, Seq2Seq, TransformerConfig
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #afa78056
-def count_blocks(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,  # Its num_layers and num_decoder_layers
-) -> tuple[int, int, int]:
+def count_blocks(model_class: type, config: TransformerConfig) -> tuple[int, int, int]:
     """Blocks in all, those with cross-attention, and stacks. Raises `UsageError` for a network that
-    is none of ours."""
+    is none of ours.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        config: Its num_layers and num_decoder_layers.
+    """
     if model_class not in (Bert, Gpt, Seq2Seq):
         raise UsageError(
             f"{getattr(model_class, '__name__', model_class)} is none of Bert, Gpt and Seq2Seq."
@@ -29,11 +31,13 @@ def count_blocks(
     return config.num_layers, 0, 1
 
 
-def parameters_of(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,  # Sizes and options of the network
-) -> dict[str, int]:
-    "Parameters by part; a table that two parts share counts once. Raises `UsageError`."
+def parameters_of(model_class: type, config: TransformerConfig) -> dict[str, int]:
+    """Parameters by part; a table that two parts share counts once. Raises `UsageError`.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        config: Sizes and options of the network.
+    """
     d = config.hidden_size
     blocks, cross, stacks = count_blocks(model_class, config)
     norms = 2 * blocks + cross + stacks * (config.embedding_norm + (config.norm == "pre"))
@@ -152,33 +156,39 @@ published = {
 }
 
 
-def published_config(
-    name: str,  # A key of `published`, such as "Transformer base"
-) -> Any:
-    "The `transformers` configuration of a network in `published`. Raises `UsageError`."
+def published_config(name: str) -> Any:
+    """The `transformers` configuration of a network in `published`. Raises `UsageError`.
+
+    Args:
+        name: A key of `published`, such as "Transformer base".
+    """
     if name not in published:
         raise UsageError(f"{name!r} is not among the published networks: {', '.join(published)}.")
     stock, other, _, _ = published[name]
     return stock_class(stock).config_class(**other)
 
 
-def extra_parameters(
-    stock: str,  # A stock class
-    config: TransformerConfig,  # Our configuration of the same network
-) -> int:
+def extra_parameters(stock: str, config: TransformerConfig) -> int:
     """What a stock class holds beyond ours: two unused rows in each table of positions (BART), or
-    tables of sinusoidal positions, which ours computes."""
+    tables of sinusoidal positions, which ours computes.
+
+    Args:
+        stock: A stock class.
+        config: Our configuration of the same network.
+    """
     if architectures[stock][0] is not Seq2Seq:
         return 0
     rows = 2 if config.position_embedding == "learned" else config.max_position_embeddings
     return 2 * config.hidden_size * rows
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #790c18b3
-def check_target_length(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    target_len: int,  # Tokens of an answer
-):
-    "Raise `UsageError` when an encoder-decoder writes nothing, or another network writes."
+def check_target_length(model_class: type, target_len: int):
+    """Raise `UsageError` when an encoder-decoder writes nothing, or another network writes.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        target_len: Tokens of an answer.
+    """
     if (model_class is Seq2Seq) != (target_len > 0):
         raise UsageError(
             f"target_len is {target_len}; an encoder-decoder writes at least one token, the others "
@@ -187,15 +197,24 @@ def check_target_length(
 
 
 def flops_of(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,  # Sizes of the network
-    seq_len: int,  # Tokens of a text
-    target_len: int = 0,  # Tokens of the answer, for an encoder-decoder
-    predicted_fraction: float = 1.0,  # Share of an encoder's positions whose token is predicted
-    training: bool = False,  # Forward and backward; else forward only
+    model_class: type,
+    config: TransformerConfig,
+    seq_len: int,
+    target_len: int = 0,
+    predicted_fraction: float = 1.0,
+    training: bool = False,
 ) -> dict[str, float]:
     """Floating-point operations of the matrix products for one text, by part; a multiply-add counts
-    as 2. Raises `UsageError`."""
+    as 2. Raises `UsageError`.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        config: Sizes of the network.
+        seq_len: Tokens of a text.
+        target_len: Tokens of the answer, for an encoder-decoder.
+        predicted_fraction: Share of an encoder's positions whose token is predicted.
+        training: Forward and backward; else forward only.
+    """
     d = config.hidden_size
     cross = count_blocks(model_class, config)[1]
     check_target_length(model_class, target_len)
@@ -217,15 +236,24 @@ def flops_of(
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #d1f3a3b6
 def activation_bytes(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,  # Sizes and options of the network
-    batch_size: int,  # Texts of a batch
-    seq_len: int,  # Tokens of each
-    target_len: int = 0,  # Tokens of each answer, for an encoder-decoder
-    bytes_per_value: int = 4,  # 4 in fp32, 2 in bf16
+    model_class: type,
+    config: TransformerConfig,
+    batch_size: int,
+    seq_len: int,
+    target_len: int = 0,
+    bytes_per_value: int = 4,
 ) -> dict[str, int]:
     """Bytes that autograd keeps for the backward pass of one batch with every position predicted,
-    by part; fused attention, no dropout, no padding. Raises `UsageError`."""
+    by part; fused attention, no dropout, no padding. Raises `UsageError`.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        config: Sizes and options of the network.
+        batch_size: Texts of a batch.
+        seq_len: Tokens of each.
+        target_len: Tokens of each answer, for an encoder-decoder.
+        bytes_per_value: 4 in fp32, 2 in bf16.
+    """
     d = config.hidden_size
     cross = count_blocks(model_class, config)[1]
     kept_by_activation = 1 if config.activation == "relu" else 2
@@ -259,15 +287,24 @@ def activation_bytes(
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #90c1ebce
 def training_bytes(
-    model_class: type,  # Bert, Gpt or Seq2Seq
-    config: TransformerConfig,  # Sizes and options of the network
-    batch_size: int,  # Texts of a batch
-    seq_len: int,  # Tokens of each
-    target_len: int = 0,  # Tokens of each answer, for an encoder-decoder
-    precision: str = "fp32",  # fp32, or bf16 with fp32 masters
+    model_class: type,
+    config: TransformerConfig,
+    batch_size: int,
+    seq_len: int,
+    target_len: int = 0,
+    precision: str = "fp32",
 ) -> dict[str, int]:
     """Bytes of weights, masters, moments, gradients, activations; of the two moments `at_loss` and
-    `at_end`, and their `peak`, with AdamW as in 14_optim. Raises `UsageError`."""
+    `at_end`, and their `peak`, with AdamW as in 14_optim. Raises `UsageError`.
+
+    Args:
+        model_class: Bert, Gpt or Seq2Seq.
+        config: Sizes and options of the network.
+        batch_size: Texts of a batch.
+        seq_len: Tokens of each.
+        target_len: Tokens of each answer, for an encoder-decoder.
+        precision: fp32, or bf16 with fp32 masters.
+    """
     if precision not in ("fp32", "bf16"):
         raise UsageError(f"precision is {precision!r}; it is fp32 or bf16.")
     each = 4 if precision == "fp32" else 2
@@ -290,13 +327,15 @@ def training_bytes(
     )
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #671b4194
-def cost_row(
-    name: str,  # A key of `published`
-    batch_size: int = 8,  # Texts of a batch
-    seq_len: int = 512,  # Tokens of each, and of each answer
-) -> dict[str, float]:
+def cost_row(name: str, batch_size: int = 8, seq_len: int = 512) -> dict[str, float]:
     """Of a published network: parameters, operations of a training step a token read, bytes to
-    train in fp32 and bf16, and the activations' share of the former. Raises `UsageError`."""
+    train in fp32 and bf16, and the activations' share of the former. Raises `UsageError`.
+
+    Args:
+        name: A key of `published`.
+        batch_size: Texts of a batch.
+        seq_len: Tokens of each, and of each answer.
+    """
     stock_config = published_config(name)
     stock = published[name][0]
     model_class = architectures[stock][0]

@@ -59,16 +59,26 @@ SIZES = tuple(DecoderConfig.__dataclass_fields__)[:8]  # Fields that `decoder_co
 
 
 def decoder_config(
-    vocab_size: int,  # Tokens of the vocabulary
-    size: str = "4x128",  # Layers x width
-    context_length: int = 64,  # Tokens a row may have
-    num_heads: int | None = None,  # Query heads; None: of 64, or 32 where the width is below 256
-    num_kv_heads: int | None = None,  # Key and value heads; None: as many
-    # Width inside the feed-forward network
-    intermediate_size: int | None = None,  # None: as many parameters as a widening by four has
-    **options: Any,  # Fields of `DecoderConfig` that have a default
+    vocab_size: int,
+    size: str = "4x128",
+    context_length: int = 64,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    intermediate_size: int | None = None,
+    **options: Any,
 ) -> DecoderConfig:
-    "Configuration of a decoder. Raises `UsageError` for what is unknown or does not fit together."
+    """Configuration of a decoder. Raises `UsageError` for what is unknown or does not fit together.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        size: Layers x width.
+        context_length: Tokens a row may have.
+        num_heads: Query heads; None: of 64, or 32 where the width is below 256.
+        num_kv_heads: Key and value heads; None: as many.
+        intermediate_size: Width inside the feed-forward network None: as many parameters as a
+            widening by four has.
+        **options: Fields of `DecoderConfig` that have a default.
+    """
     found = re.fullmatch(r"(\d+)x(\d+)", size)
     layers, width = map(int, found.groups()) if found else (0, 0)
     if layers < 1 or width < 2:
@@ -111,11 +121,13 @@ def decoder_config(
     )
 
 
-def linear(
-    in_features: int,  # Last dimension of what comes in
-    out_features: int,  # Of what goes out
-) -> torch.nn.Linear:
-    "A linear layer without a bias."
+def linear(in_features: int, out_features: int) -> torch.nn.Linear:
+    """A linear layer without a bias.
+
+    Args:
+        in_features: Last dimension of what comes in.
+        out_features: Of what goes out.
+    """
     return torch.nn.Linear(in_features, out_features, bias=False)
 
 
@@ -126,11 +138,12 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
 
-    def forward(
-        self,
-        x: torch.Tensor,  # Rows to norm, each over its last dimension
-    ) -> torch.Tensor:
-        "(..., D) -> (..., D)."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D).
+
+        Args:
+            x: Rows to norm, each over its last dimension.
+        """
         return rms_norm(x, self.weight)
 
 
@@ -153,13 +166,21 @@ class SelfAttention(torch.nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D)
-        cos: torch.Tensor,  # Of the positions, (B or 1, T, 1, d / 2)
-        sin: torch.Tensor,  # Like `cos`
-        document_ids: torch.Tensor | None,  # (B, T) number of the document; None: one a row
-        value_embedding: torch.Tensor | None,  # (B, T, K d), added to the values; None: nothing
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        value_embedding: torch.Tensor | None,
     ) -> torch.Tensor:
-        "(B, T, D)."
+        """(B, T, D).
+
+        Args:
+            x: (B, T, D).
+            cos: Of the positions, (B or 1, T, 1, d / 2).
+            sin: Like `cos`.
+            document_ids: (B, T) number of the document; None: one a row.
+            value_embedding: (B, T, K d), added to the values; None: nothing.
+        """
         c = self.config
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         widths = [c.num_heads * c.head_dim, *[c.num_kv_heads * c.head_dim] * 2]
@@ -186,11 +207,12 @@ class MLP(torch.nn.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def forward(
-        self,
-        x: torch.Tensor,  # What attention has left in the stream, normed
-    ) -> torch.Tensor:
-        "(B, T, D) -> (B, T, D)."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: What attention has left in the stream, normed.
+        """
         if self.gated:
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj(ReLUSquared.apply(self.up_proj(x)))
@@ -213,14 +235,23 @@ class DecoderLayer(torch.nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D)
-        embedding: torch.Tensor,  # (B, T, D), what the first layer read
-        input_ids: torch.Tensor,  # (B, T)
-        cos: torch.Tensor,  # Of the positions, (B or 1, T, 1, d / 2)
-        sin: torch.Tensor,  # Like `cos`
-        document_ids: torch.Tensor | None,  # (B, T) number of the document; None: one a row
+        x: torch.Tensor,
+        embedding: torch.Tensor,
+        input_ids: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        document_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        "(B, T, D)."
+        """(B, T, D).
+
+        Args:
+            x: (B, T, D).
+            embedding: (B, T, D), what the first layer read.
+            input_ids: (B, T).
+            cos: Of the positions, (B or 1, T, 1, d / 2).
+            sin: Like `cos`.
+            document_ids: (B, T) number of the document; None: one a row.
+        """
         if hasattr(self, "embedding_mix"):
             x = self.embedding_mix[0] * x + self.embedding_mix[1] * embedding
         normed = self.input_layernorm(x)
@@ -253,11 +284,14 @@ class Decoder(torch.nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        documents: torch.Tensor | None = None,  # (B, T) document; None: one a row
+        self, input_ids: torch.Tensor, documents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        "What the head reads, (B, T, D). Raises `DataError` for rows longer than the context."
+        """What the head reads, (B, T, D). Raises `DataError` for rows longer than the context.
+
+        Args:
+            input_ids: (B, T).
+            documents: (B, T) document; None: one a row.
+        """
         c = self.config
         m = self.model
         length = input_ids.shape[1]
@@ -293,20 +327,25 @@ class Decoder(torch.nn.Module):
         return cap * torch.tanh(z / cap) if cap else z
 
     def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
+        self, input_ids: torch.Tensor, documents: torch.Tensor | None = None
     ) -> torch.Tensor:
-        "Logits (B, T, V) in fp32 of the token that follows each."
+        """Logits (B, T, V) in fp32 of the token that follows each.
+
+        Args:
+            input_ids: (B, T).
+            documents: (B, T) numbers of the documents; None: one a row.
+        """
         return self.logits(self.hidden(input_ids, documents))
 
 
-def first_std(
-    name: str,  # Of the matrix
-    p: torch.Tensor,  # The matrix
-    config: DecoderConfig,  # Of its network
-) -> float:
-    "Standard deviation with which a matrix of a `Decoder` is first drawn."
+def first_std(name: str, p: torch.Tensor, config: DecoderConfig) -> float:
+    """Standard deviation with which a matrix of a `Decoder` is first drawn.
+
+    Args:
+        name: Of the matrix.
+        p: The matrix.
+        config: Of its network.
+    """
     own_head = not config.tie_word_embeddings
     if name.endswith("embed_tokens.weight"):
         return 1.0 if config.embedding_norm and own_head else 0.02
@@ -319,16 +358,27 @@ def first_std(
 
 
 def new_decoder(
-    vocab_size: int,  # Tokens of the vocabulary
-    size: str = "4x128",  # Layers x width
-    context_length: int = 64,  # Tokens a row may have
-    num_heads: int | None = None,  # See `decoder_config`, like the next two
-    num_kv_heads: int | None = None,  # Must divide num_heads
-    intermediate_size: int | None = None,  # Width inside the feed-forward network
-    seed: int = 0,  # Of the first weights
-    **options: Any,  # Fields of `DecoderConfig` that have a default
+    vocab_size: int,
+    size: str = "4x128",
+    context_length: int = 64,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    intermediate_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> Decoder:
-    "A `Decoder` with random weights that depend on the arguments alone. Raises `UsageError`."
+    """A `Decoder` with random weights that depend on the arguments alone. Raises `UsageError`.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        size: Layers x width.
+        context_length: Tokens a row may have.
+        num_heads: See `decoder_config`, like the next two.
+        num_kv_heads: Must divide num_heads.
+        intermediate_size: Width inside the feed-forward network.
+        seed: Of the first weights.
+        **options: Fields of `DecoderConfig` that have a default.
+    """
     config = decoder_config(
         vocab_size, size, context_length, num_heads, num_kv_heads, intermediate_size, **options
     )
@@ -342,12 +392,19 @@ def new_decoder(
 
 # %% ../../nbs/1_pretraining/13b_decoder.ipynb #58cec881
 def causal_loss(
-    model: Decoder,  # Its `hidden` and `logits` are asked
-    input_ids: torch.Tensor,  # (B, T)
-    targets: torch.Tensor,  # (B, T): what comes next; -100 is not asked
-    documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
+    model: Decoder,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "Summed cross-entropy in nats."
+    """Summed cross-entropy in nats.
+
+    Args:
+        model: Its `hidden` and `logits` are asked.
+        input_ids: (B, T).
+        targets: (B, T): what comes next; -100 is not asked.
+        documents: (B, T) numbers of the documents; None: one a row.
+    """
     asked = targets != -100
     hidden = model.hidden(input_ids, documents)
     if not asked.all():
@@ -355,10 +412,12 @@ def causal_loss(
     return F.cross_entropy(model.logits(hidden).flatten(0, -2), targets.flatten(), reduction="sum")
 
 # %% ../../nbs/1_pretraining/13b_decoder.ipynb #6b151a0d
-def matrix_sizes(
-    config: DecoderConfig,  # Widths, heads and mlp_type count
-) -> tuple[int, int]:
-    "Entries of a layer's matrices: of its attention, of its feed-forward network."
+def matrix_sizes(config: DecoderConfig) -> tuple[int, int]:
+    """Entries of a layer's matrices: of its attention, of its feed-forward network.
+
+    Args:
+        config: Widths, heads and mlp_type count.
+    """
     heads = config.num_heads + config.num_kv_heads
     mlp = (3 if config.mlp_type == "gated" else 2) * config.hidden_size * config.intermediate_size
     return 2 * config.hidden_size * config.head_dim * heads, mlp
@@ -378,23 +437,27 @@ def decoder_parameters(config: DecoderConfig) -> dict[str, int]:
     return dict(tables=tables, layers=layers, head=head, total=tables + layers + head)
 
 
-def decoder_flops(
-    config: DecoderConfig,  # Of the decoder; embedding tables do not count
-    seq_len: int,  # Tokens of a row
-    training: bool = True,  # Forward and backward; else forward only
-) -> int:
+def decoder_flops(config: DecoderConfig, seq_len: int, training: bool = True) -> int:
     """Floating-point operations of the matrix products per token (a multiply-add counts as 2);
-    tables cost none."""
+    tables cost none.
+
+    Args:
+        config: Of the decoder; embedding tables do not count.
+        seq_len: Tokens of a row.
+        training: Forward and backward; else forward only.
+    """
     scores = 4 * seq_len * config.num_heads * config.head_dim
     layers = config.num_layers * (2 * sum(matrix_sizes(config)) + scores)
     return (3 if training else 1) * (layers + 2 * config.hidden_size * config.vocab_size)
 
 
-def cache_bytes(
-    config: DecoderConfig,  # Layers, key and value heads, and their size count
-    num_tokens: int,  # Tokens whose keys and values are kept
-    bytes_per_value: int = 2,  # 4 in fp32, 2 in bf16
-) -> int:
-    "Bytes of the keys and values that are kept while generating."
+def cache_bytes(config: DecoderConfig, num_tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the keys and values that are kept while generating.
+
+    Args:
+        config: Layers, key and value heads, and their size count.
+        num_tokens: Tokens whose keys and values are kept.
+        bytes_per_value: 4 in fp32, 2 in bf16.
+    """
     kept = config.num_layers * config.num_kv_heads * config.head_dim
     return 2 * kept * num_tokens * bytes_per_value

@@ -27,10 +27,13 @@ def qwen3() -> tuple[type, type]:
     return Qwen3Config, Qwen3ForCausalLM
 
 
-def qwen3_config(
-    config: DecoderConfig,  # Of a decoder that Qwen3 can be
-) -> Any:
-    "The same network as `transformers.Qwen3Config`. Raises `UsageError` naming what Qwen3 has not."
+def qwen3_config(config: DecoderConfig) -> Any:
+    """The same network as `transformers.Qwen3Config`. Raises `UsageError` naming what Qwen3 has
+    not.
+
+    Args:
+        config: Of a decoder that Qwen3 can be.
+    """
     unknown = ("embedding_norm", "softcap", "bigram_rows", "value_embeddings", "embedding_skip")
     strange = [f"{k}={v!r}" for k, v in asdict(config).items() if k in unknown and v]
     if config.mlp_type != "gated":
@@ -60,13 +63,15 @@ def qwen3_config(
     )
 
 
-def save_decoder(
-    model: Decoder,  # A decoder that `qwen3_config` takes
-    tokenizer_folder: str | Path | None,  # Its files are copied beside the weights; None: no files
-    folder: str | Path,  # Where to; made if it is not there
-) -> Path:
+def save_decoder(model: Decoder, tokenizer_folder: str | Path | None, folder: str | Path) -> Path:
     """Write a `Qwen3ForCausalLM` that plain transformers opens, in fp32; its folder. Raises
-    `UsageError` if it is none, `MissingError` if the tokenizer is not there."""
+    `UsageError` if it is none, `MissingError` if the tokenizer is not there.
+
+    Args:
+        model: A decoder that `qwen3_config` takes.
+        tokenizer_folder: Its files are copied beside the weights; None: no files.
+        folder: Where to; made if it is not there.
+    """
     config = qwen3_config(model.config)
     folder = Path(folder)
     if tokenizer_folder is not None and not Path(tokenizer_folder).is_dir():
@@ -83,10 +88,12 @@ def save_decoder(
     return folder
 
 
-def foreign_options(
-    config: Any,  # Of Qwen3 or any other model of transformers
-) -> list[str]:
-    "What a `transformers` configuration has that a `Decoder` has not."
+def foreign_options(config: Any) -> list[str]:
+    """What a `transformers` configuration has that a `Decoder` has not.
+
+    Args:
+        config: Of Qwen3 or any other model of transformers.
+    """
     if config.model_type != "qwen3":
         return [f"model_type {config.model_type!r}"]
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -27,12 +27,16 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,  # Keeps what `backward` reads
-        x: torch.Tensor,  # (..., D)
-        weight: torch.Tensor | None,  # (D,); None: 1
-        eps: float,  # Added to the mean square, > 0, against a division by 0
+        ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor | None, eps: float
     ) -> torch.Tensor:
-        "`x` (..., D) over its root mean square, times `weight` (D,) or 1."
+        """`x` (..., D) over its root mean square, times `weight` (D,) or 1.
+
+        Args:
+            ctx: Keeps what `backward` reads.
+            x: (..., D).
+            weight: (D,); None: 1.
+            eps: Added to the mean square, > 0, against a division by 0.
+        """
         number = x.dtype if x.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=number)
         factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
@@ -42,11 +46,13 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: FunctionCtx,  # With what `forward` kept
-        grad: torch.Tensor,  # (..., D), gradient of the result
-    ) -> tuple:
-        "Gradients of `x` and `weight`."
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
+        """Gradients of `x` and `weight`.
+
+        Args:
+            ctx: With what `forward` kept.
+            grad: (..., D), gradient of the result.
+        """
         unit, factor, weight = ctx.saved_tensors
         weight_grad = None if weight is None else (grad * unit).flatten(0, -2).sum(0)
         if weight is not None:
@@ -56,43 +62,55 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm(
-    x: torch.Tensor,  # (..., D)
-    weight: torch.Tensor | None = None,  # (D,); None: ones
-    eps: float = 1e-6,  # Added to the mean square
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
 ) -> torch.Tensor:
-    "RMSNorm over the last dimension, (..., D)."
+    """RMSNorm over the last dimension, (..., D).
+
+    Args:
+        x: (..., D).
+        weight: (D,); None: ones.
+        eps: Added to the mean square.
+    """
     if x.device.type == "cpu":
         return RMSNormFunction.apply(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 # %% ../../nbs/1_pretraining/13f_decoder_parts.ipynb #6cfdad15
 def rotary_cos_sin(
-    positions: torch.Tensor,  # Whole numbers, any shape
-    head_dim: int,  # d; even
-    theta: float = 10_000.0,  # The slowest pair turns once in about 2 pi theta positions
+    positions: torch.Tensor, head_dim: int, theta: float = 10_000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Cosines and sines (positions' shape + (d // 2,)) in fp32."
+    """Cosines and sines (positions' shape + (d // 2,)) in fp32.
+
+    Args:
+        positions: Whole numbers, any shape.
+        head_dim: d; even.
+        theta: The slowest pair turns once in about 2 pi theta positions.
+    """
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.int64)
     speeds = theta ** (-channels.float() / head_dim)
     turned = positions[..., None].float() * speeds
     return turned.cos(), turned.sin()
 
 
-def apply_rotary(
-    x: torch.Tensor,  # (..., d)
-    cos: torch.Tensor,  # Broadcasts against half of `x`
-    sin: torch.Tensor,  # Like `cos`
-) -> torch.Tensor:
-    "Turn the pairs (channel i, channel i + d/2) of the last dimension; (..., d)."
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (channel i, channel i + d/2) of the last dimension; (..., d).
+
+    Args:
+        x: (..., d).
+        cos: Broadcasts against half of `x`.
+        sin: Like `cos`.
+    """
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 # %% ../../nbs/1_pretraining/13f_decoder_parts.ipynb #e5f70e9d
-def document_positions(
-    documents: torch.Tensor,  # (B, T) whole numbers
-) -> tuple[torch.Tensor, torch.Tensor]:
+def document_positions(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of the document, rising, and position in it, both (B, T); a document is a stretch of
-    equal numbers."""
+    equal numbers.
+
+    Args:
+        documents: (B, T) whole numbers.
+    """
     new = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
     where = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     return new.cumsum(1), where - torch.where(new, where, 0).cummax(1).values
@@ -103,24 +121,31 @@ class MathAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,  # Keeps what `backward` reads
-        q: torch.Tensor,  # (B, H, T, d)
-        k: torch.Tensor,  # (B, H, T, d)
-        v: torch.Tensor,  # (B, H, T, d)
-        mask: torch.Tensor,  # (T, T) or (B, 1, T, T): 0 or minus infinity
+        ctx: FunctionCtx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        "q, k, v and the result (B, H, T, d); `mask` (T, T) or (B, 1, T, T) is added to the scores."
+        """q, k, v and the result (B, H, T, d); `mask` (T, T) or (B, 1, T, T) is added to the
+        scores.
+
+        Args:
+            ctx: Keeps what `backward` reads.
+            q: (B, H, T, d).
+            k: (B, H, T, d).
+            v: (B, H, T, d).
+            mask: (T, T) or (B, 1, T, T): 0 or minus infinity.
+        """
         weights = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5).add_(mask).softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         return weights @ v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: FunctionCtx,  # With what `forward` kept
-        grad: torch.Tensor,  # (B, H, T, d), gradient of the result
-    ) -> tuple:
-        "Gradients of q, k and v."
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple:
+        """Gradients of q, k and v.
+
+        Args:
+            ctx: With what `forward` kept.
+            grad: (B, H, T, d), gradient of the result.
+        """
         q, k, v, weights = ctx.saved_tensors
         by_weights = grad @ v.transpose(-2, -1)
         scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
@@ -128,25 +153,35 @@ class MathAttention(torch.autograd.Function):
         return scores @ k, scores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad, None
 
 
-def choose_attention(
-    q: torch.Tensor,  # (B, H, T, d)
-    document_ids: torch.Tensor | None,  # (B, T); None: one document a row
-) -> str:
-    "The implementation that suits device and length: `math`, `flex` or `sdpa`."
+def choose_attention(q: torch.Tensor, document_ids: torch.Tensor | None) -> str:
+    """The implementation that suits device and length: `math`, `flex` or `sdpa`.
+
+    Args:
+        q: (B, H, T, d).
+        document_ids: (B, T); None: one document a row.
+    """
     if q.device.type == "cpu" and q.shape[2] <= 256:
         return "math"
     return "flex" if q.is_cuda and document_ids is not None else "sdpa"
 
 
 def causal_attention(
-    q: torch.Tensor,  # (B, H, T, d)
-    k: torch.Tensor,  # (B, K, T, d)
-    v: torch.Tensor,  # (B, K, T, d)
-    document_ids: torch.Tensor | None = None,  # (B, T) document, rising; None: one a row
-    implementation: str = "auto",  # "math", "sdpa", "flex"; auto: what `choose_attention` says
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    document_ids: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Attention to earlier tokens of the same document, (B, H, T, d). `flex` has no backward pass
-    on a CPU. Raises `UsageError` for an implementation it does not know."""
+    on a CPU. Raises `UsageError` for an implementation it does not know.
+
+    Args:
+        q: (B, H, T, d).
+        k: (B, K, T, d).
+        v: (B, K, T, d).
+        document_ids: (B, T) document, rising; None: one a row.
+        implementation: "math", "sdpa", "flex"; auto: what `choose_attention` says.
+    """
     rows, heads, tokens, _ = q.shape
     if implementation == "auto":
         implementation = choose_attention(q, document_ids)
@@ -185,20 +220,24 @@ class ReLUSquared(torch.autograd.Function):
     "The square of what is positive."
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,  # Keeps what `backward` reads
-        x: torch.Tensor,  # Any shape
-    ) -> torch.Tensor:
-        "max(x, 0) squared, of the shape of `x`."
+    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        """max(x, 0) squared, of the shape of `x`.
+
+        Args:
+            ctx: Keeps what `backward` reads.
+            x: Any shape.
+        """
         positive = x.relu()
         ctx.save_for_backward(positive)
         return positive * positive
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: FunctionCtx,  # With what `forward` kept
-        grad: torch.Tensor,  # Of the shape of `x`, gradient of the result
-    ) -> torch.Tensor:
-        "Gradient of `x`."
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of `x`.
+
+        Args:
+            ctx: With what `forward` kept.
+            grad: Of the shape of `x`, gradient of the result.
+        """
         return (grad * ctx.saved_tensors[0]).mul_(2)

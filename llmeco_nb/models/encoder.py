@@ -30,12 +30,16 @@ def bert() -> tuple[type, type]:
 
 
 def encoder_config(
-    vocab_size: int,  # Tokens of the vocabulary
-    size: str = "mini",  # A name from `sizes`, or layers x width such as "4x256"
-    max_position_embeddings: int = 512,  # Tokens a text may have
-    dropout: float = 0.0,  # Probability with which a value is dropped in training
+    vocab_size: int, size: str = "mini", max_position_embeddings: int = 512, dropout: float = 0.0
 ) -> Any:
-    "Configuration of a BERT of this size, as `transformers.BertConfig`. Raises `UsageError`."
+    """Configuration of a BERT of this size, as `transformers.BertConfig`. Raises `UsageError`.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        size: A name from `sizes`, or layers x width such as "4x256".
+        max_position_embeddings: Tokens a text may have.
+        dropout: Probability with which a value is dropped in training.
+    """
     found = re.fullmatch(r"(\d+)x(\d+)", sizes.get(size, size))
     layers, width = map(int, found.groups()) if found else (0, 0)
     heads = max(2, width // 64)
@@ -58,14 +62,22 @@ def encoder_config(
 
 
 def new_encoder(
-    vocab_size: int,  # Tokens of the vocabulary
-    size: str = "mini",  # A name from `sizes`, or layers x width
-    max_position_embeddings: int = 512,  # Tokens a text may have
-    dropout: float = 0.0,  # Probability of dropping a value in training, 0 to 1
-    seed: int = 0,  # Of the first weights
+    vocab_size: int,
+    size: str = "mini",
+    max_position_embeddings: int = 512,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> torch.nn.Module:
     """A `transformers.BertForMaskedLM` with random weights that depend on the arguments alone;
-    attention through torch's SDPA. Raises `UsageError`."""
+    attention through torch's SDPA. Raises `UsageError`.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        size: A name from `sizes`, or layers x width.
+        max_position_embeddings: Tokens a text may have.
+        dropout: Probability of dropping a value in training, 0 to 1.
+        seed: Of the first weights.
+    """
     config = encoder_config(vocab_size, size, max_position_embeddings, dropout)
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):
@@ -73,10 +85,12 @@ def new_encoder(
         return bert()[1](config)
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #332b6d40
-def count_parameters(
-    config: Any,  # A transformers.BertConfig
-) -> dict[str, int]:
-    "Parameters of a BertForMaskedLM by part, and their `total`, from its configuration alone."
+def count_parameters(config: Any) -> dict[str, int]:
+    """Parameters of a BertForMaskedLM by part, and their `total`, from its configuration alone.
+
+    Args:
+        config: A transformers.BertConfig.
+    """
     d = config.hidden_size
     inner = config.intermediate_size
     rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
@@ -87,12 +101,16 @@ def count_parameters(
 
 # %% ../../nbs/1_pretraining/13_encoder.ipynb #e6f8168d
 def flops_per_token(
-    config: Any,  # A transformers.BertConfig
-    seq_len: int,  # Tokens a row
-    predicted_fraction: float = 1.0,  # Share of positions whose token is predicted
-    training: bool = True,  # Forward and backward; else forward only
+    config: Any, seq_len: int, predicted_fraction: float = 1.0, training: bool = True
 ) -> float:
-    "Floating-point operations of the products, per token read (a multiply-add counts as 2)."
+    """Floating-point operations of the products, per token read (a multiply-add counts as 2).
+
+    Args:
+        config: A transformers.BertConfig.
+        seq_len: Tokens a row.
+        predicted_fraction: Share of positions whose token is predicted.
+        training: Forward and backward; else forward only.
+    """
     d = config.hidden_size
     layer = 8 * d * d + 4 * d * config.intermediate_size + 4 * seq_len * d
     head = predicted_fraction * (2 * d * d + 2 * d * config.vocab_size)
@@ -103,23 +121,38 @@ def flops_per_token(
 
 
 def mlm_logits(
-    model: torch.nn.Module,  # A BertForMaskedLM
-    input_ids: torch.Tensor,  # (B, T)
-    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
-    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "Logits (N, V) in fp32 at the asked positions, and only there."
+    """Logits (N, V) in fp32 at the asked positions, and only there.
+
+    Args:
+        model: A BertForMaskedLM.
+        input_ids: (B, T).
+        positions: (N,) asked positions, as indices into the flattened input_ids.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+    """
     hidden = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return model.cls(hidden.flatten(0, 1).index_select(0, positions)).float()
 
 
 def mlm_loss(
-    model: torch.nn.Module,  # A BertForMaskedLM
-    input_ids: torch.Tensor,  # (B, T)
-    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
-    targets: torch.Tensor,  # (N,) the tokens that stood there
-    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "Summed cross-entropy in nats at the asked positions; divide by their number for the mean."
+    """Summed cross-entropy in nats at the asked positions; divide by their number for the mean.
+
+    Args:
+        model: A BertForMaskedLM.
+        input_ids: (B, T).
+        positions: (N,) asked positions, as indices into the flattened input_ids.
+        targets: (N,) the tokens that stood there.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+    """
     logits = mlm_logits(model, input_ids, positions, attention_mask)
     return F.cross_entropy(logits, targets, reduction="sum")

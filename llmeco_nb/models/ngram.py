@@ -16,11 +16,13 @@ import numpy as np
 from ..core import DataError, UsageError
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #0f7399f2
-def discounts(
-    counts: np.ndarray,  # How often each n-gram occurs, whole numbers
-) -> np.ndarray:
+def discounts(counts: np.ndarray) -> np.ndarray:
     """What is taken off a count of 0, 1, 2, and 3 or more, (4,). Where the corpus is too small to
-    tell, half an occurrence."""
+    tell, half an occurrence.
+
+    Args:
+        counts: How often each n-gram occurs, whole numbers.
+    """
     n = np.bincount(np.minimum(counts, 5).astype(np.int64), minlength=6)[1:5].astype(float)
     if (n == 0).any():
         return np.array([0, 0.5, 0.5, 0.5])
@@ -29,13 +31,17 @@ def discounts(
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #735dfb92
 def concat_documents(
-    documents: Iterable[np.ndarray],  # Token ids of each, (tokens,)
-    order: int,  # Tokens an n-gram has
-    eos_token_id: int,  # Token that ends a document
+    documents: Iterable[np.ndarray], order: int, eos_token_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """All documents in one row (places,), before each `order` - 1 end tokens (at least one) and one
     behind; and which places are asked for: a document's tokens and its end. Raises `DataError` for
-    no documents."""
+    no documents.
+
+    Args:
+        documents: Token ids of each, (tokens,).
+        order: Tokens an n-gram has.
+        eos_token_id: Token that ends a document.
+    """
     pad = max(1, order - 1)
     parts = []
     asked = []
@@ -48,14 +54,21 @@ def concat_documents(
 
 
 class Ngram:
-    "Interpolated modified Kneser-Ney over token ids. Raises `UsageError`, `DataError`."
+    """Interpolated modified Kneser-Ney over token ids. Raises `UsageError`, `DataError`.
+
+    Args:
+        documents: Token ids of each, end token not included.
+        vocab_size: Ids are below it.
+        order: Tokens an n-gram has; 1 is the unigram.
+        eos_token_id: Token that ends a document.
+    """
 
     def __init__(
         self,
-        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
-        vocab_size: int,  # Ids are below it
-        order: int = 5,  # Tokens an n-gram has; 1 is the unigram
-        eos_token_id: int = 0,  # Token that ends a document
+        documents: Iterable[np.ndarray],
+        vocab_size: int,
+        order: int = 5,
+        eos_token_id: int = 0,
     ):
         if order < 1:
             raise UsageError(f"order is {order}; a stretch has at least one token.")
@@ -102,12 +115,13 @@ class Ngram:
             number = following
         return raw, shorter
 
-    def probabilities(
-        self,
-        stream: np.ndarray,  # (places,) token ids
-    ) -> np.ndarray:
+    def probabilities(self, stream: np.ndarray) -> np.ndarray:
         """p(token | the tokens before it) for every place, (places,); only places with order - 1
-        tokens before them mean something."""
+        tokens before them mean something.
+
+        Args:
+            stream: (places,) token ids.
+        """
         p = np.full(len(stream), 1 / self.vocab_size)
         before = np.zeros(len(stream), np.int64)
         for n in range(self.order):
@@ -123,12 +137,13 @@ class Ngram:
             before = np.concatenate([[-1], np.where(found, at, -1)[:-1]])
         return p
 
-    def surprisals(
-        self,
-        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
-        chunk_size: int = 2000,  # Documents at a time
-    ) -> np.ndarray:
-        "Surprisal in nats of each document, summed over its tokens and its end, (documents,)."
+    def surprisals(self, documents: Iterable[np.ndarray], chunk_size: int = 2000) -> np.ndarray:
+        """Surprisal in nats of each document, summed over its tokens and its end, (documents,).
+
+        Args:
+            documents: Token ids of each, end token not included.
+            chunk_size: Documents at a time.
+        """
         documents = list(documents)
         found = []
         for i in range(0, len(documents), chunk_size):
@@ -138,42 +153,50 @@ class Ngram:
             found.append(np.add.reduceat(-np.log(self.probabilities(stream)[asked]), starts))
         return np.concatenate(found) if found else np.zeros(0)
 
-    def nats(
-        self,
-        documents: Iterable[np.ndarray],  # Token ids of each, end token not included
-    ) -> tuple[float, int]:
-        "Summed surprisal in nats of all tokens and ends, each predicted once, and their number."
+    def nats(self, documents: Iterable[np.ndarray]) -> tuple[float, int]:
+        """Summed surprisal in nats of all tokens and ends, each predicted once, and their number.
+
+        Args:
+            documents: Token ids of each, end token not included.
+        """
         documents = list(documents)
         return float(self.surprisals(documents).sum()), sum(len(d) + 1 for d in documents)
 
-    def distribution(
-        self,
-        context: list[int],  # Token ids; filled up with end tokens on the left
-    ) -> np.ndarray:
-        "p (vocab_size,) of the token after the context."
+    def distribution(self, context: list[int]) -> np.ndarray:
+        """p (vocab_size,) of the token after the context.
+
+        Args:
+            context: Token ids; filled up with end tokens on the left.
+        """
         width = self.order - 1
         left = ([self.eos_token_id] * width + list(context))[-width:] if width else []
         stream = np.array([[*left, w] for w in range(self.vocab_size)], np.int64)
         return self.probabilities(stream.ravel()).reshape(self.vocab_size, -1)[:, -1]
 
 # %% ../../nbs/1_pretraining/17c_ngram.ipynb #cb03a306
-def bits_per_byte(
-    nats: float,  # Summed surprisal of a text
-    num_bytes: int,  # Of the text
-) -> float:
-    "Bits per byte. Raises `DataError` for an empty text."
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Bits per byte. Raises `DataError` for an empty text.
+
+    Args:
+        nats: Summed surprisal of a text.
+        num_bytes: Of the text.
+    """
     if num_bytes < 1:
         raise DataError("A text of no bytes has no bits per byte.")
     return nats / num_bytes / math.log(2)
 
 
 def compression_bits_per_byte(
-    texts: Iterable[str],  # Texts to compress, joined by line ends
-    train_texts: Iterable[str] = (),  # Texts to show xz before
-    max_train_bytes: int = 2**23,  # Bytes of training text to show, from the front
+    texts: Iterable[str], train_texts: Iterable[str] = (), max_train_bytes: int = 2**23
 ) -> dict[str, float]:
     """Bits per byte of `texts`: gzip alone, xz alone, and xz after the training texts (left out
-    where there are none). Raises `DataError` for no text."""
+    where there are none). Raises `DataError` for no text.
+
+    Args:
+        texts: Texts to compress, joined by line ends.
+        train_texts: Texts to show xz before.
+        max_train_bytes: Bytes of training text to show, from the front.
+    """
     data = "\n".join(texts).encode()
     if not data:
         raise DataError("There is no text to compress.")

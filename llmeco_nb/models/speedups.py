@@ -27,14 +27,23 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,  # Keeps what `backward` reads
-        q: torch.Tensor,  # (B, H, T, d)
-        k: torch.Tensor,  # (B, H, S, d)
-        v: torch.Tensor,  # (B, H, S, d)
-        scale: float,  # Of the scores
-        mask: torch.Tensor | None = None,  # (B, H or 1, T, S); True: may look; None: all may
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "(B, H, T, d); in memory tokens stand before heads, as the next layer reads them."
+        """(B, H, T, d); in memory tokens stand before heads, as the next layer reads them.
+
+        Args:
+            ctx: Keeps what `backward` reads.
+            q: (B, H, T, d).
+            k: (B, H, S, d).
+            v: (B, H, S, d).
+            scale: Of the scores.
+            mask: (B, H or 1, T, S); True: may look; None: all may.
+        """
         b, h, n, d = q.shape
         m = k.shape[2]
         q = (q * scale).reshape(b * h, n, d)
@@ -51,11 +60,13 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx,  # With what `forward` kept
-        grad: torch.Tensor,  # (B, H, T, d), gradient of the result
-    ) -> tuple:
-        "Gradients of q, k and v."
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        """Gradients of q, k and v.
+
+        Args:
+            ctx: With what `forward` kept.
+            grad: (B, H, T, d), gradient of the result.
+        """
         q, k, v, p = ctx.saved_tensors
         grad = grad.reshape(q.shape)
         by_v = torch.bmm(p.transpose(1, 2), grad)
@@ -91,37 +102,57 @@ def _attend(module, query, key, value, attention_mask, always: bool, **more):
 
 
 def eager_attention(
-    module: torch.nn.Module,  # The attention layer of transformers
-    query: torch.Tensor,  # (B, H, T, d)
-    key: torch.Tensor,  # (B, H, S, d)
-    value: torch.Tensor,  # (B, H, S, d)
-    attention_mask: torch.Tensor | None,  # (B, H or 1, T, S); True: may look; None: all may
-    **more,  # dropout, scaling, is_causal and what else `sdpa_attention_forward` takes
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **more,
 ) -> tuple[torch.Tensor, None]:
     """For transformers' AttentionInterface: `EagerAttention` for encoders on a CPU, else torch's
-    attention. Returns (output (B, T, H, d), None)."""
+    attention. Returns (output (B, T, H, d), None).
+
+    Args:
+        module: The attention layer of transformers.
+        query: (B, H, T, d).
+        key: (B, H, S, d).
+        value: (B, H, S, d).
+        attention_mask: (B, H or 1, T, S); True: may look; None: all may.
+        **more: dropout, scaling, is_causal and what else `sdpa_attention_forward` takes.
+    """
     return _attend(module, query, key, value, attention_mask, always=True, **more)
 
 
 def auto_attention(
-    module: torch.nn.Module,  # The attention layer of transformers
-    query: torch.Tensor,  # (B, H, T, d)
-    key: torch.Tensor,  # (B, H, S, d)
-    value: torch.Tensor,  # (B, H, S, d)
-    attention_mask: torch.Tensor | None,  # (B, H or 1, T, S); True: may look; None: all may
-    **more,  # dropout, scaling, is_causal and what else `sdpa_attention_forward` takes
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **more,
 ) -> tuple[torch.Tensor, None]:
     """`eager_attention` in bfloat16 and for rows of up to `EAGER_MAX_LENGTH` tokens, else torch's
-    attention."""
+    attention.
+
+    Args:
+        module: The attention layer of transformers.
+        query: (B, H, T, d).
+        key: (B, H, S, d).
+        value: (B, H, S, d).
+        attention_mask: (B, H or 1, T, S); True: may look; None: all may.
+        **more: dropout, scaling, is_causal and what else `sdpa_attention_forward` takes.
+    """
     return _attend(module, query, key, value, attention_mask, always=False, **more)
 
 
-def use_fast_attention(
-    model: torch.nn.Module,  # Of transformers; changed in place
-    always: bool = False,  # Products also where torch's kernel is faster: fp32, very long rows
-) -> torch.nn.Module:
+def use_fast_attention(model: torch.nn.Module, always: bool = False) -> torch.nn.Module:
     """Let a transformers model compute its attention by products where that is faster; the model.
-    Weights, logits and what is saved stay the same."""
+    Weights, logits and what is saved stay the same.
+
+    Args:
+        model: Of transformers; changed in place.
+        always: Products also where torch's kernel is faster: fp32, very long rows.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -140,14 +171,23 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,  # Keeps the gradients for `backward`
-        hidden: torch.Tensor,  # (N, D)
-        weight: torch.Tensor,  # (V, D)
-        bias: torch.Tensor,  # (V,)
-        targets: torch.Tensor,  # (N,) tokens
-        max_logits: int = 2**24,  # Logits worked through at a time
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        targets: torch.Tensor,
+        max_logits: int = 2**24,
     ) -> torch.Tensor:
-        "Nats, a scalar in fp32 (fp64 for fp64)."
+        """Nats, a scalar in fp32 (fp64 for fp64).
+
+        Args:
+            ctx: Keeps the gradients for `backward`.
+            hidden: (N, D).
+            weight: (V, D).
+            bias: (V,).
+            targets: (N,) tokens.
+            max_logits: Logits worked through at a time.
+        """
         needs_grad = any(ctx.needs_input_grad[:3])
         number = torch.float32 if hidden.dtype == torch.bfloat16 else hidden.dtype
         loss = hidden.new_zeros((), dtype=number)
@@ -175,34 +215,47 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx,  # With the gradients that `forward` made
-        grad: torch.Tensor,  # A scalar, gradient of the sum
-    ) -> tuple:
-        "Gradients of hidden, weight and bias."
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        """Gradients of hidden, weight and bias.
+
+        Args:
+            ctx: With the gradients that `forward` made.
+            grad: A scalar, gradient of the sum.
+        """
         found = ctx.saved_tensors
         return (*(found if grad == 1 else [g * grad.to(g) for g in found]), None, None)
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #6186045f
-def num_loss_chunks(
-    num_targets: int,  # N
-    vocab_size: int,  # V
-    max_logits: int = 2**24,  # Logits worked through at a time
-) -> int:
-    "Parts in which `FusedLinearCrossEntropy` goes through so many targets."
+def num_loss_chunks(num_targets: int, vocab_size: int, max_logits: int = 2**24) -> int:
+    """Parts in which `FusedLinearCrossEntropy` goes through so many targets.
+
+    Args:
+        num_targets: N.
+        vocab_size: V.
+        max_logits: Logits worked through at a time.
+    """
     return -(-num_targets // max(1, max_logits // vocab_size))
 
 
 def fast_mlm_loss(
-    model: torch.nn.Module,  # A BertForMaskedLM
-    input_ids: torch.Tensor,  # (B, T)
-    positions: torch.Tensor,  # (N,) asked positions, as indices into the flattened input_ids
-    targets: torch.Tensor,  # (N,) the tokens that stood there
-    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
-    max_logits: int = 2**24,  # Logits worked through at a time
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    max_logits: int = 2**24,
 ) -> torch.Tensor:
     """What `encoder.mlm_loss` gives, value and gradients; the logits are not kept. Summed nats;
-    divide by the number of targets for the mean."""
+    divide by the number of targets for the mean.
+
+    Args:
+        model: A BertForMaskedLM.
+        input_ids: (B, T).
+        positions: (N,) asked positions, as indices into the flattened input_ids.
+        targets: (N,) the tokens that stood there.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+        max_logits: Logits worked through at a time.
+    """
     hidden = model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     head = model.cls.predictions
     asked = head.transform(hidden.flatten(0, 1).index_select(0, positions))

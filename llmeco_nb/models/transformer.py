@@ -23,14 +23,15 @@ from ..core import UsageError
 
 
 class MultiHeadAttention(nn.Module):
-    "Multi-head attention (Vaswani et al. 2017, section 3.2)."
+    """Multi-head attention (Vaswani et al. 2017, section 3.2).
 
-    def __init__(
-        self,
-        hidden_size: int,  # D
-        num_heads: int,  # H; must divide D
-        dropout: float = 0.0,  # Probability with which a weight is dropped in training
-    ):
+    Args:
+        hidden_size: D.
+        num_heads: H; must divide D.
+        dropout: Probability with which a weight is dropped in training.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -40,12 +41,19 @@ class MultiHeadAttention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D), what looks
-        memory: torch.Tensor | None = None,  # (B, S, D), what is looked at; None: `x` itself
-        attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, S); True: may look
-        is_causal: bool = False,  # Whether no token looks ahead; only without `attn_mask`
+        x: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
     ) -> torch.Tensor:
-        "What each token of `x` takes over, (B, T, D)."
+        """What each token of `x` takes over, (B, T, D).
+
+        Args:
+            x: (B, T, D), what looks.
+            memory: (B, S, D), what is looked at; None: `x` itself.
+            attn_mask: Broadcast to (B, H, T, S); True: may look.
+            is_causal: Whether no token looks ahead; only without `attn_mask`.
+        """
         memory = x if memory is None else memory
         # (B, T, D) -> (B, H, T, D / H)
         split_heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -61,12 +69,16 @@ class MultiHeadAttention(nn.Module):
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #a2f5995a
 def make_attn_mask(
-    attention_mask: torch.Tensor | None,  # (B, S), 0 for padding; None: no padding
-    num_queries: int,  # T
-    is_causal: bool,  # Whether no token looks ahead
+    attention_mask: torch.Tensor | None, num_queries: int, is_causal: bool
 ) -> torch.Tensor | None:
     """Who may look at whom, (B, 1, T, S): no padding, and where `is_causal` nothing above the
-    diagonal. None without padding, where nothing needs to be said."""
+    diagonal. None without padding, where nothing needs to be said.
+
+    Args:
+        attention_mask: (B, S), 0 for padding; None: no padding.
+        num_queries: T.
+        is_causal: Whether no token looks ahead.
+    """
     if attention_mask is None:
         return None
     pairs = attention_mask.bool()[:, None, None, :].expand(-1, 1, num_queries, -1)
@@ -149,13 +161,13 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """The layer of encoder, decoder and encoder-decoder: self-attention, cross-attention where
-    `cross`, feed-forward; each is added to what was there."""
+    `cross`, feed-forward; each is added to what was there.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        cross: bool = False,  # Whether it looks at a second text, too
-    ):
+    Args:
+        cross: Whether it looks at a second text, too.
+    """
+
+    def __init__(self, config: TransformerConfig, cross: bool = False):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.drop = nn.Dropout(config.dropout)
@@ -177,13 +189,21 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D)
-        attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, T); True: may look
-        is_causal: bool = False,  # Whether no token looks ahead; only without `attn_mask`
-        memory: torch.Tensor | None = None,  # (B, S, D), the second text; None: there is none
-        memory_attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, S)
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        memory: torch.Tensor | None = None,
+        memory_attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "(B, T, D)."
+        """(B, T, D).
+
+        Args:
+            x: (B, T, D).
+            attn_mask: Broadcast to (B, H, T, T); True: may look.
+            is_causal: Whether no token looks ahead; only without `attn_mask`.
+            memory: (B, S, D), the second text; None: there is none.
+            memory_attn_mask: Broadcast to (B, H, T, S).
+        """
         look = lambda x: self.self_attn(x, None, attn_mask, is_causal)
         x = self.add(x, self.self_attn_norm, look)
         if memory is not None:
@@ -192,12 +212,14 @@ class Block(nn.Module):
         return self.add(x, self.mlp_norm, self.mlp)
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #11b40ad6
-def sinusoidal_embedding(
-    max_position_embeddings: int,  # Number of positions
-    hidden_size: int,  # D; even
-) -> torch.Tensor:
+def sinusoidal_embedding(max_position_embeddings: int, hidden_size: int) -> torch.Tensor:
     """Position vectors (positions, D) in fp32: the sines in the first half, the cosines in the
-    second. Vaswani et al. 2017, section 3.5."""
+    second. Vaswani et al. 2017, section 3.5.
+
+    Args:
+        max_position_embeddings: Number of positions.
+        hidden_size: D; even.
+    """
     positions = torch.arange(max_position_embeddings, dtype=torch.float64)
     pairs = torch.arange(0, hidden_size, 2, dtype=torch.float64)
     angles = positions[:, None] / 10000 ** (pairs / hidden_size)
@@ -205,14 +227,13 @@ def sinusoidal_embedding(
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #a5f0daea
 class Embeddings(nn.Module):
-    "Token, position and, where there are any, segment, added up."
+    """Token, position and, where there are any, segment, added up.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        # Shared with another part of the model; None: its own
-        token_embedding: nn.Embedding | None = None,
-    ):
+    Args:
+        token_embedding: Shared with another part of the model; None: its own.
+    """
+
+    def __init__(self, config: TransformerConfig, token_embedding: nn.Embedding | None = None):
         super().__init__()
         if token_embedding is None:
             token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -233,11 +254,14 @@ class Embeddings(nn.Module):
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        "(B, T, D). Raises `UsageError` for texts longer than the table of positions."
+        """(B, T, D). Raises `UsageError` for texts longer than the table of positions.
+
+        Args:
+            input_ids: (B, T).
+            token_type_ids: (B, T), the segments; None: all 0.
+        """
         length = input_ids.shape[1]
         if length > len(self.position_embedding):
             raise UsageError(
@@ -254,14 +278,14 @@ class Embeddings(nn.Module):
 
 class Stack(nn.Module):
     """Blocks one after the other. With norms before the parts nothing has normalised the last sum,
-    so a norm follows."""
+    so a norm follows.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        num_layers: int,  # Blocks
-        cross: bool = False,  # Whether they look at a second text, too
-    ):
+    Args:
+        num_layers: Blocks.
+        cross: Whether they look at a second text, too.
+    """
+
+    def __init__(self, config: TransformerConfig, num_layers: int, cross: bool = False):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(num_layers))
         self.norm = nn.Identity()
@@ -270,13 +294,21 @@ class Stack(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D)
-        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
-        is_causal: bool = False,  # Whether no token looks ahead
-        memory: torch.Tensor | None = None,  # (B, S, D), the second text; None: there is none
-        memory_mask: torch.Tensor | None = None,  # (B, S), 0 for its padding
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        memory: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "(B, T, D)."
+        """(B, T, D).
+
+        Args:
+            x: (B, T, D).
+            attention_mask: (B, T), 0 for padding; None: no padding.
+            is_causal: Whether no token looks ahead.
+            memory: (B, S, D), the second text; None: there is none.
+            memory_mask: (B, S), 0 for its padding.
+        """
         attn_mask = make_attn_mask(attention_mask, x.shape[1], is_causal)
         memory_attn_mask = make_attn_mask(memory_mask, x.shape[1], False)
         for block in self.blocks:
@@ -284,13 +316,14 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def init_weights(
-    model: nn.Module,
-    seed: int,  # Of the generator
-    init_std: float = 0.02,  # Standard deviation of matrices and tables
-) -> nn.Module:
+def init_weights(model: nn.Module, seed: int, init_std: float = 0.02) -> nn.Module:
     """The model with matrices and tables drawn from a normal distribution, biases 0, norms 1; a
-    function of the model's form and `seed` alone."""
+    function of the model's form and `seed` alone.
+
+    Args:
+        seed: Of the generator.
+        init_std: Standard deviation of matrices and tables.
+    """
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -302,13 +335,13 @@ def init_weights(
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #fb9c1c62
 class Bert(nn.Module):
-    "Encoder with a head for hidden tokens (MLM) and one for pairs of segments (NSP)."
+    """Encoder with a head for hidden tokens (MLM) and one for pairs of segments (NSP).
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        seed: int = 0,  # Of the first weights
-    ):
+    Args:
+        seed: Of the first weights.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         width = config.hidden_size
         self.config = config
@@ -323,11 +356,17 @@ class Bert(nn.Module):
 
     def hidden(
         self,
-        input_ids: torch.Tensor,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
-        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "(B, T, D), one vector a token."
+        """(B, T, D), one vector a token.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 for padding; None: no padding.
+            token_type_ids: (B, T), the segments; None: all 0.
+        """
         return self.stack(self.embeddings(input_ids, token_type_ids), attention_mask)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -338,37 +377,52 @@ class Bert(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
-        token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        "Logits (B, T, V) of the tokens, and (B, 2) of `follows` and `does not follow`."
+        """Logits (B, T, V) of the tokens, and (B, 2) of `follows` and `does not follow`.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 for padding; None: no padding.
+            token_type_ids: (B, T), the segments; None: all 0.
+        """
         hidden = self.hidden(input_ids, attention_mask, token_type_ids)
         return self.lm_head(hidden), self.nsp_head(self.pooler(hidden[:, 0]).tanh())
 
 
 def bert_loss(
-    model: Bert,  # Gives logits of the tokens and of the pair
-    input_ids: torch.Tensor,  # (B, T)
-    labels: torch.Tensor,  # (B, T), the hidden tokens; -100 is not asked
-    next_sentence_label: torch.Tensor,  # (B,), 0: the second segment follows; 1: it does not
-    attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
-    token_type_ids: torch.Tensor | None = None,  # (B, T), the segments; None: all 0
+    model: Bert,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    next_sentence_label: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    "MLM and NSP: the sum of both mean cross-entropies, in nats."
+    """MLM and NSP: the sum of both mean cross-entropies, in nats.
+
+    Args:
+        model: Gives logits of the tokens and of the pair.
+        input_ids: (B, T).
+        labels: (B, T), the hidden tokens; -100 is not asked.
+        next_sentence_label: (B,), 0: the second segment follows; 1: it does not.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+        token_type_ids: (B, T), the segments; None: all 0.
+    """
     tokens, pair = model(input_ids, attention_mask, token_type_ids)
     mlm = F.cross_entropy(tokens.flatten(0, 1).float(), labels.flatten())
     return mlm + F.cross_entropy(pair.float(), next_sentence_label)
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #5a63114b
 class Gpt(nn.Module):
-    "Decoder: each token predicts the one that follows it."
+    """Decoder: each token predicts the one that follows it.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        seed: int = 0,  # Of the first weights
-    ):
+    Args:
+        seed: Of the first weights.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -376,23 +430,26 @@ class Gpt(nn.Module):
         init_weights(self, seed)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, T), 0 for padding; None: no padding
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        "Logits (B, T, V) of the token that follows each."
+        """Logits (B, T, V) of the token that follows each.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 for padding; None: no padding.
+        """
         hidden = self.stack(self.embeddings(input_ids), attention_mask, is_causal=True)
         return hidden @ self.embeddings.token_embedding.weight.T
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #21abc0f8
 class Seq2Seq(nn.Module):
-    "Encoder and decoder: what was read, and what was written so far, give what comes next."
+    """Encoder and decoder: what was read, and what was written so far, give what comes next.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        seed: int = 0,  # Of the first weights
-    ):
+    Args:
+        seed: Of the first weights.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0):
         super().__init__()
         if config.type_vocab_size:
             raise UsageError(
@@ -408,46 +465,70 @@ class Seq2Seq(nn.Module):
         init_weights(self, seed)
 
     def encode(
-        self,
-        input_ids: torch.Tensor,  # (B, S), what is read
-        attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding; None: no padding
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        "(B, S, D), one vector for each token read."
+        """(B, S, D), one vector for each token read.
+
+        Args:
+            input_ids: (B, S), what is read.
+            attention_mask: (B, S), 0 for padding; None: no padding.
+        """
         return self.encoder(self.encoder_embeddings(input_ids), attention_mask)
 
     def decode(
         self,
-        decoder_input_ids: torch.Tensor,  # (B, T), what was written
-        memory: torch.Tensor,  # (B, S, D) from `encode`
-        attention_mask: torch.Tensor | None = None,  # (B, S), of `memory`, 0 for padding
+        decoder_input_ids: torch.Tensor,
+        memory: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "Logits (B, T, V) of what follows each token written."
+        """Logits (B, T, V) of what follows each token written.
+
+        Args:
+            decoder_input_ids: (B, T), what was written.
+            memory: (B, S, D) from `encode`.
+            attention_mask: (B, S), of `memory`, 0 for padding.
+        """
         written = self.decoder_embeddings(decoder_input_ids)
         hidden = self.decoder(written, None, True, memory, attention_mask)
         return hidden @ self.token_embedding.weight.T + self.bias
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # (B, S), what is read
-        decoder_input_ids: torch.Tensor,  # (B, T), what was written
-        attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding of what is read
+        input_ids: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        "Logits (B, T, V) of what follows each token written."
+        """Logits (B, T, V) of what follows each token written.
+
+        Args:
+            input_ids: (B, S), what is read.
+            decoder_input_ids: (B, T), what was written.
+            attention_mask: (B, S), 0 for padding of what is read.
+        """
         memory = self.encode(input_ids, attention_mask)
         return self.decode(decoder_input_ids, memory, attention_mask)
 
 
 @torch.no_grad()
 def greedy_decode(
-    model: Seq2Seq,  # Its `encode` runs once, its `decode` for every token
-    input_ids: torch.Tensor,  # (B, S), what is read
-    bos_token_id: int,  # Token that begins an answer; it is not returned
-    eos_token_id: int,  # Token that ends an answer
-    max_new_tokens: int,  # Tokens an answer has at most
-    attention_mask: torch.Tensor | None = None,  # (B, S), 0 for padding; None: no padding
+    model: Seq2Seq,
+    input_ids: torch.Tensor,
+    bos_token_id: int,
+    eos_token_id: int,
+    max_new_tokens: int,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Answers (B, up to `max_new_tokens`): always the likeliest token, until every row has written
-    `eos_token_id`."""
+    `eos_token_id`.
+
+    Args:
+        model: Its `encode` runs once, its `decode` for every token.
+        input_ids: (B, S), what is read.
+        bos_token_id: Token that begins an answer; it is not returned.
+        eos_token_id: Token that ends an answer.
+        max_new_tokens: Tokens an answer has at most.
+        attention_mask: (B, S), 0 for padding; None: no padding.
+    """
     memory = model.encode(input_ids, attention_mask)
     written = torch.full((len(input_ids), 1), bos_token_id, device=input_ids.device)
     while written.shape[1] <= max_new_tokens and not (written == eos_token_id).any(1).all():

@@ -20,13 +20,15 @@ from ..training.plan import LR_CANDIDATES, Measured, PlanConfig
 from ..training.state import TrainPlan
 
 # %% ../../nbs/1_pretraining/18m_budget.ipynb #ae41f410
-def pretrain_plan(
-    config: StageConfig,  # steps, minutes, num_evals, warmup_ratio, decay_ratio, perhaps patience
-    spent: float,  # Seconds the stage has run already
-    measured: Measured,  # Batch size, seconds of a step and of an evaluation
-) -> TrainPlan:
+def pretrain_plan(config: StageConfig, spent: float, measured: Measured) -> TrainPlan:
     """The plan. At least ten steps, however short the time. Raises `UsageError` for ratios that are
-    together more than 1."""
+    together more than 1.
+
+    Args:
+        config: steps, minutes, num_evals, warmup_ratio, decay_ratio, perhaps patience.
+        spent: Seconds the stage has run already.
+        measured: Batch size, seconds of a step and of an evaluation.
+    """
     if config.warmup_ratio + config.decay_ratio > 1:
         raise UsageError(
             f"warmup_ratio is {config.warmup_ratio} and decay_ratio {config.decay_ratio}; together "
@@ -57,12 +59,19 @@ def pretrain_plan(
 
 # %% ../../nbs/1_pretraining/18m_budget.ipynb #87142837
 def stage_plan(
-    config: StageConfig,  # Of a stage that trains
-    inputs: dict[str, str | Path],  # Files and folders the stage reads, by name
-    spent: Callable[[Measured], float],  # Seconds of the budget that are not for training
-    lr_candidates: Sequence[float] = LR_CANDIDATES,  # Tried where no learning rate is given
+    config: StageConfig,
+    inputs: dict[str, str | Path],
+    spent: Callable[[Measured], float],
+    lr_candidates: Sequence[float] = LR_CANDIDATES,
 ) -> PlanConfig:
-    "What a stage says of its training, for `run_training`."
+    """What a stage says of its training, for `run_training`.
+
+    Args:
+        config: Of a stage that trains.
+        inputs: Files and folders the stage reads, by name.
+        spent: Seconds of the budget that are not for training.
+        lr_candidates: Tried where no learning rate is given.
+    """
     hashes = {name: sha256_of(path) for name, path in inputs.items()}
     return PlanConfig(
         fingerprint=config.fingerprint() | hashes,
@@ -75,17 +84,21 @@ def stage_plan(
     )
 
 
-def tokens_per_second(
-    record: Record,  # Of a training
-) -> float:
-    "Median speed over the rows of the log."
+def tokens_per_second(record: Record) -> float:
+    """Median speed over the rows of the log.
+
+    Args:
+        record: Of a training.
+    """
     return statistics.median(r["tokens_per_s"] for r in record.rows() if "tokens_per_s" in r)
 
 
-def peak_gflops(
-    dtype: torch.dtype,  # torch.float32 or torch.bfloat16
-    seconds: float = 0.5,  # How long to try
-) -> float:
+def peak_gflops(dtype: torch.dtype, seconds: float = 0.5) -> float:
     """The machine's speed now, at the present number of threads: the best of several products of
-    1024 x 1024 matrices, in GFLOP/s."""
+    1024 x 1024 matrices, in GFLOP/s.
+
+    Args:
+        dtype: torch.float32 or torch.bfloat16.
+        seconds: How long to try.
+    """
     return gflops(1024, dtype, seconds)

@@ -51,14 +51,22 @@ from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #62fbc2cf
 def fast_causal_loss(
-    model: Decoder,  # Without softcap
-    input_ids: torch.Tensor,  # (B, T) token ids
-    targets: torch.Tensor,  # (B, T), the next tokens; -100: not asked
-    documents: torch.Tensor | None = None,  # (B, T) numbers of the documents; None: one a row
-    max_logits: int = 2**24,  # Made at a time
+    model: Decoder,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    documents: torch.Tensor | None = None,
+    max_logits: int = 2**24,
 ) -> torch.Tensor:
     """What `decoder.causal_loss` gives, value and gradients; logits are not kept, and
-    `max_logits` of them made at a time. Summed nats of the targets that are not -100."""
+    `max_logits` of them made at a time. Summed nats of the targets that are not -100.
+
+    Args:
+        model: Without softcap.
+        input_ids: (B, T) token ids.
+        targets: (B, T), the next tokens; -100: not asked.
+        documents: (B, T) numbers of the documents; None: one a row.
+        max_logits: Made at a time.
+    """
     if model.config.softcap:
         raise UsageError("This loss has no softcap; use decoder.causal_loss.")
     asked, weight = targets != -100, model.lm_head.weight
@@ -71,21 +79,27 @@ def fast_causal_loss(
     )
 
 
-def count_target_tokens(
-    batch: dict,  # With `targets`; -100: not asked
-) -> int:
-    "Tokens of a batch that are predicted."
+def count_target_tokens(batch: dict) -> int:
+    """Tokens of a batch that are predicted.
+
+    Args:
+        batch: With `targets`; -100: not asked.
+    """
     return int((batch["targets"] != -100).sum())
 
 
 def causal_loss_step(
-    model: Decoder,  # Without softcap
-    batch: dict,  # From `select_rows`, on the model's device
-    backward: Callable[[torch.Tensor], None],  # Called with the loss; computes gradients
-    parts: int = 0,  # Parts the loss is made in; 0: as few as its memory allows
+    model: Decoder, batch: dict, backward: Callable[[torch.Tensor], None], parts: int = 0
 ) -> tuple[torch.Tensor, int]:
     """One micro-batch for the training loop: summed loss, and the number of tokens that were
-    predicted."""
+    predicted.
+
+    Args:
+        model: Without softcap.
+        batch: From `select_rows`, on the model's device.
+        backward: Called with the loss; computes gradients.
+        parts: Parts the loss is made in; 0: as few as its memory allows.
+    """
     asked = count_target_tokens(batch)
     max_logits = -(-asked // parts) * model.config.vocab_size if parts else 2**24
     loss = fast_causal_loss(model, **batch, max_logits=max_logits)
@@ -93,13 +107,15 @@ def causal_loss_step(
     return loss.detach(), asked
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #dbf7eef8
-def validation_nats(
-    model: Decoder,  # In evaluation mode
-    packed: dict,  # From `pack_documents`: arrays (rows, length)
-    batch: int = 32,  # Rows at a time
-) -> tuple[float, int]:
+def validation_nats(model: Decoder, packed: dict, batch: int = 32) -> tuple[float, int]:
     """Summed surprise of all rows in nats, and the number of tokens predicted. Call it without
-    gradients."""
+    gradients.
+
+    Args:
+        model: In evaluation mode.
+        packed: From `pack_documents`: arrays (rows, length).
+        batch: Rows at a time.
+    """
     nats = 0.0
     for s in range(0, len(packed["targets"]), batch):
         b = to_device(select_rows(packed, slice(s, s + batch)), model.lm_head.weight.device)
@@ -112,24 +128,35 @@ def validation_nats(
     return nats, int((packed["targets"] != -100).sum())
 
 
-def first_rows(
-    packed: dict,  # From `pack_documents`: arrays (rows, length)
-    rows: int,  # How many; all where there are fewer
-) -> dict:
-    "The first rows."
+def first_rows(packed: dict, rows: int) -> dict:
+    """The first rows.
+
+    Args:
+        packed: From `pack_documents`: arrays (rows, length).
+        rows: How many; all where there are fewer.
+    """
     return {k: v[:rows] for k, v in packed.items()}
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #a566cd8b
 @torch.no_grad()
 def generate(
-    model: Decoder,  # Reads at most its context length back
-    tokenizer: Tokenizer,  # Of this model
-    prompt: str,  # May be empty
-    tokens: int = 40,  # To write at most; it may end sooner
-    temperature: float = 0.8,  # 0 takes the likeliest
-    seed: int = 0,  # Decides the draws; without effect at temperature 0
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int = 40,
+    temperature: float = 0.8,
+    seed: int = 0,
 ) -> str:
-    "`prompt` and how the decoder goes on. A function of its arguments. Raises `UsageError`."
+    """`prompt` and how the decoder goes on. A function of its arguments. Raises `UsageError`.
+
+    Args:
+        model: Reads at most its context length back.
+        tokenizer: Of this model.
+        prompt: May be empty.
+        tokens: To write at most; it may end sooner.
+        temperature: 0 takes the likeliest.
+        seed: Decides the draws; without effect at temperature 0.
+    """
     if temperature < 0:
         raise UsageError(f"temperature is {temperature}; it is 0 or more.")
     end, g = eos_token_id(tokenizer), torch.Generator().manual_seed(seed)
@@ -153,16 +180,26 @@ def generate(
 
 # %% ../../nbs/1_pretraining/18a_causal.ipynb #5ae65454
 def baselines(
-    train_ids: list,  # Token ids of each training text, for the n-grams
-    held_ids: dict,  # Domain -> token ids of each held text
-    train_texts: list,  # Training texts, shown from the front to xz_after_train
-    held_texts: dict,  # Domain -> the held texts themselves; bytes are counted in UTF-8
-    vocabulary: int,  # Number of pieces
-    end: int,  # Token that ends a document
-    counted: int,  # Training tokens to count, up to a whole text; at least one text
+    train_ids: list,
+    held_ids: dict,
+    train_texts: list,
+    held_texts: dict,
+    vocabulary: int,
+    end: int,
+    counted: int,
 ) -> dict[str, dict]:
     """For unigram, fivegram, gzip, xz, xz_after_train: {domain: bits per byte}, over all under
-    `all`; and `counted`: {tokens}."""
+    `all`; and `counted`: {tokens}.
+
+    Args:
+        train_ids: Token ids of each training text, for the n-grams.
+        held_ids: Domain -> token ids of each held text.
+        train_texts: Training texts, shown from the front to xz_after_train.
+        held_texts: Domain -> the held texts themselves; bytes are counted in UTF-8.
+        vocabulary: Number of pieces.
+        end: Token that ends a document.
+        counted: Training tokens to count, up to a whole text; at least one text.
+    """
     size = {d: sum(len(t.encode()) for t in texts) for d, texts in held_texts.items()}
     enough = int(np.searchsorted(np.cumsum([len(e) + 1 for e in train_ids]), counted)) + 1
     found = {}
@@ -226,14 +263,18 @@ class CausalConfig(StageConfig):
 
 
 def pretrain_causal(
-    record: Record,  # Where the decoder goes: its artifact `decoder`
-    prose: str | Path,  # Folder of a corpus: <split>.parquet, with domains or without
-    pieces: str | Path,  # Folder of a subword tokenizer
-    config: CausalConfig = CausalConfig(),  # What the stage may be told
+    record: Record, prose: str | Path, pieces: str | Path, config: CausalConfig = CausalConfig()
 ) -> Path:
     """Pretrain a decoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
     probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,
-    `MissingError`."""
+    `MissingError`.
+
+    Args:
+        record: Where the decoder goes: its artifact `decoder`.
+        prose: Folder of a corpus: <split>.parquet, with domains or without.
+        pieces: Folder of a subword tokenizer.
+        config: What the stage may be told.
+    """
     begun = time.monotonic()
     tokenizer = open_subword_tokenizer(pieces)
     vocabulary, end = tokenizer.get_vocab_size(), eos_token_id(tokenizer)

@@ -50,14 +50,18 @@ from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #4c7e71bd
 def save_seq2seq(
-    model: Seq2Seq,  # Its last tokens are the sentinels
-    tokenizer_folder: str | Path,  # Of the tokenizer it was trained with
-    folder: Path,  # Where
-    target: str = "spans",  # What it was trained to write, spans or text: decides begin and end
+    model: Seq2Seq, tokenizer_folder: str | Path, folder: Path, target: str = "spans"
 ) -> Path:
     """A folder for plain `transformers`: the model, and the tokenizer with the sentinels
     `<extra_id_0>` and so on behind its subword tokens. Raises `UsageError` for a network no stock
-    class has."""
+    class has.
+
+    Args:
+        model: Its last tokens are the sentinels.
+        tokenizer_folder: Of the tokenizer it was trained with.
+        folder: Where.
+        target: What it was trained to write, spans or text: decides begin and end.
+    """
     made = open_tokenizer(tokenizer_folder)
     vocab_size, total = made.get_vocab_size(), model.config.vocab_size
     made.add_special_tokens([f"<extra_id_{k}>" for k in range(total - vocab_size)])
@@ -82,13 +86,15 @@ def save_seq2seq(
     return folder
 
 
-def masks_to_sentinels(
-    ids: list[int],  # Token ids of a prompt
-    first_sentinel: int,  # The token that stands for span 0; the others follow it
-    spans: int,  # Most that the model knows
-) -> np.ndarray:
+def masks_to_sentinels(ids: list[int], first_sentinel: int, spans: int) -> np.ndarray:
     """Token ids in which each [MASK] has become the sentinel of the next span. Raises `UsageError`
-    for none, or more than `spans`."""
+    for none, or more than `spans`.
+
+    Args:
+        ids: Token ids of a prompt.
+        first_sentinel: The token that stands for span 0; the others follow it.
+        spans: Most that the model knows.
+    """
     row = np.array(ids, np.int32)
     n = int((row == MASK).sum())
     if not 1 <= n <= spans:
@@ -98,13 +104,17 @@ def masks_to_sentinels(
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #bebfbd7c
 def split_validation(
-    rows: np.ndarray,  # (n, length) token ids of validation texts
-    eval_examples: int,  # Rows that choose the weights
-    final_eval_examples: int,  # Rows to compare on at most
-    seed: int,  # Decides which
+    rows: np.ndarray, eval_examples: int, final_eval_examples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows that choose the weights, and others to compare on. Raises `DataError` where none
-    are left."""
+    are left.
+
+    Args:
+        rows: (n, length) token ids of validation texts.
+        eval_examples: Rows that choose the weights.
+        final_eval_examples: Rows to compare on at most.
+        seed: Decides which.
+    """
     if len(rows) <= eval_examples:
         raise DataError(
             f"The validation texts fill {len(rows)} rows, and {eval_examples} of them "
@@ -116,21 +126,31 @@ def split_validation(
     return rows[:eval_examples], rows[eval_examples:][which]
 
 
-def first_text(
-    ids: np.ndarray,  # Token ids, perhaps of several texts
-) -> np.ndarray:
-    "Token ids up to the end of the first text; with target `text` a model writes on after it."
+def first_text(ids: np.ndarray) -> np.ndarray:
+    """Token ids up to the end of the first text; with target `text` a model writes on after it.
+
+    Args:
+        ids: Token ids, perhaps of several texts.
+    """
     return ids[: ids.tolist().index(SEP)] if SEP in ids else ids
 
 
 def fillings(
-    cutter: Tokenizer,  # Of the model
-    texts: list[np.ndarray],  # Token ids with sentinels
-    found: list[np.ndarray],  # What the model made of each
-    truths: list[np.ndarray] = (),  # What stood there; empty: nobody knows
-    copies: list[np.ndarray] = (),  # What the copier made of each
+    cutter: Tokenizer,
+    texts: list[np.ndarray],
+    found: list[np.ndarray],
+    truths: list[np.ndarray] = (),
+    copies: list[np.ndarray] = (),
 ) -> list[dict[str, str]]:
-    "Texts with blanks, and in words what stood there, what the model and the copier wrote."
+    """Texts with blanks, and in words what stood there, what the model and the copier wrote.
+
+    Args:
+        cutter: Of the model.
+        texts: Token ids with sentinels.
+        found: What the model made of each.
+        truths: What stood there; empty: nobody knows.
+        copies: What the copier made of each.
+    """
     vocab_size = cutter.get_vocab_size(with_added_tokens=True)
 
     def words(ids: np.ndarray) -> str:
@@ -152,14 +172,22 @@ def fillings(
 
 
 def compare_with_baselines(
-    ours: list[np.ndarray],  # Token ids of each held row, as the model filled it
-    scores: np.ndarray,  # (rows, 5), from `validation_scores` of the trained model
-    untrained: np.ndarray,  # (rows,), nats of the hidden tokens before training
-    held: np.ndarray,  # (rows, length) token ids, the truth
-    beside: UntrainedBaselines,  # Of the same rows
+    ours: list[np.ndarray],
+    scores: np.ndarray,
+    untrained: np.ndarray,
+    held: np.ndarray,
+    beside: UntrainedBaselines,
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """(a comparison for each row, their means), each number for one hidden token of an average
-    row; surprise in bits."""
+    row; surprise in bits.
+
+    Args:
+        ours: Token ids of each held row, as the model filled it.
+        scores: (rows, 5), from `validation_scores` of the trained model.
+        untrained: (rows,), nats of the hidden tokens before training.
+        held: (rows, length) token ids, the truth.
+        beside: Of the same rows.
+    """
     hidden = float(scores[:, 2].mean())
     wrong = edit_distances(ours, list(held))
     columns = dict(
@@ -230,14 +258,21 @@ class DenoisingConfig(StageConfig):
 
 # %% ../../nbs/1_pretraining/18b_denoising.ipynb #b345fa1e
 def denoise(
-    record: Record,  # Where the model goes: its artifact `writer`
-    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
-    tokenizer: str | Path,  # Folder of a WordPiece tokenizer
-    config: DenoisingConfig = DenoisingConfig(),  # What the stage may be told
+    record: Record,
+    corpus: str | Path,
+    tokenizer: str | Path,
+    config: DenoisingConfig = DenoisingConfig(),
 ) -> Path:
     """Pretrain an encoder-decoder by denoising (the parameters are those of the chapter;
     `batch_size` or `lr` None: by probes) and return its folder. Goes on after a kill. Raises
-    `UsageError`, `DataError`, `MissingError`."""
+    `UsageError`, `DataError`, `MissingError`.
+
+    Args:
+        record: Where the model goes: its artifact `writer`.
+        corpus: Folder of a corpus: train.parquet and validation.parquet.
+        tokenizer: Folder of a WordPiece tokenizer.
+        config: What the stage may be told.
+    """
     begun = time.monotonic()
     hidden, spans = span_counts(config.seq_len, config.noise_density, config.mean_span_length)
     if config.seq_len > config.max_position_embeddings:

@@ -26,11 +26,13 @@ from llmeco_nb.pretraining.span_corruption import (
 )
 
 # %% ../../nbs/1_pretraining/18j_denoising_eval.ipynb #f40845c6
-def edit_distances(
-    ours: list,  # Sequences of token ids, of any length
-    truths: list,  # As many; what each should be
-) -> np.ndarray:
-    "Edit distance (Levenshtein) of each pair of token sequences, shape (pairs,)."
+def edit_distances(ours: list, truths: list) -> np.ndarray:
+    """Edit distance (Levenshtein) of each pair of token sequences, shape (pairs,).
+
+    Args:
+        ours: Sequences of token ids, of any length.
+        truths: As many; what each should be.
+    """
 
     def padded(some: list, empty: int) -> np.ndarray:
         table = np.full((len(some), max(1, *map(len, some))), empty)
@@ -48,12 +50,14 @@ def edit_distances(
     return d[np.arange(len(a)), [len(s) for s in truths]]
 
 
-def most_frequent_successors(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    vocab_size: int,  # Number of subword tokens
-) -> np.ndarray:
+def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     """For each token (vocab_size,) the one that most often came after it in `rows`; for those never
-    seen the most frequent."""
+    seen the most frequent.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        vocab_size: Number of subword tokens.
+    """
     pairs = rows[:, 1:-2].astype(np.int64) * vocab_size + rows[:, 2:-1]
     pairs, n = np.unique(pairs, return_counts=True)
     order = np.argsort(n, kind="stable")  # of several, the last assignment stays: the most frequent
@@ -62,14 +66,16 @@ def most_frequent_successors(
     return found
 
 
-def copy_baselines(
-    rows: np.ndarray,  # (n, length) token ids that are counted
-    vocab_size: int,  # Number of subword tokens
-    top: int = 5,  # Most frequent stretches of each length
-) -> dict[str, tuple]:
+def copy_baselines(rows: np.ndarray, vocab_size: int, top: int = 5) -> dict[str, tuple]:
     """Ways to fill a span with copies, {name: (kind, tokens)}: nothing, the left neighbour, the
     row's most frequent token, or one of the `top` most frequent stretches of one, two, three
-    tokens."""
+    tokens.
+
+    Args:
+        rows: (n, length) token ids that are counted.
+        vocab_size: Number of subword tokens.
+        top: Most frequent stretches of each length.
+    """
     found = {
         "nothing": ("fixed", ()),
         "the left neighbour again": ("again", 1),
@@ -91,12 +97,16 @@ bigram_baselines = {f"{n} after the left neighbour": ("after", n) for n in (1, 2
 
 
 def apply_baseline(
-    corrupted: np.ndarray,  # (m,) token ids of a text with sentinels
-    way: tuple,  # (kind, tokens)
-    follower: np.ndarray,  # From `most_frequent_successors`
-    first_sentinel: int,  # The token that stands for span 0; the others follow it
+    corrupted: np.ndarray, way: tuple, follower: np.ndarray, first_sentinel: int
 ) -> np.ndarray:
-    "What a way to fill spans, from `copy_baselines` or `bigram_baselines`, makes of a text."
+    """What a way to fill spans, from `copy_baselines` or `bigram_baselines`, makes of a text.
+
+    Args:
+        corrupted: (m,) token ids of a text with sentinels.
+        way: (kind, tokens).
+        follower: From `most_frequent_successors`.
+        first_sentinel: The token that stands for span 0; the others follow it.
+    """
     out, (kind, what) = [], way
     inner = corrupted[1:-1]
     often = int(np.bincount(inner[inner < first_sentinel]).argmax()) if kind == "often" else None
@@ -114,13 +124,21 @@ def apply_baseline(
 
 
 def best_baseline(
-    ways: dict[str, tuple],  # Name -> way, as `apply_baseline` takes it
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    follower: np.ndarray,  # From `most_frequent_successors`
-    corruption: SpanCorruption,  # What is cut out; its seed decides which rows are tried
-    tried: int = 200,  # Training rows
+    ways: dict[str, tuple],
+    rows: np.ndarray,
+    follower: np.ndarray,
+    corruption: SpanCorruption,
+    tried: int = 200,
 ) -> tuple[str, tuple]:
-    "The way with the fewest edits on `tried` training rows, with its name."
+    """The way with the fewest edits on `tried` training rows, with its name.
+
+    Args:
+        ways: Name -> way, as `apply_baseline` takes it.
+        rows: (n, length) token ids, from `group_texts`.
+        follower: From `most_frequent_successors`.
+        corruption: What is cut out; its seed decides which rows are tried.
+        tried: Training rows.
+    """
     first_sentinel = corruption.vocab_size
     some = np.random.default_rng([corruption.seed, 21]).permutation(len(rows))[:tried]
     spans = [corruption.spans(rows.shape[1], i) for i in some]
@@ -135,12 +153,16 @@ def best_baseline(
 
 # %% ../../nbs/1_pretraining/18j_denoising_eval.ipynb #946b505e
 def copy_baseline_nats(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    spans: list[np.ndarray],  # From `sample_spans`, for each row
-    logp: np.ndarray,  # (vocab_size,), log-probabilities by frequency
-    shares: Sequence[float],  # Of copying, each between 0 and 1
+    rows: np.ndarray, spans: list[np.ndarray], logp: np.ndarray, shares: Sequence[float]
 ) -> np.ndarray:
-    "Surprise in nats of each row's hidden tokens, summed, for each share: (rows, shares)."
+    """Surprise in nats of each row's hidden tokens, summed, for each share: (rows, shares).
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        spans: From `sample_spans`, for each row.
+        logp: (vocab_size,), log-probabilities by frequency.
+        shares: Of copying, each between 0 and 1.
+    """
     found, shares = [], np.asarray(shares, float)
     for row, cuts in zip(rows, spans):
         cut = np.zeros(len(row), bool)
@@ -154,13 +176,15 @@ def copy_baseline_nats(
     return np.array(found)
 
 
-def ngram_nats(
-    model: Ngram,  # Of the same tokenizer
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    spans: list[np.ndarray],  # From `sample_spans`, for each row
-) -> np.ndarray:
+def ngram_nats(model: Ngram, rows: np.ndarray, spans: list[np.ndarray]) -> np.ndarray:
     """Surprise in nats of each row's hidden tokens by an n-gram model that knows the tokens before
-    each, (rows,)."""
+    each, (rows,).
+
+    Args:
+        model: Of the same tokenizer.
+        rows: (n, length) token ids, from `group_texts`.
+        spans: From `sample_spans`, for each row.
+    """
     stream, asked = concat_documents([row[1:-1] for row in rows], model.order, model.eos_token_id)
     # the last of each row is its end
     nats = -np.log(model.probabilities(stream)[asked].reshape(len(rows), -1)[:, :-1])
@@ -184,13 +208,21 @@ class UntrainedBaselines:
 
 
 def untrained_baselines(
-    rows: np.ndarray,  # (n, length) token ids of training texts
-    held: np.ndarray,  # (m, length) token ids to compare on
-    train_ids: list[np.ndarray],  # Token ids of each training text, for the five-grams
-    corruption: SpanCorruption,  # What is cut out
-    baseline_tokens: int,  # Training tokens to count, up to a whole text; at least one text
+    rows: np.ndarray,
+    held: np.ndarray,
+    train_ids: list[np.ndarray],
+    corruption: SpanCorruption,
+    baseline_tokens: int,
 ) -> UntrainedBaselines:
-    "What copying and counting make of the held rows."
+    """What copying and counting make of the held rows.
+
+    Args:
+        rows: (n, length) token ids of training texts.
+        held: (m, length) token ids to compare on.
+        train_ids: Token ids of each training text, for the five-grams.
+        corruption: What is cut out.
+        baseline_tokens: Training tokens to count, up to a whole text; at least one text.
+    """
     vocab_size, length = corruption.vocab_size, rows.shape[1]
     spans = [corruption.spans(length, i) for i in range(len(held))]
     corrupted = [corrupt_spans(row, cuts, vocab_size)[0] for row, cuts in zip(held, spans)]
@@ -224,13 +256,17 @@ def untrained_baselines(
 
 # %% ../../nbs/1_pretraining/18j_denoising_eval.ipynb #57eb8084
 def validation_scores(
-    model: Seq2Seq,  # In evaluation mode
-    rows: np.ndarray,  # (n, length) token ids not trained on
-    corruption: SpanCorruption,  # What is cut out, and what is to be written
-    batch_size: int = 50,  # Rows at a time
+    model: Seq2Seq, rows: np.ndarray, corruption: SpanCorruption, batch_size: int = 50
 ) -> np.ndarray:
     """Per row (n, 5): nats and right guesses at hidden tokens, sentinels aside; their number; nats
-    of the whole target, its tokens. Spans are those of epoch 0."""
+    of the whole target, its tokens. Spans are those of epoch 0.
+
+    Args:
+        model: In evaluation mode.
+        rows: (n, length) token ids not trained on.
+        corruption: What is cut out, and what is to be written.
+        batch_size: Rows at a time.
+    """
     found, first_sentinel = [], corruption.vocab_size
     for s in range(0, len(rows), batch_size):
         which = range(s, min(s + batch_size, len(rows)))
@@ -250,15 +286,23 @@ def validation_scores(
 
 @torch.no_grad()
 def generate_spans(
-    model: Seq2Seq,  # Trained to write spans
-    ids: torch.Tensor,  # (rows, m), the same number of sentinels in each
-    first_sentinel: int,  # The token that stands for span 0; the others follow it
-    max_new_tokens: int,  # Of an answer
-    mean_span_length: float,  # Tokens of a span on average, at least 1
+    model: Seq2Seq,
+    ids: torch.Tensor,
+    first_sentinel: int,
+    max_new_tokens: int,
+    mean_span_length: float,
 ) -> torch.Tensor:
     """Answers (rows, at most `max_new_tokens`): likeliest tokens, in every span at least one, a
     further one only where all so far are likelier right than one too many; no sentinel but the next
-    can follow, and the token before a span is known."""
+    can follow, and the token before a span is known.
+
+    Args:
+        model: Trained to write spans.
+        ids: (rows, m), the same number of sentinels in each.
+        first_sentinel: The token that stands for span 0; the others follow it.
+        max_new_tokens: Of an answer.
+        mean_span_length: Tokens of a span on average, at least 1.
+    """
     # where a token before is wrong, what the model thinks of the end is worth nothing, and the span
     # ends as spans of this mean length do
     n, sentinels = len(ids), int((ids[0] >= first_sentinel).sum())
@@ -289,12 +333,14 @@ def generate_spans(
 
 
 @torch.no_grad()
-def generate_text(
-    model: Seq2Seq,  # Trained to write the whole text
-    ids: torch.Tensor,  # (rows, m) token ids with sentinels, without padding
-    max_new_tokens: int,  # Of an answer
-) -> torch.Tensor:
-    "Greedy answers (rows, `max_new_tokens`) of a model that writes the whole text."
+def generate_text(model: Seq2Seq, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+    """Greedy answers (rows, `max_new_tokens`) of a model that writes the whole text.
+
+    Args:
+        model: Trained to write the whole text.
+        ids: (rows, m) token ids with sentinels, without padding.
+        max_new_tokens: Of an answer.
+    """
     memory, written = model.encode(ids), torch.full((len(ids), 1), CLS)
     while written.shape[1] <= max_new_tokens:
         written = torch.cat([written, model.decode(written, memory)[:, -1:].argmax(-1)], 1)
@@ -302,13 +348,21 @@ def generate_text(
 
 
 def denoise_texts(
-    model: Seq2Seq,  # In evaluation mode
-    texts: list[np.ndarray],  # Token ids of each, with sentinels
-    corruption: SpanCorruption,  # What it was trained to write
-    max_new_tokens: int,  # Of an answer
-    batch_size: int = 50,  # Texts at a time
+    model: Seq2Seq,
+    texts: list[np.ndarray],
+    corruption: SpanCorruption,
+    max_new_tokens: int,
+    batch_size: int = 50,
 ) -> list[np.ndarray]:
-    "Texts filled in by the model; those of one length and number of spans at a time."
+    """Texts filled in by the model; those of one length and number of spans at a time.
+
+    Args:
+        model: In evaluation mode.
+        texts: Token ids of each, with sentinels.
+        corruption: What it was trained to write.
+        max_new_tokens: Of an answer.
+        batch_size: Texts at a time.
+    """
     found, first_sentinel = {}, corruption.vocab_size
 
     def kind(text: np.ndarray) -> tuple[int, int]:

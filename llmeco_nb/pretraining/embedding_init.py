@@ -20,12 +20,14 @@ from ..models.encoder import new_encoder
 from ..tokenization.wordpiece import special_tokens
 
 # %% ../../nbs/1_pretraining/18g_embedding_init.ipynb #b4769ae7
-def unigram_log_probs(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    vocab_size: int,  # Number of subword tokens
-) -> np.ndarray:
+def unigram_log_probs(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     """Log-probability (vocab_size,) of each token by its frequency in `rows`, half an occurrence
-    added to each; special tokens counted as absent."""
+    added to each; special tokens counted as absent.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        vocab_size: Number of subword tokens.
+    """
     counts = np.bincount(rows.ravel(), minlength=vocab_size)[:vocab_size] + 0.0
     counts[: len(special_tokens)] = 0
     return np.log((counts + 0.5) / (counts + 0.5).sum()).astype(np.float32)
@@ -45,15 +47,24 @@ def single_thread() -> Iterator[None]:
 
 
 def window_ppmi_embeddings(
-    rows: np.ndarray,  # (n, length)
-    vocab_size: int,  # Number of subword tokens
-    hidden_size: int,  # Of the embeddings
-    contexts: int = 2000,  # Most frequent tokens to count as neighbours
-    window: int = 5,  # Places to each side
-    init_std: float = 0.04,  # Standard deviation of the result
+    rows: np.ndarray,
+    vocab_size: int,
+    hidden_size: int,
+    contexts: int = 2000,
+    window: int = 5,
+    init_std: float = 0.04,
 ) -> np.ndarray:
     """Word embeddings (vocab_size, hidden_size) from the singular vectors of positive pointwise
-    mutual information; float32, mean 0. Tokens never seen get 0."""
+    mutual information; float32, mean 0. Tokens never seen get 0.
+
+    Args:
+        rows: (n, length).
+        vocab_size: Number of subword tokens.
+        hidden_size: Of the embeddings.
+        contexts: Most frequent tokens to count as neighbours.
+        window: Places to each side.
+        init_std: Standard deviation of the result.
+    """
     frequency = np.bincount(rows.ravel(), minlength=vocab_size)
     frequency[: len(special_tokens)] = 0
     top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
@@ -71,13 +82,15 @@ def window_ppmi_embeddings(
 
 
 @single_thread()
-def ppmi_svd(
-    met: torch.Tensor,  # (vocab_size, contexts), float32: how often each token met each context
-    hidden_size: int,  # Of the vectors
-    init_std: float,  # Standard deviation of the result
-) -> np.ndarray:
+def ppmi_svd(met: torch.Tensor, hidden_size: int, init_std: float) -> np.ndarray:
     """Word vectors (vocab_size, hidden_size), mean 0 and standard deviation `init_std`. A token
-    that met no context gets 0."""
+    that met no context gets 0.
+
+    Args:
+        met: (vocab_size, contexts), float32: how often each token met each context.
+        hidden_size: Of the vectors.
+        init_std: Standard deviation of the result.
+    """
     met[: len(special_tokens)] = 0
     common = met.sum(0).pow(
         0.75
@@ -99,14 +112,22 @@ def ppmi_svd(
 
 # %% ../../nbs/1_pretraining/18g_embedding_init.ipynb #d55d067c
 def document_ppmi_embeddings(
-    encoded: list[np.ndarray],  # Token ids of every text
-    vocab_size: int,  # Number of subword tokens
-    hidden_size: int,  # Of the embeddings
-    contexts: int = 2000,  # Tokens in most texts, to count as contexts
-    init_std: float = 0.04,  # Root mean square of every vector
+    encoded: list[np.ndarray],
+    vocab_size: int,
+    hidden_size: int,
+    contexts: int = 2000,
+    init_std: float = 0.04,
 ) -> np.ndarray:
     """Word embeddings from the same factorisation, with all tokens of a text as contexts of
-    each, however often they occur; all of one length; float32 (vocab_size, hidden_size)."""
+    each, however often they occur; all of one length; float32 (vocab_size, hidden_size).
+
+    Args:
+        encoded: Token ids of every text.
+        vocab_size: Number of subword tokens.
+        hidden_size: Of the embeddings.
+        contexts: Tokens in most texts, to count as contexts.
+        init_std: Root mean square of every vector.
+    """
     flat = np.concatenate(encoded)
     owner = np.repeat(np.arange(len(encoded)), [len(e) for e in encoded])
     ones = np.ones(len(flat), np.float32)
@@ -126,16 +147,26 @@ EmbeddingInit = Literal["window_ppmi", "document_ppmi", "random"]
 
 
 def init_mlm_model(
-    rows: np.ndarray,  # (n, length) token ids whose frequencies it begins with
-    vocab_size: int,  # Number of subword tokens
-    size: str,  # Layers x width such as 2x64, or a name such as mini
-    max_position_embeddings: int,  # Tokens a text may have
-    embedding_init: str,  # window_ppmi, document_ppmi or random
-    seed: int,  # Decides the random weights
-    encoded: list[np.ndarray] = (),  # Token ids of every text, for document_ppmi
+    rows: np.ndarray,
+    vocab_size: int,
+    size: str,
+    max_position_embeddings: int,
+    embedding_init: str,
+    seed: int,
+    encoded: list[np.ndarray] = (),
 ) -> torch.nn.Module:
     """A new BertForMaskedLM that knows the tokens' frequencies and, unless `embedding_init` is
-    random, what they occur with. Raises `UsageError`."""
+    random, what they occur with. Raises `UsageError`.
+
+    Args:
+        rows: (n, length) token ids whose frequencies it begins with.
+        vocab_size: Number of subword tokens.
+        size: Layers x width such as 2x64, or a name such as mini.
+        max_position_embeddings: Tokens a text may have.
+        embedding_init: window_ppmi, document_ppmi or random.
+        seed: Decides the random weights.
+        encoded: Token ids of every text, for document_ppmi.
+    """
     if embedding_init not in get_args(EmbeddingInit):
         raise UsageError(
             f"embedding_init is {embedding_init!r}; it is window_ppmi, document_ppmi or random."

@@ -18,10 +18,12 @@ from ..training.loop import batch_indices
 from ..training.sharding import rank_slice
 
 # %% ../../nbs/1_pretraining/18f_masking.ipynb #c0219f90
-def small_tokenizer(
-    vocab_size: int = 2000,  # Number of subword tokens, special ones included
-) -> Path:
-    "The folder of a tokenizer for the small corpus, made at the first call under runs/scratch."
+def small_tokenizer(vocab_size: int = 2000) -> Path:
+    """The folder of a tokenizer for the small corpus, made at the first call under runs/scratch.
+
+    Args:
+        vocab_size: Number of subword tokens, special ones included.
+    """
     from llmeco_nb.data.corpus import small_corpus
 
     corpus = small_corpus()
@@ -39,12 +41,14 @@ def small_tokenizer(
 CLS, SEP, MASK = (special_tokens.index(f"[{name}]") for name in ("CLS", "SEP", "MASK"))
 
 
-def group_texts(
-    encoded: list[np.ndarray],  # Token ids of every text
-    length: int,  # Tokens a row, special ones included
-) -> np.ndarray:
+def group_texts(encoded: list[np.ndarray], length: int) -> np.ndarray:
     """Rows (n, length) of int32 that hold all texts one after the other; what does not fill a last
-    row is left out. Raises `UsageError`, `DataError`."""
+    row is left out. Raises `UsageError`, `DataError`.
+
+    Args:
+        encoded: Token ids of every text.
+        length: Tokens a row, special ones included.
+    """
     if length < 8:
         raise UsageError(f"seq_len is {length}; a row needs at least 8 tokens.")
     inner = length - 2
@@ -61,13 +65,17 @@ def group_texts(
 
 # %% ../../nbs/1_pretraining/18f_masking.ipynb #8af6f6da
 def mask_row(
-    row: np.ndarray,  # (length,) token ids
-    key: tuple[int, ...],  # Whole numbers that decide: seed, epoch, index of the row
-    mask_prob: float,  # Share of the ordinary tokens to hide, between 0 and 1
-    vocab_size: int,  # Number of subword tokens
+    row: np.ndarray, key: tuple[int, ...], mask_prob: float, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The row as the network sees it, and the positions it is asked about. A function of the
-    arguments alone; special tokens are never hidden."""
+    arguments alone; special tokens are never hidden.
+
+    Args:
+        row: (length,) token ids.
+        key: Whole numbers that decide: seed, epoch, index of the row.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        vocab_size: Number of subword tokens.
+    """
     draw = np.random.default_rng(key)
     ordinary = np.flatnonzero(row >= len(special_tokens))
     hidden = np.sort(draw.permutation(ordinary)[: max(1, round(mask_prob * len(ordinary)))])
@@ -79,15 +87,24 @@ def mask_row(
 
 
 def masked_batch(
-    rows: np.ndarray,  # (n, length)
-    which: Iterable[int],  # Indices of the rows of this batch
-    epochs: Iterable[int],  # Epoch of each
-    seed: int,  # With epoch and row, decides what is hidden
-    mask_prob: float,  # Share of the ordinary tokens to hide, between 0 and 1
-    vocab_size: int,  # Number of subword tokens; random ones replace a tenth of the hidden
+    rows: np.ndarray,
+    which: Iterable[int],
+    epochs: Iterable[int],
+    seed: int,
+    mask_prob: float,
+    vocab_size: int,
 ) -> dict[str, torch.Tensor]:
     """Tensors input_ids (len(which), length), positions and targets (hidden,): positions index the
-    flattened input_ids."""
+    flattened input_ids.
+
+    Args:
+        rows: (n, length).
+        which: Indices of the rows of this batch.
+        epochs: Epoch of each.
+        seed: With epoch and row, decides what is hidden.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        vocab_size: Number of subword tokens; random ones replace a tenth of the hidden.
+    """
     seen, places, length = [], [], rows.shape[1]
     for k, (i, e) in enumerate(zip(which, epochs)):
         row, hidden = mask_row(rows[i], (seed, int(e), int(i)), mask_prob, vocab_size)
@@ -102,15 +119,25 @@ def masked_batch(
 
 # %% ../../nbs/1_pretraining/18f_masking.ipynb #e8eeb443
 def mlm_batches(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    batch_size: int,  # Rows a batch, of all processes together
-    seed: int,  # Decides order and masks
-    mask_prob: float,  # Share of the ordinary tokens to hide, between 0 and 1
-    vocab_size: int,  # Number of subword tokens
-    world: int = 1,  # Processes that share a batch
-    rank: int = 0,  # Of so many processes, the part of this one
+    rows: np.ndarray,
+    batch_size: int,
+    seed: int,
+    mask_prob: float,
+    vocab_size: int,
+    world: int = 1,
+    rank: int = 0,
 ) -> Callable[[int], dict[str, torch.Tensor]]:
-    "Number of a batch -> its tensors; a pure function, so that workers and resume change nothing."
+    """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        batch_size: Rows a batch, of all processes together.
+        seed: Decides order and masks.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        vocab_size: Number of subword tokens.
+        world: Processes that share a batch.
+        rank: Of so many processes, the part of this one.
+    """
 
     def batches(index: int) -> dict[str, torch.Tensor]:
         return masked_batch(

@@ -41,15 +41,24 @@ from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #0a65ff69
 def validation_losses(
-    model: torch.nn.Module,  # A BertForMaskedLM, in evaluation mode
-    rows: np.ndarray,  # (n, length) token ids not trained on
-    seed: int,  # With the row, decides what is hidden
-    mask_prob: float,  # Share of the ordinary tokens to hide, between 0 and 1
-    vocab_size: int,  # Number of subword tokens
-    batch_size: int = 32,  # Rows at a time
+    model: torch.nn.Module,
+    rows: np.ndarray,
+    seed: int,
+    mask_prob: float,
+    vocab_size: int,
+    batch_size: int = 32,
 ) -> np.ndarray:
     """Per row (n, 3): summed loss in nats, number of right guesses, number of hidden tokens; masks
-    are those of epoch 0."""
+    are those of epoch 0.
+
+    Args:
+        model: A BertForMaskedLM, in evaluation mode.
+        rows: (n, length) token ids not trained on.
+        seed: With the row, decides what is hidden.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        vocab_size: Number of subword tokens.
+        batch_size: Rows at a time.
+    """
     found = np.zeros((len(rows), 3))
     for s in range(0, len(rows), batch_size):
         which = range(s, min(s + batch_size, len(rows)))
@@ -100,12 +109,14 @@ class MLMConfig(StageConfig):
     seed: NonNegativeInt = 0  # decides first weights, order and masks
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #7374b51c
-def tile_position_embeddings(
-    model: torch.nn.Module,  # A BERT of transformers; changed in place
-    length: int,  # Tokens of the rows it was trained on
-) -> None:
+def tile_position_embeddings(model: torch.nn.Module, length: int) -> None:
     """Fill the position vectors from `length` on with those learned inside rows (places 1 to
-    length-2), over and over."""
+    length-2), over and over.
+
+    Args:
+        model: A BERT of transformers; changed in place.
+        length: Tokens of the rows it was trained on.
+    """
     table = model.bert.embeddings.position_embeddings.weight
     with torch.no_grad():
         for p in range(length, len(table)):
@@ -113,13 +124,17 @@ def tile_position_embeddings(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #33a4061f
 def fill_mask(
-    model: torch.nn.Module,  # A BertForMaskedLM, on the CPU; reads as much as it has positions
-    tokenizer: Tokenizer,  # Of this model
-    text: str,  # With a [MASK]
-    top: int = 5,  # Tokens to give, likeliest first
+    model: torch.nn.Module, tokenizer: Tokenizer, text: str, top: int = 5
 ) -> list[tuple[str, float]]:
     """The likeliest tokens for the first [MASK] of `text`, with their probabilities. Raises
-    `UsageError` if it holds none."""
+    `UsageError` if it holds none.
+
+    Args:
+        model: A BertForMaskedLM, on the CPU; reads as much as it has positions.
+        tokenizer: Of this model.
+        text: With a [MASK].
+        top: Tokens to give, likeliest first.
+    """
     ids = torch.tensor([tokenizer.encode(text).ids[: model.config.max_position_embeddings]])
     if not (ids == MASK).any():
         raise UsageError(f"{text!r} holds no [MASK].")
@@ -130,15 +145,24 @@ def fill_mask(
 
 
 def examples(
-    model: torch.nn.Module,  # A BertForMaskedLM, on the CPU
-    tokenizer: Tokenizer,  # Of this model
-    texts: list[str],  # Unseen; those of fewer than 12 words are passed over
-    prompts: list[str],  # Texts with a [MASK], without a known truth
-    seed: int,  # Decides which words are hidden
-    n: int = 6,  # Texts to take at most
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    prompts: list[str],
+    seed: int,
+    n: int = 6,
 ) -> list[dict]:
     """Prompts and `n` unseen texts, each with one word hidden, and what the model makes of it:
-    {text, truth, guesses}."""
+    {text, truth, guesses}.
+
+    Args:
+        model: A BertForMaskedLM, on the CPU.
+        tokenizer: Of this model.
+        texts: Unseen; those of fewer than 12 words are passed over.
+        prompts: Texts with a [MASK], without a known truth.
+        seed: Decides which words are hidden.
+        n: Texts to take at most.
+    """
     found = [dict(text=t, truth="", guesses=fill_mask(model, tokenizer, t)) for t in prompts]
     draw = np.random.default_rng([seed, 7])
     for text in texts:
@@ -160,12 +184,14 @@ def examples(
     return found
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #1d406d61
-def save_encoder(
-    model: torch.nn.Module,  # Of transformers
-    tokenizer_folder: str | Path,  # Its files are copied
-    folder: Path,  # Where; exists already or is made
-) -> None:
-    "Write model and tokenizer as one folder for plain `transformers`."
+def save_encoder(model: torch.nn.Module, tokenizer_folder: str | Path, folder: Path) -> None:
+    """Write model and tokenizer as one folder for plain `transformers`.
+
+    Args:
+        model: Of transformers.
+        tokenizer_folder: Its files are copied.
+        folder: Where; exists already or is made.
+    """
     from transformers.utils import logging
 
     bar = logging.is_progress_bar_enabled()
@@ -180,12 +206,19 @@ def save_encoder(
 
 
 def mlm_loss_step(
-    model: torch.nn.Module,  # A BertForMaskedLM
-    batch: dict[str, torch.Tensor],  # From `masked_batch`
-    backward: Callable[[torch.Tensor], None],  # Called with the loss; computes gradients
-    parts: int = 0,  # Parts the loss is made in; 0: as few as its memory allows
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    parts: int = 0,
 ) -> tuple[torch.Tensor, int]:
-    """One micro-batch for the training loop: summed loss of the hidden tokens, and their number."""
+    """One micro-batch for the training loop: summed loss of the hidden tokens, and their number.
+
+    Args:
+        model: A BertForMaskedLM.
+        batch: From `masked_batch`.
+        backward: Called with the loss; computes gradients.
+        parts: Parts the loss is made in; 0: as few as its memory allows.
+    """
     room = (
         dict(max_logits=-(-len(batch["targets"]) // parts) * model.config.vocab_size)
         if parts
@@ -197,14 +230,18 @@ def mlm_loss_step(
 
 # %% ../../nbs/1_pretraining/18_mlm.ipynb #f6dc7314
 def pretrain(
-    record: Record,  # Where the encoder goes: its artifact `encoder`
-    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
-    tokenizer: str | Path,  # Folder of a WordPiece tokenizer
-    config: MLMConfig = MLMConfig(),  # What the stage may be told
+    record: Record, corpus: str | Path, tokenizer: str | Path, config: MLMConfig = MLMConfig()
 ) -> Path:
     """Pretrain an encoder (the parameters are those of the chapter; `batch_size` or `lr` None: by
     probes) and return its folder. Goes on after a kill. Raises `UsageError`, `DataError`,
-    `MissingError`."""
+    `MissingError`.
+
+    Args:
+        record: Where the encoder goes: its artifact `encoder`.
+        corpus: Folder of a corpus: train.parquet and validation.parquet.
+        tokenizer: Folder of a WordPiece tokenizer.
+        config: What the stage may be told.
+    """
     if not config.embedding_lr_scale and config.embedding_init == "random":
         raise UsageError(
             "embedding_lr_scale is 0 and embedding_init is random: random vectors would be held. "

@@ -54,16 +54,26 @@ from ..training.task import ChunkedLoss, TrainTask
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #849cb160
 def nsp_losses(
-    model: torch.nn.Module,  # transformers.BertForPreTraining
-    input_ids: torch.Tensor,  # (n, length) token ids, some hidden
-    token_type_ids: torch.Tensor,  # (n, length), 0 in A and 1 in B
-    next_sentence: torch.Tensor,  # (n,), not looked at: the label of each pair
-    positions: torch.Tensor,  # (hidden,), of the flattened input_ids
-    targets: torch.Tensor,  # (hidden,), the tokens that stood there
-    parts: int = 0,  # Pieces the loss of the tokens is made in; 0: as few as its memory allows
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    next_sentence: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    parts: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits (n, 2) of the pairs in float32, summed cross-entropy of the hidden tokens), in one
-    forward pass."""
+    forward pass.
+
+    Args:
+        model: transformers.BertForPreTraining.
+        input_ids: (n, length) token ids, some hidden.
+        token_type_ids: (n, length), 0 in A and 1 in B.
+        next_sentence: (n,), not looked at: the label of each pair.
+        positions: (hidden,), of the flattened input_ids.
+        targets: (hidden,), the tokens that stood there.
+        parts: Pieces the loss of the tokens is made in; 0: as few as its memory allows.
+    """
     read = model.bert(input_ids=input_ids, token_type_ids=token_type_ids)
     head = model.cls.predictions
     asked = head.transform(read.last_hidden_state.flatten(0, 1).index_select(0, positions))
@@ -73,12 +83,14 @@ def nsp_losses(
     )
 
 
-def nsp_loss_step(
-    mlm_weight: float,  # Of the hidden tokens' loss
-    parts: int = 0,  # Parts that loss is made in; 0: as few as its memory allows
-) -> Callable[..., tuple[torch.Tensor, int]]:
+def nsp_loss_step(mlm_weight: float, parts: int = 0) -> Callable[..., tuple[torch.Tensor, int]]:
     """A step for the training loop: per pair, its cross-entropy and `mlm_weight` times the mean
-    cross-entropy of its hidden tokens."""
+    cross-entropy of its hidden tokens.
+
+    Args:
+        mlm_weight: Of the hidden tokens' loss.
+        parts: Parts that loss is made in; 0: as few as its memory allows.
+    """
 
     def step(
         model: torch.nn.Module, batch: dict[str, Any], backward: Callable
@@ -95,12 +107,14 @@ def nsp_loss_step(
     return step
 
 
-def load_nsp_model(
-    encoder: str | Path,  # Folder of a BERT
-    seed: int,  # Decides what is new
-) -> torch.nn.Module:
+def load_nsp_model(encoder: str | Path, seed: int) -> torch.nn.Module:
     """A BertForPreTraining from an encoder's folder; pooler and head of the pairs are new where the
-    folder has none, and depend on the seed alone. Raises `MissingError`, `DataError`."""
+    folder has none, and depend on the seed alone. Raises `MissingError`, `DataError`.
+
+    Args:
+        encoder: Folder of a BERT.
+        seed: Decides what is new.
+    """
     from transformers import AutoConfig, BertForPreTraining
     from transformers.utils import logging
 
@@ -158,23 +172,29 @@ def made_encoder() -> Path:
     return cached_fixture("encoder-pretrained", make, pretrain, corpus, tokenizer) / "encoder"
 
 # %% ../../nbs/1_pretraining/18c_nsp.ipynb #5a2f8e1f
-def validation_borders(
-    pairs: SentencePairs,  # Of texts not trained on
-    eval_examples: int,  # Pairs, rounded down to an even number
-) -> np.ndarray:
-    "The borders of the validation pairs; with even place B follows, with odd place it does not."
+def validation_borders(pairs: SentencePairs, eval_examples: int) -> np.ndarray:
+    """The borders of the validation pairs; with even place B follows, with odd place it does not.
+
+    Args:
+        pairs: Of texts not trained on.
+        eval_examples: Pairs, rounded down to an even number.
+    """
     order = np.random.default_rng([pairs.seed, 11]).permutation(len(pairs.boundaries))
     return order[: eval_examples // 2 * 2]
 
 
 def nsp_validation(
-    model: torch.nn.Module,  # A BertForPreTraining, in evaluation mode
-    pairs: SentencePairs,  # Of texts not trained on
-    eval_examples: int,  # Pairs, rounded down to an even number
-    batch_size: int = 50,  # Pairs at a time
+    model: torch.nn.Module, pairs: SentencePairs, eval_examples: int, batch_size: int = 50
 ) -> np.ndarray:
     """Per pair (n, 3): cross-entropy of the pair in nats, whether the guess was right, mean
-    cross-entropy of its hidden tokens (of its batch). Every other pair is true."""
+    cross-entropy of its hidden tokens (of its batch). Every other pair is true.
+
+    Args:
+        model: A BertForPreTraining, in evaluation mode.
+        pairs: Of texts not trained on.
+        eval_examples: Pairs, rounded down to an even number.
+        batch_size: Pairs at a time.
+    """
     chosen, found = validation_borders(pairs, eval_examples), []
     for s in range(0, len(chosen), batch_size):
         which = chosen[s : s + batch_size]
@@ -189,23 +209,29 @@ def nsp_validation(
     return np.concatenate(found)
 
 
-def token_overlap(
-    rows: list[np.ndarray],  # n rows (length,) of token ids, `[CLS] A [SEP] B [SEP]`
-    rarity: np.ndarray,  # (vocab_size,), 0 or more
-    length: int,  # Tokens of a pair, special ones included
-) -> np.ndarray:
-    "For each row the summed rarity of the tokens that stand in A and in B, (n,)."
+def token_overlap(rows: list[np.ndarray], rarity: np.ndarray, length: int) -> np.ndarray:
+    """For each row the summed rarity of the tokens that stand in A and in B, (n,).
+
+    Args:
+        rows: n rows (length,) of token ids, `[CLS] A [SEP] B [SEP]`.
+        rarity: (vocab_size,), 0 or more.
+        length: Tokens of a pair, special ones included.
+    """
     a = segment_lengths(length)[0]
     return np.array([rarity[np.intersect1d(r[1 : 1 + a], r[2 + a : -1])].sum() for r in rows])
 
 
 def token_overlap_baseline(
-    train: SentencePairs,  # For frequencies and threshold
-    held: SentencePairs,  # To be judged
-    eval_examples: int,  # Pairs, as `nsp_validation` was given
+    train: SentencePairs, held: SentencePairs, eval_examples: int
 ) -> np.ndarray:
     """Whether counting shared words gives the right answer, for the pairs of `nsp_validation`;
-    frequencies and threshold come from training texts."""
+    frequencies and threshold come from training texts.
+
+    Args:
+        train: For frequencies and threshold.
+        held: To be judged.
+        eval_examples: Pairs, as `nsp_validation` was given.
+    """
     inside = np.concatenate([np.unique(ids) for ids, _ in train.docs])
     df = np.bincount(inside, minlength=train.vocab_size)
     rarity = np.log(len(train.docs) / (df + 1)).clip(0)
@@ -248,15 +274,23 @@ class NSPConfig(StageConfig):
 
 
 def pretrain_nsp(
-    record: Record,  # Where the model goes: its artifact `paired`
-    corpus: str | Path,  # Folder of a corpus: train.parquet and validation.parquet
-    tokenizer: str | Path,  # Folder of the encoder's tokenizer
-    encoder: str | Path,  # Folder of a pretrained BERT
-    config: NSPConfig = NSPConfig(),  # What the stage may be told
+    record: Record,
+    corpus: str | Path,
+    tokenizer: str | Path,
+    encoder: str | Path,
+    config: NSPConfig = NSPConfig(),
 ) -> Path:
     """Go on from an encoder with pairs and hidden tokens (the parameters are those of the chapter;
     `batch_size` or `lr` None: by probes); returns its folder. Goes on after a kill. Raises
-    `UsageError`, `DataError`, `MissingError`."""
+    `UsageError`, `DataError`, `MissingError`.
+
+    Args:
+        record: Where the model goes: its artifact `paired`.
+        corpus: Folder of a corpus: train.parquet and validation.parquet.
+        tokenizer: Folder of the encoder's tokenizer.
+        encoder: Folder of a pretrained BERT.
+        config: What the stage may be told.
+    """
     begun, cutter = time.monotonic(), open_tokenizer(tokenizer)
     model, vocabulary = load_nsp_model(encoder, config.seed), cutter.get_vocab_size()
     if model.config.vocab_size != vocabulary:

@@ -16,12 +16,14 @@ from ..core import DataError, MissingError, UsageError, cached_fixture
 from ..tokenization.bpe import save_subword_tokenizer, train_bpe
 
 # %% ../../nbs/1_pretraining/18l_packing.ipynb #6288abcc
-def read_texts(
-    folder: str | Path,  # Of a corpus: <split>.parquet with a column text, and maybe one domain
-    split: str,  # train, validation or test
-) -> dict[str, list[str]]:
+def read_texts(folder: str | Path, split: str) -> dict[str, list[str]]:
     """The texts of a split by domain; without domains, all of them under `texts`. Raises
-    `MissingError`, `DataError`."""
+    `MissingError`, `DataError`.
+
+    Args:
+        folder: Of a corpus: <split>.parquet with a column text, and maybe one domain.
+        split: train, validation or test.
+    """
     import pyarrow.parquet as pq
 
     file = Path(folder) / f"{split}.parquet"
@@ -39,11 +41,13 @@ def read_texts(
     return found
 
 
-def eos_token_id(
-    tokenizer: Tokenizer,  # Any
-) -> int:
+def eos_token_id(tokenizer: Tokenizer) -> int:
     """The token that ends a document and, before the first, begins it. Raises `DataError` for a
-    tokenizer that has none."""
+    tokenizer that has none.
+
+    Args:
+        tokenizer: Any.
+    """
     for name in ("<|endoftext|>", "[SEP]", "</s>"):
         if (found := tokenizer.token_to_id(name)) is not None:
             return found
@@ -52,11 +56,14 @@ def eos_token_id(
     )
 
 
-def small_subword_tokenizer(
-    prose: str | Path,  # Folder of a corpus; its training texts are counted
-    vocab_size: int = 1024,  # Number of subword tokens
-) -> Path:
-    "The folder of a small tokenizer for a small corpus, made at the first call under runs/scratch."
+def small_subword_tokenizer(prose: str | Path, vocab_size: int = 1024) -> Path:
+    """The folder of a small tokenizer for a small corpus, made at the first call under
+    runs/scratch.
+
+    Args:
+        prose: Folder of a corpus; its training texts are counted.
+        vocab_size: Number of subword tokens.
+    """
 
     def make(folder: Path) -> None:
         texts = (t for texts in read_texts(prose, "train").values() for t in texts)
@@ -65,12 +72,14 @@ def small_subword_tokenizer(
     return cached_fixture("pieces-small", make, vocab_size, train_bpe, Path(prose))
 
 # %% ../../nbs/1_pretraining/18l_packing.ipynb #c46c9321
-def best_fit_packing(
-    sizes: list[int],  # Tokens of each piece, 1 to `length`
-    length: int,  # Tokens a row
-) -> tuple[np.ndarray, np.ndarray, int]:
+def best_fit_packing(sizes: list[int], length: int) -> tuple[np.ndarray, np.ndarray, int]:
     """For pieces of 1 to `length` tokens: the row of each, where in it the piece begins, and the
-    number of rows. Each piece, in order, goes where it leaves least room."""
+    number of rows. Each piece, in order, goes where it leaves least room.
+
+    Args:
+        sizes: Tokens of each piece, 1 to `length`.
+        length: Tokens a row.
+    """
     room, mask, rows = [[] for _ in range(length + 1)], 0, 0
     row, start = np.empty((2, len(sizes)), np.int64)
     for i, n in enumerate(sizes):
@@ -90,13 +99,15 @@ def best_fit_packing(
     return row, start, rows
 
 
-def pack_documents(
-    encoded: list[np.ndarray],  # Token ids of every document
-    length: int,  # Tokens a row
-    end: int,  # Token that ends a document
-) -> dict[str, np.ndarray]:
+def pack_documents(encoded: list[np.ndarray], length: int, end: int) -> dict[str, np.ndarray]:
     """input_ids, targets (-100 where nothing is asked), documents (0 where there is none), all
-    (rows, length). Raises `UsageError`, `DataError`."""
+    (rows, length). Raises `UsageError`, `DataError`.
+
+    Args:
+        encoded: Token ids of every document.
+        length: Tokens a row.
+        end: Token that ends a document.
+    """
     if not 2 <= length < 2**15:
         raise UsageError(f"A row of {length} tokens cannot be packed; give 2 to {2**15 - 1}.")
     seen, wanted = [], []
@@ -122,8 +133,12 @@ def pack_documents(
 
 
 def select_rows(
-    packed: dict[str, np.ndarray],  # From `pack_documents`: arrays (rows, length)
-    which: np.ndarray | slice,  # Indices of rows
+    packed: dict[str, np.ndarray], which: np.ndarray | slice
 ) -> dict[str, torch.Tensor]:
-    "These rows as int64 tensors."
+    """These rows as int64 tensors.
+
+    Args:
+        packed: From `pack_documents`: arrays (rows, length).
+        which: Indices of rows.
+    """
     return {k: torch.from_numpy(v[which].astype(np.int64)) for k, v in packed.items()}

@@ -14,30 +14,38 @@ from ..core import DataError, UsageError
 from ..models.decoder import DecoderConfig, decoder_parameters
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
-def active_parameters(
-    c: DecoderConfig,  # Of the decoder; hidden_size and vocab_size count for the head
-) -> int:
+def active_parameters(c: DecoderConfig) -> int:
     """Weights that every token is multiplied by in a `decoder.DecoderConfig`: those of the layers
-    and of the head."""
+    and of the head.
+
+    Args:
+        c: Of the decoder; hidden_size and vocab_size count for the head.
+    """
     return decoder_parameters(c)["layers"] + c.hidden_size * c.vocab_size
 
 
 def scaling_law_loss(
-    p: np.ndarray,  # ln E, ln A, alpha, ln B, beta
-    n: float | np.ndarray,  # Parameters, above 0
-    d: float | np.ndarray,  # Tokens, above 0
+    p: np.ndarray, n: float | np.ndarray, d: float | np.ndarray
 ) -> float | np.ndarray:
-    "The law's loss for `n` parameters and `d` tokens; arrays broadcast."
+    """The law's loss for `n` parameters and `d` tokens; arrays broadcast.
+
+    Args:
+        p: ln E, ln A, alpha, ln B, beta.
+        n: Parameters, above 0.
+        d: Tokens, above 0.
+    """
     return np.exp(p[0]) + np.exp(p[1] - p[2] * np.log(n)) + np.exp(p[3] - p[4] * np.log(d))
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #174f6fff
-def fit_scaling_law(
-    n: Sequence[float],  # Parameters of each run, (runs,); at least two different
-    d: Sequence[float],  # Tokens each run read, (runs,); at least three different
-    loss: Sequence[float],  # What each run reached, (runs,), above 0; at least six
-) -> dict:
+def fit_scaling_law(n: Sequence[float], d: Sequence[float], loss: Sequence[float]) -> dict:
     """Fit the law: `p` (as `scaling_law_loss` takes it), E, A, alpha, B, beta, `spread` (s, of the
-    logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`."""
+    logarithm), `residuals`, and what `predict_loss` needs. Raises `UsageError`, `DataError`.
+
+    Args:
+        n: Parameters of each run, (runs,); at least two different.
+        d: Tokens each run read, (runs,); at least three different.
+        loss: What each run reached, (runs,), above 0; at least six.
+    """
     from scipy.optimize import least_squares
 
     n, d, loss = (np.asarray(x, dtype=float) for x in (n, d, loss))
@@ -94,14 +102,16 @@ def fit_scaling_law(
     )
 
 
-def predict_loss(
-    law: dict,  # From `fit_scaling_law`
-    n: float,  # Parameters
-    d: float,  # Tokens
-    level: float = 0.95,  # Of the interval
-) -> dict[str, float]:
+def predict_loss(law: dict, n: float, d: float, level: float = 0.95) -> dict[str, float]:
     """`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new
-    run."""
+    run.
+
+    Args:
+        law: From `fit_scaling_law`.
+        n: Parameters.
+        d: Tokens.
+        level: Of the interval.
+    """
     from scipy.stats import t
 
     p, steps = law["p"], np.eye(5) * 1e-5
@@ -124,12 +134,14 @@ def predict_loss(
     return dict(loss=loss, low=loss * float(np.exp(-width)), high=loss * float(np.exp(width)))
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #b43af30e
-def compute_optimal(
-    law: dict,  # From `fit_scaling_law`
-    operations: float,  # Of the training, all together
-) -> tuple[float, float]:
+def compute_optimal(law: dict, operations: float) -> tuple[float, float]:
     """Parameters and tokens that give the law's lowest loss for a number of training operations, 6
-    a parameter and token."""
+    a parameter and token.
+
+    Args:
+        law: From `fit_scaling_law`.
+        operations: Of the training, all together.
+    """
     n = np.geomspace(1e3, operations / 6e3, 20_000)
     best = n[np.argmin(scaling_law_loss(law["p"], n, operations / 6 / n))]
     return float(best), float(operations / 6 / best)

@@ -22,20 +22,24 @@ from ..training.loop import batch_indices
 from ..training.sharding import rank_slice
 
 # %% ../../nbs/1_pretraining/18k_sentence_pairs.ipynb #a7a59b11
-def split_sentences(
-    text: str,  # Of any length
-) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text: cut after `.`, `!` or `?` (and closing quotes or brackets) where
-    white space follows. Joined by one space they are the text, but for its white space."""
+    white space follows. Joined by one space they are the text, but for its white space.
+
+    Args:
+        text: Of any length.
+    """
     return [s for s in re.split(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""", text.strip()) if s]
 
 
-def tokenize_documents(
-    tokenizer: Any,  # From `open_tokenizer`
-    texts: Iterable[str],  # Any number
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokenize_documents(tokenizer: Any, texts: Iterable[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For every text its token ids, and the borders: places in the ids where a sentence ends and
-    another begins."""
+    another begins.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        texts: Any number.
+    """
     cut = [split_sentences(t) for t in texts]
     flat, found, at = encode_texts(tokenizer, [s for one in cut for s in one]), [], 0
     for one in cut:
@@ -45,11 +49,13 @@ def tokenize_documents(
     return found
 
 # %% ../../nbs/1_pretraining/18k_sentence_pairs.ipynb #8f55f19e
-def segment_lengths(
-    length: int,  # Tokens of a pair, special ones included
-) -> tuple[int, int]:
+def segment_lengths(length: int) -> tuple[int, int]:
     """Tokens of A and of B in a pair of `length` tokens, three of which are special. Raises
-    `UsageError`."""
+    `UsageError`.
+
+    Args:
+        length: Tokens of a pair, special ones included.
+    """
     if length < 11:
         raise UsageError(
             f"seq_len is {length}; a pair needs at least 11 tokens, 3 of them special."
@@ -57,12 +63,14 @@ def segment_lengths(
     return (length - 3) // 2, length - 3 - (length - 3) // 2
 
 
-def pair_boundaries(
-    docs: list[tuple[np.ndarray, np.ndarray]],  # From `tokenize_documents`
-    length: int,  # Tokens of a pair, special ones included; at least 11
-) -> np.ndarray:
+def pair_boundaries(docs: list[tuple[np.ndarray, np.ndarray]], length: int) -> np.ndarray:
     """All (document, border) with enough tokens on both sides for a pair of `length` tokens, shape
-    (n, 2). Raises `DataError` if fewer than two documents have one."""
+    (n, 2). Raises `DataError` if fewer than two documents have one.
+
+    Args:
+        docs: From `tokenize_documents`.
+        length: Tokens of a pair, special ones included; at least 11.
+    """
     a, b = segment_lengths(length)
     found = np.array(
         [
@@ -82,15 +90,24 @@ def pair_boundaries(
 
 
 def nsp_example(
-    docs: list[tuple[np.ndarray, np.ndarray]],  # From `tokenize_documents`
-    where: np.ndarray,  # From `pair_boundaries`, of these documents
-    i: int,  # Which of `where` A ends at
-    key: tuple[int, ...],  # Whole numbers that decide: seed, epoch, index
-    length: int,  # Tokens of a pair, special ones included; at least 11
-    follows: bool | None = None,  # Whether B shall follow; None: the key decides, half and half
+    docs: list[tuple[np.ndarray, np.ndarray]],
+    where: np.ndarray,
+    i: int,
+    key: tuple[int, ...],
+    length: int,
+    follows: bool | None = None,
 ) -> tuple[np.ndarray, int]:
     """The row `[CLS] A [SEP] B [SEP]` and its label as transformers has it: 0 where B follows A, 1
-    where it comes from another document. A function of the arguments alone."""
+    where it comes from another document. A function of the arguments alone.
+
+    Args:
+        docs: From `tokenize_documents`.
+        where: From `pair_boundaries`, of these documents.
+        i: Which of `where` A ends at.
+        key: Whole numbers that decide: seed, epoch, index.
+        length: Tokens of a pair, special ones included; at least 11.
+        follows: Whether B shall follow; None: the key decides, half and half.
+    """
     a, b = segment_lengths(length)
     draw = np.random.default_rng(key)
     coin = bool(draw.random() < 0.5)
@@ -116,37 +133,51 @@ class SentencePairs:
     seed: int = 0  # With epoch and index, decides B and what is hidden
 
     def example(
-        self,
-        index: int,  # Of the border A ends at
-        epoch: int = 0,  # From 0
-        follows: bool | None = None,  # Whether B shall follow A; None: by lot, half and half
+        self, index: int, epoch: int = 0, follows: bool | None = None
     ) -> tuple[np.ndarray, int]:
-        "The row of a pair and its label; see `nsp_example`."
+        """The row of a pair and its label; see `nsp_example`.
+
+        Args:
+            index: Of the border A ends at.
+            epoch: From 0.
+            follows: Whether B shall follow A; None: by lot, half and half.
+        """
         key = (self.seed, int(epoch), int(index))
         return nsp_example(self.docs, self.boundaries, int(index), key, self.seq_len, follows)
 
 
 def sentence_pairs(
-    tokenizer: Any,  # From `open_tokenizer`
-    texts: Iterable[str],  # Any number
-    seq_len: int,  # Tokens of a pair, special ones included; at least 11
-    mask_prob: float = 0.15,  # Share of the ordinary tokens to hide, between 0 and 1
-    seed: int = 0,  # Decides pairs and masks
+    tokenizer: Any, texts: Iterable[str], seq_len: int, mask_prob: float = 0.15, seed: int = 0
 ) -> SentencePairs:
-    "The pairs of some texts. Raises `UsageError`, `DataError`."
+    """The pairs of some texts. Raises `UsageError`, `DataError`.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        texts: Any number.
+        seq_len: Tokens of a pair, special ones included; at least 11.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        seed: Decides pairs and masks.
+    """
     docs = tokenize_documents(tokenizer, texts)
     boundaries = pair_boundaries(docs, seq_len)
     return SentencePairs(docs, boundaries, seq_len, tokenizer.get_vocab_size(), mask_prob, seed)
 
 
 def nsp_batch(
-    pairs: SentencePairs,  # What to draw from
-    which: Iterable[int],  # Indices of borders, one a pair
-    epochs: Iterable[int],  # Epoch of each
-    follows: Sequence[bool] | None = None,  # For each pair whether B follows; None: by lot
+    pairs: SentencePairs,
+    which: Iterable[int],
+    epochs: Iterable[int],
+    follows: Sequence[bool] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tensors input_ids and token_type_ids (n, length), next_sentence (n,), positions and targets
-    (hidden,)."""
+    (hidden,).
+
+    Args:
+        pairs: What to draw from.
+        which: Indices of borders, one a pair.
+        epochs: Epoch of each.
+        follows: For each pair whether B follows; None: by lot.
+    """
     seen, labels, positions, targets = [], [], [], []
     for k, (i, e) in enumerate(zip(which, epochs)):
         row, label = pairs.example(i, e, None if follows is None else follows[k])
@@ -172,13 +203,17 @@ def nsp_batch(
 
 
 def nsp_batches(
-    pairs: SentencePairs,  # What to draw from; its seed decides the order, too
-    batch_size: int,  # Pairs a batch, of all processes together
-    world: int = 1,  # Processes that share a batch
-    rank: int = 0,  # Of so many processes, the part of this one
+    pairs: SentencePairs, batch_size: int, world: int = 1, rank: int = 0
 ) -> Callable[[int], dict[str, Any]]:
     """Number of a batch -> its tensors; a pure function. For several processes also
-    `pairs_per_token`, of the whole batch. Raises `UsageError` for more processes than pairs."""
+    `pairs_per_token`, of the whole batch. Raises `UsageError` for more processes than pairs.
+
+    Args:
+        pairs: What to draw from; its seed decides the order, too.
+        batch_size: Pairs a batch, of all processes together.
+        world: Processes that share a batch.
+        rank: Of so many processes, the part of this one.
+    """
     mine, n = rank_slice(0, batch_size, world, rank), len(pairs.boundaries)
 
     def batches(index: int) -> dict[str, Any]:

@@ -29,25 +29,31 @@ from .span_corruption import SpanCorruption
 from ..tokenization.wordpiece import special_tokens
 
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #fbc2edcf
-def token_log_probs(
-    rows: np.ndarray,  # (n, length) token ids; the special ones at both ends are left out
-    vocab_size: int,  # Number of subword tokens
-) -> np.ndarray:
-    "Log-probability (vocab_size,) of each token of text, half an occurrence added to each."
+def token_log_probs(rows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Log-probability (vocab_size,) of each token of text, half an occurrence added to each.
+
+    Args:
+        rows: (n, length) token ids; the special ones at both ends are left out.
+        vocab_size: Number of subword tokens.
+    """
     counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocab_size) + 0.5
     return np.log(counts / counts.sum())
 
 
 @single_thread()
 def neighbour_ppmi_embeddings(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    vocab_size: int,  # Number of subword tokens
-    hidden_size: int,  # Of both halves together
-    contexts: int = 1000,  # Most frequent tokens to count as neighbours
+    rows: np.ndarray, vocab_size: int, hidden_size: int, contexts: int = 1000
 ) -> np.ndarray:
     """Word vectors (vocab_size, hidden_size), float32: what comes after a token in the first half,
     before what it comes in the second, each of length 1. The half of a token without neighbours is
-    0."""
+    0.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        vocab_size: Number of subword tokens.
+        hidden_size: Of both halves together.
+        contexts: Most frequent tokens to count as neighbours.
+    """
     frequency = np.bincount(rows.ravel(), minlength=vocab_size)
     frequency[: len(special_tokens)] = 0
     top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
@@ -78,17 +84,27 @@ def neighbour_ppmi_embeddings(
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #13a73476
 @single_thread()
 def fit_bigram_embeddings(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    vocab_size: int,  # Number of subword tokens
-    hidden_size: int,  # Of both halves together; even
-    passes: int = 8,  # Over all tokens
-    lr: float = 0.03,  # Of AdamW at the beginning; it falls to 0
-    most: int = 512,  # Tokens at a time
-    seed: int = 0,  # Decides their order
+    rows: np.ndarray,
+    vocab_size: int,
+    hidden_size: int,
+    passes: int = 8,
+    lr: float = 0.03,
+    most: int = 512,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The halves (vocab_size, hidden_size / 2) of `neighbour_ppmi_embeddings`, fitted as a softmax
     to the counted pairs: what comes after a token, of length 1, and before what it comes, of any
-    length."""
+    length.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        vocab_size: Number of subword tokens.
+        hidden_size: Of both halves together; even.
+        passes: Over all tokens.
+        lr: Of AdamW at the beginning; it falls to 0.
+        most: Tokens at a time.
+        seed: Decides their order.
+    """
     left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
     ones = np.ones(len(left), np.float32)
     pairs = csr_matrix((ones, (left, right)), (vocab_size, vocab_size))
@@ -115,12 +131,14 @@ def fit_bigram_embeddings(
     return torch.nn.functional.normalize(after, dim=1).detach().numpy(), before.detach().numpy()
 
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #4830e345
-def target_log_probs(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    corruption: SpanCorruption,  # What is cut out, and what is to be written
-) -> np.ndarray:
+def target_log_probs(rows: np.ndarray, corruption: SpanCorruption) -> np.ndarray:
     """Log-probability (vocab_size + sentinels,) of each token in a target by its frequency in
-    `rows`, half an occurrence added to each."""
+    `rows`, half an occurrence added to each.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        corruption: What is cut out, and what is to be written.
+    """
     hidden, spans = corruption.counts(rows.shape[1])
     whole = corruption.target == "text"
     written = rows[:, 1:] if whole else rows[:, 1:-1]
@@ -138,12 +156,19 @@ class EagerMultiHeadAttention(MultiHeadAttention):
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, T, D), what looks
-        memory: torch.Tensor | None = None,  # (B, S, D), what is looked at; None: `x` itself
-        attn_mask: torch.Tensor | None = None,  # Broadcast to (B, H, T, S); True: may look
-        is_causal: bool = False,  # Whether no token looks ahead; only without `attn_mask`
+        x: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
     ) -> torch.Tensor:
-        "Attention (B, T, D)."
+        """Attention (B, T, D).
+
+        Args:
+            x: (B, T, D), what looks.
+            memory: (B, S, D), what is looked at; None: `x` itself.
+            attn_mask: Broadcast to (B, H, T, S); True: may look.
+            is_causal: Whether no token looks ahead; only without `attn_mask`.
+        """
         memory = x if memory is None else memory
         if x.device.type != "cpu" or self.dropout and self.training:
             return super().forward(x, memory, attn_mask, is_causal)
@@ -164,11 +189,13 @@ class EagerMultiHeadAttention(MultiHeadAttention):
 
 
 @torch.no_grad()
-def init_last_ffn(
-    model: Seq2Seq,  # Changed in place; of an even hidden size
-) -> None:
+def init_last_ffn(model: Seq2Seq) -> None:
     """The decoder's last feed-forward part begins as a linear map that moves the first half of a
-    vector to the place of the second."""
+    vector to the place of the second.
+
+    Args:
+        model: Changed in place; of an even hidden size.
+    """
     mlp, width = model.decoder.blocks[-1].mlp, model.config.hidden_size
     one, half = torch.eye(width), torch.eye(width // 2)
     move = torch.cat([torch.cat([-half, torch.zeros_like(half)], 1), torch.cat([half, -half], 1)])
@@ -177,14 +204,22 @@ def init_last_ffn(
 
 
 def new_seq2seq(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    corruption: SpanCorruption,  # What it will learn; its seed decides the random weights
-    size: str,  # Layers x hidden size such as 2x64, of encoder and decoder each
-    max_position_embeddings: int,  # Tokens it can read, and write
-    embedding_init: str = "bigram_ppmi",  # bigram_ppmi or random
+    rows: np.ndarray,
+    corruption: SpanCorruption,
+    size: str,
+    max_position_embeddings: int,
+    embedding_init: str = "bigram_ppmi",
 ) -> Seq2Seq:
     """A new encoder-decoder that knows the tokens' frequencies and, with bigram_ppmi, what follows
-    what; its last tokens are the sentinels. Raises `UsageError`."""
+    what; its last tokens are the sentinels. Raises `UsageError`.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        corruption: What it will learn; its seed decides the random weights.
+        size: Layers x hidden size such as 2x64, of encoder and decoder each.
+        max_position_embeddings: Tokens it can read, and write.
+        embedding_init: bigram_ppmi or random.
+    """
     if embedding_init not in ("bigram_ppmi", "random"):
         raise UsageError(f"embedding_init is {embedding_init!r}; it is bigram_ppmi or random.")
     vocab_size, seed = corruption.vocab_size, corruption.seed
@@ -233,14 +268,23 @@ def new_seq2seq(
 
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #a2a2efe2
 def denoise_loss(
-    model: Seq2Seq,  # From `new_seq2seq`
-    input_ids: torch.Tensor,  # (rows, m), the texts with sentinels
-    written: torch.Tensor,  # (rows, t), what the decoder has before each target
-    targets: torch.Tensor,  # (rows, t), what it is to write; -100: not asked
-    attention_mask: torch.Tensor | None = None,  # (rows, m), 0 for padding; None: there is none
-    max_logits: int = 2**24,  # Made at a time
+    model: Seq2Seq,
+    input_ids: torch.Tensor,
+    written: torch.Tensor,
+    targets: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    max_logits: int = 2**24,
 ) -> torch.Tensor:
-    "Summed cross-entropy in nats of the targets that are not -100."
+    """Summed cross-entropy in nats of the targets that are not -100.
+
+    Args:
+        model: From `new_seq2seq`.
+        input_ids: (rows, m), the texts with sentinels.
+        written: (rows, t), what the decoder has before each target.
+        targets: (rows, t), what it is to write; -100: not asked.
+        attention_mask: (rows, m), 0 for padding; None: there is none.
+        max_logits: Made at a time.
+    """
     read = model.decoder_embeddings(written)
     memory = model.encode(input_ids, attention_mask)
     hidden = model.decoder(read, None, True, memory, attention_mask)
@@ -255,13 +299,20 @@ def denoise_loss(
 
 
 def denoise_loss_step(
-    model: Seq2Seq,  # From `new_seq2seq`
-    batch: dict[str, torch.Tensor],  # From `denoise_batch`
-    backward: Callable[[torch.Tensor], None],  # Called with the loss; computes gradients
-    parts: int = 0,  # Parts the loss is made in; 0: as few as its memory allows
+    model: Seq2Seq,
+    batch: dict[str, torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    parts: int = 0,
 ) -> tuple[torch.Tensor, int]:
     """One micro-batch for the training loop: summed loss of the answers, and the number of tokens
-    in them that count."""
+    in them that count.
+
+    Args:
+        model: From `new_seq2seq`.
+        batch: From `denoise_batch`.
+        backward: Called with the loss; computes gradients.
+        parts: Parts the loss is made in; 0: as few as its memory allows.
+    """
     asked = int((batch["targets"] != -100).sum())
     loss = denoise_loss(
         model,

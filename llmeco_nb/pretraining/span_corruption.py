@@ -18,25 +18,29 @@ from ..training.loop import batch_indices
 from ..training.sharding import rank_rows, rank_slice
 
 # %% ../../nbs/1_pretraining/18h_span_corruption.ipynb #e7fede61
-def random_partition(
-    draw: np.random.Generator,  # Moves on with each call
-    n: int,  # At least `k * least`
-    k: int,  # At least 1
-    least: int,  # Of each summand
-) -> np.ndarray:
-    "`n` as a sum of `k` whole numbers of at least `least`, every such sum equally likely."
+def random_partition(draw: np.random.Generator, n: int, k: int, least: int) -> np.ndarray:
+    """`n` as a sum of `k` whole numbers of at least `least`, every such sum equally likely.
+
+    Args:
+        draw: Moves on with each call.
+        n: At least `k * least`.
+        k: At least 1.
+        least: Of each summand.
+    """
     free = n - k * least
     cuts = np.sort(draw.choice(free + k - 1, k - 1, replace=False))
     return np.diff(np.r_[-1, cuts, free + k - 1]) - 1 + least
 
 
-def span_counts(
-    length: int,  # Tokens a row, the two special ones included
-    noise_density: float,  # Share of a row's tokens to cut out, between 0 and 1
-    mean_span_length: float,  # Tokens of a span on average, at least 1
-) -> tuple[int, int]:
+def span_counts(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
     """Tokens cut out of a row of `length` tokens on average, the two at its ends left alone, and
-    the spans they make. Raises `UsageError` for numbers that leave no room."""
+    the spans they make. Raises `UsageError` for numbers that leave no room.
+
+    Args:
+        length: Tokens a row, the two special ones included.
+        noise_density: Share of a row's tokens to cut out, between 0 and 1.
+        mean_span_length: Tokens of a span on average, at least 1.
+    """
     if not 0 < noise_density < 1:
         raise UsageError(
             f"noise_density is {noise_density}; it is a share of the tokens between 0 and 1."
@@ -56,13 +60,17 @@ def span_counts(
 
 
 def sample_spans(
-    length: int,  # Tokens of the row
-    key: tuple[int, ...],  # Whole numbers that decide: seed, epoch, index of the row
-    noise_density: float,  # Share of a row's tokens to cut out, between 0 and 1
-    mean_span_length: float,  # Tokens of a span on average, at least 1
+    length: int, key: tuple[int, ...], noise_density: float, mean_span_length: float
 ) -> np.ndarray:
     """First place and end of each span, (spans, 2), in order, never touching. A function of the
-    arguments alone. Raises `UsageError`."""
+    arguments alone. Raises `UsageError`.
+
+    Args:
+        length: Tokens of the row.
+        key: Whole numbers that decide: seed, epoch, index of the row.
+        noise_density: Share of a row's tokens to cut out, between 0 and 1.
+        mean_span_length: Tokens of a span on average, at least 1.
+    """
     spans = span_counts(length, noise_density, mean_span_length)[1]
     draw = np.random.default_rng(key)
     sizes = draw.geometric(1 / mean_span_length, spans)
@@ -77,13 +85,17 @@ def sample_spans(
 
 # %% ../../nbs/1_pretraining/18h_span_corruption.ipynb #9c9400f0
 def corrupt_spans(
-    row: np.ndarray,  # (length,) token ids, from `group_texts`
-    spans: np.ndarray,  # (spans, 2), from `sample_spans`
-    first_sentinel: int,  # The token that stands for span 0; the others follow it
-    target: str = "spans",  # What is written: spans (these alone) or text (the whole row)
+    row: np.ndarray, spans: np.ndarray, first_sentinel: int, target: str = "spans"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Token ids that are read (m,), what the decoder has before it (t,), what it is to write there
-    (t,), and which of that was cut out (t,). Raises `UsageError`."""
+    (t,), and which of that was cut out (t,). Raises `UsageError`.
+
+    Args:
+        row: (length,) token ids, from `group_texts`.
+        spans: (spans, 2), from `sample_spans`.
+        first_sentinel: The token that stands for span 0; the others follow it.
+        target: What is written: spans (these alone) or text (the whole row).
+    """
     if target not in ("spans", "text"):
         raise UsageError(f"target is {target!r}; it is spans or text.")
     corrupted, answer, new, at = [], [], [], 0
@@ -103,14 +115,18 @@ def corrupt_spans(
 
 
 def restore_spans(
-    corrupted: np.ndarray,  # (m,) token ids that were read, with sentinels
-    answer: np.ndarray,  # (t,) token ids that were written
-    first_sentinel: int,  # The token that stands for span 0; the others follow it
-    target: str = "spans",  # What was written: spans (these alone) or text (the whole row)
+    corrupted: np.ndarray, answer: np.ndarray, first_sentinel: int, target: str = "spans"
 ) -> np.ndarray:
     """The text, from what was read and what was written: each sentinel gives way to what was
     written after it and the repeated token. The sentinel after the last span, or one written
-    before, ends the answer."""
+    before, ends the answer.
+
+    Args:
+        corrupted: (m,) token ids that were read, with sentinels.
+        answer: (t,) token ids that were written.
+        first_sentinel: The token that stands for span 0; the others follow it.
+        target: What was written: spans (these alone) or text (the whole row).
+    """
     if target == "text":
         return np.concatenate([corrupted[:1], answer]).astype(corrupted.dtype)
     found, k, sentinels = {0: []}, 0, int((corrupted >= first_sentinel).sum())
@@ -139,41 +155,50 @@ class SpanCorruption:
     target: str = "spans"  # What is written: spans (these alone) or text (the whole row)
     seed: int = 0  # With epoch and row, decides the spans
 
-    def counts(
-        self,
-        length: int,  # Tokens a row, special ones included
-    ) -> tuple[int, int]:
-        "Tokens cut out of a row on average, and the spans they make; see `span_counts`."
+    def counts(self, length: int) -> tuple[int, int]:
+        """Tokens cut out of a row on average, and the spans they make; see `span_counts`.
+
+        Args:
+            length: Tokens a row, special ones included.
+        """
         return span_counts(length, self.noise_density, self.mean_span_length)
 
-    def spans(
-        self,
-        length: int,  # Tokens of the row
-        index: int,  # Of the row
-        epoch: int = 0,  # From 0
-    ) -> np.ndarray:
-        "The spans (spans, 2) that are cut out of a row; see `sample_spans`."
+    def spans(self, length: int, index: int, epoch: int = 0) -> np.ndarray:
+        """The spans (spans, 2) that are cut out of a row; see `sample_spans`.
+
+        Args:
+            length: Tokens of the row.
+            index: Of the row.
+            epoch: From 0.
+        """
         key = (self.seed, int(epoch), int(index))
         return sample_spans(length, key, self.noise_density, self.mean_span_length)
 
     def corrupt(
-        self,
-        row: np.ndarray,  # (length,) token ids
-        index: int,  # Of the row
-        epoch: int = 0,  # From 0
+        self, row: np.ndarray, index: int, epoch: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        "What `corrupt_spans` makes of a row."
+        """What `corrupt_spans` makes of a row.
+
+        Args:
+            row: (length,) token ids.
+            index: Of the row.
+            epoch: From 0.
+        """
         return corrupt_spans(row, self.spans(len(row), index, epoch), self.vocab_size, self.target)
 
 
 def denoise_batch(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    which: Iterable[int],  # Indices of the rows of this batch
-    epochs: Iterable[int],  # Epoch of each
-    corruption: SpanCorruption,  # What is cut out, and what is to be written
+    rows: np.ndarray, which: Iterable[int], epochs: Iterable[int], corruption: SpanCorruption
 ) -> dict[str, torch.Tensor]:
     """Tensors input_ids and attention_mask (n, m), written and targets (n, t), and cut (n, t), True
-    where a target was cut out of the text; padded with 0, targets with -100."""
+    where a target was cut out of the text; padded with 0, targets with -100.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        which: Indices of the rows of this batch.
+        epochs: Epoch of each.
+        corruption: What is cut out, and what is to be written.
+    """
     made = [corruption.corrupt(rows[i], i, e) for i, e in zip(which, epochs)]
 
     def padded(k: int, empty: int, dtype: type = np.int64) -> torch.Tensor:
@@ -193,14 +218,18 @@ def denoise_batch(
 
 
 def denoise_batches(
-    rows: np.ndarray,  # (n, length) token ids, from `group_texts`
-    batch_size: int,  # Rows a batch, of all processes together
-    corruption: SpanCorruption,  # What is cut out, what is to be written; its seed decides order
-    world: int = 1,  # Processes that share a batch
-    rank: int = 0,  # Of so many processes, the part of this one
+    rows: np.ndarray, batch_size: int, corruption: SpanCorruption, world: int = 1, rank: int = 0
 ) -> Callable[[int], dict[str, torch.Tensor]]:
     """Number of a batch -> its tensors; a pure function, so that workers and resume change nothing.
-    Raises `UsageError` for more processes than rows in a batch."""
+    Raises `UsageError` for more processes than rows in a batch.
+
+    Args:
+        rows: (n, length) token ids, from `group_texts`.
+        batch_size: Rows a batch, of all processes together.
+        corruption: What is cut out, what is to be written; its seed decides order.
+        world: Processes that share a batch.
+        rank: Of so many processes, the part of this one.
+    """
     rank_slice(0, batch_size, world, rank)
 
     def batches(index: int) -> dict[str, torch.Tensor]:

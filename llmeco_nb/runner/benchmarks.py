@@ -28,31 +28,40 @@ from .machine import machine, versions
 from .stages import Instance, StageRegistry
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #be702c29
-def benchmarks(
-    registry: StageRegistry,  # Whose notebooks are looked through
-) -> dict[str, Path]:
-    "Name -> notebook of every benchmark."
+def benchmarks(registry: StageRegistry) -> dict[str, Path]:
+    """Name -> notebook of every benchmark.
+
+    Args:
+        registry: Whose notebooks are looked through.
+    """
     return {
         m[1]: p for p in registry.notebooks if (m := re.fullmatch(r"9\d\w?_bench_(\w+)", p.stem))
     }
 
 
-def code_key(
-    registry: StageRegistry,  # Its package is followed to the functions the run cells reach
-    notebook: Notebook,  # A benchmark's
-) -> str:
-    "Key of a benchmark's code alone, whatever its parameters: what a kept record is stale against."
+def code_key(registry: StageRegistry, notebook: Notebook) -> str:
+    """Key of a benchmark's code alone, whatever its parameters: what a kept record is stale
+    against.
+
+    Args:
+        registry: Its package is followed to the functions the run cells reach.
+        notebook: A benchmark's.
+    """
     return key_of(work_parts(notebook, registry.package, {}, {}, {}))
 
 
 def run_benchmark(
-    registry: StageRegistry,  # Where the benchmark's notebook and package are
-    name: str,  # A key of `benchmarks`, such as augment
-    settings: dict,  # Parameters to change, such as level, data, peer
-    watching=lambda watch: None,  # Given the monitor of the kernel that starts
+    registry: StageRegistry, name: str, settings: dict, watching=lambda watch: None
 ) -> Path:
     """Run a benchmark into runs/bench/<name>, replacing the former result when the new one is
-    whole. Raises `UsageError`."""
+    whole. Raises `UsageError`.
+
+    Args:
+        registry: Where the benchmark's notebook and package are.
+        name: A key of `benchmarks`, such as augment.
+        settings: Parameters to change, such as level, data, peer.
+        watching: Given the monitor of the kernel that starts.
+    """
     if name not in benchmarks(registry):
         raise UsageError(
             f"There is no benchmark {name}. {unknown_name_hint(name, benchmarks(registry))}"
@@ -122,12 +131,14 @@ def run_benchmark(
     return final
 
 # %% ../../nbs/0_ground/01a_benchmarks.ipynb #01fa7bdb
-def keep_record(
-    registry: StageRegistry,  # A checkout; its nbs/records takes the file
-    result: Path,  # Folder of a finished run, as `run_benchmark` returns it
-) -> Path:
+def keep_record(registry: StageRegistry, result: Path) -> Path:
     """Write nbs/records/<name>.json from a benchmark's result: metrics, single values, small JSON
-    artifacts, plan, machine, key."""
+    artifacts, plan, machine, key.
+
+    Args:
+        registry: A checkout; its nbs/records takes the file.
+        result: Folder of a finished run, as `run_benchmark` returns it.
+    """
     if not registry.checkout:
         raise UsageError(
             "Records are kept in a checkout of the project; this is an installed package."
@@ -161,11 +172,13 @@ def keep_record(
     return target
 
 
-def kept_record(
-    registry: StageRegistry,  # Where records are kept, in nbs/records
-    notebook: Path,  # Path of any notebook
-) -> Path | None:
-    "The file of a benchmark's kept record; None for other notebooks, and where none is kept."
+def kept_record(registry: StageRegistry, notebook: Path) -> Path | None:
+    """The file of a benchmark's kept record; None for other notebooks, and where none is kept.
+
+    Args:
+        registry: Where records are kept, in nbs/records.
+        notebook: Path of any notebook.
+    """
     return next(
         (
             file
@@ -176,12 +189,14 @@ def kept_record(
     )
 
 
-def restore_record(
-    file: Path,  # A kept record, nbs/records/<name>.json
-    folder: Path,  # Exists and is empty; filled here
-):
+def restore_record(file: Path, folder: Path):
     """Make an empty `folder` what `open_record` opens, from a kept record: metrics, log, and the
-    JSON artifacts that were kept."""
+    JSON artifacts that were kept.
+
+    Args:
+        file: A kept record, nbs/records/<name>.json.
+        folder: Exists and is empty; filled here.
+    """
     kept = read_json(file)
     write_json(folder / "record.json", {"stage": file.stem})
     write_json(folder / "metrics.json", kept["metrics"])
@@ -193,24 +208,30 @@ def restore_record(
         write_json(folder / name, content)
 
 
-def is_stale(
-    registry: StageRegistry,  # Where today's benchmarks are
-    file: Path,  # A kept record, nbs/records/<name>.json
-) -> bool:
-    "Whether the benchmark of a kept record has changed since, or is gone."
+def is_stale(registry: StageRegistry, file: Path) -> bool:
+    """Whether the benchmark of a kept record has changed since, or is gone.
+
+    Args:
+        registry: Where today's benchmarks are.
+        file: A kept record, nbs/records/<name>.json.
+    """
     notebook = benchmarks(registry).get(file.stem)
     return not notebook or read_json(file)["key"] != code_key(registry, Notebook.read(notebook))
 
 
 def quote(
-    name: str,  # A benchmark's, as its record's file is called
-    metric: str,  # Key of the record's metrics
-    digits: int = 3,  # Decimals of a float; other values stand as they are
-    registry: StageRegistry | None = None,  # Where records are kept; None: checkout or package
-    times: float = 1,  # Factor of a float, such as 100 for percent
+    name: str, metric: str, digits: int = 3, registry: StageRegistry | None = None, times: float = 1
 ) -> str:
     """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
-    has changed since; 'not measured' if there is none."""
+    has changed since; 'not measured' if there is none.
+
+    Args:
+        name: A benchmark's, as its record's file is called.
+        metric: Key of the record's metrics.
+        digits: Decimals of a float; other values stand as they are.
+        registry: Where records are kept; None: checkout or package.
+        times: Factor of a float, such as 100 for percent.
+    """
     registry = registry or StageRegistry.find()
     file = registry.nbs / "records" / f"{name}.json"
     if not file.exists() or metric not in read_json(file)["metrics"]:

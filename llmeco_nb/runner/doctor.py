@@ -19,11 +19,13 @@ from .stages import StageRegistry
 from .store import Run
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #4d48d7eb
-def findings(
-    registry: StageRegistry,  # The notebooks and package to check
-    runs: Path,  # Folder of all runs; made if it is not there
-):
-    "Yield (what was looked at, whether it is well, what was found) one after the other."
+def findings(registry: StageRegistry, runs: Path):
+    """Yield (what was looked at, whether it is well, what was found) one after the other.
+
+    Args:
+        registry: The notebooks and package to check.
+        runs: Folder of all runs; made if it is not there.
+    """
     yield "Python", sys.version_info >= (3, 11), sys.version.split()[0]
     yield from _libraries()
     yield "notebooks", True, f"{len(registry.stages)} stages in {registry.nbs}"
@@ -108,11 +110,14 @@ def _libraries():
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #c3e7a80b
 def prune_runs(
-    runs: Path,
-    keep: int | None = None,  # Also drop all but the newest `keep` runs of each profile
-    dry_run: bool = False,  # Only say what would go
+    runs: Path, keep: int | None = None, dry_run: bool = False
 ) -> list[tuple[Path, int]]:
-    "Remove what nobody needs from `runs`; returns (path, bytes) of what went."
+    """Remove what nobody needs from `runs`; returns (path, bytes) of what went.
+
+    Args:
+        keep: Also drop all but the newest `keep` runs of each profile.
+        dry_run: Only say what would go.
+    """
     gone, known = [], Run.all(runs)
     if keep is not None:
         for profile in {r["profile"] for r in known}:

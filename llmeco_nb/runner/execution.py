@@ -37,14 +37,23 @@ from .store import link
 
 # %% ../../nbs/0_ground/01e_execution.ipynb #35cd2beb
 def make_entry(
-    pipe: Pipeline,  # Whose store takes the entry
-    one: Instance,  # The instance to execute
-    look: StageStatus,  # What `Pipeline.look` found of it; not of one that waits
-    force: bool,  # Make it again even if a whole entry is there
-    watching: Callable[[KernelMonitor], object],  # Given the monitor of the kernel that starts
-    notice: Callable[[str], object],  # Told sentences worth printing
+    pipe: Pipeline,
+    one: Instance,
+    look: StageStatus,
+    force: bool,
+    watching: Callable[[KernelMonitor], object],
+    notice: Callable[[str], object],
 ) -> Path:
-    "Execute the instance, unless another runner has meanwhile, and return its finished entry."
+    """Execute the instance, unless another runner has meanwhile, and return its finished entry.
+
+    Args:
+        pipe: Whose store takes the entry.
+        one: The instance to execute.
+        look: What `Pipeline.look` found of it; not of one that waits.
+        force: Make it again even if a whole entry is there.
+        watching: Given the monitor of the kernel that starts.
+        notice: Told sentences worth printing.
+    """
     entry = pipe.store.entry(one.stage, look.key)
     with lock(
         pipe.store.folder / ".locks" / entry.name,
@@ -144,13 +153,15 @@ def _finish(pipe: Pipeline, one: Instance, look: StageStatus, partial: Path, fac
     )
 
 # %% ../../nbs/0_ground/01e_execution.ipynb #4403f7d8
-def make_page(
-    pipe: Pipeline,  # Whose store holds the entry
-    one: Instance,  # The instance the entry is of
-    look: StageStatus,  # What `Pipeline.look` found of it: inputs and page key
-    entry: Path,  # Its finished folder in the store
-):
-    "Run the show cells of a finished entry again and exchange its page."
+def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
+    """Run the show cells of a finished entry again and exchange its page.
+
+    Args:
+        pipe: Whose store holds the entry.
+        one: The instance the entry is of.
+        look: What `Pipeline.look` found of it: inputs and page key.
+        entry: Its finished folder in the store.
+    """
     nbformat = import_nbformat()
     with lock(pipe.store.folder / ".locks" / entry.name):
         if json_or({}, entry / "page.json").get("key") == key_of(look.page):
@@ -205,13 +216,21 @@ class Progress:
 
 
 def run_pipeline(
-    pipe: Pipeline,  # Its run is brought up to date
-    only: set[str] | None = None,  # Names of the instances to consider; None for all
-    force: bool = False,  # Make them even if they are current
-    notice: Callable[[str], object] = print,  # Told sentences worth printing
-    board: dict[str, Progress] | None = None,  # Kept up to date for a display
+    pipe: Pipeline,
+    only: set[str] | None = None,
+    force: bool = False,
+    notice: Callable[[str], object] = print,
+    board: dict[str, Progress] | None = None,
 ) -> dict[str, Progress]:
-    "Bring every considered instance up to date and return what happened to each."
+    """Bring every considered instance up to date and return what happened to each.
+
+    Args:
+        pipe: Its run is brought up to date.
+        only: Names of the instances to consider; None for all.
+        force: Make them even if they are current.
+        notice: Told sentences worth printing.
+        board: Kept up to date for a display.
+    """
     board = {} if board is None else board
     board.update({o.name: Progress() for o in pipe.instances})
     names = set(pipe.by_name) if only is None else only
@@ -262,10 +281,12 @@ def run_pipeline(
 
 
 @contextmanager
-def kill_kernels_on_interrupt(
-    board: dict[str, Progress],  # Instance -> progress; kernels of running ones are killed
-):
-    "When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too."
+def kill_kernels_on_interrupt(board: dict[str, Progress]):
+    """When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too.
+
+    Args:
+        board: Instance -> progress; kernels of running ones are killed.
+    """
     try:
         yield
     except KeyboardInterrupt:

@@ -25,12 +25,13 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 NO_MEANING = {"ctx", "kind", "type_comment", "type_ignores"}
 
 
-def meaning(
-    code: str | ast.AST,
-    package: str = "",  # Imports from this package count without their module
-) -> str:
+def meaning(code: str | ast.AST, package: str = "") -> str:
     """Normal form of Python code, the same under every Python: no comments, docstrings, layout.
-    Raises `SyntaxError`."""
+    Raises `SyntaxError`.
+
+    Args:
+        package: Imports from this package count without their module.
+    """
     return _written(ast.parse(code) if isinstance(code, str) else code, package)
 
 
@@ -129,11 +130,12 @@ class Cell:
             )
         )
 
-    def text(
-        self,
-        package: str = "",  # Imports from this package count without their module
-    ) -> str:
-        "What is hashed: meaning, directives and magics."
+    def text(self, package: str = "") -> str:
+        """What is hashed: meaning, directives and magics.
+
+        Args:
+            package: Imports from this package count without their module.
+        """
         magics = [line.strip() for line in self.source.splitlines() if line.startswith(("%", "!"))]
         return "\n".join([meaning(self.tree, package), *self.directives, *magics])
 
@@ -147,14 +149,15 @@ class Notebook:
     contract: dict = field(default_factory=dict)  # stage, inputs, outputs, cores, sources
 
     @classmethod
-    def read(
-        cls,
-        path: str | Path,  # An .ipynb file
-    ) -> "Notebook":
+    def read(cls, path: str | Path) -> "Notebook":
         """Read an .ipynb file.
 
         Raises `MissingError`, or `DataError` naming the notebook and the cell that cannot
-        be read."""
+        be read.
+
+        Args:
+            path: An .ipynb file.
+        """
         path = Path(path)
         try:
             nb = json.loads(path.read_text(encoding="utf-8"))
@@ -200,14 +203,15 @@ class Parameter:
     default: object
     comment: str = ""
 
-    def coerce(
-        self,
-        value: object,  # As YAML or the terminal gave it
-        where: str = "",  # Instance to name in the error; empty: the parameter alone
-    ):
+    def coerce(self, value: object, where: str = ""):
         """Turn `value` (from YAML or the command line) into this parameter's type.
 
-        Raises `UsageError`."""
+        Raises `UsageError`.
+
+        Args:
+            value: As YAML or the terminal gave it.
+            where: Instance to name in the error; empty: the parameter alone.
+        """
         from llmeco_nb.config import read_value  # pydantic, only where a value is read
 
         # an annotation of our own notebooks, read as syntax before
@@ -262,13 +266,14 @@ class Module:
     effects: list[ast.stmt]
 
     @classmethod
-    def read(
-        cls,
-        tree: ast.Module,  # The module's source, parsed
-        package: str,  # Name of the package; other imports count as outside
-        home: str = "",  # Folder of the package, dotted, that the module stands in
-    ) -> "Module":
-        "Sort a module's statements."
+    def read(cls, tree: ast.Module, package: str, home: str = "") -> "Module":
+        """Sort a module's statements.
+
+        Args:
+            tree: The module's source, parsed.
+            package: Name of the package; other imports count as outside.
+            home: Folder of the package, dotted, that the module stands in.
+        """
         m = cls({}, {}, [])
         for node in tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -293,12 +298,14 @@ class Module:
         return m
 
 
-def bound_names(
-    node: ast.Import | ast.ImportFrom,  # The statement, as syntax
-    package: str,  # Name of the package; other imports count as outside
-    home: str = "",  # Folder of the package, dotted, in which the statement stands
-) -> dict[str, str]:
-    "What an import statement binds: name here -> where it comes from."
+def bound_names(node: ast.Import | ast.ImportFrom, package: str, home: str = "") -> dict[str, str]:
+    """What an import statement binds: name here -> where it comes from.
+
+    Args:
+        node: The statement, as syntax.
+        package: Name of the package; other imports count as outside.
+        home: Folder of the package, dotted, in which the statement stands.
+    """
     if isinstance(node, ast.ImportFrom):
         origin = node.module or ""
         if node.level == 0 and origin.split(".")[0] != package:
@@ -415,14 +422,15 @@ class Package:
                 found.add((home, name.split(".")[0]))
         return found
 
-    def facts(
-        self,
-        origin: str,  # Module of the package, such as `training.loop`
-        name: str,  # A definition in it; '*' for all, '' for its effects
-    ) -> tuple[str | None, set[tuple[str, str]]]:
+    def facts(self, origin: str, name: str) -> tuple[str | None, set[tuple[str, str]]]:
         """What a definition means (None if it only hands something on) and what it reads.
 
-        A module's effects are its definition ''."""
+        A module's effects are its definition ''.
+
+        Args:
+            origin: Module of the package, such as `training.loop`.
+            name: A definition in it; '*' for all, '' for its effects.
+        """
         if (origin, name) not in self._facts:
             module = self.module(origin)
             assert module is not None, f"{origin} is no module of {self.folder}"
@@ -452,12 +460,15 @@ class Package:
         return dict(sorted(found.items()))
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #5019763b
-def cell_parts(
-    notebook: Notebook,  # Whose cells
-    package: Package,  # Where the functions that they call are looked up
-    roles: tuple[str, ...],  # Such as run or show; imports cells are read in any case
-) -> dict:
-    "What the cells of these roles are and reach: {'cells': {id: hash}, 'functions': {name: hash}}."
+def cell_parts(notebook: Notebook, package: Package, roles: tuple[str, ...]) -> dict:
+    """What the cells of these roles are and reach: {'cells': {id: hash}, 'functions': {name:
+    hash}}.
+
+    Args:
+        notebook: Whose cells.
+        package: Where the functions that they call are looked up.
+        roles: Such as run or show; imports cells are read in any case.
+    """
     imports, own, mine = {}, {}, notebook.role(*roles)
     for cell in notebook.role("imports", *roles):
         for n in ast.walk(cell.tree):
@@ -475,15 +486,21 @@ def cell_parts(
 
 
 def work_parts(
-    notebook: Notebook,  # The stage's
-    package: Package,  # Where the functions that its run cells call are looked up
-    parameters: dict,  # Final values, without `out` and the inputs
-    inputs: Mapping[
-        str, object
-    ],  # Input name -> hash of the artifact (a list for a list of artifacts)
-    sources: dict[str, str],  # Parameter that names an outside source -> its revision
+    notebook: Notebook,
+    package: Package,
+    parameters: dict,
+    inputs: Mapping[str, object],
+    sources: dict[str, str],
 ) -> dict:
-    "All that a stage's result follows from, as one JSON object."
+    """All that a stage's result follows from, as one JSON object.
+
+    Args:
+        notebook: The stage's.
+        package: Where the functions that its run cells call are looked up.
+        parameters: Final values, without `out` and the inputs.
+        inputs: Input name -> hash of the artifact (a list for a list of artifacts).
+        sources: Parameter that names an outside source -> its revision.
+    """
     types = {p.name: p.type for p in read_parameters(notebook).values()}
     return {
         **cell_parts(notebook, package, ("run",)),
@@ -494,11 +511,13 @@ def work_parts(
     }
 
 
-def show_parts(
-    notebook: Notebook,  # The stage's
-    package: Package,  # Where the functions that its show cells call are looked up
-) -> dict:
-    "All that a stage's page follows from, besides its record."
+def show_parts(notebook: Notebook, package: Package) -> dict:
+    """All that a stage's page follows from, besides its record.
+
+    Args:
+        notebook: The stage's.
+        package: Where the functions that its show cells call are looked up.
+    """
     return cell_parts(notebook, package, ("show",))
 
 
@@ -525,11 +544,13 @@ def _placeless(functions: dict[str, str]) -> set[tuple[str, str]]:
     }
 
 # %% ../../nbs/0_ground/00a_identity.ipynb #b4bc7ab2
-def differences(
-    old: dict,  # Parts as `work_parts` or `show_parts` made them
-    new: dict,  # Parts of the same kind, made later
-) -> list[str]:
-    "What changed between two parts, one sentence each; empty if the keys are equal."
+def differences(old: dict, new: dict) -> list[str]:
+    """What changed between two parts, one sentence each; empty if the keys are equal.
+
+    Args:
+        old: Parts as `work_parts` or `show_parts` made them.
+        new: Parts of the same kind, made later.
+    """
     said, short = (
         [],
         lambda v: t if len(t := json.dumps(v, ensure_ascii=False)) < 60 else t[:57] + "...",

@@ -34,13 +34,15 @@ def die_with_parent(parent: int):
         os._exit(1)  # it had died before we asked
 
 
-def kernel_class(
-    env: dict[str, str],  # Set in the kernel besides this process's own variables
-    sockets: Path,  # An existing folder with a short path
-    started,  # Called with the kernel's process id
-):
+def kernel_class(env: dict[str, str], sockets: Path, started):
     """A kernel manager whose kernels speak through Unix sockets in the folder `sockets` and
-    complain into its file `stderr`; `started(pid)` is called."""
+    complain into its file `stderr`; `started(pid)` is called.
+
+    Args:
+        env: Set in the kernel besides this process's own variables.
+        sockets: An existing folder with a short path.
+        started: Called with the kernel's process id.
+    """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -95,16 +97,24 @@ def import_nbformat() -> ModuleType:
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #9e7f0622
 def execute(
-    notebook,  # Path, or a notebook node
-    output: Path,  # Where the executed notebook goes; kept when a cell fails
-    parameters: dict,  # Put in place of the parameter cell's values
-    env: dict[str, str] | None = None,  # Variables set in the kernel besides ours
-    started: Callable[[int], object] = lambda pid: None,  # Told the kernel's process id
+    notebook,
+    output: Path,
+    parameters: dict,
+    env: dict[str, str] | None = None,
+    started: Callable[[int], object] = lambda pid: None,
 ):
     """Execute a notebook through papermill.
 
     Raises the error of the package that a cell raised, `WriteError`, or `CellError` naming the
-    cell."""
+    cell.
+
+    Args:
+        notebook: Path, or a notebook node.
+        output: Where the executed notebook goes; kept when a cell fails.
+        parameters: Put in place of the parameter cell's values.
+        env: Variables set in the kernel besides ours.
+        started: Told the kernel's process id.
+    """
     import logging
 
     nbformat = import_nbformat()
@@ -253,10 +263,12 @@ def json_or(default, path: Path):
         return default
 
 
-def last_row(
-    path: Path,  # May be absent; its last 4096 bytes are read
-) -> dict | None:
-    "The newest complete row of a JSONL file, read from its end."
+def last_row(path: Path) -> dict | None:
+    """The newest complete row of a JSONL file, read from its end.
+
+    Args:
+        path: May be absent; its last 4096 bytes are read.
+    """
     import json
 
     try:

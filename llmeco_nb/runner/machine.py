@@ -17,13 +17,15 @@ from pathlib import Path
 from ..core import MissingError, read_json, write_json
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #d3da70da
-def gflops(
-    n: int,  # Side of the square matrices
-    dtype,  # torch.float32 or torch.bfloat16
-    seconds: float,  # How long to try
-) -> float:
+def gflops(n: int, dtype, seconds: float) -> float:
     """Best speed seen of an n x n matrix product, in GFLOP/s (1e9 multiply-adds count as 2e9
-    operations)."""
+    operations).
+
+    Args:
+        n: Side of the square matrices.
+        dtype: torch.float32 or torch.bfloat16.
+        seconds: How long to try.
+    """
     import torch
 
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
@@ -36,10 +38,12 @@ def gflops(
             return 2 * n**3 / best / 1e9
 
 
-def probe(
-    seconds: float = 0.7,  # Per measurement
-) -> dict:
-    "Measure this machine with torch: threads, fp32_gflops and bf16_gflops at that thread count."
+def probe(seconds: float = 0.7) -> dict:
+    """Measure this machine with torch: threads, fp32_gflops and bf16_gflops at that thread count.
+
+    Args:
+        seconds: Per measurement.
+    """
     import torch
 
     from llmeco_nb.runner.machine import gflops
@@ -113,11 +117,13 @@ def versions(
     return found
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #28c9d6f1
-def machine(
-    cache: str | Path,  # Where the measurement is kept (a JSON file)
-    fresh: bool = False,  # Measure again
-) -> dict:
-    "This machine, described and measured. Raises `MissingError` when torch cannot be imported."
+def machine(cache: str | Path, fresh: bool = False) -> dict:
+    """This machine, described and measured. Raises `MissingError` when torch cannot be imported.
+
+    Args:
+        cache: Where the measurement is kept (a JSON file).
+        fresh: Measure again.
+    """
     cache, now = Path(cache), {**describe(), "torch": versions(["torch"]).get("torch")}
     if cache.exists() and not fresh:
         known = read_json(cache)

@@ -14,12 +14,14 @@ from .identity import unknown_name_hint
 from .stages import Instance, current_overrides, import_by_name, needs
 
 # %% ../../nbs/0_ground/01f_overrides.ipynb #039c2554
-def select_instances(
-    instances: list[Instance],  # All of a profile
-    name: str,  # Of an instance (`train@a`) or a stage (`train`)
-    told_by: str,  # Option or file to name in the error
-) -> list[Instance]:
-    "The instances meant by a name. Raises `UsageError` with the nearest names there are."
+def select_instances(instances: list[Instance], name: str, told_by: str) -> list[Instance]:
+    """The instances meant by a name. Raises `UsageError` with the nearest names there are.
+
+    Args:
+        instances: All of a profile.
+        name: Of an instance (`train@a`) or a stage (`train`).
+        told_by: Option or file to name in the error.
+    """
     found = [o for o in instances if name in (o.name, o.stage)]
     if found:
         return found
@@ -30,13 +32,17 @@ def select_instances(
 
 
 def set_stored(
-    instances: list[Instance],  # All of a profile; their values change
-    overrides: dict[str, dict],  # What a run.json holds: instance -> name -> value
-    file: Path,  # The run.json, to name in the error
-    profile: str,  # Of the run, to name in the error
+    instances: list[Instance], overrides: dict[str, dict], file: Path, profile: str
 ) -> None:
     """Set the parameters that a run.json holds, whatever they were called when it was written.
-    Raises `UsageError` that names the file and the command that starts another run."""
+    Raises `UsageError` that names the file and the command that starts another run.
+
+    Args:
+        instances: All of a profile; their values change.
+        overrides: What a run.json holds: instance -> name -> value.
+        file: The run.json, to name in the error.
+        profile: Of the run, to name in the error.
+    """
     try:
         for name, values in current_overrides(overrides).items():
             select_instances(instances, name, str(file))[0].set(values, str(file))
@@ -48,13 +54,17 @@ def set_stored(
 
 
 def set_parameters(
-    instances: list[Instance],  # All of a profile; their values change
-    settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)
-    told_by: str,  # Option or file to name in the error
+    instances: list[Instance], settings: list[tuple[str, str, object]], told_by: str
 ) -> list[tuple[Instance, str]]:
     """Set parameters and check that they can be used: each name, each value, the config as a whole,
     and that an outside source is there. Returns what was set, as (instance, parameter).
-    Raises `UsageError`, and whatever the function that reads a source raises (`MissingError`)."""
+    Raises `UsageError`, and whatever the function that reads a source raises (`MissingError`).
+
+    Args:
+        instances: All of a profile; their values change.
+        settings: (stage or instance, parameter, value).
+        told_by: Option or file to name in the error.
+    """
     chosen = [
         (o, name, value)
         for target, name, value in settings
@@ -71,23 +81,27 @@ def set_parameters(
     return [(o, name) for o, name, _ in chosen]
 
 
-def source_revision(
-    one: Instance,  # Its value of the parameter says which source
-    name: str,  # A parameter that its contract lists under sources
-) -> str:
-    "Revision of the outside source that the parameter `name` gives; '' if it gives none."
+def source_revision(one: Instance, name: str) -> str:
+    """Revision of the outside source that the parameter `name` gives; '' if it gives none.
+
+    Args:
+        one: Its value of the parameter says which source.
+        name: A parameter that its contract lists under sources.
+    """
     value = one.values.get(name)
     if value in (None, ""):
         return ""  # an empty list may mean "what is here"
     return import_by_name(one.notebook.contract["sources"][name])(value)
 
 
-def require_inputs(
-    instances: list[Instance],  # All of a profile
-    names: set[str] | None,  # Those to be considered; None for all
-    made: set[str],  # Those the run has already
-):
-    "Raises `UsageError` if a considered instance needs one that is neither considered nor made."
+def require_inputs(instances: list[Instance], names: set[str] | None, made: set[str]):
+    """Raises `UsageError` if a considered instance needs one that is neither considered nor made.
+
+    Args:
+        instances: All of a profile.
+        names: Those to be considered; None for all.
+        made: Those the run has already.
+    """
     if names is None:
         return
     for o in instances:

@@ -27,20 +27,28 @@ from .store import Run, Store, new_run_info
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #200d5a65
 def open_run(
-    registry: StageRegistry,  # Where the profile and its stages' notebooks are
-    profile: str,  # Name of a profile, or the path of its folder
-    path: str | None = None,  # Folder of the run; None for the newest of the profile
-    next_round: bool = False,  # Start a new run whose parent is the current one
-    new_run: bool = False,  # Start a new run that stands alone
-    create: bool = True,  # Whether a run may be made where there is none
-    check: Callable[[dict], object] = lambda info: (
-        None
-    ),  # Refuses by raising, before a run is made or taken
+    registry: StageRegistry,
+    profile: str,
+    path: str | None = None,
+    next_round: bool = False,
+    new_run: bool = False,
+    create: bool = True,
+    check: Callable[[dict], object] = lambda info: None,
 ) -> Run:
     """The run to work on: the given one, else the newest of the profile, else a new one.
 
     `check` is told what run.json holds, or would hold. If it raises, nothing has been made.
-    Raises `UsageError`, and `MissingError` where there is no run and none may be made."""
+    Raises `UsageError`, and `MissingError` where there is no run and none may be made.
+
+    Args:
+        registry: Where the profile and its stages' notebooks are.
+        profile: Name of a profile, or the path of its folder.
+        path: Folder of the run; None for the newest of the profile.
+        next_round: Start a new run whose parent is the current one.
+        new_run: Start a new run that stands alone.
+        create: Whether a run may be made where there is none.
+        check: Refuses by raising, before a run is made or taken.
+    """
     runs = Path(path).absolute().parent if path else runs_dir()
     current, another = _newest(runs, profile, path), next_round or new_run
     if current and not another:
@@ -120,12 +128,13 @@ class StageStatus:
     entry: Path | None = None  # the finished entry, where there is one
     inputs: dict = field(default_factory=dict)  # input -> [(where from, path)]
 
-    def paths(
-        self,
-        one: Instance,  # The instance that was looked at
-    ) -> dict[str, str | list[str]]:
+    def paths(self, one: Instance) -> dict[str, str | list[str]]:
         """The inputs as the notebook's parameters want them: a path, '' for none, or a list of
-        paths."""
+        paths.
+
+        Args:
+            one: The instance that was looked at.
+        """
         return {
             i: [str(p) for _, p in found]
             if one.inputs[i] == "[]"
@@ -146,21 +155,23 @@ class Pipeline:
         self.store = Store(run.path.parent)
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
 
-    def select(
-        self,
-        name: str,  # Of an instance (`train@a`) or a stage (`train`)
-        told_by: str,  # Option or file to name in the error
-    ) -> list[Instance]:
-        "The instances meant by an instance's or a stage's name. Raises `UsageError`."
+    def select(self, name: str, told_by: str) -> list[Instance]:
+        """The instances meant by an instance's or a stage's name. Raises `UsageError`.
+
+        Args:
+            name: Of an instance (`train@a`) or a stage (`train`).
+            told_by: Option or file to name in the error.
+        """
         return select_instances(self.instances, name, told_by)
 
-    def override(
-        self,
-        settings: list[tuple[str, str, object]],  # (stage or instance, parameter, value)
-        told_by: str,  # Option or file to name in the error
-    ):
+    def override(self, settings: list[tuple[str, str, object]], told_by: str):
         """Change parameters for this run, for good: (stage or instance, parameter, value).
-        Nothing is stored unless all of them can be used. Raises what `set_parameters` raises."""
+        Nothing is stored unless all of them can be used. Raises what `set_parameters` raises.
+
+        Args:
+            settings: (stage or instance, parameter, value).
+            told_by: Option or file to name in the error.
+        """
         chosen = set_parameters(self.instances, settings, told_by)
 
         def change(info):
@@ -170,12 +181,13 @@ class Pipeline:
         if chosen:
             self.run.update(change)
 
-    def inputs(
-        self,
-        one: Instance,  # An instance of this pipeline
-    ) -> dict[str, list[tuple[str, Path]]] | str:
+    def inputs(self, one: Instance) -> dict[str, list[tuple[str, Path]]] | str:
         """Input -> [(where from, path of the artifact)]; or the name of an instance that must be
-        made first."""
+        made first.
+
+        Args:
+            one: An instance of this pipeline.
+        """
         found = {}
         for i, refs in one.wires.items():
             found[i] = []
@@ -218,12 +230,13 @@ class Pipeline:
             name: source_revision(one, name) for name in one.notebook.contract.get("sources", {})
         }
 
-    def look(
-        self,
-        one: Instance,  # An instance of this pipeline
-        revisions: dict[str, str] | None = None,  # Of its outside sources; None: read here
-    ) -> StageStatus:
-        "Work out an instance's state without running anything."
+    def look(self, one: Instance, revisions: dict[str, str] | None = None) -> StageStatus:
+        """Work out an instance's state without running anything.
+
+        Args:
+            one: An instance of this pipeline.
+            revisions: Of its outside sources; None: read here.
+        """
         known = self.run.info["instances"].get(one.name)
         inputs = self.inputs(one)
         if isinstance(inputs, str):

@@ -232,12 +232,14 @@ def renamed_values(stage: str) -> dict[tuple[str, str], str]:
     return {(name, old): new for where, name, old, new in rows if where == stage}
 
 
-def current_value(
-    stage: str,  # Whose parameter
-    name: str,  # What the parameter was called
-    value: object,  # As it was stored then
-) -> object:
-    "The value of a renamed parameter in today's unit or word."
+def current_value(stage: str, name: str, value: object) -> object:
+    """The value of a renamed parameter in today's unit or word.
+
+    Args:
+        stage: Whose parameter.
+        name: What the parameter was called.
+        value: As it was stored then.
+    """
     words = renamed_values(stage)
     if (name, str(value)) in words:
         return words[name, str(value)]
@@ -248,10 +250,12 @@ def current_value(
     return value
 
 
-def current_overrides(
-    overrides: dict[str, dict],  # Instance -> parameter -> value, as a run.json holds them
-) -> dict[str, dict]:
-    "The same under the names and in the units of today."
+def current_overrides(overrides: dict[str, dict]) -> dict[str, dict]:
+    """The same under the names and in the units of today.
+
+    Args:
+        overrides: Instance -> parameter -> value, as a run.json holds them.
+    """
     found: dict[str, dict] = {}
     for instance, values in overrides.items():
         stage = instance.partition("@")[0]

@@ -39,19 +39,21 @@ class Store:
         except (MissingError, DataError):
             self._seen = {}
 
-    def entry(
-        self,
-        stage: str,  # Name of the stage, without a variant
-        key: str,  # Its work key, 16 hex digits
-    ) -> Path:
-        "Where a stage's result of this key stands, or would stand: its folder in the store."
+    def entry(self, stage: str, key: str) -> Path:
+        """Where a stage's result of this key stands, or would stand: its folder in the store.
+
+        Args:
+            stage: Name of the stage, without a variant.
+            key: Its work key, 16 hex digits.
+        """
         return self.folder / f"{stage}-{key}"
 
-    def sha(
-        self,
-        path: Path,  # File or folder; one that is not there gives 'absent'
-    ) -> str:
-        "`sha256_of` with a memory for files that have not been touched."
+    def sha(self, path: Path) -> str:
+        """`sha256_of` with a memory for files that have not been touched.
+
+        Args:
+            path: File or folder; one that is not there gives 'absent'.
+        """
         if path.is_dir():
             files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
             return sha256_text("\n".join(f"{f} {self.sha(path / f)}" for f in files))
@@ -79,12 +81,13 @@ class Store:
             if self.sha(entry / name) != sha
         ]
 
-    def find(
-        self,
-        stage: str,  # Name of the stage, without a variant
-        key: str,  # Its work key, 16 hex digits
-    ) -> Path | None:
-        "The whole and unharmed entry, or None."
+    def find(self, stage: str, key: str) -> Path | None:
+        """The whole and unharmed entry, or None.
+
+        Args:
+            stage: Name of the stage, without a variant.
+            key: Its work key, 16 hex digits.
+        """
         entry = self.entry(stage, key)
         return entry if (entry / "manifest.json").is_file() and not self.damage(entry) else None
 
@@ -113,12 +116,18 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: Path,  # The run's folder, which does not exist yet
-        profile: str,  # Name of the profile, or the path of its folder
-        parent: "Run | None" = None,  # The run of the round before; None for a first round
+        path: Path,
+        profile: str,
+        parent: "Run | None" = None,
         freeze: Callable[[Path], object] = lambda folder: None,
     ) -> "Run":
-        "Make a run folder, whole or not at all; `freeze(folder)` puts snapshots into it first."
+        """Make a run folder, whole or not at all; `freeze(folder)` puts snapshots into it first.
+
+        Args:
+            path: The run's folder, which does not exist yet.
+            profile: Name of the profile, or the path of its folder.
+            parent: The run of the round before; None for a first round.
+        """
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "snapshots").mkdir(parents=True)
@@ -135,21 +144,24 @@ class Run:
             change(self.info)
             write_json(self.path / "run.json", self.info)
 
-    def key(
-        self,
-        instance: str,  # Such as `train` or `train@a`
-    ) -> str | None:
-        "Work key of what this run made of an instance; None if it has made nothing of it yet."
+    def key(self, instance: str) -> str | None:
+        """Work key of what this run made of an instance; None if it has made nothing of it yet.
+
+        Args:
+            instance: Such as `train` or `train@a`.
+        """
         return self.info["instances"].get(instance, {}).get("key")
 
 
-def new_run_info(
-    profile: str,  # Name of the profile, or the path of its folder
-    parent: "Run | None" = None,  # The run of the round before; None for a first round
-) -> dict:
+def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
     """What run.json holds of a run that has made nothing yet.
 
-    A later round takes its parent's overrides."""
+    A later round takes its parent's overrides.
+
+    Args:
+        profile: Name of the profile, or the path of its folder.
+        parent: The run of the round before; None for a first round.
+    """
     return dict(
         profile=profile,
         created=time.time(),

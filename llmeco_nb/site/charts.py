@@ -52,13 +52,17 @@ def short_number(x: float) -> str:
 
 # %% ../../nbs/0_ground/04j_charts.ipynb #718148e9
 def curves_svg(
-    series: dict[str, list[tuple[float, float]]],  # Name -> points, each with at least one
-    xlabel: str,  # Name of the common axis
-    width: int = 380,  # Of the picture, in CSS pixels
-    height: int = 210,  # Of the picture, in CSS pixels
+    series: dict[str, list[tuple[float, float]]], xlabel: str, width: int = 380, height: int = 210
 ) -> str:
     """Curves over a common axis, in the colours --c0, --c1, ... of the page; their names are for
-    the caption."""
+    the caption.
+
+    Args:
+        series: Name -> points, each with at least one.
+        xlabel: Name of the common axis.
+        width: Of the picture, in CSS pixels.
+        height: Of the picture, in CSS pixels.
+    """
     series = {n: downsample(sorted(p)) for n, p in series.items() if p}
     every = [p for points in series.values() for p in points]
     (x0, x1), (y0, y1) = (
@@ -106,11 +110,13 @@ def curves_svg(
     return "".join([*parts, "</svg>"])
 
 # %% ../../nbs/0_ground/04j_charts.ipynb #2bf29516
-def intervals_svg(
-    rows: list[tuple[str, float, float, float]],  # (name, value, low, high); at least one
-    width: int = 620,  # Of the picture, in CSS pixels
-) -> str:
-    "Values with their intervals below each other, on a common axis, each with its number."
+def intervals_svg(rows: list[tuple[str, float, float, float]], width: int = 620) -> str:
+    """Values with their intervals below each other, on a common axis, each with its number.
+
+    Args:
+        rows: (name, value, low, high); at least one.
+        width: Of the picture, in CSS pixels.
+    """
     (x0, x1) = padded_range([v for _, _, low, high in rows for v in (low, high)], 0.04)
     left = max(text_width(name, 11.5) for name, *_ in rows) + 14
     right, step, top = 62, 24, 8

@@ -49,13 +49,15 @@ def add_durations(rows: list[dict], log: list[dict]) -> list[dict]:
     ]
 
 
-def comparison(
-    rows: list[dict],  # As `comparison_rows` returns them
-) -> str:
+def comparison(rows: list[dict]) -> str:
     """Rows as tables, one for each number of labels, the third and later ones folded away.
 
     Columns stand in the order they first appear; `x_low` and `x_high` stand in brackets behind
-    `x`."""
+    `x`.
+
+    Args:
+        rows: As `comparison_rows` returns them.
+    """
     sizes = list(dict.fromkeys(r.get("labels") for r in rows))
     if None in sizes or len(sizes) < 2:
         return one_table(rows) + model_names(rows)
@@ -72,10 +74,12 @@ def comparison(
     return "".join(parts[:2]) + (folded if rest else "") + model_names(rows)
 
 
-def model_names(
-    rows: list[dict],  # With `model` and `title`; others say nothing here
-) -> str:
-    "What the short names of models, which stand in files and on the command line, mean."
+def model_names(rows: list[dict]) -> str:
+    """What the short names of models, which stand in files and on the command line, mean.
+
+    Args:
+        rows: With `model` and `title`; others say nothing here.
+    """
     known = {r["model"]: r["title"] for r in rows if r.get("model") and r.get("title")}
     known = {name: known_models.get(name, title) for name, title in known.items()}
     said = [
@@ -95,13 +99,15 @@ known_models = dict(
 )
 
 
-def one_table(
-    rows: list[dict],  # As `comparison_rows` returns them, at least one
-) -> str:
+def one_table(rows: list[dict]) -> str:
     """Rows as a table: names first, then what has an interval, then what is claimed, then the rest.
 
     What a name, a heading or another column says already is left out: `model` beside a title, the
-    one `reference` all differ from, `p` beside its adjusted value, columns without a value."""
+    one `reference` all differ from, `p` beside its adjusted value, columns without a value.
+
+    Args:
+        rows: As `comparison_rows` returns them, at least one.
+    """
     said = [
         c
         for c in dict.fromkeys(k for r in rows for k in r)
@@ -134,12 +140,14 @@ def one_table(
     return html_table(head, [list(r) for r in texts], raw=True, what="Comparison")
 
 
-def table_column(
-    name: str,  # Key of the rows
-    rows: list[dict],  # Rows of the table; one without the key shows a dash
-    ranged: bool,  # Whether the rows hold the column's interval too
-) -> list[str]:
-    "The cells of a column as HTML. Of a column with intervals both ends stand in brackets."
+def table_column(name: str, rows: list[dict], ranged: bool) -> list[str]:
+    """The cells of a column as HTML. Of a column with intervals both ends stand in brackets.
+
+    Args:
+        name: Key of the rows.
+        rows: Rows of the table; one without the key shows a dash.
+        ranged: Whether the rows hold the column's interval too.
+    """
     values = [r.get(name) for r in rows]
     if name in ("p", "p_adjusted"):
         return [p_value(v) for v in values]
@@ -151,11 +159,13 @@ def table_column(
     return align_decimals(values) if numeric else [format_value(v) for v in values]
 
 
-def with_interval(
-    row: dict,  # Holds the number, and its ends as `<name>_low` and `<name>_high`
-    name: str,  # Key of the number
-) -> str:
-    "A number with its interval, three digits each, such as 0.52 [0.451, 0.588]."
+def with_interval(row: dict, name: str) -> str:
+    """A number with its interval, three digits each, such as 0.52 [0.451, 0.588].
+
+    Args:
+        row: Holds the number, and its ends as `<name>_low` and `<name>_high`.
+        name: Key of the number.
+    """
     value, low, high = (row.get(k) for k in (name, f"{name}_low", f"{name}_high"))
     if not is_number(value):
         return format_value(value)
@@ -184,11 +194,13 @@ def verdict_of(row: dict) -> str:
     return f"{'better' if agrees else 'worse'}: {verdict}"
 
 
-def accuracy_picture(
-    rows: list[dict],  # As `comparison_rows` returns them; may be none
-) -> str:
+def accuracy_picture(rows: list[dict]) -> str:
     """Each model's accuracy with its interval, for the largest number of labels; empty without
-    intervals."""
+    intervals.
+
+    Args:
+        rows: As `comparison_rows` returns them; may be none.
+    """
     most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
     found = [
         (
@@ -222,11 +234,13 @@ schedule_columns = {
 }
 
 
-def curves(
-    rows: list[dict],  # Of a log.jsonl; the axis is a number that never falls from row to row
-    most: int = 3,  # Pictures; all losses share the first
-) -> list[str]:
-    "SVG pictures of a log, at most `most`."
+def curves(rows: list[dict], most: int = 3) -> list[str]:
+    """SVG pictures of a log, at most `most`.
+
+    Args:
+        rows: Of a log.jsonl; the axis is a number that never falls from row to row.
+        most: Pictures; all losses share the first.
+    """
     good = lambda r, k: is_number(r.get(k)) and math.isfinite(r[k])
     # an axis never turns back
     runs = lambda values: len(values) > 1 and all(a <= b for a, b in zip(values, values[1:]))

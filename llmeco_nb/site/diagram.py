@@ -157,11 +157,13 @@ arrow_head = (
 )
 
 
-def lineage_svg(
-    boxes: list[Box],  # In an order in which they can be made
-    arrows: list[tuple[str, str, str]],  # (from, to, what is handed over)
-) -> str:
-    "The lineage from left to right. An arrow that only repeats a longer way is drawn fainter."
+def lineage_svg(boxes: list[Box], arrows: list[tuple[str, str, str]]) -> str:
+    """The lineage from left to right. An arrow that only repeats a longer way is drawn fainter.
+
+    Args:
+        boxes: In an order in which they can be made.
+        arrows: (from, to, what is handed over).
+    """
     pairs = list(dict.fromkeys((a, b) for a, b, _ in arrows))
     rank = ranks([b.name for b in boxes], pairs)
     columns, paths = waypoints(rank, pairs)
@@ -416,11 +418,13 @@ def flow_svg(source: str) -> str:
 stages_of_life = {1: "pretrain", 2: "adapt", 3: "validate", 4: "deploy", 5: "interact"}
 
 
-def ring_svg(
-    href: str = "#decade-{}",  # Where a segment leads; '' for a picture without links
-    alone: bool = False,  # Bring colours along, light and dark, for use as an image file
-) -> str:
-    "The ring of five stages around the ground floor, clockwise from the top."
+def ring_svg(href: str = "#decade-{}", alone: bool = False) -> str:
+    """The ring of five stages around the ground floor, clockwise from the top.
+
+    Args:
+        href: Where a segment leads; '' for a picture without links.
+        alone: Bring colours along, light and dark, for use as an image file.
+    """
     inner, outer, size = 74, 140, 316
     point = lambda r, degrees: (
         f"{r * math.cos(math.radians(degrees)):.1f},{r * math.sin(math.radians(degrees)):.1f}"

@@ -105,12 +105,14 @@ def chapters(registry: StageRegistry) -> list[Chapter]:
     return sorted(found, key=lambda c: (c.number != "", c.path.name))
 
 
-def chapter_map(
-    registry: StageRegistry,  # Whose chapters
-    folder: str = "",  # Put before every link
-) -> str:
+def chapter_map(registry: StageRegistry, folder: str = "") -> str:
     """The stages of life as a Markdown table: how many chapters each has, its first and last, and a
-    link to the folder that holds them all."""
+    link to the folder that holds them all.
+
+    Args:
+        registry: Whose chapters.
+        folder: Put before every link.
+    """
     known = chapters(registry)
     lines = ["| | stage of life | chapters |", "|---|---|---|"]
     for decade, name in decades.items():
@@ -199,14 +201,23 @@ glossary = "05b_glossary.ipynb"
 
 
 def chapter_page(
-    registry: StageRegistry,  # Whose package the chapter's functions belong to
-    c: Chapter,  # The chapter
-    known: list[Chapter],  # All chapters of the site, for links
-    folder: Path,  # The site's; pictures go to its assets/
-    run: dict | None,  # The notebook as a run executed it; None: without one
-    failed: str,  # Why the chapter could not be executed; empty if it could
+    registry: StageRegistry,
+    c: Chapter,
+    known: list[Chapter],
+    folder: Path,
+    run: dict | None,
+    failed: str,
 ) -> Page:
-    "A chapter with its code in the open, its outputs, and the reference of what it exports."
+    """A chapter with its code in the open, its outputs, and the reference of what it exports.
+
+    Args:
+        registry: Whose package the chapter's functions belong to.
+        c: The chapter.
+        known: All chapters of the site, for links.
+        folder: The site's; pictures go to its assets/.
+        run: The notebook as a run executed it; None: without one.
+        failed: Why the chapter could not be executed; empty if it could.
+    """
     files = {k.path.name: k.file for k in known} | {"index.ipynb": "index.html"}
     nb = read_json(c.path)
     scribe = PageRenderer(folder, lambda href: site_link(href, files), c.path.parent)
@@ -348,13 +359,20 @@ def reference_page(known: list[Chapter], folder: Path) -> Page:
 
 # %% ../../nbs/0_ground/05a_docs.ipynb #3e3fc512
 def render_site(
-    registry: StageRegistry,  # Its chapters; `_docs/` stands in its checkout, else here
-    pipe: Pipeline | None = None,  # Take the stages' outputs from this pipeline's run
-    execute: bool = True,  # Execute chapters whose outputs are not kept
-    notice: Callable[[str], object] = lambda sentence: None,  # Told what is being executed
+    registry: StageRegistry,
+    pipe: Pipeline | None = None,
+    execute: bool = True,
+    notice: Callable[[str], object] = lambda sentence: None,
 ) -> tuple[Path, dict[str, str]]:
     """Write `_docs/` and return its index.html, and which chapters could not be executed: {name:
-    why}."""
+    why}.
+
+    Args:
+        registry: Its chapters; `_docs/` stands in its checkout, else here.
+        pipe: Take the stages' outputs from this pipeline's run.
+        execute: Execute chapters whose outputs are not kept.
+        notice: Told what is being executed.
+    """
     target, known, failed = (
         (registry.nbs.parent if registry.checkout else Path.cwd()) / "_docs",
         chapters(registry),

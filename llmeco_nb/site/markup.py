@@ -301,13 +301,19 @@ def slug(text: str) -> str:
 
 
 class PageRenderer:
-    "Writes the inside of one page."
+    """Writes the inside of one page.
+
+    Args:
+        folder: The site's folder; pictures go to its assets/.
+        link: New address; None: no link.
+        home: Where relative pictures of the prose are.
+    """
 
     def __init__(
         self,
-        folder: Path,  # The site's folder; pictures go to its assets/
-        link: Callable[[str], str | None] = lambda href: href,  # New address; None: no link
-        home: Path | None = None,  # Where relative pictures of the prose are
+        folder: Path,
+        link: Callable[[str], str | None] = lambda href: href,
+        home: Path | None = None,
     ):
         self.folder, self._link, self.home, self.headings, self.ids = (
             folder,

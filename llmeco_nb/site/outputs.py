@@ -26,10 +26,12 @@ from .docs import execute_notebook, executed_notebook, not_executable
 from .page import cell_source, lesson_key, strip_ansi
 
 # %% ../../nbs/0_ground/05g_outputs.ipynb #05d0a007
-def cells_key(
-    notebook: dict,  # As JSON gives it
-) -> str:
-    "Key of a notebook's own code cells by meaning: comments, layout and outputs do not count."
+def cells_key(notebook: dict) -> str:
+    """Key of a notebook's own code cells by meaning: comments, layout and outputs do not count.
+
+    Args:
+        notebook: As JSON gives it.
+    """
     cells = [
         Cell(c.get("id", ""), "", cell_source(c))
         for c in notebook["cells"]
@@ -38,21 +40,25 @@ def cells_key(
     return key_of({"cells": {c.id: c.text("llmeco_nb") for c in cells}})
 
 
-def outputs_key(
-    registry: StageRegistry,  # Whose package the cells call
-    path: Path,  # One of its notebooks
-) -> dict[str, str]:
-    "What a notebook's outputs follow from today: keys of its cells, of all code, of its record."
+def outputs_key(registry: StageRegistry, path: Path) -> dict[str, str]:
+    """What a notebook's outputs follow from today: keys of its cells, of all code, of its record.
+
+    Args:
+        registry: Whose package the cells call.
+        path: One of its notebooks.
+    """
     nb, record = read_json(path), kept_record(registry, path)
     found = {"cells": cells_key(nb), "code": lesson_key(nb, registry.package)}
     return found | ({"record": sha256_of(record)} if record else {})
 
 
-def staleness(
-    registry: StageRegistry,  # Whose package the cells call
-    path: Path,  # One of its notebooks
-) -> str:
-    "Why the outputs in a notebook are not those of today's code; empty if they are."
+def staleness(registry: StageRegistry, path: Path) -> str:
+    """Why the outputs in a notebook are not those of today's code; empty if they are.
+
+    Args:
+        registry: Whose package the cells call.
+        path: One of its notebooks.
+    """
     kept = read_json(path)["metadata"].get("llmeco", {}).get("outputs_of")
     if not kept:
         return "has no outputs"
@@ -69,11 +75,13 @@ MACHINE_PATH = re.compile(
 )
 
 
-def plain_text(
-    text: str,  # As a cell printed it
-    registry: StageRegistry,  # Its folder and that of the runs are written relative
-) -> str:
-    "A text without colours, overwritten lines, addresses of objects and paths of this machine."
+def plain_text(text: str, registry: StageRegistry) -> str:
+    """A text without colours, overwritten lines, addresses of objects and paths of this machine.
+
+    Args:
+        text: As a cell printed it.
+        registry: Its folder and that of the runs are written relative.
+    """
     text = re.sub(r" at 0x[0-9a-f]{6,}", "", strip_ansi(text))
     for folder, short in ((runs_dir(), "runs"), (registry.nbs.parent, "")):
         text = text.replace(f"{folder}/", f"{short}/".removeprefix("/")).replace(
@@ -83,11 +91,13 @@ def plain_text(
     return MACHINE_PATH.sub(lambda m: f"…/{m[0].rstrip('/').rpartition('/')[2]}", text)
 
 
-def plain_outputs(
-    outputs: list[dict],  # Of one cell, as nbformat stores them
-    registry: StageRegistry,  # Whose folders are written relative
-) -> list[dict]:
-    "Outputs as they are stored: what was printed in one piece, displays of picture, HTML or text."
+def plain_outputs(outputs: list[dict], registry: StageRegistry) -> list[dict]:
+    """Outputs as they are stored: what was printed in one piece, displays of picture, HTML or text.
+
+    Args:
+        outputs: Of one cell, as nbformat stores them.
+        registry: Whose folders are written relative.
+    """
     joined = lambda v: v if isinstance(v, str) else "".join(v)
     lines = lambda text: plain_text(text, registry).splitlines(keepends=True)
     found: list[dict] = []
@@ -119,12 +129,14 @@ MOST_BYTES = 100_000  # of outputs in a notebook
 STEPS = ((1000, 256), (900, 128), (800, 64), (640, 32), (480, 16))  # width in pixels, colours
 
 
-def smaller_png(
-    png: bytes,  # Any PNG
-    width: int,  # Most pixels from left to right
-    colours: int,  # 2 to 256
-) -> bytes:
-    "A picture on white with a palette; the given one where that is smaller."
+def smaller_png(png: bytes, width: int, colours: int) -> bytes:
+    """A picture on white with a palette; the given one where that is smaller.
+
+    Args:
+        png: Any PNG.
+        width: Most pixels from left to right.
+        colours: 2 to 256.
+    """
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as opened:
@@ -141,19 +153,23 @@ def smaller_png(
     return png if fits and len(png) <= to.tell() else to.getvalue()
 
 
-def size_of(
-    outputs: object,  # Anything that JSON can hold
-) -> int:
-    "Bytes of outputs as a notebook stores them."
+def size_of(outputs: object) -> int:
+    """Bytes of outputs as a notebook stores them.
+
+    Args:
+        outputs: Anything that JSON can hold.
+    """
     return len(json.dumps(outputs, ensure_ascii=False).encode())
 
 
-def fitted(
-    outputs: list[list[dict]],  # Of each cell, plain
-    most: int = MOST_BYTES,  # Bytes of all together
-) -> tuple[list[list[dict]], list[str]]:
+def fitted(outputs: list[list[dict]], most: int = MOST_BYTES) -> tuple[list[list[dict]], list[str]]:
     """Outputs that take at most `most` bytes together, and a sentence for each that had to go: the
-    largest ones, when pictures cannot be made smaller any more."""
+    largest ones, when pictures cannot be made smaller any more.
+
+    Args:
+        outputs: Of each cell, plain.
+        most: Bytes of all together.
+    """
     for width, colours in STEPS:
         made = [[_shrunk(o, width, colours) for o in of_cell] for of_cell in outputs]
         if size_of(made) <= most:
@@ -186,11 +202,13 @@ MEASURED = re.compile(
 )
 
 
-def same_but_time(
-    old: list[dict],  # Outputs of a cell as they are stored
-    new: list[dict],  # Outputs of the same cell, plain
-) -> bool:
-    "Whether two outputs differ in nothing but measured times, rates and sizes of memory."
+def same_but_time(old: list[dict], new: list[dict]) -> bool:
+    """Whether two outputs differ in nothing but measured times, rates and sizes of memory.
+
+    Args:
+        old: Outputs of a cell as they are stored.
+        new: Outputs of the same cell, plain.
+    """
     return MEASURED.sub("", json.dumps(old)) == MEASURED.sub("", json.dumps(new))
 
 # %% ../../nbs/0_ground/05g_outputs.ipynb #05d0a019
@@ -204,11 +222,13 @@ class Stored:
     failed: str = ""  # why it could not be executed; its outputs are then as they were
 
 
-def store_outputs(
-    registry: StageRegistry,  # Whose notebook
-    path: Path,  # The notebook; its JSON is rewritten
-) -> Stored:
-    "Execute a notebook at its defaults, unless that is kept, and write what it shows into it."
+def store_outputs(registry: StageRegistry, path: Path) -> Stored:
+    """Execute a notebook at its defaults, unless that is kept, and write what it shows into it.
+
+    Args:
+        registry: Whose notebook.
+        path: The notebook; its JSON is rewritten.
+    """
     nb, key = read_json(path), outputs_key(registry, path)
     record = kept_record(registry, path)
     shown: dict[str, list[dict]] = {}
@@ -240,12 +260,19 @@ def _store(nbs: Path, path: Path) -> Stored:
 
 
 def refresh_outputs(
-    registry: StageRegistry,  # Whose notebooks
-    paths: Iterable[Path],  # Those to look at; what is not stale is left alone
-    jobs: int = 1,  # Notebooks at a time, at least 1
-    notice: Callable[[Stored], object] = lambda stored: None,  # Told of each when it is done
+    registry: StageRegistry,
+    paths: Iterable[Path],
+    jobs: int = 1,
+    notice: Callable[[Stored], object] = lambda stored: None,
 ) -> list[Stored]:
-    "Bring the outputs in notebooks up to date, as many at a time as `jobs` says."
+    """Bring the outputs in notebooks up to date, as many at a time as `jobs` says.
+
+    Args:
+        registry: Whose notebooks.
+        paths: Those to look at; what is not stale is left alone.
+        jobs: Notebooks at a time, at least 1.
+        notice: Told of each when it is done.
+    """
     todo = [p for p in paths if staleness(registry, p)]
     found = []
     with ProcessPoolExecutor(jobs) as pool:

@@ -36,12 +36,14 @@ def strip_ansi(text: str) -> str:
     )
 
 
-def output_html(
-    outputs: list[dict],  # As nbformat stores them
-    scribe: PageRenderer,  # Writes the page the outputs stand on
-    alt: str = "figure",  # Alternative text of pictures
-) -> str:
-    "Outputs of one cell as HTML; empty if there is nothing to see."
+def output_html(outputs: list[dict], scribe: PageRenderer, alt: str = "figure") -> str:
+    """Outputs of one cell as HTML; empty if there is nothing to see.
+
+    Args:
+        outputs: As nbformat stores them.
+        scribe: Writes the page the outputs stand on.
+        alt: Alternative text of pictures.
+    """
     parts, stream = [], {"name": None}
     for o in outputs:
         kind, joined = o["output_type"], lambda v: v if isinstance(v, str) else "".join(v)
@@ -106,17 +108,21 @@ class PageCell:
         return bool(re.search(r"^\s*#\s*\|\s*(export|exporti|exports)\s*$", self.source, re.M))
 
 
-def cell_source(
-    cell: dict,  # As nbformat stores it
-) -> str:
-    "The source of a raw notebook's cell, which may be one string or a list of lines."
+def cell_source(cell: dict) -> str:
+    """The source of a raw notebook's cell, which may be one string or a list of lines.
+
+    Args:
+        cell: As nbformat stores it.
+    """
     return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
-def cell_role(
-    cell: dict,  # As nbformat stores it
-) -> str:
-    "The role of a cell in a raw notebook."
+def cell_role(cell: dict) -> str:
+    """The role of a cell in a raw notebook.
+
+    Args:
+        cell: As nbformat stores it.
+    """
     if cell["cell_type"] != "code":
         return cell["cell_type"]
     tags = cell["metadata"].get("tags", [])
@@ -126,11 +132,13 @@ def cell_role(
     return found or ("imports" if code_summary(cell_source(cell)) == "imports" else "lesson")
 
 
-def same_code(
-    a: str,  # Python code
-    b: str,  # Python code; if either cannot be parsed and they differ: False
-) -> bool:
-    "Whether two pieces of code mean the same."
+def same_code(a: str, b: str) -> bool:
+    """Whether two pieces of code mean the same.
+
+    Args:
+        a: Python code.
+        b: Python code; if either cannot be parsed and they differ: False.
+    """
     try:
         return a == b or meaning(a) == meaning(b)
     except SyntaxError:
@@ -138,11 +146,15 @@ def same_code(
 
 
 def cells_with_outputs(
-    today: dict,  # The notebook as it is now
-    run: dict | None = None,  # As a run executed it
-    lessons: dict | None = None,  # As executed at its defaults
+    today: dict, run: dict | None = None, lessons: dict | None = None
 ) -> list[PageCell]:
-    "Today's cells with their outputs. Cells under `#| hide` are left out."
+    """Today's cells with their outputs. Cells under `#| hide` are left out.
+
+    Args:
+        today: The notebook as it is now.
+        run: As a run executed it.
+        lessons: As executed at its defaults.
+    """
     ran, taught = (
         {c["id"]: c for c in nb["cells"] if c["cell_type"] == "code" and "id" in c} if nb else {}
         for nb in (run, lessons)
@@ -195,12 +207,15 @@ def split_title(cells: list[PageCell]) -> tuple[str, str, list[PageCell]]:
 
 
 def render_chapter(
-    cells: list[PageCell],
-    scribe: PageRenderer,  # Writes the page; collects its headings
-    fold: bool = False,  # Hide the code behind one line
-    module: str = "",  # Name of the module that exported cells go to
+    cells: list[PageCell], scribe: PageRenderer, fold: bool = False, module: str = ""
 ) -> str:
-    "The cells as the inside of a page."
+    """The cells as the inside of a page.
+
+    Args:
+        scribe: Writes the page; collects its headings.
+        fold: Hide the code behind one line.
+        module: Name of the module that exported cells go to.
+    """
     parts, waiting, last = [], [], "figure"
     promise = Promise(parts)
 
@@ -295,11 +310,12 @@ def is_picture(output: dict) -> bool:
     return any(kind.startswith("image/") for kind in output.get("data", {}))
 
 
-def code_html(
-    cell: PageCell,
-    module: str = "",  # Shown at exported cells; empty: nowhere
-) -> str:
-    "A code cell; one that is exported says where to."
+def code_html(cell: PageCell, module: str = "") -> str:
+    """A code cell; one that is exported says where to.
+
+    Args:
+        module: Shown at exported cells; empty: nowhere.
+    """
     source = strip_directives(cell.source)
     label = (
         f'<span class="from">{html.escape(module)}</span>'
@@ -309,11 +325,13 @@ def code_html(
     return f'<div class="code">{label}{highlight_code(source)}</div>' if source else ""
 
 # %% ../../nbs/0_ground/04e_page.ipynb #09a05914
-def lesson_key(
-    notebook: dict,  # As JSON or nbformat gives it
-    package: Package,  # Where the functions that its cells call are looked up
-) -> str:
-    "Key over all code cells of a notebook and the functions they reach."
+def lesson_key(notebook: dict, package: Package) -> str:
+    """Key over all code cells of a notebook and the functions they reach.
+
+    Args:
+        notebook: As JSON or nbformat gives it.
+        package: Where the functions that its cells call are looked up.
+    """
     cells = [
         Cell(c.get("id", ""), "", cell_source(c))
         for c in notebook["cells"]
@@ -332,11 +350,12 @@ def lesson_key(
     )
 
 
-def kept_lessons(
-    notebook: Path,
-    package: Package,  # Where the functions that its cells call are looked up
-) -> dict | None:
-    "The notebook executed at its defaults, if it was and nothing has changed since."
+def kept_lessons(notebook: Path, package: Package) -> dict | None:
+    """The notebook executed at its defaults, if it was and nothing has changed since.
+
+    Args:
+        package: Where the functions that its cells call are looked up.
+    """
     try:
         found = read_json(runs_dir() / "lessons" / notebook.name)
     except (MissingError, DataError):

@@ -26,11 +26,13 @@ class Docstring:
     returns: str = ""  # empty: nothing is said of the result
 
 
-def parse_docstring(
-    doc: str,  # As `inspect.getdoc` gives it, without a margin
-) -> Docstring:
+def parse_docstring(doc: str) -> Docstring:
     """Take the sections `Args:`, `Attributes:` and `Returns:` out of a docstring; anything else is
-    its text."""
+    its text.
+
+    Args:
+        doc: As `inspect.getdoc` gives it, without a margin.
+    """
     text, explained, returns = [], {}, []
     section, name = "", ""
     for line in doc.splitlines():

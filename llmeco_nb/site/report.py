@@ -38,10 +38,12 @@ from llmeco_nb.site.template import (
 )
 
 # %% ../../nbs/0_ground/05_report.ipynb #0d5e2b50
-def outside_boxes(
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-) -> dict[str, str]:
-    "Inputs that no instance of this run gives: reference -> where it is from."
+def outside_boxes(made: list[StageResult]) -> dict[str, str]:
+    """Inputs that no instance of this run gives: reference -> where it is from.
+
+    Args:
+        made: Every instance of the run, as `gather` returns them.
+    """
     known = {m.name for m in made}
     found = {}
     for m in made:
@@ -55,10 +57,12 @@ def outside_boxes(
     return found
 
 
-def lineage(
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-) -> str:
-    "The run's lineage as SVG, each box a link to its page."
+def lineage(made: list[StageResult]) -> str:
+    """The run's lineage as SVG, each box a link to its page.
+
+    Args:
+        made: Every instance of the run, as `gather` returns them.
+    """
     known, outside = {m.name for m in made}, outside_boxes(made)
     boxes = [Box(name, note, "outside") for name, note in outside.items()]
     boxes += [
@@ -80,12 +84,14 @@ def lineage(
     return scroll_box(lineage_svg(boxes, arrows), "Lineage")
 
 # %% ../../nbs/0_ground/05_report.ipynb #52367750
-def rounds(
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-    parent: Run,  # The run of the round before
-    store: Store,  # Where the entries of both runs are
-) -> str:
-    "Metrics that differ from the parent's, side by side."
+def rounds(made: list[StageResult], parent: Run, store: Store) -> str:
+    """Metrics that differ from the parent's, side by side.
+
+    Args:
+        made: Every instance of the run, as `gather` returns them.
+        parent: The run of the round before.
+        store: Where the entries of both runs are.
+    """
     rows, equal = [], 0
     for m in made:
         key = parent.key(m.name)
@@ -130,11 +136,13 @@ def rounds(
     )
 
 
-def claims(
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-) -> str:
+def claims(made: list[StageResult]) -> str:
     """The claims of all stages that wrote claims.json, beside their artifacts or in one, judged
-    together."""
+    together.
+
+    Args:
+        made: Every instance of the run, as `gather` returns them.
+    """
     files = [
         f
         for m in made
@@ -183,12 +191,14 @@ def machine_facts(made: list[StageResult]) -> tuple[str, str]:
     )
 
 
-def report_front_page(
-    pipe: Pipeline,  # Of the run that is reported
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-    folder: Path,  # Of the report; pictures go to its assets/
-) -> Page:
-    "The report's first page."
+def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> Page:
+    """The report's first page.
+
+    Args:
+        pipe: Of the run that is reported.
+        made: Every instance of the run, as `gather` returns them.
+        folder: Of the report; pictures go to its assets/.
+    """
     scribe, run, there = PageRenderer(folder), pipe.run, [m for m in made if m.entry]
     behind = [m for m in made if m.state not in ("current", "unknown")]
     when = time.strftime(
@@ -271,10 +281,12 @@ def report_front_page(
     )
 
 # %% ../../nbs/0_ground/05_report.ipynb #d4222ad2
-def render_report(
-    pipe: Pipeline,  # Its run is reported; the former report is replaced
-) -> Path:
-    "Write `runs/<run>/report/` from the run's store entries and return its index.html."
+def render_report(pipe: Pipeline) -> Path:
+    """Write `runs/<run>/report/` from the run's store entries and return its index.html.
+
+    Args:
+        pipe: Its run is reported; the former report is replaced.
+    """
     with replaced_folder(pipe.run.path / "report") as folder:
         made = gather(pipe)
         by_chapter = sorted(made, key=lambda m: (m.one.notebook.path.name, m.name))

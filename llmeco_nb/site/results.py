@@ -56,10 +56,12 @@ class StageResult:
         return ", ".join([self.title, *changed[:3]])
 
 
-def reading_order(
-    instances: list[Instance],  # All of a profile
-) -> list[Instance]:
-    "Instances so that each comes after those it needs, and else in the order of the chapters."
+def reading_order(instances: list[Instance]) -> list[Instance]:
+    """Instances so that each comes after those it needs, and else in the order of the chapters.
+
+    Args:
+        instances: All of a profile.
+    """
     left, done = sorted(instances, key=lambda o: (o.notebook.path.name, o.name)), []
     while left:
         done.append(
@@ -68,10 +70,12 @@ def reading_order(
     return done
 
 
-def gather(
-    pipe: Pipeline,  # Its run and store are read; nothing is executed
-) -> list[StageResult]:
-    "All instances of a run, in order."
+def gather(pipe: Pipeline) -> list[StageResult]:
+    """All instances of a run, in order.
+
+    Args:
+        pipe: Its run and store are read; nothing is executed.
+    """
     try:
         looks = pipe.looks()
     except (LlmecoError, OSError):
@@ -107,17 +111,21 @@ state_labels = dict(
 state_tones = dict(current="good", page="warn", stale="warn")
 
 
-def state_badge(
-    m: StageResult,  # The instance, with its state
-) -> str:
-    "An instance's state as a coloured word."
+def state_badge(m: StageResult) -> str:
+    """An instance's state as a coloured word.
+
+    Args:
+        m: The instance, with its state.
+    """
     return f'<span class="{state_tones.get(m.state, "quiet")}">{state_labels[m.state]}</span>'
 
 
-def stages_table(
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-) -> str:
-    "Each instance with its state and the metrics worth a line."
+def stages_table(made: list[StageResult]) -> str:
+    """Each instance with its state and the metrics worth a line.
+
+    Args:
+        made: Every instance of the run, as `gather` returns them.
+    """
     rows = []
     for m in made:
         first = m.one.notebook.contract.get("headline")
@@ -143,10 +151,12 @@ def stages_table(
     return html_table(["stage", "state", "key metrics"], rows, raw=True)
 
 
-def costs(
-    made: list[StageResult],  # Every instance of the run; those without an entry are left out
-) -> str:
-    "Seconds and peak memory of each instance as bars."
+def costs(made: list[StageResult]) -> str:
+    """Seconds and peak memory of each instance as bars.
+
+    Args:
+        made: Every instance of the run; those without an entry are left out.
+    """
     there = [m for m in made if m.entry]
     seconds, memory = (
         [m.manifest.get(k) or 0 for m in there] for k in ("seconds", "peak_memory_mib")

@@ -19,11 +19,13 @@ from .results import StageResult, state_badge
 from .template import Page, chips, format_value, html_table, metrics_grid
 
 # %% ../../nbs/0_ground/05e_stage_page.ipynb #c798c1a5
-def parameters(
-    m: StageResult,  # The instance; without a manifest its values of today count
-    overrides: dict,  # Parameters set for this run: name -> value
-) -> str:
-    "Final parameters, changed ones first."
+def parameters(m: StageResult, overrides: dict) -> str:
+    """Final parameters, changed ones first.
+
+    Args:
+        m: The instance; without a manifest its values of today count.
+        overrides: Parameters set for this run: name -> value.
+    """
     final, known = m.manifest.get("parameters", m.one.values), m.one.parameters
     rows = {True: [], False: []}
     for name, value in final.items():
@@ -64,12 +66,14 @@ def parameters(
     return "".join(parts) or "<p>This stage has no parameters.</p>"
 
 
-def artifacts_table(
-    m: StageResult,  # The instance whose artifacts are listed
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-) -> str:
+def artifacts_table(m: StageResult, made: list[StageResult]) -> str:
     """Inputs and outputs with the first digits of their hashes; inputs link to the page of whom
-    they are from."""
+    they are from.
+
+    Args:
+        m: The instance whose artifacts are listed.
+        made: Every instance of the run, as `gather` returns them.
+    """
     pages, rows = {o.name: o.file for o in made}, []
     for i, given in m.manifest.get("inputs", {}).items():
         for g in given:
@@ -114,13 +118,15 @@ def artifacts_table(
     return html_table(["", "artifact", "", "sha256"], rows, raw=True) if rows else ""
 
 # %% ../../nbs/0_ground/05e_stage_page.ipynb #a504a117
-def stage_page(
-    pipe: Pipeline,  # Of the run that is reported
-    m: StageResult,  # The instance the page is about
-    made: list[StageResult],  # Every instance of the run, as `gather` returns them
-    folder: Path,  # Of the report; pictures go to its assets/
-) -> Page:
-    "An instance's page: contract, then the chapter with this run's outputs."
+def stage_page(pipe: Pipeline, m: StageResult, made: list[StageResult], folder: Path) -> Page:
+    """An instance's page: contract, then the chapter with this run's outputs.
+
+    Args:
+        pipe: Of the run that is reported.
+        m: The instance the page is about.
+        made: Every instance of the run, as `gather` returns them.
+        folder: Of the report; pictures go to its assets/.
+    """
     pages = {o.one.notebook.path.name: o.file for o in reversed(made)} | {
         m.one.notebook.path.name: m.file
     }

@@ -28,11 +28,13 @@ def luminance(colour: str) -> float:
     return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear))
 
 
-def contrast(
-    a: str,  # Such as #1d1f22
-    b: str,  # Such as #fdfdfb; the order does not count
-) -> float:
-    "Contrast of two hex colours by WCAG 2.1, from 1 (equal) to 21 (black on white)."
+def contrast(a: str, b: str) -> float:
+    """Contrast of two hex colours by WCAG 2.1, from 1 (equal) to 21 (black on white).
+
+    Args:
+        a: Such as #1d1f22.
+        b: Such as #fdfdfb; the order does not count.
+    """
     low, high = sorted(map(luminance, (a, b)))
     return (high + 0.05) / (low + 0.05)
 
@@ -79,10 +81,12 @@ for colours in (light, dark):
     }
 
 
-def variables(
-    colours: dict[str, str],  # Name without dashes -> value, such as ink -> #1d1f22
-) -> str:
-    "Colours as CSS custom properties."
+def variables(colours: dict[str, str]) -> str:
+    """Colours as CSS custom properties.
+
+    Args:
+        colours: Name without dashes -> value, such as ink -> #1d1f22.
+    """
     return "".join(f"--{k}:{v};" for k, v in colours.items())
 
 # %% ../../nbs/0_ground/04a_style.ipynb #519ce8f2

@@ -76,13 +76,15 @@ def scroll_box(inner: str, what: str = "Table") -> str:
     )
 
 
-def html_table(
-    head: list[str],  # Texts; an empty one makes no header cell
-    rows: list[list],  # Values, or HTML with `raw`
-    raw: bool = False,  # Whether the rows are HTML already
-    what: str = "Table",  # Its name, for those who hear the page
-) -> str:
-    "An HTML table that scrolls by itself; numeric columns stand to the right."
+def html_table(head: list[str], rows: list[list], raw: bool = False, what: str = "Table") -> str:
+    """An HTML table that scrolls by itself; numeric columns stand to the right.
+
+    Args:
+        head: Texts; an empty one makes no header cell.
+        rows: Values, or HTML with `raw`.
+        raw: Whether the rows are HTML already.
+        what: Its name, for those who hear the page.
+    """
     columns = list(zip(*rows)) or [[] for _ in head]
     bare = lambda t: re.sub("<[^>]*>", "", t)
 
@@ -362,14 +364,16 @@ autocomplete="off"><ul hidden></ul></div></header>
 """
 
 # %% ../../nbs/0_ground/04b_template.ipynb #a6661976
-def write_pages(
-    folder: Path,  # An existing folder
-    pages: list[Page],  # In the order of the list of pages
-    brand: str,  # Top left, such as llmeco
-    run: str = "",  # Beside it, such as laptop-1
-    foot: str = "",  # HTML at the bottom of every page
-):
-    "Write the pages and, under assets/, what they share."
+def write_pages(folder: Path, pages: list[Page], brand: str, run: str = "", foot: str = ""):
+    """Write the pages and, under assets/, what they share.
+
+    Args:
+        folder: An existing folder.
+        pages: In the order of the list of pages.
+        brand: Top left, such as llmeco.
+        run: Beside it, such as laptop-1.
+        foot: HTML at the bottom of every page.
+    """
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     rows = [row for p in pages for row in page_sections(p)]

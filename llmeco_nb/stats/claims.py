@@ -84,18 +84,28 @@ class Claim:
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #1a959b78
 def claim(
-    text: str,  # The sentence, such as "fine-tuned beats the baseline on BANKING77"
-    difference: float | Interval | Comparison,  # Evidence; a number needs `p` or `interval`
-    p: float | None = None,  # Two-sided, of "it is the margin"; None: from the evidence
-    interval: Interval | Sequence[float] | None = None,  # Of a number, or its ends at 95 %
-    margin: float = 0.0,  # What the difference must exceed
-    alpha: float = 0.05,  # False alarm rate
-    detectable: float | None = None,  # Detectable difference; a `Comparison` brings its own
-    unit: str = "points",  # "points" for shares; any other unit is shown as it is
+    text: str,
+    difference: float | Interval | Comparison,
+    p: float | None = None,
+    interval: Interval | Sequence[float] | None = None,
+    margin: float = 0.0,
+    alpha: float = 0.05,
+    detectable: float | None = None,
+    unit: str = "points",
 ) -> Claim:
     """Make a claim of a sentence and its evidence.
 
     Raises `UsageError` without evidence, `DataError` for evidence that is no number.
+
+    Args:
+        text: The sentence, such as "fine-tuned beats the baseline on BANKING77".
+        difference: Evidence; a number needs `p` or `interval`.
+        p: Two-sided, of "it is the margin"; None: from the evidence.
+        interval: Of a number, or its ends at 95 %.
+        margin: What the difference must exceed.
+        alpha: False alarm rate.
+        detectable: Detectable difference; a `Comparison` brings its own.
+        unit: "points" for shares; any other unit is shown as it is.
     """
     sure = difference
     if isinstance(sure, Comparison):

@@ -24,13 +24,16 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #abc9a895
 def check_labels(
-    labels: ArrayLike,  # True classes, shape (items,), whole numbers in [0, n_classes)
-    predicted: ArrayLike,  # Predicted classes, as many, same range
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    labels: ArrayLike, predicted: ArrayLike, n_classes: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Both columns as int64 arrays, and the number of classes.
 
     Raises `DataError` for anything that cannot be scored.
+
+    Args:
+        labels: True classes, shape (items,), whole numbers in [0, n_classes).
+        predicted: Predicted classes, as many, same range.
+        n_classes: Number of classes; None: the largest one seen, plus one.
     """
     y = np.asarray(labels)
     p = np.asarray(predicted)
@@ -60,33 +63,39 @@ def check_labels(
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #0432aa12
 def confusion_matrix(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    labels: ArrayLike, predicted: ArrayLike, n_classes: int | None = None
 ) -> np.ndarray:
     """Confusion matrix, int64 of shape (n, n); row = truth, column = prediction.
 
     Raises `DataError` as `check_labels` does.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+        n_classes: Number of classes; None: the largest one seen, plus one.
     """
     y, p, n = check_labels(labels, predicted, n_classes)
     return np.bincount(y * n + p, minlength=n * n).reshape(n, n)
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #09d44cc2
-def safe_divide(
-    numerator: ArrayLike,  # Any shape
-    denominator: ArrayLike,  # A shape that broadcasts with it
-) -> np.ndarray:
-    "Elementwise `numerator / denominator` as float64, of the broadcast shape; 0 / 0 = 0."
+def safe_divide(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
+    """Elementwise `numerator / denominator` as float64, of the broadcast shape; 0 / 0 = 0.
+
+    Args:
+        numerator: Any shape.
+        denominator: A shape that broadcasts with it.
+    """
     above, below = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     return np.divide(above, below, out=np.zeros(above.shape), where=below != 0)
 
 
-def class_scores(
-    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def class_scores(matrix: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall, F1 and support of every class, each of shape (..., n).
 
     Precision, recall and F1 lie in [0, 1], where 0/0 counts as 0; support counts the class's items.
+
+    Args:
+        matrix: Confusion matrix or a stack of them, shape (..., n, n).
     """
     m = np.asarray(matrix)
     hit = np.diagonal(m, axis1=-2, axis2=-1)
@@ -100,14 +109,15 @@ def class_scores(
     )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #aa4fe720
-def averaged(
-    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
-    name: str,  # "precision", "recall" or "f1"
-    average: str | None,  # "macro", "weighted", "micro", "binary" (class 1 of two) or None
-) -> np.ndarray:
+def averaged(matrix: ArrayLike, name: str, average: str | None) -> np.ndarray:
     """A class score averaged over classes, shape (...), or (..., n) if not averaged.
 
     Raises `UsageError` for another average.
+
+    Args:
+        matrix: Confusion matrix or a stack of them, shape (..., n, n).
+        name: "precision", "recall" or "f1".
+        average: "macro", "weighted", "micro", "binary" (class 1 of two) or None.
     """
     m = np.asarray(matrix)
     which = {"precision": 0, "recall": 1, "f1": 2}[name]
@@ -165,39 +175,51 @@ def mcc_of(matrix: ArrayLike) -> np.ndarray:
     )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #85959021
-def accuracy(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-) -> float:
-    "Share of predictions that are right, in [0, 1]. Raises `DataError`."
+def accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Share of predictions that are right, in [0, 1]. Raises `DataError`.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+    """
     return float(accuracy_of(confusion_matrix(labels, predicted)))
 
 
-def balanced_accuracy(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-) -> float:
-    "Mean recall over the classes that occur among the labels, in [0, 1]. Raises `DataError`."
+def balanced_accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean recall over the classes that occur among the labels, in [0, 1]. Raises `DataError`.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+    """
     return float(balanced_accuracy_of(confusion_matrix(labels, predicted)))
 
 
-def mcc(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-) -> float:
-    "Matthews' correlation coefficient, in [-1, 1]. Raises `DataError`."
+def mcc(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Matthews' correlation coefficient, in [-1, 1]. Raises `DataError`.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+    """
     return float(mcc_of(confusion_matrix(labels, predicted)))
 
 
 def precision_recall_f1(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
-    average: str | None = "macro",  # As for `averaged`; None gives arrays over all classes
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    n_classes: int | None = None,
+    average: str | None = "macro",
 ) -> tuple[float, float, float] | tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall and F1 in [0, 1]; 0/0 counts as 0.
 
     Raises `DataError`, and `UsageError` for an unknown average.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+        n_classes: Number of classes; None: the largest one seen, plus one.
+        average: As for `averaged`; None gives arrays over all classes.
     """
     m = confusion_matrix(labels, predicted, n_classes)
     three = tuple(averaged(m, name, average) for name in ("precision", "recall", "f1"))
@@ -212,12 +234,14 @@ overall_metrics = {
 class_metrics = ("precision", "recall", "f1")
 
 
-def score(
-    matrix: ArrayLike,  # Confusion matrix or a stack of them, shape (..., n, n)
-    name: str,  # "accuracy", "balanced_accuracy", "mcc", "precision", "recall" or "f1"
-    average: str | None = "macro",  # For the last three, as for `averaged`
-) -> np.ndarray:
-    "A metric by its name. Raises `UsageError` for a name it does not know."
+def score(matrix: ArrayLike, name: str, average: str | None = "macro") -> np.ndarray:
+    """A metric by its name. Raises `UsageError` for a name it does not know.
+
+    Args:
+        matrix: Confusion matrix or a stack of them, shape (..., n, n).
+        name: "accuracy", "balanced_accuracy", "mcc", "precision", "recall" or "f1".
+        average: For the last three, as for `averaged`.
+    """
     if name in overall_metrics:
         return overall_metrics[name](matrix)
     if name in class_metrics:
@@ -228,13 +252,16 @@ def score(
 
 
 def classification_report(
-    labels: ArrayLike,  # True classes, shape (items,)
-    predicted: ArrayLike,  # Predicted classes, shape (items,)
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    labels: ArrayLike, predicted: ArrayLike, n_classes: int | None = None
 ) -> dict[str, float]:
     """Every metric by its name, flat as in a record: accuracy, ..., macro_f1, ..., items.
 
     Raises `DataError` as `check_labels` does.
+
+    Args:
+        labels: True classes, shape (items,).
+        predicted: Predicted classes, shape (items,).
+        n_classes: Number of classes; None: the largest one seen, plus one.
     """
     m = confusion_matrix(labels, predicted, n_classes)
     numbers = {name: float(f(m)) for name, f in overall_metrics.items()}
@@ -257,11 +284,13 @@ class ClassRow:
     called: int  # Items that were called this class
 
 
-def class_table(
-    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
-    names: list[str],  # Class names, n of them
-) -> list[ClassRow]:
-    "One row per class, in their order. Raises `DataError` when names are too few or too many."
+def class_table(matrix: ArrayLike, names: list[str]) -> list[ClassRow]:
+    """One row per class, in their order. Raises `DataError` when names are too few or too many.
+
+    Args:
+        matrix: Confusion matrix, shape (n, n).
+        names: Class names, n of them.
+    """
     check_names(matrix, names)
     return [
         ClassRow(
@@ -284,14 +313,15 @@ def check_names(matrix: ArrayLike, names: list[str]) -> None:
         )
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #2d2f0c4d
-def confusion_figure(
-    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
-    names: list[str],  # Class names, n of them
-) -> "Figure":
+def confusion_figure(matrix: ArrayLike, names: list[str]) -> "Figure":
     """A matplotlib figure of the matrix: colour = share of the row, text = count.
 
     Counts are printed for up to 15 classes, names on the axes for up to 40. Raises `DataError` when
     names are too few or too many.
+
+    Args:
+        matrix: Confusion matrix, shape (n, n).
+        names: Class names, n of them.
     """
     import matplotlib.pyplot as plt
 
@@ -328,12 +358,14 @@ class ConfusedPair:
     share: float  # Of the true class's items, in (0, 1]
 
 
-def confused_pairs(
-    matrix: ArrayLike,  # Confusion matrix, shape (n, n)
-    names: list[str],  # Class names, n of them
-    top: int = 10,  # At most so many
-) -> list[ConfusedPair]:
-    "The most frequent mistakes, worst first. Raises `DataError` when names do not fit."
+def confused_pairs(matrix: ArrayLike, names: list[str], top: int = 10) -> list[ConfusedPair]:
+    """The most frequent mistakes, worst first. Raises `DataError` when names do not fit.
+
+    Args:
+        matrix: Confusion matrix, shape (n, n).
+        names: Class names, n of them.
+        top: At most so many.
+    """
     m = np.asarray(matrix)
     check_names(m, names)
     wrong = sorted((-int(m[i, j]), i, j) for i, j in np.ndindex(*m.shape) if i != j and m[i, j])
@@ -341,15 +373,18 @@ def confused_pairs(
 
 # %% ../../nbs/0_ground/02_metrics.ipynb #b00fda03
 def metric(
-    name: str,  # As for `score`
-    average: str | None = "macro",  # As for `score`
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
-    **options: object,  # For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir
+    name: str, average: str | None = "macro", n_classes: int | None = None, **options: object
 ) -> "Metric":
     """An `evaluate.Metric` that computes `score(matrix, name, average)`.
 
     Its key is `name` or `<average>_<name>`. Raises `UsageError` for a name or average that `score`
     does not know; computing raises `DataError` as `check_labels` does.
+
+    Args:
+        name: As for `score`.
+        average: As for `score`.
+        n_classes: Number of classes; None: the largest one seen, plus one.
+        **options: For `evaluate.Metric`: num_process, process_id, experiment_id, cache_dir.
     """
     import datasets
     import evaluate

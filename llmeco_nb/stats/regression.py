@@ -15,11 +15,13 @@ from numpy.typing import ArrayLike
 from ..core import DataError, UsageError
 
 # %% ../../nbs/0_ground/02a_regression_metrics.ipynb #a0272366
-def check_numbers(
-    targets: ArrayLike,  # True numbers, shape (items,)
-    predicted: ArrayLike,  # Predicted numbers, as many
-) -> tuple[np.ndarray, np.ndarray]:
-    "Both columns as float64 arrays. Raises `DataError` for anything that cannot be scored."
+def check_numbers(targets: ArrayLike, predicted: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both columns as float64 arrays. Raises `DataError` for anything that cannot be scored.
+
+    Args:
+        targets: True numbers, shape (items,).
+        predicted: Predicted numbers, as many.
+    """
     try:
         y = np.asarray(targets, dtype=float)
         p = np.asarray(predicted, dtype=float)
@@ -39,11 +41,13 @@ def check_numbers(
     return y, p
 
 # %% ../../nbs/0_ground/02a_regression_metrics.ipynb #40f49bba
-def weighted_ranks(
-    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
-    values: np.ndarray,  # A number per row, shape (rows,)
-) -> np.ndarray:
-    "Mean rank of each row among the drawn ones, from 1, shape (resamples, rows)."
+def weighted_ranks(w: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean rank of each row among the drawn ones, from 1, shape (resamples, rows).
+
+    Args:
+        w: How often each row is drawn, shape (resamples, rows).
+        values: A number per row, shape (rows,).
+    """
     _, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(group.max() + 1))
@@ -52,12 +56,14 @@ def weighted_ranks(
     return (last - (sizes - 1) / 2)[:, group]
 
 
-def weighted_correlation(
-    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
-    x: np.ndarray,  # Numbers, shape (rows,) or (resamples, rows)
-    y: np.ndarray,  # Likewise
-) -> np.ndarray:
-    "Pearson's correlation in every resample, shape (resamples,); 0 where one side is constant."
+def weighted_correlation(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's correlation in every resample, shape (resamples,); 0 where one side is constant.
+
+    Args:
+        w: How often each row is drawn, shape (resamples, rows).
+        x: Numbers, shape (rows,) or (resamples, rows).
+        y: Likewise.
+    """
     n = w.sum(1)
     x = x - ((w * x).sum(1) / n)[:, None]
     y = y - ((w * y).sum(1) / n)[:, None]
@@ -94,12 +100,14 @@ regression_metrics: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def regression_statistic(
-    name: str,  # "mae", "rmse", "r2" or "spearman"
-) -> Callable[..., np.ndarray]:
+def regression_statistic(name: str) -> Callable[..., np.ndarray]:
     """A statistic (w, targets, predicted) -> values of shape (resamples,), for `bootstrap`.
 
-    Raises `UsageError` for a name it does not know."""
+    Raises `UsageError` for a name it does not know.
+
+    Args:
+        name: "mae", "rmse", "r2" or "spearman".
+    """
     if name not in regression_metrics:
         raise UsageError(
             f"No metric of numbers is called {name!r}; there are {', '.join(regression_metrics)}."
@@ -107,13 +115,15 @@ def regression_statistic(
     return regression_metrics[name]
 
 
-def regression_report(
-    targets: ArrayLike,  # True numbers, shape (items,)
-    predicted: ArrayLike,  # Predicted numbers, shape (items,)
-) -> dict[str, float]:
+def regression_report(targets: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
     """Every metric by its name, flat as in a record: mae, rmse, r2, spearman, items.
 
-    Raises `DataError` as `check_numbers` does."""
+    Raises `DataError` as `check_numbers` does.
+
+    Args:
+        targets: True numbers, shape (items,).
+        predicted: Predicted numbers, shape (items,).
+    """
     y, p = check_numbers(targets, predicted)
     once = np.ones((1, len(y)))
     found = {name: float(metric(once, y, p)[0]) for name, metric in regression_metrics.items()}

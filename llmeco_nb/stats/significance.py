@@ -58,15 +58,16 @@ def check_level(level: float) -> None:
         )
 
 
-def wilson(
-    right: int,  # Items that were right, 0 to `items`
-    items: int,  # Items in all, at least 1
-    level: float = 0.95,  # Level of the interval, in (0, 1)
-) -> Interval:
+def wilson(right: int, items: int, level: float = 0.95) -> Interval:
     """Wilson's score interval for a proportion (Wilson 1927), by scipy.
 
     Its `p_value` is the exact binomial test. Raises `DataError` for counts that make no proportion,
     `UsageError` for an impossible level.
+
+    Args:
+        right: Items that were right, 0 to `items`.
+        items: Items in all, at least 1.
+        level: Level of the interval, in (0, 1).
     """
     from scipy.stats import binomtest
 
@@ -81,32 +82,39 @@ def wilson(
     return Interval(right / items, float(low), float(high), level, "wilson", test)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #996792ab
-def average(
-    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
-    values: np.ndarray,  # A number per row, shape (rows,)
-) -> np.ndarray:
-    "Mean of `values` in every resample, shape (resamples,)."
+def average(w: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of `values` in every resample, shape (resamples,).
+
+    Args:
+        w: How often each row is drawn, shape (resamples, rows).
+        values: A number per row, shape (rows,).
+    """
     return w @ values / w.sum(1)
 
 
-def difference(
-    w: np.ndarray,  # How often each row is drawn, shape (resamples, rows)
-    first: np.ndarray,  # The first model's number per row, shape (rows,)
-    second: np.ndarray,  # The second model's, for the same items
-) -> np.ndarray:
-    "Mean of `first` minus mean of `second` in every resample, shape (resamples,)."
+def difference(w: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Mean of `first` minus mean of `second` in every resample, shape (resamples,).
+
+    Args:
+        w: How often each row is drawn, shape (resamples, rows).
+        first: The first model's number per row, shape (rows,).
+        second: The second model's, for the same items.
+    """
     return w @ (first - second) / w.sum(1)
 
 
 def confusion_statistic(
-    name: str = "f1",  # A metric that `llmeco_nb.stats.metrics.score` knows
-    average: str | None = "macro",  # Its average over classes
-    n_classes: int | None = None,  # Number of classes; None: the largest one seen, plus one
+    name: str = "f1", average: str | None = "macro", n_classes: int | None = None
 ) -> Callable[..., np.ndarray]:
     """A statistic (w, *columns) -> values of shape (resamples,), for `bootstrap` and its kin.
 
     Of the columns (labels, predicted) it is the metric; of (labels, first, second) the metric of
     first minus that of second.
+
+    Args:
+        name: A metric that `llmeco_nb.stats.metrics.score` knows.
+        average: Its average over classes.
+        n_classes: Number of classes; None: the largest one seen, plus one.
     """
 
     def statistic(w: np.ndarray, labels: np.ndarray, *predictions: np.ndarray) -> np.ndarray:
@@ -131,12 +139,13 @@ def confusion_statistic(
     return statistic
 
 # %% ../../nbs/0_ground/03_significance.ipynb #673aa4ed
-def unique_rows(
-    columns: Iterable[ArrayLike],  # Columns of numbers, each of shape (items,)
-) -> tuple[list[np.ndarray], np.ndarray]:
+def unique_rows(columns: Iterable[ArrayLike]) -> tuple[list[np.ndarray], np.ndarray]:
     """The distinct rows, column by column, and how often each occurs; each of shape (rows,).
 
     Raises `DataError` for columns that are empty, of unequal length or hold what is no number.
+
+    Args:
+        columns: Columns of numbers, each of shape (items,).
     """
     try:
         table = [np.asarray(c, dtype=float) for c in columns]
@@ -156,11 +165,15 @@ def unique_rows(
 
 
 def bootstrap_counts(
-    sizes: np.ndarray,  # How many items each distinct row stands for, shape (rows,)
-    resamples: int,  # How many draws of all items with replacement
-    rng: np.random.Generator,  # Source of the draws
+    sizes: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    "Yield how often each row was drawn, some resamples at a time, each of shape (some, rows)."
+    """Yield how often each row was drawn, some resamples at a time, each of shape (some, rows).
+
+    Args:
+        sizes: How many items each distinct row stands for, shape (rows,).
+        resamples: How many draws of all items with replacement.
+        rng: Source of the draws.
+    """
     n = int(sizes.sum())
     kinds = len(sizes)
     owner = np.repeat(np.arange(kinds), sizes)
@@ -175,18 +188,27 @@ def bootstrap_counts(
 
 # %% ../../nbs/0_ground/03_significance.ipynb #a2575d96
 def bootstrap(
-    statistic: Callable[..., np.ndarray],  # Such as `average`; (w, *columns) -> (resamples,)
-    *columns: ArrayLike,  # What it needs of every item, each of shape (items,)
-    clusters: ArrayLike | None = None,  # Which items belong together, shape (items,); None: none
-    resamples: int = 2000,  # How many test sets to draw
-    level: float = 0.95,  # Level of the interval, in (0, 1)
-    method: str = "bca",  # "bca" or "percentile"
-    seed: int = 0,  # Of the draws
+    statistic: Callable[..., np.ndarray],
+    *columns: ArrayLike,
+    clusters: ArrayLike | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+    method: str = "bca",
+    seed: int = 0,
 ) -> Interval:
     """Bootstrap interval for a statistic of the items; same seed, same interval.
 
     Raises `DataError` for columns that cannot be drawn from, `UsageError` for an unknown method or
     an impossible level.
+
+    Args:
+        statistic: Such as `average`; (w, *columns) -> (resamples,).
+        *columns: What it needs of every item, each of shape (items,).
+        clusters: Which items belong together, shape (items,); None: none.
+        resamples: How many test sets to draw.
+        level: Level of the interval, in (0, 1).
+        method: "bca" or "percentile".
+        seed: Of the draws.
     """
     from scipy.special import ndtr, ndtri
 
@@ -236,10 +258,12 @@ def bootstrap(
     return Interval(estimate, float(low), float(high), level, f"bootstrap, {method}", test)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #5ff74c18
-def check_right(
-    right: ArrayLike,  # 1 where an item was right, 0 where not, shape (items,)
-) -> np.ndarray:
-    "The same as booleans, shape (items,). Raises `DataError` for anything else, or nothing."
+def check_right(right: ArrayLike) -> np.ndarray:
+    """The same as booleans, shape (items,). Raises `DataError` for anything else, or nothing.
+
+    Args:
+        right: 1 where an item was right, 0 where not, shape (items,).
+    """
     a = np.asarray(right)
     if a.ndim != 1 or not len(a) or not np.isin(a, (0, 1)).all():
         raise DataError(
@@ -248,11 +272,13 @@ def check_right(
     return a.astype(bool)
 
 
-def discordant(
-    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
-    second: ArrayLike,  # The same for the second model
-) -> tuple[int, int]:
-    "On how many items only `first` was right, and only `second`. Raises `DataError`."
+def discordant(first: ArrayLike, second: ArrayLike) -> tuple[int, int]:
+    """On how many items only `first` was right, and only `second`. Raises `DataError`.
+
+    Args:
+        first: 1 where the first model was right, 0 where not, shape (items,).
+        second: The same for the second model.
+    """
     first, second = check_right(first), check_right(second)
     if len(first) != len(second):
         raise DataError(
@@ -262,13 +288,14 @@ def discordant(
     return int((first & ~second).sum()), int((second & ~first).sum())
 
 
-def mcnemar(
-    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
-    second: ArrayLike,  # The same for the second model
-) -> float:
+def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     """Two-sided p-value of McNemar's exact test: could two equally good models differ so much?
 
     Raises `DataError`.
+
+    Args:
+        first: 1 where the first model was right, 0 where not, shape (items,).
+        second: The same for the second model.
     """
     from scipy.stats import binomtest
 
@@ -276,27 +303,30 @@ def mcnemar(
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 # %% ../../nbs/0_ground/03_significance.ipynb #3b111137
-def tango_z(
-    b: int,  # Items on which only the first model was right
-    c: int,  # Items on which only the second was
-    n: int,  # Items in all
-    delta: float,  # The hypothesis: how much more often the first is right, in (-1, 1)
-) -> float:
-    "Tango's score statistic for that hypothesis, standard normal if it is true."
+def tango_z(b: int, c: int, n: int, delta: float) -> float:
+    """Tango's score statistic for that hypothesis, standard normal if it is true.
+
+    Args:
+        b: Items on which only the first model was right.
+        c: Items on which only the second was.
+        n: Items in all.
+        delta: The hypothesis: how much more often the first is right, in (-1, 1).
+    """
     middle = (2 * n - b + c) * delta - b - c
     q = (np.sqrt(middle**2 + 8 * n * c * delta * (1 - delta)) - middle) / (4 * n)
     return (b - c - n * delta) / np.sqrt(np.maximum(n * (2 * q + delta * (1 - delta)), 1e-12))
 
 
-def paired_difference(
-    first: ArrayLike,  # 1 where the first model was right, 0 where not, shape (items,)
-    second: ArrayLike,  # The same for the second model
-    level: float = 0.95,  # Level of the interval, in (0, 1)
-) -> Interval:
+def paired_difference(first: ArrayLike, second: ArrayLike, level: float = 0.95) -> Interval:
     """Accuracy of `first` minus that of `second` on the same items, in [-1, 1].
 
     The interval is Tango's score interval (1998). Raises `DataError` for columns that are not right
     and wrong of the same items, `UsageError` for an impossible level.
+
+    Args:
+        first: 1 where the first model was right, 0 where not, shape (items,).
+        second: The same for the second model.
+        level: Level of the interval, in (0, 1).
     """
     from scipy.optimize import brentq
     from scipy.special import ndtr, ndtri
@@ -323,12 +353,16 @@ def paired_difference(
 
 # %% ../../nbs/0_ground/03_significance.ipynb #93333272
 def permutation_test(
-    statistic: Callable[..., np.ndarray],  # Such as `difference`; (w, *columns) -> (resamples,)
-    *columns: ArrayLike,  # Its columns, each of shape (items,); the last two are exchanged
-    resamples: int = 9999,  # How many exchanges to try; no p-value is below 1/(resamples + 1)
-    seed: int = 0,  # Of the exchanges
+    statistic: Callable[..., np.ndarray], *columns: ArrayLike, resamples: int = 9999, seed: int = 0
 ) -> float:
-    "Two-sided p-value of the paired permutation test. Raises `DataError`."
+    """Two-sided p-value of the paired permutation test. Raises `DataError`.
+
+    Args:
+        statistic: Such as `difference`; (w, *columns) -> (resamples,).
+        *columns: Its columns, each of shape (items,); the last two are exchanged.
+        resamples: How many exchanges to try; no p-value is below 1/(resamples + 1).
+        seed: Of the exchanges.
+    """
     rows, sizes = unique_rows(columns)
     *shared, first, second = rows
     doubled = [np.tile(s, 2) for s in shared] + [
@@ -352,15 +386,18 @@ def permutation_test(
 
 # %% ../../nbs/0_ground/03_significance.ipynb #dbcbed5c
 def minimum_detectable_difference(
-    items: int,  # Size of the test set, at least 1
-    discordance: float = 0.1,  # Share of items where one model alone is right, or mean square
-    alpha: float = 0.05,  # Two-sided false alarm rate
-    power: float = 0.8,  # Probability of finding a difference of the returned size
+    items: int, discordance: float = 0.1, alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """Smallest true difference that a paired test finds with probability `power`.
 
     For scores other than right and wrong, `discordance` is the mean squared difference of an item.
     Raises `DataError` without items, or for a negative discordance.
+
+    Args:
+        items: Size of the test set, at least 1.
+        discordance: Share of items where one model alone is right, or mean square.
+        alpha: Two-sided false alarm rate.
+        power: Probability of finding a difference of the returned size.
     """
     from scipy.special import ndtri
 
@@ -417,14 +454,23 @@ class Comparison:
 
 
 def compare(
-    first: ArrayLike,  # Score of the first model on every item, shape (items,)
-    second: ArrayLike,  # Score of the second model on the same items
-    clusters: ArrayLike | None = None,  # Which items belong together, shape (items,)
-    level: float = 0.95,  # Of the interval
-    resamples: int = 9999,  # Of permutation and bootstrap
-    seed: int = 0,  # Of permutation and bootstrap
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: ArrayLike | None = None,
+    level: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
 ) -> Comparison:
-    "Compare two models by a score per item, right and wrong included. Raises `DataError`."
+    """Compare two models by a score per item, right and wrong included. Raises `DataError`.
+
+    Args:
+        first: Score of the first model on every item, shape (items,).
+        second: Score of the second model on the same items.
+        clusters: Which items belong together, shape (items,).
+        level: Of the interval.
+        resamples: Of permutation and bootstrap.
+        seed: Of permutation and bootstrap.
+    """
     (a, b), sizes = unique_rows([first, second])
     n = int(sizes.sum())
     means = float(sizes @ a / sizes.sum()), float(sizes @ b / sizes.sum())
@@ -448,18 +494,28 @@ def compare(
 
 
 def compare_metric(
-    labels: ArrayLike,  # True classes, shape (items,)
-    first: ArrayLike,  # Classes predicted by the first model, shape (items,)
-    second: ArrayLike,  # Classes predicted by the second
-    name: str = "f1",  # A metric that `llmeco_nb.stats.metrics.score` knows
-    average: str | None = "macro",  # Its average over classes
-    level: float = 0.95,  # Of the interval
-    resamples: int = 9999,  # Of permutation and bootstrap
-    seed: int = 0,  # Of permutation and bootstrap
+    labels: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    name: str = "f1",
+    average: str | None = "macro",
+    level: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
 ) -> Comparison:
     """Compare two models by a metric of the confusion matrix.
 
     Accuracy goes to `compare`. Raises `DataError` and `UsageError`.
+
+    Args:
+        labels: True classes, shape (items,).
+        first: Classes predicted by the first model, shape (items,).
+        second: Classes predicted by the second.
+        name: A metric that `llmeco_nb.stats.metrics.score` knows.
+        average: Its average over classes.
+        level: Of the interval.
+        resamples: Of permutation and bootstrap.
+        seed: Of permutation and bootstrap.
     """
     from scipy.special import ndtri
 
@@ -478,13 +534,14 @@ def compare_metric(
     return Comparison(len(labels), *means, interval, p, "permutation", detectable)
 
 # %% ../../nbs/0_ground/03_significance.ipynb #5399b249
-def holm(
-    p_values: ArrayLike,  # p-values in [0, 1], any number of them
-) -> np.ndarray:
+def holm(p_values: ArrayLike) -> np.ndarray:
     """Adjusted p-values in the same order (Holm 1979).
 
     Those up to alpha contain a false alarm with probability alpha at most. Raises `DataError` for
     what is no p-value.
+
+    Args:
+        p_values: p-values in [0, 1], any number of them.
     """
     p = np.asarray(p_values, dtype=float)
     if not ((0 <= p) & (p <= 1)).all():

@@ -34,20 +34,24 @@ block_tag, inline_tag = tag_pattern(block_tag_names), tag_pattern(inline_tag_nam
 entity = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]\w{1,30});")
 
 
-def strip_html(
-    text: str,  # May hold HTML
-) -> str:
-    "Remove HTML tags and comments; a tag that breaks a line leaves a line break."
+def strip_html(text: str) -> str:
+    """Remove HTML tags and comments; a tag that breaks a line leaves a line break.
+
+    Args:
+        text: May hold HTML.
+    """
     if "<" not in text:
         return text
     return inline_tag.sub("", block_tag.sub("\n", re.sub(r"<!--[^<>]*-->", "", text)))
 
 
-def unescape(
-    text: str,  # May hold entities
-) -> str:
+def unescape(text: str) -> str:
     """Turn HTML entities into characters. Only those closed by a semicolon, so that `R&B` and
-    `&not` stay."""
+    `&not` stay.
+
+    Args:
+        text: May hold entities.
+    """
     if "&" not in text:
         return text
     text = re.sub("&(?:(?:amp|#38);)+", "&", text)  # however often it was escaped
@@ -69,10 +73,12 @@ def fix_encoding_piece(piece: str) -> str:
     return ftfy.fix_text(piece, config)
 
 
-def fix_encoding(
-    text: str,  # May be decoded wrongly
-) -> str:
-    "Undo wrong decodings (`Ã©` for `é`, U+0096 for a dash) and compose accents (NFC)."
+def fix_encoding(text: str) -> str:
+    """Undo wrong decodings (`Ã©` for `é`, U+0096 for a dash) and compose accents (NFC).
+
+    Args:
+        text: May be decoded wrongly.
+    """
     if text.isascii():
         return text
     done, end = [], 0
@@ -94,23 +100,27 @@ control_chars = re.compile(
 )
 
 
-def remove_control_chars(
-    text: str,  # May hold such characters
-) -> str:
+def remove_control_chars(text: str) -> str:
     """Remove characters without a shape: zero-width ones vanish, controls and private ones become a
-    space."""
+    space.
+
+    Args:
+        text: May hold such characters.
+    """
     if text.replace("\n", " ").isprintable():
         return text  # the common case, ten times faster
     return control_chars.sub(" ", text if text.isascii() else invisible_chars.sub("", text))
 
 
-def normalize_whitespace(
-    text: str,  # Any string
-    keep_newlines: bool = False,  # Keep line breaks
-) -> str:
+def normalize_whitespace(text: str, keep_newlines: bool = False) -> str:
     """One space for any white space.
 
-    With `keep_newlines` line breaks stay, and at most one empty line in a row."""
+    With `keep_newlines` line breaks stay, and at most one empty line in a row.
+
+    Args:
+        text: Any string.
+        keep_newlines: Keep line breaks.
+    """
     if not keep_newlines:
         return " ".join(text.split())
     lines = "\n".join(" ".join(line.split()) for line in text.splitlines())
@@ -118,13 +128,17 @@ def normalize_whitespace(
 
 # %% ../../nbs/1_pretraining/10e_cleaning.ipynb #0589ffce
 def clean_text(
-    text: str,  # Any string
-    keep_newlines: bool = False,  # Keep line breaks
-    changes: dict[str, tuple[str, str]] | None = None,  # Filled: step -> before, after
+    text: str, keep_newlines: bool = False, changes: dict[str, tuple[str, str]] | None = None
 ) -> str:
     """The text without markup, wrong decodings, invisible characters and superfluous space.
 
-    Idempotent."""
+    Idempotent.
+
+    Args:
+        text: Any string.
+        keep_newlines: Keep line breaks.
+        changes: Filled: step -> before, after.
+    """
     steps = {
         "encoding": fix_encoding,
         "spaces": lambda t: normalize_whitespace(t, keep_newlines),

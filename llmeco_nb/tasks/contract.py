@@ -61,11 +61,12 @@ class Schema:
     task: ClassVar[str] = ""  # Name of the task
     cleaning: Cleaning | None = None  # None: texts are read as they come
 
-    def prepare(
-        self,
-        text: str,  # As a file holds it or a client sends it
-    ) -> str:
-        "The text as the model is to read it; idempotent."
+    def prepare(self, text: str) -> str:
+        """The text as the model is to read it; idempotent.
+
+        Args:
+            text: As a file holds it or a client sends it.
+        """
         if self.cleaning is None:
             return text
         return clean_text(text, self.cleaning.keep_newlines)
@@ -75,11 +76,12 @@ class Schema:
         return {"task": self.task, **asdict(self)}
 
     @classmethod
-    def from_json(
-        cls,
-        raw: dict[str, Any],  # What `to_json` returned
-    ) -> Self:
-        "The schema that `to_json` wrote. Raises `DataError` where a field is wrong."
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        """The schema that `to_json` wrote. Raises `DataError` where a field is wrong.
+
+        Args:
+            raw: What `to_json` returned.
+        """
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in raw.items() if name in known}
         if values.get("cleaning") is not None:
@@ -143,11 +145,12 @@ class Selection:
     higher_is_better: bool  # False for errors
     title: str  # For people
 
-    def key(
-        self,
-        value: float,  # The metric's value
-    ) -> float:
-        "A number that is larger for a better model."
+    def key(self, value: float) -> float:
+        """A number that is larger for a better model.
+
+        Args:
+            value: The metric's value.
+        """
         return value if self.higher_is_better else -value
 
 
@@ -168,74 +171,85 @@ class Task(ABC, Generic[SchemaT]):
     Response: ClassVar[type[ItemResponse]]  # The same with the item's place in the request
 
     @abstractmethod
-    def check(
-        self,
-        rows: Rows,  # As they were read
-    ) -> SchemaT:
-        "What is known of these rows. Raises `DataError` with the line and the cure."
+    def check(self, rows: Rows) -> SchemaT:
+        """What is known of these rows. Raises `DataError` with the line and the cure.
 
-    def prepare(
-        self,
-        text: str,  # As a file holds it or a client sends it
-        schema: SchemaT,  # What `check` returned
-    ) -> str:
-        "The text as the model is to read it; the same in training and in the server."
+        Args:
+            rows: As they were read.
+        """
+
+    def prepare(self, text: str, schema: SchemaT) -> str:
+        """The text as the model is to read it; the same in training and in the server.
+
+        Args:
+            text: As a file holds it or a client sends it.
+            schema: What `check` returned.
+        """
         return schema.prepare(text)
 
     @abstractmethod
-    def activate(
-        self,
-        outputs: np.ndarray,  # Of a model, shape (items, outputs)
-        schema: SchemaT,  # What `check` returned
-    ) -> np.ndarray:
-        "Scores, float32 of shape (items, scores), from a model's raw outputs of the same shape."
+    def activate(self, outputs: np.ndarray, schema: SchemaT) -> np.ndarray:
+        """Scores, float32 of shape (items, scores), from a model's raw outputs of the same shape.
+
+        Args:
+            outputs: Of a model, shape (items, outputs).
+            schema: What `check` returned.
+        """
 
     @abstractmethod
-    def predict(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-    ) -> np.ndarray:
-        "What is predicted for each item, shape (items,), of the type of the target."
+    def predict(self, scores: np.ndarray) -> np.ndarray:
+        """What is predicted for each item, shape (items,), of the type of the target.
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+        """
 
     @abstractmethod
-    def decode(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-        schema: SchemaT,  # What `check` returned
-    ) -> list[_Prediction]:
-        "One typed answer for each row of `scores`."
+    def decode(self, scores: np.ndarray, schema: SchemaT) -> list[_Prediction]:
+        """One typed answer for each row of `scores`.
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+            schema: What `check` returned.
+        """
 
     @abstractmethod
     def report(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-        schema: SchemaT,  # What `check` returned
+        self, targets: np.ndarray, predicted: np.ndarray, schema: SchemaT
     ) -> dict[str, float]:
-        "Every metric by its name. Raises `DataError` for what cannot be scored."
+        """Every metric by its name. Raises `DataError` for what cannot be scored.
+
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+            schema: What `check` returned.
+        """
 
     @abstractmethod
-    def item_scores(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-    ) -> np.ndarray:
-        "One number an item, shape (items,), whose mean is compared between two models."
+    def item_scores(self, targets: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """One number an item, shape (items,), whose mean is compared between two models.
 
-    def respond(
-        self,
-        item: int,  # Place of the item in the request, from 0
-        prediction: _Prediction,  # What `decode` said of it
-    ) -> ItemResponse:
-        "The answer to the item at this place of a request."
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+        """
+
+    def respond(self, item: int, prediction: _Prediction) -> ItemResponse:
+        """The answer to the item at this place of a request.
+
+        Args:
+            item: Place of the item in the request, from 0.
+            prediction: What `decode` said of it.
+        """
         return self.Response(item=item, **prediction.model_dump())
 
-    def cost(
-        self,
-        item: str,  # One text of a request
-        count: Callable[[str], int],  # Size of a text in the model's own units, such as tokens
-    ) -> int:
-        "What answering this item costs, at least 1: the model reads each text once."
+    def cost(self, item: str, count: Callable[[str], int]) -> int:
+        """What answering this item costs, at least 1: the model reads each text once.
+
+        Args:
+            item: One text of a request.
+            count: Size of a text in the model's own units, such as tokens.
+        """
         return max(1, count(item))
 
     def stores_scores(self) -> bool:
@@ -243,11 +257,13 @@ class Task(ABC, Generic[SchemaT]):
         return True
 
 
-def first_bad_line(
-    rows: Rows,  # What is checked
-    column: str,  # A column of it
-    fits: Callable[[Any], bool],  # Whether a value is as it should be
-) -> tuple[int, Any] | None:
-    "Line and value of the first row that does not fit; None where all do."
+def first_bad_line(rows: Rows, column: str, fits: Callable[[Any], bool]) -> tuple[int, Any] | None:
+    """Line and value of the first row that does not fit; None where all do.
+
+    Args:
+        rows: What is checked.
+        column: A column of it.
+        fits: Whether a value is as it should be.
+    """
     pairs: Sequence = list(zip(rows.lines, rows.values[column]))
     return next(((line, value) for line, value in pairs if not fits(value)), None)

@@ -24,14 +24,18 @@ prediction_columns = ("model", "num_labeled", "split", "id", "target", "predicti
 
 
 def predictions_table(
-    task: Task,  # Of the model
-    split: str,  # Name of the split
-    rows: "pd.DataFrame",  # Its texts: columns id and the task's target
-    scores: np.ndarray,  # Of `Task.activate`, shape (texts, scores), in the order of the rows
-    model: str,  # The model's name
-    num_labeled: int,  # Training labels it learned from
+    task: Task, split: str, rows: "pd.DataFrame", scores: np.ndarray, model: str, num_labeled: int
 ) -> "pd.DataFrame":
-    "What a model answered to the texts of a split, in the format of predictions."
+    """What a model answered to the texts of a split, in the format of predictions.
+
+    Args:
+        task: Of the model.
+        split: Name of the split.
+        rows: Its texts: columns id and the task's target.
+        scores: Of `Task.activate`, shape (texts, scores), in the order of the rows.
+        model: The model's name.
+        num_labeled: Training labels it learned from.
+    """
     import pandas as pd
 
     held = list(np.asarray(scores, np.float32)) if task.stores_scores() else [None] * len(rows)
@@ -48,20 +52,24 @@ def predictions_table(
     )
 
 
-def scores_of(
-    table: "pd.DataFrame",  # In the format of predictions
-) -> np.ndarray:
-    "The scores, float32 of shape (rows, scores); where none are stored, the predictions."
+def scores_of(table: "pd.DataFrame") -> np.ndarray:
+    """The scores, float32 of shape (rows, scores); where none are stored, the predictions.
+
+    Args:
+        table: In the format of predictions.
+    """
     if len(table) and table.scores.isna().any():
         return table.prediction.to_numpy(np.float32)[:, None]
     return np.stack(table.scores.tolist()).astype(np.float32)
 
 # %% ../../nbs/2_finetuning/20e_predictions.ipynb #b6358ac0
-def write_predictions(
-    table: "pd.DataFrame",  # In the format of predictions
-    file: Path,  # Made or replaced
-) -> None:
-    "Write the table; equal tables give equal bytes."
+def write_predictions(table: "pd.DataFrame", file: Path) -> None:
+    """Write the table; equal tables give equal bytes.
+
+    Args:
+        table: In the format of predictions.
+        file: Made or replaced.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,10 +92,12 @@ def write_predictions(
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
 
 
-def translate_predictions(
-    table: "pd.DataFrame",  # As a file holds it
-) -> "pd.DataFrame":
-    "The table in today's columns; one of an earlier version is translated, others stay."
+def translate_predictions(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The table in today's columns; one of an earlier version is translated, others stay.
+
+    Args:
+        table: As a file holds it.
+    """
     old = [name for name in table.columns if name.startswith("score_")]
     if not old or "predicted" not in table or "prediction" in table:
         return table
@@ -102,14 +112,21 @@ def translate_predictions(
 
 
 def read_predictions_file(
-    path: str | Path,  # A file, or a folder that holds one
-    model: str | None = None,  # Keep this model alone
-    num_labeled: int | None = None,  # Keep models of so many labels alone
-    split: str | None = None,  # Keep this split alone
+    path: str | Path,
+    model: str | None = None,
+    num_labeled: int | None = None,
+    split: str | None = None,
 ) -> "pd.DataFrame":
     """The predictions of a file, of an earlier version too. Nothing in it is believed yet.
 
-    Raises `MissingError`, and `DataError` for a file that holds other columns."""
+    Raises `MissingError`, and `DataError` for a file that holds other columns.
+
+    Args:
+        path: A file, or a folder that holds one.
+        model: Keep this model alone.
+        num_labeled: Keep models of so many labels alone.
+        split: Keep this split alone.
+    """
     import pandas as pd
 
     path = Path(path)

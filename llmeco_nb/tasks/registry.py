@@ -18,45 +18,55 @@ from .text_classification import ClassificationSchema, TextClassification
 tasks: dict[str, Task] = {one.name: one for one in (TextClassification(), Regression())}
 
 
-def find_task(
-    name: str,  # As the hub names it, such as "regression"
-) -> Task:
-    "The task of this name. Raises `UsageError` with the names there are."
+def find_task(name: str) -> Task:
+    """The task of this name. Raises `UsageError` with the names there are.
+
+    Args:
+        name: As the hub names it, such as "regression".
+    """
     if name not in tasks:
         raise UsageError(f"There is no task {name!r}; there are {', '.join(tasks)}.")
     return tasks[name]
 
 
-def task_of(
-    schema: Schema,  # Of any task
-) -> Task:
-    "The task that a schema belongs to."
+def task_of(schema: Schema) -> Task:
+    """The task that a schema belongs to.
+
+    Args:
+        schema: Of any task.
+    """
     return find_task(schema.task)
 
 
-def schema_from_json(
-    raw: dict[str, Any],  # What `Schema.to_json` returned
-) -> Schema:
-    "The schema, of the class its task has. Raises `DataError`, `UsageError`."
+def schema_from_json(raw: dict[str, Any]) -> Schema:
+    """The schema, of the class its task has. Raises `DataError`, `UsageError`.
+
+    Args:
+        raw: What `Schema.to_json` returned.
+    """
     if not isinstance(raw, dict) or "task" not in raw:
         raise DataError("A schema names its task, and this one does not.")
     return find_task(raw["task"]).schema.from_json(raw)
 
 # %% ../../nbs/2_finetuning/20d_task_registry.ipynb #08c45cb9
-def save_schema(
-    schema: Schema,  # Of any task
-    folder: Path,  # Of a corpus or a model
-) -> None:
-    "Write `schema.json` into the folder."
+def save_schema(schema: Schema, folder: Path) -> None:
+    """Write `schema.json` into the folder.
+
+    Args:
+        schema: Of any task.
+        folder: Of a corpus or a model.
+    """
     write_json(Path(folder) / "schema.json", schema.to_json())
 
 
-def load_schema(
-    folder: str | Path,  # Of a corpus or a model
-) -> Schema:
+def load_schema(folder: str | Path) -> Schema:
     """The schema of a folder.
 
-    A corpus without `schema.json` is one of classes. Raises `MissingError`, `DataError`."""
+    A corpus without `schema.json` is one of classes. Raises `MissingError`, `DataError`.
+
+    Args:
+        folder: Of a corpus or a model.
+    """
     folder = Path(folder)
     if (folder / "schema.json").is_file():
         try:

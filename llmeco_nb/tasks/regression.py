@@ -38,19 +38,21 @@ class RegressionSchema(Schema):
     mean: float = 0.0  # Of the training targets; 0 until `standardised`
     scale: float = 1.0  # Their standard deviation; 1 until `standardised`
 
-    def standardised(
-        self,
-        targets: ArrayLike,  # Targets of the training part, shape (texts,)
-    ) -> "RegressionSchema":
-        "The same schema with mean and standard deviation of these targets."
+    def standardised(self, targets: ArrayLike) -> "RegressionSchema":
+        """The same schema with mean and standard deviation of these targets.
+
+        Args:
+            targets: Targets of the training part, shape (texts,).
+        """
         y = np.asarray(targets, dtype=float)
         return replace(self, mean=float(y.mean()), scale=float(y.std()) or 1.0)
 
-    def standardise(
-        self,
-        targets: ArrayLike,  # True values, shape (items,)
-    ) -> np.ndarray:
-        "What a model is trained on, float64 of the same shape."
+    def standardise(self, targets: ArrayLike) -> np.ndarray:
+        """What a model is trained on, float64 of the same shape.
+
+        Args:
+            targets: True values, shape (items,).
+        """
         return (np.asarray(targets, dtype=float) - self.mean) / self.scale
 
 
@@ -64,10 +66,12 @@ class NumberResponse(ItemResponse, NumberPrediction):
     "The answer to one text of a request."
 
 # %% ../../nbs/2_finetuning/20c_regression.ipynb #424ee75f
-def as_number(
-    value: Any,  # Of a cell, not blank
-) -> float | None:
-    "The value as a finite number; None if it is none. True and False are no numbers."
+def as_number(value: Any) -> float | None:
+    """The value as a finite number; None if it is none. True and False are no numbers.
+
+    Args:
+        value: Of a cell, not blank.
+    """
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -92,11 +96,12 @@ class Regression(Task[RegressionSchema]):
     Prediction = NumberPrediction
     Response = NumberResponse
 
-    def check(
-        self,
-        rows: Rows,  # As they were read
-    ) -> RegressionSchema:
-        "The range of the numbers. Raises `DataError` for what is no number, or all the same one."
+    def check(self, rows: Rows) -> RegressionSchema:
+        """The range of the numbers. Raises `DataError` for what is no number, or all the same one.
+
+        Args:
+            rows: As they were read.
+        """
         bad = first_bad_line(rows, "target", lambda v: as_number(v) is not None)
         if bad is not None:
             line, value = bad
@@ -114,45 +119,52 @@ class Regression(Task[RegressionSchema]):
             )
         return RegressionSchema(low=min(found), high=max(found), cleaning=rows.cleaning)
 
-    def activate(
-        self,
-        outputs: np.ndarray,  # Of a model, shape (items, outputs)
-        schema: RegressionSchema,  # What `check` returned
-    ) -> np.ndarray:
-        "Numbers in the unit of the targets, float32 of shape (texts, 1)."
+    def activate(self, outputs: np.ndarray, schema: RegressionSchema) -> np.ndarray:
+        """Numbers in the unit of the targets, float32 of shape (texts, 1).
+
+        Args:
+            outputs: Of a model, shape (items, outputs).
+            schema: What `check` returned.
+        """
         x = np.asarray(outputs, dtype=np.float64).reshape(len(outputs), 1)
         return (schema.mean + schema.scale * x).astype(np.float32)
 
-    def predict(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-    ) -> np.ndarray:
-        "The number of each text, float64 of shape (texts,)."
+    def predict(self, scores: np.ndarray) -> np.ndarray:
+        """The number of each text, float64 of shape (texts,).
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+        """
         return np.asarray(scores, dtype=float).reshape(len(scores))
 
-    def decode(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-        schema: RegressionSchema,  # What `check` returned
-    ) -> list[NumberPrediction]:
-        "One answer a text, from numbers of shape (texts, 1)."
+    def decode(self, scores: np.ndarray, schema: RegressionSchema) -> list[NumberPrediction]:
+        """One answer a text, from numbers of shape (texts, 1).
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+            schema: What `check` returned.
+        """
         return [NumberPrediction(value=round(float(v), 6)) for v in self.predict(scores)]
 
     def report(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-        schema: RegressionSchema,  # What `check` returned
+        self, targets: np.ndarray, predicted: np.ndarray, schema: RegressionSchema
     ) -> dict[str, float]:
-        "mae, rmse, r2 and spearman. Raises `DataError`."
+        """mae, rmse, r2 and spearman. Raises `DataError`.
+
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+            schema: What `check` returned.
+        """
         return regression_report(targets, predicted)
 
-    def item_scores(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-    ) -> np.ndarray:
-        "The absolute error of each text."
+    def item_scores(self, targets: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """The absolute error of each text.
+
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+        """
         return np.abs(np.asarray(targets, dtype=float) - np.asarray(predicted, dtype=float))
 
     def stores_scores(self) -> bool:

@@ -60,11 +60,12 @@ class TextClassification(Task[ClassificationSchema]):
     Prediction = ClassPrediction
     Response = ClassResponse
 
-    def check(
-        self,
-        rows: Rows,  # As they were read
-    ) -> ClassificationSchema:
-        "The classes. Raises `DataError` for a single one, or a name too long to be sent."
+    def check(self, rows: Rows) -> ClassificationSchema:
+        """The classes. Raises `DataError` for a single one, or a name too long to be sent.
+
+        Args:
+            rows: As they were read.
+        """
         labels = list(rows.labels)
         if len(labels) < 2:
             raise DataError(
@@ -84,29 +85,32 @@ class TextClassification(Task[ClassificationSchema]):
             )
         return ClassificationSchema(labels=labels, cleaning=rows.cleaning)
 
-    def activate(
-        self,
-        outputs: np.ndarray,  # Of a model, shape (items, outputs)
-        schema: ClassificationSchema,  # What `check` returned
-    ) -> np.ndarray:
-        "Probabilities, float32 of shape (texts, classes), from logits."
+    def activate(self, outputs: np.ndarray, schema: ClassificationSchema) -> np.ndarray:
+        """Probabilities, float32 of shape (texts, classes), from logits.
+
+        Args:
+            outputs: Of a model, shape (items, outputs).
+            schema: What `check` returned.
+        """
         x = np.asarray(outputs, dtype=np.float32)
         e = np.exp(x - x.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
-    def predict(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-    ) -> np.ndarray:
-        "Index of the likeliest class of each text, int64 of shape (texts,)."
+    def predict(self, scores: np.ndarray) -> np.ndarray:
+        """Index of the likeliest class of each text, int64 of shape (texts,).
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+        """
         return np.asarray(scores).argmax(1)
 
-    def decode(
-        self,
-        scores: np.ndarray,  # Of `activate`, shape (items, scores)
-        schema: ClassificationSchema,  # What `check` returned
-    ) -> list[ClassPrediction]:
-        "One answer a text, from probabilities of shape (texts, classes)."
+    def decode(self, scores: np.ndarray, schema: ClassificationSchema) -> list[ClassPrediction]:
+        """One answer a text, from probabilities of shape (texts, classes).
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+            schema: What `check` returned.
+        """
         best = self.predict(scores)
         return [
             ClassPrediction(
@@ -117,18 +121,22 @@ class TextClassification(Task[ClassificationSchema]):
         ]
 
     def report(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-        schema: ClassificationSchema,  # What `check` returned
+        self, targets: np.ndarray, predicted: np.ndarray, schema: ClassificationSchema
     ) -> dict[str, float]:
-        "accuracy, macro_f1 and their kin. Raises `DataError`."
+        """accuracy, macro_f1 and their kin. Raises `DataError`.
+
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+            schema: What `check` returned.
+        """
         return classification_report(targets, predicted, len(schema.labels))
 
-    def item_scores(
-        self,
-        targets: np.ndarray,  # True values, shape (items,)
-        predicted: np.ndarray,  # Of `predict`, shape (items,)
-    ) -> np.ndarray:
-        "1 where a text was right, 0 where not."
+    def item_scores(self, targets: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """1 where a text was right, 0 where not.
+
+        Args:
+            targets: True values, shape (items,).
+            predicted: Of `predict`, shape (items,).
+        """
         return (np.asarray(targets) == np.asarray(predicted)).astype(int)

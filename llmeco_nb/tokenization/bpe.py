@@ -25,10 +25,12 @@ chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]  # Thei
 gpt2_split_pattern = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def make_pre_tokenizer(
-    kind: str,  # One of `tokenizer_kinds`
-) -> Any:
-    "The library's pre-tokenizer: words by `gpt2_split_pattern`, for `bpe` in signs for bytes."
+def make_pre_tokenizer(kind: str) -> Any:
+    """The library's pre-tokenizer: words by `gpt2_split_pattern`, for `bpe` in signs for bytes.
+
+    Args:
+        kind: One of `tokenizer_kinds`.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     if kind == "bpe":
@@ -36,11 +38,12 @@ def make_pre_tokenizer(
     return pre_tokenizers.Split(Regex(gpt2_split_pattern), "isolated")
 
 
-def count_pretokens(
-    texts: Iterable[str],
-    kind: str = "bpe",  # One of `tokenizer_kinds`
-) -> Counter:
-    "How often each word occurs in `texts`."
+def count_pretokens(texts: Iterable[str], kind: str = "bpe") -> Counter:
+    """How often each word occurs in `texts`.
+
+    Args:
+        kind: One of `tokenizer_kinds`.
+    """
     splitter = make_pre_tokenizer(kind)
     found = Counter()
     for text in texts:
@@ -48,11 +51,13 @@ def count_pretokens(
     return found
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #4e67a90b
-def check_size(
-    vocab_size: int,  # Tokens asked for
-    min_size: int,  # Tokens that every text needs
-):
-    "Raise `UsageError` when `vocab_size` has no room for what every text needs."
+def check_size(vocab_size: int, min_size: int):
+    """Raise `UsageError` when `vocab_size` has no room for what every text needs.
+
+    Args:
+        vocab_size: Tokens asked for.
+        min_size: Tokens that every text needs.
+    """
     if vocab_size <= min_size:
         raise UsageError(
             f"vocab_size is {vocab_size}; the special tokens, bytes and characters alone take "
@@ -60,11 +65,13 @@ def check_size(
         )
 
 
-def warn_small(
-    vocab_size: int,  # Tokens learned
-    requested: int,  # Tokens asked for
-):
-    "Warn that the texts offer fewer tokens than were asked for."
+def warn_small(vocab_size: int, requested: int):
+    """Warn that the texts offer fewer tokens than were asked for.
+
+    Args:
+        vocab_size: Tokens learned.
+        requested: Tokens asked for.
+    """
     if vocab_size < requested:
         warnings.warn(
             f"The texts give {vocab_size:,} pieces, not the {requested:,} asked for: nothing "
@@ -75,13 +82,20 @@ def warn_small(
 
 
 def train_bpe(
-    texts: Iterable[str],  # Training texts
-    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
-    min_frequency: int = 2,  # A pair must occur this often to be merged
-    special_tokens: list[str] | None = None,  # Ids from 0; None for those of a chat
+    texts: Iterable[str],
+    vocab_size: int = 8192,
+    min_frequency: int = 2,
+    special_tokens: list[str] | None = None,
 ) -> Any:
     """A byte-level BPE `tokenizers.Tokenizer`; equal texts give an equal one. Warns when the texts
-    give fewer tokens. Raises `UsageError`, `DataError`."""
+    give fewer tokens. Raises `UsageError`, `DataError`.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Tokens, the special ones and the 256 bytes included.
+        min_frequency: A pair must occur this often to be merged.
+        special_tokens: Ids from 0; None for those of a chat.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special_tokens = chat_tokens if special_tokens is None else special_tokens
@@ -112,13 +126,17 @@ def require_text(texts: Iterable[str]) -> Iterator[str]:
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #35fa9a01
 def encode_subwords(
-    tokenizer: Any,  # A `tokenizers.Tokenizer` of this chapter or of 12_wordpiece
-    texts: Iterable[str],  # Read once, in order
-    # Whether `<|im_end|>` and the like, written in a text, are the special tokens
-    allow_special: bool = False,  # False: they are split like any text
-    batch_size: int = 512,  # Texts handed over at a time
+    tokenizer: Any, texts: Iterable[str], allow_special: bool = False, batch_size: int = 512
 ) -> list[np.ndarray]:
-    "Token ids of every text as int32 arrays (tokens,), nothing added around them."
+    """Token ids of every text as int32 arrays (tokens,), nothing added around them.
+
+    Args:
+        tokenizer: A `tokenizers.Tokenizer` of this chapter or of 12_wordpiece.
+        texts: Read once, in order.
+        allow_special: Whether `<|im_end|>` and the like, written in a text, are the special tokens
+            False: they are split like any text.
+        batch_size: Texts handed over at a time.
+    """
     texts = list(texts)
     found = []
     before = tokenizer.encode_special_tokens
@@ -143,13 +161,20 @@ chat_template = (
 
 
 def save_subword_tokenizer(
-    tokenizer: Any,  # From `train_bpe` and its kin
-    folder: str | Path,  # Where to; made if it is not there
-    model_max_length: int = 1024,  # Tokens a model is expected to read
-    template: str | None = chat_template,  # Jinja chat template; None for none
+    tokenizer: Any,
+    folder: str | Path,
+    model_max_length: int = 1024,
+    template: str | None = chat_template,
 ):
     """Write the tokenizer as a folder that plain `transformers` opens, with `<|endoftext|>` as its
-    end and `<|pad|>` for padding where it has them."""
+    end and `<|pad|>` for padding where it has them.
+
+    Args:
+        tokenizer: From `train_bpe` and its kin.
+        folder: Where to; made if it is not there.
+        model_max_length: Tokens a model is expected to read.
+        template: Jinja chat template; None for none.
+    """
     folder = Path(folder)
     ids = tokenizer.get_vocab()
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,11 +39,13 @@ longest_word = 24  # In characters; longer words are cut before learning
 longest_piece = 16  # In characters
 
 
-def frequent_characters(
-    words: Counter,  # From `count_pretokens`
-    limit_alphabet: int = 1000,  # Distinct characters to keep
-) -> list[str]:
-    "The most frequent characters of the words, sorted by code point."
+def frequent_characters(words: Counter, limit_alphabet: int = 1000) -> list[str]:
+    """The most frequent characters of the words, sorted by code point.
+
+    Args:
+        words: From `count_pretokens`.
+        limit_alphabet: Distinct characters to keep.
+    """
     count = Counter()
     for word, n in words.items():
         for c in word:
@@ -52,13 +54,17 @@ def frequent_characters(
 
 
 def train_byte_fallback_bpe(
-    texts: Iterable[str],  # Training texts
-    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
-    min_frequency: int = 2,  # A pair must occur this often to be merged
-    limit_alphabet: int = 1000,  # Distinct characters to know
+    texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2, limit_alphabet: int = 1000
 ) -> Any:
     """BPE over characters with byte fallback, as a `tokenizers.Tokenizer`. Warns when the texts
-    give fewer tokens. Raises `UsageError`, `DataError`."""
+    give fewer tokens. Raises `UsageError`, `DataError`.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Tokens, the special ones and the 256 bytes included.
+        min_frequency: A pair must occur this often to be merged.
+        limit_alphabet: Distinct characters to know.
+    """
     from tokenizers import Tokenizer, decoders, models, trainers
 
     texts = list(require_text(texts))
@@ -86,12 +92,14 @@ def train_byte_fallback_bpe(
     return made
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #8e3bf8ed
-def split_at_unknown(
-    words: Counter,  # From `count_pretokens`
-    alphabet: Iterable[str],  # The characters that are known
-) -> dict[str, int]:
+def split_at_unknown(words: Counter, alphabet: Iterable[str]) -> dict[str, int]:
     """Words without unknown characters, cut there and after `longest_word` characters, sorted, with
-    their counts."""
+    their counts.
+
+    Args:
+        words: From `count_pretokens`.
+        alphabet: The characters that are known.
+    """
     known = set(alphabet)
     found = Counter()
     for word, n in words.items():
@@ -105,12 +113,16 @@ def split_at_unknown(
 
 
 def seed_pieces(
-    words: dict[str, int],  # From `split_at_unknown`
-    alphabet: list[str],  # The characters that are known
-    size: int,  # Most substrings
+    words: dict[str, int], alphabet: list[str], size: int
 ) -> tuple[list[str], np.ndarray]:
     """The characters and up to `size` repeated substrings that cover the most text, with their
-    counts (pieces,)."""
+    counts (pieces,).
+
+    Args:
+        words: From `split_at_unknown`.
+        alphabet: The characters that are known.
+        size: Most substrings.
+    """
     count = Counter()
     for w, n in words.items():
         for i in range(len(w)):
@@ -122,14 +134,13 @@ def seed_pieces(
 
 
 class Lattice:
-    "Every way to cut words into pieces."
+    """Every way to cut words into pieces.
 
-    def __init__(
-        self,
-        words: Iterable[str],
-        pieces: list[str],
-        whole: bool = True,  # False leaves out a word that is itself a piece
-    ):
+    Args:
+        whole: False leaves out a word that is itself a piece.
+    """
+
+    def __init__(self, words: Iterable[str], pieces: list[str], whole: bool = True):
         words = list(words)
         ids = {p: i for i, p in enumerate(pieces)}
         rows = []
@@ -143,12 +154,13 @@ class Lattice:
         self.edges = np.array(rows, dtype=np.int64).reshape(-1, 4)
         self.length = np.array([len(w) for w in words])
 
-    def keep(
-        self,
-        alive: np.ndarray,  # (pieces,) of bool
-        words: bool = False,  # Whether the words are the pieces, and go with them
-    ):
-        "Drop the pieces that are not `alive`, and number the rest anew."
+    def keep(self, alive: np.ndarray, words: bool = False):
+        """Drop the pieces that are not `alive`, and number the rest anew.
+
+        Args:
+            alive: (pieces,) of bool.
+            words: Whether the words are the pieces, and go with them.
+        """
         new = np.cumsum(alive) - 1
         edges = self.edges[alive[self.edges[:, 3]]]
         if words:
@@ -157,12 +169,14 @@ class Lattice:
         word, start, end, piece = edges.T
         self.edges = np.stack([new[word] if words else word, start, end, new[piece]], axis=1)
 
-    def sweep(
-        self,
-        p: np.ndarray,  # (pieces,), their probabilities
-        back: bool = False,  # From the end
-    ) -> np.ndarray:
-        "Probability of what lies before (`back`: behind) each place of each word, (places, words)."
+    def sweep(self, p: np.ndarray, back: bool = False) -> np.ndarray:
+        """Probability of what lies before (`back`: behind) each place of each word, (places,
+        words).
+
+        Args:
+            p: (pieces,), their probabilities.
+            back: From the end.
+        """
         top = self.length.max()
         n = len(self.length)
         order = np.argsort(self.edges[:, 1 if back else 2], kind="stable")
@@ -181,12 +195,13 @@ class Lattice:
         "Probability of each word, (words,), from `p`, those of the pieces, (pieces,)."
         return self.sweep(p)[self.length, np.arange(len(self.length))]
 
-    def expected_counts(
-        self,
-        p: np.ndarray,  # (pieces,), their probabilities
-        n: np.ndarray,  # (words,), copies of each
-    ) -> np.ndarray:
-        "How often each piece is expected, (pieces,)."
+    def expected_counts(self, p: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """How often each piece is expected, (pieces,).
+
+        Args:
+            p: (pieces,), their probabilities.
+            n: (words,), copies of each.
+        """
         ahead = self.sweep(p)
         behind = self.sweep(p, back=True)
         word, start, end, piece = self.edges.T
@@ -195,14 +210,22 @@ class Lattice:
 
 # %% ../../nbs/1_pretraining/12b_unigram.ipynb #627b55da
 def learn_unigram(
-    words: Counter,  # From `count_pretokens`
-    alphabet: list[str],  # From `frequent_characters`
-    size: int,  # Pieces to keep, the characters included
-    n_sub_iterations: int = 2,  # Rounds of estimation between two prunings
-    shrinking_factor: float = 0.75,  # Share of the pieces that survives a pruning
+    words: Counter,
+    alphabet: list[str],
+    size: int,
+    n_sub_iterations: int = 2,
+    shrinking_factor: float = 0.75,
 ) -> dict[str, float]:
     """Pieces with their log probabilities, the likeliest first; fewer than `size` where the texts
-    have no more. Equal words give equal pieces."""
+    have no more. Equal words give equal pieces.
+
+    Args:
+        words: From `count_pretokens`.
+        alphabet: From `frequent_characters`.
+        size: Pieces to keep, the characters included.
+        n_sub_iterations: Rounds of estimation between two prunings.
+        shrinking_factor: Share of the pieces that survives a pruning.
+    """
     words = split_at_unknown(words, alphabet)
     pieces, count = seed_pieces(words, alphabet, 8 * size)
     n = np.array(list(words.values()), dtype=float)
@@ -230,13 +253,15 @@ def learn_unigram(
     return dict(sorted(zip(pieces, np.log(p).tolist()), key=lambda x: (-x[1], x[0])))
 
 
-def train_unigram(
-    texts: Iterable[str],  # Training texts
-    vocab_size: int = 8192,  # Tokens, the special ones and the 256 bytes included
-    limit_alphabet: int = 1000,  # Distinct characters to know
-) -> Any:
+def train_unigram(texts: Iterable[str], vocab_size: int = 8192, limit_alphabet: int = 1000) -> Any:
     """A Unigram `tokenizers.Tokenizer` with byte fallback; equal texts give an equal one. Warns
-    when the texts give fewer tokens. Raises `UsageError`, `DataError`."""
+    when the texts give fewer tokens. Raises `UsageError`, `DataError`.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Tokens, the special ones and the 256 bytes included.
+        limit_alphabet: Distinct characters to know.
+    """
     from tokenizers import Tokenizer, decoders, models
 
     words = count_pretokens(require_text(texts), "unigram")
@@ -268,13 +293,21 @@ class SubwordTokenizerConfig(StageConfig):
 
 
 def train_tokenizer(
-    kind: str,  # One of `tokenizer_kinds`
-    texts: Iterable[str],  # Training texts
-    vocab_size: int,  # Tokens, special ones and bytes included
-    min_frequency: int = 2,  # `bpe`, `fallback`: a pair must occur this often to be merged
-    limit_alphabet: int = 1000,  # `fallback`, `unigram`: distinct characters to know
+    kind: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    min_frequency: int = 2,
+    limit_alphabet: int = 1000,
 ) -> Any:
-    "A `tokenizers.Tokenizer` of this kind. Raises `UsageError`, `DataError`."
+    """A `tokenizers.Tokenizer` of this kind. Raises `UsageError`, `DataError`.
+
+    Args:
+        kind: One of `tokenizer_kinds`.
+        texts: Training texts.
+        vocab_size: Tokens, special ones and bytes included.
+        min_frequency: `bpe`, `fallback`: a pair must occur this often to be merged.
+        limit_alphabet: `fallback`, `unigram`: distinct characters to know.
+    """
     if kind == "bpe":
         return train_bpe(texts, vocab_size, min_frequency)
     if kind == "fallback":
@@ -287,12 +320,14 @@ def train_tokenizer(
     )
 
 
-def domain_texts(
-    folder: str | Path,  # Of a pretraining mixture or a corpus
-    split: str,  # "train" or "validation"
-) -> list[tuple[str, str]]:
+def domain_texts(folder: str | Path, split: str) -> list[tuple[str, str]]:
     """Domain and text of each document; of a corpus the domain is `all`. Raises `UsageError`,
-    `MissingError`."""
+    `MissingError`.
+
+    Args:
+        folder: Of a pretraining mixture or a corpus.
+        split: "train" or "validation".
+    """
     import pyarrow.parquet as pq
 
     file = Path(folder) / f"{split}.parquet"
@@ -306,12 +341,13 @@ def domain_texts(
     return [("all", t) for t in read_split(folder, split).text]
 
 
-def measure_subwords(
-    tokenizer: Any,  # From `train_tokenizer`
-    texts: list[str],
-) -> dict[str, float]:
+def measure_subwords(tokenizer: Any, texts: list[str]) -> dict[str, float]:
     """Tokens per word between spaces, bytes per token, share of texts that come back byte for byte.
-    Raises `DataError` for texts without a word."""
+    Raises `DataError` for texts without a word.
+
+    Args:
+        tokenizer: From `train_tokenizer`.
+    """
     ids = encode_subwords(tokenizer, texts)
     words = sum(len(t.split()) for t in texts)
     if not words:
@@ -326,12 +362,16 @@ def measure_subwords(
 
 
 def build_subword_tokenizer(
-    record: Record,  # Gets the artifact `pieces`
-    prose: str | Path,  # Folder of a pretraining mixture or a corpus
-    config: SubwordTokenizerConfig = SubwordTokenizerConfig(),  # Kind, size, number of texts
+    record: Record, prose: str | Path, config: SubwordTokenizerConfig = SubwordTokenizerConfig()
 ) -> Path:
     """Learn a vocabulary from the training texts, measure it on the validation texts, return the
-    tokenizer's folder. Raises `UsageError`, `DataError`, `MissingError`."""
+    tokenizer's folder. Raises `UsageError`, `DataError`, `MissingError`.
+
+    Args:
+        record: Gets the artifact `pieces`.
+        prose: Folder of a pretraining mixture or a corpus.
+        config: Kind, size, number of texts.
+    """
     train = [t for _, t in domain_texts(prose, "train")][: config.max_texts]
     held = domain_texts(prose, "validation")
     record.progress(0, 2, "parts")

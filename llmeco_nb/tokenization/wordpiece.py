@@ -23,21 +23,24 @@ from ..data.corpus import read_split
 special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # Their ids are 0 to 4
 
 
-def bert_rules(
-    lowercase: bool = True,  # Fold case and strip accents
-) -> tuple[Any, Any]:
-    "BERT's normaliser and its splitter into words, from the library `tokenizers`."
+def bert_rules(lowercase: bool = True) -> tuple[Any, Any]:
+    """BERT's normaliser and its splitter into words, from the library `tokenizers`.
+
+    Args:
+        lowercase: Fold case and strip accents.
+    """
     from tokenizers import normalizers, pre_tokenizers
 
     normaliser = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
     return normaliser, pre_tokenizers.BertPreTokenizer()
 
 
-def word_counts(
-    texts: Iterable[str],
-    lowercase: bool = True,  # Fold case and strip accents
-) -> Counter:
-    "How often each word, normalised and split off as BERT does, occurs in `texts`."
+def word_counts(texts: Iterable[str], lowercase: bool = True) -> Counter:
+    """How often each word, normalised and split off as BERT does, occurs in `texts`.
+
+    Args:
+        lowercase: Fold case and strip accents.
+    """
     normaliser, splitter = bert_rules(lowercase)
     stretches = Counter()
     words = Counter()
@@ -49,12 +52,14 @@ def word_counts(
     return words
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #713c8caf
-def initial_alphabet(
-    words: Counter,  # From `word_counts`
-    limit_alphabet: int = 1000,  # Distinct characters to keep, the most frequent
-) -> list[str]:
+def initial_alphabet(words: Counter, limit_alphabet: int = 1000) -> list[str]:
     """Single-character tokens in a fixed order: those that may begin a word, then (with ##) those
-    that continue one."""
+    that continue one.
+
+    Args:
+        words: From `word_counts`.
+        limit_alphabet: Distinct characters to keep, the most frequent.
+    """
     count = Counter()
     inside = set()
     for word, n in words.items():
@@ -66,14 +71,22 @@ def initial_alphabet(
 
 
 def train_wordpiece(
-    texts: list[str],  # What to learn from
-    vocab_size: int = 8192,  # Tokens to reach, the special ones included
-    min_frequency: int = 2,  # A pair must occur this often to be merged
-    limit_alphabet: int = 1000,  # Distinct characters to know
-    lowercase: bool = True,  # Fold case and strip accents
+    texts: list[str],
+    vocab_size: int = 8192,
+    min_frequency: int = 2,
+    limit_alphabet: int = 1000,
+    lowercase: bool = True,
 ) -> list[str]:
     """WordPiece vocabulary in the order of its ids: special tokens, letters, merges. Equal texts
-    give equal lists. Warns when the texts give fewer tokens. Raises `DataError`, `UsageError`."""
+    give equal lists. Warns when the texts give fewer tokens. Raises `DataError`, `UsageError`.
+
+    Args:
+        texts: What to learn from.
+        vocab_size: Tokens to reach, the special ones included.
+        min_frequency: A pair must occur this often to be merged.
+        limit_alphabet: Distinct characters to know.
+        lowercase: Fold case and strip accents.
+    """
     from tokenizers import Tokenizer, models, trainers
 
     letters = initial_alphabet(word_counts(texts, lowercase), limit_alphabet)
@@ -109,12 +122,14 @@ def train_wordpiece(
     return sorted(ids, key=ids.get)
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #3c717aa7
-def wordpiece(
-    pieces: list[str],  # The vocabulary in the order of its ids, from `train_wordpiece`
-    lowercase: bool = True,  # Fold case and strip accents
-) -> Any:
+def wordpiece(pieces: list[str], lowercase: bool = True) -> Any:
     """A `tokenizers.Tokenizer` over this vocabulary, with BERT's normaliser, splitter, template and
-    decoder."""
+    decoder.
+
+    Args:
+        pieces: The vocabulary in the order of its ids, from `train_wordpiece`.
+        lowercase: Fold case and strip accents.
+    """
     from tokenizers import Tokenizer, decoders, models, processors
 
     ids = {p: i for i, p in enumerate(pieces)}
@@ -130,13 +145,15 @@ def wordpiece(
     return made
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #bf99527e
-def measure(
-    tokenizer: Any,  # From `wordpiece`
-    texts: list[str],  # Texts it was not trained on
-    words: Counter | None = None,  # Their `word_counts`, where they are at hand
-) -> dict[str, float]:
+def measure(tokenizer: Any, texts: list[str], words: Counter | None = None) -> dict[str, float]:
     """Tokens per word, bytes per token, unknown rate, shares of whole words and of words that
-    survive the round trip. Raises `DataError` for no words."""
+    survive the round trip. Raises `DataError` for no words.
+
+    Args:
+        tokenizer: From `wordpiece`.
+        texts: Texts it was not trained on.
+        words: Their `word_counts`, where they are at hand.
+    """
     words = word_counts(texts, tokenizer.normalizer.lowercase) if words is None else words
     if not words:
         raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
@@ -157,12 +174,14 @@ def measure(
     )
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #807bf9a4
-def save_tokenizer(
-    tokenizer: Any,  # From `wordpiece`
-    folder: str | Path,  # Where to; made if it is not there
-    model_max_length: int = 512,  # Tokens a model is expected to read
-):
-    "Write the tokenizer as a folder that plain `transformers` opens."
+def save_tokenizer(tokenizer: Any, folder: str | Path, model_max_length: int = 512):
+    """Write the tokenizer as a folder that plain `transformers` opens.
+
+    Args:
+        tokenizer: From `wordpiece`.
+        folder: Where to; made if it is not there.
+        model_max_length: Tokens a model is expected to read.
+    """
     folder = Path(folder)
     ids = tokenizer.get_vocab()
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,12 +217,14 @@ def open_tokenizer(folder: str | Path) -> Any:
     return made
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #522c3739
-def encode_texts(
-    tokenizer: Any,  # From `wordpiece` or `open_tokenizer`
-    texts: Iterable[str],  # Read once, in order; words stand between white space
-) -> list:
+def encode_texts(tokenizer: Any, texts: Iterable[str]) -> list:
     """Token ids of every text, without special tokens around it, as int32 arrays (tokens,); the
-    same ids as `tokenizer.encode` gives, only faster."""
+    same ids as `tokenizer.encode` gives, only faster.
+
+    Args:
+        tokenizer: From `wordpiece` or `open_tokenizer`.
+        texts: Read once, in order; words stand between white space.
+    """
     import numpy as np
 
     known = {}
@@ -218,12 +239,14 @@ def encode_texts(
     return found
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #5ed4cfc9
-def zipf_rows(
-    words: Counter,  # From `word_counts`
-    tokenizer: Any,  # From `wordpiece`
-) -> list[dict]:
+def zipf_rows(words: Counter, tokenizer: Any) -> list[dict]:
     """How often the word and the token of rank r occur, at about 60 ranks spread evenly on a
-    logarithmic axis."""
+    logarithmic axis.
+
+    Args:
+        words: From `word_counts`.
+        tokenizer: From `wordpiece`.
+    """
     tokens = Counter()
     for word, n in words.items():
         for t in tokenizer.model.tokenize(word):
@@ -248,12 +271,16 @@ class TokenizerConfig(StageConfig):
 
 
 def build_tokenizer(
-    record: Record,  # Gets the artifact `tokenizer`
-    corpus: str | Path,  # Folder of a corpus
-    config: TokenizerConfig = TokenizerConfig(),  # Size of the vocabulary, and what it counts
+    record: Record, corpus: str | Path, config: TokenizerConfig = TokenizerConfig()
 ) -> Path:
     """Learn a WordPiece vocabulary from a corpus' training texts, measure it on its validation
-    texts, return the folder. Raises `UsageError`, `DataError`."""
+    texts, return the folder. Raises `UsageError`, `DataError`.
+
+    Args:
+        record: Gets the artifact `tokenizer`.
+        corpus: Folder of a corpus.
+        config: Size of the vocabulary, and what it counts.
+    """
     train = read_split(corpus, "train").text.tolist()[: config.max_texts]
     held = read_split(corpus, "validation").text.tolist()
     record.progress(0, 3, "parts")

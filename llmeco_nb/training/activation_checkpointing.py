@@ -82,12 +82,13 @@ def checkpointed_layer_class(kind: type) -> type:
     return type(kind.__name__, (kind,), dict(forward=forward, remembers=kind))
 
 
-def enable_activation_checkpointing(
-    model: torch.nn.Module,
-    every: int = 1,  # Each n-th layer forgets, from the first on: 1 all, 2 every second; 0 none
-) -> torch.nn.Module:
+def enable_activation_checkpointing(model: torch.nn.Module, every: int = 1) -> torch.nn.Module:
     """Let layers forget what they computed, and compute it again in the backward pass; in place.
-    Weights, names and results stay. Raises `UsageError` for a model without layers."""
+    Weights, names and results stay. Raises `UsageError` for a model without layers.
+
+    Args:
+        every: Each n-th layer forgets, from the first on: 1 all, 2 every second; 0 none.
+    """
     if every < 0:
         raise UsageError(
             f"activation_checkpointing is {every}; "
@@ -130,20 +131,22 @@ class MemoryTracker(TorchDispatchMode):
         self.course.append(self.now)
         return made
 
-    def note(
-        self,
-        storage,  # Memory behind a tensor; counted once, until it is freed
-    ):
-        "Count a storage that was not met before."
+    def note(self, storage):
+        """Count a storage that was not met before.
+
+        Args:
+            storage: Memory behind a tensor; counted once, until it is freed.
+        """
         if storage in self.known:
             return
         self.known.add(storage)
         self.now += storage.nbytes()
         weakref.finalize(storage, self.gone, storage.nbytes())
 
-    def gone(
-        self,
-        n: int,  # Bytes that were freed
-    ):
-        "Take off what is held no longer."
+    def gone(self, n: int):
+        """Take off what is held no longer.
+
+        Args:
+            n: Bytes that were freed.
+        """
         self.now -= n

@@ -38,12 +38,13 @@ class Logging(Callback):
         expected = round(state.tokens / state.step * run.plan.steps)
         run.record.progress(state.tokens, expected, "tokens")
 
-    def log(
-        self,
-        run: TrainRun,  # Its log gets a row, its sums begin anew
-        result: StepResult,  # Of the last step of the row
-    ) -> None:
-        "Write the row."
+    def log(self, run: TrainRun, result: StepResult) -> None:
+        """Write the row.
+
+        Args:
+            run: Its log gets a row, its sums begin anew.
+            result: Of the last step of the row.
+        """
         state, task, seconds = run.state, run.task, run.seconds
         state.loss = state.loss_sum / state.weight
         speed = state.tokens_since_log / max(1e-9, seconds - state.logged_at)
@@ -77,23 +78,25 @@ class Evaluation(Callback):
         if run.task.evaluate and (run.state.done or run.is_due(run.plan.evaluate_every)):
             self.evaluate(run)
 
-    def evaluate(
-        self,
-        run: TrainRun,  # Its model is in training mode, before and after
-    ) -> None:
-        "Evaluate, log the values, keep the weights if they are the best, count the patience."
+    def evaluate(self, run: TrainRun) -> None:
+        """Evaluate, log the values, keep the weights if they are the best, count the patience.
+
+        Args:
+            run: Its model is in training mode, before and after.
+        """
         values = self.values(run)
         run.record.log(step=run.state.step, tokens=run.state.tokens, **values)
         run.state.log_rows += 1
         self.count_progress(run, values, self.keep_best(run, values[run.task.monitor]))
         run.notify("on_evaluation", values)
 
-    def values(
-        self,
-        run: TrainRun,  # Whose model is evaluated
-    ) -> dict[str, float]:
+    def values(self, run: TrainRun) -> dict[str, float]:
         """What `evaluate` gives, in every process that of the first. Raises `UsageError` when the
-        monitored value is not among it."""
+        monitored value is not among it.
+
+        Args:
+            run: Whose model is evaluated.
+        """
         task = run.task
         task.model.eval()
         with task.optimizer.averaged(), torch.inference_mode():
@@ -107,13 +110,14 @@ class Evaluation(Callback):
             )
         return found
 
-    def keep_best(
-        self,
-        run: TrainRun,  # Its state remembers the best
-        value: float,  # Of the monitored quantity, now
-    ) -> bool:
+    def keep_best(self, run: TrainRun, value: float) -> bool:
         """Store the weights if `value` is the best so far; returns whether it is. Raises
-        `DataError` when it is no number."""
+        `DataError` when it is no number.
+
+        Args:
+            run: Its state remembers the best.
+            value: Of the monitored quantity, now.
+        """
         state, task = run.state, run.task
         if math.isnan(value):
             raise DataError(f"{task.monitor} is nan at step {state.step}.")
@@ -125,13 +129,14 @@ class Evaluation(Callback):
         state.best_sha256 = run_on_rank_zero(lambda: sha256)
         return True
 
-    def count_progress(
-        self,
-        run: TrainRun,  # Its state counts evaluations without progress
-        values: dict[str, float],  # Of this evaluation
-        better: bool,  # Whether the monitored value is the best so far
-    ) -> None:
-        "Count this evaluation for or against patience, and stop when that is spent."
+    def count_progress(self, run: TrainRun, values: dict[str, float], better: bool) -> None:
+        """Count this evaluation for or against patience, and stop when that is spent.
+
+        Args:
+            run: Its state counts evaluations without progress.
+            values: Of this evaluation.
+            better: Whether the monitored value is the best so far.
+        """
         state, plan = run.state, run.plan
         lowest = math.inf if state.lowest_loss is None else state.lowest_loss
         lower = values.get("validation_loss", math.inf) < lowest
@@ -145,10 +150,12 @@ class Evaluation(Callback):
         state.done = state.done or state.stopped
 
 # %% ../../nbs/1_pretraining/15d_callbacks.ipynb #829ed833
-def store_checkpoint(
-    run: TrainRun,  # As it is between two steps
-) -> None:
-    "Store the run's state, weights, moments and generators in its folder."
+def store_checkpoint(run: TrainRun) -> None:
+    """Store the run's state, weights, moments and generators in its folder.
+
+    Args:
+        run: As it is between two steps.
+    """
     writes = current_world().rank == 0
     save_checkpoint(run.folder, run.task.optimizer, run.state, run.identity, writes)
 
@@ -195,13 +202,14 @@ class SpikeGuard(Callback):
         if run.plan.max_rollbacks:
             run.state.recent_losses = [*run.state.recent_losses, result.loss][-32:]
 
-    def roll_back(
-        self,
-        run: TrainRun,  # Gets the state of its last checkpoint, changed by `rolled_back_state`
-        why: str,  # What was found in the step
-    ) -> None:
+    def roll_back(self, run: TrainRun, why: str) -> None:
         """Restore the last checkpoint and write down that this happened. Raises `DataError` when
-        `max_rollbacks` is spent."""
+        `max_rollbacks` is spent.
+
+        Args:
+            run: Gets the state of its last checkpoint, changed by `rolled_back_state`.
+            why: What was found in the step.
+        """
         failed = run.state
         stored = load_checkpoint(run.folder, run.task.optimizer, run.identity) or TrainState()
         barrier()  # nobody writes a checkpoint that somebody is still reading

@@ -41,10 +41,12 @@ def random_states() -> dict:
     )
 
 
-def set_random_states(
-    states: dict,  # From `random_states`: python, numpy, torch, gpus
-):
-    "Take over what `random_states` gave."
+def set_random_states(states: dict):
+    """Take over what `random_states` gave.
+
+    Args:
+        states: From `random_states`: python, numpy, torch, gpus.
+    """
     import numpy as np
 
     version, inner, gauss = states["python"]
@@ -57,13 +59,15 @@ def set_random_states(
         torch.cuda.set_rng_state_all([tensor(t) for t in states["gpus"]])
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #49e2c71a
-def identity_of(
-    optimiser: Optimiser,  # With its model; what it was made with is part of the identity
-    plan: TrainPlan,  # All of it is part of the identity
-    **more,  # Whatever else must be the same: seed, hash of the data
-) -> dict:
+def identity_of(optimiser: Optimiser, plan: TrainPlan, **more) -> dict:
     """What a checkpoint belongs to: names and shapes of the model's parameters, precision, rates,
-    options of Muon, plan, and more; plain values."""
+    options of Muon, plan, and more; plain values.
+
+    Args:
+        optimiser: With its model; what it was made with is part of the identity.
+        plan: All of it is part of the identity.
+        **more: Whatever else must be the same: seed, hash of the data.
+    """
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
     return {
         "model": f"{type(optimiser.model).__name__} {sha256_text(shapes)[:12]}",
@@ -87,11 +91,13 @@ def identity_of(
     }
 
 
-def current_identity(
-    stored: dict,  # From `identity_of`, of this or an earlier version
-) -> dict:
+def current_identity(stored: dict) -> dict:
     """The identity as this version would have written it: a plan that was stored with fewer
-    entries has the rest at their defaults."""
+    entries has the rest at their defaults.
+
+    Args:
+        stored: From `identity_of`, of this or an earlier version.
+    """
     plan = {k.removeprefix("plan."): v for k, v in stored.items() if k.startswith("plan.")}
     rest = {k: v for k, v in stored.items() if not k.startswith("plan.")}
     if not plan:
@@ -101,12 +107,14 @@ def current_identity(
     return rest | {f"plan.{k}": v for k, v in TrainPlan.from_json(plan).to_json().items()}
 
 
-def check_identity(
-    stored: dict,  # From `identity_of`, as the file has it
-    here: dict,  # From `identity_of`, of this run
-    file: Path,  # Where `stored` was read; for the message
-):
-    "Raise `DataError` naming every entry in which two identities differ."
+def check_identity(stored: dict, here: dict, file: Path):
+    """Raise `DataError` naming every entry in which two identities differ.
+
+    Args:
+        stored: From `identity_of`, as the file has it.
+        here: From `identity_of`, of this run.
+        file: Where `stored` was read; for the message.
+    """
     differ = [k for k in {**stored, **here} if stored.get(k) != here.get(k)]
     if not differ:
         return
@@ -117,11 +125,13 @@ def check_identity(
     )
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a0cd558e
-def tensors_of(
-    optimiser: Optimiser,  # With its model; sharded tensors are put together
-) -> dict[str, torch.Tensor]:
+def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
     """Optimiser state, and under `model/` what of the model is not trained: frozen weights and
-    buffers."""
+    buffers.
+
+    Args:
+        optimiser: With its model; sharded tensors are put together.
+    """
     model, kept = optimiser.model, optimiser.model.state_dict()
     rest = {n: p for n, p in model.named_parameters() if n not in optimiser.masters} | {
         n: b for n, b in model.named_buffers() if n in kept
@@ -132,22 +142,26 @@ def tensors_of(
     return {k: full_tensor(found[k]) for k in sorted(found)}
 
 
-def write_tensors(
-    path: Path,  # The file; an older one is replaced
-    tensors: dict[str, torch.Tensor],  # Name -> tensor; whole ones, of any shape
-) -> str:
-    "Write a safetensors file that is whole or absent; returns its SHA-256."
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write a safetensors file that is whole or absent; returns its SHA-256.
+
+    Args:
+        path: The file; an older one is replaced.
+        tensors: Name -> tensor; whole ones, of any shape.
+    """
     data = save({k: t.contiguous() for k, t in tensors.items()})
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tensors(
-    path: Path,  # The file, from `write_tensors`
-    sha256: str,  # What `write_tensors` returned, in hex
-) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     """Read a safetensors file. Raises `DataError`, naming it, when its content is not what was
-    written."""
+    written.
+
+    Args:
+        path: The file, from `write_tensors`.
+        sha256: What `write_tensors` returned, in hex.
+    """
     data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
         what = "its content is not what was written there" if data else "it is empty or gone"
@@ -161,15 +175,19 @@ def read_tensors(
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #a85f436e
 def save_checkpoint(
-    folder: str | Path,  # Where; usually record.resume
-    optimiser: Optimiser,  # With its model, both as they are between two steps
-    state: TrainState,  # The loop's own numbers
-    identity: dict,  # From `identity_of`
-    writes: bool = True,  # Of several processes, one does
+    folder: str | Path, optimiser: Optimiser, state: TrainState, identity: dict, writes: bool = True
 ):
     """Store everything, so that a kill at any moment leaves this checkpoint or the former one.
 
-    Of several processes all call, because sharded tensors are put together."""
+    Of several processes all call, because sharded tensors are put together.
+
+    Args:
+        folder: Where; usually record.resume.
+        optimiser: With its model, both as they are between two steps.
+        state: The loop's own numbers.
+        identity: From `identity_of`.
+        writes: Of several processes, one does.
+    """
     folder, tensors = Path(folder), tensors_of(optimiser)
     if not writes:
         return
@@ -189,13 +207,15 @@ def save_checkpoint(
     )
 
 
-def load_checkpoint(
-    folder: str | Path,  # Where `save_checkpoint` wrote
-    optimiser: Optimiser,  # Made as that of the checkpoint; changed in place
-    identity: dict,  # From `identity_of`, of this run
-) -> TrainState | None:
+def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) -> TrainState | None:
     """Restore optimiser, model and generators; returns the loop's numbers, None when there is no
-    checkpoint. Raises `DataError` for another run's or a damaged one."""
+    checkpoint. Raises `DataError` for another run's or a damaged one.
+
+    Args:
+        folder: Where `save_checkpoint` wrote.
+        optimiser: Made as that of the checkpoint; changed in place.
+        identity: From `identity_of`, of this run.
+    """
     pointer = Path(folder) / "checkpoint.json"
     if not pointer.exists():
         return None
@@ -210,32 +230,41 @@ def load_checkpoint(
 
 # %% ../../nbs/1_pretraining/15_checkpoint.ipynb #725a7dc4
 def save_best(
-    folder: str | Path,  # Where; usually that of the checkpoint
-    optimiser: Optimiser,  # Of the run, after this step
-    step: int,  # After which it is so; part of the file's name
-    writes: bool = True,  # Of several processes, one does
+    folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True
 ) -> str | None:
     """Store the masters, or their average where one is kept, as the best so far; returns the file's
-    SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to."""
+    SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to.
+
+    Args:
+        folder: Where; usually that of the checkpoint.
+        optimiser: Of the run, after this step.
+        step: After which it is so; part of the file's name.
+        writes: Of several processes, one does.
+    """
     best = {n: full_tensor(m.detach()) for n, m in (optimiser.average or optimiser.masters).items()}
     return write_tensors(Path(folder) / f"best-{step}.safetensors", best) if writes else None
 
 
-def load_best(
-    folder: str | Path,  # Where `save_best` wrote
-    optimiser: Optimiser,  # Of the same model; changed in place
-    step: int,  # That `save_best` was given
-    sha256: str,  # What `save_best` returned, in hex
-):
-    "Put the best weights back into masters and model. Raises `DataError` when the file is damaged."
+def load_best(folder: str | Path, optimiser: Optimiser, step: int, sha256: str):
+    """Put the best weights back into masters and model. Raises `DataError` when the file is
+    damaged.
+
+    Args:
+        folder: Where `save_best` wrote.
+        optimiser: Of the same model; changed in place.
+        step: That `save_best` was given.
+        sha256: What `save_best` returned, in hex.
+    """
     optimiser.load_masters(read_tensors(Path(folder) / f"best-{step}.safetensors", sha256))
 
 
-def forget_best(
-    folder: str | Path,  # Where `save_best` wrote
-    step: int | None,  # The one to keep
-):
-    "Remove stored best weights but those of `step`."
+def forget_best(folder: str | Path, step: int | None):
+    """Remove stored best weights but those of `step`.
+
+    Args:
+        folder: Where `save_best` wrote.
+        step: The one to keep.
+    """
     for f in Path(folder).glob("best-*.safetensors"):
         if f.name != f"best-{step}.safetensors":
             f.unlink()

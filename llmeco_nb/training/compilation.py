@@ -23,18 +23,29 @@ from .optim import Optimiser
 
 # %% ../../nbs/1_pretraining/17e_compile.ipynb #ba2e2b77
 def compile_choice(
-    model: torch.nn.Module,  # Afterwards as it was
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
-    batches: Callable,  # Number of a micro-batch -> batch
-    optimiser: Optimiser,  # Of this model; afterwards as it was
-    steps: int,  # Of the run that this decides for
-    compiler: Callable = torch.compile,  # model -> model
-    accumulation: int = 1,  # Micro-batches a step
-    tries: int = 3,  # Steps timed each way, after one that does not count
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    steps: int,
+    compiler: Callable = torch.compile,
+    accumulation: int = 1,
+    tries: int = 3,
 ) -> dict:
     """`step` to train with, whether it is `compiled`, seconds a step `plain` and `fast`, `gain`
     (plain / fast), seconds `compiling` took, and `why`. A compiler that fails is a reason, not an
-    error."""
+    error.
+
+    Args:
+        model: Afterwards as it was.
+        step: (model, batch, backward) -> (summed loss, weight).
+        batches: Number of a micro-batch -> batch.
+        optimiser: Of this model; afterwards as it was.
+        steps: Of the run that this decides for.
+        compiler: model -> model.
+        accumulation: Micro-batches a step.
+        tries: Steps timed each way, after one that does not count.
+    """
     with preserve_training_state(model, optimiser):
         plain = measure_step_time(model, step, batches, optimiser, accumulation, tries)
     found = dict(step=step, compiled=False, plain=plain, fast=None, gain=None, compiling=None)

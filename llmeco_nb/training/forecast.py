@@ -30,12 +30,14 @@ from .task import Batch, TrainTask
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #170b1334
 @contextmanager
-def preserve_training_state(
-    model: torch.nn.Module,  # Also its mode, training or not
-    optimiser: Optimiser,  # Of this model
-):
+def preserve_training_state(model: torch.nn.Module, optimiser: Optimiser):
     """Whatever is trained in this `with` block: model, optimiser and generators are afterwards as
-    they were. Holds a copy of weights and moments meanwhile."""
+    they were. Holds a copy of weights and moments meanwhile.
+
+    Args:
+        model: Also its mode, training or not.
+        optimiser: Of this model.
+    """
     before, states, mode = (
         {k: t.clone() for k, t in tensors_of(optimiser).items()},
         random_states(),
@@ -66,24 +68,30 @@ def saved_bytes(model: torch.nn.Module, step: Callable, batch) -> int:
     return found.bytes
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #4f04b0ef
-def resident_bytes(
-    model: torch.nn.Module,  # Whose weights and buffers are counted
-    optimiser: Optimiser,  # Of this model: its masters, moments and averages
-) -> int:
-    "Bytes of weights, buffers, masters, moments and averages as they are now."
+def resident_bytes(model: torch.nn.Module, optimiser: Optimiser) -> int:
+    """Bytes of weights, buffers, masters, moments and averages as they are now.
+
+    Args:
+        model: Whose weights and buffers are counted.
+        optimiser: Of this model: its masters, moments and averages.
+    """
     return sum(
         storages([*model.parameters(), *model.buffers(), *optimiser.state_dict().values()]).values()
     )
 
 
 def memory_timeline(
-    model: torch.nn.Module,  # Afterwards as it was
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
-    batch,  # What `step` takes; both steps get it
-    optimiser: Optimiser,  # Of this model; afterwards as it was
+    model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser
 ) -> np.ndarray:
     """Bytes of tensors after each operation of two steps on this batch: what is resident and what
-    the steps add. Library workspaces and the interpreter are not in it."""
+    the steps add. Library workspaces and the interpreter are not in it.
+
+    Args:
+        model: Afterwards as it was.
+        step: (model, batch, backward) -> (summed loss, weight).
+        batch: What `step` takes; both steps get it.
+        optimiser: Of this model; afterwards as it was.
+    """
     start, clip = resident_bytes(model, optimiser), optimiser.clip
     with preserve_training_state(model, optimiser):
         optimiser.room, optimiser.clip = (
@@ -102,22 +110,28 @@ def memory_timeline(
     return start + np.array(ledger.course)
 
 
-def peak_step_bytes(
-    model: torch.nn.Module,  # Afterwards as it was
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
-    batch,  # What `step` takes
-    optimiser: Optimiser,  # Of this model; afterwards as it was
-) -> int:
-    "Peak bytes of training on batches like this one."
+def peak_step_bytes(model: torch.nn.Module, step: Callable, batch, optimiser: Optimiser) -> int:
+    """Peak bytes of training on batches like this one.
+
+    Args:
+        model: Afterwards as it was.
+        step: (model, batch, backward) -> (summed loss, weight).
+        batch: What `step` takes.
+        optimiser: Of this model; afterwards as it was.
+    """
     return int(memory_timeline(model, step, batch, optimiser).max())
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #09548fdb
 def cgroup_memory(
-    root: str | Path = "/sys/fs/cgroup",  # Where the kernel shows the groups
-    own: str | None = None,  # The group's path below root; None: read from /proc/self/cgroup
+    root: str | Path = "/sys/fs/cgroup", own: str | None = None
 ) -> tuple[int, str] | None:
     """Bytes left in the tightest memory control group around this process (version 2 or 1) and the
-    file of its limit; None when there is no limit."""
+    file of its limit; None when there is no limit.
+
+    Args:
+        root: Where the kernel shows the groups.
+        own: The group's path below root; None: read from /proc/self/cgroup.
+    """
     root, found = Path(root), []
     if own is None:
         lines = (
@@ -163,25 +177,34 @@ def available_memory(device: str | torch.device = "cpu") -> tuple[int, str]:
     return min(machine, cgroup_memory() or machine)
 
 
-def memory_budget(
-    model: torch.nn.Module,  # Its device is asked
-    optimiser: Optimiser,  # Of this model: what it holds is added
-) -> tuple[float, str]:
+def memory_budget(model: torch.nn.Module, optimiser: Optimiser) -> tuple[float, str]:
     """Bytes training may have in all, and who says so: of what is available a tenth is left free;
-    what is resident already is no longer among it."""
+    what is resident already is no longer among it.
+
+    Args:
+        model: Its device is asked.
+        optimiser: Of this model: what it holds is added.
+    """
     free, who = available_memory(next(model.parameters()).device)
     return 0.9 * free + resident_bytes(model, optimiser), who
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #673e1e72
 def fit_memory_model(
-    model: torch.nn.Module,  # Afterwards as it was
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
+    model: torch.nn.Module,
+    step: Callable,
     make: Callable,
-    optimiser: Optimiser,  # Of this model; afterwards as it was
-    sizes: tuple[int, int] = (2, 4),  # Rows of the two batches that are measured
+    optimiser: Optimiser,
+    sizes: tuple[int, int] = (2, 4),
 ) -> list[tuple[float, float]]:
     """Lines (fixed, a row) in bytes, of which the highest counts; `make(size, index)` gives a batch
-    of `size` rows. Raises `UsageError` for a step whose operations depend on the number of rows."""
+    of `size` rows. Raises `UsageError` for a step whose operations depend on the number of rows.
+
+    Args:
+        model: Afterwards as it was.
+        step: (model, batch, backward) -> (summed loss, weight).
+        optimiser: Of this model; afterwards as it was.
+        sizes: Rows of the two batches that are measured.
+    """
     one, two = (memory_timeline(model, step, make(size, 0), optimiser) for size in sizes)
     if len(one) != len(two):
         raise UsageError(
@@ -201,13 +224,15 @@ def predict_peak_bytes(law: list | Callable, rows: int) -> float:
     return max(fixed + row * rows for fixed, row in (law(rows) if callable(law) else law))
 
 
-def largest_batch(
-    law: list | Callable,  # From `fit_memory_model` or `chunked_memory_model`
-    limit: float,  # Bytes training may have in all
-    most: int,  # Rows asked about at most
-) -> int:
+def largest_batch(law: list | Callable, limit: float, most: int) -> int:
     """The most rows, up to `most`, whose peak is not above `limit`; 0 when not even one fits. Asks
-    for small batches first, so that nothing large is measured before it is known to fit."""
+    for small batches first, so that nothing large is measured before it is known to fit.
+
+    Args:
+        law: From `fit_memory_model` or `chunked_memory_model`.
+        limit: Bytes training may have in all.
+        most: Rows asked about at most.
+    """
     low, high = 0, 1
     while low < most and predict_peak_bytes(law, high) <= limit:
         low, high = high, min(2 * high, most)
@@ -217,22 +242,28 @@ def largest_batch(
     return low
 
 
-def mib(
-    n: float,  # Bytes
-) -> str:
-    "A size for people, in MiB."
+def mib(n: float) -> str:
+    """A size for people, in MiB.
+
+    Args:
+        n: Bytes.
+    """
     return f"{n / 2**20:,.1f} MiB"
 
 
 def check_fits_memory(
-    batch: int,  # Rows of a micro-batch
-    accumulation: int,  # Micro-batches a step
-    law: list | Callable,  # From `fit_memory_model` or `chunked_memory_model`
-    limit: float,  # Bytes training may have in all
-    says: str = "the limit",  # Who set it
+    batch: int, accumulation: int, law: list | Callable, limit: float, says: str = "the limit"
 ) -> int:
     """Bytes of training with this batch. Raises `UsageError` when they are above the limit, naming
-    what would fit."""
+    what would fit.
+
+    Args:
+        batch: Rows of a micro-batch.
+        accumulation: Micro-batches a step.
+        law: From `fit_memory_model` or `chunked_memory_model`.
+        limit: Bytes training may have in all.
+        says: Who set it.
+    """
     effective, largest = batch * accumulation, largest_batch(law, limit, batch)
     if largest == batch:
         return round(predict_peak_bytes(law, batch))
@@ -254,15 +285,24 @@ def check_fits_memory(
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #ef046bcd
 def chunked_memory_model(
-    model: torch.nn.Module,  # Afterwards as it was
-    step: Callable,  # number of parts -> a step that makes so many of whatever batch it gets
-    parts: Callable,  # rows -> parts the real step would make
-    tokens: float,  # Of a row, that the loss is asked about
-    make: Callable,  # (rows, index) -> batch
-    optimiser: Optimiser,  # Of this model; afterwards as it was
+    model: torch.nn.Module,
+    step: Callable,
+    parts: Callable,
+    tokens: float,
+    make: Callable,
+    optimiser: Optimiser,
 ) -> Callable:
     """For `check_fits_memory` and `predict_peak_bytes`: rows -> the lines of a step whose loss is
-    made in parts. Each number of parts is measured once."""
+    made in parts. Each number of parts is measured once.
+
+    Args:
+        model: Afterwards as it was.
+        step: number of parts -> a step that makes so many of whatever batch it gets.
+        parts: rows -> parts the real step would make.
+        tokens: Of a row, that the loss is asked about.
+        make: (rows, index) -> batch.
+        optimiser: Of this model; afterwards as it was.
+    """
 
     @lru_cache(None)
     def lines(n: int) -> list:
@@ -285,11 +325,13 @@ def chunked_memory_model(
     return law
 
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #90ae31f3
-def fit_power_law(
-    points: list[tuple[float, float]],  # (compute or tokens, loss) of earlier runs
-) -> dict[str, float]:
+def fit_power_law(points: list[tuple[float, float]]) -> dict[str, float]:
     """E, A, a of L = E + A / C^a by least squares on log L, all of them positive. Raises
-    `UsageError` for fewer than three different C."""
+    `UsageError` for fewer than three different C.
+
+    Args:
+        points: (compute or tokens, loss) of earlier runs.
+    """
     from scipy.optimize import least_squares
 
     c, loss = (np.array(x, dtype=float) for x in zip(*points))
@@ -318,11 +360,13 @@ def fit_power_law(
     return dict(E=e, A=k * middle**a, a=a)
 
 
-def power_law_loss(
-    law: dict,  # E, A, a, from `fit_power_law`
-    c: float,  # Above 0, in the unit of the points: compute or tokens
-) -> float:
-    "The loss that a law expects."
+def power_law_loss(law: dict, c: float) -> float:
+    """The loss that a law expects.
+
+    Args:
+        law: E, A, a, from `fit_power_law`.
+        c: Above 0, in the unit of the points: compute or tokens.
+    """
     return law["E"] + law["A"] / c ** law["a"]
 
 
@@ -358,17 +402,21 @@ def expected_loss(points: list[tuple[float, float]], c: float) -> dict:
 MemoryModel = list[tuple[float, float]] | Callable[[int], list[tuple[float, float]]]
 
 
-def make_device_batch(
-    task: TrainTask,  # Whose batches are made
-) -> Callable[[int, int], Batch]:
-    "(rows, index) -> the task's whole batch, on the model's device."
+def make_device_batch(task: TrainTask) -> Callable[[int, int], Batch]:
+    """(rows, index) -> the task's whole batch, on the model's device.
+
+    Args:
+        task: Whose batches are made.
+    """
     return lambda rows, index: to_device(task.make_batch(rows, index), task.device)
 
 
-def memory_model_of(
-    task: TrainTask,  # Afterwards as it was
-) -> Callable[[int], list[tuple[float, float]]]:
-    "Rows -> the lines of `predict_peak_bytes`. Nothing is measured before it is asked."
+def memory_model_of(task: TrainTask) -> Callable[[int], list[tuple[float, float]]]:
+    """Rows -> the lines of `predict_peak_bytes`. Nothing is measured before it is asked.
+
+    Args:
+        task: Afterwards as it was.
+    """
     model, optimizer, make = task.model, task.optimizer, make_device_batch(task)
     chunks = task.chunked_loss
     if chunks is None:
@@ -411,12 +459,16 @@ class Forecast(Stored):
 
 
 def forecast(
-    task: TrainTask,  # Afterwards as it was
-    plan: TrainPlan,  # Its steps, batch size and micro-batches a step
-    config: ForecastConfig = ForecastConfig(),  # What is known already
+    task: TrainTask, plan: TrainPlan, config: ForecastConfig = ForecastConfig()
 ) -> Forecast:
     """Time, memory and loss of the run that `plan` describes. Raises `UsageError` when the batch
-    cannot fit, before any batch of that size is made."""
+    cannot fit, before any batch of that size is made.
+
+    Args:
+        task: Afterwards as it was.
+        plan: Its steps, batch size and micro-batches a step.
+        config: What is known already.
+    """
     rows = config.rows or plan.batch_size
     limit, who = config.memory_limit, "the given limit"
     if limit is None:
@@ -450,12 +502,16 @@ def forecast(
 
 
 def seconds_per_step(
-    task: TrainTask,  # Afterwards as it was
-    rows: int,  # Of a micro-batch
-    grad_accum_steps: int = 1,  # Micro-batches a step
-    tries: int = 3,  # Steps, after one that does not count
+    task: TrainTask, rows: int, grad_accum_steps: int = 1, tries: int = 3
 ) -> float:
-    "Median seconds of an optimizer step, measured."
+    """Median seconds of an optimizer step, measured.
+
+    Args:
+        task: Afterwards as it was.
+        rows: Of a micro-batch.
+        grad_accum_steps: Micro-batches a step.
+        tries: Steps, after one that does not count.
+    """
     make = make_device_batch(task)
     with preserve_training_state(task.model, task.optimizer):
         return measure_step_time(

@@ -57,25 +57,31 @@ from llmeco_nb.training.task import (
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #55b1291c
 @lru_cache(4)
-def epoch_permutation(
-    n: int,  # Number of examples
-    seed: int,  # Not negative
-    epoch: int,  # From 0
-) -> np.ndarray:
+def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of epoch `epoch`: a permutation of 0 to n-1 that depends on nothing but the
-    arguments."""
+    arguments.
+
+    Args:
+        n: Number of examples.
+        seed: Not negative.
+        epoch: From 0.
+    """
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def batch_indices(
-    index: int,  # From 0
-    batch: int,  # Examples a batch, of all processes together
-    n: int,  # Number of examples
-    seed: int,  # Decides the order of every epoch
-    world: int = 1,  # Processes that share a batch
-    rank: int = 0,  # Of so many processes, the share of this one; see 16_parallel
+    index: int, batch: int, n: int, seed: int, world: int = 1, rank: int = 0
 ) -> np.ndarray:
-    "Which of `n` examples stand in batch `index` of the endless stream of epochs."
+    """Which of `n` examples stand in batch `index` of the endless stream of epochs.
+
+    Args:
+        index: From 0.
+        batch: Examples a batch, of all processes together.
+        n: Number of examples.
+        seed: Decides the order of every epoch.
+        world: Processes that share a batch.
+        rank: Of so many processes, the share of this one; see 16_parallel.
+    """
     places = np.array(rank_slice(index, batch, world, rank))
     return np.array(
         [epoch_permutation(n, seed, int(e))[p] for e, p in zip(places // n, places % n)]
@@ -84,14 +90,18 @@ def batch_indices(
 # %% ../../nbs/1_pretraining/17_loop.ipynb #98f6a466
 @lru_cache(4)
 def length_bucketed_batches(
-    lengths: tuple[int, ...],  # Tokens of every example
-    batch: int,  # Examples a batch
-    seed: int,  # Decides pools and order of the batches
-    epoch: int,  # From 0; each has an order of its own
-    pool: int = 16,  # Batches that are sorted together
+    lengths: tuple[int, ...], batch: int, seed: int, epoch: int, pool: int = 16
 ) -> list[np.ndarray]:
     """The batches of one epoch, each of examples of similar length; every example once, the last
-    batch of the last pool may be smaller."""
+    batch of the last pool may be smaller.
+
+    Args:
+        lengths: Tokens of every example.
+        batch: Examples a batch.
+        seed: Decides pools and order of the batches.
+        epoch: From 0; each has an order of its own.
+        pool: Batches that are sorted together.
+    """
     order, size, batches = epoch_permutation(len(lengths), seed, epoch), np.array(lengths), []
     for start in range(0, len(order), batch * pool):
         part = order[start : start + batch * pool]
@@ -101,15 +111,24 @@ def length_bucketed_batches(
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #59420118
 def measure_step_time(
-    model: torch.nn.Module,  # Trained meanwhile, then as before
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
-    batches: Callable,  # Number of a micro-batch -> batch
-    optimiser: Optimiser,  # Of this model
-    accumulation: int = 1,  # Micro-batches a step
-    tries: int = 3,  # After one that does not count
+    model: torch.nn.Module,
+    step: Callable,
+    batches: Callable,
+    optimiser: Optimiser,
+    accumulation: int = 1,
+    tries: int = 3,
 ) -> float:
     """Median seconds of an optimiser step. Model, optimiser and generators are afterwards as they
-    were."""
+    were.
+
+    Args:
+        model: Trained meanwhile, then as before.
+        step: (model, batch, backward) -> (summed loss, weight).
+        batches: Number of a micro-batch -> batch.
+        optimiser: Of this model.
+        accumulation: Micro-batches a step.
+        tries: After one that does not count.
+    """
     before, states, mode, taken = (
         {k: v.clone() for k, v in optimiser.state_dict().items()},
         random_states(),
@@ -130,29 +149,35 @@ def measure_step_time(
     return statistics.median(taken[1:])
 
 
-def resolve_plan(
-    record: Record,  # Keeps the plan, beside its folder
-    asked: dict,  # The parameters the plan depends on
-    make: Callable[[], dict],  # Makes the plan, the first time
-) -> dict:
+def resolve_plan(record: Record, asked: dict, make: Callable[[], dict]) -> dict:
     """The record's plan, in every process that of the first. In a folder used by hand, another
-    `asked` than last time drops the old plan and what it had begun."""
+    `asked` than last time drops the old plan and what it had begun.
+
+    Args:
+        record: Keeps the plan, beside its folder.
+        asked: The parameters the plan depends on.
+        make: Makes the plan, the first time.
+    """
     return run_on_rank_zero(lambda: resolve_plan_on_rank_zero(record, asked, make))
 
 
-def plan_file(
-    record: Record,  # Of a stage
-) -> Path:
-    "Where the record keeps its plan."
+def plan_file(record: Record) -> Path:
+    """Where the record keeps its plan.
+
+    Args:
+        record: Of a stage.
+    """
     return record.path.with_name(record.path.name.removesuffix(".partial") + ".plan.json")
 
 
-def resolve_plan_on_rank_zero(
-    record: Record,  # Keeps the plan, beside its folder
-    asked: dict,  # The parameters the plan depends on
-    make: Callable[[], dict],  # Makes the plan, the first time
-) -> dict:
-    "`resolve_plan` where it is decided."
+def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], dict]) -> dict:
+    """`resolve_plan` where it is decided.
+
+    Args:
+        record: Keeps the plan, beside its folder.
+        asked: The parameters the plan depends on.
+        make: Makes the plan, the first time.
+    """
     key = sha256_text(json.dumps(asked, sort_keys=True))[:16]
     plan = record.plan(lambda: {**make(), "asked": key})
     if plan["asked"] == key:
@@ -163,22 +188,26 @@ def resolve_plan_on_rank_zero(
     return record.plan(lambda: {**make(), "asked": key})
 
 
-def resolve_train_plan(
-    record: Record,  # Keeps the plan, beside its folder
-    asked: dict,  # The parameters the plan depends on
-    make: Callable[[], TrainPlan],  # Makes the plan, the first time
-) -> TrainPlan:
+def resolve_train_plan(record: Record, asked: dict, make: Callable[[], TrainPlan]) -> TrainPlan:
     """`resolve_plan` for a training. Raises `DataError` for a plan that another version wrote and
-    this one can not follow."""
+    this one can not follow.
+
+    Args:
+        record: Keeps the plan, beside its folder.
+        asked: The parameters the plan depends on.
+        make: Makes the plan, the first time.
+    """
     stored = resolve_plan(record, asked, lambda: make().to_json())
     return TrainPlan.from_json(stored, str(plan_file(record)))
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #0c0ec91a
-def to_device(
-    batch: Batch,  # Of any nesting
-    device: torch.device,  # Where it shall be
-) -> Batch:
-    "The batch with its tensors on the device; where they are already, the same."
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device; where they are already, the same.
+
+    Args:
+        batch: Of any nesting.
+        device: Where it shall be.
+    """
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
     if isinstance(batch, dict):
@@ -190,10 +219,12 @@ def to_device(
     )
 
 
-def digest(
-    batch: Batch,  # Of any nesting
-) -> str:
-    "SHA-256 in hex of a batch: tensors, plain values, and dictionaries and lists of them."
+def digest(batch: Batch) -> str:
+    """SHA-256 in hex of a batch: tensors, plain values, and dictionaries and lists of them.
+
+    Args:
+        batch: Of any nesting.
+    """
 
     def plain(b: Batch):
         if isinstance(b, torch.Tensor):
@@ -205,11 +236,13 @@ def digest(
     return sha256_text(repr(plain(batch)))
 
 
-def must_share(
-    name: str,  # Of the training, for the message
-    batches: Callable[[int], Batch],  # Number of a micro-batch -> batch; 0 is made
-) -> None:
-    "Raise `UsageError` where several processes would all learn from the same batches."
+def must_share(name: str, batches: Callable[[int], Batch]) -> None:
+    """Raise `UsageError` where several processes would all learn from the same batches.
+
+    Args:
+        name: Of the training, for the message.
+        batches: Number of a micro-batch -> batch; 0 is made.
+    """
     size = current_world().size
     if size > 1 and len(set(told_by_all(digest(batches(0))))) == 1:
         raise UsageError(
@@ -220,12 +253,16 @@ def must_share(
 
 
 def accumulate_gradients(
-    task: TrainTask,  # Its model gets the gradients, its optimizer collects them
-    batches: Callable[[int], Batch],  # Number of a micro-batch -> batch
-    numbers: range,  # Of the micro-batches
+    task: TrainTask, batches: Callable[[int], Batch], numbers: range
 ) -> tuple[float, float, int]:
     """Forward and backward pass of each micro-batch. Returns (loss sum, weight, tokens read) over
-    the micro-batches of all processes."""
+    the micro-batches of all processes.
+
+    Args:
+        task: Its model gets the gradients, its optimizer collects them.
+        batches: Number of a micro-batch -> batch.
+        numbers: Of the micro-batches.
+    """
     loss = 0.0
     weight = 0.0
     tokens = 0
@@ -242,13 +279,20 @@ def accumulate_gradients(
 
 
 def train_step(
-    task: TrainTask,  # Its model is in training mode
-    batches: Callable[[int], Batch],  # Number of a micro-batch -> batch
-    step: Step,  # Which micro-batches, at which learning rate
-    accepts_loss: Callable[[float], bool] = lambda loss: True,  # Mean loss -> whether to learn
+    task: TrainTask,
+    batches: Callable[[int], Batch],
+    step: Step,
+    accepts_loss: Callable[[float], bool] = lambda loss: True,
 ) -> StepResult:
     """The gradients of the step's micro-batches, then one update. Raises `UnstableStep` for a loss
-    that is no number or that `accepts_loss` refuses, `DataError` where nothing is counted."""
+    that is no number or that `accepts_loss` refuses, `DataError` where nothing is counted.
+
+    Args:
+        task: Its model is in training mode.
+        batches: Number of a micro-batch -> batch.
+        step: Which micro-batches, at which learning rate.
+        accepts_loss: Mean loss -> whether to learn.
+    """
     optimizer = task.optimizer
     where = step.where(optimizer)
     loss, weight, tokens = accumulate_gradients(task, batches, step.micro_batches)
@@ -275,12 +319,14 @@ def train_step(
     return StepResult(loss, weight, tokens, norm, optimizer.lr * step.lr_factor)
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #a2c9ee8f
-def rows_before(
-    folder: Path,  # Of the training's checkpoints; before.json goes there
-    record: Record,  # Whose log is counted
-) -> int:
+def rows_before(folder: Path, record: Record) -> int:
     """Rows the log had before this training began; written down, so that an attempt killed before
-    its first checkpoint leaves no rows behind."""
+    its first checkpoint leaves no rows behind.
+
+    Args:
+        folder: Of the training's checkpoints; before.json goes there.
+        record: Whose log is counted.
+    """
     mark = folder / "before.json"
     if not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,13 +335,17 @@ def rows_before(
 
 
 def begin_run(
-    record: Record,  # Its `resume` keeps the checkpoints
-    task: TrainTask,  # Gets the weights of the last checkpoint, if there is one
-    plan: TrainPlan,  # Must be the one of the checkpoint
-    callbacks: tuple[Callback, ...] = (),  # After those that every training has
+    record: Record, task: TrainTask, plan: TrainPlan, callbacks: tuple[Callback, ...] = ()
 ) -> TrainRun:
     """The run as its last checkpoint has it, or at its beginning. Raises `DataError` for a
-    checkpoint of another run."""
+    checkpoint of another run.
+
+    Args:
+        record: Its `resume` keeps the checkpoints.
+        task: Gets the weights of the last checkpoint, if there is one.
+        plan: Must be the one of the checkpoint.
+        callbacks: After those that every training has.
+    """
     folder = Path(run_on_rank_zero(lambda: str(record.resume / task.name)))
     identity = identity_of(task.optimizer, plan, **task.identity)
     state = load_checkpoint(folder, task.optimizer, identity) or TrainState(
@@ -309,13 +359,17 @@ def begin_run(
 
 
 def take_step(
-    run: TrainRun,  # Its state is one step further afterwards, or mended
-    batches: Callable[[int], Batch],  # Number of a micro-batch -> batch
-    schedule: Callable[[int], float],  # Step -> factor on the learning rate
-    seed: int,  # Of the generators; each step and process has its own noise
+    run: TrainRun, batches: Callable[[int], Batch], schedule: Callable[[int], float], seed: int
 ) -> None:
     """One step with everything around it. Raises `UnstableStep` for a step that no callback
-    mends."""
+    mends.
+
+    Args:
+        run: Its state is one step further afterwards, or mended.
+        batches: Number of a micro-batch -> batch.
+        schedule: Step -> factor on the learning rate.
+        seed: Of the generators; each step and process has its own noise.
+    """
     number = run.state.step
     place = run.state.replaced_batches.get(str(number), number)
     some = run.plan.grad_accum_steps
@@ -339,10 +393,12 @@ def take_step(
     run.notify("on_step_end", result)
 
 
-def take_best(
-    run: TrainRun,  # A training that is done
-) -> None:
-    "Give the model its best weights; without evaluations their average, where one is kept."
+def take_best(run: TrainRun) -> None:
+    """Give the model its best weights; without evaluations their average, where one is kept.
+
+    Args:
+        run: A training that is done.
+    """
     optimizer = run.task.optimizer
     if run.task.evaluate:
         load_best(run.folder, optimizer, run.state.best_step, run.state.best_sha256)
@@ -351,14 +407,22 @@ def take_best(
 
 
 def train_task(
-    record: Record,  # Gets log rows and progress; its `resume` keeps the checkpoints
-    task: TrainTask,  # What is trained
-    plan: TrainPlan,  # How long, and by which schedule
-    callbacks: tuple[Callback, ...] = (),  # After those that every training has
-    workers: int = 0,  # Processes that make batches ahead; changes no result
+    record: Record,
+    task: TrainTask,
+    plan: TrainPlan,
+    callbacks: tuple[Callback, ...] = (),
+    workers: int = 0,
 ) -> TrainResult:
     """Train to the end of the plan, or until `patience` is spent; resumes by itself. The model then
-    has its best weights."""
+    has its best weights.
+
+    Args:
+        record: Gets log rows and progress; its `resume` keeps the checkpoints.
+        task: What is trained.
+        plan: How long, and by which schedule.
+        callbacks: After those that every training has.
+        workers: Processes that make batches ahead; changes no result.
+    """
     seed = torch.initial_seed()
     schedule = schedule_of(plan)
     world = current_world()
@@ -390,17 +454,19 @@ def train_task(
     )
 
 
-def train(
-    model,  # Of the task
-    step,  # Its `loss_step`
-    batches,  # Number of a micro-batch -> batch
-    optimiser,  # Of the task
-    plan,  # A `TrainPlan`, or one as it is stored
-    record,  # Of `train_task`
-    evaluate=None,  # Of the task
-    **more,  # size, identity, name, flops, roof
-) -> dict:
-    "`train_task` for callers that have no task yet."
+def train(model, step, batches, optimiser, plan, record, evaluate=None, **more) -> dict:
+    """`train_task` for callers that have no task yet.
+
+    Args:
+        model: Of the task.
+        step: Its `loss_step`.
+        batches: Number of a micro-batch -> batch.
+        optimiser: Of the task.
+        plan: A `TrainPlan`, or one as it is stored.
+        record: Of `train_task`.
+        evaluate: Of the task.
+        **more: size, identity, name, flops, roof.
+    """
     told = dict(size="count_tokens", flops="flops_per_token", roof="peak_flops")
     found = {told.get(k, k): v for k, v in more.items()}
     found["identity"] = {k: v for k, v in found.get("identity", {}).items() if k != "asked"}

@@ -17,14 +17,16 @@ class UnstableStep(DataError):
     "A step whose loss or gradient is no number, or whose loss leaped: nothing to learn from."
 
 
-def is_loss_spike(
-    loss: float,  # Of this step
-    recent: list[float],  # Of the steps before it
-    times: int = 10,  # How many usual distances above the median
-    least: int = 8,  # Steps that must be known before anything can be called unusual
-) -> bool:
+def is_loss_spike(loss: float, recent: list[float], times: int = 10, least: int = 8) -> bool:
     """Whether `loss` stands far above the last ones; falling is never a leap. The distance counts
-    as at least 1 % of the median."""
+    as at least 1 % of the median.
+
+    Args:
+        loss: Of this step.
+        recent: Of the steps before it.
+        times: How many usual distances above the median.
+        least: Steps that must be known before anything can be called unusual.
+    """
     if loss != loss or loss in (float("inf"), float("-inf")):
         return True
     if len(recent) < least:
@@ -37,13 +39,17 @@ def is_loss_spike(
 
 # %% ../../nbs/1_pretraining/15a_loss_spikes.ipynb #4eb419d1
 def rolled_back_state(
-    stored: TrainState,  # Of the last checkpoint
-    failed: TrainState,  # Of now: its next step is the one that failed
-    plan: TrainPlan,  # Its `steps`, and `max_rollbacks`
-    why: str,  # What was found
+    stored: TrainState, failed: TrainState, plan: TrainPlan, why: str
 ) -> TrainState:
     """The numbers to go on with from the last checkpoint. Raises `DataError` when it has happened
-    more than `max_rollbacks` times."""
+    more than `max_rollbacks` times.
+
+    Args:
+        stored: Of the last checkpoint.
+        failed: Of now: its next step is the one that failed.
+        plan: Its `steps`, and `max_rollbacks`.
+        why: What was found.
+    """
     times = failed.rollbacks + 1
     if times > plan.max_rollbacks:
         raise DataError(

@@ -24,14 +24,18 @@ from .task import Step, TrainTask
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #edb91319
 def trial(
-    task: TrainTask,  # Afterwards as it was
-    batch_size: int,  # Rows of a micro-batch
-    lr: float,  # Peak learning rate to try, above 0
-    steps: int,  # Optimiser steps
-    grad_accum_steps: int = 1,  # Micro-batches a step
+    task: TrainTask, batch_size: int, lr: float, steps: int, grad_accum_steps: int = 1
 ) -> float:
     """Mean loss over the last half of `steps` at this rate, a quarter of them warm-up; infinite
-    when it diverged. Muon's rate moves in proportion. Everything is taken back."""
+    when it diverged. Muon's rate moves in proportion. Everything is taken back.
+
+    Args:
+        task: Afterwards as it was.
+        batch_size: Rows of a micro-batch.
+        lr: Peak learning rate to try, above 0.
+        steps: Optimiser steps.
+        grad_accum_steps: Micro-batches a step.
+    """
     losses = []
     warmup = max(1, steps // 4)
     model, optimizer, make = task.model, task.optimizer, make_device_batch(task)
@@ -73,13 +77,21 @@ class Halving:
 
 
 def successive_halving(
-    task: TrainTask,  # Afterwards as it was
-    batch_size: int,  # Rows of a micro-batch
-    rates: Sequence[float],  # Three to five learning rates
-    steps: int = 8,  # Of each in the first round; doubled in every further one
-    grad_accum_steps: int = 1,  # Micro-batches a step
+    task: TrainTask,
+    batch_size: int,
+    rates: Sequence[float],
+    steps: int = 8,
+    grad_accum_steps: int = 1,
 ) -> Halving:
-    "The rate that is left. Raises `UsageError` for other numbers of rates or when all diverge."
+    """The rate that is left. Raises `UsageError` for other numbers of rates or when all diverge.
+
+    Args:
+        task: Afterwards as it was.
+        batch_size: Rows of a micro-batch.
+        rates: Three to five learning rates.
+        steps: Of each in the first round; doubled in every further one.
+        grad_accum_steps: Micro-batches a step.
+    """
     if not 3 <= len(set(rates)) <= 5 or min(rates) <= 0 or steps < 4:
         raise UsageError(
             "Give three to five different positive learning rates and at least four steps; given "
@@ -112,12 +124,14 @@ def successive_halving(
     )
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #08521ce5
-def set_lr(
-    optimiser: Optimiser,  # Changed in place
-    lr: float,  # The new rate, above 0
-):
+def set_lr(optimiser: Optimiser, lr: float):
     """Set the learning rate, and in proportion Muon's; for an optimiser that has made no step.
-    Raises `UsageError`."""
+    Raises `UsageError`.
+
+    Args:
+        optimiser: Changed in place.
+        lr: The new rate, above 0.
+    """
     if lr <= 0:
         raise UsageError(f"lr is {lr}; a learning rate is above 0.")
     share = lr / optimiser.lr
@@ -128,15 +142,24 @@ def set_lr(
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #c1e9e47c
 def lr_range_test(
-    task: TrainTask,  # Afterwards as it was
-    batch_size: int,  # Rows of a micro-batch
-    low: float,  # First learning rate, above 0
-    high: float,  # Last learning rate, above `low`
-    steps: int = 40,  # Learning rates to try, one step each; at least 2
-    grad_accum_steps: int = 1,  # Micro-batches a step
+    task: TrainTask,
+    batch_size: int,
+    low: float,
+    high: float,
+    steps: int = 40,
+    grad_accum_steps: int = 1,
 ) -> list[tuple[float, float]]:
     """(rate, loss) of one run whose rate grows by a constant factor; ends early when the loss is
-    four times its lowest or no number. Everything is taken back. Source: Smith 2017."""
+    four times its lowest or no number. Everything is taken back. Source: Smith 2017.
+
+    Args:
+        task: Afterwards as it was.
+        batch_size: Rows of a micro-batch.
+        low: First learning rate, above 0.
+        high: Last learning rate, above `low`.
+        steps: Learning rates to try, one step each; at least 2.
+        grad_accum_steps: Micro-batches a step.
+    """
     if not 0 < low < high or steps < 2:
         raise UsageError(
             f"A range needs 0 < low < high and two steps; given {low}, {high}, {steps}."
@@ -159,11 +182,13 @@ def lr_range_test(
     return curve
 
 # %% ../../nbs/1_pretraining/17b_lr_finder.ipynb #702e4a4e
-def smallest_near_best(
-    speeds: dict[int, float],  # Batch size -> tokens a second
-    within: float = 0.05,  # Share of the best speed that may be lost, 0 to 1
-) -> int:
-    "The smallest batch whose speed is within this share of the best."
+def smallest_near_best(speeds: dict[int, float], within: float = 0.05) -> int:
+    """The smallest batch whose speed is within this share of the best.
+
+    Args:
+        speeds: Batch size -> tokens a second.
+        within: Share of the best speed that may be lost, 0 to 1.
+    """
     return min(
         size for size, speed in speeds.items() if speed >= (1 - within) * max(speeds.values())
     )
@@ -178,13 +203,17 @@ class BatchSizeTrial:
 
 
 def fastest_batch_size(
-    task: TrainTask,  # Afterwards as it was; has `count_tokens`
-    sizes: Sequence[int],  # Rows a batch to try, each at least 1
-    within: float = 0.05,  # Share of the best speed that may be lost, 0 to 1
-    tries: int = 3,  # Steps timed with each, after one that does not count
+    task: TrainTask, sizes: Sequence[int], within: float = 0.05, tries: int = 3
 ) -> BatchSizeTrial:
     """The smallest within `within` of the best speed, by the median of whole optimizer steps.
-    Raises `UsageError` for sizes below 1."""
+    Raises `UsageError` for sizes below 1.
+
+    Args:
+        task: Afterwards as it was; has `count_tokens`.
+        sizes: Rows a batch to try, each at least 1.
+        within: Share of the best speed that may be lost, 0 to 1.
+        tries: Steps timed with each, after one that does not count.
+    """
     if not sizes or min(sizes) < 1:
         raise UsageError(f"Batch sizes are whole numbers from 1; given {sizes}.")
     speeds = {}

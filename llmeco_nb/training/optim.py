@@ -22,14 +22,20 @@ from .state import TrainPlan
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
 def parameter_groups(
-    model: torch.nn.Module,  # Whose parameters are grouped; frozen ones are left out
-    decay: float = 0.01,  # Weight decay of matrices
-    embeddings: bool = False,  # Decay embeddings, too
-    rate: Callable[[str], float]
-    | None = None,  # Name -> factor on the learning rate; 0 leaves the parameter as it is
+    model: torch.nn.Module,
+    decay: float = 0.01,
+    embeddings: bool = False,
+    rate: Callable[[str], float] | None = None,
 ) -> list[dict]:
     """Groups `{names, weight_decay, rate, matrix}` over the trainable parameters; `matrix` marks
-    hidden matrices, which Muon can take."""
+    hidden matrices, which Muon can take.
+
+    Args:
+        model: Whose parameters are grouped; frozen ones are left out.
+        decay: Weight decay of matrices.
+        embeddings: Decay embeddings, too.
+        rate: Name -> factor on the learning rate; 0 leaves the parameter as it is.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     groups = {}
     for name, p in model.named_parameters():
@@ -45,19 +51,23 @@ def parameter_groups(
     ]
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #f396ff2f
-def local_shard(
-    t: torch.Tensor,  # Of any shape, on any device
-) -> torch.Tensor:
+def local_shard(t: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that is cut up over several; an ordinary tensor is its
-    own."""
+    own.
+
+    Args:
+        t: Of any shape, on any device.
+    """
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def full_tensor(
-    t: torch.Tensor,  # Of any shape, on any device
-) -> torch.Tensor:
+def full_tensor(t: torch.Tensor) -> torch.Tensor:
     """A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is
-    whole."""
+    whole.
+
+    Args:
+        t: Of any shape, on any device.
+    """
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
@@ -73,12 +83,14 @@ def shard_like(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     )  # each process has all of it: nothing travels
 
 
-def cast_parameters(
-    model: torch.nn.Module,  # Changed in place
-    dtype: torch.dtype,  # A floating type
-):
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype):
     """Store the parameters in this type, in place; buffers stay as they are. Weights that
-    `fully_shard` cut up are changed through the module, which tells the sharding of it."""
+    `fully_shard` cut up are changed through the module, which tells the sharding of it.
+
+    Args:
+        model: Changed in place.
+        dtype: A floating type.
+    """
     cut = any(hasattr(p, "to_local") for p in model.parameters())
     if cut:
         model._apply(lambda t: t.to(dtype) if hasattr(t, "to_local") else t)
@@ -88,15 +100,20 @@ def cast_parameters(
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #a6bc35ef
 def newton_schulz(
-    stack: torch.Tensor,  # (matrices, m, n), any floating type
-    iterations: int = 5,  # Rounds of the polynomial
+    stack: torch.Tensor,
+    iterations: int = 5,
     dtype: torch.dtype = torch.bfloat16,
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
 ) -> torch.Tensor:
     """Matrices of the same shape and directions with all singular values near 1, in `dtype`
     (Newton-Schulz with the coefficients of Jordan et al. 2024).
 
-    A round costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix."""
+    A round costs 4 min(m, n)^2 max(m, n) + 2 min(m, n)^3 operations a matrix.
+
+    Args:
+        stack: (matrices, m, n), any floating type.
+        iterations: Rounds of the polynomial.
+    """
     a, b, c = coefficients
     tall, x = stack.shape[1] > stack.shape[2], stack.to(dtype)
     if tall:
@@ -132,11 +149,12 @@ class MuonConfig:
             raise UsageError(f"Muon's scale is {self.scale!r}; it is adamw or jordan.")
 
     @classmethod
-    def of(
-        cls,
-        options: dict[str, Any],  # Fields; the ones not given are at their defaults
-    ) -> Self:
-        "The options. Raises `UsageError` naming a key that `Muon` does not know."
+    def of(cls, options: dict[str, Any]) -> Self:
+        """The options. Raises `UsageError` naming a key that `Muon` does not know.
+
+        Args:
+            options: Fields; the ones not given are at their defaults.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
         if odd := [k for k in options if k not in known]:
             raise UsageError(
@@ -151,14 +169,17 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al. 2024.
 
     The scale "adamw" is 0.2 sqrt(max(m, n)) as in Liu et al. 2025, "jordan" is
-    sqrt(max(1, m / n))."""
+    sqrt(max(1, m / n)).
+
+    Args:
+        params: Matrices, or groups of them.
+        lr: Learning rate.
+        weight_decay: Share of a matrix that a step at rate 1 takes away.
+        **options: Fields of `MuonConfig`.
+    """
 
     def __init__(
-        self,
-        params: Iterable,  # Matrices, or groups of them
-        lr: float = 1e-3,  # Learning rate
-        weight_decay: float = 0.0,  # Share of a matrix that a step at rate 1 takes away
-        **options: Any,  # Fields of `MuonConfig`
+        self, params: Iterable, lr: float = 1e-3, weight_decay: float = 0.0, **options: Any
     ):
         config = MuonConfig.of(options)
         defaults = dataclasses.asdict(config) | dict(lr=lr, weight_decay=weight_decay)
@@ -224,10 +245,12 @@ def as_wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #8c1acdde
-def is_head(
-    name: str,  # Of a parameter
-) -> bool:
-    "Whether the parameter belongs to what a model puts on its layers: `Muon` leaves it alone."
+def is_head(name: str) -> bool:
+    """Whether the parameter belongs to what a model puts on its layers: `Muon` leaves it alone.
+
+    Args:
+        name: Of a parameter.
+    """
     return any(part in name for part in ("classifier", "predictions", "lm_head"))
 
 
@@ -256,14 +279,15 @@ class OptimizerConfig:
 
 class Optimiser:
     """AdamW over fp32 masters of a model whose parameters are stored in `precision`. Takes the
-    trainable parameters as they are at construction."""
+    trainable parameters as they are at construction.
 
-    def __init__(
-        self,
-        model: torch.nn.Module,  # Its parameters are stored in `precision` from now on
-        lr: float = 1e-4,  # Learning rate at factor 1
-        **options: Any,  # Fields of `OptimizerConfig`
-    ):
+    Args:
+        model: Its parameters are stored in `precision` from now on.
+        lr: Learning rate at factor 1.
+        **options: Fields of `OptimizerConfig`.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float = 1e-4, **options: Any):
         known = [f.name for f in dataclasses.fields(OptimizerConfig)]
         if odd := [k for k in options if k not in known]:
             raise UsageError(f"Optimiser has no option {odd[0]!r}; it has {', '.join(known)}.")
@@ -343,13 +367,14 @@ class Optimiser:
             p.grad = None
 
     @torch.no_grad()
-    def step(
-        self,
-        factor: float = 1.0,  # On the learning rate: the schedule's value at this step
-        weight: float = 1.0,  # What the summed loss is divided by
-    ) -> float:
+    def step(self, factor: float = 1.0, weight: float = 1.0) -> float:
         """Update masters and weights and clear the gradients; returns the gradient's norm before
-        clipping. Raises `DataError` if that is no number."""
+        clipping. Raises `DataError` if that is no number.
+
+        Args:
+            factor: On the learning rate: the schedule's value at this step.
+            weight: What the summed loss is divided by.
+        """
         self.collect()
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         if not grads:
@@ -423,12 +448,13 @@ class Optimiser:
         }
 
     @torch.no_grad()
-    def load_state_dict(
-        self,
-        state: dict[str, torch.Tensor],  # `<kind>/<parameter>` -> tensor; copied
-    ):
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
         """Take over what `state_dict` gave. Raises `DataError` if the masters are not those of this
-        model."""
+        model.
+
+        Args:
+            state: `<kind>/<parameter>` -> tensor; copied.
+        """
         self.load_masters(
             {k.removeprefix("master/"): v for k, v in state.items() if k.startswith("master/")}
         )
@@ -470,37 +496,45 @@ class Optimiser:
         return self.model
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #d04201b0
-def warmup_linear(
-    step: int,  # 0 for the first update
-    steps: int,  # Of the whole run
-    warmup: int,  # Steps until the full rate
-) -> float:
+def warmup_linear(step: int, steps: int, warmup: int) -> float:
     """Factor on the learning rate in (0, 1]: up in a straight line, then down to zero after the
-    last step."""
+    last step.
+
+    Args:
+        step: 0 for the first update.
+        steps: Of the whole run.
+        warmup: Steps until the full rate.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (steps - step) / max(1, steps - warmup)
 
 
 def warmup_stable_decay(
-    step: int,  # 0 for the first update
-    steps: int,  # Of the whole run
-    warmup: int,  # Steps until the full rate
-    decay: int,  # Steps of the way down
-    floor: float = 0.0,  # Factor it goes down to
+    step: int, steps: int, warmup: int, decay: int, floor: float = 0.0
 ) -> float:
     """Factor on the learning rate in (0, 1]: up, a plateau at 1, and down in a straight line over
-    the last `decay` steps."""
+    the last `decay` steps.
+
+    Args:
+        step: 0 for the first update.
+        steps: Of the whole run.
+        warmup: Steps until the full rate.
+        decay: Steps of the way down.
+        floor: Factor it goes down to.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return floor + (1 - floor) * min(1.0, (steps - step) / max(1, decay))
 
 
-def schedule_of(
-    plan: TrainPlan,  # Its steps, warmup, decay and schedule
-) -> Callable[[int], float]:
+def schedule_of(plan: TrainPlan) -> Callable[[int], float]:
     """The schedule a plan names, as a function of the step. Raises `UsageError` for a name nobody
-    knows."""
+    knows.
+
+    Args:
+        plan: Its steps, warmup, decay and schedule.
+    """
     if plan.schedule == "linear":
         return lambda step: warmup_linear(step, plan.steps, plan.warmup)
     if plan.schedule == "wsd":

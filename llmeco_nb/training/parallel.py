@@ -76,14 +76,16 @@ def xla_device():
 
 
 @contextmanager
-def init_process_group(
-    device: str = "auto",  # cpu, cuda, xla or auto
-):
+def init_process_group(device: str = "auto"):
     """The `World` of processes started by `launch`, torchrun or accelerate, met on entering and
     left at the end. Raises `UsageError`, `MissingError`.
 
     The device `auto` is XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the
-    CPU."""
+    CPU.
+
+    Args:
+        device: cpu, cuda, xla or auto.
+    """
     if "RANK" not in os.environ:
         raise UsageError(
             "init_process_group() works in processes that launch() or torchrun started; RANK is "
@@ -156,10 +158,12 @@ def run_on_rank_zero(work: Callable):
     return told[0]
 
 
-def told_by_all(
-    value: Any,  # What can be pickled
-) -> list:
-    "What each process gives, in order of rank: values that can be pickled. Alone: [value]."
+def told_by_all(value: Any) -> list:
+    """What each process gives, in order of rank: values that can be pickled. Alone: [value].
+
+    Args:
+        value: What can be pickled.
+    """
     world = current_world()
     if world.size == 1:
         return [value]
@@ -184,16 +188,23 @@ def barrier():
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #89df7a68
 def launch(
-    function: str,  # "module:function" or "file.py:function"
+    function: str,
     processes: int = 2,
-    timeout: float | None = 600,  # Seconds; None: as long as it takes
-    device: str = "auto",  # See `init_process_group`
-    **arguments: Any,  # What JSON can hold
+    timeout: float | None = 600,
+    device: str = "auto",
+    **arguments: Any,
 ) -> list:
     """The function's results in `processes` processes by torchrun, in order of rank. Raises its
     foreseen errors, or `CellError` when one fails, dies, or all take too long.
 
-    The function is called with a `World` and the arguments, and returns what JSON can hold."""
+    The function is called with a `World` and the arguments, and returns what JSON can hold.
+
+    Args:
+        function: "module:function" or "file.py:function".
+        timeout: Seconds; None: as long as it takes.
+        device: See `init_process_group`.
+        **arguments: What JSON can hold.
+    """
     if processes < 1:
         raise UsageError(f"nproc is {processes}; give at least 1.")
     with tempfile.TemporaryDirectory() as folder:
@@ -274,14 +285,16 @@ def import_function(function: str) -> Callable:
     return getattr(module, name)
 
 
-def launched_main(
-    function: str,  # 'module:function' or 'file.py:function'
-    arguments: str,  # Its keyword arguments, as JSON
-    folder: str,  # Where results and errors go, a file for each rank
-    device: str,  # See `init_process_group`
-):
+def launched_main(function: str, arguments: str, folder: str, device: str):
     """What every process of `launch` does: find the function, meet the others, call it, write its
-    result."""
+    result.
+
+    Args:
+        function: 'module:function' or 'file.py:function'.
+        arguments: Its keyword arguments, as JSON.
+        folder: Where results and errors go, a file for each rank.
+        device: See `init_process_group`.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     work, rank = import_function(function), os.environ["RANK"]
@@ -328,13 +341,14 @@ def single_process():
         joined_worlds.pop()
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #4a6c6905
-def run_distributed(
-    stage: Callable,  # stage(record, ...) -> a path; of a module
-    processes: int = 1,
-    device: str = "cpu",  # See `init_process_group`
-) -> Callable:
+def run_distributed(stage: Callable, processes: int = 1, device: str = "cpu") -> Callable:
     """The stage's function as it is, or for more processes one with the same arguments that runs it
-    in all of them at once."""
+    in all of them at once.
+
+    Args:
+        stage: stage(record, ...) -> a path; of a module.
+        device: See `init_process_group`.
+    """
     if processes == 1 or current_world().size > 1:
         return stage
 
@@ -356,13 +370,15 @@ def run_distributed(
     return run
 
 
-def worker_record(
-    folder: str,  # Where the record is made
-    first: str | Path,  # Folder of the first process's record
-    name: str,  # Of the stage
-) -> Record:
+def worker_record(folder: str, first: str | Path, name: str) -> Record:
     """A record to throw away, for a process that is not the first. It has the first one's log: a
-    training that was done before a kill writes no rows, and the stage still reads them."""
+    training that was done before a kill writes no rows, and the stage still reads them.
+
+    Args:
+        folder: Where the record is made.
+        first: Folder of the first process's record.
+        name: Of the stage.
+    """
     record = create_record(folder, name)
     with suppress(FileNotFoundError):
         shutil.copy(Path(first) / "log.jsonl", record.path)
@@ -370,15 +386,17 @@ def worker_record(
     return record
 
 
-def worker_main(
-    world: World,  # Of this process
-    work: str,  # 'module:function' of the stage
-    record: str,  # Folder of the first process's record
-    name: str,  # Of the stage
-    given: list,  # Its inputs and config by position, after the record
-    named: dict,  # Those by name
-) -> str:
-    "What each process of `run_distributed` does."
+def worker_main(world: World, work: str, record: str, name: str, given: list, named: dict) -> str:
+    """What each process of `run_distributed` does.
+
+    Args:
+        world: Of this process.
+        work: 'module:function' of the stage.
+        record: Folder of the first process's record.
+        name: Of the stage.
+        given: Its inputs and config by position, after the record.
+        named: Those by name.
+    """
     with tempfile.TemporaryDirectory() as aside:
         return str(
             import_function(work)(
@@ -408,18 +426,22 @@ def _from_json(value: object) -> object:
     return value
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #0bef6c8b
-def shares_work(
-    notebook: Notebook,  # Any; one without a stage shares nothing
-) -> bool:
-    "Whether it is a stage that several processes can share: one with a parameter `nproc`."
+def shares_work(notebook: Notebook) -> bool:
+    """Whether it is a stage that several processes can share: one with a parameter `nproc`.
+
+    Args:
+        notebook: Any; one without a stage shares nothing.
+    """
     return "stage" in notebook.contract and "nproc" in read_parameters(notebook)
 
 
-def run_notebook(
-    arguments: list[str],  # NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times
-):
+def run_notebook(arguments: list[str]):
     """What each process under torchrun does with a stage's notebook. Raises `MissingError`, and
-    `UsageError`, also in several processes for a stage that does not share its work."""
+    `UsageError`, also in several processes for a stage that does not share its work.
+
+    Args:
+        arguments: NOTEBOOK or the name of a stage, then -p NAME=VALUE any number of times.
+    """
     if (
         not arguments
         or len(arguments) % 2 == 0
@@ -467,11 +489,13 @@ if (
     )  # the module under its name, where others find the world it joins
 
 # %% ../../nbs/1_pretraining/16_parallel.ipynb #7eaa023c
-def mark_step(
-    device: torch.device,  # Where the step was computed
-):
+def mark_step(device: torch.device):
     """End a step: XLA compiles and runs what was gathered since the last one. Other devices did it
-    at once."""
+    at once.
+
+    Args:
+        device: Where the step was computed.
+    """
     if device.type == "xla":
         importlib.import_module("torch_xla").sync()
 

@@ -42,13 +42,15 @@ from .state import TrainPlan, TrainResult
 from .task import Callback, TrainTask
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ac2025ad
-def recipe_of(
-    asked: dict,  # The parameters the plan depends on
-    plan: TrainPlan,  # Its batch size and micro-batches a step are taken
-    optimizer: Optimiser,  # At the learning rate of the run
-) -> dict:
+def recipe_of(asked: dict, plan: TrainPlan, optimizer: Optimiser) -> dict:
     """What runs must share for their losses to lie on one curve: all that was asked but length,
-    budget, seed and what is only looked at."""
+    budget, seed and what is only looked at.
+
+    Args:
+        asked: The parameters the plan depends on.
+        plan: Its batch size and micro-batches a step are taken.
+        optimizer: At the learning rate of the run.
+    """
     length = (
         "minutes",
         "steps",
@@ -69,12 +71,14 @@ def recipe_of(
     )
 
 
-def previous_run_losses(
-    folders: Iterable[str | Path],  # Records of finished trainings
-    recipe: dict,  # From `recipe_of`, of this run
-) -> list[tuple[float, float]]:
+def previous_run_losses(folders: Iterable[str | Path], recipe: dict) -> list[tuple[float, float]]:
     """(tokens, loss) of finished runs, from their folders. Raises `MissingError` for a folder
-    without a finished forecast, `UsageError` for another recipe, naming where it differs."""
+    without a finished forecast, `UsageError` for another recipe, naming where it differs.
+
+    Args:
+        folders: Records of finished trainings.
+        recipe: From `recipe_of`, of this run.
+    """
     found = []
     for folder in folders:
         file = Path(folder) / "forecast.json"
@@ -141,21 +145,24 @@ class PlanConfig:
             raise UsageError(f"lr is {self.lr}; a learning rate is positive.")
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #d82adf9a
-def rows_per_process(
-    rows: int,  # Of all processes together
-) -> int:
-    "Rows of the largest share."
+def rows_per_process(rows: int) -> int:
+    """Rows of the largest share.
+
+    Args:
+        rows: Of all processes together.
+    """
     return -(-rows // current_world().size)
 
 
 class Trials:
-    "Finds out about a task what its plan needs. Model and optimizer are afterwards as they were."
+    """Finds out about a task what its plan needs. Model and optimizer are afterwards as they were.
 
-    def __init__(
-        self,
-        task: TrainTask,  # What is to be trained
-        config: PlanConfig,  # What is known of its training
-    ):
+    Args:
+        task: What is to be trained.
+        config: What is known of its training.
+    """
+
+    def __init__(self, task: TrainTask, config: PlanConfig):
         self.task = task
         self.config = config
         self.memory_model: MemoryModel = memory_model_of(task)
@@ -188,31 +195,34 @@ class Trials:
         fits = lambda rows: predict_peak_bytes(self.memory_model, rows) <= limit
         return list(takewhile(fits, candidates)) or candidates[:1]
 
-    def check_memory(
-        self,
-        batch_size: int,  # The smallest that is to be tried
-    ) -> None:
-        "Raise `UsageError` when it cannot fit, before a batch of that size is made."
+    def check_memory(self, batch_size: int) -> None:
+        """Raise `UsageError` when it cannot fit, before a batch of that size is made.
+
+        Args:
+            batch_size: The smallest that is to be tried.
+        """
         given = self.config.batch_size and self.config.lr
         # trials make whole batches, training makes shares
         rows = rows_per_process(batch_size) if given else batch_size
         check_fits_memory(rows, self.config.grad_accum_steps, self.memory_model, *self.limit())
 
-    def fastest(
-        self,
-        batch_sizes: list[int],  # Those that fit
-    ) -> tuple[int, str]:
-        "The smallest batch size within 5 % of the fastest, and a sentence on how it was found."
+    def fastest(self, batch_sizes: list[int]) -> tuple[int, str]:
+        """The smallest batch size within 5 % of the fastest, and a sentence on how it was found.
+
+        Args:
+            batch_sizes: Those that fit.
+        """
         found = fastest_batch_size(self.task, batch_sizes)
         speeds = ", ".join(f"{n}: {v:,.0f} tokens/s" for n, v in found.speeds.items())
         rows = found.batch_size
         return rows, f"batch {rows}: the smallest within 5 % of the fastest ({speeds})"
 
-    def best_lr(
-        self,
-        batch_size: int,  # Rows of a micro-batch
-    ) -> tuple[float, str]:
-        "The learning rate that successive halving leaves, and a sentence on how it was found."
+    def best_lr(self, batch_size: int) -> tuple[float, str]:
+        """The learning rate that successive halving leaves, and a sentence on how it was found.
+
+        Args:
+            batch_size: Rows of a micro-batch.
+        """
         found = successive_halving(
             self.task,
             batch_size,
@@ -226,11 +236,13 @@ class Trials:
         return found.lr, f"{found.why} ({'; '.join(map(a_round, found.rounds))})"
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #ab83cded
-def make_plan(
-    record: Record,  # Keeps what the trials found, as probes.json
-    trials: Trials,  # Of the training
-) -> TrainPlan:
-    "The plan, with what the trials found. Raises `UsageError` for a batch that cannot fit."
+def make_plan(record: Record, trials: Trials) -> TrainPlan:
+    """The plan, with what the trials found. Raises `UsageError` for a batch that cannot fit.
+
+    Args:
+        record: Keeps what the trials found, as probes.json.
+        trials: Of the training.
+    """
     config = trials.config
     sentences = []
     fitting = trials.fitting_batch_sizes()
@@ -252,13 +264,15 @@ def make_plan(
     )
 
 
-def make_forecast(
-    record: Record,  # Keeps the forecast, as forecast.json
-    trials: Trials,  # Of the training
-    plan: TrainPlan,  # From `make_plan`
-) -> list[str]:
+def make_forecast(record: Record, trials: Trials, plan: TrainPlan) -> list[str]:
     """Sentences on what the trials found and on time, memory and loss; made once. Raises
-    `UsageError` for earlier runs of another recipe."""
+    `UsageError` for earlier runs of another recipe.
+
+    Args:
+        record: Keeps the forecast, as forecast.json.
+        trials: Of the training.
+        plan: From `make_plan`.
+    """
     file = record.resume / "forecast.json"
     if file.exists():
         return read_json(file)["says"]
@@ -289,15 +303,17 @@ def make_forecast(
     return says
 
 
-def plan_training(
-    record: Record,  # Keeps plan, trials and forecast
-    task: TrainTask,  # Its optimizer is moved to the learning rate that is found
-    config: PlanConfig,  # What the stage says of its training
-    *old,  # Arguments of callers that have no task yet
-    **named,  # The same, by name
-) -> TrainPlan:
+def plan_training(record: Record, task: TrainTask, config: PlanConfig, *old, **named) -> TrainPlan:
     """The plan; the forecast is printed and kept. Raises `UsageError` for a batch that cannot fit,
-    before one of that size is made."""
+    before one of that size is made.
+
+    Args:
+        record: Keeps plan, trials and forecast.
+        task: Its optimizer is moved to the learning rate that is found.
+        config: What the stage says of its training.
+        *old: Arguments of callers that have no task yet.
+        **named: The same, by name.
+    """
     if isinstance(task, dict):
         return old_plan_training(record, task, config, *old, **named)
     if task.count_tokens is None:
@@ -313,13 +329,15 @@ def plan_training(
     return plan
 
 
-def old_plan_training(
-    record,  # Of `plan_training`
-    asked,  # The fingerprint
-    *given,  # Model, step, make, optimiser, plan_of, batch, lr, size, evaluate, accumulation, law
-    **named,  # The same, by name
-) -> dict:
-    "`plan_training` for callers that have no task yet."
+def old_plan_training(record, asked, *given, **named) -> dict:
+    """`plan_training` for callers that have no task yet.
+
+    Args:
+        record: Of `plan_training`.
+        asked: The fingerprint.
+        *given: Model, step, make, optimiser, plan_of, batch, lr, size, evaluate, accumulation, law.
+        **named: The same, by name.
+    """
     order = "model step make optimiser plan_of batch lr size evaluate accumulation law".split()
     found = dict(zip(order, given)) | named
     task = TrainTask(
@@ -344,14 +362,16 @@ def old_plan_training(
     return plan_training(record, task, config, memory_model=found.get("law")).to_json()
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #9584297f
-def record_actual(
-    record: Record,  # Its folder gets forecast.json
-    task: TrainTask,  # As trained; afterwards as it was
-    result: TrainResult,  # Of the training
-    *old,  # Arguments of callers that have no task yet
-) -> dict[str, float]:
+def record_actual(record: Record, task: TrainTask, result: TrainResult, *old) -> dict[str, float]:
     """Keep the result beside the forecast, as forecast.json; returns both as numbers for the
-    metrics. Call it before `Optimiser.finish`."""
+    metrics. Call it before `Optimiser.finish`.
+
+    Args:
+        record: Its folder gets forecast.json.
+        task: As trained; afterwards as it was.
+        result: Of the training.
+        *old: Arguments of callers that have no task yet.
+    """
 
     if old:
         step = result
@@ -388,10 +408,12 @@ def record_actual(
     return run_on_rank_zero(work)
 
 
-def forecast_vs_actual(
-    record: Record,  # Of a finished training
-) -> str:
-    "The forecast beside the result, as Markdown."
+def forecast_vs_actual(record: Record) -> str:
+    """The forecast beside the result, as Markdown.
+
+    Args:
+        record: Of a finished training.
+    """
     predicted = read_json(record.path / "forecast.json")
     actual = predicted["came"]
 
@@ -415,14 +437,22 @@ def forecast_vs_actual(
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #5eec91f9
 def run_training(
-    record: Record,  # Keeps plan, forecast, log and checkpoints
-    task: TrainTask,  # What is trained; its model has its best weights afterwards
-    config: PlanConfig,  # What the stage says of its training
-    callbacks: tuple[Callback, ...] = (),  # After those that every training has
-    workers: int = 0,  # Processes that make batches ahead; changes no result
+    record: Record,
+    task: TrainTask,
+    config: PlanConfig,
+    callbacks: tuple[Callback, ...] = (),
+    workers: int = 0,
 ) -> TrainResult:
     """Plan, predict, train, and compare. Resumes by itself. Raises `UsageError` for a batch that
-    cannot fit and `DataError` for a checkpoint of another run."""
+    cannot fit and `DataError` for a checkpoint of another run.
+
+    Args:
+        record: Keeps plan, forecast, log and checkpoints.
+        task: What is trained; its model has its best weights afterwards.
+        config: What the stage says of its training.
+        callbacks: After those that every training has.
+        workers: Processes that make batches ahead; changes no result.
+    """
     plan = plan_training(record, task, config)
     result = train_task(record, task, plan, callbacks, workers)
     return dataclasses.replace(result, forecast=record_actual(record, task, result))

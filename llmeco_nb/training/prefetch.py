@@ -17,15 +17,15 @@ from ..core import UsageError
 # %% ../../nbs/1_pretraining/15b_prefetch.ipynb #9f846a94
 class Prefetch:
     """`batches(index)`, computed ahead by `workers`; a context manager. With no workers it calls
-    the function itself."""
+    the function itself.
 
-    def __init__(
-        self,
-        batches: Callable,  # Number -> batch; pure
-        workers: int = 0,
-        ahead: int = 0,  # Batches kept ready; 0: two a worker
-        kind: str = "process",  # "process" (forked) or "thread"
-    ):
+    Args:
+        batches: Number -> batch; pure.
+        ahead: Batches kept ready; 0: two a worker.
+        kind: "process" (forked) or "thread".
+    """
+
+    def __init__(self, batches: Callable, workers: int = 0, ahead: int = 0, kind: str = "process"):
         if workers < 0:
             raise UsageError(f"workers is {workers}; it is 0 or more.")
         if kind not in ("process", "thread"):
@@ -62,17 +62,21 @@ class Prefetch:
 worker_batches = None
 
 
-def init_worker(
-    batches,  # Number -> batch; what the worker will call
-):
-    "Runs once in each forked process."
+def init_worker(batches):
+    """Runs once in each forked process.
+
+    Args:
+        batches: Number -> batch; what the worker will call.
+    """
     global worker_batches
     worker_batches = batches
     torch.set_num_threads(1)
 
 
-def make_in_worker(
-    index: int,  # Number of the batch, from 0
-):
-    "A worker's side of `Prefetch`."
+def make_in_worker(index: int):
+    """A worker's side of `Prefetch`.
+
+    Args:
+        index: Number of the batch, from 0.
+    """
     return worker_batches(index)

@@ -35,13 +35,15 @@ def rank_slice(index: int, batch: int, world: int = 1, rank: int = 0) -> range:
     return range(index * batch + batch * rank // world, index * batch + batch * (rank + 1) // world)
 
 # %% ../../nbs/1_pretraining/16a_sharding.ipynb #bdd9175a
-def rank_rows(
-    batch: dict,  # Tensors whose first dimension is the rows, or None
-    world: int = 1,  # Number of processes
-    rank: int = 0,  # Of this process
-) -> dict:
+def rank_rows(batch: dict, world: int = 1, rank: int = 0) -> dict:
     """The rows of a whole batch that process `rank` of `world` takes, side by side. With more
-    processes than rows the last ones get none."""
+    processes than rows the last ones get none.
+
+    Args:
+        batch: Tensors whose first dimension is the rows, or None.
+        world: Number of processes.
+        rank: Of this process.
+    """
     if world == 1:
         return batch
     rows = len(next(t for t in batch.values() if t is not None))
@@ -51,13 +53,17 @@ def rank_rows(
 # %% ../../nbs/1_pretraining/16a_sharding.ipynb #2423b679
 @torch.no_grad()
 def reduce_gradients(
-    optimiser: "Optimiser",  # Of 14_optim, not stepped yet
-    weight: float,  # What this process counted, such as tokens
-    group: dist.ProcessGroup | None = None,  # Processes to add over; None: all
+    optimiser: "Optimiser", weight: float, group: dist.ProcessGroup | None = None
 ) -> float:
     """Add gradients over all processes and return the added weight:
     `optimiser.step(factor, reduce_gradients(optimiser, weight))`. Sharded gradients are added
-    already."""
+    already.
+
+    Args:
+        optimiser: Of 14_optim, not stepped yet.
+        weight: What this process counted, such as tokens.
+        group: Processes to add over; None: all.
+    """
     optimiser.collect()
     masters = [m for m in optimiser.masters.values() if not hasattr(m, "full_tensor")]
     device = next(iter(optimiser.masters.values())).device
@@ -90,11 +96,12 @@ class LossModule(torch.nn.Module):
         super().__init__()
         self.model, self.step = model, step
 
-    def forward(
-        self,
-        batch: Any,  # What the step takes
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        "The summed loss of a batch and what it counts."
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a batch and what it counts.
+
+        Args:
+            batch: What the step takes.
+        """
         losses = []
         counted = self.step(self.model, batch, losses.append)[1]
         if len(losses) != 1:
@@ -105,13 +112,15 @@ class LossModule(torch.nn.Module):
         return losses[0], counted
 
 
-def ddp_loss_step(
-    model: torch.nn.Module,  # Wrapped; its parameters stay the same objects
-    step: Callable,  # (model, batch, backward) -> (summed loss, weight)
-    **options: Any,  # Of DistributedDataParallel
-) -> Callable:
+def ddp_loss_step(model: torch.nn.Module, step: Callable, **options: Any) -> Callable:
     """`step` through torch's DistributedDataParallel (its `options` too): after it, gradients are
-    sums over all processes, and the loop adds nothing more."""
+    sums over all processes, and the loop adds nothing more.
+
+    Args:
+        model: Wrapped; its parameters stay the same objects.
+        step: (model, batch, backward) -> (summed loss, weight).
+        **options: Of DistributedDataParallel.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     ddp, size = DistributedDataParallel(LossModule(model, step), **options), current_world().size
@@ -133,12 +142,14 @@ def ddp_loss_step(
     return stepping
 
 # %% ../../nbs/1_pretraining/16a_sharding.ipynb #74fce324
-def shard(
-    model: torch.nn.Module,  # On this device, the same in every process
-    device: str = "cpu",  # Its type: cpu or cuda
-) -> torch.nn.Module:
+def shard(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
     """Shard every block (the members of the model's `ModuleList`s) and the rest over all processes,
-    in place; gradients are sums, made in float32. Make the `Optimiser` after it."""
+    in place; gradients are sums, made in float32. Make the `Optimiser` after it.
+
+    Args:
+        model: On this device, the same in every process.
+        device: Its type: cpu or cuda.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -155,12 +166,14 @@ def shard(
     return model
 
 # %% ../../nbs/1_pretraining/16a_sharding.ipynb #b952751e
-def tensor_parallel(
-    model: torch.nn.Module,  # A BERT of transformers, the same in every process
-    mesh: "DeviceMesh",  # One-dimensional; heads and feed-forward divide by its size
-) -> torch.nn.Module:
+def tensor_parallel(model: torch.nn.Module, mesh: "DeviceMesh") -> torch.nn.Module:
     """Split attention heads and feed-forwards of a stock BERT over a one-dimensional `DeviceMesh`,
-    in place. Raises `UsageError` for others or if heads do not divide."""
+    in place. Raises `UsageError` for others or if heads do not divide.
+
+    Args:
+        model: A BERT of transformers, the same in every process.
+        mesh: One-dimensional; heads and feed-forward divide by its size.
+    """
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,

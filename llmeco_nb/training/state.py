@@ -25,13 +25,14 @@ class Stored:
         return {self.stored_names.get(name, name): value for name, value in found.items()}
 
     @classmethod
-    def from_json(
-        cls,
-        stored: dict[str, Any],  # From `to_json`; fields that are not in it have their defaults
-        where: str = "",  # The file it was read from, for the message
-    ) -> Self:
+    def from_json(cls, stored: dict[str, Any], where: str = "") -> Self:
         """The object that was stored. Raises `DataError` for a name that this version does not
-        know."""
+        know.
+
+        Args:
+            stored: From `to_json`; fields that are not in it have their defaults.
+            where: The file it was read from, for the message.
+        """
         names = {cls.stored_names.get(f.name, f.name): f.name for f in dataclasses.fields(cls)}
         if unknown := [k for k in stored if k not in names]:
             raise DataError(
@@ -91,12 +92,13 @@ class TrainPlan(Stored):
         return found | ({"lr": repr(self.lr)} if self.lr is not None else {})
 
     @classmethod
-    def from_json(
-        cls,
-        stored: dict[str, Any],  # From `to_json`, of this or an earlier version
-        where: str = "",  # The file it was read from, for the message
-    ) -> Self:
-        "The plan that was stored. Raises `DataError` for a name that this version does not know."
+    def from_json(cls, stored: dict[str, Any], where: str = "") -> Self:
+        """The plan that was stored. Raises `DataError` for a name that this version does not know.
+
+        Args:
+            stored: From `to_json`, of this or an earlier version.
+            where: The file it was read from, for the message.
+        """
         lr = {"lr": float(stored["lr"])} if "lr" in stored else {}
         return super().from_json({**stored, **lr}, where)
 

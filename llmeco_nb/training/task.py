@@ -28,25 +28,29 @@ class LossStep(Protocol):
     "Computes the loss of one micro-batch and its gradients."
 
     def __call__(
-        self,
-        model: torch.nn.Module,  # In training mode
-        batch: Batch,  # From `MakeBatch`
-        backward: Callable[[torch.Tensor], None],  # Called with the summed loss
+        self, model: torch.nn.Module, batch: Batch, backward: Callable[[torch.Tensor], None]
     ) -> tuple[torch.Tensor, torch.Tensor | int]:
-        "The summed loss, and how many tokens or examples it is a sum over."
+        """The summed loss, and how many tokens or examples it is a sum over.
+
+        Args:
+            model: In training mode.
+            batch: From `MakeBatch`.
+            backward: Called with the summed loss.
+        """
 
 
 class MakeBatch(Protocol):
     "Makes a micro-batch; a pure function."
 
-    def __call__(
-        self,
-        batch_size: int,  # Rows of all processes together
-        index: int,  # Number of the micro-batch, from 0
-        world_size: int = 1,  # Processes that share it
-        rank: int = 0,  # Which share of it, from 0
-    ) -> Batch:
-        "The share of this process; without `world_size` and `rank`, all of it."
+    def __call__(self, batch_size: int, index: int, world_size: int = 1, rank: int = 0) -> Batch:
+        """The share of this process; without `world_size` and `rank`, all of it.
+
+        Args:
+            batch_size: Rows of all processes together.
+            index: Number of the micro-batch, from 0.
+            world_size: Processes that share it.
+            rank: Which share of it, from 0.
+        """
 
 # %% ../../nbs/1_pretraining/15c_task.ipynb #1e5d67b5
 @dataclass(frozen=True)
@@ -86,12 +90,13 @@ class TrainTask:
         "Where the model is."
         return next(self.model.parameters()).device
 
-    def is_better(
-        self,
-        value: float,  # Of `monitor`, now
-        best: float | None,  # The best before; None: there was none
-    ) -> bool:
-        "Whether `value` is better than the best so far."
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than the best so far.
+
+        Args:
+            value: Of `monitor`, now.
+            best: The best before; None: there was none.
+        """
         if best is None:
             return True
         return value > best if self.mode == "max" else value < best
@@ -105,11 +110,12 @@ class Step:
     micro_batches: range  # their numbers, as `make_batch` counts them
     lr_factor: float = 1.0  # on the optimizer's learning rate
 
-    def where(
-        self,
-        optimizer: Optimiser,  # Its learning rate is told
-    ) -> str:
-        "The place of this step, for a message."
+    def where(self, optimizer: Optimiser) -> str:
+        """The place of this step, for a message.
+
+        Args:
+            optimizer: Its learning rate is told.
+        """
         return (
             f"at step {self.number + 1} (batches {self.micro_batches[0]} to "
             f"{self.micro_batches[-1]}, learning rate {optimizer.lr * self.lr_factor:.2g})"
@@ -150,19 +156,21 @@ class TrainRun:
         "Trained so far, interruptions not counted."
         return time.monotonic() - self.started_at
 
-    def is_due(
-        self,
-        every: int | None,  # Steps; None: never
-    ) -> bool:
-        "Whether something that is done every so many steps is to be done after this one."
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that is done every so many steps is to be done after this one.
+
+        Args:
+            every: Steps; None: never.
+        """
         return bool(every) and self.state.step % every == 0
 
-    def notify(
-        self,
-        hook: str,  # Name of a method of `Callback`
-        *arguments: Any,  # Of the hook, after the run
-    ) -> list:
-        "Call this hook of every callback, in their order; returns what they return."
+    def notify(self, hook: str, *arguments: Any) -> list:
+        """Call this hook of every callback, in their order; returns what they return.
+
+        Args:
+            hook: Name of a method of `Callback`.
+            *arguments: Of the hook, after the run.
+        """
         return [getattr(c, hook)(self, *arguments) for c in self.callbacks]
 
 
@@ -202,10 +210,12 @@ _added: list[Callback] = []
 
 
 @contextmanager
-def added_callbacks(
-    *callbacks: Callback,  # Called after those that a training has anyway
-) -> Iterator[None]:
-    "Every training of this process that begins in the `with` block has these callbacks, too."
+def added_callbacks(*callbacks: Callback) -> Iterator[None]:
+    """Every training of this process that begins in the `with` block has these callbacks, too.
+
+    Args:
+        *callbacks: Called after those that a training has anyway.
+    """
     _added.extend(callbacks)
     try:
         yield
