@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.training.forecast import (
+from llmeco_nb.training.compilation import compile_choice  # noqa: E402
+from llmeco_nb.training.forecast import (  # noqa: E402
     ForecastConfig,
     cgroup_memory,
     check_fits_memory,
@@ -19,7 +20,6 @@ from llmeco_nb.training.forecast import (
     predict_peak_bytes,
     saved_bytes,
 )
-from llmeco_nb.training.compilation import compile_choice
 from llmeco_nb.training.optim import Optimiser  # noqa: E402
 from llmeco_nb.training.state import TrainPlan  # noqa: E402
 from llmeco_nb.training.task import TrainTask  # noqa: E402

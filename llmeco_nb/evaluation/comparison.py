@@ -33,8 +33,8 @@ from llmeco_nb.evaluation.comparison_table import (
 )
 from ..finetuning.classifier import labelled_subset
 from ..finetuning.linear import LinearText, RowSplit, fit, softmax
-from ..finetuning.ngram_counts import NgramCounts, count_ngrams
 from ..finetuning.linear_regression import fit_number
+from ..finetuning.ngram_counts import NgramCounts, count_ngrams
 from ..stats.claims import write_claims
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, scores_of, write_predictions
