@@ -62,7 +62,8 @@ def test_sixty_messages_go_through_every_stage(tmp_path, monkeypatch):
     table = read_json(made["evaluate"] / "table" / "table.json")
     assert table["sizes"] == [42] and table["curve"] == [25] and table["left_out"] == []
     assert {r["model"] for r in table["rows"] if r["labels"] == 42} > {"own", "minilm", "nbsvm"}
-    labels = read_json(made["improve"] / "champion" / "manifest.json")["labels"]
+    manifest = read_json(made["improve"] / "champion" / "manifest.json")
+    labels = manifest["schema"]["labels"]
     assert set(table["classes"]) == set(labels) == set(SAYS)
     assert metrics["bundle"]["parity_items"] == 6 and metrics["interact"]["asked"] == 6
     drawn = [made[name] / "figures" / "confusion.png" for name in ("finetune@own", "evaluate")]
