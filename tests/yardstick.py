@@ -113,11 +113,26 @@ def read_numpy(path: Path) -> Leaves:
 
 
 def read_parquet(path: Path) -> Leaves:
+    """The columns; one of lists that are all equally long is a column for every place in them."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    columns = {name: table[name] for name in table.schema.names}
-    return {(n,): Array(str(c.type), objects(c.to_pylist())) for n, c in columns.items()}
+    found: Leaves = {}
+    for name in table.schema.names:
+        kind, values = table[name].type, table[name].to_pylist()
+        if pa.types.is_list(kind) and len({len(v) for v in values if v is not None}) == 1:
+            rows = zip(*values, strict=True) if None not in values else ()
+            places = {
+                (name, str(i)): Array(str(kind.value_type), objects(row))
+                for i, row in enumerate(rows)
+            }
+            if places:
+                found |= places
+                continue
+        # how long the offsets are is a matter of storage
+        found[(name,)] = Array(str(kind).removeprefix("large_"), objects(values))
+    return found
 
 
 def read_sqlite(path: Path) -> Leaves:
