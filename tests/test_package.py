@@ -502,7 +502,7 @@ def public_objects():
                     function = getattr(method, "__func__", method)
                     if inspect.isfunction(function) and not function.__name__.startswith("_"):
                         yield f"{name}.{function.__qualname__}", function
-            elif callable(thing):
+            elif inspect.isroutine(thing) or hasattr(thing, "__wrapped__"):
                 yield f"{name}.{public}", thing
 
 

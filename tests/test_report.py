@@ -394,6 +394,7 @@ def test_the_command_says_where_the_report_is(project):
         "site.style",
         "site.template",
         "site.diagram",
+        "site.charts",
         "site.markup",
         "site.page",
         "site.results",

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['epoch_permutation', 'batch_indices', 'length_bucketed_batches', 'measure_step_time', 'resolve_plan', 'plan_file',
            'resolve_plan_on_rank_zero', 'resolve_train_plan', 'to_device', 'digest', 'must_share',
-           'accumulate_gradients', 'train_step', 'rows_before', 'begin_run', 'take_step', 'take_best', 'train_task',
-           'train']
+           'accumulate_gradients', 'train_step', 'rows_before', 'begin_run', 'take_step', 'take_best', 'train_task']
 
 # %% ../../nbs/1_pretraining/17_loop.ipynb #dd6b2d6f
-import dataclasses
 import json
 import math
 import shutil
@@ -452,31 +450,3 @@ def train_task(
         stopped=state.stopped,
         lr=task.optimizer.lr,
     )
-
-
-def train(model, step, batches, optimiser, plan, record, evaluate=None, **more) -> dict:
-    """`train_task` for callers that have no task yet.
-
-    Args:
-        model: Of the task.
-        step: Its `loss_step`.
-        batches: Number of a micro-batch -> batch.
-        optimiser: Of the task.
-        plan: A `TrainPlan`, or one as it is stored.
-        record: Of `train_task`.
-        evaluate: Of the task.
-        **more: size, identity, name, flops, roof.
-    """
-    told = dict(size="count_tokens", flops="flops_per_token", roof="peak_flops")
-    found = {told.get(k, k): v for k, v in more.items()}
-    found["identity"] = {k: v for k, v in found.get("identity", {}).items() if k != "asked"}
-    task = TrainTask(
-        model=model,
-        optimizer=optimiser,
-        loss_step=step,
-        make_batch=lambda rows, index, *share: batches(index),
-        evaluate=evaluate,
-        **found,
-    )
-    plan = TrainPlan.from_json(plan) if isinstance(plan, dict) else plan
-    return dataclasses.asdict(train_task(record, task, plan))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR_CANDIDATES', 'BATCH_SIZE_CANDIDATES', 'recipe_of', 'previous_run_losses', 'Measured', 'PlanConfig',
-           'rows_per_process', 'Trials', 'make_plan', 'make_forecast', 'plan_training', 'old_plan_training',
-           'record_actual', 'forecast_vs_actual', 'run_training']
+           'rows_per_process', 'Trials', 'make_plan', 'make_forecast', 'plan_training', 'record_actual',
+           'forecast_vs_actual', 'run_training']
 
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #16e2a730
 import dataclasses
@@ -303,7 +303,7 @@ def make_forecast(record: Record, trials: Trials, plan: TrainPlan) -> list[str]:
     return says
 
 
-def plan_training(record: Record, task: TrainTask, config: PlanConfig, *old, **named) -> TrainPlan:
+def plan_training(record: Record, task: TrainTask, config: PlanConfig) -> TrainPlan:
     """The plan; the forecast is printed and kept. Raises `UsageError` for a batch that cannot fit,
     before one of that size is made.
 
@@ -311,15 +311,10 @@ def plan_training(record: Record, task: TrainTask, config: PlanConfig, *old, **n
         record: Keeps plan, trials and forecast.
         task: Its optimizer is moved to the learning rate that is found.
         config: What the stage says of its training.
-        *old: Arguments of callers that have no task yet.
-        **named: The same, by name.
     """
-    if isinstance(task, dict):
-        return old_plan_training(record, task, config, *old, **named)
     if task.count_tokens is None:
         raise UsageError(f"The task {task.name} has no count_tokens; a forecast needs it.")
     trials = Trials(task, config)
-    trials.memory_model = named.get("memory_model") or trials.memory_model
     plan = resolve_train_plan(record, config.fingerprint, lambda: make_plan(record, trials))
     if plan.lr is not None:
         set_lr(task.optimizer, plan.lr)
@@ -328,41 +323,8 @@ def plan_training(record: Record, task: TrainTask, config: PlanConfig, *old, **n
         print(*says, sep="\n")
     return plan
 
-
-def old_plan_training(record, asked, *given, **named) -> dict:
-    """`plan_training` for callers that have no task yet.
-
-    Args:
-        record: Of `plan_training`.
-        asked: The fingerprint.
-        *given: Model, step, make, optimiser, plan_of, batch, lr, size, evaluate, accumulation, law.
-        **named: The same, by name.
-    """
-    order = "model step make optimiser plan_of batch lr size evaluate accumulation law".split()
-    found = dict(zip(order, given)) | named
-    task = TrainTask(
-        model=found["model"],
-        optimizer=found["optimiser"],
-        loss_step=found["step"],
-        make_batch=found["make"],
-        count_tokens=found["size"],
-        evaluate=found.get("evaluate"),
-    )
-    config = PlanConfig(
-        fingerprint=asked,
-        make_plan=lambda m: TrainPlan.from_json(
-            found["plan_of"](m.batch_size, m.step_seconds, m.evaluation_seconds)
-        ),
-        batch_size=found["batch"],
-        lr=found["lr"],
-        grad_accum_steps=found.get("accumulation", 1),
-        previous_runs=found.get("earlier", ()),
-        lr_candidates=found.get("rates", LR_CANDIDATES),
-    )
-    return plan_training(record, task, config, memory_model=found.get("law")).to_json()
-
 # %% ../../nbs/1_pretraining/17d_plan.ipynb #9584297f
-def record_actual(record: Record, task: TrainTask, result: TrainResult, *old) -> dict[str, float]:
+def record_actual(record: Record, task: TrainTask, result: TrainResult) -> dict[str, float]:
     """Keep the result beside the forecast, as forecast.json; returns both as numbers for the
     metrics. Call it before `Optimiser.finish`.
 
@@ -370,20 +332,7 @@ def record_actual(record: Record, task: TrainTask, result: TrainResult, *old) ->
         record: Its folder gets forecast.json.
         task: As trained; afterwards as it was.
         result: Of the training.
-        *old: Arguments of callers that have no task yet.
     """
-
-    if old:
-        step = result
-        optimiser, plan, result, _ = old[1:]
-        task = TrainTask(
-            model=task,
-            optimizer=optimiser,
-            loss_step=step,
-            make_batch=old[0],
-        )
-        plan = TrainPlan.from_json(plan)
-        result = TrainResult(**{**result, "plan": plan, "forecast": {}})
 
     def work() -> dict[str, float]:
         predicted = read_json(record.resume / "forecast.json")
