@@ -298,6 +298,7 @@ def judge_candidate(
     incumbent: str | Path,
     standing: np.ndarray,
     test: "pd.DataFrame",
+    names: list[str],
     num_comparisons: int,
     config: ImproveConfig,
 ) -> Verdict:
@@ -307,19 +308,20 @@ def judge_candidate(
         incumbent: Folder of the champion's bundle.
         standing: Which test texts the champion answers rightly, shape (texts,).
         test: With text and label.
+        names: Class names of the corpus; a label is an index into them.
         num_comparisons: Candidates judged in this round.
         config: Its alpha and margin decide.
     """
     learned, at = candidate.facts, candidate.folder
     if learned:
         write_manifest(at, learned)
-    answers = right_answers(at, test)
+    answers = right_answers(at, test, names)
     found = gate(standing, answers, config.alpha, config.margin, num_comparisons)
     before = after = None
     if learned and candidate.corrections is not None:
         write_manifest(at, replace(learned, accuracy=dict(test=float(answers.mean()))))
-        before = float(right_answers(incumbent, candidate.corrections).mean())
-        after = float(right_answers(at, candidate.corrections).mean())
+        before = float(right_answers(incumbent, candidate.corrections, names).mean())
+        after = float(right_answers(at, candidate.corrections, names).mean())
     return Verdict(
         **asdict(found),
         name=candidate.name,
@@ -408,13 +410,15 @@ def improve(
             assert one.facts, "what learned has its facts"
             one.facts = replace(one.facts, origin=origin)
             candidates.append(one)
-    test = read_split(corpus, "test")
+    test, names = read_split(corpus, "test"), label_names(corpus)
     if config.eval_examples:
         test = test.head(config.eval_examples)
     verdicts: list[Verdict] = []
-    standing = right_answers(incumbent, test) if candidates else np.zeros(0, bool)
+    standing = right_answers(incumbent, test, names) if candidates else np.zeros(0, bool)
     for one in candidates:
-        verdict = judge_candidate(one, incumbent, standing, test, len(candidates), config)
+        verdict = judge_candidate(
+            one, incumbent, standing, test, names, len(candidates), config
+        )
         verdicts.append(verdict)
         record.progress(len(verdicts), len(candidates), "candidates")
     promoted = max((v for v in verdicts if v.promoted), key=lambda v: v.difference, default=None)
