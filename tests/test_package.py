@@ -471,7 +471,7 @@ CEILINGS = {
     "functions with over eight parameters": 0,
     "banned names": 0,
     "public functions whose help leaves out a parameter": 0,
-    "public functions with an untyped parameter": 36,
+    "public functions with an untyped parameter": 32,
     "modules over 600 lines": 0,
     "modules over 400 lines": 27,
 }
@@ -485,6 +485,14 @@ def test_craft_gets_no_worse(measure):
 
     found = MEASURES[measure]()
     assert len(found) <= CEILINGS[measure], "\n".join(map(str, found))
+
+
+def test_a_long_module_has_its_reason():
+    "`tests/long_modules.tsv` names the modules over 400 lines, no more and no fewer."
+    from craft import long_modules, reasons
+
+    assert set(reasons()) == {place.file for place in long_modules(400)}
+    assert all(len(why) > 20 for why in reasons().values())
 
 
 def public_objects():
