@@ -225,7 +225,9 @@ def scratch(name: str) -> Path:
 
 # %% ../nbs/0_ground/00_core.ipynb #77116da5
 # an import statement: dots, module, and the names; or modules
-_import = re.compile(r"^[ \t]*(?:from +(\.*)([\w.]*) +import +(\([^)]*\)|[^\n]*)|import +([^\n]*))", re.M)
+_import = re.compile(
+    r"^[ \t]*(?:from +(\.*)([\w.]*) +import +(\([^)]*\)|[^\n]*)|import +([^\n]*))", re.M
+)
 
 
 @lru_cache(None)
