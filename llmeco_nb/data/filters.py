@@ -57,11 +57,14 @@ sentence_end = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 
 
 def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | None:
-    """The rule about words and symbols that `text` breaks, or None.
+    """Name of the first rule about words and symbols that `text` breaks, or None.
+
+    The rules in their order: "words", "word length", "symbols", "alphabetic", "stop words",
+    "sentences", and "banned: " with the phrase. A document without words can only break "words".
 
     Args:
         text: The document.
-        words: Its words.
+        words: Its words, as `text.split()` gives them.
         rules: Thresholds.
     """
     if not rules.words[0] <= len(words) <= rules.words[1]:
@@ -88,11 +91,11 @@ def shape_rule(text: str, words: list[str], rules: Rules = Rules()) -> str | Non
 
 
 def line_rule(lines: list[str], rules: Rules = Rules()) -> str | None:
-    """The rule about the beginnings and ends of lines that these (not empty) `lines` break, or
-    None.
+    """Name of the first rule about the beginnings and ends of lines that `lines` break, "bullets"
+    or "ellipses", or None; None also for fewer lines than `rules.min_lines`.
 
     Args:
-        lines: Of the document, not empty.
+        lines: Those of the document that are not empty.
         rules: Thresholds.
     """
     if len(lines) < rules.min_lines:
@@ -107,7 +110,8 @@ def line_rule(lines: list[str], rules: Rules = Rules()) -> str | None:
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #a08c71bc
 def repeated(parts: list[str]) -> tuple[float, int]:
-    "Of `parts`: the share that stood earlier in the list, and the characters in those."
+    """Of `parts`: the share that stood earlier in the list, 0 to below 1, and the characters in
+    those."""
     if len(set(parts)) == len(parts):
         return 0.0, 0
     counts = Counter(parts)
@@ -115,7 +119,7 @@ def repeated(parts: list[str]) -> tuple[float, int]:
 
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #a29e5406
 def ngrams(words: list[str], n: int) -> Iterator[tuple]:
-    "All runs of `n` words."
+    "All runs of `n` words, as tuples in the order of the text; none of fewer than `n` words."
     return zip(*(words[i:] for i in range(n)))
 
 
@@ -142,11 +146,14 @@ def repeated_ngram_chars(words: list[str], n: int) -> int:
 def repetition_rule(
     text: str, words: list[str], lines: list[str], rules: Rules = Rules()
 ) -> str | None:
-    """The rule about repetition that `text` breaks, or None.
+    """Name of the first rule about repetition that `text` breaks, or None.
+
+    The rules in their order: "repeated lines", "repeated paragraphs", "top 2-gram" and so on,
+    "repeated 5-grams" and so on.
 
     Args:
         text: The document.
-        words: Its words.
+        words: Its words, as `text.split()` gives them.
         lines: Its lines that are not empty.
         rules: Thresholds.
     """
@@ -177,6 +184,8 @@ def repetition_rule(
 
 def quality_rule(text: str, rules: Rules = Rules()) -> str | None:
     """The name of the first rule that takes the document away, or None if it may stay.
+
+    The names are those of `shape_rule`, `line_rule` and `repetition_rule`, which follow each other.
 
     Sources: Rae et al. 2021; Raffel et al. 2020.
 

@@ -51,11 +51,14 @@ def edit_distances(ours: list, truths: list) -> np.ndarray:
 
 
 def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """For each token (vocab_size,) the one that most often came after it in `rows`; for those never
-    seen the most frequent.
+    """For each token the one that most often came after it within a row of `rows`, int64 of shape
+    (vocab_size,); for those without a successor the most frequent token.
+
+    The special tokens at both ends of a row are left out. Of several equally frequent successors
+    the one with the highest id counts. Raises `ValueError` for no rows.
 
     Args:
-        rows: (n, length) token ids, from `group_texts`.
+        rows: (n, length) token ids below `vocab_size`, from `group_texts`; this is not checked.
         vocab_size: Number of subword tokens.
     """
     pairs = rows[:, 1:-2].astype(np.int64) * vocab_size + rows[:, 2:-1]
@@ -354,13 +357,18 @@ def denoise_texts(
     max_new_tokens: int,
     batch_size: int = 50,
 ) -> list[np.ndarray]:
-    """Texts filled in by the model; those of one length and number of spans at a time.
+    """Texts filled in by the model, as token ids in the order of `texts`; those of one length and
+    number of spans at a time.
+
+    With the target "spans" no sentinel is left: a span that the answer does not reach becomes
+    nothing.
 
     Args:
-        model: In evaluation mode.
-        texts: Token ids of each, with sentinels.
+        model: In evaluation mode. Its vocabulary also holds the sentinels, one more than a text's
+            spans, from the id `corruption.vocab_size` on; else torch raises `IndexError`.
+        texts: Token ids of each, (m,), with sentinels: the first result of `corruption.corrupt`.
         corruption: What it was trained to write.
-        max_new_tokens: Of an answer.
+        max_new_tokens: Of an answer, in which sentinels and repeated tokens count too.
         batch_size: Texts at a time.
     """
     found, first_sentinel = {}, corruption.vocab_size

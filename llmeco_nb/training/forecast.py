@@ -168,7 +168,12 @@ def cgroup_memory(
 
 
 def available_memory(device: str | torch.device = "cpu") -> tuple[int, str]:
-    "Bytes that can still be had on the device, and who says so."
+    """Bytes that can still be had on the device, and who says so: the name of the GPU, the words
+    "free memory of the machine", or the file of a control group's limit where that is lower.
+
+    Args:
+        device: A CUDA device, which torch must support; for any other the machine's memory counts.
+    """
     import psutil
 
     if torch.device(device).type == "cuda":

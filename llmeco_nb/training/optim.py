@@ -62,8 +62,8 @@ def local_shard(t: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(t: torch.Tensor) -> torch.Tensor:
-    """A tensor that is cut up, put together; all processes have to ask for it. An ordinary one is
-    whole.
+    """A tensor that is cut up over processes (a `DTensor`), put together; all of them have to ask
+    for it. An ordinary one is whole and comes back itself, not as a copy.
 
     Args:
         t: Of any shape, on any device.
