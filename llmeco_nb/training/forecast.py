@@ -436,29 +436,50 @@ def memory_model_of(task: TrainTask) -> Callable[[int], list[tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastConfig:
-    "What is known already when a forecast is made, and what it may assume."
+    """What is known already when a forecast is made, and what it may assume.
 
-    rows: int | None = None  # of a micro-batch in this process; None: all that the plan says
-    step_seconds: float | None = None  # measured; None: to be measured
-    num_evals: int = 0  # evaluations of the run
-    evaluation_seconds: float = 0.0  # of one
-    memory_limit: float | None = None  # bytes; None: what is available, a tenth left free
-    memory_model: MemoryModel | None = None  # None: to be measured
-    previous_losses: Sequence[tuple[float, float]] = ()  # (compute or tokens, loss) of earlier runs
-    compute: float | None = None  # of this run, in the same unit
+    Attributes:
+        rows: Of a micro-batch in this process; None: all that the plan says.
+        step_seconds: Measured; None: to be measured.
+        num_evals: Evaluations of the run.
+        evaluation_seconds: Of one.
+        memory_limit: Bytes; None: what is available, a tenth left free.
+        memory_model: None: to be measured.
+        previous_losses: (compute or tokens, loss) of earlier runs.
+        compute: Of this run, in the same unit.
+    """
+
+    rows: int | None = None
+    step_seconds: float | None = None
+    num_evals: int = 0
+    evaluation_seconds: float = 0.0
+    memory_limit: float | None = None
+    memory_model: MemoryModel | None = None
+    previous_losses: Sequence[tuple[float, float]] = ()
+    compute: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast(Stored):
-    "What is expected of a run before its first step."
+    """What is expected of a run before its first step.
 
-    seconds: float  # of the whole run, evaluations among them
+    Attributes:
+        seconds: Of the whole run, evaluations among them.
+        seconds_per_step: Of an optimizer step, evaluations not among them.
+        bytes: Of tensors at their peak.
+        limit: Bytes there are.
+        loss: At its end; None: unknown.
+        error: Largest relative miss of the curve where one earlier run is left out.
+        says: A sentence each on time, memory and loss.
+    """
+
+    seconds: float
     seconds_per_step: float
-    bytes: int  # of tensors at their peak
-    limit: int  # bytes there are
-    loss: float | None  # at its end; None: unknown
-    error: float | None  # largest relative miss of the curve where one earlier run is left out
-    says: list[str]  # a sentence each on time, memory and loss
+    bytes: int
+    limit: int
+    loss: float | None
+    error: float | None
+    says: list[str]
 
     stored_names: ClassVar[dict[str, str]] = dict(seconds_per_step="seconds_a_step")
 

@@ -45,12 +45,19 @@ from ..runner.stages import StageRegistry
 @dataclass(frozen=True)
 class World:
     """Who this process is: number, how many there are, the device it computes on, and the group
-    that plain values travel in."""
+    that plain values travel in.
+
+    Attributes:
+        rank: From 0.
+        size: Processes.
+        device: That this process computes on.
+        words: None: the default group, which is gloo then.
+    """
 
     rank: int
     size: int
     device: torch.device
-    words: object = None  # None: the default group, which is gloo then
+    words: object = None
 
 
 joined_worlds: list[World] = []  # the world this process has joined, if it has

@@ -45,26 +45,43 @@ class Stored:
 # %% ../../nbs/1_pretraining/14b_state.ipynb #dc3034bf
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan(Stored):
-    """What a training will do. Raises `UsageError` for numbers that no training can have."""
+    """What a training will do. Raises `UsageError` for numbers that no training can have.
 
-    steps: int  # optimizer steps, at least 1
-    batch_size: int | None = (
-        None  # rows of a micro-batch of all processes; None: `make_batch` knows
-    )
-    grad_accum_steps: int = 1  # micro-batches a step
-    lr: float | None = None  # learning rate found by probes; None: the optimizer's own
-    schedule: Literal["linear", "wsd"] = "linear"  # of the learning rate, see 14_optim
-    warmup: int = 0  # steps until the learning rate is at its peak
-    decay: int | None = None  # steps at the end of "wsd" that lower it; None: a fifth of `steps`
-    evaluate_every: int | None = None  # steps; None: after the last one only
-    patience: int = 0  # evaluations without progress before it stops; 0: never
-    checkpoint_every: int | None = None  # steps; None: after the last one only
-    log_every: int = 1  # steps a row of the log
-    max_rollbacks: int = 0  # times it may go back after a spike of the loss; 0: no spike guard
-    spike_threshold: int = 10  # usual distances above the median that make a spike
-    threads: int | None = None  # of torch; None: as they are
-    predicted_seconds: int | None = None  # what was said of its length; changes nothing
-    fingerprint: str = ""  # of the parameters and inputs that it was made for
+    Attributes:
+        steps: Optimizer steps, at least 1.
+        batch_size: Rows of a micro-batch of all processes; None: `make_batch` knows.
+        grad_accum_steps: Micro-batches a step.
+        lr: Learning rate found by probes; None: the optimizer's own.
+        schedule: Of the learning rate, see 14_optim.
+        warmup: Steps until the learning rate is at its peak.
+        decay: Steps at the end of "wsd" that lower it; None: a fifth of `steps`.
+        evaluate_every: Steps; None: after the last one only.
+        patience: Evaluations without progress before it stops; 0: never.
+        checkpoint_every: Steps; None: after the last one only.
+        log_every: Steps a row of the log.
+        max_rollbacks: Times it may go back after a spike of the loss; 0: no spike guard.
+        spike_threshold: Usual distances above the median that make a spike.
+        threads: Of torch; None: as they are.
+        predicted_seconds: What was said of its length; changes nothing.
+        fingerprint: Of the parameters and inputs that it was made for.
+    """
+
+    steps: int
+    batch_size: int | None = None
+    grad_accum_steps: int = 1
+    lr: float | None = None
+    schedule: Literal["linear", "wsd"] = "linear"
+    warmup: int = 0
+    decay: int | None = None
+    evaluate_every: int | None = None
+    patience: int = 0
+    checkpoint_every: int | None = None
+    log_every: int = 1
+    max_rollbacks: int = 0
+    spike_threshold: int = 10
+    threads: int | None = None
+    predicted_seconds: int | None = None
+    fingerprint: str = ""
 
     stored_names: ClassVar[dict[str, str]] = dict(
         batch_size="batch",
@@ -105,28 +122,51 @@ class TrainPlan(Stored):
 # %% ../../nbs/1_pretraining/14b_state.ipynb #d32c2a40
 @dataclass(kw_only=True)
 class TrainState(Stored):
-    "The numbers of a training between two steps, as a checkpoint holds them."
+    """The numbers of a training between two steps, as a checkpoint holds them.
 
-    step: int = 0  # steps taken
-    tokens: int = 0  # read so far
-    seconds: float = 0.0  # trained so far, interruptions not counted
-    loss: float | None = None  # mean a token over the steps of the last row of the log
-    loss_sum: float = 0.0  # summed loss since that row
-    weight: float = 0.0  # what `loss_sum` is a sum over: tokens or examples
-    tokens_since_log: int = 0  # read since that row
-    logged_at: float = 0.0  # seconds trained at that row
-    log_rows: int = 0  # rows of the record's log
-    best: float | None = None  # best monitored value so far
-    best_step: int | None = None  # after which it came
-    best_sha256: str | None = None  # in hex, of the file with its weights
-    lowest_loss: float | None = None  # lowest validation loss so far
-    evals_without_improvement: int = 0  # in a row, counted against `patience`
-    stopped: bool = False  # whether `patience` is spent
-    done: bool = False  # whether there is no further step
-    rollbacks: int = 0  # times it went back after a spike of the loss
-    replaced_batches: dict[str, int] = field(default_factory=dict)  # step -> place of its batches
-    lr_scale: float = 1.0  # factor on the learning rate, halved by rollbacks
-    recent_losses: list[float] = field(default_factory=list)  # up to 32, for the spike guard
+    Attributes:
+        step: Steps taken.
+        tokens: Read so far.
+        seconds: Trained so far, interruptions not counted.
+        loss: Mean a token over the steps of the last row of the log.
+        loss_sum: Summed loss since that row.
+        weight: What `loss_sum` is a sum over: tokens or examples.
+        tokens_since_log: Read since that row.
+        logged_at: Seconds trained at that row.
+        log_rows: Rows of the record's log.
+        best: Best monitored value so far.
+        best_step: After which it came.
+        best_sha256: In hex, of the file with its weights.
+        lowest_loss: Lowest validation loss so far.
+        evals_without_improvement: In a row, counted against `patience`.
+        stopped: Whether `patience` is spent.
+        done: Whether there is no further step.
+        rollbacks: Times it went back after a spike of the loss.
+        replaced_batches: Step -> place of its batches.
+        lr_scale: Factor on the learning rate, halved by rollbacks.
+        recent_losses: Up to 32, for the spike guard.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    tokens_since_log: int = 0
+    logged_at: float = 0.0
+    log_rows: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    best_sha256: str | None = None
+    lowest_loss: float | None = None
+    evals_without_improvement: int = 0
+    stopped: bool = False
+    done: bool = False
+    rollbacks: int = 0
+    replaced_batches: dict[str, int] = field(default_factory=dict)
+    lr_scale: float = 1.0
+    recent_losses: list[float] = field(default_factory=list)
 
     stored_names: ClassVar[dict[str, str]] = dict(
         tokens_since_log="since",
@@ -142,18 +182,31 @@ class TrainState(Stored):
 # %% ../../nbs/1_pretraining/14b_state.ipynb #4a0b65bf
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    "What a training came to."
+    """What a training came to.
 
-    plan: TrainPlan  # by which it was done
-    steps: int  # taken; fewer than planned where `stopped`
-    tokens: int  # read
-    seconds: float  # trained, interruptions not counted
-    loss: float  # mean a token over the steps of the last row of the log
-    best: float | None  # best monitored value; None without evaluations
-    best_step: int | None  # after which it came
-    stopped: bool  # whether patience was spent
-    lr: float  # peak learning rate
-    forecast: dict[str, float] = field(default_factory=dict)  # what was predicted, for the metrics
+    Attributes:
+        plan: By which it was done.
+        steps: Taken; fewer than planned where `stopped`.
+        tokens: Read.
+        seconds: Trained, interruptions not counted.
+        loss: Mean a token over the steps of the last row of the log.
+        best: Best monitored value; None without evaluations.
+        best_step: After which it came.
+        stopped: Whether patience was spent.
+        lr: Peak learning rate.
+        forecast: What was predicted, for the metrics.
+    """
+
+    plan: TrainPlan
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    best: float | None
+    best_step: int | None
+    stopped: bool
+    lr: float
+    forecast: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | int | None]:
         "Steps, tokens, seconds, batch size, learning rate and forecast, named as metrics are."

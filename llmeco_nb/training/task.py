@@ -55,31 +55,54 @@ class MakeBatch(Protocol):
 # %% ../../nbs/1_pretraining/15c_task.ipynb #1e5d67b5
 @dataclass(frozen=True)
 class ChunkedLoss:
-    "How a loss that is made in parts depends on the rows of a batch, for the forecast of memory."
+    """How a loss that is made in parts depends on the rows of a batch, for the forecast of memory.
 
-    loss_step: Callable[[int], LossStep]  # number of parts -> a step that makes so many
-    num_chunks: Callable[[int], int]  # rows -> parts that the real step would make
-    tokens_per_row: float  # that the loss asks about
-    make_batch: MakeBatch | None = None  # batches to measure with; None: those of the task
+    Attributes:
+        loss_step: Number of parts -> a step that makes so many.
+        num_chunks: Rows -> parts that the real step would make.
+        tokens_per_row: That the loss asks about.
+        make_batch: Batches to measure with; None: those of the task.
+    """
+
+    loss_step: Callable[[int], LossStep]
+    num_chunks: Callable[[int], int]
+    tokens_per_row: float
+    make_batch: MakeBatch | None = None
 
 # %% ../../nbs/1_pretraining/15c_task.ipynb #6bd16e66
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    "What is trained, on what, and by which value the best weights are chosen."
+    """What is trained, on what, and by which value the best weights are chosen.
 
-    model: torch.nn.Module  # trained in place
-    optimizer: Optimiser  # of this model
-    loss_step: LossStep  # (model, batch, backward) -> (summed loss, weight)
-    make_batch: MakeBatch  # (rows, index, processes, rank) -> batch
-    count_tokens: Callable[[Batch], int] | None = None  # tokens read; None: the loss's weight
-    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None  # holds `monitor`
-    name: str = "train"  # of the folder of its checkpoints
-    monitor: str = "validation_loss"  # value of `evaluate` that decides which weights are best
-    mode: Literal["min", "max"] = "min"  # whether less or more of `monitor` is better
-    identity: dict[str, Any] = field(default_factory=dict)  # what else a checkpoint must agree in
-    chunked_loss: ChunkedLoss | None = None  # where the loss is made in parts
-    flops_per_token: float = 0.0  # useful operations, for the model FLOPs utilisation
-    peak_flops: float = 0.0  # of the device, operations a second; 0: utilisation is not logged
+    Attributes:
+        model: Trained in place.
+        optimizer: Of this model.
+        loss_step: (model, batch, backward) -> (summed loss, weight).
+        make_batch: (rows, index, processes, rank) -> batch.
+        count_tokens: Tokens read; None: the loss's weight.
+        evaluate: Holds `monitor`.
+        name: Of the folder of its checkpoints.
+        monitor: Value of `evaluate` that decides which weights are best.
+        mode: Whether less or more of `monitor` is better.
+        identity: What else a checkpoint must agree in.
+        chunked_loss: Where the loss is made in parts.
+        flops_per_token: Useful operations, for the model FLOPs utilisation.
+        peak_flops: Of the device, operations a second; 0: utilisation is not logged.
+    """
+
+    model: torch.nn.Module
+    optimizer: Optimiser
+    loss_step: LossStep
+    make_batch: MakeBatch
+    count_tokens: Callable[[Batch], int] | None = None
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None
+    name: str = "train"
+    monitor: str = "validation_loss"
+    mode: Literal["min", "max"] = "min"
+    identity: dict[str, Any] = field(default_factory=dict)
+    chunked_loss: ChunkedLoss | None = None
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
 
     def __post_init__(self):
         if self.mode not in ("min", "max"):
@@ -104,11 +127,17 @@ class TrainTask:
 # %% ../../nbs/1_pretraining/15c_task.ipynb #438159b4
 @dataclass(frozen=True)
 class Step:
-    "What one optimizer step is made of."
+    """What one optimizer step is made of.
 
-    number: int  # from 0
-    micro_batches: range  # their numbers, as `make_batch` counts them
-    lr_factor: float = 1.0  # on the optimizer's learning rate
+    Attributes:
+        number: From 0.
+        micro_batches: Their numbers, as `make_batch` counts them.
+        lr_factor: On the optimizer's learning rate.
+    """
+
+    number: int
+    micro_batches: range
+    lr_factor: float = 1.0
 
     def where(self, optimizer: Optimiser) -> str:
         """The place of this step, for a message.
@@ -124,13 +153,21 @@ class Step:
 
 @dataclass(frozen=True)
 class StepResult:
-    "What one optimizer step came to, over all micro-batches and processes."
+    """What one optimizer step came to, over all micro-batches and processes.
 
-    loss_sum: float  # summed over `weight` tokens or examples
-    weight: float  # above 0
-    tokens: int  # read
-    grad_norm: float  # global norm of the mean loss's gradient, before clipping
-    lr: float  # learning rate of the step
+    Attributes:
+        loss_sum: Summed over `weight` tokens or examples.
+        weight: Above 0.
+        tokens: Read.
+        grad_norm: Global norm of the mean loss's gradient, before clipping.
+        lr: Learning rate of the step.
+    """
+
+    loss_sum: float
+    weight: float
+    tokens: int
+    grad_norm: float
+    lr: float
 
     @property
     def loss(self) -> float:
@@ -140,16 +177,27 @@ class StepResult:
 # %% ../../nbs/1_pretraining/15c_task.ipynb #583c8f7b
 @dataclass
 class TrainRun:
-    "A training under way: what a callback gets to see."
+    """A training under way: what a callback gets to see.
 
-    record: Record  # gets rows of the log and progress
+    Attributes:
+        record: Gets rows of the log and progress.
+        task: What is trained.
+        plan: By which it is trained.
+        state: Changed by the loop and by callbacks.
+        folder: Of its checkpoints.
+        identity: What a checkpoint must agree in, from `identity_of`.
+        callbacks: Called in this order.
+        started_at: As if it had never been interrupted.
+    """
+
+    record: Record
     task: TrainTask
     plan: TrainPlan
-    state: TrainState  # changed by the loop and by callbacks
-    folder: Path  # of its checkpoints
-    identity: dict[str, Any]  # what a checkpoint must agree in, from `identity_of`
+    state: TrainState
+    folder: Path
+    identity: dict[str, Any]
     callbacks: tuple["Callback", ...] = ()
-    started_at: float = field(default_factory=time.monotonic)  # as if it had never been interrupted
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
