@@ -425,6 +425,7 @@ def serve(
     """Answer over HTTP with the newest bundle, and take feedback.
 
     Args:
+        bundle: Its folder; None: the newest champion or bundle in runs.
         host: Address of the interface to listen at.
         port: 0 to 65535.
         database: None: runs/feedback.sqlite.

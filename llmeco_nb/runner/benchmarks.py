@@ -222,15 +222,19 @@ def is_stale(registry: StageRegistry, file: Path) -> bool:
 def quote(
     name: str, metric: str, digits: int = 3, registry: StageRegistry | None = None, times: float = 1
 ) -> str:
-    """A metric of a kept record, `times` a factor, as text, '(stale)' behind it when the benchmark
-    has changed since; 'not measured' if there is none.
+    """A metric of a kept record as text, such as '0.913', with ' (stale)' behind it when the
+    benchmark has changed since.
+
+    'not measured' if nbs/records holds no such record or the record no such metric; a misspelt
+    name is not told apart from that.
 
     Args:
-        name: A benchmark's, as its record's file is called.
+        name: A benchmark's, such as dedup: its record's file name without `.json`.
         metric: Key of the record's metrics.
         digits: Decimals of a float; other values stand as they are.
         registry: Where records are kept; None: checkout or package.
-        times: Factor of a float, such as 100 for percent.
+        times: Factor of a float, such as 100 for percent; no unit is written, and other values
+            are not multiplied.
     """
     registry = registry or StageRegistry.find()
     file = registry.nbs / "records" / f"{name}.json"
