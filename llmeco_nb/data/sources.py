@@ -113,12 +113,19 @@ def packaged_reviews() -> Path:
 
 @dataclass(frozen=True)
 class HubSource:
-    "A data set of the Hugging Face hub. What was not given is empty."
+    """A data set of the Hugging Face hub. What was not given is empty.
 
-    name: str  # org/name, or a name alone
-    revision: str = ""  # branch, tag or commit
-    split: str = ""  # such as test
-    config: str = ""  # one of several configurations
+    Attributes:
+        name: org/name, or a name alone.
+        revision: Branch, tag or commit.
+        split: Such as test.
+        config: One of several configurations.
+    """
+
+    name: str
+    revision: str = ""
+    split: str = ""
+    config: str = ""
 
 
 def parse_hub(source: str) -> HubSource:

@@ -108,16 +108,27 @@ def small_bundle(kind: str = "linear") -> Path:
 # %% ../../nbs/4_deployment/40_bundle.ipynb #1ee00819
 @dataclass(frozen=True)
 class PackableModel:
-    "A model of the table that is at hand."
+    """A model of the table that is at hand.
 
-    model: str  # its name in the table
-    title: str  # the same for people
-    kind: str  # linear or onnx
-    num_labeled: int  # training labels it learned from
-    validation: float  # the task's selection metric on validation; accuracy is 0 to 1
-    test: float | None  # the same on test
-    parameters: int | None  # weights and biases
-    folder: Path | None  # None: to be found by `match_checkpoint`
+    Attributes:
+        model: Its name in the table.
+        title: The same for people.
+        kind: "linear" or "onnx".
+        num_labeled: Training labels it learned from.
+        validation: The task's selection metric on validation; accuracy is 0 to 1.
+        test: The same on test.
+        parameters: Weights and biases.
+        folder: None: to be found by `match_checkpoint`.
+    """
+
+    model: str
+    title: str
+    kind: str
+    num_labeled: int
+    validation: float
+    test: float | None
+    parameters: int | None
+    folder: Path | None
 
 
 def packable(

@@ -114,12 +114,19 @@ class Expired(LlmecoError):
 
 @dataclass
 class Job:
-    "The texts of one request, waiting together."
+    """The texts of one request, waiting together.
+
+    Attributes:
+        texts: Of the request, in its order.
+        cost: Tokens of all texts.
+        deadline: On the event loop's clock, seconds.
+        future: Gets the answers.
+    """
 
     texts: list[str]
-    cost: int  # tokens of all texts
-    deadline: float  # on the event loop's clock, seconds
-    future: asyncio.Future  # gets the answers
+    cost: int
+    deadline: float
+    future: asyncio.Future
 
 
 class BatchingEngine:

@@ -218,12 +218,14 @@ class Ledger:
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #30f7a641
 @dataclass(frozen=True)
 class FeedbackReply:
-    "What became of a piece of feedback."
+    """What became of a piece of feedback: whether it was `stored` (False for a repetition), what is
+    right (`given`, a class or a number; None if that is not known), what the answer said
+    (`predicted`), and whether the answer was right (`correct`)."""
 
-    stored: bool  # False for a repetition
-    given: str | float | None  # what is right, a class or a number; None if that is not known
-    predicted: str | float  # what the answer said
-    correct: bool  # whether the answer was right
+    stored: bool
+    given: str | float | None
+    predicted: str | float
+    correct: bool
 
 
 def stored_answer(answer: Prediction) -> tuple[str, str]:
@@ -355,19 +357,22 @@ def _right_answer(
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #ad95b718
 @dataclass(frozen=True)
 class FeedbackRow:
-    "A piece of feedback with the text it is about."
+    """A piece of feedback with its `author` and `note`, and the `text` it is about: `item`, from 0,
+    of the request `request_id`. `key` makes a repetition recognisable; `at` is in seconds since
+    1970. The answer said `predicted`; right is `given` (None if that is not known); `correct`:
+    whether the answer was right; `model`: digest of the bundle that answered."""
 
     request_id: str
-    item: int  # which answer of the request
-    key: str  # what makes a repetition recognisable
-    at: float  # seconds since 1970
+    item: int
+    key: str
+    at: float
     author: str
     text: str
-    predicted: str  # what the answer said
-    given: str | None  # what is right; None if that is not known
-    correct: bool  # whether the answer was right
+    predicted: str
+    given: str | None
+    correct: bool
     note: str
-    model: str  # digest of the bundle that answered
+    model: str
 
 
 def read_feedback(where: str | Path) -> list[FeedbackRow]:

@@ -40,15 +40,25 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
 # %% ../../nbs/5_interaction/50_feedback.ipynb #237999aa
 @dataclass(frozen=True)
 class FrozenRow:
-    "A piece of feedback as it is frozen: a line of feedback.jsonl."
+    """A piece of feedback as it is frozen: a line of feedback.jsonl.
+
+    Attributes:
+        request_id: Of the request that was answered.
+        item: Which answer of the request.
+        author: Who gave it.
+        text: The text that was answered.
+        given: What is right.
+        predicted: What the answer said.
+        model: Digest of the bundle that answered.
+    """
 
     request_id: str
-    item: int  # which answer of the request
+    item: int
     author: str
     text: str
-    given: str  # what is right
-    predicted: str  # what the answer said
-    model: str  # digest of the bundle that answered
+    given: str
+    predicted: str
+    model: str
 
 
 columns = tuple(FrozenRow.__dataclass_fields__)
@@ -114,13 +124,21 @@ class InteractConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Mistake:
-    "An answer that differs from the label, as answer.json has it."
+    """An answer that differs from the label, as answer.json has it.
+
+    Attributes:
+        request_id: Of the request that was answered.
+        item: Which answer of the request.
+        text: The text that was answered.
+        predicted: What the answer said.
+        label: What is right.
+    """
 
     request_id: str
-    item: int  # which answer of the request
+    item: int
     text: str
-    predicted: str  # what the answer said
-    label: str  # what is right
+    predicted: str
+    label: str
 
 
 def live_database(record: Record) -> Path:

@@ -230,12 +230,18 @@ def refit_encoder(
 # %% ../../nbs/5_interaction/51_improve.ipynb #4ac630af
 @dataclass
 class Candidate:
-    "A bundle that challenges the champion."
+    """A bundle that challenges the champion.
 
-    name: str  # where it comes from
-    folder: Path  # of the bundle
-    facts: Manifest | None = None  # what its manifest is to say, where it is made in this round
-    # with text and label: what it learned; a bundle of the run learned none
+    Attributes:
+        name: Where it comes from.
+        folder: Of the bundle.
+        facts: What its manifest is to say, where it is made in this round.
+        corrections: With text and label: what it learned; a bundle of the run learned none.
+    """
+
+    name: str
+    folder: Path
+    facts: Manifest | None = None
     corrections: "pd.DataFrame | None" = None
 
 

@@ -37,18 +37,31 @@ def right_answers(bundle: str | Path, rows: "pd.DataFrame") -> np.ndarray:
 
 @dataclass(frozen=True)
 class GateResult:
-    "The comparison of a candidate with the champion on the same test texts."
+    """The comparison of a candidate with the champion on the same test texts.
 
-    items: int  # texts compared
-    champion: float  # its accuracy, 0 to 1
-    candidate: float  # its accuracy, 0 to 1
-    difference: float  # candidate minus champion
-    low: float  # of the interval of the difference
+    Attributes:
+        items: Texts compared.
+        champion: Its accuracy, 0 to 1.
+        candidate: Its accuracy, 0 to 1.
+        difference: Candidate minus champion.
+        low: Lower end of the interval of the difference.
+        high: Upper end.
+        p: Two-sided, adjusted for the number of comparisons.
+        detectable: Difference that would have been found with 80 % probability.
+        no_worse: Whether the interval lies above -margin.
+        promoted: Whether the candidate is proven better.
+    """
+
+    items: int
+    champion: float
+    candidate: float
+    difference: float
+    low: float
     high: float
-    p: float  # two-sided, adjusted for the number of comparisons
-    detectable: float  # difference that would have been found with 80 % probability
-    no_worse: bool  # whether the interval lies above -margin
-    promoted: bool  # whether the candidate is proven better
+    p: float
+    detectable: float
+    no_worse: bool
+    promoted: bool
 
 
 def gate(
@@ -85,40 +98,65 @@ def gate(
 # %% ../../nbs/5_interaction/51a_rounds.ipynb #3bed94e4
 @dataclass(frozen=True)
 class CorrectionCounts:
-    "What became of the feedback."
+    """What became of the feedback.
 
-    rows: int  # of feedback
-    unknown_label: int  # left out: label or text unusable
-    in_test: int  # left out: a text of the test set
-    in_train: int  # left out: a training text keeps its label
-    contradicted: int  # texts left out: people disagree
-    texts: int  # learned from
+    Attributes:
+        rows: Of feedback.
+        unknown_label: Left out: label or text unusable.
+        in_test: Left out: a text of the test set.
+        in_train: Left out: a training text keeps its label.
+        contradicted: Texts left out: people disagree.
+        texts: Learned from.
+    """
+
+    rows: int
+    unknown_label: int
+    in_test: int
+    in_train: int
+    contradicted: int
+    texts: int
 
 
 @dataclass(frozen=True)
 class Verdict(GateResult):
-    "What a round found of one candidate."
+    """What a round found of one candidate.
 
-    name: str = ""  # where it comes from
-    digest: str = ""  # of its bundle
-    corrected_before: float | None = (
-        None  # share of the corrections the champion answers as corrected
-    )
-    corrected_after: float | None = None  # the same of the candidate that learned them
+    Attributes:
+        name: Where it comes from.
+        digest: Of its bundle.
+        corrected_before: Share of the corrections the champion answers as corrected.
+        corrected_after: The same of the candidate that learned them.
+    """
+
+    name: str = ""
+    digest: str = ""
+    corrected_before: float | None = None
+    corrected_after: float | None = None
 
 
 @dataclass(frozen=True)
 class Round:
-    "What a round decided: an entry of history.json."
+    """What a round decided: an entry of history.json.
 
-    round: int  # from 1
-    champion: str  # digest of the bundle to be served
-    name: str  # its model's name
-    accuracy: float | None  # its accuracy on test, 0 to 1
-    before: str  # digest of the champion before
-    feedback: CorrectionCounts | None  # None: nobody had said anything
+    Attributes:
+        round: From 1.
+        champion: Digest of the bundle to be served.
+        name: Its model's name.
+        accuracy: Its accuracy on test, 0 to 1.
+        before: Digest of the champion before.
+        feedback: None: nobody had said anything.
+        candidates: What was found of each.
+        promoted: Name of the candidate that won.
+    """
+
+    round: int
+    champion: str
+    name: str
+    accuracy: float | None
+    before: str
+    feedback: CorrectionCounts | None
     candidates: list[Verdict]
-    promoted: str | None  # name of the candidate that won
+    promoted: str | None
 
     def as_json(self) -> dict[str, Any]:
         "The entry as history.json has it."

@@ -118,15 +118,25 @@ def _checked(run: Run, check: Callable[[dict], object]) -> Run:
 # %% ../../nbs/0_ground/01_pipeline.ipynb #cc965075
 @dataclass
 class StageStatus:
-    "What we know of an instance before running it."
+    """What we know of an instance before running it.
 
-    state: str  # current, page (only its page is stale), stale, missing, waiting
+    Attributes:
+        state: current, page (only its page is stale), stale, missing, waiting.
+        reasons: Why, in words; may be empty.
+        parts: What the work key hashes; waiting: empty.
+        page: What the show key hashes; waiting: empty.
+        key: The work key; waiting: empty.
+        entry: The finished entry, where there is one.
+        inputs: Input -> [(where from, path)].
+    """
+
+    state: str
     reasons: list[str]
-    parts: dict = field(default_factory=dict)  # what the work key hashes; waiting: empty
-    page: dict = field(default_factory=dict)  # what the show key hashes; waiting: empty
-    key: str = ""  # the work key; waiting: empty
-    entry: Path | None = None  # the finished entry, where there is one
-    inputs: dict = field(default_factory=dict)  # input -> [(where from, path)]
+    parts: dict = field(default_factory=dict)
+    page: dict = field(default_factory=dict)
+    key: str = ""
+    entry: Path | None = None
+    inputs: dict = field(default_factory=dict)
 
     def paths(self, one: Instance) -> dict[str, str | list[str]]:
         """The inputs as the notebook's parameters want them: a path, '' for none, or a list of

@@ -21,7 +21,13 @@ from .identity import Notebook, Package, meaning, read_parameters, unknown_name_
 # %% ../../nbs/0_ground/00c_stages.ipynb #e9a2a397
 @dataclass
 class StageRegistry:
-    "Where the notebooks, the profiles and the package are."
+    """Where the notebooks, the profiles and the package are.
+
+    Attributes:
+        nbs: Folder of the notebooks; profiles and records stand in it.
+        package: The package, as hashes of stages read it.
+        checkout: Whether the notebooks stand beside the package; False for an installed wheel.
+    """
 
     nbs: Path
     package: Package
@@ -127,12 +133,19 @@ def _bare(code: str) -> str:
 # %% ../../nbs/0_ground/00c_stages.ipynb #40071eb8
 @dataclass
 class Instance:
-    "A stage as a profile uses it: `stage` or `stage@variant`."
+    """A stage as a profile uses it: `stage` or `stage@variant`.
+
+    Attributes:
+        name: `stage`, or `stage@variant`.
+        notebook: Of the stage.
+        values: Final parameters, without inputs and `out`.
+        wires: Input -> where from.
+    """
 
     name: str
     notebook: Notebook
-    values: dict = field(default_factory=dict)  # final parameters, without inputs and `out`
-    wires: dict[str, list[str]] = field(default_factory=dict)  # input -> where from
+    values: dict = field(default_factory=dict)
+    wires: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:

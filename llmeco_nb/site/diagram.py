@@ -125,11 +125,18 @@ def isotonic_fit(values: list[float]) -> list[float]:
 # %% ../../nbs/0_ground/04c_diagram.ipynb #a4a19e46
 @dataclass
 class Box:
-    "A stage instance in the lineage."
+    """A stage instance in the lineage.
+
+    Attributes:
+        name: Of the instance.
+        note: Said when one points at it.
+        state: current, page, stale, missing, waiting, unknown; or outside for what another run
+            gave.
+        href: Where a click leads; empty: nowhere.
+    """
 
     name: str
-    note: str = ""  # said when one points at it
-    # current, page, stale, missing, waiting, unknown; or outside for what another run gave
+    note: str = ""
     state: str = "current"
     href: str = ""
 

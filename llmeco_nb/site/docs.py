@@ -57,14 +57,23 @@ decades = {
 
 @dataclass
 class Chapter:
-    "A notebook as the site lists it."
+    """A notebook as the site lists it.
+
+    Attributes:
+        path: Of the notebook.
+        number: Such as 00a; empty for a guide.
+        title: The heading of its first cell.
+        subtitle: The line below that heading.
+        module: What it exports to; empty for nothing.
+        stage: Empty for none.
+    """
 
     path: Path
-    number: str  # such as 00a; empty for a guide
+    number: str
     title: str
     subtitle: str
-    module: str  # what it exports to; empty for nothing
-    stage: str  # empty for none
+    module: str
+    stage: str
 
     @property
     def file(self) -> str:

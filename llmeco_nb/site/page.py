@@ -94,14 +94,23 @@ def output_html(outputs: list[dict], scribe: PageRenderer, alt: str = "figure") 
 # %% ../../nbs/0_ground/04e_page.ipynb #8fe0555a
 @dataclass
 class PageCell:
-    "A cell as a page shows it."
+    """A cell as a page shows it.
+
+    Attributes:
+        id: Of the cell, as the notebook has it.
+        role: markdown, or as in 00a_identity: parameters, imports, run, show; lesson.
+        source: Its text.
+        outputs: As the notebook format has them.
+        origin: Where the outputs are from: run, lesson, or nowhere.
+        changed: The cell is not what ran.
+    """
 
     id: str
-    role: str  # markdown, or as in 00a_identity: parameters, imports, run, show; lesson
+    role: str
     source: str
     outputs: list = field(default_factory=list)
-    origin: str = ""  # where the outputs are from: run, lesson, or nowhere
-    changed: bool = False  # the cell is not what ran
+    origin: str = ""
+    changed: bool = False
 
     @property
     def exported(self) -> bool:

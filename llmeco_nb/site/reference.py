@@ -19,11 +19,17 @@ from .template import scroll_box
 # %% ../../nbs/0_ground/05c_reference.ipynb #5c0e1a16
 @dataclass
 class Docstring:
-    "A docstring in Google style, taken apart."
+    """A docstring in Google style, taken apart.
 
-    text: str  # all that stands in no section
-    explained: dict[str, str] = field(default_factory=dict)  # name of a parameter -> its text
-    returns: str = ""  # empty: nothing is said of the result
+    Attributes:
+        text: All that stands in no section.
+        explained: Name of a parameter -> its text.
+        returns: Empty: nothing is said of the result.
+    """
+
+    text: str
+    explained: dict[str, str] = field(default_factory=dict)
+    returns: str = ""
 
 
 def parse_docstring(doc: str) -> Docstring:
@@ -56,14 +62,23 @@ def parse_docstring(doc: str) -> Docstring:
 # %% ../../nbs/0_ground/05c_reference.ipynb #e30cfe91
 @dataclass
 class ApiEntry:
-    "A public function or class."
+    """A public function or class.
+
+    Attributes:
+        name: As it is imported.
+        kind: function, class, method.
+        signature: Names and defaults, without types.
+        doc: The docstring without what stands in `parameters`.
+        parameters: (name, type and default, what explains it).
+        inner: Methods of a class.
+    """
 
     name: str
-    kind: str  # function, class, method
+    kind: str
     signature: str
     doc: str
-    parameters: list[tuple[str, str, str]]  # (name, type and default, what explains it)
-    inner: list  # methods of a class
+    parameters: list[tuple[str, str, str]]
+    inner: list
 
 
 def api_entries(code: str, kind: str = "function") -> list[ApiEntry]:

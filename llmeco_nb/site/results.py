@@ -18,11 +18,21 @@ from .template import format_value, html_table, is_number, scroll_box
 # %% ../../nbs/0_ground/05f_results.ipynb #53711638
 @dataclass
 class StageResult:
-    "A stage instance and what its entry holds."
+    """A stage instance and what its entry holds.
+
+    Attributes:
+        one: The instance.
+        entry: Folder of its finished entry; None: there is none.
+        state: As `llmeco stages` says, or unknown.
+        reasons: Why the state is so, in words.
+        manifest: Of the entry.
+        metrics: Of the entry, name -> value.
+        rows: Of its log.
+    """
 
     one: Instance
     entry: Path | None = None
-    state: str = "missing"  # as `llmeco stages` says, or unknown
+    state: str = "missing"
     reasons: list[str] = field(default_factory=list)
     manifest: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)

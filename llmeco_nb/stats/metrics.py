@@ -274,14 +274,23 @@ def classification_report(
 
 @dataclass(frozen=True)
 class ClassRow:
-    "One class of a confusion matrix."
+    """One class of a confusion matrix.
 
-    name: str  # Class name
-    precision: float  # In [0, 1]
-    recall: float  # In [0, 1]
-    f1: float  # In [0, 1]
-    support: int  # Items of this class
-    called: int  # Items that were called this class
+    Attributes:
+        name: Class name.
+        precision: In [0, 1].
+        recall: In [0, 1].
+        f1: In [0, 1].
+        support: Items of this class.
+        called: Items that were called this class.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    called: int
 
 
 def class_table(matrix: ArrayLike, names: list[str]) -> list[ClassRow]:
@@ -350,12 +359,19 @@ def confusion_figure(matrix: ArrayLike, names: list[str]) -> "Figure":
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    "A kind of mistake: items of one class that were called another."
+    """A kind of mistake: items of one class that were called another.
 
-    truth: str  # True class
-    predicted: str  # Class it was taken for
-    count: int  # Items
-    share: float  # Of the true class's items, in (0, 1]
+    Attributes:
+        truth: True class.
+        predicted: Class it was taken for.
+        count: Items.
+        share: Of the true class's items, in (0, 1].
+    """
+
+    truth: str
+    predicted: str
+    count: int
+    share: float
 
 
 def confused_pairs(matrix: ArrayLike, names: list[str], top: int = 10) -> list[ConfusedPair]:
