@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['kept_files', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError',
            'ExportError', 'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of',
-           'sha256_text', 'lock', 'runs_dir', 'scratch', 'source_digest', 'cached_fixture', 'Record', 'create_record',
-           'open_record', 'format_duration', 'seed_everything', 'figure_style', 'save_figure', 'plain_text']
+           'sha256_text', 'lock', 'runs_dir', 'scratch', 'package_files', 'source_digest', 'cached_fixture', 'Record',
+           'create_record', 'open_record', 'format_duration', 'seed_everything', 'figure_style', 'save_figure',
+           'plain_text']
 
 # %% ../nbs/0_ground/00_core.ipynb #e6726ea3
 import errno
@@ -22,7 +23,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING
 
 # %% ../nbs/0_ground/00_core.ipynb #a7f1ac9d
@@ -221,12 +224,80 @@ def scratch(name: str) -> Path:
     return path
 
 # %% ../nbs/0_ground/00_core.ipynb #77116da5
+# an import statement: dots, module, and the names; or modules
+_import = re.compile(
+    r"^[ \t]*(?:from +(\.*)([\w.]*) +import +(\([^)]*\)|[^\n]*)|import +([^\n]*))", re.M
+)
+
+
+@lru_cache(None)
+def _imported_files(file: Path, changed_at: int) -> tuple[Path, ...]:
+    "Files of the same package that this one imports; `changed_at` in nanoseconds."
+    root = file.parent
+    while (root.parent / "__init__.py").is_file():
+        root = root.parent
+    modules = []
+    for dots, module, names, whole in _import.findall(file.read_text(encoding="utf-8")):
+        if whole:
+            modules += ["." + one for one in re.findall(rf"\b{root.name}\.([\w.]+)", whole)]
+            continue
+        folder = file.parents[len(dots) - 1].relative_to(root).parts if dots else ()
+        inside = [*folder, *filter(None, module.split("."))] if dots else module.split(".")[1:]
+        if dots or module.split(".")[0] == root.name:
+            place = ".".join(["", *inside])
+            modules += [place, *(f"{place}.{name}" for name in re.findall(r"\w+", names))]
+    paths = [root.joinpath(*filter(None, one.split("."))) for one in modules]
+    return tuple(f for p in paths for f in (p.with_suffix(".py"), p / "__init__.py") if f.is_file())
+
+
+def package_files(file: Path) -> set[Path]:
+    """The file and those of its package that it imports, directly or through others.
+
+    Args:
+        file: A module's.
+    """
+    found, todo = set(), {file}
+    while todo:
+        found.add(one := todo.pop())
+        todo |= {*_imported_files(one, one.stat().st_mtime_ns)} - found
+    return found
+
+
+def _code_parts(code: CodeType) -> tuple[list[str], set[str]]:
+    "What a function's code is as texts, the same in every process, and the names it reads."
+    parts, names = [code.co_code.hex(), *code.co_names], {*code.co_names}
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            inner, further = _code_parts(value)
+            parts, names = parts + inner, names | further
+        else:
+            parts.append(repr(sorted(value, key=repr) if isinstance(value, frozenset) else value))
+    return parts, names
+
+
 def source_digest(function: Callable) -> str:
-    """SHA-256 in hex of the file a function stands in, wherever that is; of its bytecode where it
-    was typed into a notebook."""
-    code = inspect.unwrap(function).__code__
-    file = Path(code.co_filename)
-    return sha256_of(file) if file.is_file() else hashlib.sha256(code.co_code).hexdigest()
+    """SHA-256 in hex over the file a function stands in and those of its package that this one
+    imports. Of a function that was typed into a notebook it is over its code, and over the
+    functions whose names that reads.
+
+    Args:
+        function: Written in Python.
+    """
+    found, met, todo = set(), set(), [function]
+    while todo:
+        one = inspect.unwrap(todo.pop())
+        if one.__code__ in met:
+            continue
+        met.add(one.__code__)
+        file = Path(one.__code__.co_filename)
+        if file.is_file():
+            found |= {sha256_of(f) for f in package_files(file)}
+            continue
+        parts, names = _code_parts(one.__code__)
+        found.add(sha256_text("\n".join(parts)))
+        called = (inspect.unwrap(one.__globals__.get(name)) for name in names)
+        todo += [other for other in called if hasattr(other, "__code__")]
+    return sha256_text("\n".join(sorted(found)))
 
 
 def cached_fixture(name: str, make: Callable[[Path], None], *depends: object) -> Path:
@@ -235,8 +306,8 @@ def cached_fixture(name: str, make: Callable[[Path], None], *depends: object) ->
 
     Args:
         name: Of its folder under runs/scratch.
-        make: Fills the folder it is given, which does not exist yet.
-        *depends: Functions count by their file, paths by content, all else as text.
+        make: Fills the folder it is given, which does not exist yet. It counts, too.
+        *depends: Functions count as `source_digest` says, paths by content, all else as text.
     """
 
     def digest(one) -> str:
@@ -244,7 +315,7 @@ def cached_fixture(name: str, make: Callable[[Path], None], *depends: object) ->
             return sha256_of(one)
         return source_digest(one) if callable(one) else repr(one)
 
-    place = scratch(name) / sha256_text("\n".join(map(digest, depends)))[:8]
+    place = scratch(name) / sha256_text("\n".join(map(digest, (make, *depends))))[:8]
     with lock(place.with_name(place.name + ".lock")):
         if place.exists():
             return place

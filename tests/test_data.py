@@ -2,6 +2,7 @@
 input gives equal bytes."""
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -18,8 +19,10 @@ from llmeco_nb.core import (
     DataError,
     MissingError,
     UsageError,
+    cached_fixture,
     create_record,
     open_record,
+    package_files,
     read_json,
     sha256_of,
 )
@@ -621,6 +624,49 @@ def test_reading_a_corpus(tmp_path):
         read_split(tmp_path, "dev")
     with pytest.raises(MissingError):
         label_names(tmp_path)
+
+
+def test_a_fixture_is_made_again_when_what_makes_it_changes(tmp_path, monkeypatch):
+    "Also where the change is in a module that another module imports."
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "fixture_project"
+    (folder / "data").mkdir(parents=True)
+    for file, text in {
+        "__init__.py": "",
+        "data/__init__.py": "",
+        "words.py": "WORD = 'old'",
+        "data/say.py": "def say():\n    from ..words import WORD\n    return WORD",
+        "made.py": "from fixture_project.data import say\n\n\n"
+        "def make(folder):\n    folder.mkdir()\n    (folder / 'x').write_text(say.say())",
+    }.items():
+        (folder / file).write_text(text)
+    make = importlib.import_module("fixture_project.made").make
+    places = {cached_fixture("said", make, 1)}
+    for file in ("words.py", "data/say.py", "made.py"):
+        (folder / file).write_text((folder / file).read_text() + "\n# changed")
+        places.add(cached_fixture("said", make, 1))
+    assert len(places) == 4 and cached_fixture("said", make, 1) in places
+
+
+def test_what_the_small_corpus_depends_on():
+    "Reading, cleaning and the tasks are in its key, and training is not."
+    module = sys.modules[small_corpus.__module__]
+    root = Path(module.__file__).parents[1]
+    found = {f.relative_to(root).as_posix() for f in package_files(Path(module.__file__))}
+    wanted = {"data/corpus.py", "data/readers.py", "data/sources.py", "tasks/cleaning.py"}
+    assert wanted <= found and not [f for f in found if f.startswith("training/")]
+
+
+def test_a_typed_function_counts_by_its_code_and_by_what_it_calls(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+
+    def place(word):
+        names = {"__name__": "typed"}
+        exec(f"def say():\n    return {word!r}\ndef make(f):\n    f.mkdir() or say()", names)
+        return cached_fixture("typed", names["make"])
+
+    assert place("one") == place("one") != place("two")
 
 
 def test_the_small_corpus(tmp_path, monkeypatch):

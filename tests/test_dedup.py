@@ -16,21 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError
-from llmeco_nb.data.dedup import (
-    UnionFind,
+from llmeco_nb.data.dedup import UnionFind, find_duplicates, pairs_with_equal_keys
+from llmeco_nb.data.filters import FilterReport
+from llmeco_nb.data.minhash import (
     as_bytes,
     band_keys,
     candidate_probability,
     choose_bands,
-    find_duplicates,
     minhash_signatures,
     mix64,
-    pairs_with_equal_keys,
     shingles,
     slice_bytes,
     word_hashes,
 )
-from llmeco_nb.data.filters import FilterReport
 
 
 def shingle_set(text, n=5):

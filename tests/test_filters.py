@@ -15,10 +15,6 @@ from llmeco_nb.data.filters import (
     drop_repeated_lines,
     english_share,
     filter_documents,
-    iban_lengths,
-    luhn,
-    mask_pii,
-    mod97,
     quality_rule,
     repeated,
     repeated_ngram_chars,
@@ -26,6 +22,7 @@ from llmeco_nb.data.filters import (
     terminal_lines,
     top_ngram_chars,
 )
+from llmeco_nb.data.personal_data import iban_lengths, luhn, mask_pii, mod97
 
 PROSE = (
     "When the ship came into the harbour that evening, nobody of the crew would have said that the "

@@ -471,7 +471,7 @@ CEILINGS = {
     "functions with over eight parameters": 0,
     "banned names": 0,
     "public functions whose help leaves out a parameter": 0,
-    "public functions with an untyped parameter": 36,
+    "public functions with an untyped parameter": 32,
     "modules over 600 lines": 0,
     "modules over 400 lines": 27,
 }
@@ -485,6 +485,14 @@ def test_craft_gets_no_worse(measure):
 
     found = MEASURES[measure]()
     assert len(found) <= CEILINGS[measure], "\n".join(map(str, found))
+
+
+def test_a_long_module_has_its_reason():
+    "`tests/long_modules.tsv` names the modules over 400 lines, no more and no fewer."
+    from craft import long_modules, reasons
+
+    assert set(reasons()) == {place.file for place in long_modules(400)}
+    assert all(len(why) > 20 for why in reasons().values())
 
 
 def public_objects():
@@ -539,6 +547,30 @@ def test_help_of_a_config_explains_every_field():
             if not re.search(rf"^    {f.name}: .", text, re.M)
         ]
         assert not bare, f"{config}: {', '.join(bare)}"
+
+
+def test_help_of_a_dataclass_names_every_field():
+    "`help()` does not show the comment on a line. Options of the terminal have their own text."
+    import dataclasses
+
+    from craft import modules, names
+
+    checked, bare = 0, []
+    for module in modules():
+        dotted = "llmeco_nb." + module.removesuffix(".py").replace("/", ".")
+        for name, kind in vars(importlib.import_module(dotted)).items():
+            own = inspect.isclass(kind) and kind.__module__ == dotted and not name.startswith("_")
+            if not own or not dataclasses.is_dataclass(kind) or dotted == "llmeco_nb.cli":
+                continue
+            checked += 1
+            text = "\n".join(base.__doc__ or "" for base in kind.__mro__[:-1])
+            bare += [
+                f"{dotted}.{name}.{f.name}"
+                for f in dataclasses.fields(kind)
+                if not names(text, f.name)
+            ]
+    assert checked > 80
+    assert not bare, "\n".join(bare)
 
 
 def test_help_in_the_terminal_is_for_the_terminal():

@@ -25,8 +25,9 @@ from llmeco_nb.core import (
 )
 from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
 from llmeco_nb.data.domains import packaged_domains, read_domains
-from llmeco_nb.data.filters import english_share, mask_pii, quality_rule
+from llmeco_nb.data.filters import english_share, quality_rule
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture, read_mixture, small_mixture, splits
+from llmeco_nb.data.personal_data import mask_pii
 from llmeco_nb.data.sampling import assign_split, interleave, normalized_weights, sample_mixture
 
 vocabulary = [f"word{i}" for i in range(3000)]

@@ -33,11 +33,16 @@ documented_packages = [
 
 
 def package_folder(package: str, requirement: str = "") -> Path:
-    """The folder of an installed package, found without importing it. Raises `MissingError`.
+    """The folder of an installed package, found without importing it.
+
+    Raises `MissingError` where there is none; a module that is a single file has no folder and
+    counts as absent.
 
     Args:
-        package: As it is imported.
-        requirement: As pip installs it, with its version.
+        package: As it is imported. For a dotted name the packages above it are imported, and an
+            absent one raises `ModuleNotFoundError`.
+        requirement: As pip installs it, with its version; only the error names it. Empty: the
+            name of the package.
     """
     spec = importlib.util.find_spec(package)
     if not spec or not spec.submodule_search_locations:

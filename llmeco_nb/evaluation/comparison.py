@@ -202,13 +202,21 @@ def read_other_models(
 
 @dataclass(frozen=True)
 class SizePlan:
-    "At which numbers of labels models are compared and fitted."
+    """At which numbers of labels models are compared and fitted.
 
-    compared: list[int]  # Where claims are made
-    curve: list[int]  # Further ones, for the learning curve
-    left_out: list[int]  # Too small to draw
-    least: int  # Labels that a subset needs, one for each class
-    total: int  # Training texts there are
+    Attributes:
+        compared: Where claims are made.
+        curve: Further ones, for the learning curve.
+        left_out: Too small to draw.
+        least: Labels that a subset needs, one for each class.
+        total: Training texts there are.
+    """
+
+    compared: list[int]
+    curve: list[int]
+    left_out: list[int]
+    least: int
+    total: int
 
     @property
     def fitted(self) -> list[int]:

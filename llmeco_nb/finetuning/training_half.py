@@ -26,19 +26,30 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 # %% ../../nbs/2_finetuning/20h_training_half.ipynb #b0570417
 @dataclass(frozen=True)
 class Truncation:
-    "How a long text is shortened."
+    """How a long text is shortened.
 
-    max_length: int  # Tokens that stay, special ones included
-    head: int = 25  # Per cent of them from the beginning, 0 to 100
+    Attributes:
+        max_length: Tokens that stay, special ones included.
+        head: Per cent of them from the beginning, 0 to 100.
+    """
+
+    max_length: int
+    head: int = 25
 
 
 @dataclass(frozen=True)
 class Examples:
-    "Encoded rows."
+    """Encoded rows.
 
-    input_ids: list[list[int]]  # Token ids of each text, shortened
-    lengths: list[int]  # Tokens of each text before that
-    targets: list  # What the loss compares with, one a text
+    Attributes:
+        input_ids: Token ids of each text, shortened.
+        lengths: Tokens of each text before that.
+        targets: What the loss compares with, one a text.
+    """
+
+    input_ids: list[list[int]]
+    lengths: list[int]
+    targets: list
 
 
 class TrainingHalf(ABC, Generic[SchemaT]):

@@ -227,12 +227,13 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 # %% ../../nbs/1_pretraining/13d_speedups.ipynb #6186045f
 def num_loss_chunks(num_targets: int, vocab_size: int, max_logits: int = 2**24) -> int:
-    """Parts in which `FusedLinearCrossEntropy` goes through so many targets.
+    """Parts in which `FusedLinearCrossEntropy` goes through so many targets; 0 for none. A part
+    has at least one target, even when its logits alone are more than `max_logits`.
 
     Args:
-        num_targets: N.
-        vocab_size: V.
-        max_logits: Logits worked through at a time.
+        num_targets: N, the tokens whose loss is asked for; at least 0.
+        vocab_size: V, logits of a target; at least 1.
+        max_logits: Logits worked through at a time, at most.
     """
     return -(-num_targets // max(1, max_logits // vocab_size))
 

@@ -207,7 +207,14 @@ def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
 @dataclass
 class Progress:
     """What the display shows of an instance: waiting, running, drawing, then done, page, kept,
-    left or failed."""
+    left or failed.
+
+    Attributes:
+        state: One of these words.
+        seconds: Wall time so far.
+        watch: Of the kernel that runs; None: none does.
+        metrics: What the stage reported, name -> value.
+    """
 
     state: str = "waiting"
     seconds: float = 0.0
