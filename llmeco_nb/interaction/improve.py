@@ -422,9 +422,7 @@ def improve(
     verdicts: list[Verdict] = []
     standing = right_answers(incumbent, test, names) if candidates else np.zeros(0, bool)
     for one in candidates:
-        verdict = judge_candidate(
-            one, incumbent, standing, test, names, len(candidates), config
-        )
+        verdict = judge_candidate(one, incumbent, standing, test, names, len(candidates), config)
         verdicts.append(verdict)
         record.progress(len(verdicts), len(candidates), "candidates")
     promoted = max((v for v in verdicts if v.promoted), key=lambda v: v.difference, default=None)
