@@ -78,7 +78,7 @@ def batch_indices(
         n: Number of examples.
         seed: Decides the order of every epoch.
         world: Processes that share a batch.
-        rank: Of so many processes, the share of this one; see 16_parallel.
+        rank: Of so many processes, the share of this one; see 16a_sharding.
     """
     places = np.array(rank_slice(index, batch, world, rank))
     return np.array(
