@@ -549,6 +549,30 @@ def test_help_of_a_config_explains_every_field():
         assert not bare, f"{config}: {', '.join(bare)}"
 
 
+def test_help_of_a_dataclass_names_every_field():
+    "`help()` does not show the comment on a line. Options of the terminal have their own text."
+    import dataclasses
+
+    from craft import modules, names
+
+    checked, bare = 0, []
+    for module in modules():
+        dotted = "llmeco_nb." + module.removesuffix(".py").replace("/", ".")
+        for name, kind in vars(importlib.import_module(dotted)).items():
+            own = inspect.isclass(kind) and kind.__module__ == dotted and not name.startswith("_")
+            if not own or not dataclasses.is_dataclass(kind) or dotted == "llmeco_nb.cli":
+                continue
+            checked += 1
+            text = "\n".join(base.__doc__ or "" for base in kind.__mro__[:-1])
+            bare += [
+                f"{dotted}.{name}.{f.name}"
+                for f in dataclasses.fields(kind)
+                if not names(text, f.name)
+            ]
+    assert checked > 80
+    assert not bare, "\n".join(bare)
+
+
 def test_help_in_the_terminal_is_for_the_terminal():
     "Parameters of the Python function are no part of what a command says of itself."
     from llmeco_nb.cli import Command

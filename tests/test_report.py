@@ -18,6 +18,7 @@ from toy_project import (
     ToyProject,
 )
 
+from llmeco_nb.core import UsageError
 from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry
@@ -25,6 +26,7 @@ from llmeco_nb.runner.store import Run
 from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
 from llmeco_nb.site.diagram import ring_svg
 from llmeco_nb.site.docs import chapter_map, render_readme, render_site
+from llmeco_nb.site.kept_run import KeptRun, front_page_results, keep_run
 from llmeco_nb.site.markup import PageRenderer, code_summary
 from llmeco_nb.site.page import NOT_EXECUTED, PageCell, output_html, render_chapter
 from llmeco_nb.site.report import render_report
@@ -482,6 +484,37 @@ def test_readme_is_in_step_with_its_notebook():
     assert (ROOT / "nbs" / "images" / "ring.svg").read_text(encoding="utf-8") == ring_svg(
         "", alone=True
     ), "run `llmeco docs --readme`"
+    for file in (ROOT / "nbs" / "records").glob("run_*.json"):
+        picture = ROOT / "nbs" / "images" / f"{file.stem}.svg"
+        assert picture.read_text(encoding="utf-8") == KeptRun.load(file).svg()
+
+
+def test_a_run_is_kept_for_the_readme_while_it_holds(project):
+    "Only a whole, current run is kept; what README shows of it goes when the code changes."
+    with_accuracy = "dict(model=Path(m).parent.name[:5], labels=9, title='tuned', accuracy=0.75, "
+    project.edit(
+        "73_compare",
+        "dict(model=Path(m).parent.name[:5], ",
+        with_accuracy + "accuracy_low=0.6, accuracy_high=0.8, ",
+    )
+    where = StageRegistry(project.folder / "nbs", Package(project.folder / "llmeco_nb"), True)
+
+    def pipe():
+        return Pipeline(where, Run(project.runs / "toy-2"))
+
+    with pytest.raises(UsageError, match="Not current: compare"):
+        keep_run(pipe())
+    project.run()
+    file = keep_run(pipe())
+    kept = KeptRun.load(file)
+    assert file == project.folder / "nbs" / "records" / "run_toy.json"
+    assert kept.models and kept.models[0]["title"] == "tuned" and not kept.is_stale(where)
+    assert all(seconds > 0 for seconds in kept.seconds.values())
+    assert "| tuned | 9 | 75.0 [60.0, 80.0] |" in front_page_results(where, "toy")
+    project.edit("70_toys", "SCALE = 3", "SCALE = 4")
+    later = StageRegistry(where.nbs, Package(project.folder / "llmeco_nb"), True)
+    assert kept.is_stale(later)
+    assert "75.0" not in front_page_results(later, "toy")
 
 
 def test_readme_leads_somewhere():

@@ -30,13 +30,21 @@ from llmeco_nb.data.minhash import (
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #75190154
 @dataclass(frozen=True)
 class MinHashConfig:
-    "What must stay the same between two calls on one folder."
+    """What must stay the same between two calls on one folder.
 
-    threshold: float  # Jaccard similarity from which texts are duplicates
-    words: int  # of a shingle
-    bands: int  # of a signature
-    rows: int  # numbers in a band
-    seed: int  # of the hash functions
+    Attributes:
+        threshold: Jaccard similarity from which texts are duplicates.
+        words: Of a shingle.
+        bands: Of a signature.
+        rows: Numbers in a band.
+        seed: Of the hash functions.
+    """
+
+    threshold: float
+    words: int
+    bands: int
+    rows: int
+    seed: int
 
 
 def content_digest(text: str) -> bytes:
@@ -263,13 +271,21 @@ class ShingleReader:
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #cf1c15f4
 @dataclass(frozen=True)
 class Duplicates:
-    "Which documents of a corpus say the same as an earlier one."
+    """Which documents of a corpus say the same as an earlier one.
 
-    leaders: np.ndarray  # int64 [documents]: number of the first that says the same, or its own
-    equal: np.ndarray  # bool [documents]: whether it is equal to an earlier one
-    exact: int  # number of exact copies
-    near: int  # number of near copies
-    samples: list[dict]  # pairs (first, second, similarity), ten at most
+    Attributes:
+        leaders: int64 [documents]: number of the first that says the same, or its own.
+        equal: bool [documents]: whether it is equal to an earlier one.
+        exact: Number of exact copies.
+        near: Number of near copies.
+        samples: Pairs (first, second, similarity), ten at most.
+    """
+
+    leaders: np.ndarray
+    equal: np.ndarray
+    exact: int
+    near: int
+    samples: list[dict]
 
     def __len__(self) -> int:
         return len(self.leaders)
@@ -303,12 +319,19 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class DuplicateCounts:
-    "What `cluster_duplicates` found."
+    """What `cluster_duplicates` found.
 
-    documents: int = 0  # all there are
-    exact: int = 0  # exact copies of earlier ones
-    near: int = 0  # near copies of earlier ones
-    samples: list[dict] = field(default_factory=list)  # pairs (first, second, similarity)
+    Attributes:
+        documents: All there are.
+        exact: Exact copies of earlier ones.
+        near: Near copies of earlier ones.
+        samples: Pairs (first, second, similarity).
+    """
+
+    documents: int = 0
+    exact: int = 0
+    near: int = 0
+    samples: list[dict] = field(default_factory=list)
 
 
 def cluster_duplicates(store: SignatureStore, parent: np.ndarray, memory: int) -> DuplicateCounts:

@@ -22,22 +22,37 @@ from ..tasks.cleaning import clean_text
 @dataclass(frozen=True)
 class Rules:
     """Thresholds for `quality_rule`. The defaults are those of Gopher's appendix A; shares lie in 0
-    to 1."""
+    to 1.
 
-    words: tuple[int, int] = (50, 100_000)  # smallest and largest number of words
-    word_length: tuple[float, float] = (3.0, 10.0)  # bounds of their mean length in characters
-    symbols: float = 0.1  # most hashes, and most ellipses, for a word
-    min_lines: int = 4  # `bullets` and `ellipses` look at documents of so many lines
-    bullets: float = 0.9  # largest share of lines that begin with a bullet
-    ellipses: float = 0.3  # largest share of lines that end in an ellipsis
-    alphabetic: float = 0.8  # smallest share of words that hold a letter
-    stop_words: int = 2  # least number of different ones of `stop_words`
-    # largest share of lines, and of characters, in lines that stood there before
+    Attributes:
+        words: Smallest and largest number of words.
+        word_length: Bounds of their mean length in characters.
+        symbols: Most hashes, and most ellipses, for a word.
+        min_lines: `bullets` and `ellipses` look at documents of so many lines.
+        bullets: Largest share of lines that begin with a bullet.
+        ellipses: Largest share of lines that end in an ellipsis.
+        alphabetic: Smallest share of words that hold a letter.
+        stop_words: Least number of different ones of `stop_words`.
+        repeated_lines: Largest share of lines, and of characters, in lines that stood there before.
+        repeated_paragraphs: Likewise for paragraphs.
+        top_ngrams: (n, largest share of characters that the most frequent n-gram takes).
+        repeated_ngrams: (n, largest share of characters in n-grams that stood there before).
+        sentences: Least number of ends of sentences (C4: 5).
+        banned: A document with one of these goes; C4 adds "{", which would take all text about
+            programs.
+    """
+
+    words: tuple[int, int] = (50, 100_000)
+    word_length: tuple[float, float] = (3.0, 10.0)
+    symbols: float = 0.1
+    min_lines: int = 4
+    bullets: float = 0.9
+    ellipses: float = 0.3
+    alphabetic: float = 0.8
+    stop_words: int = 2
     repeated_lines: tuple[float, float] = (0.3, 0.2)
-    repeated_paragraphs: tuple[float, float] = (0.3, 0.2)  # likewise for paragraphs
-    # (n, largest share of characters that the most frequent n-gram takes)
+    repeated_paragraphs: tuple[float, float] = (0.3, 0.2)
     top_ngrams: tuple[tuple[int, float], ...] = ((2, 0.2), (3, 0.18), (4, 0.16))
-    # (n, largest share of characters in n-grams that stood there before)
     repeated_ngrams: tuple[tuple[int, float], ...] = (
         (5, 0.15),
         (6, 0.14),
@@ -46,8 +61,7 @@ class Rules:
         (9, 0.11),
         (10, 0.10),
     )
-    sentences: int = 0  # least number of ends of sentences (C4: 5)
-    # a document with one of these goes; C4 adds "{", which would take all text about programs
+    sentences: int = 0
     banned: tuple[str, ...] = ("lorem ipsum",)
 
 
@@ -305,35 +319,59 @@ def english_share(text: str, window: int = 40) -> float:
 # %% ../../nbs/1_pretraining/10a_filters.ipynb #6b76d254
 @dataclass
 class StepReport:
-    "What one step of filtering did."
+    """What one step of filtering did.
 
-    documents: int = 0  # how many it removed or changed
-    domains: dict[str, int] = field(default_factory=dict)  # the same by domain
-    samples: list[dict] = field(default_factory=list)  # id, domain and beginning of three
+    Attributes:
+        documents: How many it removed or changed.
+        domains: The same by domain.
+        samples: Id, domain and beginning of three.
+    """
+
+    documents: int = 0
+    domains: dict[str, int] = field(default_factory=dict)
+    samples: list[dict] = field(default_factory=list)
 
 
 @dataclass
 class FilterReport:
-    "What became of the documents of a stream. The steps fill it as the stream is read."
+    """What became of the documents of a stream. The steps fill it as the stream is read.
 
-    read: dict[str, int] = field(default_factory=dict)  # documents by domain
-    removed: dict[str, StepReport] = field(default_factory=dict)  # by rule
-    changed: dict[str, StepReport] = field(default_factory=dict)  # by step
-    masked: dict[str, int] = field(default_factory=dict)  # personal data by kind
-    leaks: dict[str, dict[str, int]] = field(default_factory=dict)  # evaluation set -> kind
-    resembling: dict[str, dict[str, int]] = field(default_factory=dict)  # the same, of what stays
+    Attributes:
+        read: Documents by domain.
+        removed: By rule.
+        changed: By step.
+        masked: Personal data by kind.
+        leaks: Evaluation set -> kind.
+        resembling: The same, of what stays.
+    """
+
+    read: dict[str, int] = field(default_factory=dict)
+    removed: dict[str, StepReport] = field(default_factory=dict)
+    changed: dict[str, StepReport] = field(default_factory=dict)
+    masked: dict[str, int] = field(default_factory=dict)
+    leaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    resembling: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    "What `filter_documents` asks of a document, and what it does to it."
+    """What `filter_documents` asks of a document, and what it does to it.
 
-    rules: Rules | None = Rules()  # thresholds of quality; None to take any
-    min_english: float = 0.5  # smallest `english_share`, 0 to 1; 0 to take any language
-    terminal_lines: bool = False  # keep only lines that end a sentence (C4); for web pages
-    drop_repeated_lines: bool = True  # drop lines that stood in the document before
-    mask_pii: bool = True  # mask personal data
-    clean: bool = True  # clean the text first, as `clean_text` does
+    Attributes:
+        rules: Thresholds of quality; None to take any.
+        min_english: Smallest `english_share`, 0 to 1; 0 to take any language.
+        terminal_lines: Keep only lines that end a sentence (C4); for web pages.
+        drop_repeated_lines: Drop lines that stood in the document before.
+        mask_pii: Mask personal data.
+        clean: Clean the text first, as `clean_text` does.
+    """
+
+    rules: Rules | None = Rules()
+    min_english: float = 0.5
+    terminal_lines: bool = False
+    drop_repeated_lines: bool = True
+    mask_pii: bool = True
+    clean: bool = True
 
 
 def note(

@@ -30,45 +30,78 @@ format_version = 3  # of the folder; versions 1 to 3 are read, others are refuse
 
 @dataclass(frozen=True)
 class Parity:
-    "How far the packed model agrees with the original."
+    """How far the packed model agrees with the original.
 
-    items: int  # texts compared
-    max_difference: float  # largest difference of a score: a probability, or a predicted number
-    equal: int  # texts on which both predict the same: the class, or a number within the tolerance
+    Attributes:
+        items: Texts compared.
+        max_difference: Largest difference of a score: a probability, or a predicted number.
+        equal: Texts on which both predict the same: the class, or a number within the tolerance.
+    """
+
+    items: int
+    max_difference: float
+    equal: int
 
 
 @dataclass(frozen=True)
 class Origin:
-    "What a bundle was made of. What is not known is None."
+    """What a bundle was made of. What is not known is None.
 
-    model: str | None = None  # the model's name in the table of all models
-    title: str | None = None  # the same for people
-    num_labeled: int | None = None  # training labels it learned from
-    artifact: str | None = None  # SHA-256 of the folder that was packed
-    base: str | None = None  # for a champion that learned: `base_digest` of what it descends from
-    parent: str | None = None  # digest of the champion it challenged
-    corrections: int | None = None  # corrected texts it learned
-    feedback: str | None = None  # SHA-256 of the frozen feedback
-    stage: str | None = None  # name of the record that made it
+    Attributes:
+        model: The model's name in the table of all models.
+        title: The same for people.
+        num_labeled: Training labels it learned from.
+        artifact: SHA-256 of the folder that was packed.
+        base: For a champion that learned: `base_digest` of what it descends from.
+        parent: Digest of the champion it challenged.
+        corrections: Corrected texts it learned.
+        feedback: SHA-256 of the frozen feedback.
+        stage: Name of the record that made it.
+    """
+
+    model: str | None = None
+    title: str | None = None
+    num_labeled: int | None = None
+    artifact: str | None = None
+    base: str | None = None
+    parent: str | None = None
+    corrections: int | None = None
+    feedback: str | None = None
+    stage: str | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    "What a bundle is, as manifest.json says it. What its kind of model has no use for is None."
+    """What a bundle is, as manifest.json says it. What its kind of model has no use for is None.
 
-    name: str  # the model's name in the table of all models
-    kind: str  # what opens it, a key of `loaders`
-    schema: Schema  # the task, what its answers can be, and how a text is prepared
-    max_length: int | None = None  # encoder: tokens read of a text, special ones included
-    head_fraction: float | None = None  # encoder: share of these tokens from the beginning, 0 to 1
-    pad_token_id: int | None = None  # encoder: id that fills up shorter texts
-    accuracy: dict[str, float | None] = field(default_factory=dict)  # split -> accuracy, 0 to 1
-    # other tasks than classification: split -> metric -> value
+    Attributes:
+        name: The model's name in the table of all models.
+        kind: What opens it, a key of `loaders`.
+        schema: The task, what its answers can be, and how a text is prepared.
+        max_length: Encoder: tokens read of a text, special ones included.
+        head_fraction: Encoder: share of these tokens from the beginning, 0 to 1.
+        pad_token_id: Encoder: id that fills up shorter texts.
+        accuracy: Split -> accuracy, 0 to 1.
+        metrics: Other tasks than classification: split -> metric -> value.
+        parity: None: not compared with an original.
+        origin: What it was made of.
+        files: Path in the folder -> SHA-256.
+        digest: SHA-256 of all the rest; empty: not written yet.
+        format_version: Of the file; others are refused.
+    """
+
+    name: str
+    kind: str
+    schema: Schema
+    max_length: int | None = None
+    head_fraction: float | None = None
+    pad_token_id: int | None = None
+    accuracy: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    parity: Parity | None = None  # None: not compared with an original
+    parity: Parity | None = None
     origin: Origin = Origin()
-    files: dict[str, str] = field(default_factory=dict)  # path in the folder -> SHA-256
-    digest: str = ""  # SHA-256 of all the rest; empty: not written yet
+    files: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
     format_version: int = format_version
 
     @property

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
-from ..finetuning.linear import recipes
-from ..finetuning.linear_regression import number_recipes
+from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
-from ..stats.significance import bootstrap, compare, confusion_statistic, wilson
+from ..stats.significance import Interval, bootstrap, compare, confusion_statistic, wilson
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, read_predictions_file, scores_of
 from ..tasks.registry import find_task, task_of
@@ -29,7 +28,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #820ff740
-all_recipes = recipes | number_recipes
+all_recipes = {name: recipe for half in halves.values() for name, recipe in half.recipes.items()}
 
 
 def read_predictions(
@@ -97,32 +96,53 @@ def checked_scores(who: str, part: "pd.DataFrame", schema: Schema) -> np.ndarray
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #3ef0e7a6
 @dataclass(frozen=True)
 class ModelFacts:
-    "What is known of a model beside its answers."
+    """What is known of a model beside its answers.
 
-    parameters: int | None = None  # Weights and biases; None: nobody said
-    settings: dict | None = None  # Hyperparameters of a baseline; None: another model
-    seconds: float | None = None  # Wall time of its training, as its record states it
+    Attributes:
+        parameters: Weights and biases; None: nobody said.
+        settings: Hyperparameters of a baseline; None: another model.
+        seconds: Wall time of its training, as its record states it.
+    """
+
+    parameters: int | None = None
+    settings: dict | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class ReferenceComparison:
-    "A row held against the reference of its block, on the same test texts."
+    """A row held against the reference of its block, on the same test texts.
 
-    reference: str  # The reference's model
-    difference: float  # By how much the row's model is better: points of accuracy, or error saved
-    difference_low: float  # Lower end of its 95 % interval
-    difference_high: float  # Upper end
-    p: float  # Two-sided p-value of "no difference"
-    p_adjusted: float  # After Holm, over all claims of the table
-    verdict: str  # Of "this model beats the reference": supported, refuted or not shown
+    Attributes:
+        reference: The reference's model.
+        difference: By how much the row's model is better: points of accuracy, or error saved.
+        difference_low: Lower end of its 95 % interval.
+        difference_high: Upper end.
+        p: Two-sided p-value of "no difference".
+        p_adjusted: After Holm, over all claims of the table.
+        verdict: Of "this model beats the reference": supported, refuted or not shown.
+    """
+
+    reference: str
+    difference: float
+    difference_low: float
+    difference_high: float
+    p: float
+    p_adjusted: float
+    verdict: str
 
 
 @dataclass(frozen=True)
 class ShownMetric:
-    "A metric as tables and figures show it."
+    r"""A metric as tables and figures show it.
 
-    title: str  # Such as "accuracy"
-    unit: str  # "%" for shares, shown times 100; empty for a number in the target's unit
+    Attributes:
+        title: Such as "accuracy".
+        unit: "%" for shares, shown times 100; empty for a number in the target's unit.
+    """
+
+    title: str
+    unit: str
 
     def text(self, value: float, digits: int = 2) -> str:
         """The value for people, without its unit.
@@ -149,17 +169,27 @@ class ShownMetric:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    "One model at one number of labels; each task has a subclass with its metrics."
+    """One model at one number of labels; each task has a subclass with its metrics.
+
+    Attributes:
+        model: Its name, such as "nbsvm".
+        title: Its name for people.
+        baseline: Whether it was fitted here.
+        labels: Training labels it has seen.
+        parameters: Weights and biases; None: nobody said.
+        settings: Hyperparameters of a baseline.
+        against: None: it is the reference, or there is none.
+    """
 
     metrics: ClassVar[dict[str, ShownMetric]] = {}  # Field -> how it is shown, the main one first
     task: ClassVar[str] = ""  # Name of the task
-    model: str  # Its name, such as "nbsvm"
-    title: str  # Its name for people
-    baseline: bool  # Whether it was fitted here
-    labels: int  # Training labels it has seen
-    parameters: int | None = None  # Weights and biases; None: nobody said
-    settings: dict | None = None  # Hyperparameters of a baseline
-    against: ReferenceComparison | None = None  # None: it is the reference, or there is none
+    model: str
+    title: str
+    baseline: bool
+    labels: int
+    parameters: int | None = None
+    settings: dict | None = None
+    against: ReferenceComparison | None = None
 
     @property
     def main(self) -> str:
@@ -179,6 +209,21 @@ class ModelRow:
         """
         names = (metric, f"{metric}_low", f"{metric}_high")
         return tuple(getattr(self, name) for name in names)
+
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """Estimate and 95 % interval of a metric; each task's row says how.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say how a metric gets its interval.")
 
     def quality(self, split: str = "test") -> float:
         """A number that is larger for a better model; -inf where it has no answers.
@@ -209,25 +254,69 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow(ModelRow):
-    "One classifier at one number of labels. Accuracies and F1 are shares in [0, 1]."
+    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1].
+
+    Attributes:
+        validation_accuracy: None: it has no answers on validation.
+        accuracy: On the test texts.
+        accuracy_low: Lower end of its 95 % interval (Wilson).
+        accuracy_high: Upper end.
+        macro_f1: On the test texts.
+        macro_f1_low: Lower end of its 95 % interval (bootstrap).
+        macro_f1_high: Upper end.
+    """
 
     metrics = {
         "accuracy": ShownMetric("accuracy", "%"),
         "macro_f1": ShownMetric("macro-F1", "%"),
     }
     task = "text-classification"
-    validation_accuracy: float | None  # None: it has no answers on validation
-    accuracy: float  # On the test texts
-    accuracy_low: float  # Lower end of its 95 % interval (Wilson)
-    accuracy_high: float  # Upper end
-    macro_f1: float  # On the test texts
-    macro_f1_low: float  # Lower end of its 95 % interval (bootstrap)
-    macro_f1_high: float  # Upper end
+    validation_accuracy: float | None
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    macro_f1: float
+    macro_f1_low: float
+    macro_f1_high: float
+
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """Wilson's interval of the accuracy, the bootstrap's of macro-F1.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        if metric == "accuracy":
+            return wilson(int((targets == predicted).sum()), len(targets))
+        statistic = confusion_statistic("f1", "macro", len(schema.labels))
+        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(ModelRow):
-    "One model of numbers at one number of labels. Intervals are 95 % by the bootstrap."
+    """One model of numbers at one number of labels. Intervals are 95 % by the bootstrap.
+
+    Attributes:
+        validation_mae: None: it has no answers on validation.
+        mae: Mean absolute error on the test texts.
+        mae_low: Lower end of its interval.
+        mae_high: Upper end.
+        rmse: Root mean squared error on the test texts.
+        rmse_low: Lower end of its interval.
+        rmse_high: Upper end.
+        r2: Share of the variance that is explained, at most 1.
+        r2_low: Lower end of its interval.
+        r2_high: Upper end.
+        spearman: Rank correlation, in [-1, 1].
+        spearman_low: Lower end of its interval.
+        spearman_high: Upper end.
+    """
 
     metrics = {
         "mae": ShownMetric("mean absolute error", ""),
@@ -236,19 +325,35 @@ class NumberRow(ModelRow):
         "spearman": ShownMetric("Spearman", ""),
     }
     task = "regression"
-    validation_mae: float | None  # None: it has no answers on validation
-    mae: float  # Mean absolute error on the test texts
-    mae_low: float  # Lower end of its interval
-    mae_high: float  # Upper end
-    rmse: float  # Root mean squared error on the test texts
-    rmse_low: float  # Lower end of its interval
-    rmse_high: float  # Upper end
-    r2: float  # Share of the variance that is explained, at most 1
-    r2_low: float  # Lower end of its interval
-    r2_high: float  # Upper end
-    spearman: float  # Rank correlation, in [-1, 1]
-    spearman_low: float  # Lower end of its interval
-    spearman_high: float  # Upper end
+    validation_mae: float | None
+    mae: float
+    mae_low: float
+    mae_high: float
+    rmse: float
+    rmse_low: float
+    rmse_high: float
+    r2: float
+    r2_low: float
+    r2_high: float
+    spearman: float
+    spearman_low: float
+    spearman_high: float
+
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """The bootstrap's interval of any metric of numbers.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        statistic = regression_statistic(metric)
+        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
 
 
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
@@ -265,14 +370,9 @@ def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str,
     y = test.target.to_numpy()
     p = test.prediction.to_numpy()
     found = {}
-    for name in row_types[schema.task].metrics:
-        if name == "accuracy":
-            interval = wilson(int((y == p).sum()), len(y))
-        elif name == "macro_f1":
-            statistic = confusion_statistic("f1", "macro", len(schema.labels))
-            interval = bootstrap(statistic, y, p, resamples=1000, seed=seed)
-        else:
-            interval = bootstrap(regression_statistic(name), y, p, resamples=1000, seed=seed)
+    kind = row_types[schema.task]
+    for name in kind.metrics:
+        interval = kind.test_interval(name, y, p, schema, seed)
         found |= {name: interval.estimate}
         found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found
@@ -385,27 +485,46 @@ def table_rows(
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #6c5385d0
 @dataclass(frozen=True)
 class ModelKey:
-    "What names a row of the table."
+    """What names a row of the table.
 
-    model: str  # Name of the model
-    labels: int  # Training labels it has seen
+    Attributes:
+        model: Name of the model.
+        labels: Training labels it has seen.
+    """
+
+    model: str
+    labels: int
 
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    "What `table.json` holds."
+    """What `table.json` holds.
 
-    classes: list[str]  # Class names; none for numbers
-    train_items: int  # Training texts there are
-    validation_items: int  # Validation texts
-    test_items: int  # Test texts
-    sizes: list[int]  # Numbers of labels at which models are compared
-    curve: list[int]  # Further ones, for the learning curve
-    left_out: list[int]  # Numbers of labels that were too small to draw
-    least: int  # Labels that a subset needs, one for each class
-    best: ModelKey  # The best row on validation
-    rows: list[ModelRow]  # One for each model and number of labels
-    task: str = "text-classification"  # Name of the task
+    Attributes:
+        classes: Class names; none for numbers.
+        train_items: Training texts there are.
+        validation_items: Validation texts.
+        test_items: Test texts.
+        sizes: Numbers of labels at which models are compared.
+        curve: Further ones, for the learning curve.
+        left_out: Numbers of labels that were too small to draw.
+        least: Labels that a subset needs, one for each class.
+        best: The best row on validation.
+        rows: One for each model and number of labels.
+        task: Name of the task.
+    """
+
+    classes: list[str]
+    train_items: int
+    validation_items: int
+    test_items: int
+    sizes: list[int]
+    curve: list[int]
+    left_out: list[int]
+    least: int
+    best: ModelKey
+    rows: list[ModelRow]
+    task: str = "text-classification"
 
     @property
     def best_row(self) -> ModelRow:

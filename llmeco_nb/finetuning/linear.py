@@ -46,17 +46,29 @@ def as_columns(outputs: np.ndarray, classes: int) -> np.ndarray:
 
 @dataclass
 class LinearText:
-    "Bags of n-grams under a linear model. Needs numpy, and nothing else, to load and to answer."
+    """Bags of n-grams under a linear model. Needs numpy, and nothing else, to load and to answer.
 
-    name: str  # Which kind, such as "nbsvm"
-    classes: list[str]  # Class names; a label is an index into them; none for a number
-    bags: list[BagOfNgrams]  # What is counted
-    vocabularies: list[list[str]]  # For every bag its n-grams
-    idfs: list[np.ndarray | None]  # For every bag, shape (n-grams,); None where it wants none
-    weights: list[np.ndarray]  # For every bag, shape (n-grams, outputs)
-    bias: np.ndarray  # Shape (outputs,)
-    scale: float = 1.0  # What scores are multiplied with before the softmax
-    about: dict = field(default_factory=dict)  # How it came about; JSON values
+    Attributes:
+        name: Which kind, such as "nbsvm".
+        classes: Class names; a label is an index into them; none for a number.
+        bags: What is counted.
+        vocabularies: For every bag its n-grams.
+        idfs: For every bag, shape (n-grams,); None where it wants none.
+        weights: For every bag, shape (n-grams, outputs).
+        bias: Shape (outputs,).
+        scale: What scores are multiplied with before the softmax.
+        about: How it came about; JSON values.
+    """
+
+    name: str
+    classes: list[str]
+    bags: list[BagOfNgrams]
+    vocabularies: list[list[str]]
+    idfs: list[np.ndarray | None]
+    weights: list[np.ndarray]
+    bias: np.ndarray
+    scale: float = 1.0
+    about: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.columns = [dict(zip(v, range(len(v)))) for v in self.vocabularies]
@@ -245,12 +257,19 @@ tfidf = dict(sublinear=True, idf=True, norm=True)
 
 @dataclass(frozen=True)
 class Recipe:
-    "A baseline: what it counts, and the grid of its hyperparameters."
+    """A baseline: what it counts, and the grid of its hyperparameters.
 
-    title: str  # For people
-    bags: list[BagOfNgrams]  # What is counted; none for a model that reads no text
-    Cs: list[float]  # Inverse strengths of regularisation to try
-    betas: list[float] = field(default_factory=lambda: [1.0])  # For `interpolate`, in [0, 1]
+    Attributes:
+        title: For people.
+        bags: What is counted; none for a model that reads no text.
+        Cs: Inverse strengths of regularisation to try.
+        betas: For `interpolate`, in [0, 1].
+    """
+
+    title: str
+    bags: list[BagOfNgrams]
+    Cs: list[float]
+    betas: list[float] = field(default_factory=lambda: [1.0])
 
 
 recipes = {
@@ -296,11 +315,17 @@ def fit_binary(
 
 @dataclass(frozen=True)
 class Candidate:
-    "A linear model fitted at one point of a recipe's grid."
+    """A linear model fitted at one point of a recipe's grid.
 
-    settings: dict[str, float]  # Hyperparameters: C, and beta where the recipe has one
-    weights: np.ndarray  # Shape (features, outputs)
-    bias: np.ndarray  # Shape (outputs,)
+    Attributes:
+        settings: Hyperparameters: C, and beta where the recipe has one.
+        weights: Shape (features, outputs).
+        bias: Shape (outputs,).
+    """
+
+    settings: dict[str, float]
+    weights: np.ndarray
+    bias: np.ndarray
 
 
 def candidates(
@@ -367,20 +392,32 @@ def fit_temperature(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 # %% ../../nbs/2_finetuning/29_linear.ipynb #aa946611
 @dataclass(frozen=True)
 class RowSplit:
-    "Which rows of the counted texts serve for what; each an array of row numbers."
+    """Which rows of the counted texts serve for what; each an array of row numbers.
 
-    train: np.ndarray  # To fit on
-    validation: np.ndarray  # To choose by
-    scored: np.ndarray  # To score with the model that was chosen
+    Attributes:
+        train: To fit on.
+        validation: To choose by.
+        scored: To score with the model that was chosen.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    scored: np.ndarray
 
 
 @dataclass(frozen=True)
 class FittedBags:
-    "Which n-grams some bags know after looking at training texts, and their weights."
+    """Which n-grams some bags know after looking at training texts, and their weights.
 
-    bags: list[BagOfNgrams]  # What is counted
-    kept: list[np.ndarray]  # For every bag the columns of the n-grams it keeps
-    idfs: list[np.ndarray | None]  # For every bag, shape (n-grams,); None where it wants none
+    Attributes:
+        bags: What is counted.
+        kept: For every bag the columns of the n-grams it keeps.
+        idfs: For every bag, shape (n-grams,); None where it wants none.
+    """
+
+    bags: list[BagOfNgrams]
+    kept: list[np.ndarray]
+    idfs: list[np.ndarray | None]
 
     @classmethod
     def of(

@@ -31,16 +31,26 @@ class BagOfNgrams:
     """Which n-grams of a text are counted, and what becomes of the counts.
 
     Texts are always lower-cased.
+
+    Attributes:
+        analyzer: "word", or "char_wb": characters within words.
+        low: Length of the shortest n-gram; at most 3 for characters.
+        high: Length of the longest.
+        pattern: What a word is; not used for characters.
+        binary: 1 for whatever occurs, however often.
+        sublinear: 1 + log(count).
+        idf: Times inverse document frequency.
+        norm: Divided by the Euclidean length over all n-grams of the text.
     """
 
-    analyzer: str = "word"  # "word", or "char_wb": characters within words
-    low: int = 1  # Length of the shortest n-gram; at most 3 for characters
-    high: int = 2  # Length of the longest
-    pattern: str = token_pattern  # What a word is; not used for characters
-    binary: bool = False  # 1 for whatever occurs, however often
-    sublinear: bool = False  # 1 + log(count)
-    idf: bool = False  # times inverse document frequency
-    norm: bool = False  # divided by the Euclidean length over all n-grams of the text
+    analyzer: str = "word"
+    low: int = 1
+    high: int = 2
+    pattern: str = token_pattern
+    binary: bool = False
+    sublinear: bool = False
+    idf: bool = False
+    norm: bool = False
 
     def sequences(self, text: str) -> list[Sequence[str]]:
         "Where n-grams of `text` are sought: one list of tokens, or one string for every word."
@@ -77,12 +87,19 @@ def index_items(sequences: Iterable[Iterable[Hashable]]) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class NgramIndex:
-    "All n-grams of some sequences, numbered in the order of appearance."
+    """All n-grams of some sequences, numbered in the order of appearance.
 
-    numbers: np.ndarray  # Number of the n-gram at each occurrence, shape (occurrences,)
-    owners: np.ndarray  # Sequence of each occurrence, shape (occurrences,)
-    first: np.ndarray  # Where each n-gram first stands in the row of items, shape (n-grams,)
-    length: np.ndarray  # Items in each n-gram, shape (n-grams,)
+    Attributes:
+        numbers: Number of the n-gram at each occurrence, shape (occurrences,).
+        owners: Sequence of each occurrence, shape (occurrences,).
+        first: Where each n-gram first stands in the row of items, shape (n-grams,).
+        length: Items in each n-gram, shape (n-grams,).
+    """
+
+    numbers: np.ndarray
+    owners: np.ndarray
+    first: np.ndarray
+    length: np.ndarray
 
 
 def index_ngrams(flat: np.ndarray, owner: np.ndarray, base: int, low: int, high: int) -> NgramIndex:
@@ -139,10 +156,15 @@ def count_matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) 
 
 @dataclass(frozen=True)
 class NgramCounts:
-    "How often n-grams occur."
+    """How often n-grams occur.
 
-    matrix: "csr_matrix"  # CSR, float32, shape (texts, n-grams)
-    spell: Callable[[np.ndarray], list[str]]  # Columns -> the n-grams themselves
+    Attributes:
+        matrix: CSR, float32, shape (texts, n-grams).
+        spell: Columns -> the n-grams themselves.
+    """
+
+    matrix: "csr_matrix"
+    spell: Callable[[np.ndarray], list[str]]
 
 
 def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:

@@ -15,6 +15,8 @@ import numpy as np
 
 from ..core import Record
 from .encoding import predict_outputs, tokenize_texts
+from .linear import LinearText, Recipe, RowSplit
+from .ngram_counts import NgramCounts
 from ..tasks.contract import SchemaT, Task
 
 # %% ../../nbs/2_finetuning/20h_training_half.ipynb #0d859f75
@@ -26,19 +28,30 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 # %% ../../nbs/2_finetuning/20h_training_half.ipynb #b0570417
 @dataclass(frozen=True)
 class Truncation:
-    "How a long text is shortened."
+    """How a long text is shortened.
 
-    max_length: int  # Tokens that stay, special ones included
-    head: int = 25  # Per cent of them from the beginning, 0 to 100
+    Attributes:
+        max_length: Tokens that stay, special ones included.
+        head: Per cent of them from the beginning, 0 to 100.
+    """
+
+    max_length: int
+    head: int = 25
 
 
 @dataclass(frozen=True)
 class Examples:
-    "Encoded rows."
+    """Encoded rows.
 
-    input_ids: list[list[int]]  # Token ids of each text, shortened
-    lengths: list[int]  # Tokens of each text before that
-    targets: list  # What the loss compares with, one a text
+    Attributes:
+        input_ids: Token ids of each text, shortened.
+        lengths: Tokens of each text before that.
+        targets: What the loss compares with, one a text.
+    """
+
+    input_ids: list[list[int]]
+    lengths: list[int]
+    targets: list
 
 
 class TrainingHalf(ABC, Generic[SchemaT]):
@@ -47,6 +60,8 @@ class TrainingHalf(ABC, Generic[SchemaT]):
     task: Task[SchemaT]  # The light half
     monitor: ClassVar[str]  # The number of `evaluate` that decides which weights are best
     mode: ClassVar[Literal["max", "min"]]  # Whether more of it is better, or less
+    further_metrics: ClassVar[tuple[str, ...]] = ()  # Of `Task.report`, that a record states, too
+    recipes: ClassVar[dict[str, Recipe]]  # Linear baselines by name, those of `Task.baselines`
 
     def fit_schema(self, schema: SchemaT, train: "pd.DataFrame") -> SchemaT:
         """The schema with what is learned from the training rows alone; usually nothing.
@@ -151,3 +166,24 @@ class TrainingHalf(ABC, Generic[SchemaT]):
             record: Whose progress is told.
         """
         return predict_outputs(model, rows, pad, self.activation(schema), record=record)
+
+    @abstractmethod
+    def fit_baseline(
+        self,
+        name: str,
+        counted: dict[str, NgramCounts],
+        y: np.ndarray,
+        rows: RowSplit,
+        schema: SchemaT,
+        seed: int = 0,
+    ) -> tuple[LinearText, np.ndarray]:
+        """A baseline, and its scores for `rows.scored`, float32 of shape (texts, scores).
+
+        Args:
+            name: Of `recipes`.
+            counted: For every analyzer the counts of all texts.
+            y: Target of every text, shape (texts,).
+            rows: What each text serves for.
+            schema: Of the corpus.
+            seed: Of the solvers.
+        """

@@ -32,27 +32,47 @@ from llmeco_nb.models.decoder_parts import (
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    "Every dial of a `Decoder`. Made by `decoder_config`, which fills in and checks."
+    """Every dial of a `Decoder`. Made by `decoder_config`, which fills in and checks.
 
-    vocab_size: int  # Tokens the network knows
+    Attributes:
+        vocab_size: Tokens the network knows.
+        num_layers: Layers.
+        hidden_size: Entries of every token's vector.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        intermediate_size: Width inside the feed-forward network.
+        context_length: Tokens a row may have.
+        head_dim: Size of a head.
+        rope_theta: Of the rotary positions.
+        qk_norm: RMSNorm of queries and keys.
+        mlp_type: "gated" (SwiGLU) or "relu2".
+        tie_word_embeddings: Embedding and head are one table.
+        zero_init: Output projections begin at zero; where training begins, not what the network is.
+        softcap: Largest logit; 0: none.
+        embedding_norm: RMSNorm, without a weight, right after the embedding.
+        bigram_rows: Rows of the table of pairs; 0: none.
+        value_embeddings: A table a layer, added to the values.
+        embedding_skip: The embedding is mixed in before every layer.
+    """
+
+    vocab_size: int
     num_layers: int
-    hidden_size: int  # Entries of every token's vector
-    num_heads: int  # Query heads
-    num_kv_heads: int  # Key and value heads
-    intermediate_size: int  # Width inside the feed-forward network
-    context_length: int  # Tokens a row may have
-    head_dim: int  # Size of a head
-    rope_theta: float = 10_000.0  # Of the rotary positions
-    qk_norm: bool = True  # RMSNorm of queries and keys
-    mlp_type: str = "gated"  # "gated" (SwiGLU) or "relu2"
-    tie_word_embeddings: bool = True  # Embedding and head are one table
-    # Where training begins, not what the network is
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    context_length: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    qk_norm: bool = True
+    mlp_type: str = "gated"
+    tie_word_embeddings: bool = True
     zero_init: bool = field(default=False, compare=False)
-    softcap: float = 0.0  # Largest logit; 0: none
-    embedding_norm: bool = False  # RMSNorm, without a weight, right after the embedding
-    bigram_rows: int = 0  # Rows of the table of pairs; 0: none
-    value_embeddings: bool = False  # A table a layer, added to the values
-    embedding_skip: bool = False  # The embedding is mixed in before every layer
+    softcap: float = 0.0
+    embedding_norm: bool = False
+    bigram_rows: int = 0
+    value_embeddings: bool = False
+    embedding_skip: bool = False
 
 
 SIZES = tuple(DecoderConfig.__dataclass_fields__)[:8]  # Fields that `decoder_config` works out

@@ -98,23 +98,41 @@ activations = {
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    "All sizes and options of a Transformer. Raises `UsageError` for those that make no network."
+    """All sizes and options of a Transformer. Raises `UsageError` for those that make no network.
 
-    vocab_size: int  # Tokens the network knows
-    hidden_size: int = 64  # Entries of every token's vector; even
-    num_heads: int = 2  # Must divide `hidden_size`
-    intermediate_size: int = 0  # Width inside the feed-forward part; 0: four times `hidden_size`
-    num_layers: int = 2  # Blocks of an encoder or decoder
-    num_decoder_layers: int = 0  # Of an encoder-decoder's decoder; 0: as many as the encoder
-    max_position_embeddings: int = 128  # Tokens of the longest text
-    norm: str = "post"  # "post": after the sum; "pre": before each part
-    position_embedding: str = "learned"  # "learned", or "sinusoidal", which is computed
-    embedding_norm: bool = True  # A norm right after the embedding
-    scale_embedding: bool = False  # Token vectors times the root of `hidden_size`
-    type_vocab_size: int = 0  # Kinds of segments; 0: none
-    activation: str = "gelu"  # gelu, gelu_new (its tanh form), relu, silu
-    dropout: float = 0.0  # Probability with which a value is dropped in training
-    layer_norm_eps: float = 1e-5  # Added to the variance in norms
+    Attributes:
+        vocab_size: Tokens the network knows.
+        hidden_size: Entries of every token's vector; even.
+        num_heads: Attention heads; must divide `hidden_size`.
+        intermediate_size: Width inside the feed-forward part; 0: four times `hidden_size`.
+        num_layers: Blocks of an encoder or decoder.
+        num_decoder_layers: Of an encoder-decoder's decoder; 0: as many as the encoder.
+        max_position_embeddings: Tokens of the longest text.
+        norm: "post": after the sum; "pre": before each part.
+        position_embedding: "learned", or "sinusoidal", which is computed.
+        embedding_norm: A norm right after the embedding.
+        scale_embedding: Whether token vectors are multiplied by the root of `hidden_size`.
+        type_vocab_size: Kinds of segments; 0: none.
+        activation: "gelu", "gelu_new" (its tanh form), "relu" or "silu".
+        dropout: Probability, 0 to 1, with which a value is dropped in training.
+        layer_norm_eps: Added to the variance in norms.
+    """
+
+    vocab_size: int
+    hidden_size: int = 64
+    num_heads: int = 2
+    intermediate_size: int = 0
+    num_layers: int = 2
+    num_decoder_layers: int = 0
+    max_position_embeddings: int = 128
+    norm: str = "post"
+    position_embedding: str = "learned"
+    embedding_norm: bool = True
+    scale_embedding: bool = False
+    type_vocab_size: int = 0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
         inner = self.intermediate_size or 4 * self.hidden_size

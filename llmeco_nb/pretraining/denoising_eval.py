@@ -196,18 +196,25 @@ def ngram_nats(model: Ngram, rows: np.ndarray, spans: list[np.ndarray]) -> np.nd
 
 @dataclass(frozen=True)
 class UntrainedBaselines:
-    "What copying and counting make of held rows."
+    """What copying and counting make of held rows.
 
-    corrupted: list[np.ndarray]  # Token ids of each row, with sentinels
-    copies: list[np.ndarray]  # What the best copier makes of them
-    copier: tuple[str, tuple]  # Its name and way
-    counter: tuple[str, tuple]  # Name and way of the best counter
-    copy_share: float  # With which copying is least surprised by training rows
-    copy_edits: np.ndarray  # (rows,), edit distance of the copies from the rows
-    counter_edits: np.ndarray  # (rows,), of what the counter makes
-    copy_nats: np.ndarray  # (rows,), surprise of copying at the hidden tokens
-    unigram_nats: np.ndarray  # (rows,), of the tokens' frequencies
-    fivegram_nats: np.ndarray  # (rows,), of a 5-gram model
+    `corrupted`: token ids of each row, with sentinels; `copies`: what the best copier makes of
+    them. `copier`, `counter`: name and way of the best ones. `copy_share`: that with which copying
+    is least surprised by training rows. `copy_edits`, `counter_edits`: edit distance of what they
+    make from the rows, (rows,). `copy_nats`, `unigram_nats`, `fivegram_nats`: surprise of copying,
+    of frequencies and of a 5-gram model at the hidden tokens, in nats, (rows,).
+    """
+
+    corrupted: list[np.ndarray]
+    copies: list[np.ndarray]
+    copier: tuple[str, tuple]
+    counter: tuple[str, tuple]
+    copy_share: float
+    copy_edits: np.ndarray
+    counter_edits: np.ndarray
+    copy_nats: np.ndarray
+    unigram_nats: np.ndarray
+    fivegram_nats: np.ndarray
 
 
 def untrained_baselines(

@@ -123,14 +123,23 @@ def nsp_example(
 # %% ../../nbs/1_pretraining/18k_sentence_pairs.ipynb #621f23ed
 @dataclass(frozen=True)
 class SentencePairs:
-    "Documents, where pairs can be cut out of them, and how pairs are made."
+    """Documents, where pairs can be cut out of them, and how pairs are made.
 
-    docs: list[tuple[np.ndarray, np.ndarray]]  # From `tokenize_documents`
-    boundaries: np.ndarray  # (n, 2), from `pair_boundaries` of these documents
-    seq_len: int  # Tokens of a pair, special ones included; at least 11
-    vocab_size: int  # Number of subword tokens
-    mask_prob: float = 0.15  # Share of the ordinary tokens to hide, between 0 and 1
-    seed: int = 0  # With epoch and index, decides B and what is hidden
+    Attributes:
+        docs: From `tokenize_documents`.
+        boundaries: (n, 2), from `pair_boundaries` of these documents.
+        seq_len: Tokens of a pair, special ones included; at least 11.
+        vocab_size: Number of subword tokens.
+        mask_prob: Share of the ordinary tokens to hide, between 0 and 1.
+        seed: With epoch and index, decides B and what is hidden.
+    """
+
+    docs: list[tuple[np.ndarray, np.ndarray]]
+    boundaries: np.ndarray
+    seq_len: int
+    vocab_size: int
+    mask_prob: float = 0.15
+    seed: int = 0
 
     def example(
         self, index: int, epoch: int = 0, follows: bool | None = None

@@ -147,13 +147,22 @@ def restore_spans(
 # %% ../../nbs/1_pretraining/18h_span_corruption.ipynb #dbdbd821
 @dataclass(frozen=True)
 class SpanCorruption:
-    "How spans are cut out of rows, and what is to be written for them."
+    """How spans are cut out of rows, and what is to be written for them.
 
-    vocab_size: int  # Number of subword tokens; the sentinel of span 0 is the token behind them
-    noise_density: float = 0.3  # Share of a row's tokens to cut out, between 0 and 1
-    mean_span_length: float = 3.0  # Tokens of a span on average, at least 1
-    target: str = "spans"  # What is written: spans (these alone) or text (the whole row)
-    seed: int = 0  # With epoch and row, decides the spans
+    Attributes:
+        vocab_size: Number of subword tokens; the sentinel of span 0 is the id `vocab_size`, those
+            of further spans follow, so a model needs a larger vocabulary.
+        noise_density: Share of a row's tokens to cut out, between 0 and 1.
+        mean_span_length: Tokens of a span on average, at least 1.
+        target: What is written: spans (these alone) or text (the whole row).
+        seed: With epoch and row index, decides the spans.
+    """
+
+    vocab_size: int
+    noise_density: float = 0.3
+    mean_span_length: float = 3.0
+    target: str = "spans"
+    seed: int = 0
 
     def counts(self, length: int) -> tuple[int, int]:
         """Tokens cut out of a row on average, and the spans they make; see `span_counts`.

@@ -207,7 +207,14 @@ def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
 @dataclass
 class Progress:
     """What the display shows of an instance: waiting, running, drawing, then done, page, kept,
-    left or failed."""
+    left or failed.
+
+    Attributes:
+        state: One of these words.
+        seconds: Wall time so far.
+        watch: Of the kernel that runs; None: none does.
+        metrics: What the stage reported, name -> value.
+    """
 
     state: str = "waiting"
     seconds: float = 0.0
@@ -282,7 +289,8 @@ def run_pipeline(
 
 @contextmanager
 def kill_kernels_on_interrupt(board: dict[str, Progress]):
-    """When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too.
+    """A context manager: when somebody presses Ctrl-C in the `with` block, the kernels at work are
+    killed, so that their threads end too; the interrupt goes on.
 
     Args:
         board: Instance -> progress; kernels of running ones are killed.

@@ -109,10 +109,10 @@ def _imported(
 # %% ../../nbs/0_ground/00a_identity.ipynb #024ff928
 @dataclass
 class Cell:
-    "A code cell that a pipeline executes."
+    "A code cell (`id`, `source`) that is executed; `role`: parameters, imports, run or show."
 
     id: str
-    role: str  # parameters, imports, run or show
+    role: str
     source: str
 
     @property
@@ -142,11 +142,12 @@ class Cell:
 # %% ../../nbs/0_ground/00a_identity.ipynb #62e00877
 @dataclass
 class Notebook:
-    "A notebook's executed cells and its contract."
+    """A notebook's executed `cells`, its `path`, and its `contract`: stage, inputs, outputs, cores,
+    sources."""
 
     path: Path
     cells: list[Cell]
-    contract: dict = field(default_factory=dict)  # stage, inputs, outputs, cores, sources
+    contract: dict = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> "Notebook":
@@ -196,7 +197,7 @@ TYPES = dict(
 
 @dataclass
 class Parameter:
-    "One line of the parameter cell."
+    "One line of the parameter cell: `name`, `type`, `default`, and `comment` without its sign."
 
     name: str
     type: str
@@ -257,12 +258,11 @@ def read_parameters(notebook: Notebook) -> dict[str, Parameter]:
 # %% ../../nbs/0_ground/00a_identity.ipynb #d1773f90
 @dataclass
 class Module:
-    "A module of the package as syntax: what it defines, imports and does when imported."
+    """A module of the package as syntax: its `definitions`, its `imports` (name in this module ->
+    "module:name", "module:" for a whole module, "outside:dotted"), its `effects` when imported."""
 
     definitions: dict[str, list[ast.stmt]]
-    imports: dict[
-        str, str
-    ]  # name in this module -> "module:name", "module:" for a whole module, "outside:dotted"
+    imports: dict[str, str]
     effects: list[ast.stmt]
 
     @classmethod

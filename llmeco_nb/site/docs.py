@@ -26,6 +26,7 @@ from ..runner.kernel import execute, import_nbformat
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, export_is_current
 from .diagram import ring_svg
+from .kept_run import KeptRun
 from .markup import PageRenderer, slug
 from llmeco_nb.site.page import (
     cell_source,
@@ -56,14 +57,23 @@ decades = {
 
 @dataclass
 class Chapter:
-    "A notebook as the site lists it."
+    """A notebook as the site lists it.
+
+    Attributes:
+        path: Of the notebook.
+        number: Such as 00a; empty for a guide.
+        title: The heading of its first cell.
+        subtitle: The line below that heading.
+        module: What it exports to; empty for nothing.
+        stage: Empty for none.
+    """
 
     path: Path
-    number: str  # such as 00a; empty for a guide
+    number: str
     title: str
     subtitle: str
-    module: str  # what it exports to; empty for nothing
-    stage: str  # empty for none
+    module: str
+    stage: str
 
     @property
     def file(self) -> str:
@@ -438,8 +448,11 @@ def render_readme(registry: StageRegistry) -> str:
 
 
 def write_readme(registry: StageRegistry) -> Path:
-    "Write README.md and the picture of the ring from the notebooks of `registry`, a checkout."
-    (registry.nbs / "images").mkdir(exist_ok=True)
-    write_bytes(registry.nbs / "images" / "ring.svg", ring_svg("", alone=True).encode())
+    "Write README.md and its pictures from the notebooks and kept runs of `registry`, a checkout."
+    images = registry.nbs / "images"
+    images.mkdir(exist_ok=True)
+    write_bytes(images / "ring.svg", ring_svg("", alone=True).encode())
+    for file in sorted((registry.nbs / "records").glob("run_*.json")):
+        write_bytes(images / f"{file.stem}.svg", KeptRun.load(file).svg().encode())
     write_bytes(registry.nbs.parent / "README.md", render_readme(registry).encode())
     return registry.nbs.parent / "README.md"

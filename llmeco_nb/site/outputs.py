@@ -214,12 +214,19 @@ def same_but_time(old: list[dict], new: list[dict]) -> bool:
 # %% ../../nbs/0_ground/05g_outputs.ipynb #05d0a019
 @dataclass
 class Stored:
-    "What became of a notebook's outputs."
+    """What became of a notebook's outputs.
+
+    Attributes:
+        path: Of the notebook.
+        size: Bytes of outputs in it.
+        left_out: A sentence for each output that did not fit.
+        failed: Why it could not be executed; its outputs are then as they were.
+    """
 
     path: Path
-    size: int = 0  # bytes of outputs in it
-    left_out: tuple[str, ...] = ()  # a sentence for each output that did not fit
-    failed: str = ""  # why it could not be executed; its outputs are then as they were
+    size: int = 0
+    left_out: tuple[str, ...] = ()
+    failed: str = ""
 
 
 def store_outputs(registry: StageRegistry, path: Path) -> Stored:

@@ -226,16 +226,27 @@ search_js = """(() => {
 # %% ../../nbs/0_ground/04b_template.ipynb #369b9894
 @dataclass
 class Page:
-    "One page of a report or a site."
+    """One page of a report or a site.
 
-    file: str  # such as data.html
-    title: str  # as plain text
-    body: str  # HTML inside <main>
-    headings: list[tuple[int, str, str]] = field(default_factory=list)  # (level, id, plain text)
-    label: str = ""  # what the list of pages calls it; empty: the title
-    group: str = ""  # under which heading the list of pages shows it
-    number: str = ""  # shown before the label
-    wide: bool = False  # no list of headings; tables and diagrams use the room
+    Attributes:
+        file: Such as data.html.
+        title: As plain text.
+        body: HTML inside <main>.
+        headings: (level, id, plain text).
+        label: What the list of pages calls it; empty: the title.
+        group: Under which heading the list of pages shows it.
+        number: Shown before the label.
+        wide: No list of headings; tables and diagrams use the room.
+    """
+
+    file: str
+    title: str
+    body: str
+    headings: list[tuple[int, str, str]] = field(default_factory=list)
+    label: str = ""
+    group: str = ""
+    number: str = ""
+    wide: bool = False
 
 
 def table_of_contents(pages: list[Page], here: Page) -> str:

@@ -27,20 +27,34 @@ class Claim:
     """That a difference exceeds a margin.
 
     Made by `claim`; holds plain values only, so that `asdict` is its JSON.
+
+    Attributes:
+        text: The sentence.
+        difference: What was measured.
+        p: Two-sided p-value of "the difference is the margin".
+        low: Lower end of its interval, not adjusted for other claims.
+        high: Upper end.
+        level: Level of that interval.
+        margin: What the difference must exceed.
+        alpha: False alarm rate.
+        detectable: Difference that would have been found with 80 % probability.
+        unit: "points" shows a share times 100; any other unit is shown as it is.
+        p_adjusted: After `adjust_pvalues`.
+        family: How many claims were judged together.
     """
 
-    text: str  # The sentence
-    difference: float  # What was measured
-    p: float  # Two-sided p-value of "the difference is the margin"
-    low: float | None = None  # Lower end of its interval, not adjusted for other claims
-    high: float | None = None  # Upper end
-    level: float = 0.95  # Level of that interval
-    margin: float = 0.0  # What the difference must exceed
-    alpha: float = 0.05  # False alarm rate
-    detectable: float | None = None  # Difference that would have been found with 80 % probability
-    unit: str = "points"  # "points" shows a share times 100; any other unit is shown as it is
-    p_adjusted: float | None = None  # After `adjust_pvalues`
-    family: int = 1  # How many claims were judged together
+    text: str
+    difference: float
+    p: float
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.95
+    margin: float = 0.0
+    alpha: float = 0.05
+    detectable: float | None = None
+    unit: str = "points"
+    p_adjusted: float | None = None
+    family: int = 1
 
     @property
     def verdict(self) -> str:

@@ -23,14 +23,21 @@ class Interval:
     """An estimate with its confidence interval.
 
     Prints as `0.912 [0.901, 0.922]`; `x in interval` asks whether it holds x.
+
+    Attributes:
+        estimate: What the data say.
+        low: Lower end.
+        high: Upper end.
+        level: How often such intervals contain the truth.
+        method: How it was made.
+        test: Two-sided p-value of a hypothetical truth; None: from the width, by a normal curve.
     """
 
-    estimate: float  # What the data say
-    low: float  # Lower end
-    high: float  # Upper end
-    level: float = 0.95  # How often such intervals contain the truth
-    method: str = ""  # How it was made
-    # Two-sided p-value of a hypothetical truth; None: from the width, by a normal curve
+    estimate: float
+    low: float
+    high: float
+    level: float = 0.95
+    method: str = ""
     test: Callable[[float], float] | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -413,15 +420,25 @@ def minimum_detectable_difference(
 # %% ../../nbs/0_ground/03_significance.ipynb #97961d21
 @dataclass(frozen=True)
 class Comparison:
-    "Two models on the same items. `difference` is first minus second."
+    """Two models on the same items. `difference` is first minus second.
 
-    items: int  # Items compared
-    first: float  # Score of the first model
-    second: float  # Score of the second
-    interval: Interval  # Of the difference
-    p: float  # Two-sided p-value of "no difference"
-    method: str  # The test
-    detectable: float  # Difference that would have been found with 80 % probability
+    Attributes:
+        items: Items compared.
+        first: Score of the first model.
+        second: Score of the second.
+        interval: Of the difference.
+        p: Two-sided p-value of "no difference".
+        method: The test.
+        detectable: Difference that would have been found with 80 % probability.
+    """
+
+    items: int
+    first: float
+    second: float
+    interval: Interval
+    p: float
+    method: str
+    detectable: float
 
     def __str__(self) -> str:
         return (

@@ -21,19 +21,30 @@ from .cleaning import clean_text
 # %% ../../nbs/2_finetuning/20a_task_contract.ipynb #6c030b32
 @dataclass(frozen=True)
 class Column:
-    "A column that a task needs."
+    """A column that a task needs.
 
-    name: str  # In the corpus; in the user's table it may be called otherwise
-    kind: Literal["text", "label", "number"]  # How its cells are read
-    about: str  # For people: what stands in it
+    Attributes:
+        name: In the corpus; in the user's table it may be called otherwise.
+        kind: How its cells are read.
+        about: For people: what stands in it.
+    """
+
+    name: str
+    kind: Literal["text", "label", "number"]
+    about: str
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    "How texts are cleaned before they are read; a later way of cleaning has another version."
+    """How texts are cleaned before they are read; a later way of cleaning has another version.
 
-    keep_newlines: bool = False  # Keep line breaks
-    version: int = 1  # 1: `clean_text` of tasks.cleaning
+    Attributes:
+        keep_newlines: Keep line breaks.
+        version: 1: `clean_text` of tasks.cleaning.
+    """
+
+    keep_newlines: bool = False
+    version: int = 1
 
     def __post_init__(self) -> None:
         if self.version != 1:
@@ -45,21 +56,33 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class Rows:
-    "What `check` looks at: the rows of a table in which no needed cell is blank."
+    """What `check` looks at: the rows of a table in which no needed cell is blank.
 
-    source: str  # How messages name the table
-    values: dict[str, list]  # Column of the task -> its values, one a row
-    lines: list[int]  # Number of each row in the table, from 1
-    labels: list[str] = field(default_factory=list)  # Class names, where a column holds labels
-    cleaning: Cleaning = Cleaning()  # How the texts are cleaned
+    Attributes:
+        source: How messages name the table.
+        values: Column of the task -> its values, one a row.
+        lines: Number of each row in the table, from 1.
+        labels: Class names, where a column holds labels.
+        cleaning: How the texts are cleaned.
+    """
+
+    source: str
+    values: dict[str, list]
+    lines: list[int]
+    labels: list[str] = field(default_factory=list)
+    cleaning: Cleaning = Cleaning()
 
 # %% ../../nbs/2_finetuning/20a_task_contract.ipynb #60b4d26d
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    "What is known of a task's data. Each task has a subclass with what it needs."
+    """What is known of a task's data. Each task has a subclass with what it needs.
+
+    Attributes:
+        cleaning: None: texts are read as they come.
+    """
 
     task: ClassVar[str] = ""  # Name of the task
-    cleaning: Cleaning | None = None  # None: texts are read as they come
+    cleaning: Cleaning | None = None
 
     def prepare(self, text: str) -> str:
         """The text as the model is to read it; idempotent.
@@ -139,11 +162,17 @@ SchemaT = TypeVar("SchemaT", bound=Schema)
 
 @dataclass(frozen=True)
 class Selection:
-    "The metric that chooses between models on the validation set."
+    """The metric that chooses between models on the validation set.
 
-    metric: str  # Its name in `Task.report`
-    higher_is_better: bool  # False for errors
-    title: str  # For people
+    Attributes:
+        metric: Its name in `Task.report`.
+        higher_is_better: False for errors.
+        title: For people.
+    """
+
+    metric: str
+    higher_is_better: bool
+    title: str
 
     def key(self, value: float) -> float:
         """A number that is larger for a better model.

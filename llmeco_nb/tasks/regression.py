@@ -30,13 +30,20 @@ from llmeco_nb.tasks.contract import (
 # %% ../../nbs/2_finetuning/20c_regression.ipynb #9dc0836d
 @dataclass(frozen=True, kw_only=True)
 class RegressionSchema(Schema):
-    "The range of a corpus' numbers, how they are standardised, and how its texts are cleaned."
+    """The range of a corpus' numbers, how they are standardised, and how its texts are cleaned.
+
+    Attributes:
+        low: Smallest target that was seen.
+        high: Largest.
+        mean: Of the training targets; 0 until `standardised`.
+        scale: Their standard deviation; 1 until `standardised`.
+    """
 
     task: ClassVar[str] = "regression"
-    low: float  # Smallest target that was seen
-    high: float  # Largest
-    mean: float = 0.0  # Of the training targets; 0 until `standardised`
-    scale: float = 1.0  # Their standard deviation; 1 until `standardised`
+    low: float
+    high: float
+    mean: float = 0.0
+    scale: float = 1.0
 
     def standardised(self, targets: ArrayLike) -> "RegressionSchema":
         """The same schema with mean and standard deviation of these targets.

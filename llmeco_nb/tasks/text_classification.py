@@ -28,10 +28,14 @@ from llmeco_nb.tasks.contract import (
 # %% ../../nbs/2_finetuning/20b_text_classification.ipynb #6d04640e
 @dataclass(frozen=True, kw_only=True)
 class ClassificationSchema(Schema):
-    "The classes of a corpus, and how its texts are cleaned."
+    """The classes of a corpus, and how its texts are cleaned.
+
+    Attributes:
+        labels: Class names; a label in a table is an index into them.
+    """
 
     task: ClassVar[str] = "text-classification"
-    labels: list[str]  # Class names; a label in a table is an index into them
+    labels: list[str]
 
 
 class ClassPrediction(Prediction):

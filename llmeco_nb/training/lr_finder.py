@@ -69,11 +69,17 @@ def trial(
 
 @dataclass(frozen=True)
 class Halving:
-    "What successive halving found."
+    """What successive halving found.
 
-    lr: float  # the learning rate that is left
-    rounds: list[dict[float, float]]  # learning rate -> loss, of each round
-    why: str  # in words
+    Attributes:
+        lr: The learning rate that is left.
+        rounds: Learning rate -> loss, of each round.
+        why: In words.
+    """
+
+    lr: float
+    rounds: list[dict[float, float]]
+    why: str
 
 
 def successive_halving(
@@ -196,10 +202,15 @@ def smallest_near_best(speeds: dict[int, float], within: float = 0.05) -> int:
 
 @dataclass(frozen=True)
 class BatchSizeTrial:
-    "What trying batch sizes found."
+    """What trying batch sizes found.
 
-    batch_size: int  # the smallest near the fastest
-    speeds: dict[int, float]  # rows -> tokens a second
+    Attributes:
+        batch_size: The smallest near the fastest.
+        speeds: Rows -> tokens a second.
+    """
+
+    batch_size: int
+    speeds: dict[int, float]
 
 
 def fastest_batch_size(

@@ -129,14 +129,23 @@ def newton_schulz(
 # %% ../../nbs/1_pretraining/14_optim.ipynb #cd76ea6b
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    "Options of `Muon`. Raises `UsageError` for a value it cannot work with."
+    """Options of `Muon`. Raises `UsageError` for a value it cannot work with.
 
-    momentum: float = 0.95  # in [0, 1)
+    Attributes:
+        momentum: In [0, 1).
+        nesterov: Whether the momentum looks one step ahead.
+        iterations: Rounds of Newton-Schulz, 1 to 99.
+        scale: Factor on an update.
+        dtype: Of the rounds.
+        stack: Weights orthogonalised at once: what fits a cache.
+    """
+
+    momentum: float = 0.95
     nesterov: bool = True
-    iterations: int = 5  # rounds of Newton-Schulz, 1 to 99
-    scale: Literal["adamw", "jordan"] = "adamw"  # factor on an update
-    dtype: torch.dtype = torch.bfloat16  # of the rounds
-    stack: int = 2**20  # weights orthogonalised at once: what fits a cache
+    iterations: int = 5
+    scale: Literal["adamw", "jordan"] = "adamw"
+    dtype: torch.dtype = torch.bfloat16
+    stack: int = 2**20
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
@@ -241,7 +250,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
-    "The matrix, or its transpose if that is the wide one."
+    """The matrix, or its transpose if that is the wide one; either shares its memory.
+
+    Args:
+        matrix: (m, n); the result is (min(m, n), max(m, n)).
+    """
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #8c1acdde
@@ -256,19 +269,33 @@ def is_head(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    "Options of `Optimiser`. Raises `UsageError` for a value it cannot work with."
+    """Options of `Optimiser`. Raises `UsageError` for a value it cannot work with.
 
-    decay: float = 0.01  # weight decay of matrices
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    clip: float = 1.0  # largest global norm of the gradient; 0 never clips
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 has fp32 masters
-    embeddings: bool = False  # decay embeddings, too
-    rate: Callable[[str], float] | None = None  # name -> factor on the learning rate
-    muon: float = 0.0  # learning rate of Muon for hidden matrices; 0: AdamW for all
-    muon_options: dict[str, Any] | None = None  # fields of `MuonConfig`
-    ema: float = 0.0  # decay of a running average of the masters, such as 0.999; 0: none
-    head: Callable[[str], bool] = is_head  # matrices Muon leaves alone
+    Attributes:
+        decay: Weight decay of matrices, at least 0.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        clip: Largest global norm of the gradient; 0 never clips.
+        precision: bf16 has fp32 masters.
+        embeddings: Decay embeddings, too.
+        rate: Name -> factor on the learning rate.
+        muon: Learning rate of Muon for hidden matrices; 0: AdamW for all.
+        muon_options: Fields of `MuonConfig`.
+        ema: Decay of a running average of the masters, such as 0.999; 0: none.
+        head: Matrices Muon leaves alone.
+    """
+
+    decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 1.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    embeddings: bool = False
+    rate: Callable[[str], float] | None = None
+    muon: float = 0.0
+    muon_options: dict[str, Any] | None = None
+    ema: float = 0.0
+    head: Callable[[str], bool] = is_head
 
     def __post_init__(self):
         if self.precision not in ("bf16", "fp32"):

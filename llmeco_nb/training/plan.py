@@ -113,26 +113,44 @@ BATCH_SIZE_CANDIDATES = (8, 16, 32, 64)  # tried where no batch is given
 
 @dataclass(frozen=True)
 class Measured:
-    "What a plan is made from."
+    """What a plan is made from.
 
-    batch_size: int  # rows of a micro-batch, of all processes together
-    step_seconds: float  # of an optimizer step
-    evaluation_seconds: float  # of an evaluation; near 0 where there is none
+    Attributes:
+        batch_size: Rows of a micro-batch, of all processes together.
+        step_seconds: Of an optimizer step.
+        evaluation_seconds: Of an evaluation; near 0 where there is none.
+    """
+
+    batch_size: int
+    step_seconds: float
+    evaluation_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What a stage says of its training. Raises `UsageError` for a batch size or a learning rate
-    that no training can have."""
+    that no training can have.
 
-    fingerprint: dict[str, Any]  # parameters and hashes of inputs that the plan depends on
-    make_plan: Callable[[Measured], TrainPlan]  # batch size and micro-batches are filled in
-    batch_size: int | None = None  # rows of a micro-batch; None: by trials
-    lr: float | None = None  # learning rate; None: by trials
-    grad_accum_steps: int = 1  # micro-batches a step
-    previous_runs: Sequence[str] = ()  # folders of finished runs of the same recipe
-    memory_limit: float | None = None  # bytes; None: what is available, a tenth left free
-    lr_candidates: Sequence[float] = LR_CANDIDATES  # three to five
+    Attributes:
+        fingerprint: Parameters and hashes of inputs that the plan depends on.
+        make_plan: Batch size and micro-batches are filled in.
+        batch_size: Rows of a micro-batch; None: by trials.
+        lr: Learning rate; None: by trials.
+        grad_accum_steps: Micro-batches a step.
+        previous_runs: Folders of finished runs of the same recipe.
+        memory_limit: Bytes; None: what is available, a tenth left free.
+        lr_candidates: Three to five.
+        batch_size_candidates: Rows to try where `batch_size` is None.
+    """
+
+    fingerprint: dict[str, Any]
+    make_plan: Callable[[Measured], TrainPlan]
+    batch_size: int | None = None
+    lr: float | None = None
+    grad_accum_steps: int = 1
+    previous_runs: Sequence[str] = ()
+    memory_limit: float | None = None
+    lr_candidates: Sequence[float] = LR_CANDIDATES
     batch_size_candidates: Sequence[int] = field(default=BATCH_SIZE_CANDIDATES)
 
     def __post_init__(self):
