@@ -109,12 +109,15 @@ def usable_corrections(
 def refit_linear(
     model: LinearText, corpus: str | Path, corrections: "pd.DataFrame", seed: int = 0
 ) -> LinearText:
-    """The recipe of `model` fitted on its training texts and the corrections.
+    """A new model: the recipe of `model` fitted on its training texts and the corrections.
+
+    The validation texts that are not among the corrections choose its hyperparameters; without
+    any, those of `model` stay. Raises `MissingError` for a folder that is no corpus.
 
     Args:
-        model: Whose recipe.
+        model: Whose recipe; from `fit`, which writes its `about`.
         corpus: Corpus folder, with the texts it was fitted on.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into `model.classes` (not checked).
         seed: Where the model does not state its own.
     """
     import pandas as pd
@@ -171,7 +174,7 @@ def refit_encoder(
         record: Told progress; keeps the plan and the checkpoints.
         source: The classifier to start from.
         corpus: Corpus folder, for the replayed texts.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into the classes.
         num_labeled: Training labels the classifier learned from; 0 for all.
         at: Folder to write the classifier to.
         config: Of its training.
@@ -270,7 +273,7 @@ def learn_corrections(
         corpus: Corpus folder.
         champion: This run's bundle.
         classifier: Folders, one of which an encoder's bundle was made of.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into the classes.
         config: Of the training; a linear model takes its seed only.
     """
     manifest, origin = verify(champion), verify(champion).origin
@@ -304,6 +307,7 @@ def judge_candidate(
     incumbent: str | Path,
     standing: np.ndarray,
     test: "pd.DataFrame",
+    names: list[str],
     num_comparisons: int,
     config: ImproveConfig,
 ) -> Verdict:
@@ -313,19 +317,20 @@ def judge_candidate(
         incumbent: Folder of the champion's bundle.
         standing: Which test texts the champion answers rightly, shape (texts,).
         test: With text and label.
+        names: Class names of the corpus; a label is an index into them.
         num_comparisons: Candidates judged in this round.
         config: Its alpha and margin decide.
     """
     learned, at = candidate.facts, candidate.folder
     if learned:
         write_manifest(at, learned)
-    answers = right_answers(at, test)
+    answers = right_answers(at, test, names)
     found = gate(standing, answers, config.alpha, config.margin, num_comparisons)
     before = after = None
     if learned and candidate.corrections is not None:
         write_manifest(at, replace(learned, accuracy=dict(test=float(answers.mean()))))
-        before = float(right_answers(incumbent, candidate.corrections).mean())
-        after = float(right_answers(at, candidate.corrections).mean())
+        before = float(right_answers(incumbent, candidate.corrections, names).mean())
+        after = float(right_answers(at, candidate.corrections, names).mean())
     return Verdict(
         **asdict(found),
         name=candidate.name,
@@ -414,13 +419,13 @@ def improve(
             assert one.facts, "what learned has its facts"
             one.facts = replace(one.facts, origin=origin)
             candidates.append(one)
-    test = read_split(corpus, "test")
+    test, names = read_split(corpus, "test"), label_names(corpus)
     if config.eval_examples:
         test = test.head(config.eval_examples)
     verdicts: list[Verdict] = []
-    standing = right_answers(incumbent, test) if candidates else np.zeros(0, bool)
+    standing = right_answers(incumbent, test, names) if candidates else np.zeros(0, bool)
     for one in candidates:
-        verdict = judge_candidate(one, incumbent, standing, test, len(candidates), config)
+        verdict = judge_candidate(one, incumbent, standing, test, names, len(candidates), config)
         verdicts.append(verdict)
         record.progress(len(verdicts), len(candidates), "candidates")
     promoted = max((v for v in verdicts if v.promoted), key=lambda v: v.difference, default=None)

@@ -24,15 +24,20 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
 # %% ../../nbs/5_interaction/51a_rounds.ipynb #db29f0a7
-def right_answers(bundle: str | Path, rows: "pd.DataFrame") -> np.ndarray:
+def right_answers(bundle: str | Path, rows: "pd.DataFrame", names: list[str]) -> np.ndarray:
     """Which of the rows a bundle answers rightly, booleans of shape (rows,).
+
+    Classes are compared by name: a champion of an earlier corpus may number them otherwise.
 
     Args:
         bundle: Folder of a bundle.
         rows: With text and label.
+        names: Class names of the corpus; a label is an index into them.
     """
-    model = open_model(bundle, verify(bundle), int(os.environ.get("OMP_NUM_THREADS") or 1))
-    return model.scores(rows.text.tolist()).argmax(1) == rows.label.to_numpy()
+    manifest = verify(bundle)
+    model = open_model(bundle, manifest, int(os.environ.get("OMP_NUM_THREADS") or 1))
+    answered = model.scores(rows.text.tolist()).argmax(1)
+    return np.array([manifest.labels[i] == names[k] for i, k in zip(answered, rows.label)], bool)
 
 
 @dataclass(frozen=True)
