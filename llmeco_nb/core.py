@@ -379,6 +379,11 @@ class Record:
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return [json.loads(line) for line in lines]
 
+    def num_rows(self) -> int:
+        "How many rows the log has."
+        file = self.path / "log.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
     def rewind(self, rows: int):
         """Keep the first `rows` rows of the log: a stage that resumes from a checkpoint drops what
         was logged after it."""
@@ -491,7 +496,8 @@ def open_record(out: str | Path, stage: str) -> Record:
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
 def format_duration(seconds: float | None) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None.
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; '' for None. Seconds are cut off,
+    not rounded, from a minute on, and minutes from an hour on. Raises `ValueError` for nan.
 
     Args:
         seconds: Not negative; None where nothing was measured.

@@ -214,7 +214,8 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
 @contextmanager
 def translate_read_errors(source: str) -> Iterator[None]:
-    "Turns what can go wrong while reading `source` into a `MissingError` that names it."
+    """A context manager that turns what can go wrong in its `with` block, while reading `source`,
+    into a `MissingError` that names it; an error of ours passes as it is."""
     try:
         yield
     except LlmecoError:

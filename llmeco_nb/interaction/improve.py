@@ -109,12 +109,15 @@ def usable_corrections(
 def refit_linear(
     model: LinearText, corpus: str | Path, corrections: "pd.DataFrame", seed: int = 0
 ) -> LinearText:
-    """The recipe of `model` fitted on its training texts and the corrections.
+    """A new model: the recipe of `model` fitted on its training texts and the corrections.
+
+    The validation texts that are not among the corrections choose its hyperparameters; without
+    any, those of `model` stay. Raises `MissingError` for a folder that is no corpus.
 
     Args:
-        model: Whose recipe.
+        model: Whose recipe; from `fit`, which writes its `about`.
         corpus: Corpus folder, with the texts it was fitted on.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into `model.classes` (not checked).
         seed: Where the model does not state its own.
     """
     import pandas as pd
@@ -171,7 +174,7 @@ def refit_encoder(
         record: Told progress; keeps the plan and the checkpoints.
         source: The classifier to start from.
         corpus: Corpus folder, for the replayed texts.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into the classes.
         num_labeled: Training labels the classifier learned from; 0 for all.
         at: Folder to write the classifier to.
         config: Of its training.
@@ -270,7 +273,7 @@ def learn_corrections(
         corpus: Corpus folder.
         champion: This run's bundle.
         classifier: Folders, one of which an encoder's bundle was made of.
-        corrections: With text and label.
+        corrections: Columns text and label, an index into the classes.
         config: Of the training; a linear model takes its seed only.
     """
     manifest, origin = verify(champion), verify(champion).origin
