@@ -491,7 +491,8 @@ def open_record(out: str | Path, stage: str) -> Record:
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
 def format_duration(seconds: float | None) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; nothing for None.
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; '' for None. Seconds are cut off,
+    not rounded, from a minute on, and minutes from an hour on. Raises `ValueError` for nan.
 
     Args:
         seconds: Not negative; None where nothing was measured.

@@ -18,7 +18,7 @@ import pandas as pd
 from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
-from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.deployment.ledger import (
     Conflict,
     Ledger,
@@ -362,6 +362,29 @@ def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
         and sha256_of(third.artifact("champion"))
         == sha256_of(records["honest"].artifact("champion"))
     )
+
+
+def test_a_champion_that_numbers_its_classes_otherwise_is_judged_by_their_names(world, tmp_path):
+    "The classes of a later corpus may stand in another order; its equal bundle is no better."
+    place, _ = world
+    parts = {s: read_split(place / "corpus", s) for s in ("train", "validation", "test")}
+    turned = {s: rows.assign(label=1 - rows.label) for s, rows in parts.items()}
+    names = ["positive", "negative"]
+    write_corpus(tmp_path / "corpus", turned, names, {})
+    every = pd.concat([turned["train"], turned["validation"]])
+    bags = recipes["tfidf_lr"].bags
+    counted = {bag.analyzer: count_ngrams(every.text.tolist(), bag) for bag in bags}
+    split = RowSplit(np.arange(80), np.arange(80, 280), np.arange(0))
+    model, _ = fit("tfidf_lr", counted, every.label.to_numpy(), split, names)
+    model.save(tmp_path / "bundle")
+    schema = load_schema(tmp_path / "corpus")
+    write_manifest(tmp_path / "bundle", Manifest("tfidf_lr", "linear", schema))
+    record = create_record(tmp_path / "r", "improve")
+    own, before = str(tmp_path / "bundle"), str(place / "bundle")
+    improve(record, str(tmp_path / "corpus"), own, previous=before)
+    found = read_history(record.artifact("history.json"))[-1]
+    assert abs(found.candidates[0].difference) < 0.05 and found.candidates[0].champion > 0.6
+    assert found.promoted is None and found.champion == verify(before).digest
 
 
 def test_what_is_not_learned(world, tmp_path):

@@ -22,8 +22,8 @@ from smallbundle import make_bundle
 from test_gateway import fields, values
 
 from llmeco_nb.core import DataError, Record, UsageError, create_record, read_json
-from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
-from llmeco_nb.deployment.bundle import build_bundle
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, small_corpus
+from llmeco_nb.deployment.bundle import PackableModel, build_bundle, match_checkpoint
 from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.loading import open_model
 from llmeco_nb.deployment.manifest import manifest_digest, verify, write_manifest
@@ -318,6 +318,32 @@ def test_a_regression_that_reads_less_than_the_original_fails_parity(ratings, tm
     shorter = open_model(tmp_path, replace(facts, max_length=4)).scores(texts)
     with pytest.raises(DataError, match="does not answer as the original"):
         parity(original, shorter, 1e-4, own)
+
+
+def test_a_checkpoint_that_answers_otherwise_is_not_matched_however_many_classes(tmp_path):
+    "Among 100 classes most probabilities are near 0 in any model: a mean over all says nothing."
+    pytest.importorskip("transformers")
+    from llmeco_nb.finetuning.checkpoints import build_classifier, small_random_encoder
+    from llmeco_nb.finetuning.classifier import save_classifier
+
+    schema = ClassificationSchema(labels=[f"class {i}" for i in range(100)])
+    classifier = build_classifier(str(small_random_encoder(small_corpus())), schema.labels)
+    save_classifier(*classifier, tmp_path / "classifier", 64, 25)
+    texts = read_split(small_corpus(), "validation").text.tolist()[:8]
+    ids = [str(i) for i in range(8)]
+    rows = pd.DataFrame(dict(id=ids, label=range(8)))
+    row = PackableModel("own", "own", "onnx", 100, 0.9, 0.9, None, None)
+    own = reference_scores(tmp_path / "classifier", texts, schema)
+    sure = np.full((8, 100), 0.1 / 99, np.float32)
+    sure[np.arange(8), np.arange(8)] = 0.9
+    task = task_of(schema)
+    given = [str(tmp_path / "classifier")], tmp_path, texts, ids, schema
+    file = tmp_path / "predictions.parquet"
+    write_predictions(predictions_table(task, "validation", rows, own, "own", 100), file)
+    assert match_checkpoint(row, *given) == str(tmp_path / "classifier")
+    write_predictions(predictions_table(task, "validation", rows, sure, "own", 100), file)
+    with pytest.raises(DataError, match="No classifier answers as own does"):
+        match_checkpoint(row, *given)
 
 
 def test_a_model_that_does_not_fit_its_corpus_is_not_packed(ratings, tmp_path):

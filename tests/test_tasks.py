@@ -1,5 +1,6 @@
 """The light half of the task contract: schemas, checks, predictions, metrics of numbers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -111,6 +112,49 @@ def test_answers_are_json_and_say_what_was_predicted(name):
         assert [a["label"] for a in told] == ["yes", "no"]
         assert [schema.labels[i] for i in task.predict(scores)] == ["yes", "no"]
     assert task.cost("", len) == 1 and task.cost("abc", len) == 3
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_a_task_is_listed_wherever_tasks_are(name):
+    "What CONTRIBUTING says of adding a task, as far as it can be counted."
+    from llmeco_nb.data.corpus import CorpusConfig
+    from llmeco_nb.evaluation.comparison import EvaluationConfig
+    from llmeco_nb.evaluation.comparison_table import row_types
+    from llmeco_nb.finetuning.classifier import halves
+
+    task, half, row = find_task(name), halves[name], row_types[name]
+    assert task.schema.task == half.task.name == CorpusConfig(task=name).task == name
+    assert task.target in [column.name for column in task.columns]
+    assert tuple(half.recipes) == task.baselines
+    assert EvaluationConfig(models=list(task.baselines)).models == list(task.baselines)
+    metric = task.selection.metric
+    assert next(iter(row.metrics)) == metric and half.monitor == f"validation_{metric}"
+    assert half.mode == ("max" if task.selection.higher_is_better else "min")
+    fields = {field.name for field in dataclasses.fields(row)}
+    ends = {f"{one}{end}" for one in row.metrics for end in ("", "_low", "_high")}
+    assert ends | {f"validation_{metric}"} <= fields
+    # a record and the table name the same metrics, and the report has them
+    assert set(half.further_metrics) | {metric} == set(row.metrics)
+    targets = np.array([0, 1, 1]) if name == "text-classification" else np.array([1.0, 2.5, 4.0])
+    assert set(row.metrics) <= set(task.report(targets, targets, task.check(sample(name))))
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_a_task_can_be_served_and_corrected(name):
+    for library in ("fastapi", "uvicorn", "sqlalchemy"):
+        pytest.importorskip(library, reason="serving needs the extra `serve`")
+    from llmeco_nb.deployment.ledger import stored_answer
+    from llmeco_nb.deployment.server import corrections
+
+    task = find_task(name)
+    schema = task.check(sample(name))
+    field, asked, told = corrections[name]
+    assert {field, "correct"} <= asked.model_fields.keys()
+    assert {field, "predicted"} <= told.model_fields.keys()
+    outputs = np.ones((1, len(getattr(schema, "labels", "1"))))
+    [answer] = task.decode(task.activate(outputs, schema), schema)
+    assert field in type(answer).model_fields
+    assert all(isinstance(text, str) for text in stored_answer(answer))
 
 
 def test_a_target_that_is_no_number_is_refused_with_its_row():

@@ -378,9 +378,14 @@ def engines_revision(kinds: list[str]) -> str:
 
 
 def pivot_revision(pivot: str) -> str:
-    """What each translator of `pivot` is here.
+    """What each translator of `pivot` is here, joined by ", ".
 
-    The hash of a folder, or of the files that a mode of Apertium names; else the name itself."""
+    For a folder the first 12 hex digits of its hash; for a mode of Apertium its name and those of
+    its files' hash, or its name and "absent"; else the name itself.
+
+    Args:
+        pivot: Translators, separated by spaces.
+    """
 
     def one(name: str) -> str:
         if Path(name).is_dir():

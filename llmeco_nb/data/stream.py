@@ -36,9 +36,10 @@ from .tables import as_text, column_values, is_blank, read_table
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 @contextmanager
 def open_stream(source: str) -> Iterator[io.IOBase]:
-    """The bytes of a file or URL as an open file; unpacked when its name ends in .gz.
+    """A context manager: `with open_stream(source) as f` gives the bytes of a file or URL as an
+    open file, unpacked when its name ends in .gz, and closes it.
 
-    Raises `MissingError`, `DataError`.
+    Raises `MissingError` for what cannot be read, `DataError` for a damaged .gz.
 
     Args:
         source: Path or URL.

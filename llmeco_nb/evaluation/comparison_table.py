@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
-from ..finetuning.linear import recipes
-from ..finetuning.linear_regression import number_recipes
+from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
-from ..stats.significance import bootstrap, compare, confusion_statistic, wilson
+from ..stats.significance import Interval, bootstrap, compare, confusion_statistic, wilson
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, read_predictions_file, scores_of
 from ..tasks.registry import find_task, task_of
@@ -29,7 +28,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #820ff740
-all_recipes = recipes | number_recipes
+all_recipes = {name: recipe for half in halves.values() for name, recipe in half.recipes.items()}
 
 
 def read_predictions(
@@ -211,6 +210,21 @@ class ModelRow:
         names = (metric, f"{metric}_low", f"{metric}_high")
         return tuple(getattr(self, name) for name in names)
 
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """Estimate and 95 % interval of a metric; each task's row says how.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say how a metric gets its interval.")
+
     def quality(self, split: str = "test") -> float:
         """A number that is larger for a better model; -inf where it has no answers.
 
@@ -265,6 +279,24 @@ class TableRow(ModelRow):
     macro_f1_low: float
     macro_f1_high: float
 
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """Wilson's interval of the accuracy, the bootstrap's of macro-F1.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        if metric == "accuracy":
+            return wilson(int((targets == predicted).sum()), len(targets))
+        statistic = confusion_statistic("f1", "macro", len(schema.labels))
+        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(ModelRow):
@@ -307,6 +339,22 @@ class NumberRow(ModelRow):
     spearman_low: float
     spearman_high: float
 
+    @classmethod
+    def test_interval(
+        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
+    ) -> Interval:
+        """The bootstrap's interval of any metric of numbers.
+
+        Args:
+            metric: A key of `metrics`.
+            targets: True values, shape (items,).
+            predicted: Of `Task.predict`, shape (items,).
+            schema: Of the corpus.
+            seed: Of the bootstrap.
+        """
+        statistic = regression_statistic(metric)
+        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
+
 
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
 
@@ -322,14 +370,9 @@ def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str,
     y = test.target.to_numpy()
     p = test.prediction.to_numpy()
     found = {}
-    for name in row_types[schema.task].metrics:
-        if name == "accuracy":
-            interval = wilson(int((y == p).sum()), len(y))
-        elif name == "macro_f1":
-            statistic = confusion_statistic("f1", "macro", len(schema.labels))
-            interval = bootstrap(statistic, y, p, resamples=1000, seed=seed)
-        else:
-            interval = bootstrap(regression_statistic(name), y, p, resamples=1000, seed=seed)
+    kind = row_types[schema.task]
+    for name in kind.metrics:
+        interval = kind.test_interval(name, y, p, schema, seed)
         found |= {name: interval.estimate}
         found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found

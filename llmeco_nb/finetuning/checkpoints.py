@@ -21,8 +21,8 @@ from .encoding import collate
 # %% ../../nbs/2_finetuning/20g_checkpoints.ipynb #99d4649f
 @contextmanager
 def quiet_transformers():
-    """transformers without its progress bars, which freeze in notebooks, and without its warning
-    that the head is new, which is the point of it."""
+    """A context manager: in the `with` block transformers shows no progress bars, which freeze in
+    notebooks, and no warning that the head is new, which is the point of it."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -68,7 +68,7 @@ def required_options(name: str, config: TransformerConfig) -> dict[str, Any]:
     """The options that the stock class asks of a configuration, by field.
 
     Args:
-        name: A stock class.
+        name: A stock class, a key of `architectures`.
         config: Whose sizes some options depend on.
     """
     model_class, options = architectures[name]
@@ -244,7 +244,7 @@ def weight_map(name: str, config: TransformerConfig) -> WeightMap:
     a row of its own.
 
     Args:
-        name: A stock class.
+        name: A stock class, a key of `architectures`.
         config: Of our network.
     """
     maps = {Bert: bert_weight_map, Gpt: gpt_weight_map, Seq2Seq: seq2seq_weight_map}
@@ -320,7 +320,7 @@ def stock_config(
     """The `transformers` configuration of the stock class for this network.
 
     Args:
-        name: A stock class.
+        name: A stock class, a key of `architectures`.
         ours: Of our network; its options must be those of the stock class.
         pad_token_id: Token that fills rows up.
         bos_token_id: Token that begins a written text; None: the padding.
@@ -344,10 +344,13 @@ def stock_config(
 
 
 def config_from_stock(name: str, config: Any) -> TransformerConfig:
-    """The same as our configuration. Raises `UsageError` for an option our networks do not have.
+    """The same as our configuration, with dropout 0 whatever theirs is.
+
+    Raises `UsageError` for an option our networks do not have, `KeyError` for a class that is no
+    key of `architectures`.
 
     Args:
-        name: A stock class.
+        name: A stock class, a key of `architectures` such as BertForMaskedLM.
         config: Its `transformers` configuration.
     """
     model_class, wanted = architectures[name]
@@ -391,7 +394,7 @@ def to_stock(
 
     Args:
         model: Bert, Gpt or Seq2Seq.
-        name: Of classes with the same network the one to take (BertForMaskedLM drops the NSP head)
+        name: Of classes with the same network the one to take (BertForMaskedLM drops the NSP head).
             Empty: what `architecture_of` says.
         pad_token_id: Token that fills rows up.
         bos_token_id: Token that begins a written text; None: the padding.

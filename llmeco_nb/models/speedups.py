@@ -275,9 +275,9 @@ def _malloc_settings() -> tuple[Any, Any] | None:
 
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
-    """Let the process keep freed memory for its next allocation instead of returning it to the
-    system; glibc only, elsewhere without effect. Peak memory stays what it was, but is held for the
-    length of the block."""
+    """A context manager: in the `with` block the process keeps freed memory for its next allocation
+    instead of returning it to the system; glibc only, elsewhere without effect. Peak memory stays
+    what it was, but is held for the length of the block."""
     found = _malloc_settings()
     if found is None:
         yield

@@ -21,11 +21,13 @@ from ..tokenization.wordpiece import special_tokens
 
 # %% ../../nbs/1_pretraining/18g_embedding_init.ipynb #b4769ae7
 def unigram_log_probs(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Log-probability (vocab_size,) of each token by its frequency in `rows`, half an occurrence
-    added to each; special tokens counted as absent.
+    """Log-probability of each token by its frequency in `rows`, float32 of shape (vocab_size,).
+
+    Half an occurrence is added to each. The special tokens, which are the first ids (as in
+    `special_tokens`), count as absent.
 
     Args:
-        rows: (n, length) token ids, from `group_texts`.
+        rows: (n, length) token ids, from `group_texts`; those from `vocab_size` on are left out.
         vocab_size: Number of subword tokens.
     """
     counts = np.bincount(rows.ravel(), minlength=vocab_size)[:vocab_size] + 0.0
@@ -35,9 +37,9 @@ def unigram_log_probs(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 # %% ../../nbs/1_pretraining/18g_embedding_init.ipynb #8292c293
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """torch works with one thread in the block: with several, the last digits of a sum depend on
-    how many the machine has at that moment, and an interrupted run would not begin where the first
-    attempt did."""
+    """A context manager: torch works with one thread in the `with` block. With several, the last
+    digits of a sum depend on how many the machine has at that moment, and an interrupted run would
+    not begin where the first attempt did."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

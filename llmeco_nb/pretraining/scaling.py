@@ -104,13 +104,13 @@ def fit_scaling_law(n: Sequence[float], d: Sequence[float], loss: Sequence[float
 
 def predict_loss(law: dict, n: float, d: float, level: float = 0.95) -> dict[str, float]:
     """`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new
-    run.
+    run; all in the unit of the losses that were fitted.
 
     Args:
         law: From `fit_scaling_law`.
-        n: Parameters.
-        d: Tokens.
-        level: Of the interval.
+        n: Parameters, one number above 0.
+        d: Tokens, one number above 0.
+        level: Of the interval, between 0 and 1; others give nan.
     """
     from scipy.stats import t
 

@@ -289,7 +289,8 @@ def run_pipeline(
 
 @contextmanager
 def kill_kernels_on_interrupt(board: dict[str, Progress]):
-    """When somebody presses Ctrl-C, kill the kernels at work, so that their threads end too.
+    """A context manager: when somebody presses Ctrl-C in the `with` block, the kernels at work are
+    killed, so that their threads end too; the interrupt goes on.
 
     Args:
         board: Instance -> progress; kernels of running ones are killed.

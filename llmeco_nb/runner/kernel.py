@@ -66,8 +66,8 @@ def kernel_class(env: dict[str, str], sockets: Path, started):
 # %% ../../nbs/0_ground/00d_kernel.ipynb #8f6c3840
 @contextmanager
 def socket_folder():
-    """A short-named private folder for a kernel's sockets; those of runners that were killed are
-    swept away first."""
+    """A context manager that gives a short-named private folder for a kernel's sockets; those of
+    runners that were killed are swept away first."""
     import psutil
 
     for old in Path(tempfile.gettempdir()).glob("llmeco-*-*"):

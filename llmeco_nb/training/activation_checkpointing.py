@@ -33,8 +33,13 @@ class SavedTensorBytes:
 
 @contextmanager
 def saved_tensor_bytes(model: torch.nn.Module):
-    """Count the bytes that autograd keeps for the backward pass of what is computed in this block,
-    without the model's own. Keep the loss until the block is over."""
+    """A context manager that counts the bytes that autograd keeps for the backward pass of what is
+    computed in its `with` block, without the model's own; gives a `SavedTensorBytes`, filled when
+    the block is over. Keep the loss until then.
+
+    Args:
+        model: Its parameters and buffers do not count.
+    """
     own, saved, found = storages([*model.parameters(), *model.buffers()]), {}, SavedTensorBytes()
 
     def pack(t):

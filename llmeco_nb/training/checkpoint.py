@@ -143,10 +143,10 @@ def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write a safetensors file that is whole or absent; returns its SHA-256.
+    """Write a safetensors file that is whole or absent; returns its SHA-256 in hex.
 
     Args:
-        path: The file; an older one is replaced.
+        path: The file, in a folder that exists; an older one is replaced.
         tensors: Name -> tensor; whole ones, of any shape.
     """
     data = save({k: t.contiguous() for k, t in tensors.items()})
@@ -232,11 +232,14 @@ def load_checkpoint(folder: str | Path, optimiser: Optimiser, identity: dict) ->
 def save_best(
     folder: str | Path, optimiser: Optimiser, step: int, writes: bool = True
 ) -> str | None:
-    """Store the masters, or their average where one is kept, as the best so far; returns the file's
-    SHA-256 where it `writes`. `forget_best` removes those that are no longer referred to.
+    """Store the masters, or their average where one is kept, as the best so far, in the file
+    best-<step>.safetensors; returns its SHA-256 in hex where it `writes`, else None.
+
+    An older file of this step is replaced. `forget_best` removes those that are no longer referred
+    to. Raises `FileNotFoundError` when the folder is not there.
 
     Args:
-        folder: Where; usually that of the checkpoint.
+        folder: Where; usually that of the checkpoint; it must exist.
         optimiser: Of the run, after this step.
         step: After which it is so; part of the file's name.
         writes: Of several processes, one does.
@@ -263,7 +266,7 @@ def forget_best(folder: str | Path, step: int | None):
 
     Args:
         folder: Where `save_best` wrote.
-        step: The one to keep.
+        step: The one to keep; None: none.
     """
     for f in Path(folder).glob("best-*.safetensors"):
         if f.name != f"best-{step}.safetensors":

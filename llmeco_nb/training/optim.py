@@ -250,7 +250,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_wide_matrix(matrix: torch.Tensor) -> torch.Tensor:
-    "The matrix, or its transpose if that is the wide one."
+    """The matrix, or its transpose if that is the wide one; either shares its memory.
+
+    Args:
+        matrix: (m, n); the result is (min(m, n), max(m, n)).
+    """
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #8c1acdde

@@ -84,8 +84,9 @@ def xla_device():
 
 @contextmanager
 def init_process_group(device: str = "auto"):
-    """The `World` of processes started by `launch`, torchrun or accelerate, met on entering and
-    left at the end. Raises `UsageError`, `MissingError`.
+    """A context manager that gives the `World` of processes started by `launch`, torchrun or
+    accelerate; they meet on entering the `with` block and part at its end. Raises `UsageError`,
+    `MissingError`.
 
     The device `auto` is XLA where PJRT_DEVICE says TPU, CUDA where there are enough GPUs, else the
     CPU.
@@ -340,7 +341,8 @@ def all_finished() -> bool:
 
 @contextmanager
 def single_process():
-    "In this block the process is alone, whatever world it has joined; it waits for nobody."
+    """A context manager: in the `with` block the process is alone, whatever world it has joined; it
+    waits for nobody."""
     joined_worlds.append(World(0, 1, torch.device("cpu")))
     try:
         yield
