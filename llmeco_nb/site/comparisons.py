@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['known_models', 'axis_columns', 'schedule_columns', 'comparison_rows', 'add_durations', 'comparison', 'model_names',
-           'one_table', 'table_column', 'with_interval', 'p_value', 'verdict_of', 'accuracy_picture',
+           'one_table', 'table_column', 'with_interval', 'p_value', 'verdict_of', 'fullest_size', 'accuracy_picture',
            'learning_curve_picture', 'curves']
 
 # %% ../../nbs/0_ground/05d_comparisons.ipynb #57785a66
 import html
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 from ..core import palette
@@ -196,14 +197,25 @@ def verdict_of(row: dict) -> str:
     return f"{'better' if agrees else 'worse'}: {verdict}"
 
 
-def accuracy_picture(rows: list[dict]) -> str:
-    """Each model's accuracy with its interval, for the largest number of labels; empty without
-    intervals.
+def fullest_size(rows: list[dict]) -> int | None:
+    """The number of labels at which the most models have an accuracy with its interval, the largest
+    of equal ones; None where no row states one.
 
     Args:
         rows: As `comparison_rows` returns them; may be none.
     """
-    most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
+    count = Counter(r["labels"] for r in rows if is_number(r.get("labels")) and "accuracy_low" in r)
+    return max(count, key=lambda n: (count[n], n), default=None)
+
+
+def accuracy_picture(rows: list[dict]) -> str:
+    """Each model's accuracy with its interval, for the number of labels that most models have;
+    empty without intervals.
+
+    Args:
+        rows: As `comparison_rows` returns them; may be none.
+    """
+    most = fullest_size(rows)
     found = [
         (
             str(r.get("title") or r.get("model")),
