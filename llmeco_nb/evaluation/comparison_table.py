@@ -250,16 +250,14 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow(ModelRow):
-    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1].
+    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1]. The 95 %
+    intervals are `accuracy_low` to `accuracy_high` (Wilson) and `macro_f1_low` to `macro_f1_high`
+    (bootstrap).
 
     Attributes:
         validation_accuracy: None: it has no answers on validation.
         accuracy: On the test texts.
-        accuracy_low: Lower end of its 95 % interval (Wilson).
-        accuracy_high: Upper end.
         macro_f1: On the test texts.
-        macro_f1_low: Lower end of its 95 % interval (bootstrap).
-        macro_f1_high: Upper end.
     """
 
     metrics = {
@@ -288,22 +286,16 @@ class TableRow(ModelRow):
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(ModelRow):
-    """One model of numbers at one number of labels. Intervals are 95 % by the bootstrap.
+    """One model of numbers at one number of labels. The 95 % intervals, by the bootstrap, are
+    `mae_low` to `mae_high`, `rmse_low` to `rmse_high`, `r2_low` to `r2_high`, and `spearman_low` to
+    `spearman_high`.
 
     Attributes:
         validation_mae: None: it has no answers on validation.
         mae: Mean absolute error on the test texts.
-        mae_low: Lower end of its interval.
-        mae_high: Upper end.
         rmse: Root mean squared error on the test texts.
-        rmse_low: Lower end of its interval.
-        rmse_high: Upper end.
         r2: Share of the variance that is explained, at most 1.
-        r2_low: Lower end of its interval.
-        r2_high: Upper end.
         spearman: Rank correlation, in [-1, 1].
-        spearman_low: Lower end of its interval.
-        spearman_high: Upper end.
     """
 
     metrics = {
