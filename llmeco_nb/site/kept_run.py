@@ -40,20 +40,35 @@ def fullest_block(rows: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRun:
-    "What `run_<profile>.json` holds."
+    """What `run_<profile>.json` holds.
 
-    profile: str  # Name of the profile
-    code: dict[str, str]  # Instance -> key of the code that its run cells reach
-    parameters: dict[str, dict[str, Any]]  # Instance -> its parameters
-    seconds: dict[str, float]  # Instance -> seconds it took, start of its kernel included
-    models: list[dict]  # Rows of one number of labels, as `fullest_block` returns them
-    test_items: int | None  # Test texts that accuracies are measured on
-    served: str  # What the stage bundle said of its choice
-    machine: dict[str, Any]  # As `machine` measured it
+    Attributes:
+        profile: Name of the profile.
+        code: Instance -> key of the code that its run cells reach.
+        parameters: Instance -> its parameters.
+        seconds: Instance -> seconds it took, start of its kernel included.
+        models: Rows of one number of labels, as `fullest_block` returns them.
+        test_items: Test texts that accuracies are measured on.
+        served: What the stage bundle said of its choice.
+        machine: As `machine` measured it.
+    """
+
+    profile: str
+    code: dict[str, str]
+    parameters: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    models: list[dict]
+    test_items: int | None
+    served: str
+    machine: dict[str, Any]
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        "Read what `keep_run` wrote. Raises `MissingError`, `DataError`."
+        """Read what `keep_run` wrote. Raises `MissingError`, `DataError`.
+
+        Args:
+            file: Such as run_laptop.json.
+        """
         try:
             return cls(**read_json(file))
         except TypeError as e:
