@@ -411,7 +411,11 @@ def headline_metrics(half: TrainingHalf, scores: dict[str, dict[str, float]]) ->
     if "test" not in scores:
         return found
     test = scores["test"]
-    return {f"{name}_test": test[name], **found, **{other: test[other] for other in half.further_metrics}}
+    return {
+        f"{name}_test": test[name],
+        **found,
+        **{other: test[other] for other in half.further_metrics},
+    }
 
 
 def reload_and_compare(
