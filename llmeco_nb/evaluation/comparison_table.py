@@ -8,6 +8,7 @@ __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'Mo
            'ModelKey', 'ComparisonTable', 'left_out_text', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -18,7 +19,7 @@ from ..core import DataError, read_json, write_json
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
-from ..stats.significance import Interval, bootstrap, compare, confusion_statistic, wilson
+from ..stats.significance import bootstrap, compare, confusion_statistic, wilson
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, read_predictions_file, scores_of
 from ..tasks.registry import find_task, task_of
@@ -211,19 +212,14 @@ class ModelRow:
         return tuple(getattr(self, name) for name in names)
 
     @classmethod
-    def test_interval(
-        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
-    ) -> Interval:
-        """Estimate and 95 % interval of a metric; each task's row says how.
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """A metric as `bootstrap` takes it: (w, targets, predicted) -> values.
 
         Args:
             metric: A key of `metrics`.
-            targets: True values, shape (items,).
-            predicted: Of `Task.predict`, shape (items,).
             schema: Of the corpus.
-            seed: Of the bootstrap.
         """
-        raise NotImplementedError(f"{cls.__name__} does not say how a metric gets its interval.")
+        raise NotImplementedError(f"{cls.__name__} does not say what {metric} is.")
 
     def quality(self, split: str = "test") -> float:
         """A number that is larger for a better model; -inf where it has no answers.
@@ -254,16 +250,14 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow(ModelRow):
-    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1].
+    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1]. The 95 %
+    intervals are `accuracy_low` to `accuracy_high` (Wilson) and `macro_f1_low` to `macro_f1_high`
+    (bootstrap).
 
     Attributes:
         validation_accuracy: None: it has no answers on validation.
         accuracy: On the test texts.
-        accuracy_low: Lower end of its 95 % interval (Wilson).
-        accuracy_high: Upper end.
         macro_f1: On the test texts.
-        macro_f1_low: Lower end of its 95 % interval (bootstrap).
-        macro_f1_high: Upper end.
     """
 
     metrics = {
@@ -280,42 +274,28 @@ class TableRow(ModelRow):
     macro_f1_high: float
 
     @classmethod
-    def test_interval(
-        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
-    ) -> Interval:
-        """Wilson's interval of the accuracy, the bootstrap's of macro-F1.
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """Macro-F1; the interval of an accuracy needs no draws.
 
         Args:
             metric: A key of `metrics`.
-            targets: True values, shape (items,).
-            predicted: Of `Task.predict`, shape (items,).
             schema: Of the corpus.
-            seed: Of the bootstrap.
         """
-        if metric == "accuracy":
-            return wilson(int((targets == predicted).sum()), len(targets))
-        statistic = confusion_statistic("f1", "macro", len(schema.labels))
-        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
+        return confusion_statistic("f1", metric.removesuffix("_f1"), len(schema.labels))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(ModelRow):
-    """One model of numbers at one number of labels. Intervals are 95 % by the bootstrap.
+    """One model of numbers at one number of labels. The 95 % intervals, by the bootstrap, are
+    `mae_low` to `mae_high`, `rmse_low` to `rmse_high`, `r2_low` to `r2_high`, and `spearman_low` to
+    `spearman_high`.
 
     Attributes:
         validation_mae: None: it has no answers on validation.
         mae: Mean absolute error on the test texts.
-        mae_low: Lower end of its interval.
-        mae_high: Upper end.
         rmse: Root mean squared error on the test texts.
-        rmse_low: Lower end of its interval.
-        rmse_high: Upper end.
         r2: Share of the variance that is explained, at most 1.
-        r2_low: Lower end of its interval.
-        r2_high: Upper end.
         spearman: Rank correlation, in [-1, 1].
-        spearman_low: Lower end of its interval.
-        spearman_high: Upper end.
     """
 
     metrics = {
@@ -340,20 +320,14 @@ class NumberRow(ModelRow):
     spearman_high: float
 
     @classmethod
-    def test_interval(
-        cls, metric: str, targets: np.ndarray, predicted: np.ndarray, schema: Schema, seed: int
-    ) -> Interval:
-        """The bootstrap's interval of any metric of numbers.
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """A metric of numbers.
 
         Args:
             metric: A key of `metrics`.
-            targets: True values, shape (items,).
-            predicted: Of `Task.predict`, shape (items,).
             schema: Of the corpus.
-            seed: Of the bootstrap.
         """
-        statistic = regression_statistic(metric)
-        return bootstrap(statistic, targets, predicted, resamples=1000, seed=seed)
+        return regression_statistic(metric)
 
 
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
@@ -372,7 +346,10 @@ def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str,
     found = {}
     kind = row_types[schema.task]
     for name in kind.metrics:
-        interval = kind.test_interval(name, y, p, schema, seed)
+        if name == "accuracy":
+            interval = wilson(int((y == p).sum()), len(y))
+        else:
+            interval = bootstrap(kind.statistic(name, schema), y, p, resamples=1000, seed=seed)
         found |= {name: interval.estimate}
         found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found

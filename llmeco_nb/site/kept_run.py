@@ -7,7 +7,6 @@ __all__ = ['columns', 'fullest_block', 'KeptRun', 'kept_run_file', 'keep_run', '
 
 # %% ../../nbs/0_ground/05h_kept_run.ipynb #41945427
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..runner.benchmarks import code_key
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, read_profile
 from .charts import intervals_svg
-from .comparisons import comparison_rows
+from .comparisons import comparison_rows, fullest_size
 from .results import gather
 from .style import dark, diagram_css, light, variables
 
@@ -34,9 +33,8 @@ def fullest_block(rows: list[dict]) -> list[dict]:
         rows: As `comparison_rows` returns them, with accuracies in [0, 1].
     """
     rows = [r for r in rows if "accuracy_low" in r]
-    count = Counter(r["labels"] for r in rows)
-    size = max(count, key=lambda n: (count[n], n), default=None)
-    found = [{k: r.get(k) for k in columns} for r in rows if r["labels"] == size]
+    size = fullest_size(rows)
+    found = [{k: r.get(k) for k in columns} for r in rows if r.get("labels") == size]
     return sorted(found, key=lambda r: -r["accuracy"])
 
 
