@@ -35,6 +35,17 @@ from pydantic.dataclasses import dataclass
 from .core import UsageError
 
 # %% ../nbs/0_ground/00f_config.ipynb #acc187b0
+def _list_items(text: str) -> list[str]:
+    """The items of a list as people write it: `a, b`, the whole perhaps in brackets, an item
+    perhaps in quotes. Other brackets belong to the items: `It was [MASK]` is one."""
+    text, depth = text.strip(), 0
+    closed = [i for i, c in enumerate(text) if (depth := depth + (c == "[") - (c == "]")) == 0]
+    if text.startswith("[") and closed[:1] == [len(text) - 1]:
+        text = text[1:-1]
+    items = re.findall(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]*?))\s*(?:,|$)""", text)
+    return [found for item in items if (found := "".join(item))]
+
+
 def _read(value: Any, kind: Any) -> Any:
     "A value as people write it, brought nearer to the type `kind`; pydantic judges what comes out."
     if get_origin(kind) is Annotated:
@@ -63,8 +74,9 @@ def _read(value: Any, kind: Any) -> Any:
     ):
         return float(value)
     if get_origin(kind) is list and isinstance(value, str):
-        inside = value.strip().removeprefix("[").removesuffix("]")
-        return [_read(v.strip(), get_args(kind)[0]) for v in inside.split(",") if v.strip()]
+        value = _list_items(value)
+    if get_origin(kind) is list and isinstance(value, (list, tuple)):
+        return [_read(v, get_args(kind)[0]) for v in value]
     return value
 
 

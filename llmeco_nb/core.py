@@ -379,6 +379,11 @@ class Record:
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return [json.loads(line) for line in lines]
 
+    def num_rows(self) -> int:
+        "How many rows the log has."
+        file = self.path / "log.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
     def rewind(self, rows: int):
         """Keep the first `rows` rows of the log: a stage that resumes from a checkpoint drops what
         was logged after it."""

@@ -28,6 +28,7 @@ from llmeco_nb.core import (  # noqa: E402
 from llmeco_nb.runner.identity import read_parameters  # noqa: E402
 from llmeco_nb.runner.stages import StageRegistry  # noqa: E402
 from llmeco_nb.training.parallel import (  # noqa: E402
+    current_world,
     init_process_group,
     launch,
     launched_main,
@@ -281,6 +282,23 @@ def test_the_loop_in_two_processes_resumes_to_the_bit(tmp_path):
         r["rewind"] for r in rows_of(tmp_path / "hit") if "rewind" in r
     ] == [1]
     assert all(map(torch.equal, masters(tmp_path / "calm"), masters(tmp_path / "hit")))
+
+
+def test_a_callback_of_one_process_ends_the_training_of_all(tmp_path):
+    from llmeco_nb.training.task import Callback, added_callbacks
+
+    class Ending(Callback):
+        def on_step_end(self, run, result):
+            if current_world().rank == 1 and run.state.step == 4:
+                run.end()
+
+    def ended(world):
+        record = create_record(tmp_path / str(world.rank), "toy")
+        with added_callbacks(Ending()):
+            cases.training(record)
+        return [(r["step"], "lr" in r) for r in record.rows()][-2:]
+
+    assert forked(ended, 2, tmp_path, timeout=60) == [[[5, True], [5, False]]] * 2
 
 
 def test_the_loop_through_ddp(tmp_path, alone):

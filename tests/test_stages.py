@@ -135,3 +135,15 @@ def test_what_does_not_fit_is_refused(tmp_path, kind, written):
 def test_merged_mappings_still_work(tmp_path):
     (tmp_path / "a.yaml").write_text("base: &b {text: on}\ndata: {<<: *b, label: no}\n")
     assert read_yaml(tmp_path / "a.yaml")["data"] == {"text": "on", "label": "no"}
+
+
+@pytest.mark.parametrize("prompts", ["It was [MASK]", "[MASK] is [MASK]", "[It was [MASK]]"])
+def test_brackets_of_a_prompt_are_not_those_of_the_list(prompts):
+    "As `-p pretrain.prompts=...` gives it."
+    (found,) = Parameter("prompts", "list[str]", []).coerce(prompts)
+    assert found == prompts.replace("[It", "It").replace("]]", "]")
+
+
+def test_an_item_in_quotes_may_hold_a_comma():
+    read = Parameter("prompts", "list[str]", []).coerce
+    assert read("""["Well, then", 'a "b"', it's]""") == ["Well, then", 'a "b"', "it's"]

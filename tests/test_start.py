@@ -42,8 +42,12 @@ from llmeco_nb.training.plan import (  # noqa: E402
     BATCH_SIZE_CANDIDATES,
     LR_CANDIDATES,
     Measured,
+    PlanConfig,
     forecast_vs_actual,
+    run_training,
 )
+from llmeco_nb.training.state import TrainPlan  # noqa: E402
+from llmeco_nb.training.task import TrainTask  # noqa: E402
 
 QUICK = dict(size="1x32", steps=8, batch_size=16, lr=3e-3, eval_examples=6, num_evals=2)
 KINDS = ("encoder", "decoder")
@@ -364,3 +368,26 @@ def test_a_rate_is_taken_by_every_part():
     )
     with pytest.raises(UsageError, match="lr is 0"):
         set_lr(optimiser, 0)
+
+
+def test_a_rate_that_is_given_is_the_one_that_is_used(tmp_path):
+    "Whatever the optimizer was made with."
+    model = torch.nn.Linear(4, 1)
+
+    def loss_step(model, batch, backward):
+        loss = model(batch).square().sum()
+        backward(loss)
+        return loss.detach(), len(batch)
+
+    task = TrainTask(
+        model=model,
+        optimizer=Optimiser(model, 0.1, precision="fp32"),
+        loss_step=loss_step,
+        make_batch=lambda rows, index, *share: torch.ones(rows, 4),
+        count_tokens=len,
+    )
+    make_plan = lambda measured: TrainPlan(steps=3)
+    config = PlanConfig(fingerprint={}, make_plan=make_plan, batch_size=4, lr=1e-3)
+    record = create_record(tmp_path, "toy")
+    assert run_training(record, task, config).lr == 1e-3
+    assert record.rows()[0]["lr"] == 1e-3

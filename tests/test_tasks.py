@@ -1,5 +1,6 @@
 """The light half of the task contract: schemas, checks, predictions, metrics of numbers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -26,6 +27,7 @@ from llmeco_nb.tasks.registry import (
     task_of,
     tasks,
 )
+from llmeco_nb.tasks.regression import RegressionSchema
 
 NUMBERS = st.lists(
     st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=40
@@ -113,6 +115,65 @@ def test_answers_are_json_and_say_what_was_predicted(name):
     assert task.cost("", len) == 1 and task.cost("abc", len) == 3
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1e6])
+def test_the_unit_of_the_targets_changes_neither_r2_nor_the_digits_of_an_answer(unit):
+    y = np.arange(20.0)
+    p = y + np.sin(y)
+    found, scaled = regression_report(y, p), regression_report(unit * y, unit * p)
+    assert np.isclose(scaled["r2"], found["r2"]) and found["r2"] > 0.9
+    assert regression_report([0.1] * 1001, [0.1 + unit] * 1001)["r2"] == 0
+    schema = RegressionSchema(low=0, high=unit)
+    [answer] = find_task("regression").decode(np.array([[0.123456 * unit]], np.float32), schema)
+    assert np.isclose(answer.value, 0.123456 * unit, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_a_task_is_listed_wherever_tasks_are(name):
+    "What CONTRIBUTING says of adding a task, as far as it can be counted."
+    from llmeco_nb.data.corpus import CorpusConfig
+    from llmeco_nb.evaluation.comparison import EvaluationConfig
+    from llmeco_nb.evaluation.comparison_table import row_types
+    from llmeco_nb.finetuning.classifier import halves
+
+    task, half, row = find_task(name), halves[name], row_types[name]
+    assert task.schema.task == half.task.name == CorpusConfig(task=name).task == name
+    assert task.target in [column.name for column in task.columns]
+    assert tuple(half.recipes) == task.baselines
+    assert EvaluationConfig(models=list(task.baselines)).models == list(task.baselines)
+    metric = task.selection.metric
+    assert next(iter(row.metrics)) == metric and half.monitor == f"validation_{metric}"
+    assert half.mode == ("max" if task.selection.higher_is_better else "min")
+    fields = {field.name for field in dataclasses.fields(row)}
+    ends = {f"{one}{end}" for one in row.metrics for end in ("", "_low", "_high")}
+    assert ends | {f"validation_{metric}"} <= fields
+    # a record and the table name the same metrics, and the report has them
+    assert set(half.further_metrics) | {metric} == set(row.metrics)
+    targets = np.array([0, 1, 1]) if name == "text-classification" else np.array([1.0, 2.5, 4.0])
+    schema = task.check(sample(name))
+    report = task.report(targets, targets, schema)
+    for one in row.metrics.keys() - {"accuracy"}:  # a share of items has an interval of its own
+        found = row.statistic(one, schema)(np.ones((1, 3)), targets, targets)
+        assert found[0] == pytest.approx(report[one]), one
+
+
+@pytest.mark.parametrize("name", tasks)
+def test_a_task_can_be_served_and_corrected(name):
+    for library in ("fastapi", "uvicorn", "sqlalchemy"):
+        pytest.importorskip(library, reason="serving needs the extra `serve`")
+    from llmeco_nb.deployment.ledger import stored_answer
+    from llmeco_nb.deployment.server import corrections
+
+    task = find_task(name)
+    schema = task.check(sample(name))
+    field, asked, told = corrections[name]
+    assert {field, "correct"} <= asked.model_fields.keys()
+    assert {field, "predicted"} <= told.model_fields.keys()
+    outputs = np.ones((1, len(getattr(schema, "labels", "1"))))
+    [answer] = task.decode(task.activate(outputs, schema), schema)
+    assert field in type(answer).model_fields
+    assert all(isinstance(text, str) for text in stored_answer(answer))
+
+
 def test_a_target_that_is_no_number_is_refused_with_its_row():
     rows = sample("regression")
     rows.values["target"][1] = "2,5"
@@ -132,4 +193,13 @@ def test_texts_cleaned_in_a_way_that_is_not_known_are_refused(tmp_path):
         '{"task": "regression", "low": 0, "high": 1, "cleaning": {"version": 9}}'
     )
     with pytest.raises(DataError, match=r"schema\.json.*version 9"):
+        load_schema(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ['"task": ["regression"]', '"task": "regression", "cleaning": {"unicode": "NFC"}']
+)
+def test_a_schema_of_unknown_fields_is_refused_by_its_file(tmp_path, said):
+    (tmp_path / "schema.json").write_text('{%s, "low": 0, "high": 1}' % said)
+    with pytest.raises(DataError, match=r"schema\.json"):
         load_schema(tmp_path)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, UsageError, create_record, open_record  # noqa: E402
+from llmeco_nb.core import DataError, Record, UsageError, create_record, open_record  # noqa: E402
 from llmeco_nb.training.checkpoint import (  # noqa: E402
     identity_of,
     load_checkpoint,
@@ -439,6 +439,54 @@ def test_a_killed_run_stops_where_the_undisturbed_one_does(tmp_path, task, patie
     same(straight, what_stays(*run(tmp_path / "killed", **how)))
 
 
+class Noting(Callback):
+    "Logs rows of its own."
+
+    def on_evaluation(self, run, values):
+        run.record.log(noted="evaluation", step=run.state.step)
+
+    def on_step_end(self, run, result):
+        run.record.log(noted="step", step=run.state.step)
+
+
+@pytest.mark.parametrize("step", [4, 6, 11])
+def test_rows_of_other_callbacks_survive_a_kill(tmp_path, at_step, step):
+    "Also those of the step whose checkpoint the run goes on from."
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", callbacks=(Noting(), at_step(step, die)))
+    straight = run(tmp_path / "straight", callbacks=(Noting(),))
+    killed = run(tmp_path / "killed", callbacks=(Noting(),))
+    same(what_stays(*straight), what_stays(*killed))
+    noted = [r["step"] for r in straight[0].rows() if r.get("noted") == "step"]
+    assert noted == list(range(1, 15))
+
+
+@pytest.mark.parametrize(
+    "hook,last", [("on_step_begin", 5), ("on_step_end", 5), ("on_evaluation", 6)]
+)
+@pytest.mark.parametrize("every", [5, 100])
+def test_a_callback_ends_a_training_in_good_order(tmp_path, hook, last, every):
+    "With a row, an evaluation and a checkpoint of its last step; nothing is left to do then."
+
+    def end(self, run, *_):
+        if run.state.step >= 4:
+            run.end()
+
+    ending = type("Ending", (Callback,), {hook: end})()
+    how = dict(callbacks=(ending,), evaluate_every=every, log_every=100)
+    if hook == "on_evaluation" and every > 14:
+        last = 14  # it is evaluated at the end only
+    first = run(tmp_path, **how)
+    rows = first[0].rows()
+    assert (first[2].steps, first[2].best_step is not None) == (last, True)
+    assert [r["step"] for r in rows if "lr" in r] == [last] and "validation_loss" in rows[-1]
+    same(what_stays(*first), what_stays(*run(tmp_path, **how)))
+
+
 def test_nan_is_refused_with_its_place(tmp_path):
     calls = 0
 
@@ -466,6 +514,9 @@ def test_mistakes_of_the_caller_are_named(tmp_path):
         run(tmp_path / "a", evaluate=lambda model: {"accuracy": 1.0})
     with pytest.raises(UsageError, match="steps is 0"):
         run(tmp_path / "b", steps=0)
+    for name in ("warmup", "decay", "patience", "evaluate_every", "checkpoint_every", "threads"):
+        with pytest.raises(UsageError, match=f"{name} is -1; it is at least"):
+            TrainPlan(steps=3, **{name: -1})
     with pytest.raises(UsageError, match="cosine"):
         schedule_of(TrainPlan(steps=3, schedule="cosine"))
     with pytest.raises(UsageError, match="fp16"):
@@ -545,6 +596,23 @@ def test_a_plan_is_kept_until_something_else_is_asked(tmp_path):
     (record.resume / "left").write_text("half a run")
     assert steps(dict(epochs=1), 6) == 5 and (record.resume / "left").exists()
     assert steps(dict(epochs=2), 7) == 7 and not (record.resume / "left").exists()
+
+
+def test_a_plan_goes_after_what_it_had_begun(tmp_path):
+    "Killed in between, the next attempt finds the old plan and clears the rest."
+
+    class Dying(Record):
+        @property
+        def resume(self):
+            raise KeyboardInterrupt
+
+    record = create_record(tmp_path / "r", "toy")
+    steps = lambda of, epochs, n: resolve_train_plan(of, epochs, lambda: TrainPlan(steps=n)).steps
+    assert steps(record, dict(epochs=1), 5) == 5
+    (record.resume / "left").write_text("half a run")
+    with pytest.raises(KeyboardInterrupt):
+        steps(Dying(record.path, "toy"), dict(epochs=2), 6)
+    assert steps(record, dict(epochs=2), 7) == 7 and not (record.resume / "left").exists()
 
 
 def test_order_is_a_function_of_seed_and_index():

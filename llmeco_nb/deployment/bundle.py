@@ -219,8 +219,8 @@ def match_checkpoint(
     if off[best] > 0.02:
         raise DataError(
             f"No classifier answers as {row.model} does in the table; a score of a text differs by "
-            f"{off[best]:.2g} on average in the nearest. Run finetune and evaluate again, so that they belong "
-            "together."
+            f"{off[best]:.2g} on average in the nearest. Run finetune and evaluate again, so that "
+            "they belong together."
         )
     return best
 

@@ -307,7 +307,8 @@ def listen(host: str, port: int) -> socket.socket:
             f"{host} is no address to listen at. Try 127.0.0.1 for this machine alone, or 0.0.0.0 "
             "for everybody who can reach it."
         ) from None
-    s = socket.socket(family, socket.SOCK_STREAM)
+    # named TCP, else asyncio leaves Nagle's algorithm on, and each answer waits 40 ms for an ACK
+    s = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         s.bind((host, port))

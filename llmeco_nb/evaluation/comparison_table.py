@@ -8,6 +8,7 @@ __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'Mo
            'ModelKey', 'ComparisonTable', 'left_out_text', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
-from ..finetuning.linear import recipes
-from ..finetuning.linear_regression import number_recipes
+from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
 from ..stats.significance import bootstrap, compare, confusion_statistic, wilson
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #820ff740
-all_recipes = recipes | number_recipes
+all_recipes = {name: recipe for half in halves.values() for name, recipe in half.recipes.items()}
 
 
 def read_predictions(
@@ -211,6 +211,16 @@ class ModelRow:
         names = (metric, f"{metric}_low", f"{metric}_high")
         return tuple(getattr(self, name) for name in names)
 
+    @classmethod
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """A metric as `bootstrap` takes it: (w, targets, predicted) -> values.
+
+        Args:
+            metric: A key of `metrics`.
+            schema: Of the corpus.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say what {metric} is.")
+
     def quality(self, split: str = "test") -> float:
         """A number that is larger for a better model; -inf where it has no answers.
 
@@ -240,16 +250,14 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow(ModelRow):
-    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1].
+    """One classifier at one number of labels. Accuracies and F1 are shares in [0, 1]. The 95 %
+    intervals are `accuracy_low` to `accuracy_high` (Wilson) and `macro_f1_low` to `macro_f1_high`
+    (bootstrap).
 
     Attributes:
         validation_accuracy: None: it has no answers on validation.
         accuracy: On the test texts.
-        accuracy_low: Lower end of its 95 % interval (Wilson).
-        accuracy_high: Upper end.
         macro_f1: On the test texts.
-        macro_f1_low: Lower end of its 95 % interval (bootstrap).
-        macro_f1_high: Upper end.
     """
 
     metrics = {
@@ -265,25 +273,29 @@ class TableRow(ModelRow):
     macro_f1_low: float
     macro_f1_high: float
 
+    @classmethod
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """Macro-F1; the interval of an accuracy needs no draws.
+
+        Args:
+            metric: A key of `metrics`.
+            schema: Of the corpus.
+        """
+        return confusion_statistic("f1", metric.removesuffix("_f1"), len(schema.labels))
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRow(ModelRow):
-    """One model of numbers at one number of labels. Intervals are 95 % by the bootstrap.
+    """One model of numbers at one number of labels. The 95 % intervals, by the bootstrap, are
+    `mae_low` to `mae_high`, `rmse_low` to `rmse_high`, `r2_low` to `r2_high`, and `spearman_low` to
+    `spearman_high`.
 
     Attributes:
         validation_mae: None: it has no answers on validation.
         mae: Mean absolute error on the test texts.
-        mae_low: Lower end of its interval.
-        mae_high: Upper end.
         rmse: Root mean squared error on the test texts.
-        rmse_low: Lower end of its interval.
-        rmse_high: Upper end.
         r2: Share of the variance that is explained, at most 1.
-        r2_low: Lower end of its interval.
-        r2_high: Upper end.
         spearman: Rank correlation, in [-1, 1].
-        spearman_low: Lower end of its interval.
-        spearman_high: Upper end.
     """
 
     metrics = {
@@ -307,6 +319,16 @@ class NumberRow(ModelRow):
     spearman_low: float
     spearman_high: float
 
+    @classmethod
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """A metric of numbers.
+
+        Args:
+            metric: A key of `metrics`.
+            schema: Of the corpus.
+        """
+        return regression_statistic(metric)
+
 
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
 
@@ -322,14 +344,12 @@ def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str,
     y = test.target.to_numpy()
     p = test.prediction.to_numpy()
     found = {}
-    for name in row_types[schema.task].metrics:
+    kind = row_types[schema.task]
+    for name in kind.metrics:
         if name == "accuracy":
             interval = wilson(int((y == p).sum()), len(y))
-        elif name == "macro_f1":
-            statistic = confusion_statistic("f1", "macro", len(schema.labels))
-            interval = bootstrap(statistic, y, p, resamples=1000, seed=seed)
         else:
-            interval = bootstrap(regression_statistic(name), y, p, resamples=1000, seed=seed)
+            interval = bootstrap(kind.statistic(name, schema), y, p, resamples=1000, seed=seed)
         found |= {name: interval.estimate}
         found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     return found

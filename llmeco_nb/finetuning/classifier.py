@@ -258,7 +258,7 @@ def fine_tune(
     schema = load_schema(corpus)
     names = getattr(schema, "labels", [])
     half = halves[schema.task]
-    if schema.task == "text-classification" and len(names) < 2:
+    if hasattr(schema, "labels") and len(names) < 2:
         raise DataError(
             f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus "
             "with a label column."
@@ -399,17 +399,23 @@ def fine_tune(
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #cc748664
 def headline_metrics(half: TrainingHalf, scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What a record says of a model: the selecting metric on both splits, the others on test.
+    """What a record says of a model: the selecting metric on both splits, the others on test; of a
+    corpus without test texts nothing about test.
 
     Args:
         half: Of the task.
         scores: Split -> its report.
     """
     name = half.task.selection.metric
-    test = scores.get("test", scores["validation"])
-    found = {f"{name}_test": test[name], f"{name}_validation": scores["validation"][name]}
-    further = {"accuracy": ["macro_f1"], "mae": ["rmse", "r2", "spearman"]}.get(name, [])
-    return found | {other: test[other] for other in further}
+    found = {f"{name}_validation": scores["validation"][name]}
+    if "test" not in scores:
+        return found
+    test = scores["test"]
+    return {
+        f"{name}_test": test[name],
+        **found,
+        **{other: test[other] for other in half.further_metrics},
+    }
 
 
 def reload_and_compare(

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .checkpoints import build_classifier
+from .linear import LinearText, RowSplit
+from .linear_regression import fit_number, number_recipes
+from .ngram_counts import NgramCounts
 from .training_half import TrainingHalf
 from ..tasks.registry import find_task
 from ..tasks.regression import RegressionSchema
@@ -47,6 +50,8 @@ class RegressionTraining(TrainingHalf[RegressionSchema]):
     task = find_task("regression")
     monitor = "validation_mae"
     mode = "min"
+    further_metrics = ("rmse", "r2", "spearman")
+    recipes = number_recipes
 
     def fit_schema(self, schema: RegressionSchema, train: "pd.DataFrame") -> RegressionSchema:
         """The schema with mean and scale of the training targets.
@@ -116,3 +121,25 @@ class RegressionTraining(TrainingHalf[RegressionSchema]):
             validation_loss=float(np.square(off / schema.scale).mean()),
             validation_mae=float(np.abs(off).mean()),
         )
+
+    def fit_baseline(
+        self,
+        name: str,
+        counted: dict[str, NgramCounts],
+        y: np.ndarray,
+        rows: RowSplit,
+        schema: RegressionSchema,
+        seed: int = 0,
+    ) -> tuple[LinearText, np.ndarray]:
+        """A linear model of numbers, and its numbers for `rows.scored`.
+
+        Args:
+            name: Of `recipes`.
+            counted: For every analyzer the counts of all texts.
+            y: Number of every text, shape (texts,).
+            rows: What each text serves for.
+            schema: Of the corpus.
+            seed: Not used: the solver draws nothing.
+        """
+        model, numbers = fit_number(name, counted, y, rows)
+        return model, numbers.astype(np.float32)

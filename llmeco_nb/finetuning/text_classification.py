@@ -14,6 +14,8 @@ import numpy as np
 from ..core import Record
 from .checkpoints import build_classifier
 from .encoding import predict_outputs
+from .linear import LinearText, RowSplit, fit, recipes, softmax
+from .ngram_counts import NgramCounts
 from .training_half import TrainingHalf
 from ..tasks.registry import find_task
 from ..tasks.text_classification import ClassificationSchema
@@ -74,6 +76,8 @@ class ClassificationTraining(TrainingHalf[ClassificationSchema]):
     task = find_task("text-classification")
     monitor = "validation_accuracy"
     mode = "max"
+    further_metrics = ("macro_f1",)
+    recipes = recipes
 
     def targets(self, rows: "pd.DataFrame", schema: ClassificationSchema) -> list[int]:
         """Class indices.
@@ -134,3 +138,25 @@ class ClassificationTraining(TrainingHalf[ClassificationSchema]):
             validation_loss=-np.log(np.maximum(right, 1e-9)).mean(),
             validation_accuracy=(scores.argmax(1) == targets).mean(),
         )
+
+    def fit_baseline(
+        self,
+        name: str,
+        counted: dict[str, NgramCounts],
+        y: np.ndarray,
+        rows: RowSplit,
+        schema: ClassificationSchema,
+        seed: int = 0,
+    ) -> tuple[LinearText, np.ndarray]:
+        """A linear classifier, and its probabilities for `rows.scored`.
+
+        Args:
+            name: Of `recipes`.
+            counted: For every analyzer the counts of all texts.
+            y: Class index of every text, shape (texts,).
+            rows: What each text serves for.
+            schema: Of the corpus.
+            seed: Of the solvers.
+        """
+        model, scores = fit(name, counted, y, rows, schema.labels, seed)
+        return model, softmax(model.scale * scores).astype(np.float32)

@@ -15,6 +15,8 @@ import numpy as np
 
 from ..core import Record
 from .encoding import predict_outputs, tokenize_texts
+from .linear import LinearText, Recipe, RowSplit
+from .ngram_counts import NgramCounts
 from ..tasks.contract import SchemaT, Task
 
 # %% ../../nbs/2_finetuning/20h_training_half.ipynb #0d859f75
@@ -58,6 +60,8 @@ class TrainingHalf(ABC, Generic[SchemaT]):
     task: Task[SchemaT]  # The light half
     monitor: ClassVar[str]  # The number of `evaluate` that decides which weights are best
     mode: ClassVar[Literal["max", "min"]]  # Whether more of it is better, or less
+    further_metrics: ClassVar[tuple[str, ...]] = ()  # Of `Task.report`, that a record states, too
+    recipes: ClassVar[dict[str, Recipe]]  # Linear baselines by name, those of `Task.baselines`
 
     def fit_schema(self, schema: SchemaT, train: "pd.DataFrame") -> SchemaT:
         """The schema with what is learned from the training rows alone; usually nothing.
@@ -162,3 +166,24 @@ class TrainingHalf(ABC, Generic[SchemaT]):
             record: Whose progress is told.
         """
         return predict_outputs(model, rows, pad, self.activation(schema), record=record)
+
+    @abstractmethod
+    def fit_baseline(
+        self,
+        name: str,
+        counted: dict[str, NgramCounts],
+        y: np.ndarray,
+        rows: RowSplit,
+        schema: SchemaT,
+        seed: int = 0,
+    ) -> tuple[LinearText, np.ndarray]:
+        """A baseline, and its scores for `rows.scored`, float32 of shape (texts, scores).
+
+        Args:
+            name: Of `recipes`.
+            counted: For every analyzer the counts of all texts.
+            y: Target of every text, shape (texts,).
+            rows: What each text serves for.
+            schema: Of the corpus.
+            seed: Of the solvers.
+        """

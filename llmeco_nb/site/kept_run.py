@@ -7,7 +7,6 @@ __all__ = ['columns', 'fullest_block', 'KeptRun', 'kept_run_file', 'keep_run', '
 
 # %% ../../nbs/0_ground/05h_kept_run.ipynb #41945427
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..runner.benchmarks import code_key
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, read_profile
 from .charts import intervals_svg
-from .comparisons import comparison_rows
+from .comparisons import comparison_rows, fullest_size
 from .results import gather
 from .style import dark, diagram_css, light, variables
 
@@ -34,28 +33,42 @@ def fullest_block(rows: list[dict]) -> list[dict]:
         rows: As `comparison_rows` returns them, with accuracies in [0, 1].
     """
     rows = [r for r in rows if "accuracy_low" in r]
-    count = Counter(r["labels"] for r in rows)
-    size = max(count, key=lambda n: (count[n], n), default=None)
-    found = [{k: r.get(k) for k in columns} for r in rows if r["labels"] == size]
+    size = fullest_size(rows)
+    found = [{k: r.get(k) for k in columns} for r in rows if r.get("labels") == size]
     return sorted(found, key=lambda r: -r["accuracy"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRun:
-    "What `run_<profile>.json` holds."
+    """What `run_<profile>.json` holds.
 
-    profile: str  # Name of the profile
-    code: dict[str, str]  # Instance -> key of the code that its run cells reach
-    parameters: dict[str, dict[str, Any]]  # Instance -> its parameters
-    seconds: dict[str, float]  # Instance -> seconds it took, start of its kernel included
-    models: list[dict]  # Rows of one number of labels, as `fullest_block` returns them
-    test_items: int | None  # Test texts that accuracies are measured on
-    served: str  # What the stage bundle said of its choice
-    machine: dict[str, Any]  # As `machine` measured it
+    Attributes:
+        profile: Name of the profile.
+        code: Instance -> key of the code that its run cells reach.
+        parameters: Instance -> its parameters.
+        seconds: Instance -> seconds it took, start of its kernel included.
+        models: Rows of one number of labels, as `fullest_block` returns them.
+        test_items: Test texts that accuracies are measured on.
+        served: What the stage bundle said of its choice.
+        machine: As `machine` measured it.
+    """
+
+    profile: str
+    code: dict[str, str]
+    parameters: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    models: list[dict]
+    test_items: int | None
+    served: str
+    machine: dict[str, Any]
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        "Read what `keep_run` wrote. Raises `MissingError`, `DataError`."
+        """Read what `keep_run` wrote. Raises `MissingError`, `DataError`.
+
+        Args:
+            file: Such as run_laptop.json.
+        """
         try:
             return cls(**read_json(file))
         except TypeError as e:

@@ -66,7 +66,6 @@ class Logging(Callback):
         state.weight = 0.0
         state.tokens_since_log = 0
         state.logged_at = seconds
-        state.log_rows += 1
 
 # %% ../../nbs/1_pretraining/15d_callbacks.ipynb #c28f2d63
 class Evaluation(Callback):
@@ -86,7 +85,6 @@ class Evaluation(Callback):
         """
         values = self.values(run)
         run.record.log(step=run.state.step, tokens=run.state.tokens, **values)
-        run.state.log_rows += 1
         self.count_progress(run, values, self.keep_best(run, values[run.task.monitor]))
         run.notify("on_evaluation", values)
 
@@ -157,6 +155,7 @@ def store_checkpoint(run: TrainRun) -> None:
         run: As it is between two steps.
     """
     writes = current_world().rank == 0
+    run.state.log_rows = run.record.num_rows()  # whoever wrote them
     save_checkpoint(run.folder, run.task.optimizer, run.state, run.identity, writes)
 
 
@@ -223,7 +222,6 @@ class SpikeGuard(Callback):
             rate=after.lr_scale,
             why=why,
         )
-        after.log_rows = stored.log_rows + 1
         run.state = after
         store_checkpoint(run)
         barrier()

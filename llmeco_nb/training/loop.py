@@ -180,9 +180,9 @@ def resolve_plan_on_rank_zero(record: Record, asked: dict, make: Callable[[], di
     plan = record.plan(lambda: {**make(), "asked": key})
     if plan["asked"] == key:
         return plan
-    plan_file(record).unlink()
     shutil.rmtree(record.resume)
     record.rewind(0)
+    plan_file(record).unlink()  # last: killed before it, the next attempt does all of it
     return record.plan(lambda: {**make(), "asked": key})
 
 
@@ -328,7 +328,7 @@ def rows_before(folder: Path, record: Record) -> int:
     mark = folder / "before.json"
     if not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"rows": len(record.rows())})
+        write_json(mark, {"rows": record.num_rows()})
     return read_json(mark)["rows"]
 
 
@@ -342,7 +342,7 @@ def begin_run(
         record: Its `resume` keeps the checkpoints.
         task: Gets the weights of the last checkpoint, if there is one.
         plan: Must be the one of the checkpoint.
-        callbacks: After those that every training has.
+        callbacks: After those that every training has, but before checkpoints are stored.
     """
     folder = Path(run_on_rank_zero(lambda: str(record.resume / task.name)))
     identity = identity_of(task.optimizer, plan, **task.identity)
@@ -352,7 +352,8 @@ def begin_run(
     if not state.done:  # after a training that is done, the rows of the next one may follow
         record.rewind(state.log_rows)
     barrier()  # nobody writes a checkpoint that somebody is still reading
-    taking_part = (*default_callbacks(), *callbacks, *current_callbacks())
+    *usual, checkpointing = default_callbacks()
+    taking_part = (*usual, *callbacks, *current_callbacks(), checkpointing)
     return TrainRun(record, task, plan, state, folder, identity, taking_part)
 
 
@@ -387,7 +388,8 @@ def take_step(
         return
     mark_step(run.task.device)
     run.state.step = number + 1
-    run.state.done = run.state.step >= run.plan.steps
+    ended = all_reduce_sum([float(run.ending)])[0] > 0  # one process that wants it is enough
+    run.state.done = ended or run.state.step >= run.plan.steps
     run.notify("on_step_end", result)
 
 
@@ -411,14 +413,14 @@ def train_task(
     callbacks: tuple[Callback, ...] = (),
     workers: int = 0,
 ) -> TrainResult:
-    """Train to the end of the plan, or until `patience` is spent; resumes by itself. The model then
-    has its best weights.
+    """Train to the end of the plan, until `patience` is spent or a callback ends it; resumes by
+    itself. The model then has its best weights.
 
     Args:
         record: Gets log rows and progress; its `resume` keeps the checkpoints.
         task: What is trained.
         plan: How long, and by which schedule.
-        callbacks: After those that every training has.
+        callbacks: After those that every training has, but before checkpoints are stored.
         workers: Processes that make batches ahead; changes no result.
     """
     seed = torch.initial_seed()

@@ -327,15 +327,16 @@ def plan_training(record: Record, task: TrainTask, config: PlanConfig) -> TrainP
 
     Args:
         record: Keeps plan, trials and forecast.
-        task: Its optimizer is moved to the learning rate that is found.
+        task: Its optimizer is moved to the learning rate that is given or found.
         config: What the stage says of its training.
     """
     if task.count_tokens is None:
         raise UsageError(f"The task {task.name} has no count_tokens; a forecast needs it.")
     trials = Trials(task, config)
     plan = resolve_train_plan(record, config.fingerprint, lambda: make_plan(record, trials))
-    if plan.lr is not None:
-        set_lr(task.optimizer, plan.lr)
+    lr = config.lr if plan.lr is None else plan.lr
+    if lr is not None:
+        set_lr(task.optimizer, lr)
     says = run_on_rank_zero(lambda: make_forecast(record, trials, plan))
     if current_world().rank == 0:
         print(*says, sep="\n")
@@ -417,7 +418,7 @@ def run_training(
         record: Keeps plan, forecast, log and checkpoints.
         task: What is trained; its model has its best weights afterwards.
         config: What the stage says of its training.
-        callbacks: After those that every training has.
+        callbacks: After those that every training has, but before checkpoints are stored.
         workers: Processes that make batches ahead; changes no result.
     """
     plan = plan_training(record, task, config)

@@ -102,6 +102,12 @@ class TrainPlan(Stored):
             )
         if self.log_every < 1:
             raise UsageError(f"log_every is {self.log_every}; it is at least 1.")
+        from_one = ("evaluate_every", "checkpoint_every", "spike_threshold", "threads")
+        from_zero = ("warmup", "decay", "patience", "max_rollbacks")
+        for name in (*from_one, *from_zero):
+            value, least = getattr(self, name), int(name in from_one)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; it is at least {least}.")
 
     def to_json(self) -> dict[str, Any]:
         "The plan as whole numbers and text; fields that are None are left out."
@@ -186,7 +192,7 @@ class TrainResult:
 
     Attributes:
         plan: By which it was done.
-        steps: Taken; fewer than planned where `stopped`.
+        steps: Taken; fewer than planned where `stopped`, or where a callback ended it.
         tokens: Read.
         seconds: Trained, interruptions not counted.
         loss: Mean a token over the steps of the last row of the log.

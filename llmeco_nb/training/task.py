@@ -188,6 +188,7 @@ class TrainRun:
         identity: What a checkpoint must agree in, from `identity_of`.
         callbacks: Called in this order.
         started_at: As if it had never been interrupted.
+        ending: Whether `end` was called.
     """
 
     record: Record
@@ -198,11 +199,17 @@ class TrainRun:
     identity: dict[str, Any]
     callbacks: tuple["Callback", ...] = ()
     started_at: float = field(default_factory=time.monotonic)
+    ending: bool = False
 
     @property
     def seconds(self) -> float:
         "Trained so far, interruptions not counted."
         return time.monotonic() - self.started_at
+
+    def end(self) -> None:
+        """Let the step under way be the last one, or after it (in `on_step_end`) the next; it is
+        logged, evaluated and stored as such."""
+        self.ending = True
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that is done every so many steps is to be done after this one.
@@ -230,7 +237,7 @@ class Callback:
         "Before the first step of this attempt; `run.state` may be that of a checkpoint."
 
     def on_step_begin(self, run: TrainRun) -> None:
-        "Before step `run.state.step`, counted from 0. Its batches are not made yet."
+        "Before step `run.state.step`, counted from 0. Workers may have made its batches already."
 
     def accepts_loss(self, run: TrainRun, loss: float) -> bool:
         "Whether `run` may update the weights by a step whose mean loss is `loss`."
@@ -248,7 +255,7 @@ class Callback:
         "After an evaluation of `run`, whose `values` are in the log already."
 
     def on_checkpoint(self, run: TrainRun) -> None:
-        "After a checkpoint of `run` was stored."
+        "After a checkpoint of `run` was stored; what is logged here is not in it."
 
     def on_train_end(self, run: TrainRun) -> None:
         "After the last step of `run`, before the best weights are taken."
@@ -262,7 +269,7 @@ def added_callbacks(*callbacks: Callback) -> Iterator[None]:
     """Every training of this process that begins in the `with` block has these callbacks, too.
 
     Args:
-        *callbacks: Called after those that a training has anyway.
+        *callbacks: Called after those that a training has anyway, before checkpoints are stored.
     """
     _added.extend(callbacks)
     try:
