@@ -371,7 +371,9 @@ def test_a_corpus_without_test_texts_is_enough(tmp_path):
         made(tmp_path / "small", train=12, validation=6, test=0),
         config=ClassifierConfig(**{**SMALL, "epochs": 1}),
     )
-    assert record.metrics["accuracy_test"] == record.metrics["accuracy_validation"]
+    m = record.metrics
+    assert 0 < m["accuracy_validation"] <= 1
+    assert not {"accuracy_test", "macro_f1"} & m.keys(), "there is no test text to say that of"
     assert set(pd.read_parquet(record.artifact("predictions")).split) == {"validation"}
 
 

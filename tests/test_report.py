@@ -23,7 +23,12 @@ from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.store import Run
-from llmeco_nb.site.comparisons import accuracy_picture, comparison, one_table
+from llmeco_nb.site.comparisons import (
+    accuracy_picture,
+    comparison,
+    learning_curve_picture,
+    one_table,
+)
 from llmeco_nb.site.diagram import ring_svg
 from llmeco_nb.site.docs import chapter_map, render_readme, render_site
 from llmeco_nb.site.kept_run import KeptRun, front_page_results, keep_run
@@ -31,6 +36,7 @@ from llmeco_nb.site.markup import PageRenderer, code_summary
 from llmeco_nb.site.page import NOT_EXECUTED, PageCell, output_html, render_chapter
 from llmeco_nb.site.report import render_report
 from llmeco_nb.site.style import contrast, dark, light, style
+from llmeco_nb.site.template import format_value
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = set("area base br col embed hr img input link meta source track wbr".split())
@@ -617,6 +623,13 @@ def test_comparison_says_what_was_claimed():
     assert "−0.369" in table and "-0.369" not in table and "[−0.4,\u00a0−0.3]" in table
     assert "Short names" in comparison([dict(row, model="tfidf_lr", title="TF-IDF")])
     assert accuracy_picture([dict(row, model="a")]).count("<circle") == 1
+    points = [dict(row, model="a", labels=n) for n in (100, 1000, 10_000)]
+    drawn = learning_curve_picture([*points, dict(row, model="b", title="b<", labels=100)])
+    assert drawn.count('class="curve"') == 2 and drawn.count("<circle") == 1 and "b<" not in drawn
+    first, middle, last = (float(x) for x in re.findall(r"([\d.]+),[\d.]+", drawn)[:3])
+    assert abs((first + last) / 2 - middle) < 0.2, "equal factors are equally far apart"
+    assert learning_curve_picture([dict(row, model="a", labels=9)]) == ""
+    assert format_value(-0.0) == "0" and format_value(-0.5) == "−0.5"
 
 
 def test_parameters_stand_in_their_columns(project):

@@ -247,6 +247,36 @@ def test_a_linear_regression_is_served(ratings, tmp_path):
     assert answer["value"] == pytest.approx(float(model.outputs([text])[0, 0]), abs=1e-3)
 
 
+@pytest.mark.parametrize("unit,shift", [(1e6, -10), (1e-6, 0)])
+def test_the_unit_of_the_targets_changes_no_verdict(tmp_path, unit, shift):
+    "Large negative targets are compared, and a changed model of tiny ones is not packed."
+    rng = np.random.default_rng(0)
+    words = np.array(["awful", "bad", "fine", "good", "great"])
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, n in (("train", 60), ("validation", 30), ("test", 30)):
+        drawn = rng.integers(0, 5, (n, 4))
+        texts = [f"{' '.join(words[k])} t{i}" for i, k in enumerate(drawn)]
+        target = unit * (drawn.mean(1) + shift + 0.1 * rng.normal(size=n))
+        rows = dict(id=[f"{name}-{i}" for i in range(n)], text=texts, target=target)
+        pd.DataFrame(rows).to_parquet(corpus / f"{name}.parquet")
+    seen = pd.read_parquet(corpus / "train.parquet").target
+    save_schema(RegressionSchema(low=seen.min(), high=seen.max()), corpus)
+    table = evaluate_models(create_record(tmp_path / "evaluate-0", "evaluate"), str(corpus))
+    row = max(read_json(table / "table.json")["rows"], key=lambda r: r["r2"])
+    assert row["model"] == "tfidf_ridge" and row["r2"] > 0.8
+    saved = table.parent / "baselines"
+    given = str(corpus), [], str(saved), str(table)
+    bundle = build_bundle(create_record(tmp_path / "bundle-0", "bundle"), *given)
+    assert verify(bundle).schema.scale == pytest.approx(seen.std(ddof=0))
+    [answer] = Predictor.load(bundle).predict_batch(["great great great great"])
+    assert answer.value == pytest.approx(unit * (4 + shift), abs=unit)
+    for file in saved.glob("tfidf_ridge-*/weights_0.npy"):
+        np.save(file, 1.01 * np.load(file))
+    with pytest.raises(DataError, match="does not answer as the original"):
+        build_bundle(create_record(tmp_path / "bundle-1", "bundle"), *given)
+
+
 def test_a_fitted_regression_is_served(ratings, rating_bundle, tmp_path):
     manifest = verify(rating_bundle)
     own = load_schema(ratings / "model")

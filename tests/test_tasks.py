@@ -27,6 +27,7 @@ from llmeco_nb.tasks.registry import (
     task_of,
     tasks,
 )
+from llmeco_nb.tasks.regression import RegressionSchema
 
 NUMBERS = st.lists(
     st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=40
@@ -114,6 +115,18 @@ def test_answers_are_json_and_say_what_was_predicted(name):
     assert task.cost("", len) == 1 and task.cost("abc", len) == 3
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1e6])
+def test_the_unit_of_the_targets_changes_neither_r2_nor_the_digits_of_an_answer(unit):
+    y = np.arange(20.0)
+    p = y + np.sin(y)
+    found, scaled = regression_report(y, p), regression_report(unit * y, unit * p)
+    assert np.isclose(scaled["r2"], found["r2"]) and found["r2"] > 0.9
+    assert regression_report([0.1] * 1001, [0.1 + unit] * 1001)["r2"] == 0
+    schema = RegressionSchema(low=0, high=unit)
+    [answer] = find_task("regression").decode(np.array([[0.123456 * unit]], np.float32), schema)
+    assert np.isclose(answer.value, 0.123456 * unit, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", tasks)
 def test_a_task_is_listed_wherever_tasks_are(name):
     "What CONTRIBUTING says of adding a task, as far as it can be counted."
@@ -185,4 +198,13 @@ def test_texts_cleaned_in_a_way_that_is_not_known_are_refused(tmp_path):
         '{"task": "regression", "low": 0, "high": 1, "cleaning": {"version": 9}}'
     )
     with pytest.raises(DataError, match=r"schema\.json.*version 9"):
+        load_schema(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ['"task": ["regression"]', '"task": "regression", "cleaning": {"unicode": "NFC"}']
+)
+def test_a_schema_of_unknown_fields_is_refused_by_its_file(tmp_path, said):
+    (tmp_path / "schema.json").write_text('{%s, "low": 0, "high": 1}' % said)
+    with pytest.raises(DataError, match=r"schema\.json"):
         load_schema(tmp_path)

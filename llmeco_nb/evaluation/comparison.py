@@ -228,7 +228,7 @@ def save_baseline(
         answered: Its predictions, validation and test.
         texts: Validation texts.
         folder: A new folder.
-        schema: Of the corpus.
+        schema: Of the corpus, fitted to its training texts.
     """
     model.save(folder)
     save_schema(schema, folder)
@@ -290,6 +290,8 @@ def evaluate_models(
     index = []
     answers = []
     difference = 0.0
+    # of numbers it gets the scale, by which a later stage knows what is rounding
+    own = halves[schema.task].fit_schema(schema, splits["train"])
     models = list(config.models) or list(task.baselines)
     fitted = fit_baselines(record, splits, schema, plan.fitted, models, config.seed)
     for model, answered in fitted:
@@ -299,14 +301,17 @@ def evaluate_models(
         if size not in plan.compared:
             continue
         name = f"{model.name}-{size}"
-        difference = max(difference, save_baseline(model, answered, texts, saved / name, schema))
+        difference = max(difference, save_baseline(model, answered, texts, saved / name, own))
         chosen_by = f"validation_{task.selection.metric}"
         told = {chosen_by: model.about[chosen_by]}
         index.append(dict(folder=name, model=model.name, labels=size, **told))
-    if not difference < 1e-4 * max(1.0, getattr(schema, "high", 1.0)):
+    largest = max(abs(getattr(own, "low", 1.0)), abs(getattr(own, "high", 1.0)))
+    # a share of the scale, and what float32 cannot tell apart
+    allowed = 1e-4 * getattr(own, "scale", 1.0) + 4 * float(np.spacing(np.float32(largest)))
+    if not difference < allowed:
         raise DataError(
             f"A saved baseline gives scores that differ by {difference:.2g} from those that "
-            "were measured."
+            f"were measured (allowed: {allowed:.2g})."
         )
     write_json(saved / "index.json", index)
     for (model, size), fact in facts.items():

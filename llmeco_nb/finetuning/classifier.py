@@ -399,16 +399,23 @@ def fine_tune(
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #cc748664
 def headline_metrics(half: TrainingHalf, scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What a record says of a model: the selecting metric on both splits, the others on test.
+    """What a record says of a model: the selecting metric on both splits, the others on test; of a
+    corpus without test texts nothing about test.
 
     Args:
         half: Of the task.
         scores: Split -> its report.
     """
     name = half.task.selection.metric
-    test = scores.get("test", scores["validation"])
-    found = {f"{name}_test": test[name], f"{name}_validation": scores["validation"][name]}
-    return found | {other: test[other] for other in half.further_metrics}
+    found = {f"{name}_validation": scores["validation"][name]}
+    if "test" not in scores:
+        return found
+    test = scores["test"]
+    return {
+        f"{name}_test": test[name],
+        **found,
+        **{other: test[other] for other in half.further_metrics},
+    }
 
 
 def reload_and_compare(

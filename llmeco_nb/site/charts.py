@@ -52,7 +52,11 @@ def short_number(x: float) -> str:
 
 # %% ../../nbs/0_ground/04j_charts.ipynb #718148e9
 def curves_svg(
-    series: dict[str, list[tuple[float, float]]], xlabel: str, width: int = 380, height: int = 210
+    series: dict[str, list[tuple[float, float]]],
+    xlabel: str,
+    width: int = 380,
+    height: int = 210,
+    logarithmic: bool = False,
 ) -> str:
     """Curves over a common axis, in the colours --c0, --c1, ... of the page; their names are for
     the caption.
@@ -62,15 +66,18 @@ def curves_svg(
         xlabel: Name of the common axis.
         width: Of the picture, in CSS pixels.
         height: Of the picture, in CSS pixels.
+        logarithmic: Whether equal factors on the axis are equally far apart; its numbers, all
+            above 0, are then those of the points.
     """
     series = {n: downsample(sorted(p)) for n, p in series.items() if p}
     every = [p for points in series.values() for p in points]
+    at = math.log10 if logarithmic else float
     (x0, x1), (y0, y1) = (
-        padded_range([a for a, _ in every], 0),
+        padded_range([at(a) for a, _ in every], 0),
         padded_range([b for _, b in every], 0.06),
     )
     left, right, top, bottom = 44, 14, 10, 36
-    x = lambda v: left + (v - x0) / (x1 - x0) * (width - left - right)
+    x = lambda v: left + (at(v) - x0) / (x1 - x0) * (width - left - right)
     y = lambda v: height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom)
     parts = [
         '<svg class="diagram" xmlns="http://www.w3.org/2000/svg" '
@@ -84,7 +91,13 @@ def curves_svg(
             f'<text class="t2" x="{left - 7}" y="{y(v) + 3.6:.1f}" '
             f'font-size="10.5" text-anchor="end">{short_number(v)}</text>'
         )
-    for v in ticks(x0, x1):
+    marks = ticks(x0, x1)
+    if logarithmic:
+        marks = []
+        for v in sorted({a for a, _ in every}):
+            if not marks or x(v) - x(marks[-1]) > 36:
+                marks.append(v)
+    for v in marks:
         parts.append(
             f'<text class="t2" x="{x(v):.1f}" y="{height - bottom + 15}" font-size="10.5" '
             f'text-anchor="middle">{short_number(v)}</text>'

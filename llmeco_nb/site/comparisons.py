@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['known_models', 'axis_columns', 'schedule_columns', 'comparison_rows', 'add_durations', 'comparison', 'model_names',
-           'one_table', 'table_column', 'with_interval', 'p_value', 'verdict_of', 'accuracy_picture', 'curves']
+           'one_table', 'table_column', 'with_interval', 'p_value', 'verdict_of', 'fullest_size', 'accuracy_picture',
+           'learning_curve_picture', 'curves']
 
 # %% ../../nbs/0_ground/05d_comparisons.ipynb #57785a66
 import html
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
+from ..core import palette
 from .charts import curves_svg, intervals_svg
 from .template import align_decimals, format_value, html_table, is_number, scroll_box
 
@@ -194,14 +197,25 @@ def verdict_of(row: dict) -> str:
     return f"{'better' if agrees else 'worse'}: {verdict}"
 
 
-def accuracy_picture(rows: list[dict]) -> str:
-    """Each model's accuracy with its interval, for the largest number of labels; empty without
-    intervals.
+def fullest_size(rows: list[dict]) -> int | None:
+    """The number of labels at which the most models have an accuracy with its interval, the largest
+    of equal ones; None where no row states one.
 
     Args:
         rows: As `comparison_rows` returns them; may be none.
     """
-    most = max((r["labels"] for r in rows if is_number(r.get("labels"))), default=None)
+    count = Counter(r["labels"] for r in rows if is_number(r.get("labels")) and "accuracy_low" in r)
+    return max(count, key=lambda n: (count[n], n), default=None)
+
+
+def accuracy_picture(rows: list[dict]) -> str:
+    """Each model's accuracy with its interval, for the number of labels that most models have;
+    empty without intervals.
+
+    Args:
+        rows: As `comparison_rows` returns them; may be none.
+    """
+    most = fullest_size(rows)
     found = [
         (
             str(r.get("title") or r.get("model")),
@@ -219,6 +233,29 @@ def accuracy_picture(rows: list[dict]) -> str:
     learned = f", learned from {most:,} labels" if most is not None else ""
     caption = f"<figcaption>Accuracy on test texts with its interval{learned}</figcaption>"
     return f"<figure>{caption}{scroll_box(intervals_svg(found), 'Accuracies')}</figure>"
+
+
+def learning_curve_picture(rows: list[dict]) -> str:
+    """Accuracy over the number of labels, a curve for each model; empty where no model has two
+    numbers of labels.
+
+    Args:
+        rows: As `comparison_rows` returns them; may be none.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        if is_number(r.get("labels")) and r["labels"] > 0 and is_number(r.get("accuracy")):
+            name = str(r.get("title") or r.get("model"))
+            series.setdefault(name, []).append((r["labels"], r["accuracy"]))
+    if all(len(points) < 2 for points in series.values()):
+        return ""
+    names = " ".join(
+        f'<i style="background:var(--c{k % len(palette)})"></i><b>{html.escape(n)}</b>'
+        for k, n in enumerate(series)
+    )
+    caption = f"<figcaption>Accuracy on test texts over training labels: {names}</figcaption>"
+    drawn = curves_svg(series, "training labels", width=620, height=240, logarithmic=True)
+    return f"<figure>{caption}{scroll_box(drawn, 'Learning curve')}</figure>"
 
 # %% ../../nbs/0_ground/05d_comparisons.ipynb #fb7c24ae
 axis_columns = ("step", "epoch", "tokens", "seconds")

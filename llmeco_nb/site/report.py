@@ -21,6 +21,7 @@ from llmeco_nb.site.comparisons import (
     comparison,
     comparison_rows,
     curves,
+    learning_curve_picture,
 )
 from .diagram import Box, lineage_svg
 from .markup import PageRenderer
@@ -231,6 +232,7 @@ def report_front_page(pipe: Pipeline, made: list[StageResult], folder: Path) -> 
 
     for m in there:
         parts.append(accuracy_picture(comparison_rows(m.entry)))
+        parts.append(learning_curve_picture(comparison_rows(m.entry)))
     for m in there:
         said = (
             (m.entry / "summary.txt").read_text(encoding="utf-8").strip()

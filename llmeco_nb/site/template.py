@@ -34,6 +34,7 @@ def format_value(value: object) -> str:
     if isinstance(value, int):
         return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     if isinstance(value, float):
+        value += 0.0  # of a negative zero, zero
         text = f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
         return "−" + text[1:] if text.startswith("-") else text
     if value is None:

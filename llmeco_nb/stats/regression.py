@@ -80,10 +80,11 @@ def _rmse(w: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def _r2(w: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    centred = y - y.mean()  # a large mean would eat the digits of the variance
+    # a large mean would eat the digits of the variance
+    centred = y - y.mean() if np.ptp(y) else np.zeros_like(y)
     error = w @ (y - p) ** 2
     variance = np.maximum(0, w @ centred**2 - (w @ centred) ** 2 / w.sum(1))
-    flat = variance <= 1e-12 * max(1.0, float(np.square(centred).max()))
+    flat = variance <= 1e-12 * float(np.square(centred).max())
     explained = 1 - np.divide(error, variance, out=np.ones(len(w)), where=~flat)
     return np.where(flat & (error == 0), 1.0, explained)
 

@@ -107,9 +107,9 @@ class Schema:
         """
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in raw.items() if name in known}
-        if values.get("cleaning") is not None:
-            values["cleaning"] = Cleaning(**values["cleaning"])
         try:
+            if values.get("cleaning") is not None:
+                values["cleaning"] = Cleaning(**values["cleaning"])
             return cls(**values)
         except TypeError as e:
             raise DataError(f"A schema of {cls.task} is not as it is written here: {e}.") from None

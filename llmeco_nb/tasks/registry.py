@@ -44,7 +44,7 @@ def schema_from_json(raw: dict[str, Any]) -> Schema:
     Args:
         raw: What `Schema.to_json` returned.
     """
-    if not isinstance(raw, dict) or "task" not in raw:
+    if not isinstance(raw, dict) or not isinstance(raw.get("task"), str):
         raise DataError("A schema names its task, and this one does not.")
     return find_task(raw["task"]).schema.from_json(raw)
 

@@ -145,13 +145,13 @@ class Regression(Task[RegressionSchema]):
         return np.asarray(scores, dtype=float).reshape(len(scores))
 
     def decode(self, scores: np.ndarray, schema: RegressionSchema) -> list[NumberPrediction]:
-        """One answer a text, from numbers of shape (texts, 1).
+        """One answer a text, from numbers of shape (texts, 1); seven digits, as float32 has them.
 
         Args:
             scores: Of `activate`, shape (items, scores).
             schema: What `check` returned.
         """
-        return [NumberPrediction(value=round(float(v), 6)) for v in self.predict(scores)]
+        return [NumberPrediction(value=float(f"{v:.7g}")) for v in self.predict(scores)]
 
     def report(
         self, targets: np.ndarray, predicted: np.ndarray, schema: RegressionSchema
