@@ -161,6 +161,7 @@ def test_a_task_can_be_served_and_corrected(name):
     for library in ("fastapi", "uvicorn", "sqlalchemy"):
         pytest.importorskip(library, reason="serving needs the extra `serve`")
     from llmeco_nb.deployment.ledger import stored_answer
+    from llmeco_nb.deployment.packing import check_outputs
     from llmeco_nb.deployment.server import corrections
 
     task = find_task(name)
@@ -168,7 +169,11 @@ def test_a_task_can_be_served_and_corrected(name):
     field, asked, told = corrections[name]
     assert {field, "correct"} <= asked.model_fields.keys()
     assert {field, "predicted"} <= told.model_fields.keys()
-    outputs = np.ones((1, len(getattr(schema, "labels", "1"))))
+    names = getattr(schema, "labels", ["0"])  # of a model's outputs
+    check_outputs("model", names, schema)
+    with pytest.raises(DataError, match="The model model"):
+        check_outputs("model", [*names, "one more"], schema)
+    outputs = np.ones((1, len(names)))
     [answer] = task.decode(task.activate(outputs, schema), schema)
     assert field in type(answer).model_fields
     assert all(isinstance(text, str) for text in stored_answer(answer))
