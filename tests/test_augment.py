@@ -36,11 +36,18 @@ from llmeco_nb.data.augment import (
     translator,
     wordnet_folder,
 )
-from llmeco_nb.data.corpus import normalized_key, read_split, write_corpus
+from llmeco_nb.data.corpus import (
+    CorpusConfig,
+    build_corpus,
+    normalized_key,
+    read_split,
+    write_corpus,
+)
 from llmeco_nb.runner.identity import key_of, work_parts
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry
 from llmeco_nb.runner.store import Run
+from llmeco_nb.tasks.registry import load_schema
 
 needs_apertium = pytest.mark.skipif(
     not shutil.which("apertium"), reason="needs Apertium: apt-get install apertium apertium-eo-en"
@@ -175,6 +182,28 @@ def test_stage_keeps_labels_and_repeats_itself(tmp_path):
     )
     for s in ("validation", "test"):
         assert read_split(a, s).drop(columns="origin").equals(read_split(place, s))
+
+
+@pytest.mark.parametrize("task", ["text-classification", "regression", "none"])
+def test_an_augmented_corpus_is_of_the_same_task(tmp_path, monkeypatch, task):
+    "Its texts are cleaned in the same way, too. No engine is here, so that nothing is added."
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(augment, "wordnet_folder", str(tmp_path))
+    rows = [dict(text=f"Line {i}.\nLine {i + 1}.", label="ab"[i % 2], target=i) for i in range(40)]
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    config = CorpusConfig(
+        source=str(tmp_path / "table.csv"),
+        task=task if task != "none" else "text-classification",
+        label_column="" if task == "none" else "label",
+        keep_newlines=True,
+    )
+    place = build_corpus(create_record(tmp_path / "data", "data"), config)
+    made = build_augmented(create_record(tmp_path / "augment", "augment"), place)
+    assert len(read_split(made, "train")) == len(read_split(place, "train"))
+    assert (made / "schema.json").is_file() == (place / "schema.json").is_file() == (task != "none")
+    if task != "none":
+        assert load_schema(made) == load_schema(place) and load_schema(made).task == task
+        assert load_schema(made).cleaning.keep_newlines
 
 
 def test_a_marian_folder_translates(tmp_path):

@@ -23,6 +23,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from ..config import Fraction, StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, sha256_of, sha256_text
 from .corpus import label_names, normalized_key, read_split, split_names, write_corpus
+from ..tasks.registry import load_schema
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #8eb6e856
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -482,7 +483,11 @@ def build_augmented(
     folder = record.artifact("augmented")
     made = {kind: int((mixed.origin == kind).sum()) for kind in kinds}
     datasheet = dict(config.fingerprint(), kinds=kinds, made=made, dropped=dropped)
-    write_corpus(folder, {**parts, "train": mixed}, label_names(corpus), datasheet)
+    labels = label_names(corpus)
+    # texts without labels have no schema
+    known = labels or (Path(corpus) / "schema.json").is_file()
+    schema = load_schema(corpus) if known else None
+    write_corpus(folder, {**parts, "train": mixed}, labels, datasheet, schema)
     for s in split_names:
         rows = mixed if s == "train" else parts[s].assign(origin="original")
         table = pq.read_table(folder / f"{s}.parquet")
