@@ -7,30 +7,22 @@ __all__ = ['open_stream', 'broken_line', 'read_lines', 'csv_rows', 'tsv_rows', '
            'parquet_texts', 'paragraphs', 'folder_texts', 'stream_texts']
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8b064d9b
-import csv
 import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core import DataError, UsageError
-from .readers import decode_utf8, tsv_quoting
-from llmeco_nb.data.sources import (
-    did_you_mean,
-    file_extensions,
-    local_path,
-    packaged_reviews,
-    remote_filesystem,
-    source_kind,
-    translate_read_errors,
-)
+from .readers import decode_utf8
+from .delimited import Dialect, delimited_rows, find_dialect, tsv_quoting
+from .sources import did_you_mean, file_extensions, local_path, packaged_reviews
+from .sources import remote_filesystem, source_kind, translate_read_errors
 from .tables import as_text, column_values, is_blank, read_table
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
@@ -98,47 +90,32 @@ def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
     raise broken_line(source) or DataError(f"{source} changed while it was read.")
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #aacd5253
-def csv_rows(
-    source: str, sep: str | None = None, quoting: int = csv.QUOTE_MINIMAL
-) -> Iterator[list[str]]:
+def csv_rows(source: str, dialect: Dialect | None = None) -> Iterator[list[str]]:
     """The rows of a delimited source, header first. Raises `DataError` naming the line.
 
     Args:
         source: Path or URL.
-        sep: None: the first of , ; and tab in the header.
-        quoting: As in the module csv.
+        dialect: How it is cut; None: found in the source, which is read once more for each sign
+            that its header holds where these are several.
     """
-    csv.field_size_limit(sys.maxsize)
-    lines = read_lines(source, "")
-    head = next(lines, "")
-    sep = sep or next((c for c in ",;\t" if c in head), ",")
-    reader, width = (
-        csv.reader(chain([head], lines), delimiter=sep, quoting=quoting, strict=True),
-        None,
-    )
-    try:
-        for row in reader:
-            if not row:
-                continue
-            width = width or len(row)
-            if len(row) != width:
-                raise DataError(
-                    f"{source}, line {reader.line_num}: {len(row)} columns where the header "
-                    f"has {width}. A text that holds the separator {sep!r} must stand in "
-                    f"double quotes. The line begins: {sep.join(row)[:60]}"
-                )
-            yield row
-    except csv.Error as e:
-        raise DataError(
-            f"{source}, line {reader.line_num}: broken quoting ({e}). "
-            "Inside a quoted text a double quote is written twice."
-        ) from None
+
+    def rows(dialect: Dialect) -> Iterator[list[str]]:
+        return delimited_rows(read_lines(source, ""), source, dialect)
+
+    if dialect is None:
+        dialect = find_dialect(list(islice(read_lines(source, ""), 2)), rows, source)
+    yield from rows(dialect)
 
 
 def tsv_rows(source: str) -> Iterator[list[str]]:
     """The rows of a tab-separated source, header first, whether or not it uses quotes. Raises
-    `DataError`."""
-    yield from csv_rows(source, "\t", tsv_quoting(lambda quoting: csv_rows(source, "\t", quoting)))
+    `DataError`.
+
+    Args:
+        source: Path or URL.
+    """
+    quoting = tsv_quoting(lambda quoting: csv_rows(source, Dialect("\t", quoting)))
+    yield from csv_rows(source, Dialect("\t", quoting))
 
 
 def column_texts(
