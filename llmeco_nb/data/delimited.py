@@ -151,8 +151,8 @@ def find_dialect(
             f"by {dialect.separator!r} as {first_rows(rows(dialect))}" for dialect in good
         )
         raise DataError(
-            f"{name} can be cut by more than one sign: {readings}. Write the sign into the file, in "
-            f"a first line such as sep={good[0].separator}"
+            f"{name} can be cut by more than one sign: {readings}. "
+            f"Write the sign into the file, in a first line such as sep={good[0].separator}"
         )
     # the sign that cuts the header into most cells is the likeliest one; reading tells its fault
     return max(tried, key=lambda dialect: header.count(dialect.separator))
