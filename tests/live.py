@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
+from llmeco_nb.core import read_json
 from llmeco_nb.runner.stages import StageRegistry, read_profile
 
 
@@ -49,3 +51,18 @@ def live(
         assert not absent, f"{one.name} did not write {absent}"
         made[one.name] = out
     return made
+
+
+def reads_back_the_same(record: Path) -> bool:
+    """Whether a saved classifier, read back in float32, answers as it did in training: no score
+    differs by 0.05, and no class but between two that were as near as twice that difference.
+
+    A training in bfloat16 may order two nearly equal scores otherwise than float32 does."""
+    from llmeco_nb.tasks.predictions import read_predictions_file, scores_of
+
+    m = read_json(record / "metrics.json")
+    found = read_predictions_file(record / "predictions", split="validation").head(32)
+    scores = np.sort(scores_of(found), axis=1)
+    # float32 rounds both scores once more
+    tied = scores[:, -1] - scores[:, -2] <= 2 * m["reopened_difference"] + 1e-6
+    return m["reopened_difference"] < 0.05 and m["reopened_agrees"] >= 1 - tied.mean()

@@ -213,6 +213,9 @@ def test_bad_input_is_named():
         (dict(mlp_type="gelu"), "gated or relu2"),
         (dict(swish=1), "swish"),
         (dict(context_length=0), "context_length"),
+        (dict(num_heads=-2), "num_heads is -2"),
+        (dict(num_kv_heads=-1), "num_kv_heads is -1"),
+        (dict(intermediate_size=-8), "intermediate_size is -8"),
     ):
         with pytest.raises(UsageError, match=says):
             decoder_config(VOCABULARY, **{"size": "2x32", **wrong})

@@ -53,6 +53,7 @@ def refused(result, code, *words):
         ),
         (["stages", "--profile", "toy"], 3, ["no run of the profile toy"]),
         (["bench", "nothing"], 2, ["no benchmark nothing"]),
+        (["prune", "--keep", "-1"], 2, ["keep is -1", "0 or more"]),
     ],
 )
 def test_names_and_values(project, words, code, said):

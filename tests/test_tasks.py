@@ -18,7 +18,7 @@ from llmeco_nb.stats.regression import (
     weighted_ranks,
 )
 from llmeco_nb.stats.significance import bootstrap
-from llmeco_nb.tasks.contract import Cleaning, Rows, max_label_chars
+from llmeco_nb.tasks.contract import Cleaning, Rows, Schema, max_label_chars
 from llmeco_nb.tasks.registry import (
     find_task,
     load_schema,
@@ -88,6 +88,11 @@ def sample(name: str) -> Rows:
     return Rows("t.csv", values[name], [2, 3, 5], ["no", "yes"], Cleaning(keep_newlines=True))
 
 
+def some_outputs(schema: Schema) -> np.ndarray:
+    "What a model could give for two texts: an output for each label, or one."
+    return np.array([[0.5, 1.5], [3.0, -1.0]])[:, : len(getattr(schema, "labels", "1"))]
+
+
 @pytest.mark.parametrize("name", tasks)
 def test_a_schema_survives_json_and_a_folder(name, tmp_path):
     schema = find_task(name).check(sample(name))
@@ -101,7 +106,7 @@ def test_a_schema_survives_json_and_a_folder(name, tmp_path):
 def test_answers_are_json_and_say_what_was_predicted(name):
     task = find_task(name)
     schema = task.check(sample(name))
-    outputs = np.array([[0.5, 1.5], [3.0, -1.0]])[:, : 2 if name == "text-classification" else 1]
+    outputs = some_outputs(schema)
     scores = task.activate(outputs, schema)
     assert scores.dtype == np.float32 and scores.shape == outputs.shape
     answers = [task.respond(i, p) for i, p in enumerate(task.decode(scores, schema))]
@@ -148,11 +153,13 @@ def test_a_task_is_listed_wherever_tasks_are(name):
     assert ends | {f"validation_{metric}"} <= fields
     # a record and the table name the same metrics, and the report has them
     assert set(half.further_metrics) | {metric} == set(row.metrics)
-    targets = np.array([0, 1, 1]) if name == "text-classification" else np.array([1.0, 2.5, 4.0])
     schema = task.check(sample(name))
-    report = task.report(targets, targets, schema)
+    first, second = task.predict(task.activate(some_outputs(schema), schema))
+    targets, predicted = np.array([[first, second, first], [first, second, second]])
+    assert first != second
+    report = task.report(targets, predicted, schema)
     for one in row.metrics.keys() - {"accuracy"}:  # a share of items has an interval of its own
-        found = row.statistic(one, schema)(np.ones((1, 3)), targets, targets)
+        found = row.statistic(one, schema)(np.ones((1, 3)), targets, predicted)
         assert found[0] == pytest.approx(report[one]), one
 
 

@@ -272,6 +272,11 @@ def test_what_makes_no_network_is_refused():
         (dict(position_embedding="none"), "position_embedding is 'none'"),
         (dict(activation="swish"), "activation is 'swish'"),
         (dict(num_layers=0), "below 1"),
+        (dict(num_heads=0), "below 1"),
+        (dict(intermediate_size=-4), "below 1"),
+        (dict(num_decoder_layers=-1), "below 1"),
+        (dict(type_vocab_size=-1), "type_vocab_size is -1"),
+        (dict(dropout=1.5), "dropout 1.5"),
     ):
         with pytest.raises(UsageError, match=says):
             TransformerConfig(30, **wrong)

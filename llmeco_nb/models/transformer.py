@@ -147,20 +147,27 @@ class TransformerConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(known)}.")
+        sizes = (
+            self.vocab_size,
+            self.hidden_size,
+            self.num_heads,
+            self.intermediate_size,
+            self.num_layers,
+            self.num_decoder_layers,
+            self.max_position_embeddings,
+        )
+        if min(sizes) < 1:
+            raise UsageError(f"{self} holds a size below 1.")
+        if self.type_vocab_size < 0 or not 0 <= self.dropout <= 1:
+            raise UsageError(
+                f"type_vocab_size is {self.type_vocab_size} and dropout {self.dropout}; the first "
+                "is at least 0, the second from 0 to 1."
+            )
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise UsageError(
                 f"hidden_size is {self.hidden_size}; it must be even, and a multiple of the "
                 f"{self.num_heads} heads."
             )
-        sizes = (
-            self.vocab_size,
-            self.hidden_size,
-            self.num_heads,
-            self.num_layers,
-            self.max_position_embeddings,
-        )
-        if min(sizes) < 1:
-            raise UsageError(f"{self} holds a size below 1.")
 
 # %% ../../nbs/1_pretraining/13a_transformer.ipynb #df444125
 class FeedForward(nn.Module):

@@ -81,12 +81,13 @@ def run_benchmark(
             final.with_name(name + ".asked.json"),
             code_key(registry, one.notebook),
         )
-        # an interrupted run with other parameters left parts that are none of this one
-        if asked.exists() and read_json(asked) != one.values:
+        now = dict(parameters=one.values, code=key)
+        # an interrupted run of other parameters or other code left parts that are none of this one
+        if asked.exists() and read_json(asked) != now:
             shutil.rmtree(partial, ignore_errors=True)
             plan.unlink(missing_ok=True)
         partial.mkdir(parents=True, exist_ok=True)
-        write_json(asked, one.values)
+        write_json(asked, now)
         begun, probe = time.time(), machine(runs_dir() / "machine.json")
         with KernelMonitor(partial) as watch:
             watching(watch)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import LlmecoError, lock, write_bytes
+from ..core import LlmecoError, UsageError, lock, write_bytes
 from .kernel import execute, import_nbformat
 from .machine import machine, versions
 from .stages import StageRegistry
@@ -112,12 +112,15 @@ def _libraries():
 def prune_runs(
     runs: Path, keep: int | None = None, dry_run: bool = False
 ) -> list[tuple[Path, int]]:
-    """Remove what nobody needs from `runs`; returns (path, bytes) of what went.
+    """Remove what nobody needs from `runs`; returns (path, bytes) of what went. Raises
+    `UsageError` for a number below 0, before anything is removed.
 
     Args:
         keep: Also drop all but the newest `keep` runs of each profile.
         dry_run: Only say what would go.
     """
+    if keep is not None and keep < 0:
+        raise UsageError(f"keep is {keep}; it is a number of runs, 0 or more.")
     gone, known = [], Run.all(runs)
     if keep is not None:
         for profile in {r["profile"] for r in known}:
