@@ -605,5 +605,5 @@ def test_a_corpus_without_validation_is_refused(tmp_path):
         validation_size=0,
     )
     corpus = build_corpus(create_record(tmp_path / "data", "data"), config)
-    with pytest.raises(DataError, match="validation"):
+    with pytest.raises(DataError, match="Build it with validation_size=0.1"):
         evaluate_models(create_record(tmp_path / "r", "evaluate"), str(corpus))

@@ -130,6 +130,7 @@ def model_facts(predictor: Predictor) -> dict[str, Any]:
 
 def check_items(items: Sequence[str], single: bool, predictor: Predictor) -> None:
     """Raises `UsageError` for a text that is empty, cannot be stored, or of which nothing is left.
+    The texts are tokenized here, which the predictor remembers.
 
     Args:
         items: The texts of a request.
@@ -144,6 +145,7 @@ def check_items(items: Sequence[str], single: bool, predictor: Predictor) -> Non
                 f"{name} holds nothing but markup or invisible characters, and nothing of it is "
                 "left for the model to read. Send some words."
             )
+        predictor.cost(text)  # remembered: what tokenizes here does not hold up the event loop
 
 
 def make_app(
@@ -223,7 +225,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     async def predict(body: Any):
         predictor, ledger = app.state.predictor, app.state.ledger
         asked = body.items()
-        # long texts take a while to prepare, and others ask meanwhile
+        # long texts take a while to prepare and to tokenize, and others ask meanwhile
         await asyncio.to_thread(check_items, asked, body.texts is None, predictor)
         request_id = uuid.uuid4().hex
         answers = await app.state.engine.submit(asked)

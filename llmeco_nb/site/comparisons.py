@@ -94,7 +94,7 @@ def model_names(rows: list[dict]) -> str:
 
 
 known_models = dict(
-    own="the encoder that this run pretrained, fine-tuned",
+    own="the encoder that this run fine-tuned: the one it pretrained, unless another was named",
     minilm="MiniLM, a small ready-made encoder from a package, fine-tuned",
     majority="always the most frequent class",
     tfidf_lr="logistic regression on TF-IDF word weights",
