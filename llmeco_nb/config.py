@@ -17,22 +17,15 @@ import textwrap
 import tokenize
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Self,
-    TypeVar,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, dataclass_transform, get_args
+from typing import get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .core import UsageError
+
+from pydantic.fields import FieldInfo
 
 # %% ../nbs/0_ground/00f_config.ipynb #acc187b0
 def _list_items(text: str) -> list[str]:
@@ -251,12 +244,12 @@ class StageConfig:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    "A dataclass field's default; lists are made by a factory."
-    return (
-        field.default_factory()
-        if field.default_factory is not dataclasses.MISSING
-        else field.default
-    )
+    "A field's default, of a plain dataclass or of pydantic; lists are made by a factory."
+    if isinstance(field.default, FieldInfo):
+        return field.default.get_default(call_default_factory=True)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def read_value(name: str, value: Any, kind: Any, default: Any) -> Any:

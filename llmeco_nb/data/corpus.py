@@ -306,7 +306,11 @@ def read_split(corpus: str | Path, name: str) -> "pd.DataFrame":
 def label_names(corpus: str | Path) -> list[str]:
     """The class names of the corpus in a folder; a label is an index into them.
 
-    Empty when its texts have no labels."""
+    Empty when its texts have no labels. Raises `MissingError` where there is no corpus.
+
+    Args:
+        corpus: Its folder.
+    """
     return read_json(Path(corpus) / "labels.json")
 
 
