@@ -138,8 +138,7 @@ def one_table(rows: list[dict]) -> str:
     better = "error saved against" if "mae" in said else "difference from"
     texts = list(zip(*(table_column(c, rows, c in ranged) for c in columns)))
     head = [
-        f"{better} {named}" if c == "difference" and named else c.replace("_", " ")
-        for c in columns
+        f"{better} {named}" if c == "difference" and named else c.replace("_", " ") for c in columns
     ]
     return html_table(head, [list(r) for r in texts], raw=True, what="Comparison")
 
