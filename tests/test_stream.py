@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
-from llmeco_nb.data.stream import read_lines, stream_texts
+from llmeco_nb.data.sources import fetch, local_path, revision, source_kind
+from llmeco_nb.data.stream import broken_line, csv_rows, open_stream, read_lines, stream_texts
 from llmeco_nb.data.tables import read_table
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -25,6 +26,37 @@ drawn = settings(max_examples=80, deadline=None)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("s")
+
+
+def opened(source):
+    with open_stream(source) as f:
+        return f.read()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".jsonl", ".parquet", ".txt"])
+def test_a_path_is_read_as_its_text_is(tmp_path, ending):
+    file, frame = tmp_path / f"t{ending}", pd.DataFrame(dict(text=["one", "two"]))
+    if ending == ".parquet":
+        frame.to_parquet(file)
+    elif ending == ".jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_csv(file, index=False)
+    readers = [opened, stream_texts, fetch, revision, source_kind, local_path]
+    if ending != ".parquet":
+        readers += [read_lines, csv_rows, broken_line]
+    listed = lambda found: list(found) if hasattr(found, "__next__") else found
+    for read in readers:
+        assert listed(read(file)) == listed(read(str(file))), read
+    ours, theirs = (read_table(f, label_column="") for f in (file, str(file)))
+    assert ours.equals(theirs) and ours.attrs == theirs.attrs
+
+
+@pytest.mark.parametrize("source", [3, None, b"t.csv"])
+def test_what_is_neither_text_nor_path_is_refused_by_its_type(source):
+    for read in (opened, stream_texts, fetch, revision, source_kind, local_path, read_table):
+        with pytest.raises(UsageError, match=f"text or a path; found {type(source).__name__} "):
+            read(source)
 
 
 def pack(data, packing):

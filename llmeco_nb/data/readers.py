@@ -30,6 +30,7 @@ from llmeco_nb.data.sources import (
     parse_hub,
     short_names,
     source_kind,
+    source_name,
     text_files,
     translate_read_errors,
 )
@@ -303,7 +304,7 @@ def read_folder(folder: Path) -> "pd.DataFrame":
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #5eb73094
 def read_frame(
-    source: str, unit: str = "line"
+    source: str | Path, unit: str = "line"
 ) -> tuple["pd.DataFrame", dict[str, list[str]], bool]:
     """All columns of a source, class names by column, and whether it is a table.
 
@@ -315,6 +316,7 @@ def read_frame(
     """
     import pandas as pd
 
+    source = source_name(source)
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
     if kind == "hub":
         return *read_hub(source), True

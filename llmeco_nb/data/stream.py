@@ -30,6 +30,7 @@ from llmeco_nb.data.sources import (
     packaged_reviews,
     remote_filesystem,
     source_kind,
+    source_name,
     translate_read_errors,
 )
 from .tables import as_text, column_values, is_blank, read_table
@@ -59,16 +60,17 @@ def unpacked(raw: io.BufferedReader, source: str) -> io.BufferedIOBase:
 
 
 @contextmanager
-def open_stream(source: str) -> Iterator[io.IOBase]:
+def open_stream(source: str | Path) -> Iterator[io.IOBase]:
     """A context manager: `with open_stream(source) as f` gives the bytes of a file or URL as an
     open file, unpacked where it is packed by gzip, bzip2 or zip, and closes it.
 
     Raises `MissingError` for what cannot be read, `DataError` for a damaged package, a web
-    page, and a pointer of Git LFS.
+    page, and a pointer of Git LFS, `UsageError` for what is no source.
 
     Args:
         source: Path or URL.
     """
+    source = source_name(source)
     with translate_read_errors(source):
         if source_kind(source) == "file":
             raw = open(local_path(source), "rb")
@@ -85,7 +87,7 @@ def open_stream(source: str) -> Iterator[io.IOBase]:
         raise DataError(f"{source} is not a whole {kind} file ({e}).") from None
 
 
-def broken_line(source: str) -> DataError | None:
+def broken_line(source: str | Path) -> DataError | None:
     """What is wrong with the first line that is no UTF-8 or holds a zero byte, as `decode_utf8` has
     it.
 
@@ -94,7 +96,7 @@ def broken_line(source: str) -> DataError | None:
     Args:
         source: Path or URL.
     """
-    at = 0
+    at, source = 0, source_name(source)
     with open_stream(source) as raw:
         for n, line in enumerate(raw, 1):
             try:
@@ -105,7 +107,7 @@ def broken_line(source: str) -> DataError | None:
             at += len(line)
 
 
-def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
+def read_lines(source: str | Path, newline: str = "\n") -> Iterator[str]:
     """The lines of a UTF-8 source, each with its end; `newline` as `open` takes it.
 
     Raises `DataError` naming line and byte, `MissingError`."""
@@ -126,7 +128,7 @@ def read_lines(source: str, newline: str = "\n") -> Iterator[str]:
     raise broken_line(source) or DataError(f"{source} changed while it was read.")
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #aacd5253
-def csv_rows(source: str, dialect: Dialect | None = None) -> Iterator[list[str]]:
+def csv_rows(source: str | Path, dialect: Dialect | None = None) -> Iterator[list[str]]:
     """The rows of a delimited source, header first. Raises `DataError` naming the line.
 
     Args:
@@ -134,6 +136,8 @@ def csv_rows(source: str, dialect: Dialect | None = None) -> Iterator[list[str]]
         dialect: How it is cut; None: found in the source, which is read once more for each sign
             that its header holds where these are several.
     """
+
+    source = source_name(source)
 
     def rows(dialect: Dialect) -> Iterator[list[str]]:
         return delimited_rows(read_lines(source, ""), source, dialect)
@@ -143,7 +147,7 @@ def csv_rows(source: str, dialect: Dialect | None = None) -> Iterator[list[str]]
     yield from rows(dialect)
 
 
-def tsv_rows(source: str) -> Iterator[list[str]]:
+def tsv_rows(source: str | Path) -> Iterator[list[str]]:
     """The rows of a tab-separated source, header first, whether or not it uses quotes. Raises
     `DataError`.
 
@@ -192,7 +196,7 @@ def cell_text(value: object, source: str, column: str) -> str:
     return "" if is_blank(value) else as_text(value)
 
 
-def json_texts(source: str, column: str) -> Iterator[str]:
+def json_texts(source: str | Path, column: str) -> Iterator[str]:
     """The texts of JSON lines. Raises `DataError` naming the line; a file that is one array is read
     whole.
 
@@ -200,6 +204,7 @@ def json_texts(source: str, column: str) -> Iterator[str]:
         source: Path or URL.
         column: Key of the text in each object.
     """
+    source = source_name(source)
     first = True
     for n, line in enumerate(read_lines(source), 1):
         if not line.strip():
@@ -228,7 +233,7 @@ def json_texts(source: str, column: str) -> Iterator[str]:
         yield cell_text(row.get(column), source, column)
 
 
-def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
+def parquet_texts(source: str | Path, column: str, rows: int = 256) -> Iterator[str]:
     """The texts of a column of a Parquet file. Raises `DataError`.
 
     Args:
@@ -240,6 +245,7 @@ def parquet_texts(source: str, column: str, rows: int = 256) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    source = source_name(source)
     with open_stream(source) as raw:
         try:
             file = pq.ParquetFile(raw)
@@ -294,7 +300,9 @@ def folder_texts(folder: Path) -> Iterator[str]:
         yield decode_utf8(data, str(f))
 
 
-def stream_texts(source: str, column: str = "text", unit: str = "paragraph") -> Iterator[str]:
+def stream_texts(
+    source: str | Path, column: str = "text", unit: str = "paragraph"
+) -> Iterator[str]:
     """The texts of a source, one at a time; those of empty cells are ''.
 
     Raises `MissingError`, `UsageError` and, as it reads, `DataError`.
@@ -304,6 +312,7 @@ def stream_texts(source: str, column: str = "text", unit: str = "paragraph") -> 
         column: Of a table.
         unit: What one text is in a .txt or .md file: line, paragraph or file.
     """
+    source = source_name(source)
     kind, ending = source_kind(source), Path(urlsplit(source).path if "://" in source else source)
     if kind == "hub":
         return (t for t in read_table(source, column, label_column="").text)
