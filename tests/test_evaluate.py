@@ -20,7 +20,7 @@ from llmeco_nb.evaluation.comparison import (
     evaluate_models,
     label_sizes,
 )
-from llmeco_nb.evaluation.comparison_table import ComparisonTable
+from llmeco_nb.evaluation.comparison_table import ComparisonTable, ShownMetric
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     LinearText,
@@ -593,6 +593,13 @@ def test_wrong_parameters_are_named(stars, tmp_path):
         with pytest.raises(UsageError, match=message):
             record = create_record(tmp_path / "r", "evaluate")
             evaluate_models(record, str(stars), config=config(num_labeled=[0]).replace(**wrong))
+
+
+def test_small_errors_are_shown_with_digits_that_count():
+    error, share = ShownMetric("mean absolute error", ""), ShownMetric("accuracy", "%")
+    shown = [error.text(x) for x in (0.00412, -0.00412, 4.1e-7, 0.0, 0.5, 12.345)]
+    assert shown == ["0.00412", "-0.00412", "4.1e-07", "0.00", "0.50", "12.35"]
+    assert error.text(0.0123456, 3) == "0.01235" and share.text(0.00021) == "0.02"
 
 
 def test_a_corpus_without_validation_is_refused(tmp_path):
