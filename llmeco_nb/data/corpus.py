@@ -205,11 +205,11 @@ def split_rows(
             c, n = next(iter(few.items()))
             said = f"{name(c)} has {rows_of(n)} and needs {needed}, one for each split"
         else:
-            named = [f"{labels[c]!r} ({n})" for c, n in few.items()]
+            named = [f"{labels[c] if labels else c!r} ({n})" for c, n in few.items()]
             more = f" and {len(named) - 20} more" if len(named) > 20 else ""
             said = (
-                f"{len(few)} of {len(counts)} classes have fewer usable rows than the {needed} that "
-                f"are needed, one for each split: {', '.join(named[:20])}{more}"
+                f"{len(few)} of {len(counts)} classes have fewer usable rows than the {needed} "
+                f"that are needed, one for each split: {', '.join(named[:20])}{more}"
             )
         raise DataError(
             f"{said}. Add rows, leave the class out, or set validation_size or test_size to 0."
