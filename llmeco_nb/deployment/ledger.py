@@ -336,6 +336,11 @@ def _right_answer(
     """What is right, as the column `given` has it; None if that is not known. `known`: the classes
     of the answer; None for a number. Raises `UsageError` for what the answer could not have been.
     """
+    if given is None and correct is None:
+        raise UsageError(
+            "Feedback says what is right (`given`) or whether the answer was (`correct`); here it "
+            "says neither. Send one of them."
+        )
     if given is None:
         if correct:
             return predicted

