@@ -31,6 +31,7 @@ from typing import (
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from .core import UsageError
 
@@ -251,12 +252,12 @@ class StageConfig:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    "A dataclass field's default; lists are made by a factory."
-    return (
-        field.default_factory()
-        if field.default_factory is not dataclasses.MISSING
-        else field.default
-    )
+    "A field's default, of a plain dataclass or of pydantic; lists are made by a factory."
+    if isinstance(field.default, FieldInfo):
+        return field.default.get_default(call_default_factory=True)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def read_value(name: str, value: Any, kind: Any, default: Any) -> Any:

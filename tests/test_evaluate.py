@@ -20,7 +20,7 @@ from llmeco_nb.evaluation.comparison import (
     evaluate_models,
     label_sizes,
 )
-from llmeco_nb.evaluation.comparison_table import ComparisonTable
+from llmeco_nb.evaluation.comparison_table import ComparisonTable, ShownMetric
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     LinearText,
@@ -595,6 +595,13 @@ def test_wrong_parameters_are_named(stars, tmp_path):
             evaluate_models(record, str(stars), config=config(num_labeled=[0]).replace(**wrong))
 
 
+def test_small_errors_are_shown_with_digits_that_count():
+    error, share = ShownMetric("mean absolute error", ""), ShownMetric("accuracy", "%")
+    shown = [error.text(x) for x in (0.00412, -0.00412, 4.1e-7, 0.0, 0.5, 12.345)]
+    assert shown == ["0.00412", "-0.00412", "4.1e-07", "0.00", "0.50", "12.35"]
+    assert error.text(0.0123456, 3) == "0.01235" and share.text(0.00021) == "0.02"
+
+
 def test_a_corpus_without_validation_is_refused(tmp_path):
     stars_table(60).to_csv(tmp_path / "reviews.csv", index=False)
     config = CorpusConfig(
@@ -605,5 +612,5 @@ def test_a_corpus_without_validation_is_refused(tmp_path):
         validation_size=0,
     )
     corpus = build_corpus(create_record(tmp_path / "data", "data"), config)
-    with pytest.raises(DataError, match="validation"):
+    with pytest.raises(DataError, match="Build it with validation_size=0.1"):
         evaluate_models(create_record(tmp_path / "r", "evaluate"), str(corpus))

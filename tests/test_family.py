@@ -10,14 +10,17 @@ from llmeco_nb.core import DataError, UsageError  # noqa: E402
 from llmeco_nb.models.conversion import (  # noqa: E402
     architecture_of,
     architectures,
+    attribute_map,
     config_from_stock,
     from_stock,
+    required_options,
     save_pretrained,
     stock_class,
     stock_config,
     to_stock,
     weight_map,
 )
+from llmeco_nb.models.costs import extra_parameters  # noqa: E402
 from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, TransformerConfig  # noqa: E402
 
 EIGHT = [name for name in architectures if name != "BertForMaskedLM"]
@@ -246,6 +249,16 @@ def test_stock_options_that_are_not_ours_are_refused():
                 vocab_size=9, n_embd=8, n_head=2, n_layer=1, activation_function="tanh"
             ),
         )
+    for ask in (
+        lambda name: config_from_stock(name, gpt2.config_class()),
+        lambda name: stock_config(name, shape("GPT2LMHeadModel")),
+        lambda name: weight_map(name, shape("GPT2LMHeadModel")),
+        lambda name: required_options(name, shape("GPT2LMHeadModel")),
+        lambda name: extra_parameters(name, shape("GPT2LMHeadModel")),
+        attribute_map,
+    ):
+        with pytest.raises(UsageError, match="RobertaModel is none of BertFor.*PegasusFor"):
+            ask("RobertaModel")
     with pytest.raises(UsageError, match="Linear is none of"):
         from_stock(torch.nn.Linear(2, 2))
     with pytest.raises(UsageError, match="none of Bert, Gpt and Seq2Seq"):

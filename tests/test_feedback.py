@@ -468,7 +468,7 @@ def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
         ["negative", "positive"],
         {},
     )
-    with pytest.raises(DataError, match="no validation text of 1 to 20,000 characters"):
+    with pytest.raises(DataError, match="no validation text of 1 to 20,000 .* validation_size=0.1"):
         interact(
             create_record(tmp_path / "r", "interact"),
             str(tmp_path / "corpus"),

@@ -182,6 +182,8 @@ def test_errors_name_the_item_and_the_choice():
         averaged([[1, 0], [0, 1]], "f1", "marco")
     with pytest.raises(UsageError, match="two classes"):
         averaged(np.eye(3), "f1", "binary")
+    with pytest.raises(UsageError, match="'mcc'; there are precision, recall, f1"):
+        averaged(np.eye(3), "mcc", "macro")
 
 
 @fast

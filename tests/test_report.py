@@ -621,6 +621,9 @@ def test_comparison_says_what_was_claimed():
         and "0.0000" not in table.replace("&lt; 0.0001", "")
     )
     assert "−0.369" in table and "-0.369" not in table and "[−0.4,\u00a0−0.3]" in table
+    errors = dict(model="own", title="Own", mae=0.5, reference="a", difference=0.12)
+    saved = one_table([errors, dict(model="a", title="A", mae=0.62)])
+    assert "error saved against A" in saved and "difference from" not in saved
     assert "Short names" in comparison([dict(row, model="tfidf_lr", title="TF-IDF")])
     assert accuracy_picture([dict(row, model="a")]).count("<circle") == 1
     points = [dict(row, model="a", labels=n) for n in (100, 1000, 10_000)]

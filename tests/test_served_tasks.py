@@ -23,7 +23,12 @@ from test_gateway import fields, values
 
 from llmeco_nb.core import DataError, Record, UsageError, create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, small_corpus
-from llmeco_nb.deployment.bundle import PackableModel, build_bundle, match_checkpoint
+from llmeco_nb.deployment.bundle import (
+    PackableModel,
+    build_bundle,
+    match_checkpoint,
+    stored_scores,
+)
 from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.loading import open_model
 from llmeco_nb.deployment.manifest import manifest_digest, verify, write_manifest
@@ -374,6 +379,18 @@ def test_a_checkpoint_that_answers_otherwise_is_not_matched_however_many_classes
     write_predictions(predictions_table(task, "validation", rows, sure, "own", 100), file)
     with pytest.raises(DataError, match="No classifier answers as own does"):
         match_checkpoint(row, *given)
+
+
+def test_a_table_of_another_corpus_is_refused_by_its_file(tmp_path):
+    rows = pd.DataFrame(dict(id=["1", "2"], label=[0, 1]))
+    task = task_of(ClassificationSchema(labels=["a", "b"]))
+    scores = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    table = predictions_table(task, "validation", rows, scores, "own", 100)
+    write_predictions(table, tmp_path / "predictions.parquet")
+    row = PackableModel("own", "own", "onnx", 100, 0.9, 0.9, None, None)
+    assert np.allclose(stored_scores(tmp_path, row, ["2", "1"]), scores[::-1])
+    with pytest.raises(DataError, match=r"predictions\.parquet .* own .* text 3;"):
+        stored_scores(tmp_path, row, ["1", "3"])
 
 
 def test_a_model_that_does_not_fit_its_corpus_is_not_packed(ratings, tmp_path):

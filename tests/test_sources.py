@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
 from llmeco_nb.data import sources
-from llmeco_nb.data.readers import read_csv, read_json_table
+from llmeco_nb.data.delimited import read_csv
+from llmeco_nb.data.readers import read_json_table
 from llmeco_nb.data.sources import HubSource, parse_hub, revision
 from llmeco_nb.data.tables import as_text, class_name, encode_labels, is_blank, read_table, text_ids
 

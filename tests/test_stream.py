@@ -1,9 +1,13 @@
 """Streams: the texts that `read_table` gives, one at a time; broken sources are named with their
 line; memory does not grow with the source."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
 import tracemalloc
+import zipfile
 
 import pandas as pd
 import pytest
@@ -11,7 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
-from llmeco_nb.data.stream import read_lines, stream_texts
+from llmeco_nb.data.sources import fetch, local_path, revision, source_kind
+from llmeco_nb.data.stream import broken_line, csv_rows, open_stream, read_lines, stream_texts
 from llmeco_nb.data.tables import read_table
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -21,6 +26,46 @@ drawn = settings(max_examples=80, deadline=None)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("s")
+
+
+def opened(source):
+    with open_stream(source) as f:
+        return f.read()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".jsonl", ".parquet", ".txt"])
+def test_a_path_is_read_as_its_text_is(tmp_path, ending):
+    file, frame = tmp_path / f"t{ending}", pd.DataFrame(dict(text=["one", "two"]))
+    if ending == ".parquet":
+        frame.to_parquet(file)
+    elif ending == ".jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_csv(file, index=False)
+    readers = [opened, stream_texts, fetch, revision, source_kind, local_path]
+    if ending != ".parquet":
+        readers += [read_lines, csv_rows, broken_line]
+    listed = lambda found: list(found) if hasattr(found, "__next__") else found
+    for read in readers:
+        assert listed(read(file)) == listed(read(str(file))), read
+    ours, theirs = (read_table(f, label_column="") for f in (file, str(file)))
+    assert ours.equals(theirs) and ours.attrs == theirs.attrs
+
+
+@pytest.mark.parametrize("source", [3, None, b"t.csv"])
+def test_what_is_neither_text_nor_path_is_refused_by_its_type(source):
+    for read in (opened, stream_texts, fetch, revision, source_kind, local_path, read_table):
+        with pytest.raises(UsageError, match=f"text or a path; found {type(source).__name__} "):
+            read(source)
+
+
+def pack(data, packing):
+    "`data` packed by gzip, bz2, zip, or not at all."
+    if packing == "zip":
+        with zipfile.ZipFile(packed := io.BytesIO(), "w") as archive:
+            archive.writestr("t.csv", data)
+        return packed.getvalue()
+    return {"": bytes, "gzip": gzip.compress, "bz2": bz2.compress}[packing](data)
 
 
 def whole(file, **more):
@@ -42,6 +87,71 @@ def test_plain_text_is_cut_as_read_table_cuts_it(place, text, unit):
         assert streamed(file, unit=unit) == whole(file, unit=unit)
     else:
         assert streamed(file, unit=unit) == []
+
+
+@drawn
+@given(
+    st.lists(
+        st.text(st.sampled_from('a é,;|\t"'), min_size=1, max_size=12), min_size=2, max_size=6
+    ),
+    st.sampled_from(",;|\t"),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.sampled_from(["text", "text; in full", "price (EUR, incl. VAT)", "a|b"]),
+    st.sampled_from(["", "sep", "space"]),
+    st.sampled_from(["", "gzip", "bz2", "zip"]),
+)
+@example(["a,a", "é,é"], ";", "\n", "price (EUR, incl. VAT)", "", "")
+@example(["a", "b"], ";", "\n", "price (EUR, incl. VAT)", "sep", "")
+def test_the_separator_is_found_or_the_file_is_refused(
+    place, texts, separator, end, name, custom, packing
+):
+    """Whatever writes the table, table and stream read what was written, or refuse a file that two
+    separators would cut; `custom` is a first line `sep=`, or a space behind each separator."""
+    assume("".join(texts).strip())
+    table, file = pd.DataFrame({"id": range(len(texts)), name: texts}), place / "t.csv"
+    quoting = csv.QUOTE_ALL if custom == "space" else csv.QUOTE_MINIMAL
+    written = table.to_csv(None, index=False, sep=separator, lineterminator=end, quoting=quoting)
+    if custom == "space":
+        assume('"' not in "".join(texts) and not any(c in "".join(texts) for c in ",;|\t"))
+        assume(separator not in name)
+        written = written.replace(f'"{separator}"', f'"{separator} "')
+    if custom == "sep":
+        written = f"sep={separator}{end}{written}"
+    file.write_bytes(pack(written.encode(), packing))
+    try:
+        found = whole(file, text_column=name)
+    except DataError as e:
+        assert custom != "sep" and "can be cut by more than one sign" in str(e)
+        with pytest.raises(DataError, match="can be cut by more than one sign"):
+            streamed(file, column=name)
+    else:
+        assert found == [text for text in texts if text.strip()] == streamed(file, column=name)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"<!doctype HTML>\n<html><head><title>Sign in</title>", "web page titled “Sign in”"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"PK\x03\x04 damaged", "not a whole zip file"),
+        (gzip.compress(b"text\na\n")[:-5], "not a whole gzip file"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_what_it_is(tmp_path, content, said):
+    "By table and stream alike; its name says .csv."
+    (file := tmp_path / "a.csv").write_bytes(content)
+    for read in (whole, streamed):
+        with pytest.raises(DataError, match=said):
+            read(file)
+
+
+def test_json_that_is_no_json_lines_is_told_what_it_seems_to_be(tmp_path):
+    (file := tmp_path / "a.jsonl").write_text('{\n "text": "a"\n}\n{\n "text": "b"\n}\n')
+    with pytest.raises(DataError, match="objects that are written over several lines"):
+        whole(file)
+    file.write_text('["a", "bad"]\n["b", "good"]\n')
+    with pytest.raises(DataError, match="an array a line"):
+        whole(file)
 
 
 @drawn

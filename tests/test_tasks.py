@@ -212,6 +212,6 @@ def test_texts_cleaned_in_a_way_that_is_not_known_are_refused(tmp_path):
     "said", ['"task": ["regression"]', '"task": "regression", "cleaning": {"unicode": "NFC"}']
 )
 def test_a_schema_of_unknown_fields_is_refused_by_its_file(tmp_path, said):
-    (tmp_path / "schema.json").write_text('{%s, "low": 0, "high": 1}' % said)
+    (tmp_path / "schema.json").write_text("{" + said + ', "low": 0, "high": 1}')
     with pytest.raises(DataError, match=r"schema\.json"):
         load_schema(tmp_path)

@@ -198,13 +198,22 @@ def split_rows(
     counts = rows.label.value_counts().sort_index().to_dict()
     name = lambda c: f"The class {labels[c]!r}" if labels else "The source"
     needed = 1 + (validation > 0) + (test > 0)
-    for c, n in counts.items():
-        if n < needed:
-            raise DataError(
-                f"{name(c)} has {n} usable row{'s' * (n != 1)} and needs {needed}, one for "
-                "each split. Add rows, leave the class out, or set validation_size or "
-                "test_size to 0."
+    few = {c: n for c, n in counts.items() if n < needed}
+    if few:
+        rows_of = lambda n: f"{n} usable row{'s' * (n != 1)}"
+        if len(few) == 1:
+            c, n = next(iter(few.items()))
+            said = f"{name(c)} has {rows_of(n)} and needs {needed}, one for each split"
+        else:
+            named = [f"{labels[c]!r} ({n})" for c, n in few.items()]
+            more = f" and {len(named) - 20} more" if len(named) > 20 else ""
+            said = (
+                f"{len(few)} of {len(counts)} classes have fewer usable rows than the {needed} that "
+                f"are needed, one for each split: {', '.join(named[:20])}{more}"
             )
+        raise DataError(
+            f"{said}. Add rows, leave the class out, or set validation_size or test_size to 0."
+        )
     sizes = split_sizes(len(rows), validation, test, len(counts))
     rows = sort_by_split_hash(rows, seed)
     rank, start, parts = rows.groupby("label").cumcount(), 0, {}
@@ -306,7 +315,11 @@ def read_split(corpus: str | Path, name: str) -> "pd.DataFrame":
 def label_names(corpus: str | Path) -> list[str]:
     """The class names of the corpus in a folder; a label is an index into them.
 
-    Empty when its texts have no labels."""
+    Empty when its texts have no labels. Raises `MissingError` where there is no corpus.
+
+    Args:
+        corpus: Its folder.
+    """
     return read_json(Path(corpus) / "labels.json")
 
 

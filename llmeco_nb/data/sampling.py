@@ -76,8 +76,8 @@ def assign_split(number: float, validation_size: float, test_size: float) -> str
 
     Args:
         number: From `split_hash`.
-        validation_size: Share of the documents.
-        test_size: Likewise.
+        validation_size: Share of the documents, in [0, 1).
+        test_size: Likewise; both together below 1.
     """
     if number < test_size:
         return "test"
@@ -152,13 +152,14 @@ def index_documents(
     """For each (domain, split) its documents in the order of their hashes.
 
     A document is a row of `document_dtype`: hash, offset in the store (bytes), size
-    (characters).
+    (characters). The hash is that of the id, not of the text, so only equal ids are sure to share
+    a split. The shares hold on average. A split without documents has no entry.
 
     Args:
         documents: Each with id, text, domain, offset.
         seed: Of the split.
-        validation_size: Share of the documents.
-        test_size: Likewise.
+        validation_size: Share of the documents, in [0, 1), not a number of them.
+        test_size: Likewise; both together below 1.
     """
     found, pack = {}, struct.Struct("<dqi").pack
     for d in documents:

@@ -10,11 +10,12 @@ __all__ = ['number_text', 'is_blank', 'as_text', 'class_name', 'sort_class_names
 import hashlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import DataError
 from .readers import read_frame
-from .sources import did_you_mean
+from .sources import did_you_mean, source_name
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #d9a8b19e
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -196,7 +197,7 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
 
 
 def read_table(
-    source: str,
+    source: str | Path,
     text_column: str = "text",
     label_column: str = "label",
     labels: list[str] | None = None,
@@ -219,6 +220,7 @@ def read_table(
     """
     import pandas as pd
 
+    source = source_name(source)
     frame, names, tabular = read_frame(source, unit)
     text, label = text_column, label_column
     if not tabular:

@@ -177,6 +177,7 @@ def packable(
 
 def stored_scores(table: str | Path, row: PackableModel, ids: list[str]) -> np.ndarray:
     """The task's scores that the table holds for validation texts, float32 of shape (ids, scores).
+    Raises `DataError` for a text it has no answer to.
 
     Args:
         table: Folder with predictions.parquet.
@@ -184,8 +185,14 @@ def stored_scores(table: str | Path, row: PackableModel, ids: list[str]) -> np.n
         ids: Of validation texts.
     """
     file = Path(table) / "predictions.parquet"
-    every = read_predictions_file(file, row.model, row.num_labeled, "validation")
-    return scores_of(every.set_index("id").loc[ids])
+    every = read_predictions_file(file, row.model, row.num_labeled, "validation").set_index("id")
+    absent = [one for one in ids if one not in every.index]
+    if absent:
+        raise DataError(
+            f"{file} has no answer of {row.model} with {row.num_labeled} labels to the validation "
+            f"text {absent[0]}; it was made with another corpus. Run evaluate again."
+        )
+    return scores_of(every.loc[ids])
 
 
 def match_checkpoint(

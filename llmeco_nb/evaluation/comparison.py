@@ -254,7 +254,9 @@ def read_evaluation_splits(corpus: str) -> tuple[Schema, dict[str, "pd.DataFrame
     needed = {"validation": "nothing to choose hyperparameters by", "test": "nothing to compare on"}
     for s, lacking in needed.items():
         if not len(splits[s]):
-            raise DataError(f"{corpus} has no {s} texts, and {lacking}. Build it with {s}=0.1.")
+            raise DataError(
+                f"{corpus} has no {s} texts, and {lacking}. Build it with {s}_size=0.1."
+            )
     return schema, splits
 
 

@@ -150,9 +150,13 @@ class ShownMetric:
 
         Args:
             value: As it is stored.
-            digits: Behind the point.
+            digits: Behind the point; of a number below 0.1 in the target's unit, one more than so
+                many that count.
         """
-        return f"{self.number(value):.{digits}f}"
+        number = self.number(value)
+        if not self.unit and 0 < abs(number) < 0.1:
+            return f"{number:.{digits + 1}g}"
+        return f"{number:.{digits}f}"
 
     def number(self, value: float) -> float:
         """The value as an axis has it.

@@ -255,7 +255,7 @@ def interact(
     if not len(rows):
         raise DataError(
             f"{corpus} has no validation text of 1 to 20,000 characters, and the server takes "
-            "no other. Build the corpus with validation=0.1, or from shorter texts."
+            "no other. Build the corpus with validation_size=0.1, or from shorter texts."
         )
     question = rows.text.iloc[0]
     begun = time.monotonic()

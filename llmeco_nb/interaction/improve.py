@@ -363,11 +363,11 @@ def judge_candidate(
 
 
 def small_feedback(corpus: str | Path) -> Path:
-    """Frozen feedback on a few validation texts, as if their readers had corrected a model, under
-    runs/scratch.
+    """A folder of frozen feedback on up to 12 validation texts, as if their readers had corrected a
+    model, under runs/scratch; made at the first call. Raises `MissingError`.
 
     Args:
-        corpus: Corpus folder.
+        corpus: Corpus folder; its texts have labels, of two classes.
     """
     from llmeco_nb.deployment.ledger import Ledger, keep_feedback, keep_predictions
 

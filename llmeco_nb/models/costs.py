@@ -10,7 +10,7 @@ __all__ = ['published', 'count_blocks', 'parameters_of', 'published_config', 'ex
 from typing import Any
 
 from ..core import UsageError
-from .conversion import architectures, config_from_stock, stock_class
+from .conversion import config_from_stock, find_architecture, stock_class
 from .transformer import Bert, Gpt, Seq2Seq, TransformerConfig
 
 # %% ../../nbs/1_pretraining/13e_costs.ipynb #afa78056
@@ -170,13 +170,13 @@ def published_config(name: str) -> Any:
 
 def extra_parameters(stock: str, config: TransformerConfig) -> int:
     """What a stock class holds beyond ours: two unused rows in each table of positions (BART), or
-    tables of sinusoidal positions, which ours computes.
+    tables of sinusoidal positions, which ours computes. Raises `UsageError`.
 
     Args:
-        stock: A stock class.
+        stock: A stock class, a key of `architectures`.
         config: Our configuration of the same network.
     """
-    if architectures[stock][0] is not Seq2Seq:
+    if find_architecture(stock)[0] is not Seq2Seq:
         return 0
     rows = 2 if config.position_embedding == "learned" else config.max_position_embeddings
     return 2 * config.hidden_size * rows
@@ -338,7 +338,7 @@ def cost_row(name: str, batch_size: int = 8, seq_len: int = 512) -> dict[str, fl
     """
     stock_config = published_config(name)
     stock = published[name][0]
-    model_class = architectures[stock][0]
+    model_class, _ = find_architecture(stock)
     config = config_from_stock(stock, stock_config)
     target_len = seq_len if model_class is Seq2Seq else 0
     sizes = (model_class, config, batch_size, seq_len, target_len)

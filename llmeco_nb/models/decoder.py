@@ -448,7 +448,14 @@ def matrix_sizes(config: DecoderConfig) -> tuple[int, int]:
 
 
 def decoder_parameters(config: DecoderConfig) -> dict[str, int]:
-    "Parameters by part (`tables`, `layers`, `head`) and their `total`, from the config alone."
+    """Parameters by part (`tables`, `layers`, `head`) and their `total`, from the config alone.
+
+    `tables` are those of tokens, pairs and values; `head` is the last norm and, unless it is tied,
+    the table of the logits.
+
+    Args:
+        config: From `decoder_config`.
+    """
     width = config.hidden_size
     norms = 2 * width + (2 * config.head_dim if config.qk_norm else 0)
     layer = sum(matrix_sizes(config)) + norms + (2 if config.embedding_skip else 0)

@@ -135,10 +135,10 @@ def one_table(rows: list[dict]) -> str:
         return 1 if c in ranged else 2 if c in ("p", "p_adjusted", "verdict") else 3
 
     columns = sorted((c for c in said if c not in twice), key=rank)
+    better = "error saved against" if "mae" in said else "difference from"
     texts = list(zip(*(table_column(c, rows, c in ranged) for c in columns)))
     head = [
-        f"difference from {named}" if c == "difference" and named else c.replace("_", " ")
-        for c in columns
+        f"{better} {named}" if c == "difference" and named else c.replace("_", " ") for c in columns
     ]
     return html_table(head, [list(r) for r in texts], raw=True, what="Comparison")
 

@@ -142,7 +142,7 @@ def cell_role(cell: dict) -> str:
 
 
 def same_code(a: str, b: str) -> bool:
-    """Whether two pieces of code mean the same.
+    """Whether two pieces of code mean the same: comments, docstrings and layout do not count.
 
     Args:
         a: Python code.

@@ -112,7 +112,7 @@ def class_scores(matrix: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 def averaged(matrix: ArrayLike, name: str, average: str | None) -> np.ndarray:
     """A class score averaged over classes, shape (...), or (..., n) if not averaged.
 
-    Raises `UsageError` for another average.
+    Raises `UsageError` for another name or average.
 
     Args:
         matrix: Confusion matrix or a stack of them, shape (..., n, n).
@@ -120,7 +120,10 @@ def averaged(matrix: ArrayLike, name: str, average: str | None) -> np.ndarray:
         average: "macro", "weighted", "micro", "binary" (class 1 of two) or None.
     """
     m = np.asarray(matrix)
-    which = {"precision": 0, "recall": 1, "f1": 2}[name]
+    known = ("precision", "recall", "f1")
+    if name not in known:
+        raise UsageError(f"No metric of a class is called {name!r}; there are {', '.join(known)}.")
+    which = known.index(name)
     if average == "micro":
         return safe_divide(np.trace(m, axis1=-2, axis2=-1), m.sum((-2, -1)))
     values = class_scores(m)[which]

@@ -93,7 +93,7 @@ def average(w: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Mean of `values` in every resample, shape (resamples,).
 
     Args:
-        w: How often each row is drawn, shape (resamples, rows).
+        w: How often each row is drawn, shape (resamples, rows); a resample of no rows gives NaN.
         values: A number per row, shape (rows,).
     """
     return w @ values / w.sum(1)
@@ -103,7 +103,7 @@ def difference(w: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarr
     """Mean of `first` minus mean of `second` in every resample, shape (resamples,).
 
     Args:
-        w: How often each row is drawn, shape (resamples, rows).
+        w: How often each row is drawn, shape (resamples, rows); a resample of no rows gives NaN.
         first: The first model's number per row, shape (rows,).
         second: The second model's, for the same items.
     """

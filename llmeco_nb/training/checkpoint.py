@@ -66,7 +66,8 @@ def identity_of(optimiser: Optimiser, plan: TrainPlan, **more) -> dict:
     Args:
         optimiser: With its model; what it was made with is part of the identity.
         plan: All of it is part of the identity.
-        **more: Whatever else must be the same: seed, hash of the data.
+        **more: Whatever else must be the same: seed, hash of the data. Values as JSON gives them
+            back: a list, not a tuple.
     """
     shapes = "\n".join(f"{n} {tuple(p.shape)}" for n, p in optimiser.model.named_parameters())
     return {
@@ -108,7 +109,10 @@ def current_identity(stored: dict) -> dict:
 
 
 def check_identity(stored: dict, here: dict, file: Path):
-    """Raise `DataError` naming every entry in which two identities differ.
+    """Raise `DataError` naming every entry in which two identities differ, with both values.
+
+    Entries are compared whole, and one that is absent counts as None. The message advises to
+    remove the folder of `file`.
 
     Args:
         stored: From `identity_of`, as the file has it.

@@ -70,15 +70,18 @@ def epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(
     index: int, batch: int, n: int, seed: int, world: int = 1, rank: int = 0
 ) -> np.ndarray:
-    """Which of `n` examples stand in batch `index` of the endless stream of epochs.
+    """Which of `n` examples stand in batch `index` of the endless stream of epochs, shape (share,).
+
+    An epoch may end within a batch. Raises `UsageError` for a `rank` that is not below `world` and
+    if a process would have no example.
 
     Args:
         index: From 0.
         batch: Examples a batch, of all processes together.
-        n: Number of examples.
-        seed: Decides the order of every epoch.
-        world: Processes that share a batch.
-        rank: Of so many processes, the share of this one; see 16a_sharding.
+        n: Number of examples, at least 1; may be fewer than `batch`.
+        seed: Decides the order of every epoch. Not negative.
+        world: Processes that share a batch, at most `batch`.
+        rank: Of this process, from 0; its share is consecutive, cut by `rank_slice`.
     """
     places = np.array(rank_slice(index, batch, world, rank))
     return np.array(

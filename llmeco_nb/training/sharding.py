@@ -24,7 +24,18 @@ if TYPE_CHECKING:  # read by type checkers alone
 # %% ../../nbs/1_pretraining/16a_sharding.ipynb #324ea9a4
 def rank_slice(index: int, batch: int, world: int = 1, rank: int = 0) -> range:
     """Positions in the sample order that process `rank` of `world` takes of global batch `index` of
-    `batch` examples. Raises `UsageError` if a process would have none."""
+    `batch` examples. Raises `UsageError` if a process would have none, and for a `rank` that
+    is not below `world`.
+
+    If `world` does not divide `batch`, shares differ by at most one: of 5 examples, rank 0 of 2
+    takes 2 and rank 1 takes 3.
+
+    Args:
+        index: Number of the batch, from 0.
+        batch: Examples of all processes together, at least `world`.
+        world: Number of processes.
+        rank: Of this process, from 0.
+    """
     if not 0 <= rank < world:
         raise UsageError(f"rank is {rank}; with {world} processes it is from 0 to {world - 1}.")
     if batch < world:
