@@ -316,7 +316,9 @@ def first_reasons(reasons: list[str], most: int = 8) -> str:
 
 @app.command(cls=Command)
 def bench(
-    name: str = typer.Argument(None, help="The benchmark to run; without a name they are listed."),
+    name: str | None = typer.Argument(
+        None, help="The benchmark to run; without a name they are listed."
+    ),
     level: str = typer.Option(
         "check", help="check: minutes, a subset, one seed; record: whole, resumable."
     ),
@@ -381,7 +383,9 @@ def doctor():
 
 @app.command(cls=Command)
 def prune(
-    keep: int = typer.Option(None, help="Also drop all but the newest N runs of each profile."),
+    keep: int | None = typer.Option(
+        None, help="Also drop all but the newest N runs of each profile."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
 ):
     """Remove store entries no run names, and what killed attempts left.
@@ -419,14 +423,14 @@ def report(o: ReportOptions):
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f
 @app.command(cls=Command)
 def serve(
-    bundle: Path = typer.Option(
+    bundle: Path | None = typer.Option(
         None, help="A bundle's folder (default: the newest champion or bundle in runs)."
     ),
     host: str = typer.Option(
         "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
     ),
     port: int = typer.Option(8000, help="The port; 0 takes a free one."),
-    database: str = typer.Option(
+    database: str | None = typer.Option(
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
@@ -455,7 +459,7 @@ def serve(
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
 def docs(
-    run: str = typer.Option(
+    run: str | None = typer.Option(
         None,
         "--run",
         help=(
@@ -498,7 +502,7 @@ def docs(
 
 @app.command(cls=Command)
 def outputs(
-    names: list[str] = typer.Argument(
+    names: list[str] | None = typer.Argument(
         None, metavar="[NOTEBOOK]...", help="Notebooks, such as 12_wordpiece (default: all)."
     ),
     stale: bool = typer.Option(

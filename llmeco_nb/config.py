@@ -17,15 +17,23 @@ import textwrap
 import tokenize
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, dataclass_transform, get_args
-from typing import get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from .core import UsageError
-
-from pydantic.fields import FieldInfo
 
 # %% ../nbs/0_ground/00f_config.ipynb #acc187b0
 def _list_items(text: str) -> list[str]:

@@ -588,8 +588,16 @@ def test_no_validation_no_test(tmp_path):
 @pytest.mark.parametrize(
     "n, labels, kwargs, error, message",
     [
-        (9, "112131415", {}, DataError, r"The class '2' has 1 usable row and needs 3"),
-        (4, "1515", {}, DataError, "The class '1' has 2 usable rows and needs 3"),
+        (9, "112131415", {}, DataError, "4 of 5 classes have fewer usable rows than the 3"),
+        (7, "1111112", {}, DataError, r"The class '2' has 1 usable row and needs 3"),
+        (
+            4,
+            "1515",
+            {},
+            DataError,
+            "2 of 2 classes have fewer usable rows than the 3 that are "
+            r"needed, one for each split: '1' \(2\), '5' \(2\)",
+        ),
         (60, "15", dict(validation_size=0.5, test_size=0.5), DataError, "leave 0 for training"),
         (60, "15", dict(test_size=59), DataError, "leave 0 for training"),
         (

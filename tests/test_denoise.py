@@ -43,6 +43,11 @@ from llmeco_nb.pretraining.denoising_eval import (  # noqa: E402
     ngram_nats,
     validation_scores,
 )
+from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
+    document_ppmi_embeddings,
+    unigram_log_probs,
+    window_ppmi_embeddings,
+)
 from llmeco_nb.pretraining.masking import SEP, group_texts  # noqa: E402
 from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
     denoise_loss,
@@ -50,6 +55,7 @@ from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
     fit_bigram_embeddings,
     neighbour_ppmi_embeddings,
     new_seq2seq,
+    target_log_probs,
     token_log_probs,
 )
 from llmeco_nb.pretraining.span_corruption import (  # noqa: E402
@@ -361,6 +367,25 @@ def test_the_fit_comes_near_the_counted_probabilities(rows, first):
             fit_bigram_embeddings(rows, first, 32), fit_bigram_embeddings(rows.copy(), first, 32)
         )
     )
+
+
+@pytest.mark.parametrize("token", [12, -1])
+def test_ids_outside_the_vocabulary_are_refused(token):
+    toy = np.array([[2, 7, 8, 9, 7, 8, 3], [2, 8, token, 7, 9, 9, 3]] * 20)
+    for count in (
+        most_frequent_successors,
+        copy_baselines,
+        token_log_probs,
+        unigram_log_probs,
+        lambda ids, size: target_log_probs(ids, SpanCorruption(size)),
+        lambda ids, size: neighbour_ppmi_embeddings(ids, size, 8),
+        lambda ids, size: fit_bigram_embeddings(ids, size, 8, passes=1),
+        lambda ids, size: window_ppmi_embeddings(ids, size, 8),
+        lambda ids, size: document_ppmi_embeddings(list(ids), size, 8),
+    ):
+        with pytest.raises(DataError, match=f"hold the token {token},.* from 0 to 11"):
+            count(toy, 12)
+    assert len(unigram_log_probs(toy.clip(0), 13)) == len(token_log_probs(toy.clip(0), 13)) == 13
 
 
 def test_a_new_network_goes_on_from_the_token_before(rows, first, inputs):

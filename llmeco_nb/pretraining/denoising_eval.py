@@ -16,6 +16,7 @@ import torch
 
 from ..models.ngram import Ngram, concat_documents
 from ..models.transformer import Seq2Seq
+from .embedding_init import check_token_ids
 from .masking import CLS, SEP
 from .seq2seq import token_log_probs
 from llmeco_nb.pretraining.span_corruption import (
@@ -55,12 +56,14 @@ def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     (vocab_size,); for those without a successor the most frequent token.
 
     The special tokens at both ends of a row are left out. Of several equally frequent successors
-    the one with the highest id counts. Raises `ValueError` for no rows.
+    the one with the highest id counts. Raises `DataError` for ids outside the vocabulary,
+    `ValueError` for no rows.
 
     Args:
-        rows: (n, length) token ids below `vocab_size`, from `group_texts`; this is not checked.
+        rows: (n, length) token ids, from `group_texts`.
         vocab_size: Number of subword tokens.
     """
+    check_token_ids(rows, vocab_size)
     pairs = rows[:, 1:-2].astype(np.int64) * vocab_size + rows[:, 2:-1]
     pairs, n = np.unique(pairs, return_counts=True)
     order = np.argsort(n, kind="stable")  # of several, the last assignment stays: the most frequent
@@ -72,13 +75,14 @@ def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 def copy_baselines(rows: np.ndarray, vocab_size: int, top: int = 5) -> dict[str, tuple]:
     """Ways to fill a span with copies, {name: (kind, tokens)}: nothing, the left neighbour, the
     row's most frequent token, or one of the `top` most frequent stretches of one, two, three
-    tokens.
+    tokens. Raises `DataError` for ids outside the vocabulary.
 
     Args:
         rows: (n, length) token ids that are counted.
         vocab_size: Number of subword tokens.
         top: Most frequent stretches of each length.
     """
+    check_token_ids(rows, vocab_size)
     found = {
         "nothing": ("fixed", ()),
         "the left neighbour again": ("again", 1),

@@ -24,18 +24,20 @@ from llmeco_nb.models.transformer import (
     init_weights,
     sinusoidal_embedding,
 )
-from .embedding_init import single_thread
+from .embedding_init import check_token_ids, single_thread
 from .span_corruption import SpanCorruption
 from ..tokenization.wordpiece import special_tokens
 
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #fbc2edcf
 def token_log_probs(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     """Log-probability (vocab_size,) of each token of text, half an occurrence added to each.
+    Raises `DataError` for ids outside the vocabulary.
 
     Args:
         rows: (n, length) token ids; the special ones at both ends are left out.
         vocab_size: Number of subword tokens.
     """
+    check_token_ids(rows, vocab_size)
     counts = np.bincount(rows[:, 1:-1].ravel(), minlength=vocab_size) + 0.5
     return np.log(counts / counts.sum())
 
@@ -46,7 +48,7 @@ def neighbour_ppmi_embeddings(
 ) -> np.ndarray:
     """Word vectors (vocab_size, hidden_size), float32: what comes after a token in the first half,
     before what it comes in the second, each of length 1. The half of a token without neighbours is
-    0.
+    0. Raises `DataError` for ids outside the vocabulary.
 
     Args:
         rows: (n, length) token ids, from `group_texts`.
@@ -54,6 +56,7 @@ def neighbour_ppmi_embeddings(
         hidden_size: Of both halves together.
         contexts: Most frequent tokens to count as neighbours.
     """
+    check_token_ids(rows, vocab_size)
     frequency = np.bincount(rows.ravel(), minlength=vocab_size)
     frequency[: len(special_tokens)] = 0
     top = np.argsort(-frequency, kind="stable")[: min(contexts, int((frequency > 0).sum()))]
@@ -94,7 +97,7 @@ def fit_bigram_embeddings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The halves (vocab_size, hidden_size / 2) of `neighbour_ppmi_embeddings`, fitted as a softmax
     to the counted pairs: what comes after a token, of length 1, and before what it comes, of any
-    length.
+    length. Raises `DataError` for ids outside the vocabulary.
 
     Args:
         rows: (n, length) token ids, from `group_texts`.
@@ -105,6 +108,7 @@ def fit_bigram_embeddings(
         most: Tokens at a time.
         seed: Decides their order.
     """
+    check_token_ids(rows, vocab_size)
     left, right = rows[:, 1:-2].ravel(), rows[:, 2:-1].ravel()
     ones = np.ones(len(left), np.float32)
     pairs = csr_matrix((ones, (left, right)), (vocab_size, vocab_size))
@@ -133,12 +137,13 @@ def fit_bigram_embeddings(
 # %% ../../nbs/1_pretraining/18i_seq2seq.ipynb #4830e345
 def target_log_probs(rows: np.ndarray, corruption: SpanCorruption) -> np.ndarray:
     """Log-probability (vocab_size + sentinels,) of each token in a target by its frequency in
-    `rows`, half an occurrence added to each.
+    `rows`, half an occurrence added to each. Raises `DataError` for ids outside the vocabulary.
 
     Args:
         rows: (n, length) token ids, from `group_texts`.
         corruption: What is cut out, and what is to be written.
     """
+    check_token_ids(rows, corruption.vocab_size)
     hidden, spans = corruption.counts(rows.shape[1])
     whole = corruption.target == "text"
     written = rows[:, 1:] if whole else rows[:, 1:-1]
