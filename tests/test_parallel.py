@@ -190,6 +190,10 @@ def test_a_gpu_trains_as_the_processor_does(tmp_path, device):
             [r["loss"] for r in open_record(tmp_path / where, "causal").rows() if "loss" in r]
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    processor, gpu = (
+        open_record(tmp_path / where, "causal").metrics["roof_gflops"] for where in ("cpu", device)
+    )
+    assert gpu > 2 * processor  # each is held against the speed of its own device
 
 
 def test_a_tpu_is_one_of_the_devices():

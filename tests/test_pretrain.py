@@ -41,6 +41,7 @@ from llmeco_nb.pretraining.mlm import (  # noqa: E402
     tile_position_embeddings,
     validation_losses,
 )
+from llmeco_nb.runner.machine import gflops  # noqa: E402
 from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
     TokenizerConfig,
     build_tokenizer,
@@ -280,6 +281,11 @@ def test_positions_are_repeated():
         and table[17].equal(before[1])
         and table[63].equal(before[1 + 62 % 8])
     )
+
+
+def test_speed_is_measured_where_it_is_asked_for():
+    "The device `meta` computes nothing, and is therefore faster than any that does."
+    assert gflops(512, torch.float32, 0.05, "meta") > 3 * gflops(512, torch.float32, 0.05)
 
 
 def test_plans_are_whole_numbers():

@@ -338,7 +338,8 @@ def pretrain_causal(
         )
 
     peak = current_world().size * peak_gflops(
-        torch.bfloat16 if config.precision == "bf16" else torch.float32
+        torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        device=resolve_device(config.device),
     )
 
     def spent(measured: Measured) -> float:

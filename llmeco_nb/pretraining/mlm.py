@@ -299,7 +299,8 @@ def pretrain(
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
 
     peak = current_world().size * peak_gflops(
-        getattr(torch, "bfloat16" if config.precision == "bf16" else "float32")
+        getattr(torch, "bfloat16" if config.precision == "bf16" else "float32"),
+        device=resolve_device(config.device),
     )
     task = TrainTask(
         model=model,

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core import MissingError, read_json, write_json
 
 # %% ../../nbs/0_ground/00b_machine.ipynb #d3da70da
-def gflops(n: int, dtype, seconds: float) -> float:
+def gflops(n: int, dtype, seconds: float, device="cpu") -> float:
     """Best speed seen of an n x n matrix product, in GFLOP/s (1e9 multiply-adds count as 2e9
     operations).
 
@@ -25,14 +25,18 @@ def gflops(n: int, dtype, seconds: float) -> float:
         n: Side of the square matrices.
         dtype: torch.float32 or torch.bfloat16.
         seconds: How long to try.
+        device: Where it is computed, such as cpu or cuda.
     """
     import torch
 
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    on = torch.device(device)
+    a, b = (torch.randn(n, n, device=on).to(dtype) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
         a @ b
+        if on.type == "cuda":
+            torch.cuda.synchronize(on)  # until then it has only been ordered
         best = min(best, time.perf_counter() - start)
         if time.perf_counter() > until:
             return 2 * n**3 / best / 1e9
