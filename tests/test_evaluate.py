@@ -338,7 +338,9 @@ def test_damaged_models_are_refused(compared, tmp_path):
 @pytest.mark.parametrize(
     "change", [dict(bags=[dict(analyser="word")]), dict(bags=None), dict(scale=None)]
 )
-def test_a_linear_model_that_is_written_otherwise_is_refused_by_its_file(compared, tmp_path, change):
+def test_a_linear_model_that_is_written_otherwise_is_refused_by_its_file(
+    compared, tmp_path, change
+):
     from_here = compared[0].artifact("baselines") / "wordchar_svc-100"
     copy = shutil.copytree(from_here, tmp_path / "model")
     facts = read_json(copy / "model.json")
