@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -496,14 +497,16 @@ def open_record(out: str | Path, stage: str) -> Record:
 
 # %% ../nbs/0_ground/00_core.ipynb #a122c525
 def format_duration(seconds: float | None) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; '' for None. Seconds are cut off,
-    not rounded, from a minute on, and minutes from an hour on. Raises `ValueError` for nan.
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min; '' for None, "unknown" for nan
+    and infinity. Seconds are cut off, not rounded, from a minute on, and minutes from an hour on.
 
     Args:
         seconds: Not negative; None where nothing was measured.
     """
     if seconds is None:
         return ""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)

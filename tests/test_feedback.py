@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,25 @@ for i in range(60):
     keep_feedback(ledger, name, correct=True).result()
 ledger.close()
 """
+
+
+def test_a_job_that_meets_the_end_of_the_ledger_is_done_or_refused(tmp_path):
+    "Whoever writes while it closes gets an answer, and does not wait for ever."
+    for i in range(10):
+        ledger, futures, begin = Ledger(tmp_path / f"{i}.sqlite"), [], threading.Event()
+
+        def write():
+            begin.wait()
+            futures.extend(ledger.write(lambda c: 1) for _ in range(400))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        begin.set()
+        ledger.close()
+        writer.join()
+        futures.append(ledger.write(lambda c: 1))
+        refused = [f.exception(timeout=5) for f in futures]
+        assert all(e is None or "closed" in str(e) for e in refused) and refused[-1] is not None
 
 
 def test_two_servers_may_share_a_database(tmp_path):

@@ -18,7 +18,7 @@ from toy_project import (
     ToyProject,
 )
 
-from llmeco_nb.core import UsageError
+from llmeco_nb.core import UsageError, format_duration
 from llmeco_nb.runner.identity import Package
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry
@@ -758,3 +758,8 @@ def test_glossary_explains_each_term_of_our_own_in_a_sentence(site):
     assert 'href="05b_glossary.html">glossary</a>' in main
     assert side.index("05b_glossary.html") < side.index("00_core.html")
     assert "nbs/0_ground/05b_glossary.ipynb" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_duration_that_is_no_number_of_seconds_is_unknown():
+    assert [format_duration(float(s)) for s in ("nan", "inf", "-inf")] == ["unknown"] * 3
+    assert format_duration(None) == "" and format_duration(59.94) == "59.9 s"

@@ -85,3 +85,7 @@ def test_refusals():
         fit_scaling_law(N, np.full(12, 1e6), loss)
     with pytest.raises(DataError, match="positive"):
         fit_scaling_law(N, D, np.where(N == N[0], np.nan, loss))
+    law = fit_scaling_law(N, D, loss)
+    for level in (95, 1, 0, -0.5, np.nan):
+        with pytest.raises(UsageError, match=f"between 0 and 1, such as 0.95; found {level}"):
+            predict_loss(law, 1e7, 6e6, level)

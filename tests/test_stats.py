@@ -368,6 +368,13 @@ def test_detectable_inverts_the_sample_size_of_statsmodels(items, psi, alpha, po
     )
 
 
+@pytest.mark.parametrize("name", ["alpha", "power"])
+@pytest.mark.parametrize("share", [5, 1, 0, -0.5, float("nan")])
+def test_detectable_refuses_what_is_no_probability(name, share):
+    with pytest.raises(UsageError, match=f"{name} lies between 0 and 1; found {share}"):
+        minimum_detectable_difference(1000, **{name: share})
+
+
 def test_detectable_of_well_known_test_sets():
     assert [round(100 * minimum_detectable_difference(n, 0.1), 1) for n in (3080, 970, 943)] == [
         1.6,

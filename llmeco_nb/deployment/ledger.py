@@ -156,6 +156,8 @@ class Ledger:
         self.max_batch = max_batch
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.commits = 0
+        self.closed = False
+        self.closing = threading.Lock()  # no job may stand behind the word to stop
         dialect = self.engine.dialect.name
         # only the dialect we speak is imported; a server should start quickly
         self.insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
@@ -166,15 +168,18 @@ class Ledger:
     def write(self, job: Callable[[Connection], Any]) -> Future:
         "Have `job(connection)` done; the future holds its result once that is on the disk."
         future: Future = Future()
-        if not self.thread.is_alive():
-            future.set_exception(WriteError("The ledger is closed."))
-        else:
-            self.jobs.put((job, future))
+        with self.closing:
+            if self.closed or not self.thread.is_alive():
+                future.set_exception(WriteError("The ledger is closed."))
+            else:
+                self.jobs.put((job, future))
         return future
 
     def close(self) -> None:
         "Write what waits, then stop."
-        self.jobs.put(None)
+        with self.closing:
+            self.closed = True
+            self.jobs.put(None)
         self.thread.join()
         self.engine.dispose()
 

@@ -81,7 +81,7 @@ def truncation_of(config: "PretrainedConfig") -> tuple[int, float]:
     told = getattr(config, "llmeco", None)
     if not told:
         return min(512, config.max_position_embeddings), 1.0
-    if "tokens" in told:  # the names and the unit that earlier versions wrote
+    if "tokens" in told:  # as `save_classifier` writes it, the share in per cent
         return told["tokens"], told["head"] / 100
     return told["max_length"], told["head_fraction"]
 

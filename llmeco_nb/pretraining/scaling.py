@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core import DataError, UsageError
 from ..models.decoder import DecoderConfig, decoder_parameters
+from ..stats.significance import check_level
 
 # %% ../../nbs/1_pretraining/18e_scaling.ipynb #82af2b76
 def active_parameters(c: DecoderConfig) -> int:
@@ -104,16 +105,18 @@ def fit_scaling_law(n: Sequence[float], d: Sequence[float], loss: Sequence[float
 
 def predict_loss(law: dict, n: float, d: float, level: float = 0.95) -> dict[str, float]:
     """`loss` of a run of `n` parameters and `d` tokens, with the interval `low`, `high` for one new
-    run; all in the unit of the losses that were fitted.
+    run; all in the unit of the losses that were fitted. Raises `UsageError` for an impossible
+    level.
 
     Args:
         law: From `fit_scaling_law`.
         n: Parameters, one number above 0.
         d: Tokens, one number above 0.
-        level: Of the interval, between 0 and 1; others give nan.
+        level: Of the interval, in (0, 1).
     """
     from scipy.stats import t
 
+    check_level(level)
     p, steps = law["p"], np.eye(5) * 1e-5
     g = np.array(
         [

@@ -398,16 +398,20 @@ def minimum_detectable_difference(
     """Smallest true difference that a paired test finds with probability `power`.
 
     For scores other than right and wrong, `discordance` is the mean squared difference of an item.
-    Raises `DataError` without items, or for a negative discordance.
+    Raises `DataError` without items, or for a negative discordance, `UsageError` for an impossible
+    `alpha` or `power`.
 
     Args:
         items: Size of the test set, at least 1.
         discordance: Share of items where one model alone is right, or mean square.
-        alpha: Two-sided false alarm rate.
-        power: Probability of finding a difference of the returned size.
+        alpha: Two-sided false alarm rate, in (0, 1).
+        power: Probability of finding a difference of the returned size, in (0, 1).
     """
     from scipy.special import ndtri
 
+    for name, share in (("alpha", alpha), ("power", power)):
+        if not 0 < share < 1:
+            raise UsageError(f"{name} lies between 0 and 1; found {share}.")
     if items < 1 or discordance < 0:
         raise DataError(f"{items} items with a discordance of {discordance} can show nothing.")
     a = ndtri(1 - alpha / 2)
