@@ -99,7 +99,7 @@ def layerwise_lr_scales(layers: int, decay: float):
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #bf0cf3c8
 @stage_config
 class ClassifierConfig(StageConfig):
-    "What the stage `finetune` may be told."
+    "Parameters of the stage `finetune`."
 
     weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
     name: str = "own"  # what the model is called in tables

@@ -194,7 +194,7 @@ class Task(ABC, Generic[SchemaT]):
     target: ClassVar[str]  # The column that is predicted
     schema: ClassVar[type[Schema]]  # What `check` returns
     selection: ClassVar[Selection]  # By what models are chosen
-    baselines: ClassVar[tuple[str, ...]]  # Names of the recipes that every model is held against
+    baselines: ClassVar[tuple[str, ...]]  # Names of the recipes that every model is compared with
     Request: ClassVar[type[BaseModel]] = TextRequest  # What a client sends
     Prediction: ClassVar[type[Prediction]]  # What is said of one item
     Response: ClassVar[type[ItemResponse]]  # The same with the item's place in the request
