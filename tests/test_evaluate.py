@@ -4,6 +4,7 @@ The linear models are held against scikit-learn and arithmetic by hand, the tabl
 predictions.
 """
 
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
+from llmeco_nb.core import (
+    DataError,
+    MissingError,
+    UsageError,
+    create_record,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, split_rows, write_corpus
 from llmeco_nb.evaluation.comparison import (
     EvaluationConfig,
@@ -323,6 +332,21 @@ def test_damaged_models_are_refused(compared, tmp_path):
         with pytest.raises(
             error, match=name.split("_")[0].split(".")[0] if name != "model.json" else "form"
         ):
+            LinearText.load(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(bags=[dict(analyser="word")]), dict(bags=None), dict(scale=None)]
+)
+def test_a_linear_model_that_is_written_otherwise_is_refused_by_its_file(
+    compared, tmp_path, change
+):
+    from_here = compared[0].artifact("baselines") / "wordchar_svc-100"
+    copy = shutil.copytree(from_here, tmp_path / "model")
+    facts = read_json(copy / "model.json")
+    for wrong in (change, dict(classes=facts["classes"][:-1])):
+        write_json(copy / "model.json", facts | wrong)
+        with pytest.raises(DataError, match=r"model/model\.json"):
             LinearText.load(copy)
 
 

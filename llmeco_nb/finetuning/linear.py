@@ -180,18 +180,28 @@ class LinearText:
             except ValueError as e:
                 raise DataError(f"{folder / name} is not an array file: {e}.") from None
 
-        bags = [BagOfNgrams(**b) for b in facts["bags"]]
-        one = cls(
-            name=facts["name"],
-            classes=facts["classes"],
-            bags=bags,
-            vocabularies=[read_json(folder / f"vocabulary_{i}.json") for i in range(len(bags))],
-            idfs=[array(f"idf_{i}.npy") if b.idf else None for i, b in enumerate(bags)],
-            weights=[array(f"weights_{i}.npy") for i in range(len(bags))],
-            bias=np.array(facts["bias"], dtype=float),
-            scale=facts["scale"],
-            about=facts["about"],
-        )
+        try:
+            bags = [BagOfNgrams(**b) for b in facts["bags"]]
+            one = cls(
+                name=facts["name"],
+                classes=facts["classes"],
+                bags=bags,
+                vocabularies=[read_json(folder / f"vocabulary_{i}.json") for i in range(len(bags))],
+                idfs=[array(f"idf_{i}.npy") if b.idf else None for i, b in enumerate(bags)],
+                weights=[array(f"weights_{i}.npy") for i in range(len(bags))],
+                bias=np.array(facts["bias"], dtype=float),
+                scale=float(facts["scale"]),
+                about=facts["about"],
+            )
+            # one output is enough for a number, and for one of two classes
+            wanted = {max(1, len(one.classes))} | ({1} if len(one.classes) == 2 else set())
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f"{folder}/model.json is not as it is written here: {e!r}.") from None
+        if one.bias.ndim != 1 or len(one.bias) not in wanted:
+            raise DataError(
+                f"{folder}/model.json has a bias of the shape {one.bias.shape} for "
+                f"{len(one.classes)} classes."
+            )
         for v, w in zip(one.vocabularies, one.weights):
             if w.shape != (len(v), len(one.bias)):
                 raise DataError(
