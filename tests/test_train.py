@@ -420,6 +420,17 @@ def test_what_counts_as_progress(tmp_path, pairs, warmup, ends, best):
     assert (result.steps, result.best_step, result.stopped) == (ends, best, True)
 
 
+def test_the_last_steps_before_an_early_stop_are_logged(tmp_path):
+    how = {**BY_ACCURACY, "evaluate_every": 2, "steps": 60, "warmup": 0, "patience": 2}
+    how["log_every"] = 50
+    worse = iter(range(100))
+    evaluate = lambda model: dict(validation_accuracy=0.5, validation_loss=float(next(worse)))
+    record, _, result = run(tmp_path, evaluate=evaluate, **how)
+    logged = [r for r in record.rows() if "lr" in r]
+    assert result.stopped and [r["step"] for r in logged] == [result.steps]
+    assert result.loss == logged[0]["loss"] and logged[0]["tokens"] == result.tokens
+
+
 @pytest.mark.parametrize("task,patience", [(PLATEAU, 2), (OVERFITTING, 3)])
 def test_a_killed_run_stops_where_the_undisturbed_one_does(tmp_path, task, patience):
     "Killed at every checkpoint: each attempt must know how long was waited, and for what."

@@ -56,11 +56,10 @@ def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
     (vocab_size,); for those without a successor the most frequent token.
 
     The special tokens at both ends of a row are left out. Of several equally frequent successors
-    the one with the highest id counts. Raises `DataError` for ids outside the vocabulary,
-    `ValueError` for no rows.
+    the one with the highest id counts. Raises `DataError` for other ids, `ValueError` for no rows.
 
     Args:
-        rows: (n, length) token ids, from `group_texts`.
+        rows: (n, length) token ids below `vocab_size`, from `group_texts`.
         vocab_size: Number of subword tokens.
     """
     check_token_ids(rows, vocab_size)
@@ -74,13 +73,12 @@ def most_frequent_successors(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def copy_baselines(rows: np.ndarray, vocab_size: int, top: int = 5) -> dict[str, tuple]:
     """Ways to fill a span with copies, {name: (kind, tokens)}: nothing, the left neighbour, the
-    row's most frequent token, or one of the `top` most frequent stretches of one, two, three
-    tokens. Raises `DataError` for ids outside the vocabulary.
+    row's most frequent token, or one of the `top` most frequent n-grams. Raises `DataError`.
 
     Args:
-        rows: (n, length) token ids that are counted.
+        rows: (n, length) token ids below `vocab_size` that are counted.
         vocab_size: Number of subword tokens.
-        top: Most frequent stretches of each length.
+        top: Most frequent n-grams of each length, one to three tokens.
     """
     check_token_ids(rows, vocab_size)
     found = {

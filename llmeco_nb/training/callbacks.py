@@ -33,10 +33,16 @@ class Logging(Callback):
         state.tokens_since_log += result.tokens
         state.loss_sum += result.loss_sum
         state.weight += result.weight
+        self.last = result
         if state.done or run.is_due(run.plan.log_every):
             self.log(run, result)
         expected = round(state.tokens / state.step * run.plan.steps)
         run.record.progress(state.tokens, expected, "tokens")
+
+    def on_evaluation(self, run: TrainRun, values: dict[str, float]) -> None:
+        "Log the last steps of `run` where its evaluation, which gave `values`, has ended it."
+        if run.state.done and run.state.weight:
+            self.log(run, self.last)
 
     def log(self, run: TrainRun, result: StepResult) -> None:
         """Write the row.
