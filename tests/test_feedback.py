@@ -1,6 +1,8 @@
 """Feedback is kept once, frozen the same for the same rows, and promotes only what is better."""
 
+import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -429,6 +431,17 @@ def test_what_is_not_learned(world, tmp_path):
     assert rows.text.tolist() == ["new one", "new two"] and counts == CorrectionCounts(
         rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2
     )
+
+
+@pytest.mark.parametrize(
+    "sheet, row", [("{", "{}"), ("[]", "{}"), ("{}", "{}"), (None, '{"text": "a", "stars": 3}')]
+)
+def test_frozen_feedback_of_another_version_is_refused_by_its_folder(tmp_path, sheet, row):
+    (tmp_path / "feedback.jsonl").write_text(row + "\n")
+    sheet = sheet or json.dumps(dict(sha256=sha256_of(tmp_path / "feedback.jsonl")))
+    (tmp_path / "datasheet.json").write_text(sheet)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
+        read_frozen(tmp_path)
 
 
 def test_damaged_feedback_is_refused(world, tmp_path):

@@ -106,10 +106,15 @@ def read_frozen(snapshot: str | Path) -> list[FrozenRow]:
     except FileNotFoundError as e:
         name = Path(e.filename).name
         raise MissingError(f"{snapshot} is not frozen feedback: {name} is not in it.") from None
-    if sha256_of(snapshot / "feedback.jsonl") != sheet["sha256"]:
+    except ValueError as e:
+        raise DataError(f"{snapshot} is not frozen feedback as it is written here: {e}.") from None
+    if not isinstance(sheet, dict) or sha256_of(snapshot / "feedback.jsonl") != sheet.get("sha256"):
         raise DataError(f"{snapshot}: feedback.jsonl is not what was frozen.")
-    # not splitlines: a text may hold other line ends
-    return [FrozenRow(**json.loads(line)) for line in data.split("\n")[:-1]]
+    try:
+        # not splitlines: a text may hold other line ends
+        return [FrozenRow(**json.loads(line)) for line in data.split("\n")[:-1]]
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{snapshot}/feedback.jsonl holds a row of another version: {e}.") from None
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #e726285e
 @stage_config
