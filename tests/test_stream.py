@@ -136,6 +136,7 @@ def test_the_separator_is_found_or_the_file_is_refused(
         (b"PK\x03\x04 damaged", "not a whole zip file"),
         (gzip.compress(b"text\na\n")[:-5], "not a whole gzip file"),
     ],
+    ids=["page", "pointer", "zip", "gzip"],
 )
 def test_what_is_no_table_is_refused_by_what_it_is(tmp_path, content, said):
     "By table and stream alike; its name says .csv."

@@ -376,7 +376,7 @@ def small_feedback(corpus: str | Path) -> Path:
         rows = read_split(corpus, "validation").head(12)
         for i, (text, label) in enumerate(zip(rows.text, rows.label)):
             even = dict.fromkeys(names, 0.5)
-            answer = ClassPrediction(label=names[1 - label], probabilities=even)
+            answer = ClassPrediction(label=names[(label + 1) % len(names)], probabilities=even)
             keep_predictions(ledger, f"{i:04}", "0" * 64, [text], [answer]).result()
             keep_feedback(ledger, f"{i:04}", 0, names[label], author="simulated").result()
         ledger.close()
