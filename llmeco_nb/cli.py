@@ -411,13 +411,14 @@ def report(o: ReportOptions):
         o: What was typed: which run, and whether to keep it.
     """
     from llmeco_nb.runner.pipeline import Pipeline, open_run
-    from llmeco_nb.site.kept_run import keep_run
     from llmeco_nb.site.report import render_report
 
     registry = StageRegistry.find()
     pipe = Pipeline(registry, open_run(registry, o.profile, o.run, create=False))
     typer.echo(f"Report: {os.path.relpath(render_report(pipe))}")
     if o.keep:
+        from llmeco_nb.site.kept_run import keep_run
+
         typer.echo(f"Kept: {os.path.relpath(keep_run(pipe))}")
 
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f

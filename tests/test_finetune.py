@@ -204,15 +204,6 @@ def test_kills_leave_no_trace(done, corpus, tmp_path):
     assert losses(record) == losses(done)
 
 
-def test_the_mean_layer_attends_as_the_other_layers_do(corpus):
-    "It shares their config, by which a faster attention is chosen; in fp32 nothing differs."
-    folder = str(checkpoints.small_random_encoder(corpus))
-    model, _ = checkpoints.build_classifier(folder, CLASSES, pooling="mean", device="cpu")
-    chosen = [layer.attention.self.config for layer in model.bert.encoder.layer]
-    assert len(chosen) == 3 and all(one is model.config for one in chosen)
-    assert {one._attn_implementation for one in chosen} == {"products-where-it-pays"}
-
-
 def test_the_mean_layer_is_stock_and_survives_a_kill(corpus, tmp_path):
     """It learns, opens in plain transformers with one layer more, and a killed run ends with the
     same bytes."""
