@@ -35,6 +35,7 @@ from ..tasks.cleaning import clean_text
 from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.registry import find_task, save_schema
 from ..tasks.regression import as_number
+from ..tasks.words import split_words
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -537,7 +538,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
     if config.task != "regression":
         del datasheet["target_column"]
     write_corpus(record.artifact("corpus"), parts, labels, datasheet, schema)
-    words = parts["train"].text.str.split().str.len()
+    words = parts["train"].text.map(split_words).str.len()
     changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
     record.save_metrics(
         **counts,
