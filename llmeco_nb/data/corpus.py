@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
 from llmeco_nb.core import (
@@ -28,6 +28,7 @@ from llmeco_nb.core import (
     read_json,
     write_json,
 )
+from .delimited import ReadOptions
 from .readers import read_frame
 from .sources import citations, local_path, revision, source_kind
 from .tables import as_text, column_values, is_blank, read_table, text_ids
@@ -367,8 +368,19 @@ class CorpusConfig(StageConfig):
     test_size: NonNegativeFloat = 0.2  # test set: likewise
     test_source: str = ""  # an official test set to use as it is; its texts leave training
     max_labels: PositiveInt = 50  # more distinct labels than this are refused
+    separator: str = ""  # sign between the columns of a CSV file, such as ; or |; empty: found
+    encoding: str = ""  # of the source, such as cp1252; empty: UTF-8, or UTF-16 with its mark
+    nulls: list[str] = Field(  # words that mean a missing value in a cell, such as NA
+        default_factory=lambda: []
+    )
     keep_newlines: bool = False  # keep line breaks (prose, poems, code); else one text is one line
     seed: int = 0  # decides who goes into which split, and the order
+
+    def read_options(self) -> ReadOptions:
+        "What is said of the sources. Raises `UsageError` for what no source can have."
+        return ReadOptions(
+            separator=self.separator, encoding=self.encoding, nulls=tuple(self.nulls)
+        )
 
 
 def read_numbers(source: str, config: CorpusConfig) -> tuple["pd.DataFrame", Schema]:
@@ -382,7 +394,8 @@ def read_numbers(source: str, config: CorpusConfig) -> tuple["pd.DataFrame", Sch
     """
     import pandas as pd
 
-    frame, _, tabular = read_frame(source)
+    options = config.read_options().wanting(config.text_column, config.target_column)
+    frame, _, tabular = read_frame(source, options=options)
     if not tabular and config.target_column not in frame:
         raise DataError(
             f"{source} holds texts alone, and regression needs a number for each. Give a table "
@@ -397,6 +410,7 @@ def read_numbers(source: str, config: CorpusConfig) -> tuple["pd.DataFrame", Sch
         "rows_read": len(texts),
         "null_texts": blank,
         "null_labels": len(texts) - blank - len(used),
+        "skipped": frame.attrs["skipped"],
     }
     if not used:
         raise DataError(
@@ -433,7 +447,12 @@ def read_rows(
         return read_numbers(source, config)
     label = config.label_column if known is None or known else ""
     table = read_table(
-        source, config.text_column, label, known or None, max_labels=config.max_labels
+        source,
+        config.text_column,
+        label,
+        known or None,
+        max_labels=config.max_labels,
+        options=config.read_options(),
     )
     labels = table.attrs["labels"]
     if not labels:

@@ -31,6 +31,7 @@ from llmeco_nb.core import (
 from .corpus import small_corpus
 from .decontamination import LeakIndex, evaluation_sets, without_leaks
 from .dedup import find_duplicates
+from .delimited import ReadOptions
 from .domains import read_domains
 from llmeco_nb.data.filters import (
     FilterConfig,
@@ -162,6 +163,11 @@ class MixtureConfig(StageConfig):
         default_factory=lambda: []
     )
     text_column: str = "text"  # column of your tables that holds the text
+    separator: str = ""  # sign between the columns of your tables, such as ; or |; empty: found
+    encoding: str = ""  # of your files, such as cp1252; empty: UTF-8, or UTF-16 with its mark
+    nulls: list[str] = Field(  # words that mean a missing text in your tables, such as NA
+        default_factory=lambda: []
+    )
     quality_rules: list[str] = Field(  # domain, equals sign and gopher, verse, web or none
         default_factory=lambda: []
     )
@@ -200,7 +206,12 @@ def build_mixture(
             f"validation_size is {validation} and test_size is {test}; both are shares, "
             "and something must be left to train on."
         )
-    sources = read_domains(config.domains, config.extra_sources, corpus, config.text_column)
+    options = ReadOptions(
+        separator=config.separator, encoding=config.encoding, nulls=tuple(config.nulls)
+    )
+    sources = read_domains(
+        config.domains, config.extra_sources, corpus, config.text_column, options
+    )
     names, report = list(sources), FilterReport()
     shares = normalized_weights(config.weights, names)
     settings = filter_settings(config.quality_rules, names, config.min_words, config.min_english)

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['number_text', 'is_blank', 'as_text', 'class_name', 'sort_class_names', 'check_classes', 'class_numbers', 'declared',
-           'encode_labels', 'text_ids', 'column_values', 'read_table']
+           'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'column_values', 'read_table']
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #41181d59
 import hashlib
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import DataError
+from .delimited import ReadOptions
 from .readers import read_frame
 from .sources import did_you_mean, source_name
 
@@ -155,6 +157,31 @@ def encode_labels(
         )
     return numbers, known
 
+# %% ../../nbs/0_ground/04i_tables.ipynb #a0571ffd
+def name_key(name: str) -> str:
+    """What nearly equal names share: small letters, one form for each character, no spaces at the
+    ends or several in a row, and no signs that have no width.
+
+    Args:
+        name: Of a class.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    bare = "".join(c for c in folded if unicodedata.category(c) != "Cf" and c != "\ufe0f")
+    return " ".join(bare.split())
+
+
+def near_equal_names(counts: Mapping[str, int]) -> list[dict[str, int]]:
+    """Groups of two or more names that differ only in case, spaces, the form of their characters or
+    signs without width, each name with its count, the most frequent first.
+
+    Args:
+        counts: Name -> number of its rows.
+    """
+    groups: dict[str, dict[str, int]] = {}
+    for name, n in sorted(counts.items(), key=lambda one: (-one[1], one[0])):
+        groups.setdefault(name_key(name), {})[name] = n
+    return [group for group in groups.values() if len(group) > 1]
+
 # %% ../../nbs/0_ground/04i_tables.ipynb #631ee3a5
 def text_ids(texts: Iterable[str]) -> list[str]:
     """For each text 16 hex digits of its SHA-256; the second and third of equal texts get `-2`,
@@ -180,6 +207,11 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
         return []
     if name not in frame:
         more = " For text without labels set `label_column` to nothing." if role == "label" else ""
+        if len(frame.columns) == 1 and len(re.findall(r"\w+", str(frame.columns[0]))) > 1:
+            more += (
+                " It is read as one column: if a sign other than , ; tab and | separates columns "
+                "in it, set separator to this sign."
+            )
         raise DataError(
             f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
             f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}"
@@ -203,12 +235,14 @@ def read_table(
     labels: list[str] | None = None,
     max_labels: int = 50,
     unit: str = "line",
+    options: ReadOptions = ReadOptions(),
 ) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
-    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names,
-    `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`. Raises `MissingError`,
-    `UsageError`, `DataError`.
+    Labels are -1 throughout when there are none. A folder that is laid out by splits gives a column
+    `split`, too. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`,
+    `null_texts`, `null_labels` and, by their endings, the `skipped` files of a folder. Raises
+    `MissingError`, `UsageError`, `DataError`.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
@@ -217,11 +251,13 @@ def read_table(
         labels: Classes fixed beforehand, as of the training set.
         max_labels: More distinct labels than this are refused.
         unit: What one text of a .txt file is, as in `read_frame`.
+        options: Separator, encoding and null words of the source, where it does not tell them.
     """
     import pandas as pd
 
     source = source_name(source)
-    frame, names, tabular = read_frame(source, unit)
+    wanted = options.wanting(text_column, label_column)
+    frame, names, tabular = read_frame(source, unit, wanted)
     text, label = text_column, label_column
     if not tabular:
         text, label = "text", "label" if label and "label" in frame else ""
@@ -229,23 +265,24 @@ def read_table(
     values = column_values(frame, source, "label", label) if label else [-1] * len(texts)
     if label in names:
         values = declared(values, names[label], f"The column `{label}` of {source}")
-    usable = [(as_text(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_blank(v)]
+    kept = [i for i, v in enumerate(values) if not is_blank(texts[i]) and not is_blank(v)]
     blank = sum(map(is_blank, texts))
     report = {
         "source": source,
         "rows_read": len(texts),
         "null_texts": blank,
-        "null_labels": len(texts) - blank - len(usable),
+        "null_labels": len(texts) - blank - len(kept),
+        "skipped": frame.attrs["skipped"],
     }
-    if not usable:
+    if not kept:
         raise DataError(
             f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
             f"{report['null_labels']} without a label."
         )
-    texts, values = zip(*usable)
-    found = set(values)
-    if labels is None and label in names and len(found) > 1:
-        labels = [n for n in dict.fromkeys(names[label]) if n in found]
+    texts, values = [as_text(texts[i]) for i in kept], [values[i] for i in kept]
+    present = set(values)
+    if labels is None and label in names and len(present) > 1:
+        labels = [n for n in dict.fromkeys(names[label]) if n in present]
     codes, classes = values, []
     if label:
         where = f"The column `{label}` of {source}"
@@ -253,5 +290,8 @@ def read_table(
     rows = pd.DataFrame(
         {"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")}
     )
+    if frame.attrs["has_splits"]:
+        splits = frame["split"].tolist()
+        rows["split"] = [splits[i] for i in kept]
     rows.attrs = {"labels": list(classes), "report": report}
     return rows
