@@ -607,12 +607,26 @@ def test_a_test_set_without_names(tmp_path):
 
 
 def test_how_many_classes():
-    assert len(encode_labels(range(50), "x")[1]) == 50
+    "A set of 150 classes passes; a column of values that hardly come again does not."
+    assert len(encode_labels([*range(150)] * 2, "x")[1]) == 150
     with pytest.raises(
-        DataError, match="51 different values .* a regression target.*set max_labels to 51"
+        DataError, match="51 different values in 51 rows .*51 of them .*a regression target.*rare"
     ):
         encode_labels(range(51), "x")
-    assert len(encode_labels(range(77), "x", max_labels=77)[1]) == 77
+    with pytest.raises(DataError, match="30 different values in 30 rows .* free text or an id"):
+        encode_labels([f"w{i}" for i in range(30)], "x")
+    assert len(encode_labels(range(77), "x", strict=False)[1]) == 77
+    assert len(encode_labels([*range(1000)] * 2, "x")[1]) == 1000
+    with pytest.raises(DataError, match="1001 different values .*set max_labels to 1001"):
+        encode_labels([*range(1001)] * 2, "x")
+    assert len(encode_labels([*range(1001)] * 2, "x", max_labels=1001)[1]) == 1001
+
+
+def test_every_unknown_class_is_named():
+    strange = [f"strange {i}" for i in range(30)]
+    with pytest.raises(DataError) as said:
+        encode_labels(["a", *strange], "x", known=["a", "b"])
+    assert all(f"{name}," in f"{said.value}".replace(". ", ",") for name in strange)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -1144,12 +1158,11 @@ def test_any_bytes_are_read_or_refused_kindly(tmp_path_factory, ending, data):
 
 
 def test_shared_tables(shared_data):
-    intents = read_table(
-        str(shared_data / "banking77_test.parquet"), label_column="category", max_labels=77
-    )
+    file = str(shared_data / "banking77_test.parquet")
+    intents = read_table(file, label_column="category")
     assert len(intents) == 3080 and len(intents.attrs["labels"]) == 77
     with pytest.raises(DataError, match="77 different values"):
-        read_table(str(shared_data / "banking77_test.parquet"), label_column="category")
+        read_table(file, label_column="category", max_labels=76)
     tones = read_table(str(shared_data / "financial_phrasebank.parquet"))
     assert tones.attrs["labels"] == [
         "negative",

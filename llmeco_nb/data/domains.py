@@ -195,6 +195,9 @@ def read_domains(
             )
         if name == "corpus":
             texts = stream_texts(str(Path(corpus) / "train.parquet"))
+            more = Path(corpus) / "unlabelled.parquet"
+            if more.is_file():
+                texts = chain(texts, stream_texts(str(more)))
         else:
             texts = packaged_domains[name]()
         found[name] = peek_first(texts)

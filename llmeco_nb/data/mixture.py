@@ -144,11 +144,23 @@ def check_nonempty(
         listed = ", ".join(f"{n} ({step})" for n, step in took) or "none"
         others = [f"{len(index[name, s])} went to {s}" for s in splits[1:] if (name, s) in index]
         held_out = ", ".join(others) or "none went to validation or test"
+        cure = (
+            f"Loosen the rule that took most (quality_rules: {name}=none lets all pass that is not "
+            "empty), or give the domain more text."
+        )
+        if took and took[0][1] == "leak":
+            cure = (
+                "They hold texts of the evaluation sets, so no rule lets them pass. Give the "
+                "domain text of another origin, or leave it out."
+            )
+        elif took and took[0][1] in ("exact copy", "near copy"):
+            cure = (
+                "They are copies of documents read before, of this domain or an earlier one. "
+                "Give the domain other text, or leave it out."
+            )
         raise DataError(
             f"Nothing of the domain {name} is left to train on. Of {row['read']} documents "
-            f"read, the rules took {listed}; {held_out}. Loosen the rule that took most "
-            f"(quality_rules: {name}=none lets all pass that is not empty), or give the "
-            "domain more text."
+            f"read, the rules took {listed}; {held_out}. {cure}"
         )
 
 
@@ -273,6 +285,7 @@ def build_mixture(
             **account,
             on_leak=config.on_leak,
             checked=leaks is not None,
+            boilerplate=leaks.boilerplate if leaks else {},
             order=config.order,
             seed=seed,
             min_words=config.min_words,
