@@ -31,6 +31,7 @@ from llmeco_nb.core import (
 from .corpus import read_split, small_corpus
 from .decontamination import LeakIndex, evaluation_sets, without_leaks
 from .dedup import find_duplicates
+from .delimited import ReadOptions
 from .domains import packaged_domains, read_domains
 from llmeco_nb.data.filters import (
     FilterConfig,
@@ -174,11 +175,23 @@ def check_nonempty(
         listed = ", ".join(f"{n} ({step})" for n, step in took) or "none"
         others = [f"{len(index[name, s])} went to {s}" for s in splits[1:] if (name, s) in index]
         held_out = ", ".join(others) or "none went to validation or test"
+        cure = (
+            f"Loosen the rule that took most (quality_rules: {name}=none lets all pass that is not "
+            "empty), or give the domain more text."
+        )
+        if took and took[0][1] == "leak":
+            cure = (
+                "They hold texts of the evaluation sets, so no rule lets them pass. Give the "
+                "domain text of another origin, or leave it out."
+            )
+        elif took and took[0][1] in ("exact copy", "near copy"):
+            cure = (
+                "They are copies of documents read before, of this domain or an earlier one. "
+                "Give the domain other text, or leave it out."
+            )
         raise DataError(
             f"Nothing of the domain {name} is left to train on. Of {row['read']} documents "
-            f"read, the rules took {listed}; {held_out}. Loosen the rule that took most "
-            f"(quality_rules: {name}=none lets all pass that is not empty), or give the "
-            "domain more text."
+            f"read, the rules took {listed}; {held_out}. {cure}"
         )
 
 
@@ -193,6 +206,11 @@ class MixtureConfig(StageConfig):
         default_factory=lambda: []
     )
     text_column: str = "text"  # column of your tables that holds the text
+    separator: str = ""  # sign between the columns of your tables, such as ; or |; empty: found
+    encoding: str = ""  # of your files, such as cp1252; empty: UTF-8, or UTF-16 with its mark
+    nulls: list[str] = Field(  # words that mean a missing text in your tables, such as NA
+        default_factory=lambda: []
+    )
     quality_rules: list[str] = Field(  # domain, equals sign and gopher, verse, web or none
         default_factory=lambda: []
     )
@@ -232,8 +250,13 @@ def build_mixture(
             f"validation_size is {validation} and test_size is {test}; both are shares, "
             "and something must be left to train on."
         )
+    options = ReadOptions(
+        separator=config.separator, encoding=config.encoding, nulls=tuple(config.nulls)
+    )
     domains, left_out = useful_domains(config, corpus)
-    sources = read_domains(domains, config.extra_sources, corpus, config.text_column)
+    sources = read_domains(
+        domains, config.extra_sources, corpus, config.text_column, options
+    )
     names, report = list(sources), FilterReport()
     asked = lambda pairs: [one for one in pairs if one.partition("=")[0] not in left_out]
     shares = normalized_weights(asked(config.weights), names)
@@ -297,6 +320,7 @@ def build_mixture(
             **account,
             on_leak=config.on_leak,
             checked=leaks is not None,
+            boilerplate=leaks.boilerplate if leaks else {},
             order=config.order,
             seed=seed,
             min_words=config.min_words,

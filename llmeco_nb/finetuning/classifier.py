@@ -31,8 +31,8 @@ from llmeco_nb.data.corpus import (
     read_split,
     small_corpus,
     sort_by_split_hash,
-    stratified_counts,
 )
+from ..data.splits import stratified_counts
 from llmeco_nb.finetuning.checkpoints import (
     centre_mean_layer,
     encoder_folder,
