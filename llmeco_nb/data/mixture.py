@@ -254,9 +254,7 @@ def build_mixture(
         separator=config.separator, encoding=config.encoding, nulls=tuple(config.nulls)
     )
     domains, left_out = useful_domains(config, corpus)
-    sources = read_domains(
-        domains, config.extra_sources, corpus, config.text_column, options
-    )
+    sources = read_domains(domains, config.extra_sources, corpus, config.text_column, options)
     names, report = list(sources), FilterReport()
     asked = lambda pairs: [one for one in pairs if one.partition("=")[0] not in left_out]
     shares = normalized_weights(asked(config.weights), names)
