@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
 from ..core import DataError, UsageError
+from .delimited import ReadOptions
+from .folders import skipped_text
 from .readers import read_frame
 from .sources import local_path, source_kind
 from .splits import find_split_column, official_splits
@@ -66,8 +68,19 @@ class CorpusConfig(StageConfig):
     rare: Literal["stop", "drop", "other"] = "stop"  # what becomes of classes with too few rows
     join_names: bool = False  # join class names that differ in case, spaces or unseen signs alone
     max_labels: PositiveInt = 1000  # more distinct labels than this are refused
+    separator: str = ""  # sign between the columns of a CSV file, such as ; or |; empty: found
+    encoding: str = ""  # of the source, such as cp1252; empty: UTF-8, or UTF-16 with its mark
+    nulls: list[str] = Field(  # words that mean a missing value in a cell, such as NA
+        default_factory=lambda: []
+    )
     keep_newlines: bool = False  # keep line breaks (prose, poems, code); else one text is one line
     seed: int = 0  # decides who goes into which split, and the order
+
+    def read_options(self) -> ReadOptions:
+        "What is said of the sources. Raises `UsageError` for what no source can have."
+        said = {"separator": self.separator, "encoding": self.encoding, "nulls": self.nulls}
+        column = self.target_column if self.task == "regression" else self.label_column
+        return ReadOptions(**said).wanting(self.text_column, column)
 
 # %% ../../nbs/1_pretraining/10m_corpus_rows.ipynb #1ef0d9df
 Found = tuple["pd.DataFrame", dict[str, list[str]], bool]  # what `read_frame` returns
@@ -203,7 +216,8 @@ def read_parts(config: CorpusConfig) -> tuple[dict[str, tuple[Found, str]], list
     Args:
         config: With the sources and the column of the splits.
     """
-    frame, declared, tabular = read_frame(config.source)
+    options = config.read_options()
+    frame, declared, tabular = read_frame(config.source, options=options)
     used = (config.text_column, config.label_column, config.target_column)
     column = find_split_column(frame, config.split_column, used)
     cut = official_splits(frame, column, config.source)
@@ -213,6 +227,11 @@ def read_parts(config: CorpusConfig) -> tuple[dict[str, tuple[Found, str]], list
     }
     parts["train"] = (parts["train"][0], config.source)
     notes = []
+    if skipped := frame.attrs["skipped"]:
+        notes.append(
+            f"{sum(skipped.values()):,} files of {public_name(config.source)} were not read: "
+            f"{skipped_text(skipped)}."
+        )
     if column:
         shares = ", ".join(f"{len(rows):,} for {s}" for s, rows in cut.items())
         ignore = "" if config.split_column else " Set split_column to none to ignore it."
@@ -226,7 +245,7 @@ def read_parts(config: CorpusConfig) -> tuple[dict[str, tuple[Found, str]], list
                 "set split_column to none."
             )
         if named:
-            parts[s] = (read_frame(named), named)
+            parts[s] = (read_frame(named, options=options), named)
     return parts, notes
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'file_extensions', 'did_you_mean', 'source_name', 'source_kind', 'local_path',
-           'packaged_reviews', 'HubSource', 'parse_hub', 'text_files', 'hub_commit', 'translate_read_errors',
-           'remote_filesystem', 'fetch', 'revision']
+           'packaged_reviews', 'HubSource', 'parse_hub', 'file_ending', 'hub_commit', 'pin_model', 'pretrained',
+           'translate_read_errors', 'remote_filesystem', 'fetch', 'revision']
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2efe6a95
 import difflib
@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..core import LlmecoError, MissingError, UsageError, sha256_of, sha256_text
+from llmeco_nb.data.folders import (
+    list_folder,
+    packing_endings,
+    split_ending,
+    table_endings,
+    text_endings,
+)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #715460ff
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -40,7 +47,7 @@ citations = {
         "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."
     ),
 }
-file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+file_extensions = (*table_endings, *text_endings)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -160,24 +167,35 @@ def parse_hub(source: str) -> HubSource:
     return HubSource(m[1], m[2] or "", extra.get("split", ""), extra.get("config", ""))
 
 # %% ../../nbs/0_ground/04_sources.ipynb #1c642120
-def text_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The `.txt` files of a folder: `{label: files}` from its subfolders, and those that lie flat.
+def file_ending(source: str) -> tuple[str, str]:
+    """The ending of a source, and that of its packing or "". Raises `UsageError` for an ending of
+    which nothing is known.
 
-    Hidden names do not count."""
-    shown = lambda place: sorted(f for f in place.iterdir() if not f.name.startswith("."))
-    texts = lambda place: [f for f in shown(place) if f.suffix.lower() == ".txt" and f.is_file()]
-    labelled = {d.name: texts(d) for d in shown(folder) if d.is_dir()}
-    return {k: v for k, v in labelled.items() if v}, texts(folder)
+    Args:
+        source: Path or URL of a file.
+    """
+    path = Path(urlsplit(source).path if "://" in source else source)
+    _, ending, packing = split_ending(path.name)
+    if ending not in file_extensions:
+        raise UsageError(
+            f"{source} ends in {ending or packing or 'nothing'}; "
+            f"tables and texts end in {', '.join(file_extensions)}, "
+            f"with {', '.join(packing_endings)} behind if packed."
+            f"{did_you_mean(ending, file_extensions)}"
+        )
+    return ending, packing
 
 
-def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
-    """The commit of a hub data set. Asks once. Raises `MissingError`.
+def hub_commit(name: str, revision: str = "", timeout: float = 5, kind: str = "dataset") -> str:
+    """The commit of a hub data set or model. Asks once. Raises `MissingError`.
 
     Args:
         name: org/name.
         revision: Branch, tag or already a commit; empty: main.
         timeout: Seconds.
+        kind: dataset or model.
     """
+    shown, what = (f"hf:{name}", "data set") if kind == "dataset" else (name, kind)
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -188,7 +206,7 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
     )
 
     if constants.HF_HUB_OFFLINE:
-        kept = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        kept = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
         if (ref := kept / "refs" / (revision or "main")).is_file():
             return ref.read_text().strip()
         commits = [] if revision else sorted(d.name for d in kept.glob("snapshots/*"))
@@ -200,34 +218,60 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
             else "is not in the local cache"
         )
         raise MissingError(
-            f"hf:{name}{'@' * bool(revision)}{revision} {found}, "
+            f"{shown}{'@' * bool(revision)}{revision} {found}, "
             "and HF_HUB_OFFLINE forbids asking the hub."
         )
     try:
         return (
             HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-            .dataset_info(name, revision=revision or None, timeout=timeout)
+            .repo_info(name, repo_type=kind, revision=revision or None, timeout=timeout)
             .sha
         )
     except GatedRepoError:
         raise MissingError(
-            f"hf:{name} is gated: accept its terms on the hub and run `hf auth login`."
+            f"{shown} is gated: accept its terms on the hub and run `hf auth login`."
         ) from None
     except RevisionNotFoundError:
-        raise MissingError(f"hf:{name} has no revision {revision}.") from None
+        raise MissingError(f"{shown} has no revision {revision}.") from None
     except RepositoryNotFoundError:
         raise MissingError(
-            f"The hub knows no data set {name}, or it is private: check the name, "
+            f"The hub knows no {what} {name}, or it is private: check the name, "
             "or run `hf auth login`."
         ) from None
     except Exception as e:
         raise MissingError(
-            f"The hub cannot be reached for hf:{name} ({type(e).__name__}). "
+            f"The hub cannot be reached for {shown} ({type(e).__name__}). "
             "Give a local file instead, or set HF_HUB_OFFLINE=1 to use the copy "
             "in the local cache."
         ) from None
 
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
+def pin_model(name: str) -> str:
+    """The name of a model on the hub, `org/name` or `org/name@revision`, as `org/name@commit` with
+    the commit that it stands for; a folder, and what is no such name, as it is. Raises
+    `MissingError`.
+
+    Args:
+        name: As it was written.
+    """
+    m = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not m or Path(name).is_dir():
+        return name
+    return f"{m[1]}@{hub_commit(m[1], m[2] or '', kind='model')}"
+
+
+def pretrained(name: str) -> dict[str, str]:
+    """The arguments of transformers' `from_pretrained` for a folder or for what `pin_model` says.
+
+    Args:
+        name: A folder, a hub name, or `org/name@commit`.
+    """
+    where, at, commit = name.rpartition("@")
+    if not at or Path(name).is_dir():
+        return dict(pretrained_model_name_or_path=name)
+    return dict(pretrained_model_name_or_path=where, revision=commit)
+
+
 @contextmanager
 def translate_read_errors(source: str) -> Iterator[None]:
     """A context manager that turns what can go wrong in its `with` block, while reading `source`,
@@ -295,8 +339,8 @@ def revision(source: str | Path) -> str:
         if kind == "file":
             return "sha256:" + sha256_of(path)
         if kind == "folder":
-            labelled, flat = text_files(path)
-            files = [f for group in (*labelled.values(), flat) for f in group]
+            listing = list_folder(path)
+            files = sorted(f.path for f in (*listing.texts, *listing.tables))
             return "sha256:" + sha256_text(
                 "\n".join(f"{f.relative_to(path).as_posix()} {sha256_of(f)}" for f in files)
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import DataError
+from .delimited import ReadOptions
 from .readers import read_frame
 from .sources import did_you_mean, source_name
 
@@ -240,6 +241,11 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
         return []
     if name not in frame:
         more = " For text without labels set `label_column` to nothing." if role == "label" else ""
+        if len(frame.columns) == 1 and len(re.findall(r"\w+", str(frame.columns[0]))) > 1:
+            more += (
+                " It is read as one column: if a sign other than , ; tab and | separates columns "
+                "in it, set separator to this sign."
+            )
         raise DataError(
             f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
             f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}"
@@ -295,6 +301,7 @@ def table_of(
         "rows_read": len(texts),
         "null_texts": blank,
         "null_labels": len(texts) - blank - len(kept),
+        "skipped": frame.attrs.get("skipped", {}),
     }
     if not kept:
         raise DataError(
@@ -326,12 +333,14 @@ def read_table(
     labels: list[str] | None = None,
     max_labels: int = 1000,
     unit: str = "line",
+    options: ReadOptions = ReadOptions(),
 ) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
-    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names,
-    `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`. Raises `MissingError`,
-    `UsageError`, `DataError`.
+    Labels are -1 throughout when there are none. A folder that is laid out by splits gives a column
+    `split`, too. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`,
+    `null_texts`, `null_labels` and, by their endings, the `skipped` files of a folder. Raises
+    `MissingError`, `UsageError`, `DataError`.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
@@ -340,7 +349,10 @@ def read_table(
         labels: Classes fixed beforehand, as of the training set.
         max_labels: More distinct labels than this are refused.
         unit: What one text of a .txt file is, as in `read_frame`.
+        options: Separator, encoding and null words of the source, where it does not tell them.
     """
     source = source_name(source)
-    found = read_frame(source, unit)
-    return table_of(found, source, text_column, label_column, labels, max_labels)
+    wanted = options.wanting(text_column, label_column)
+    found = read_frame(source, unit, wanted)
+    keep = {"split": "split"} if found[0].attrs["has_splits"] else {}
+    return table_of(found, source, text_column, label_column, labels, max_labels, keep=keep)
