@@ -27,9 +27,10 @@ from smallbundle import make_bundle
 from llmeco_nb.core import MissingError, UsageError
 from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.ledger import read_feedback
+from llmeco_nb.deployment.loading import newest_bundle
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.refusals import limits
-from llmeco_nb.deployment.server import listen, make_app, newest_bundle
+from llmeco_nb.deployment.server import listen, make_app
 from llmeco_nb.interaction.client import server_script
 
 with warnings.catch_warnings():
@@ -156,7 +157,7 @@ def test_a_long_text_is_tokenized_beside_the_event_loop(bundle, tmp_path):
 
 def test_large_bodies_are_not_read(client):
     assert client.post("/v1/predict", content=b" " * (limits.body + 1)).status_code == 413
-    drip = (b" " * 2**16 for _ in range(40))  # no announced length
+    drip = (b" " * 2**16 for _ in range(1 + limits.body // 2**16))  # no announced length
     r = client.post("/v1/predict", content=drip)
     assert r.status_code == 413 and "larger" in message(r)
 

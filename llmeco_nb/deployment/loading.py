@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loaders', 'TextModel', 'OnnxEncoder', 'LinearModel', 'seconds_per_unit', 'StackModel', 'open_member', 'PreparedModel',
-           'open_model']
+           'open_model', 'newest_bundle']
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #a20e1006
 import math
@@ -21,6 +21,7 @@ from .manifest import Manifest, verify
 from ..evaluation.stacking import Stack
 from ..finetuning.encoding import truncate_middle
 from ..finetuning.linear import LinearText
+from ..runner.store import Run
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #6f8e4e34
 class TextModel(Protocol):
@@ -235,3 +236,18 @@ def open_model(folder: str | Path, manifest: Manifest, threads: int = 1) -> Prep
             f"Answering from this bundle needs the package {e.name}. "
             "Run: pip install 'llmeco[serve]'"
         ) from None
+
+# %% ../../nbs/4_deployment/40b_loading.ipynb #54c6e0fb
+def newest_bundle(runs: Path) -> Path:
+    """The folder of the newest champion or bundle. Raises `MissingError`.
+
+    Args:
+        runs: Folder of runs.
+    """
+    for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
+        for place in ("improve/champion", "bundle/bundle"):
+            if (run / place / "manifest.json").is_file():
+                return (run / place).resolve()
+    raise MissingError(
+        f"There is no bundle in {runs}. Make one with `llmeco run`, or name one with --bundle."
+    )
