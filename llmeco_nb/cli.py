@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'prepare_run', 'run',
            'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'serve',
-           'predict', 'docs', 'outputs', 'main', 'exit_with']
+           'predict', 'docs', 'outputs', 'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from .runner.identity import unknown_name_hint
 from llmeco_nb.runner.stages import (
     Instance,
     StageRegistry,
+    current_overrides,
     needs,
     read_profile,
     read_yaml,
 )
 from .runner.store import link
-from .terminal import Command, app, command, option
+from .terminal import Command, app, command, exit_with, option, terminate
 
 # %% ../nbs/0_ground/01c_cli.ipynb #21bfbd25
 def parse_settings(
@@ -116,6 +118,15 @@ class RunOptions(Settings):
     accept_changed: bool = option(
         False, "--accept-changed", "Take outside sources as they are now."
     )
+    unset: list[str] = option(
+        [], "--unset", "Take back a parameter that was set; may be repeated.", "STAGE.NAME"
+    )
+    database: str = option(
+        "",
+        "--database",
+        "Where the feedback is that --next learns from: a file or a URL; stays with the run "
+        "(default: runs/feedback.sqlite).",
+    )
 
 
 def prepare_run(o: RunOptions):
@@ -124,7 +135,13 @@ def prepare_run(o: RunOptions):
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
-    from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
+    from llmeco_nb.runner.overrides import (
+        feedback_place,
+        require_inputs,
+        set_parameters,
+        set_stored,
+        without_overrides,
+    )
     from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     registry = StageRegistry.find()
@@ -133,15 +150,20 @@ def prepare_run(o: RunOptions):
             f"The package is out of step with {', '.join(behind)}. "
             f"Run `nbdev_export` in {registry.nbs.parent}, then try again."
         )
-    settings = parse_settings(o.given, o.files)
+    settings, place = parse_settings(o.given, o.files), feedback_place(o.database)
+
+    def left(info: dict) -> dict:
+        return without_overrides(current_overrides(info["overrides"]), o.unset)
 
     def check(info: dict):
         instances = read_profile(registry, o.profile)[0]
-        set_stored(instances, info["overrides"], Path("run.json"), o.profile)
+        set_stored(instances, left(info), Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
 
-    run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check)
+    run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check, database=place)
+    if o.unset:
+        run.update(lambda info: info.update(overrides=left(info)))
     pipe = Pipeline(registry, run, o.accept_changed)
     pipe.override(settings, "-p")
     return pipe, chosen_stages(pipe.instances, o.only, o.start)
@@ -329,7 +351,7 @@ def prune(
     """
     from llmeco_nb.runner.doctor import prune_runs
 
-    gone = prune_runs(runs_dir(), keep, dry_run)
+    gone = prune_runs(runs_dir(), keep, dry_run, typer.echo)
     for path, size in gone:
         typer.echo(f"{size / 2**20:9.1f} MiB  {os.path.relpath(path)}")
     freed = sum(size for _, size in gone) / 2**20
@@ -368,7 +390,7 @@ def serve(
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
-            "(default: runs/feedback.sqlite)."
+            "(default: what the newest run was told, else runs/feedback.sqlite)."
         ),
     ),
 ):
@@ -378,7 +400,7 @@ def serve(
         bundle: Its folder; None: the newest champion or bundle in runs.
         host: Address of the interface to listen at.
         port: 0 to 65535.
-        database: None: runs/feedback.sqlite.
+        database: None: what the newest run was told, else runs/feedback.sqlite.
     """
     try:
         from llmeco_nb.deployment import server
@@ -555,6 +577,7 @@ renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}  # of earli
 
 def main():
     "Entry point of the command."
+    signal.signal(signal.SIGTERM, terminate)
     try:
         for word in sys.argv[1:]:
             if word in renamed_options:
@@ -562,8 +585,6 @@ def main():
         app()
     except LlmecoError as e:
         exit_with(str(e), e.code)
-    except KeyboardInterrupt:
-        exit_with("stopped. Run again to carry on.", 130)
     except OSError as e:
         told = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
         if e.errno not in told:
@@ -573,9 +594,3 @@ def main():
             "Free some room or set LLMECO_RUNS to another folder.",
             WriteError.code,
         )
-
-
-def exit_with(sentence: str, code: int):
-    "Print a sentence for people and end the process with `code`."
-    print(f"llmeco: {sentence}", file=sys.stderr)
-    sys.exit(code)

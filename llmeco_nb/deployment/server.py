@@ -43,6 +43,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
+from ..runner.store import feedback_database
 from ..tasks.contract import Task
 
 # %% ../../nbs/4_deployment/42_server.ipynb #26634108
@@ -345,13 +346,13 @@ def run_server(
         bundle: A bundle's folder; None for the newest in runs.
         host: Where to listen.
         port: 0 for any free one.
-        database: Path or URL; None for runs/feedback.sqlite.
+        database: Path or URL; None for what `feedback_database` finds.
         say: Told one line at a time.
     """
     s = listen(host, port)
     try:
         predictor = Predictor.load(bundle or newest_bundle(runs_dir()))
-        database = database or runs_dir() / "feedback.sqlite"
+        database = database or feedback_database(runs_dir())
         # what can be wrong is said here, in a sentence, and not by the web server
         connect(database).dispose()
         config = uvicorn.Config(

@@ -358,13 +358,14 @@ def fine_tune(
         if not all_finished():
             return record.artifact("classifier")
         started = time.monotonic()
+        finished = optimiser.finish()  # in float32: what is measured is what is saved and served
         table = pd.concat(
             [
                 predictions_table(
                     half.task,
                     s,
                     splits[s],
-                    half.scores(model, coded[s], pad, schema, record),
+                    half.scores(finished, coded[s], pad, schema, record),
                     config.name,
                     len(target),
                 )
@@ -376,7 +377,7 @@ def fine_tune(
     predicting = time.monotonic() - started
     write_predictions(table, record.artifact("predictions"))
     save_classifier(
-        optimiser.finish(),
+        finished,
         tokenizer,
         record.artifact("classifier"),
         config.max_length,
