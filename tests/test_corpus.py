@@ -105,6 +105,7 @@ def test_what_cannot_be_told_of_a_class_is_said(tmp_path):
     assert "fewer than 5 test" not in told(build(tmp_path, intents(3, 60), "large"))
 
 
+@pytest.mark.slow
 def test_150_classes_are_compared(tmp_path):
     "The smoke profile's sizes are smaller than the number of classes, and follow it."
     corpus = build(tmp_path, intents(150, 6))
@@ -418,9 +419,7 @@ def test_templates_are_split_row_by_row_and_that_is_said(tmp_path):
     rows = pd.concat([pd.DataFrame(rows, columns=["text", "label"]), other])
     corpus = build(tmp_path, rows)
     assert sheet(corpus)["counts"]["groups"] == 0
-    assert "the parcel" in sheet(corpus)["groups"]["boilerplate"][0]["text"] or (
-        "that you sent us" in sheet(corpus)["groups"]["boilerplate"][0]["text"]
-    )
+    assert "that you sent us" in sheet(corpus)["groups"]["boilerplate"][0]["text"]
     assert "of the texts hold the same" in told(corpus)
 
 
@@ -490,7 +489,7 @@ def test_contradictions_are_shown(tmp_path):
 
 
 def variants() -> pd.DataFrame:
-    names = ["bad", "Bad ", "BAD", "ba\u200bd", "good", "Good"]
+    names = ["ba\u200bd", "Bad ", "BAD", "bad", "good", "Good"]
     found = [(f"text {k} of name {i}", n) for i, n in enumerate(names) for k in range(12 - i)]
     return pd.DataFrame(found, columns=["text", "label"])
 
@@ -498,9 +497,9 @@ def variants() -> pd.DataFrame:
 def test_names_that_are_nearly_equal_are_reported_and_joined_on_request(tmp_path):
     apart = build(tmp_path, variants())
     assert len(label_names(apart)) == 6
-    assert "'bad' (12), 'Bad' (11), 'BAD' (10)" in told(apart) and "join_names" in told(apart)
+    assert "'Bad' (11), 'BAD' (10), 'bad' (9)" in told(apart) and "join_names" in told(apart)
     corpus = build(tmp_path, variants(), "joined", join_names=True)
-    assert label_names(corpus) == ["bad", "good"] and "were joined" in told(corpus)
+    assert label_names(corpus) == ["Bad", "good"] and "were joined" in told(corpus)
     kinds = {s: p.text.str[-1].astype(int) for s, p in splits(corpus).items()}
     for s, p in splits(corpus).items():
         assert ((kinds[s] >= 4) == (p.label == 1)).all()

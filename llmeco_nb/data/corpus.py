@@ -396,6 +396,8 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             "group_column names those that belong together."
         )
     for one in found.boilerplate[:1]:
+        if one["words"] < 10:  # a turn of phrase; the datasheet has it
+            continue
         notes.append(
             f"{one['share']:.0%} of the texts hold the same {one['words']} words, which counted "
             f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "

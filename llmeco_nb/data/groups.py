@@ -163,10 +163,11 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex, names: int = 5) -> l
         size, first = int(lengths[i]) + run_words - 1, int(at[firsts[i]])
         owner = int(index.owners[first])
         begin = int(index.starts[first] - index.table.bounds[owner])
-        said = re.findall(r"\w+", texts[owner].casefold())[begin : begin + size]
+        folded = texts[owner].casefold()
+        said = list(re.finditer(r"\w+", folded))[begin : begin + size]
         found.append(
             {
-                "text": " ".join(said[:60]) + " …" * (size > 60),
+                "text": folded[said[0].start() : said[-1].end()][:400],
                 "words": size,
                 "texts": int(least[i]),
                 "share": round(int(least[i]) / len(texts), 4),
