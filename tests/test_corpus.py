@@ -1,5 +1,5 @@
-"""Corpora of people's own tables: any number of classes, official splits, rows that belong together,
-boilerplate, names that are nearly equal, and what is told of all that."""
+"""Corpora of people's own tables: any number of classes, official splits, rows that belong
+together, boilerplate, names that are nearly equal, and what is told of all that."""
 
 import json
 import math
@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 from live import live
 
 from llmeco_nb.core import DataError, UsageError, create_record, open_record, read_json
-from llmeco_nb.data.corpus import (
-    build_corpus,
-    kept_text,
-    label_names,
-    read_split,
-    thin_classes,
-)
+from llmeco_nb.data.corpus import build_corpus, kept_text, label_names, read_split
 from llmeco_nb.data.corpus_rows import CorpusConfig
+from llmeco_nb.data.corpus_splits import thin_classes
 from llmeco_nb.data.domains import read_domains
 from llmeco_nb.data.groups import content_groups, hash_texts, index_runs, long_parts, short_parts
 from llmeco_nb.data.splits import (
@@ -472,8 +467,8 @@ def test_the_last_line_says_what_was_kept(tmp_path):
     corpus = build(tmp_path, rows, max_rows=40)
     record = open_record(corpus.parent, "data")
     assert record.metrics["kept"] == (
-        "40 of 64 rows; not used: 1 without a text, 1 empty after cleaning, 1 copies of other rows, "
-        "2 equal texts with different labels, 19 beyond max_rows"
+        "40 of 64 rows; not used: 1 without a text, 1 empty after cleaning, 1 copies of other "
+        "rows, 2 equal texts with different labels, 19 beyond max_rows"
     )
     assert (corpus.parent / "summary.txt").read_text().startswith("Corpus: 40 of 64 rows; not used")
     assert kept_text(dict(read=3, train=1, validation=1, test=1)) == "3 of 3 rows"
