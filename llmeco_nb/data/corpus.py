@@ -39,6 +39,7 @@ from .tables import is_blank, listed, read_table, text_ids
 from ..tasks.cleaning import clean_text
 from ..tasks.contract import Schema
 from ..tasks.registry import save_schema
+from ..tasks.words import split_words
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -579,7 +580,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
     write_corpus(folder, parts, found.labels, datasheet, found.schema)
     if found.unlabelled:
         write_unlabelled(folder, found.unlabelled, parts)
-    words = parts["train"].text.str.split().str.len()
+    words = parts["train"].text.map(split_words).str.len()
     changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
     kept = kept_text(counts)
     record.save_metrics(

@@ -18,14 +18,16 @@ import numpy as np
 from ..core import DataError, UsageError
 from .corpus import read_split
 from .filters import FilterReport, note
+from ..tasks.words import plain_pattern
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #9c26d76d
-# letters and digits of any script; an apostrophe belongs to its word
-word_pattern = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# letters and digits of any script with their marks; an apostrophe belongs to its word
+word_pattern = re.compile(plain_pattern)
 
 
 def normalized_words(text: str) -> list[str]:
-    "The words of a text in lower case, without punctuation."
+    """The words of a text in lower case, without punctuation; of scripts without spaces the units
+    that words are made of."""
     return word_pattern.findall(text.casefold())
 
 

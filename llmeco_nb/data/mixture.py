@@ -32,7 +32,7 @@ from .corpus import small_corpus
 from .decontamination import LeakIndex, evaluation_sets, without_leaks
 from .dedup import find_duplicates
 from .delimited import ReadOptions
-from .domains import read_domains
+from .domains import read_domains, useful_domains
 from llmeco_nb.data.filters import (
     FilterConfig,
     FilterReport,
@@ -80,7 +80,8 @@ def filter_settings(
                 f"{', '.join(rule_sets)}, such as laws=none."
             )
         chosen[name] = rules
-    gopher = Rules(words=(min_words, 100_000))
+    # the common words of `Rules` are English; a text of any language need not hold them
+    gopher = Rules(words=(min_words, 100_000), stop_words=2 if min_english else 0)
     verse = replace(gopher, top_ngrams=(), repeated_ngrams=())
     known = {
         "gopher": FilterConfig(gopher, min_english),
@@ -185,6 +186,7 @@ class MixtureConfig(StageConfig):
     )
     min_words: NonNegativeInt = 20  # documents with fewer words are left out (not with rules none)
     min_english: Fraction = 0.5  # smallest share of English words; 0 takes any language
+    english_domains: Literal["auto", "always"] = "auto"  # auto: beside a corpus in Latin script
     min_jaccard: Annotated[float, Field(gt=0, le=1)] = 0.8  # texts at least so similar are copies
     on_leak: Literal["drop", "stop"] = "drop"  # drop what leaks an evaluation text, or stop
     weights: list[str] = Field(  # domain, equals sign and its weight, where not 1
@@ -221,12 +223,14 @@ def build_mixture(
     options = ReadOptions(
         separator=config.separator, encoding=config.encoding, nulls=tuple(config.nulls)
     )
-    sources = read_domains(
-        config.domains, config.extra_sources, corpus, config.text_column, options
-    )
+    always = config.english_domains == "always"
+    domains, left_out = useful_domains(config.domains, "" if always else corpus)
+    sources = read_domains(domains, config.extra_sources, corpus, config.text_column, options)
     names, report = list(sources), FilterReport()
-    shares = normalized_weights(config.weights, names)
-    settings = filter_settings(config.quality_rules, names, config.min_words, config.min_english)
+    asked = lambda pairs: [one for one in pairs if one.partition("=")[0] not in left_out]
+    shares = normalized_weights(asked(config.weights), names)
+    rules = asked(config.quality_rules)
+    settings = filter_settings(rules, names, config.min_words, config.min_english)
     leaks = LeakIndex(evaluation_sets(corpus)) if corpus else None
     folder, signatures = record.artifact("prose"), record.path / "signatures"
     folder.mkdir()
@@ -293,6 +297,7 @@ def build_mixture(
             min_jaccard=config.min_jaccard,
             on_exhausted=config.on_exhausted,
             quality_rules=config.quality_rules,
+            left_out=left_out,
             extra_sources={name: local_path(source).name for name, _, source in named},
         ),
     )
@@ -315,6 +320,8 @@ def build_mixture(
         validation=total("validation"),
         test=total("test"),
     )
+    if left_out:
+        record.save_metrics(domains_left_out=", ".join(left_out))
     return folder
 
 

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['open_classifier', 'class_names', 'padding_id', 'truncation_of', 'export_onnx', 'model_schema', 'check_outputs',
-           'pack_encoder', 'pack_linear', 'reference_scores', 'parity_tolerance', 'parity']
+           'pack_encoder', 'pack_linear', 'pack_stack', 'reference_scores', 'parity_tolerance', 'parity']
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #7e2470c7
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, MissingError
-from .manifest import Manifest, Parity
+from ..core import DataError, MissingError, sha256_of
+from .manifest import Manifest, Origin, Parity, write_manifest
+from ..evaluation.stacking import Stack
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema, task_of
@@ -28,15 +31,22 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e9b91df2
 def open_classifier(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A fine-tuned classifier in float32, for inference, and its tokenizer. Raises `DataError`.
+    """A classifier in float32, for inference, and its tokenizer. Raises `DataError`,
+    `MissingError`.
 
     Args:
-        folder: A Hugging Face folder, or any name that transformers opens.
+        folder: A Hugging Face folder, or any name that transformers opens; or what `save_frozen`
+            wrote, a frozen encoder with a layer on top.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as chatter
 
+    from llmeco_nb.finetuning.frozen_classifier import is_frozen, open_frozen
+
+    if is_frozen(folder):
+        model, encoder, _ = open_frozen(folder)
+        return model, encoder.tokenizer
     bar = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try:
@@ -174,16 +184,20 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
     """Pack an encoder; returns what the manifest is to say. Raises `DataError`, `MissingError`.
 
     Args:
-        folder: A Hugging Face sequence classifier; one with a single output regresses.
+        folder: A Hugging Face sequence classifier, or a frozen encoder with a layer on top; one with
+            a single output regresses.
         bundle: Gets model.onnx and tokenizer.json.
         name: The model's name in the manifest.
         schema: Of the model.
     """
+    from llmeco_nb.finetuning.frozen_classifier import is_frozen
+
     model, tokenizer = open_classifier(folder)
     check_outputs(folder, class_names(model.config), schema)
     max_length, head_fraction = truncation_of(model.config)
     export_onnx(model, bundle / "model.onnx")
-    shutil.copy(Path(folder) / "tokenizer.json", bundle / "tokenizer.json")
+    stock = Path(folder) / "encoder" if is_frozen(folder) else Path(folder)
+    shutil.copy(stock / "tokenizer.json", bundle / "tokenizer.json")
     return Manifest(
         name,
         kind="onnx",
@@ -211,6 +225,34 @@ def pack_linear(folder: str | Path, bundle: Path, name: str, schema: Schema) -> 
     return Manifest(name, kind="linear", schema=schema)
 
 
+def pack_stack(
+    folders: Sequence[str | Path], bundle: Path, stack: Stack, schema: Schema
+) -> Manifest:
+    """Pack two models that answer together; returns what the manifest is to say. Raises
+    `DataError`, `MissingError`.
+
+    Args:
+        folders: Of a saved `LinearText` and of a sequence classifier.
+        bundle: Gets stack.json, and a bundle of each member in a folder of its kind.
+        stack: Members and weights.
+        schema: Of the corpus that both learned from.
+    """
+    owns = [model_schema(folder, schema) for folder in folders]
+    for member, folder, own in zip(stack.members, folders, owns):
+        at = bundle / member.kind
+        at.mkdir()
+        pack = pack_linear if member.kind == "linear" else pack_encoder
+        origin = Origin(
+            model=member.model,
+            title=member.title,
+            num_labeled=member.num_labeled,
+            artifact=sha256_of(folder),
+        )
+        write_manifest(at, replace(pack(folder, at, member.model, own), origin=origin))
+    stack.save(bundle)
+    return Manifest("stack", kind="stack", schema=owns[0])
+
+
 def reference_scores(
     folder: str | Path, texts: list[str], schema: Schema, batch_size: int = 32
 ) -> np.ndarray:
@@ -218,7 +260,7 @@ def reference_scores(
     shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`.
 
     Args:
-        folder: A Hugging Face sequence classifier.
+        folder: What `open_classifier` opens.
         texts: As somebody would send them.
         schema: Of the model.
         batch_size: Texts of a forward pass.

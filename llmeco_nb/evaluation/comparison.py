@@ -31,12 +31,18 @@ from llmeco_nb.evaluation.comparison_table import (
     summary_text,
     table_rows,
 )
+from .stack_row import add_stack, stack_name
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
 from ..finetuning.ngram_counts import count_ngrams
 from ..stats.claims import write_claims
 from ..tasks.contract import Schema
-from ..tasks.predictions import predictions_table, scores_of, write_predictions
+from llmeco_nb.tasks.predictions import (
+    exclusion_of,
+    predictions_table,
+    scores_of,
+    write_predictions,
+)
 from ..tasks.registry import load_schema, save_schema, task_of
 
 # %% ../../nbs/3_evaluation/30_comparison.ipynb #eaf00111
@@ -139,14 +145,19 @@ class EvaluationConfig(StageConfig):
 
 
 def recorded_facts(path: str | Path) -> ModelFacts:
-    """Seconds and number of parameters that the record of a prediction file states, where it does.
+    """What the record of a prediction file states of its model, where it does: seconds, number of
+    parameters, and a title.
 
     Args:
         path: A prediction file.
     """
     file = Path(path).parent / "metrics.json"
     stated = read_json(file) if file.is_file() else {}
-    return ModelFacts(parameters=stated.get("parameters"), seconds=stated.get("seconds"))
+    return ModelFacts(
+        parameters=stated.get("parameters"),
+        seconds=stated.get("seconds"),
+        title=stated.get("title"),
+    )
 
 
 def read_other_models(
@@ -166,7 +177,7 @@ def read_other_models(
     for path in predictions:
         found.append(read_predictions(path, splits, schema))
         for model, labels in found[-1].groupby(["model", "num_labeled"]).groups:
-            if (model, labels) in facts or model in all_recipes:
+            if (model, labels) in facts or model in all_recipes or model == stack_name:
                 raise DataError(
                     f"{path}: a model {model} with {labels} labels is already in the table; give "
                     "it another name."
@@ -284,7 +295,9 @@ def evaluate_models(
     task = task_of(schema)
     classes = getattr(schema, "labels", [])
     evaluated = {s: splits[s] for s in ("validation", "test")}
-    given, facts = read_other_models(predictions, evaluated, schema)
+    excluded = [said for path in predictions if (said := exclusion_of(path))]
+    answered_by = [path for path in predictions if not exclusion_of(path)]
+    given, facts = read_other_models(answered_by, evaluated, schema)
     plan = plan_sizes(config, splits["train"], [int(labels) for _, labels in facts])
     saved = record.artifact("baselines")
     saved.mkdir()
@@ -320,9 +333,10 @@ def evaluate_models(
         if fact.seconds is not None:
             record.log(model=model, labels=int(size), seconds=fact.seconds)
     every = pd.concat([*answers, *given], ignore_index=True)
+    every, facts, no_stack = add_stack(every, facts, plan.compared, evaluated, schema)
     rows, claims = table_rows(every, schema, plan.compared, facts, config.seed)
     candidates = [r for r in rows if r.labels in plan.compared and r.on_validation is not None]
-    best = max(candidates, key=lambda r: r.quality("validation"))
+    best = max(candidates, key=lambda r: r.preference())
     table = ComparisonTable(
         classes=classes,
         train_items=plan.total,
@@ -335,6 +349,7 @@ def evaluate_models(
         best=ModelKey(best.model, best.labels),
         rows=rows,
         task=task.name,
+        no_stack=no_stack,
     )
     folder = record.artifact("table")
     folder.mkdir()
@@ -342,6 +357,8 @@ def evaluate_models(
     write_claims(folder / "claims.json", claims)
     table.save(folder)
     said = summary_text(table) + left_out_text(plan.left_out, plan.least)
+    said = "\n".join([said.rstrip(), *excluded])
+    write_json(record.path / "excluded.json", excluded)
     (record.path / "summary.txt").write_text(said.rstrip() + "\n", encoding="utf-8")
     if plan.left_out:
         record.save_metrics(labels_left_out=", ".join(map(str, plan.left_out)))
