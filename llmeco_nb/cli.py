@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'renamed_options', 'parse_settings', 'Command', 'command', 'option', 'RunChoice', 'ReportOptions', 'Settings',
-           'RunOptions', 'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line',
-           'doctor', 'prune', 'report', 'serve', 'docs', 'outputs', 'main', 'exit_with']
+           'RunOptions', 'run_numbers', 'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench',
+           'first_line', 'doctor', 'prune', 'report', 'serve', 'docs', 'outputs', 'main', 'exit_with']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import dataclasses
@@ -169,6 +169,14 @@ class Settings(RunChoice):
 class RunOptions(Settings):
     "What `llmeco run` is told."
 
+    minutes: Optional[float] = option(
+        None,
+        "--minutes",
+        "How long the run may take, from here to the bundle; the profile says how it is divided.",
+    )
+    num_labeled: Optional[int] = option(
+        None, "--num-labeled", "Learn from so many labels; 0: as the profile says."
+    )
     next: bool = option(
         False, "--next", "Start the next round: a new run whose parent is the current one."
     )
@@ -185,12 +193,27 @@ class RunOptions(Settings):
     )
 
 
+def run_numbers(o: RunOptions) -> dict:
+    """The numbers of a run that were typed, as run.json holds them. Raises `UsageError`.
+
+    Args:
+        o: What was typed.
+    """
+    if o.minutes is not None and not 0 < o.minutes < 1e5:
+        raise UsageError(f"--minutes {o.minutes:g}: give a number of minutes above 0.")
+    if o.num_labeled is not None and o.num_labeled < 0:
+        raise UsageError(f"--num-labeled {o.num_labeled}: give a number of labels, or 0 for all.")
+    typed = dict(minutes=o.minutes, num_labeled=o.num_labeled)
+    return {name: value for name, value in typed.items() if value is not None}
+
+
 def prepare_run(o: RunOptions):
     """The pipeline to run as the options `o` want it, and the names of the stages to consider (None
     for all).
 
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
+    from llmeco_nb.runner.budget import set_budget
     from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
     from llmeco_nb.runner.pipeline import Pipeline, open_run
 
@@ -201,15 +224,21 @@ def prepare_run(o: RunOptions):
             f"Run `nbdev_export` in {registry.nbs.parent}, then try again."
         )
     settings = parse_settings(o.given, o.files)
+    numbers = run_numbers(o)
 
     def check(info: dict):
-        instances = read_profile(registry, o.profile)[0]
+        instances, spec = read_profile(registry, o.profile)
+        set_budget(instances, spec, {**info, **numbers}, o.profile)
         set_stored(instances, info["overrides"], Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
 
     run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check)
+    if numbers:
+        run.update(lambda info: info.update(numbers))
     pipe = Pipeline(registry, run, o.accept_changed)
+    if pipe.minutes != run.info.get("minutes"):  # the profile's, which another version may change
+        run.update(lambda info: info.update(minutes=pipe.minutes))
     pipe.override(settings, "-p")
     return pipe, chosen_stages(pipe.instances, o.only, o.start)
 
@@ -229,7 +258,9 @@ def run(o: RunOptions):
     info = pipe.run
     told = [f"run {info.path.name}, profile {info['profile']}, round {info['round']}"]
     told += [f"  {i}.{k} = {v}" for i, p in info["overrides"].items() for k, v in p.items()]
-    with Display(pipe, board) as display:
+    if pipe.minutes is not None:
+        told[0] += f", {pipe.minutes:g} minutes"
+    with Display(pipe, board, begun) as display:
         display.say("\n".join(told))
         run_pipeline(pipe, chosen, o.force, display.say, board)
         link(info.path.parent / "latest", info.path)
@@ -244,6 +275,8 @@ def run(o: RunOptions):
         f", {left} left out" if left else ""
     )
     spent = format_duration(time.monotonic() - begun)
+    if made and pipe.minutes is not None:
+        spent += f" of {pipe.minutes:g} minutes"
     display.say(f"\n{counts}, in {spent}. Records: {os.path.relpath(info.path)}")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import ChangedSourceError, MissingError, UsageError, lock, read_json, runs_dir
+from .budget import set_budget
 from .identity import differences, key_of, show_parts, work_parts
 from .kernel import json_or
 from .overrides import select_instances, set_parameters, set_stored, source_revision
@@ -163,6 +164,7 @@ class Pipeline:
         self.instances, self.spec = read_profile(registry, run["profile"])
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
+        self.minutes = set_budget(self.instances, self.spec, run.info, run["profile"])
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
 
     def select(self, name: str, told_by: str) -> list[Instance]:
