@@ -36,6 +36,8 @@ from llmeco_nb.data.corpus import (
     normalized_key,
     read_split,
     small_corpus,
+)
+from llmeco_nb.data.splits import (
     split_names,
     split_rows,
     split_sizes,
@@ -406,7 +408,8 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     source = own(tmp_path / "reviews.csv")
     first = build(tmp_path, source, "a", max_rows=30)
     code = (
-        f"from llmeco_nb.data.corpus import *; from llmeco_nb.core import *\n"
+        "from llmeco_nb.data.corpus import *; from llmeco_nb.core import *\n"
+        "from llmeco_nb.data.corpus_rows import CorpusConfig\n"
         f"asked = CorpusConfig(source={str(source)!r}, text_column='body', label_column='stars', "
         f"max_rows=30)\n"
         f"print(sha256_of(build_corpus(create_record({str(tmp_path / 'b')!r}, 'data'), asked)))"
@@ -617,7 +620,7 @@ def test_no_validation_no_test(tmp_path):
             "'5' has 3 rows, and validation and test take them all",
         ),
         (60, "1", {}, DataError, "single value"),
-        (60, [str(i) for i in range(60)], {}, DataError, "60 different values.*max_labels"),
+        (60, [str(i) for i in range(60)], {}, DataError, "60 different values in 60 rows"),
     ],
 )
 def test_data_that_cannot_be_split(tmp_path, n, labels, kwargs, error, message):

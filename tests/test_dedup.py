@@ -29,10 +29,11 @@ from llmeco_nb.data.minhash import (
     slice_bytes,
     word_hashes,
 )
+from llmeco_nb.tasks.words import shingle_pattern
 
 
 def shingle_set(text, n=5):
-    words = re.findall(r"\w+", text.casefold())
+    words = re.findall(shingle_pattern, text.casefold())
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
 
@@ -89,7 +90,7 @@ messy = st.lists(
 @given(messy)
 def test_words_are_those_of_the_pattern(text):
     hashes, _ = word_hashes(as_bytes(text))
-    words = re.findall(r"\w+", text.casefold())
+    words = re.findall(shingle_pattern, text.casefold())
     assert len(hashes) == len(words) and len(set(zip(words, hashes.tolist()))) == len(
         set(words)
     ) == len(set(hashes.tolist()))

@@ -40,9 +40,10 @@ from llmeco_nb.finetuning.linear import (
     log_count_ratio,
     recipes,
 )
-from llmeco_nb.finetuning.ngram_counts import BagOfNgrams, count_ngrams, token_pattern
+from llmeco_nb.finetuning.ngram_counts import BagOfNgrams, count_ngrams
 from llmeco_nb.stats.claims import read_claims
 from llmeco_nb.tasks.predictions import read_predictions_file, scores_of
+from llmeco_nb.tasks.words import token_pattern
 
 WORDS = {
     1: "awful terrible worst",

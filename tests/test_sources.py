@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, LlmecoError, MissingError, UsageError
 from llmeco_nb.data import sources
-from llmeco_nb.data.delimited import read_csv
+from llmeco_nb.data.delimited import ReadOptions, read_csv
 from llmeco_nb.data.readers import read_json_table
 from llmeco_nb.data.sources import HubSource, parse_hub, revision
 from llmeco_nb.data.tables import as_text, class_name, encode_labels, is_blank, read_table, text_ids
@@ -122,18 +122,85 @@ def test_folders(tmp_path):
         ("pos", "b.txt", "great"),
         ("neg", "c.txt", "poor"),
         ("neg", ".hidden.txt", "no"),
-        ("neg", "notes.md", "no"),
+        ("neg", "notes.md", "so-so"),
+        ("neg", "cover.png", "no"),
     ]:
         (tmp_path / "films" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "films" / label / name).write_text(text)
     (tmp_path / "films" / "urls.txt").write_text("left alone beside labelled folders")
     table = read_table(str(tmp_path / "films"))
-    assert content(table) == [("poor", 0), ("fine", 1), ("great", 1)] and table.attrs["labels"] == [
-        "neg",
-        "pos",
-    ]
+    assert content(table) == [("poor", 0), ("so-so", 0), ("fine", 1), ("great", 1)]
+    assert table.attrs["labels"] == ["neg", "pos"]
+    assert table.attrs["report"]["skipped"] == {".png": 1, ".txt": 1}
     flat = read_table(str(tmp_path / "films" / "pos"))
     assert content(flat) == [("fine", -1), ("great", -1)] and flat.attrs["labels"] == []
+
+
+def test_files_without_an_ending_and_in_another_encoding(tmp_path):
+    "Those that are no text are counted; one that is called a text must be one."
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "neg").mkdir()
+    (tmp_path / "pos" / "49960").write_text("fine")
+    (tmp_path / "pos" / "core").write_bytes(b"\x7fELF\x02\0\0\xff")
+    (tmp_path / "neg" / "a.text").write_bytes("très café".encode("cp1252"))
+    with pytest.raises(DataError, match="a.text, line 1, byte 2: .*encoding=cp1252 reads très,"):
+        read_table(tmp_path)
+    table = read_table(tmp_path, options=ReadOptions(encoding="cp1252"))
+    assert content(table) == [("très café", 0), ("fine", 1)]
+    assert table.attrs["report"]["skipped"] == {"no ending": 1}
+
+
+def test_tables_named_by_splits(tmp_path):
+    "Of any kind, packed or in parts; two kinds for one split are refused."
+    from llmeco_nb.data.stream import stream_texts
+
+    frame.to_csv(tmp_path / "test.csv.gz", index=False)
+    for part in range(2):
+        half = frame.iloc[2 * part : 2 * part + 2]
+        half.to_parquet(tmp_path / f"train-0000{part}-of-00002.parquet")
+    frame.iloc[:1].to_json(tmp_path / "dev.jsonl", orient="records", lines=True)
+    (tmp_path / "README.md").write_text("About this data set.")
+    (tmp_path / ".gitattributes").write_text("")
+    table = read_table(tmp_path)
+    assert table.split.tolist() == ["validation"] + ["test"] * 4 + ["train"] * 4
+    assert content(table) == expected[:1] + expected * 2
+    assert table.attrs["report"]["skipped"] == {".md": 1}
+    assert list(stream_texts(tmp_path)) == table.text.tolist()
+    first = revision(tmp_path)
+    (tmp_path / "README.md").write_text("About this data set!")
+    assert revision(tmp_path) == first
+    frame.to_csv(tmp_path / "valid.csv", index=False)
+    assert revision(tmp_path) != first
+    with pytest.raises(DataError, match="several tables for the split validation: dev.jsonl, v"):
+        read_table(tmp_path)
+
+
+def test_classes_that_are_called_as_splits_are(tmp_path):
+    "A team called dev is a class beside one called sales."
+    for name in ("dev", "sales", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text(f"a text of {name}")
+    table = read_table(tmp_path)
+    assert table.attrs["labels"] == ["dev", "sales", "test"] and "split" not in table
+
+
+def test_null_words(tmp_path):
+    "In every kind of table, for text and label, and in a stream."
+    from llmeco_nb.data.stream import stream_texts
+
+    rows = pd.DataFrame(dict(text=["a", "NA", "b", " - ", "c"], label=["x", "y", "-", "y", "y"]))
+    rows.to_csv(tmp_path / "a.csv", index=False)
+    rows.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    rows.to_json(tmp_path / "a.json", orient="records")
+    rows.to_parquet(tmp_path / "a.parquet")
+    asked = ReadOptions(nulls=["NA", "-"])
+    for file in sorted(tmp_path.iterdir()):
+        table = read_table(file, options=asked)
+        assert content(table) == [("a", 0), ("c", 1)], file
+        report = table.attrs["report"]
+        assert (report["null_texts"], report["null_labels"]) == (2, 1)
+        assert list(stream_texts(file, options=asked)) == ["a", "", "b", "", "c"]
+        assert len(read_table(file)) == 5
 
 
 def test_plain_text(tmp_path):
@@ -223,11 +290,17 @@ def test_semicolons_and_other_columns(tmp_path):
 
 
 def test_a_tsv_with_bare_quotation_marks(tmp_path):
-    (tmp_path / "a.tsv").write_text('text\tlabel\n"half a quote\t1\nthe other half"\t0\nnone\t1\n')
+    "Where they cannot be quotes they are characters; where they can, nobody knows."
+    file = tmp_path / "a.tsv"
+    file.write_text('text\tlabel\n"half a quote\t1\nthe other half"\t0\nnone\t1\n')
+    with pytest.raises(DataError, match="read in two ways.*half a quote.*names in the header"):
+        read_table(str(file))
+    file.write_text('text\tlabel\n"half a quote\t1\nthe other half"\t0\na 5" pipe\t1\n"x\t0\n')
     assert content(read_table(str(tmp_path / "a.tsv"))) == [
         ('"half a quote', 1),
         ('the other half"', 0),
-        ("none", 1),
+        ('a 5" pipe', 1),
+        ('"x', 0),
     ]
 
 
@@ -249,6 +322,7 @@ def test_nulls_are_dropped_and_counted(tmp_path):
         "rows_read": 7,
         "null_texts": 3,
         "null_labels": 2,
+        "skipped": {},
     }
 
 
@@ -533,12 +607,26 @@ def test_a_test_set_without_names(tmp_path):
 
 
 def test_how_many_classes():
-    assert len(encode_labels(range(50), "x")[1]) == 50
+    "A set of 150 classes passes; a column of values that hardly come again does not."
+    assert len(encode_labels([*range(150)] * 2, "x")[1]) == 150
     with pytest.raises(
-        DataError, match="51 different values .* a regression target.*set max_labels to 51"
+        DataError, match="51 different values in 51 rows .*51 of them .*a regression target.*rare"
     ):
         encode_labels(range(51), "x")
-    assert len(encode_labels(range(77), "x", max_labels=77)[1]) == 77
+    with pytest.raises(DataError, match="30 different values in 30 rows .* free text or an id"):
+        encode_labels([f"w{i}" for i in range(30)], "x")
+    assert len(encode_labels(range(77), "x", strict=False)[1]) == 77
+    assert len(encode_labels([*range(1000)] * 2, "x")[1]) == 1000
+    with pytest.raises(DataError, match="1001 different values .*set max_labels to 1001"):
+        encode_labels([*range(1001)] * 2, "x")
+    assert len(encode_labels([*range(1001)] * 2, "x", max_labels=1001)[1]) == 1001
+
+
+def test_every_unknown_class_is_named():
+    strange = [f"strange {i}" for i in range(30)]
+    with pytest.raises(DataError) as said:
+        encode_labels(["a", *strange], "x", known=["a", "b"])
+    assert all(f"{name}," in f"{said.value}".replace(". ", ",") for name in strange)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -606,21 +694,22 @@ mistakes = {
         "text,label\nx,1\nCafé,1\n".encode("latin-1"),
         {},
         DataError,
-        "a.csv, line 3, byte 18: 0xe9 is not UTF-8.*Café.*iconv -f WINDOWS-1252",
+        "a.csv, line 3, byte 18: 0xe9 is not UTF-8. Set encoding .*encoding=cp1252 reads Café, "
+        "encoding=",
     ),
-    "utf-16": (
+    "utf-16 cut short": (
         "a.csv",
-        "text,label\nx,1\n".encode("utf-16"),
+        "text,label\nx,1\n".encode("utf-16")[:-1],
         {},
         DataError,
-        "UTF-16.*iconv -f UTF-16",
+        "a.csv, line 2, byte 30: 0x0a is not utf-16",
     ),
     "utf-16 bare": (
         "a.csv",
         "text,label\nx,1\n".encode("utf-16-le"),
         {},
         DataError,
-        "byte 1: a zero byte",
+        "line 1, byte 1: a zero byte.*set encoding to utf-16-le",
     ),
     "json": (
         "a.jsonl",
@@ -650,6 +739,57 @@ mistakes = {
         {},
         DataError,
         "`label` of .* holds such values .*one label",
+    ),
+    "one column": (
+        "a.csv",
+        "text^label\nx^1\n",
+        {},
+        DataError,
+        "no column `text`.*text.label.*read as one column.*set separator",
+    ),
+    "two signs": (
+        "a.csv",
+        "text,a;label\none,b;two\n",
+        {},
+        DataError,
+        "can be cut by more than one sign: by ',' as text ¦ a;label / one ¦ b;two; by ';' as "
+        ".*Set separator to the right one",
+    ),
+    "another encoding was named": (
+        "a.csv",
+        "text,label\nx,1\n",
+        dict(options=ReadOptions(encoding="utf-16")),
+        DataError,
+        "no mark.*Set encoding to utf-16-le or utf-16-be",
+    ),
+    "the encoding cannot read it": (
+        "a.csv",
+        b"text,label\nx\x81,1\n",
+        dict(options=ReadOptions(encoding="cp1252")),
+        DataError,
+        "line 2, byte 12: 0x81 is not cp1252. Set encoding",
+    ),
+    "a mark that contradicts": (
+        "a.csv",
+        "text,label\nx,1\n".encode("utf-8-sig"),
+        dict(options=ReadOptions(encoding="cp1252")),
+        DataError,
+        "begins with the mark of utf-8, and encoding is cp1252. Leave encoding empty",
+    ),
+    "a workbook": ("a.csv", b"\xd0\xcf\x11\xe0", {}, DataError, "Microsoft Office file by its"),
+    "a key twice": (
+        "a.jsonl",
+        '{"text": "a", "text": "b"}\n',
+        {},
+        DataError,
+        "a.jsonl, line 1: .*the key 'text' stands twice",
+    ),
+    "an escaped quotation mark": (
+        "a.csv",
+        'text,label\nsay \\"no\\",1\n',
+        {},
+        DataError,
+        "a.csv, line 2: a quotation mark is written as .* outside of quotes",
     ),
     "too many cells": (
         "a.csv",
@@ -689,7 +829,7 @@ def test_mistakes(tmp_path, name):
 
 def test_a_folder_without_texts(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(DataError, match="holds no .txt files.*found: .pdf"):
+    with pytest.raises(DataError, match="holds no texts.*found: 1 .pdf"):
         read_table(str(tmp_path))
 
 
@@ -1018,12 +1158,11 @@ def test_any_bytes_are_read_or_refused_kindly(tmp_path_factory, ending, data):
 
 
 def test_shared_tables(shared_data):
-    intents = read_table(
-        str(shared_data / "banking77_test.parquet"), label_column="category", max_labels=77
-    )
+    file = str(shared_data / "banking77_test.parquet")
+    intents = read_table(file, label_column="category")
     assert len(intents) == 3080 and len(intents.attrs["labels"]) == 77
     with pytest.raises(DataError, match="77 different values"):
-        read_table(str(shared_data / "banking77_test.parquet"), label_column="category")
+        read_table(file, label_column="category", max_labels=76)
     tones = read_table(str(shared_data / "financial_phrasebank.parquet"))
     assert tones.attrs["labels"] == [
         "negative",

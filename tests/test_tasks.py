@@ -18,7 +18,8 @@ from llmeco_nb.stats.regression import (
     weighted_ranks,
 )
 from llmeco_nb.stats.significance import bootstrap
-from llmeco_nb.tasks.contract import Cleaning, Rows, Schema, max_label_chars
+from llmeco_nb.tasks.contract import Cleaning, Rows, Schema
+from llmeco_nb.tasks.limits import max_label_chars
 from llmeco_nb.tasks.registry import (
     find_task,
     load_schema,

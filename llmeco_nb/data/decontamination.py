@@ -18,14 +18,16 @@ import numpy as np
 from ..core import DataError, UsageError
 from .corpus import read_split
 from .filters import FilterReport, note
+from ..tasks.words import plain_pattern
 
 # %% ../../nbs/1_pretraining/10c_decontamination.ipynb #9c26d76d
-# letters and digits of any script; an apostrophe belongs to its word
-word_pattern = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+# letters and digits of any script with their marks; an apostrophe belongs to its word
+word_pattern = re.compile(plain_pattern)
 
 
 def normalized_words(text: str) -> list[str]:
-    "The words of a text in lower case, without punctuation."
+    """The words of a text in lower case, without punctuation; of scripts without spaces the units
+    that words are made of."""
     return word_pattern.findall(text.casefold())
 
 
@@ -94,7 +96,9 @@ class LeakIndex:
     """All evaluation sets, ready to be asked whether a text leaks.
 
     Evaluation texts of fewer than `min_words` words are looked for exactly only, since such short
-    sentences recur by chance. Raises `UsageError`, `DataError`.
+    sentences recur by chance. A run of words that more than a tenth of the texts of its set hold is
+    boilerplate: it is no leak, and `boilerplate` names one for each set (its text, the number of
+    texts, their share). Raises `UsageError`, `DataError`.
 
     Args:
         sets: Name of an evaluation set -> its texts.
@@ -114,28 +118,61 @@ class LeakIndex:
             )
         self.min_containment, self.names = min_containment, list(sets)
         self.owner, self.number, self.exact = [], [], {}
+        self.boilerplate: dict[str, dict] = {}
         runs, triples = [], []
         for name, texts in sets.items():
             before = len(self.owner)
-            for number, text in enumerate(texts):
-                words, me = normalized_words(text), len(self.owner)
+            said = [normalized_words(text) for text in texts]
+            if not said:
+                raise DataError(
+                    f"The evaluation set {name} holds no text, so nothing can be held against it."
+                )
+            long = [ngram_hashes(words, self.long) for words in said]
+            common = self.common_runs(name, said, long)
+            for number, words in enumerate(said):
+                me = before + number
                 self.owner.append(self.names.index(name))
                 self.number.append(number)
                 if words:
                     self.exact.setdefault(self.key(words), me)
-                runs.append((ngram_hashes(words, self.long), me))
+                shared = np.isin(long[number], common)
+                runs.append((long[number][~shared], me))
                 three = np.empty(0, np.uint64)
                 if len(words) >= min_words:
-                    three = np.unique(ngram_hashes(words, self.short))
+                    three = ngram_hashes(words, self.short)
+                    inside = np.zeros(len(three) + 1, np.int64)  # in how many common runs
+                    starts = np.flatnonzero(shared)
+                    inside[starts] += 1
+                    inside[starts + self.long - self.short + 1] -= 1
+                    three = np.unique(three[np.cumsum(inside)[:-1] == 0])
                 triples.append((three, me))
-            if len(self.owner) == before:
-                raise DataError(
-                    f"The evaluation set {name} holds no text, so nothing can be held against it."
-                )
         self.size = np.array([len(t) for t, _ in triples])
         self.runs, self.run_of = self.table(runs, True)
         self.triples, self.triple_of = self.table(triples, False)
         self.may_run, self.may_triple = HashPrefilter(self.runs), HashPrefilter(self.triples)
+
+    def common_runs(self, name: str, said: list[list[str]], runs: list[np.ndarray]) -> np.ndarray:
+        """The runs, sorted hashes, that more than a tenth of the texts of a set hold, six at least;
+        the most frequent one is noted in `boilerplate`.
+
+        Args:
+            name: Of the set.
+            said: The words of each text.
+            runs: The hashes of each text's runs, in order.
+        """
+        each = [np.unique(of_text) for of_text in runs]
+        found, texts = np.unique(np.concatenate(each), return_counts=True)
+        often = texts > max(len(said) // 10, 5)
+        if often.any():
+            most = found[texts.argmax()]
+            number = next(i for i, of_text in enumerate(each) if most in of_text)
+            at = int(np.flatnonzero(runs[number] == most)[0])
+            self.boilerplate[name] = {
+                "text": " ".join(said[number][at : at + self.long]),
+                "texts": int(texts.max()),
+                "share": round(int(texts.max()) / len(said), 4),
+            }
+        return found[often]
 
     @staticmethod
     def key(words: list[str]) -> bytes:

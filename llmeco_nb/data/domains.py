@@ -16,6 +16,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 
 from ..core import MissingError, UsageError, sha256_of, sha256_text
+from .delimited import ReadOptions
 from .sources import did_you_mean, local_path, revision, source_kind
 from .stream import stream_texts
 
@@ -164,6 +165,7 @@ def read_domains(
     extra_sources: list[str] = (),
     corpus: str | Path = "",
     text_column: str = "text",
+    options: ReadOptions = ReadOptions(),
 ) -> dict[str, Iterator[str]]:
     """For each domain its texts, read as they are asked for.
 
@@ -175,6 +177,7 @@ def read_domains(
         extra_sources: Each name=source.
         corpus: Folder of the labelled corpus.
         text_column: Of the extra sources that are tables.
+        options: Separator, encoding and null words of the extra sources.
     """
     found, known = {}, [*packaged_domains, "corpus"]
     for name in domains:
@@ -192,6 +195,9 @@ def read_domains(
             )
         if name == "corpus":
             texts = stream_texts(str(Path(corpus) / "train.parquet"))
+            more = Path(corpus) / "unlabelled.parquet"
+            if more.is_file():
+                texts = chain(texts, stream_texts(str(more)))
         else:
             texts = packaged_domains[name]()
         found[name] = peek_first(texts)
@@ -203,7 +209,7 @@ def read_domains(
             )
         if name in found or name == "corpus":
             raise UsageError(f"The domain {name} is given twice.")
-        found[name] = peek_first(stream_texts(source, text_column))
+        found[name] = peek_first(stream_texts(source, text_column, options=options))
     if len(found) < len(domains) + len(extra_sources) or not found:
         raise UsageError(f"domains is {domains}: name each once, and at least one.")
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'file_extensions', 'did_you_mean', 'source_name', 'source_kind', 'local_path',
-           'packaged_reviews', 'HubSource', 'parse_hub', 'text_files', 'hub_commit', 'translate_read_errors',
+           'packaged_reviews', 'HubSource', 'parse_hub', 'file_ending', 'hub_commit', 'translate_read_errors',
            'remote_filesystem', 'fetch', 'revision']
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2efe6a95
@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..core import LlmecoError, MissingError, UsageError, sha256_of, sha256_text
+from llmeco_nb.data.folders import (
+    list_folder,
+    packing_endings,
+    split_ending,
+    table_endings,
+    text_endings,
+)
 
 # %% ../../nbs/0_ground/04_sources.ipynb #715460ff
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -40,7 +47,7 @@ citations = {
         "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."
     ),
 }
-file_extensions = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+file_extensions = (*table_endings, *text_endings)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -160,14 +167,23 @@ def parse_hub(source: str) -> HubSource:
     return HubSource(m[1], m[2] or "", extra.get("split", ""), extra.get("config", ""))
 
 # %% ../../nbs/0_ground/04_sources.ipynb #1c642120
-def text_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The `.txt` files of a folder: `{label: files}` from its subfolders, and those that lie flat.
+def file_ending(source: str) -> tuple[str, str]:
+    """The ending of a source, and that of its packing or "". Raises `UsageError` for an ending of
+    which nothing is known.
 
-    Hidden names do not count."""
-    shown = lambda place: sorted(f for f in place.iterdir() if not f.name.startswith("."))
-    texts = lambda place: [f for f in shown(place) if f.suffix.lower() == ".txt" and f.is_file()]
-    labelled = {d.name: texts(d) for d in shown(folder) if d.is_dir()}
-    return {k: v for k, v in labelled.items() if v}, texts(folder)
+    Args:
+        source: Path or URL of a file.
+    """
+    path = Path(urlsplit(source).path if "://" in source else source)
+    _, ending, packing = split_ending(path.name)
+    if ending not in file_extensions:
+        raise UsageError(
+            f"{source} ends in {ending or packing or 'nothing'}; "
+            f"tables and texts end in {', '.join(file_extensions)}, "
+            f"with {', '.join(packing_endings)} behind if packed."
+            f"{did_you_mean(ending, file_extensions)}"
+        )
+    return ending, packing
 
 
 def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
@@ -295,8 +311,8 @@ def revision(source: str | Path) -> str:
         if kind == "file":
             return "sha256:" + sha256_of(path)
         if kind == "folder":
-            labelled, flat = text_files(path)
-            files = [f for group in (*labelled.values(), flat) for f in group]
+            listing = list_folder(path)
+            files = sorted(f.path for f in (*listing.texts, *listing.tables))
             return "sha256:" + sha256_text(
                 "\n".join(f"{f.relative_to(path).as_posix()} {sha256_of(f)}" for f in files)
             )

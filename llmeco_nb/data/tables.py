@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['number_text', 'is_blank', 'as_text', 'class_name', 'sort_class_names', 'check_classes', 'class_numbers', 'declared',
-           'encode_labels', 'text_ids', 'column_values', 'read_table']
+           'listed', 'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'column_values', 'table_of',
+           'read_table']
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #41181d59
 import hashlib
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import DataError
+from .delimited import ReadOptions
 from .readers import read_frame
 from .sources import did_you_mean, source_name
 
@@ -61,22 +65,37 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda n: (float(n), n) if numeric else n)
 
 
-def check_classes(names: list[str], where: str, max_labels: int = 50) -> None:
-    """Raise `DataError` if `names` are too many to be classes, or a single one.
+def check_classes(
+    counts: Mapping[str, int], where: str, max_labels: int = 1000, strict: bool = True
+) -> None:
+    """Raise `DataError` if the names are too many to be classes, a single one, or if most rows have
+    a value of their own.
 
     Args:
-        names: All different ones.
+        counts: Name -> its rows.
         where: How to name the column in an error.
         max_labels: More are refused.
+        strict: Refuse where more than half of the rows, from 20 on, differ in their value and most
+            values stand in a single row.
     """
+    names, rows = sort_class_names(counts), sum(counts.values())
+    single = sum(n == 1 for n in counts.values())
+    numeric = all(map(number_text.fullmatch, names))
+    looks = "a regression target" if numeric else "free text or an id"
+    such = f"such as {', '.join(n[:30] for n in names[:3])}"
+    number = "set task to regression and name it as target_column, or " if numeric else ""
     if len(names) > max_labels:
-        numeric = all(map(number_text.fullmatch, names))
         raise DataError(
-            f"{where} has {len(names)} different values (such as "
-            f"{', '.join(n[:30] for n in names[:3])}) and looks like "
-            f"{'a regression target' if numeric else 'free text or an id'}. "
-            f"Up to {max_labels} are classes: name another column, "
+            f"{where} has {len(names)} different values ({such}) and looks like {looks}. "
+            f"Up to {max_labels} are classes: {number}name another column, "
             f"or set max_labels to {len(names)} if they really are classes."
+        )
+    if strict and len(names) > 20 and 2 * len(names) > rows and 2 * single > len(names):
+        raise DataError(
+            f"{where} has {len(names)} different values in {rows} rows ({such}), {single} of them "
+            f"in a single row, and looks like {looks}. Name the column of the classes as "
+            f"label_column{', or ' + number.removesuffix(', or ') if number else ''}. If these "
+            "are classes, add rows, or set rare to drop or other."
         )
     if len(names) < 2:
         raise DataError(
@@ -124,8 +143,23 @@ def declared(values: list, names: list[str], where: str) -> list[str | None]:
     return [found[None if is_blank(v) else v] for v in values]
 
 
+def listed(names: list[str], most: int = 50) -> str:
+    """Names as a sentence holds them: each cut at 60 characters, and how many are left out.
+
+    Args:
+        names: In their order.
+        most: Names to write.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(n if len(n) <= 60 else n[:59] + "…" for n in names[:most]) + more
+
+
 def encode_labels(
-    values: list, where: str, known: list[str] | None = None, max_labels: int = 50
+    values: list,
+    where: str,
+    known: list[str] | None = None,
+    max_labels: int = 1000,
+    strict: bool = True,
 ) -> tuple[list[int], list[str]]:
     """Label values as class numbers, and the classes' names; a class number is an index into them.
     A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks.
@@ -135,10 +169,12 @@ def encode_labels(
         where: How to name the column in an error.
         known: Classes fixed beforehand, such as those of the training set.
         max_labels: More distinct values than this are refused.
+        strict: As in `check_classes`.
     """
     if known is None:
-        known = sort_class_names(class_name(v) for v in values)
-        check_classes(known, where, max_labels)
+        counts = Counter(class_name(v) for v in values)
+        known = sort_class_names(counts)
+        check_classes(counts, where, max_labels, strict)
     numbers = class_numbers(values, known)
     if None in numbers:
         strange = sort_class_names(class_name(v) for v, n in zip(values, numbers) if n is None)
@@ -150,10 +186,35 @@ def encode_labels(
             "these classes to the training data."
         )
         raise DataError(
-            f"{where} has classes that are not known here: {', '.join(strange)[:200]}. "
-            f"Known are {', '.join(known)[:200]}. {cure}"
+            f"{where} has classes that are not known here: {listed(strange)}. "
+            f"Known are {listed(known, 20)}. {cure}"
         )
     return numbers, known
+
+# %% ../../nbs/0_ground/04i_tables.ipynb #a0571ffd
+def name_key(name: str) -> str:
+    """What nearly equal names share: small letters, one form for each character, no spaces at the
+    ends or several in a row, and no signs that have no width.
+
+    Args:
+        name: Of a class.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    bare = "".join(c for c in folded if unicodedata.category(c) != "Cf" and c != "\ufe0f")
+    return " ".join(bare.split())
+
+
+def near_equal_names(counts: Mapping[str, int]) -> list[dict[str, int]]:
+    """Groups of two or more names that differ only in case, spaces, the form of their characters or
+    signs without width, each name with its count, the most frequent first.
+
+    Args:
+        counts: Name -> number of its rows.
+    """
+    groups: dict[str, dict[str, int]] = {}
+    for name, n in sorted(counts.items(), key=lambda one: (-one[1], one[0])):
+        groups.setdefault(name_key(name), {})[name] = n
+    return [group for group in groups.values() if len(group) > 1]
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #631ee3a5
 def text_ids(texts: Iterable[str]) -> list[str]:
@@ -180,6 +241,11 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
         return []
     if name not in frame:
         more = " For text without labels set `label_column` to nothing." if role == "label" else ""
+        if len(frame.columns) == 1 and len(re.findall(r"\w+", str(frame.columns[0]))) > 1:
+            more += (
+                " It is read as one column: if a sign other than , ; tab and | separates columns "
+                "in it, set separator to this sign."
+            )
         raise DataError(
             f"{source} has no column `{name}`.{did_you_mean(name, frame.columns)} Its columns are "
             f"{', '.join(map(str, frame.columns))}. Set `{role}_column` to the right one.{more}"
@@ -196,19 +262,85 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
     return values
 
 
+def table_of(
+    found: "tuple[pd.DataFrame, dict[str, list[str]], bool]",
+    source: str,
+    text_column: str = "text",
+    label_column: str = "label",
+    labels: list[str] | None = None,
+    max_labels: int = 1000,
+    strict: bool = True,
+    keep: Mapping[str, str] | None = None,
+) -> "pd.DataFrame":
+    """What `read_table` returns, of a frame that is read already. Raises `DataError`.
+
+    Args:
+        found: From `read_frame`: all columns, class names by column, whether it is a table.
+        source: How to name it in an error.
+        text_column: Column that holds the text.
+        label_column: Column that holds the class; "" for none.
+        labels: Classes fixed beforehand, as of the training set.
+        max_labels: More distinct labels than this are refused.
+        strict: As in `check_classes`.
+        keep: Further columns, by the names that they get: `{"group": "author"}`.
+    """
+    import pandas as pd
+
+    frame, names, tabular = found
+    text, label = text_column, label_column
+    if not tabular:
+        text, label = "text", "label" if label and "label" in frame else ""
+    texts = column_values(frame, source, "text", text)
+    values = column_values(frame, source, "label", label) if label else [-1] * len(texts)
+    if label in names:
+        values = declared(values, names[label], f"The column `{label}` of {source}")
+    kept = [i for i, v in enumerate(values) if not is_blank(texts[i]) and not is_blank(v)]
+    blank = sum(map(is_blank, texts))
+    report = {
+        "source": source,
+        "rows_read": len(texts),
+        "null_texts": blank,
+        "null_labels": len(texts) - blank - len(kept),
+        "skipped": frame.attrs.get("skipped", {}),
+    }
+    if not kept:
+        raise DataError(
+            f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
+            f"{report['null_labels']} without a label."
+        )
+    texts, values = [as_text(texts[i]) for i in kept], [values[i] for i in kept]
+    present = set(values)
+    if labels is None and label in names and len(present) > 1:
+        labels = [n for n in dict.fromkeys(names[label]) if n in present]
+    codes, classes = values, []
+    if label:
+        where = f"The column `{label}` of {source}"
+        codes, classes = encode_labels(values, where, labels, max_labels, strict)
+    rows = pd.DataFrame(
+        {"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")}
+    )
+    for role, name in (keep or {}).items():
+        cells = column_values(frame, source, role, name)
+        rows[role] = pd.Series([cells[i] for i in kept], dtype=object)
+    rows.attrs = {"labels": list(classes), "report": report}
+    return rows
+
+
 def read_table(
     source: str | Path,
     text_column: str = "text",
     label_column: str = "label",
     labels: list[str] | None = None,
-    max_labels: int = 50,
+    max_labels: int = 1000,
     unit: str = "line",
+    options: ReadOptions = ReadOptions(),
 ) -> "pd.DataFrame":
     """The source as a DataFrame with columns `id` (str), `text` (str) and `label` (int).
 
-    Labels are -1 throughout when there are none. `attrs["labels"]` lists the class names,
-    `attrs["report"]` counts `rows_read`, `null_texts` and `null_labels`. Raises `MissingError`,
-    `UsageError`, `DataError`.
+    Labels are -1 throughout when there are none. A folder that is laid out by splits gives a column
+    `split`, too. `attrs["labels"]` lists the class names, `attrs["report"]` counts `rows_read`,
+    `null_texts`, `null_labels` and, by their endings, the `skipped` files of a folder. Raises
+    `MissingError`, `UsageError`, `DataError`.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
@@ -217,41 +349,10 @@ def read_table(
         labels: Classes fixed beforehand, as of the training set.
         max_labels: More distinct labels than this are refused.
         unit: What one text of a .txt file is, as in `read_frame`.
+        options: Separator, encoding and null words of the source, where it does not tell them.
     """
-    import pandas as pd
-
     source = source_name(source)
-    frame, names, tabular = read_frame(source, unit)
-    text, label = text_column, label_column
-    if not tabular:
-        text, label = "text", "label" if label and "label" in frame else ""
-    texts = column_values(frame, source, "text", text)
-    values = column_values(frame, source, "label", label) if label else [-1] * len(texts)
-    if label in names:
-        values = declared(values, names[label], f"The column `{label}` of {source}")
-    usable = [(as_text(t), v) for t, v in zip(texts, values) if not is_blank(t) and not is_blank(v)]
-    blank = sum(map(is_blank, texts))
-    report = {
-        "source": source,
-        "rows_read": len(texts),
-        "null_texts": blank,
-        "null_labels": len(texts) - blank - len(usable),
-    }
-    if not usable:
-        raise DataError(
-            f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
-            f"{report['null_labels']} without a label."
-        )
-    texts, values = zip(*usable)
-    found = set(values)
-    if labels is None and label in names and len(found) > 1:
-        labels = [n for n in dict.fromkeys(names[label]) if n in found]
-    codes, classes = values, []
-    if label:
-        where = f"The column `{label}` of {source}"
-        codes, classes = encode_labels(values, where, labels, max_labels)
-    rows = pd.DataFrame(
-        {"id": text_ids(texts), "text": texts, "label": pd.Series(codes, dtype="int64")}
-    )
-    rows.attrs = {"labels": list(classes), "report": report}
-    return rows
+    wanted = options.wanting(text_column, label_column)
+    found = read_frame(source, unit, wanted)
+    keep = {"split": "split"} if found[0].attrs["has_splits"] else {}
+    return table_of(found, source, text_column, label_column, labels, max_labels, keep=keep)

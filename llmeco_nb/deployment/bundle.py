@@ -39,7 +39,7 @@ from llmeco_nb.deployment.packing import (
 )
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema, Task
-from ..tasks.predictions import read_predictions_file, scores_of
+from ..tasks.predictions import exclusion_of, read_predictions_file, scores_of
 from ..tasks.registry import load_schema, task_of
 
 # %% ../../nbs/4_deployment/40_bundle.ipynb #f962d62f
@@ -265,6 +265,7 @@ def build_bundle(
     task = task_of(schema)
     if not baselines:
         baselines, table = map(str, small_table(corpus))
+    classifier = [folder for folder in classifier if not exclusion_of(folder)]
     rows = packable(classifier, baselines, table, task)
     best = rows[0]
     validation = read_split(corpus, "validation").iloc[: config.parity_examples]

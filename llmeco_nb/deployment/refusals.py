@@ -20,13 +20,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..core import LlmecoError, UsageError, WriteError
 from .engine import Busy, Expired
 from .ledger import Conflict, UnknownRequest
-from ..tasks.contract import max_label_chars, max_request_texts, max_text_chars
+from llmeco_nb.tasks.limits import (
+    max_body_bytes,
+    max_label_chars,
+    max_request_texts,
+    max_text_chars,
+)
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #a2509937
 class Limits(NamedTuple):
     "What a request may hold, at most."
 
-    body: int = 2**20  # bytes of a body
+    body: int = max_body_bytes  # bytes of a body
     text: int = max_text_chars  # characters of a text
     texts: int = max_request_texts  # texts of a request
     note: int = 2_000  # characters of a note

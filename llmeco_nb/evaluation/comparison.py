@@ -36,7 +36,12 @@ from ..finetuning.linear import LinearText, RowSplit
 from ..finetuning.ngram_counts import count_ngrams
 from ..stats.claims import write_claims
 from ..tasks.contract import Schema
-from ..tasks.predictions import predictions_table, scores_of, write_predictions
+from llmeco_nb.tasks.predictions import (
+    exclusion_of,
+    predictions_table,
+    scores_of,
+    write_predictions,
+)
 from ..tasks.registry import load_schema, save_schema, task_of
 
 # %% ../../nbs/3_evaluation/30_comparison.ipynb #eaf00111
@@ -284,7 +289,9 @@ def evaluate_models(
     task = task_of(schema)
     classes = getattr(schema, "labels", [])
     evaluated = {s: splits[s] for s in ("validation", "test")}
-    given, facts = read_other_models(predictions, evaluated, schema)
+    excluded = [said for path in predictions if (said := exclusion_of(path))]
+    answered_by = [path for path in predictions if not exclusion_of(path)]
+    given, facts = read_other_models(answered_by, evaluated, schema)
     plan = plan_sizes(config, splits["train"], [int(labels) for _, labels in facts])
     saved = record.artifact("baselines")
     saved.mkdir()
@@ -342,6 +349,8 @@ def evaluate_models(
     write_claims(folder / "claims.json", claims)
     table.save(folder)
     said = summary_text(table) + left_out_text(plan.left_out, plan.least)
+    said = "\n".join([said.rstrip(), *excluded])
+    write_json(record.path / "excluded.json", excluded)
     (record.path / "summary.txt").write_text(said.rstrip() + "\n", encoding="utf-8")
     if plan.left_out:
         record.save_metrics(labels_left_out=", ".join(map(str, plan.left_out)))

@@ -22,6 +22,7 @@ from llmeco_nb.core import (
     DataError,
     Record,
     UsageError,
+    read_json,
     seed_everything,
     sha256_of,
     write_bytes,
@@ -31,8 +32,8 @@ from llmeco_nb.data.corpus import (
     read_split,
     small_corpus,
     sort_by_split_hash,
-    stratified_counts,
 )
+from ..data.splits import stratified_counts
 from llmeco_nb.finetuning.budget import (
     Workload,
     average_rows,
@@ -54,8 +55,14 @@ from .text_classification import ClassificationTraining
 from .training_half import TrainingHalf, Truncation
 from ..stats.chance import ChanceTest
 from ..tasks.contract import Schema, Task
-from ..tasks.predictions import predictions_table, scores_of, write_predictions
+from llmeco_nb.tasks.predictions import (
+    exclude_model,
+    predictions_table,
+    scores_of,
+    write_predictions,
+)
 from ..tasks.registry import load_schema, save_schema
+from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #31c17d54
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -137,6 +144,7 @@ class ClassifierConfig(StageConfig):
     eval_examples: PositiveInt = 500  # validation texts that decide which weights are best
     num_evals: PositiveInt = 6  # how often they are asked
     patience: NonNegativeInt = 3  # evaluations without progress before it stops; 0: never
+    max_unknown_share: Fraction = 0.2  # unknown pieces of the texts, above which it is left out
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
     device: ExecutionOnly[Literal["auto", "cpu", "cuda", "xla"]] = "auto"  # cpu, cuda, xla or auto
     seed: NonNegativeInt = 0  # decides the labelled subset, the order, and the new layer
@@ -169,6 +177,10 @@ def save_classifier(
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    told = read_json(folder / "tokenizer_config.json")
+    if told.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 lacks
+        told["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(folder / "tokenizer_config.json", told)
     if schema is not None:
         save_schema(schema, folder)
 
@@ -218,7 +230,8 @@ def fine_tune(
     race: str = "",
 ) -> Path:
     """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters
-    are those of the chapter. Returns the classifier's folder. Raises `DataError`, `MissingError`,
+    are those of the chapter. Returns the classifier's folder. An encoder whose tokenizer does not
+    know the texts is left out, as `exclude_model` does. Raises `DataError`, `MissingError`,
     `UsageError`.
 
     Args:
@@ -263,6 +276,10 @@ def fine_tune(
     seed_everything(config.seed)
     schema = half.fit_schema(schema, splits["train"])
     model, tokenizer = half.model(folder, schema, config.seed, config.pooling, config.device)
+    unknown = unknown_share(tokenizer, splits["train"].text)
+    coverage = dict(unknown_share=unknown.pieces, unknown_characters=unknown.characters)
+    if reason := unreadable(unknown, config.max_unknown_share):
+        return run_on_rank_zero(lambda: exclude_model(record, config.name, reason, **coverage))
     longest = getattr(model.config, "max_position_embeddings", config.max_length)
     if not 2 <= config.max_length <= longest:
         raise UsageError(
@@ -402,6 +419,7 @@ def fine_tune(
         batch_size=batch_size,
         truncated=float(np.mean([n > tokens for n in lengths])),
         forecast_s=plan.predicted_seconds,
+        **coverage,
         **agreement,
     )
     if enough > config.num_labeled:

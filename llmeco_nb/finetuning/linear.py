@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core import DataError, MissingError, UsageError, read_json, write_json
 from .ngram_counts import BagOfNgrams, NgramCounts
+from ..tasks.words import split_words
 
 # %% ../../nbs/2_finetuning/29_linear.ipynb #6601d0b9
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -118,7 +119,7 @@ class LinearText:
 
     def cost(self, text: str) -> int:
         "What answering `text` costs, in words."
-        return len(text.split())
+        return len(split_words(text))
 
     def why(self, text: str, label: int, top: int = 5) -> list[tuple[str, float]]:
         """The `top` n-grams of `text` that speak most for or against a class, strongest first.

@@ -34,6 +34,7 @@ from .training_half import TrainingHalf, Truncation
 from ..stats.significance import compare, wilson
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema
+from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/23_race.ipynb #575d5725
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -163,6 +164,7 @@ class Entrant:
         targets: What the loss compares with, one a training text.
         validation: Token ids of the validation texts.
         pad: Id of the padding token.
+        left_out: Why it may not take part; empty: it may.
     """
 
     config: ClassifierConfig
@@ -172,6 +174,7 @@ class Entrant:
     targets: list
     validation: list[list[int]]
     pad: int
+    left_out: str = ""
 
 
 def enter(
@@ -209,6 +212,7 @@ def enter(
         train.targets,
         validation.input_ids,
         tokenizer.pad_token_id,
+        unreadable(unknown_share(tokenizer, splits["train"].text), config.max_unknown_share),
     )
 
 
@@ -274,6 +278,8 @@ def pick_winner(
         alpha: Up to which p-value a challenger is better, together.
     """
     favourite, found = names[0], []
+    if len(names) == 1:
+        return favourite, f"{favourite} alone can read the texts", found
     for one in quality[1:]:
         pair = compare(one, quality[0])
         low, high = float(pair.interval.low), float(pair.interval.high)
@@ -334,7 +340,10 @@ def race(
     splits["validation"] = shuffled.head(config.eval_examples)
     schema = half.fit_schema(schema, splits["train"])
     folders = [encoder_folder(corpus, encoder, one.weights, one.seed) for one in entered]
-    entrants = [enter(half, schema, f, splits, one) for f, one in zip(folders, entered)]
+    opened = [enter(half, schema, f, splits, one) for f, one in zip(folders, entered)]
+    left_out = {one.config.name: one.left_out for one in opened if one.left_out}
+    # where none can read the texts, each will say so in its fine-tuning
+    entrants = [one for one in opened if not one.left_out] or opened[:1]
 
     def make_plan() -> dict:
         speeds = [entrant_speed(half, one) for one in entrants]
@@ -358,7 +367,8 @@ def race(
             rows.append(row)
     names = [one.config.name for one in entrants]
     winner, why, differences = pick_winner(names, [q.astype(float) for q in quality], config.alpha)
-    minutes = divide_minutes(config.total, names, winner, config.lost_share)
+    every = [one.name for one in entered]
+    minutes = divide_minutes(config.total, every, winner, config.lost_share)
     about = dict(labels=plan["labels"], steps=plan["steps"], max_length=config.max_length)
     write_json(
         record.artifact("race.json"),
@@ -370,6 +380,7 @@ def race(
             validation_items=len(targets),
             **about,
             rows=rows,
+            left_out=left_out,
             differences=dict(zip(names[1:], differences)),
         ),
     )

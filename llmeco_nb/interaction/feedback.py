@@ -10,6 +10,7 @@ __all__ = ['columns', 'FrozenRow', 'freeze', 'read_frozen', 'InteractConfig', 'M
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from ..data.corpus import label_names, read_split, small_corpus
 from ..deployment.engine import PredictReply
 from ..deployment.ledger import read_feedback
 from .client import Client, ask_by_curl, predict_reply, running_server
+from ..tasks.limits import max_text_chars
 from ..tasks.registry import load_schema
 
 # %% ../../nbs/5_interaction/50_feedback.ipynb #6df55236
@@ -201,7 +203,10 @@ def find_mistakes(
     asked = 0
     pairs = list(zip(rows.text, rows.label))
     while asked < len(pairs) and len(found) < max_mistakes:
-        part = pairs[asked : asked + batch_size]
+        # several of the longest texts are more than one request may hold
+        sizes = accumulate(len(text) for text, _ in pairs[asked : asked + batch_size])
+        fitting = sum(size <= max_text_chars for size in sizes)
+        part = pairs[asked : asked + max(1, fitting)]
         got = client.predict([text for text, _ in part])
         found += [
             Mistake(got.request_id, a.item, text, predicted=a.label, label=names[label])
@@ -256,11 +261,12 @@ def interact(
         )
     names = label_names(corpus)
     rows = read_split(corpus, "validation")
-    rows = rows[rows.text.str.len().between(1, 20_000)]
+    rows = rows[rows.text.str.len().between(1, max_text_chars)]
     if not len(rows):
         raise DataError(
-            f"{corpus} has no validation text of 1 to 20,000 characters, and the server takes "
-            "no other. Build the corpus with validation_size=0.1, or from shorter texts."
+            f"{corpus} has no validation text of 1 to {max_text_chars:,} characters, and the "
+            "server takes no other. Build the corpus with validation_size=0.1, or from shorter "
+            "texts."
         )
     question = rows.text.iloc[0]
     begun = time.monotonic()

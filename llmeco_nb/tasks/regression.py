@@ -26,6 +26,7 @@ from llmeco_nb.tasks.contract import (
     Task,
     first_bad_line,
 )
+from .limits import check_text_lengths
 
 # %% ../../nbs/2_finetuning/20c_regression.ipynb #9dc0836d
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class Regression(Task[RegressionSchema]):
                 "finite number, with a point for decimals. Mend or remove the row, name another "
                 "target_column, or set task to text-classification."
             )
+        check_text_lengths(rows.values.get("text", []), rows.source)
         numbers = map(as_number, rows.values["target"])
         found = [number for number in numbers if number is not None]  # all of them, by now
         if len(set(found)) < 2:

@@ -22,8 +22,8 @@ from llmeco_nb.tasks.contract import (
     Schema,
     Selection,
     Task,
-    max_label_chars,
 )
+from .limits import check_text_lengths, max_label_chars
 
 # %% ../../nbs/2_finetuning/20b_text_classification.ipynb #6d04640e
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ class TextClassification(Task[ClassificationSchema]):
     Response = ClassResponse
 
     def check(self, rows: Rows) -> ClassificationSchema:
-        """The classes. Raises `DataError` for a single one, or a name too long to be sent.
+        """The classes. Raises `DataError` for a single one, and for a name or a text too long to be
+        sent.
 
         Args:
             rows: As they were read.
@@ -87,6 +88,7 @@ class TextClassification(Task[ClassificationSchema]):
                 f"({values.count(number)} rows); a server takes at most {max_label_chars}. Give it "
                 "a shorter name."
             )
+        check_text_lengths(rows.values["text"], rows.source)
         return ClassificationSchema(labels=labels, cleaning=rows.cleaning)
 
     def activate(self, outputs: np.ndarray, schema: ClassificationSchema) -> np.ndarray:

@@ -21,8 +21,10 @@ from .wordpiece import open_tokenizer
 
 # %% ../../nbs/1_pretraining/12a_bpe.ipynb #6a55c35c
 chat_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]  # Their ids are 0 to 3
-# Letters, digits and signs never share a word
-gpt2_split_pattern = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Letters with their marks, digits and signs never share a word
+gpt2_split_pattern = (
+    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}[\p{L}\p{M}]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 
 
 def make_pre_tokenizer(kind: str) -> Any:
@@ -33,9 +35,11 @@ def make_pre_tokenizer(kind: str) -> Any:
     """
     from tokenizers import Regex, pre_tokenizers
 
-    if kind == "bpe":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return pre_tokenizers.Split(Regex(gpt2_split_pattern), "isolated")
+    words = pre_tokenizers.Split(Regex(gpt2_split_pattern), "isolated")
+    if kind != "bpe":
+        return words
+    signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, signs])
 
 
 def count_pretokens(texts: Iterable[str], kind: str = "bpe") -> Counter:

@@ -21,6 +21,7 @@ from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError
 from ..data.corpus import read_split
 from ..data.mixture import read_mixture
+from ..tasks.words import split_words
 from llmeco_nb.tokenization.bpe import (
     chat_tokens,
     check_size,
@@ -342,14 +343,14 @@ def domain_texts(folder: str | Path, split: str) -> list[tuple[str, str]]:
 
 
 def measure_subwords(tokenizer: Any, texts: list[str]) -> dict[str, float]:
-    """Tokens per word between spaces, bytes per token, share of texts that come back byte for byte.
-    Raises `DataError` for texts without a word.
+    """Tokens per word between spaces (of scripts without spaces, per unit), bytes per token, share
+    of texts that come back byte for byte. Raises `DataError` for texts without a word.
 
     Args:
         tokenizer: From `train_tokenizer`.
     """
     ids = encode_subwords(tokenizer, texts)
-    words = sum(len(t.split()) for t in texts)
+    words = sum(len(split_words(t)) for t in texts)
     if not words:
         raise DataError(f"{len(texts)} texts without a word cannot measure a tokenizer.")
     tokens = sum(map(len, ids))
