@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'run_numbers',
            'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune',
-           'report', 'serve', 'docs', 'outputs', 'main', 'exit_with']
+           'report', 'serve', 'predict', 'docs', 'outputs', 'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ from .runner.identity import unknown_name_hint
 from llmeco_nb.runner.stages import (
     Instance,
     StageRegistry,
+    current_overrides,
     needs,
     read_profile,
     read_yaml,
 )
 from .runner.store import link
-from .terminal import Command, app, command, option
+from .terminal import Command, app, command, exit_with, option, terminate
 
 # %% ../nbs/0_ground/01c_cli.ipynb #21bfbd25
 def parse_settings(
@@ -124,6 +126,15 @@ class RunOptions(Settings):
     accept_changed: bool = option(
         False, "--accept-changed", "Take outside sources as they are now."
     )
+    unset: list[str] = option(
+        [], "--unset", "Take back a parameter that was set; may be repeated.", "STAGE.NAME"
+    )
+    database: str = option(
+        "",
+        "--database",
+        "Where the feedback is that --next learns from: a file or a URL; stays with the run "
+        "(default: runs/feedback.sqlite).",
+    )
 
 
 def run_numbers(o: RunOptions) -> dict:
@@ -147,7 +158,13 @@ def prepare_run(o: RunOptions):
     Everything that was typed is checked first: after a `LlmecoError` no run has been made and
     nothing has been stored in one."""
     from llmeco_nb.runner.budget import set_budget
-    from llmeco_nb.runner.overrides import require_inputs, set_parameters, set_stored
+    from llmeco_nb.runner.overrides import (
+        feedback_place,
+        require_inputs,
+        set_parameters,
+        set_stored,
+        without_overrides,
+    )
     from llmeco_nb.runner.pipeline import Pipeline, open_run
 
     registry = StageRegistry.find()
@@ -156,19 +173,24 @@ def prepare_run(o: RunOptions):
             f"The package is out of step with {', '.join(behind)}. "
             f"Run `nbdev_export` in {registry.nbs.parent}, then try again."
         )
-    settings = parse_settings(o.given, o.files)
+    settings, place = parse_settings(o.given, o.files), feedback_place(o.database)
     numbers = run_numbers(o)
+
+    def left(info: dict) -> dict:
+        return without_overrides(current_overrides(info["overrides"]), o.unset)
 
     def check(info: dict):
         instances, spec = read_profile(registry, o.profile)
         set_budget(instances, spec, {**info, **numbers}, o.profile)
-        set_stored(instances, info["overrides"], Path("run.json"), o.profile)
+        set_stored(instances, left(info), Path("run.json"), o.profile)
         set_parameters(instances, settings, "-p")
         require_inputs(instances, chosen_stages(instances, o.only, o.start), set(info["instances"]))
 
-    run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check)
+    run = open_run(registry, o.profile, o.run, o.next, o.new_run, check=check, database=place)
     if numbers:
         run.update(lambda info: info.update(numbers))
+    if o.unset:
+        run.update(lambda info: info.update(overrides=left(info)))
     pipe = Pipeline(registry, run, o.accept_changed)
     if pipe.minutes != run.info.get("minutes"):  # the profile's, which another version may change
         run.update(lambda info: info.update(minutes=pipe.minutes))
@@ -362,7 +384,7 @@ def prune(
     """
     from llmeco_nb.runner.doctor import prune_runs
 
-    gone = prune_runs(runs_dir(), keep, dry_run)
+    gone = prune_runs(runs_dir(), keep, dry_run, typer.echo)
     for path, size in gone:
         typer.echo(f"{size / 2**20:9.1f} MiB  {os.path.relpath(path)}")
     freed = sum(size for _, size in gone) / 2**20
@@ -401,7 +423,7 @@ def serve(
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
-            "(default: runs/feedback.sqlite)."
+            "(default: what the newest run was told, else runs/feedback.sqlite)."
         ),
     ),
 ):
@@ -411,7 +433,7 @@ def serve(
         bundle: Its folder; None: the newest champion or bundle in runs.
         host: Address of the interface to listen at.
         port: 0 to 65535.
-        database: None: runs/feedback.sqlite.
+        database: None: what the newest run was told, else runs/feedback.sqlite.
     """
     try:
         from llmeco_nb.deployment import server
@@ -422,6 +444,82 @@ def serve(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
     server.run_server(bundle, host, port, database, say=typer.echo)
+
+# %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
+@app.command(cls=Command)
+def predict(
+    source: str = typer.Argument(..., help="The table: a path, a URL, hf:org/name or a folder."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="The file to write: .parquet, .csv or .jsonl."
+    ),
+    text: str = typer.Option("text", help="The column that holds the texts."),
+    bundle: Path | None = typer.Option(
+        None, help="A bundle's folder (default: the newest champion or bundle in runs)."
+    ),
+    prediction_column: str = typer.Option(
+        "prediction", help="The column that gets the predictions."
+    ),
+    all_scores: bool = typer.Option(
+        False, "--all-scores", help="A column for the probability of every class."
+    ),
+    replace: bool = typer.Option(False, "--replace", help="Write over a file that is there."),
+    threads: int | None = typer.Option(
+        None, min=1, help="Threads of the model (default: those of this machine)."
+    ),
+):
+    """Answer for every row of a table with a bundle, and write the table with the answers.
+
+    Args:
+        source: Path, URL, hf:org/name or folder.
+        output: Its ending says how it is written.
+        text: Name of a column.
+        bundle: Its folder; None: the newest champion or bundle in runs.
+        prediction_column: Name of a column that the table does not have.
+        all_scores: Whether every class gets a column.
+        replace: Whether `output` may exist.
+        threads: At least 1; None: one for each core.
+    """
+    from rich import progress
+
+    from llmeco_nb.deployment.engine import Predictor
+    from llmeco_nb.deployment.loading import newest_bundle
+    from llmeco_nb.deployment.predict import PredictOptions, check_output, predict_table
+
+    check_output(output, replace)  # before a model is loaded
+    options = PredictOptions(
+        text_column=text,
+        prediction_column=prediction_column,
+        all_scores=all_scores,
+        replace=replace,
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    predictor = Predictor.load(bundle or newest_bundle(runs_dir()), threads or cores or 1)
+    begun = time.monotonic()
+    columns = (
+        progress.TextColumn("rows"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[speed]}"),
+        progress.TimeRemainingColumn(),
+    )
+    first: list[int] = []
+    with progress.Progress(*columns) as bar:
+        shown = bar.add_task("rows", total=None, speed="")
+
+        def tell(done: int, total: int) -> None:
+            first.append(done)
+            speed = (done - first[0]) / max(1e-9, time.monotonic() - begun)
+            bar.update(shown, completed=done, total=total, speed=f"{speed:,.0f} a second")
+
+        made = predict_table(predictor, source, output, options, tell)
+    spent = time.monotonic() - begun
+    kept = f", {made.resumed:,} of them from an interrupted attempt" if made.resumed else ""
+    blank = f"; {made.blank:,} without a text have no prediction" if made.blank else ""
+    typer.echo(
+        f"{made.rows:,} rows{kept}{blank}, in {format_duration(spent)}, "
+        f"{(made.rows - made.resumed) / max(1e-9, spent):,.0f} a second.\n"
+        f"Bundle: {predictor.manifest.name} ({predictor.digest[:12]}). Written: {made.output}"
+    )
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
@@ -512,6 +610,7 @@ renamed_options = {"--fresh": "--new-run", "--pretend": "--dry-run"}  # of earli
 
 def main():
     "Entry point of the command."
+    signal.signal(signal.SIGTERM, terminate)
     try:
         for word in sys.argv[1:]:
             if word in renamed_options:
@@ -519,8 +618,6 @@ def main():
         app()
     except LlmecoError as e:
         exit_with(str(e), e.code)
-    except KeyboardInterrupt:
-        exit_with("stopped. Run again to carry on.", 130)
     except OSError as e:
         told = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
         if e.errno not in told:
@@ -530,9 +627,3 @@ def main():
             "Free some room or set LLMECO_RUNS to another folder.",
             WriteError.code,
         )
-
-
-def exit_with(sentence: str, code: int):
-    "Print a sentence for people and end the process with `code`."
-    print(f"llmeco: {sentence}", file=sys.stderr)
-    sys.exit(code)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['kept_files', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError',
-           'ExportError', 'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'sha256_of',
-           'sha256_text', 'lock', 'runs_dir', 'scratch', 'package_files', 'source_digest', 'cached_fixture', 'Record',
-           'create_record', 'open_record', 'format_duration', 'seed_everything', 'figure_style', 'save_figure',
-           'plain_text']
+           'ExportError', 'ChangedSourceError', 'fsync_folder', 'fsync_tree', 'write_bytes', 'write_json', 'read_json',
+           'file_sign', 'hashed_files', 'sha256_of', 'sha256_text', 'runs_dir', 'scratch', 'package_files',
+           'source_digest', 'cached_fixture', 'Record', 'create_record', 'open_record', 'format_duration',
+           'seed_everything', 'figure_style', 'save_figure', 'plain_text']
 
 # %% ../nbs/0_ground/00_core.ipynb #e6726ea3
 import errno
-import fcntl
 import hashlib
 import inspect
 import json
@@ -24,10 +23,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING
+
+from .locks import lock
 
 # %% ../nbs/0_ground/00_core.ipynb #a7f1ac9d
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -100,6 +102,21 @@ def fsync_folder(path: Path):
         os.close(fd)
 
 
+def fsync_tree(folder: Path):
+    """Push a folder with all it holds to the disk: what a folder holds first, then the folder.
+
+    Args:
+        folder: An existing folder.
+    """
+    for f in sorted(folder.rglob("*"), reverse=True):  # what is in `a` comes before `a`
+        if f.is_dir() and not f.is_symlink():
+            fsync_folder(f)
+        elif f.is_file():
+            with open(f, "rb") as opened:
+                os.fsync(opened.fileno())
+    fsync_folder(folder)
+
+
 def write_bytes(path: str | Path, data: bytes):
     """Write `data` under `path` so that a crash leaves the former file or the new one, never a
     mixture.
@@ -109,9 +126,10 @@ def write_bytes(path: str | Path, data: bytes):
         data: What the file shall hold.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # process ids repeat in containers that share a folder, random names do not
+    beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        with open(beside, "wb") as f:
+        with open(beside, "xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -149,16 +167,43 @@ def read_json(path: str | Path):
         raise DataError(f"{path} is not JSON: {e}. Remove it and run again.") from None
 
 # %% ../nbs/0_ground/00_core.ipynb #2d164e10
+_hashed: ContextVar[dict[str, tuple[int, ...]] | None] = ContextVar("hashed", default=None)
+
+
+def file_sign(path: str | Path) -> tuple[int, ...]:
+    """Size, times of the last writing and of the last change of its entry (ns), and inode of what
+    is at `path`; empty if nothing is. A file that was replaced and put back has another sign."""
+    try:
+        s = os.stat(path)
+    except OSError:
+        return ()
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
+
+
+@contextmanager
+def hashed_files() -> Iterator[dict[str, tuple[int, ...]]]:
+    """A context manager that gives the files which `sha256_of` reads in its `with` block, each with
+    its `file_sign` from before it was read."""
+    found: dict[str, tuple[int, ...]] = {}
+    token = _hashed.set(found)
+    try:
+        yield found
+    finally:
+        _hashed.reset(token)
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs.
 
     Raises `MissingError`."""
-    path = Path(path)
+    path, seen = Path(path), _hashed.get()
     if path.is_dir():
         files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
         return sha256_text("\n".join(f"{f} {sha256_of(path / f)}" for f in files))
     try:
         with open(path, "rb") as f:
+            if seen is not None:
+                seen[str(path.absolute())] = file_sign(path)
             return hashlib.file_digest(f, "sha256").hexdigest()
     except FileNotFoundError:
         raise MissingError(f"{path} is not there.") from None
@@ -167,40 +212,6 @@ def sha256_of(path: str | Path) -> str:
 def sha256_text(text: str) -> str:
     "SHA-256 in hex of a text's UTF-8 bytes."
     return hashlib.sha256(text.encode()).hexdigest()
-
-# %% ../nbs/0_ground/00_core.ipynb #c3aba0b8
-@contextmanager
-def lock(path: str | Path, waiting: Callable[[], object] | None = None):
-    """Hold the lock at `path` for the length of a `with` block, waiting as long as another living
-    process holds it.
-
-    Args:
-        path: Lock file; made here, removed on leaving.
-        waiting: Called once if somebody else holds it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                waiting()
-                waiting = None
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            ours = os.stat(path).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError:
-            ours = False
-        if ours:
-            break
-        os.close(fd)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
 
 # %% ../nbs/0_ground/00_core.ipynb #5b6f3073
 def runs_dir() -> Path:
@@ -463,7 +474,7 @@ def create_record(out: str | Path, stage: str) -> Record:
     path.mkdir(parents=True, exist_ok=True)
     # `write_bytes` leaves such a file when killed
     foreign = {
-        f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.\d+\.tmp", f.name)
+        f.name for f in path.iterdir() if not re.fullmatch(r"\..*\.[0-9a-f]+\.tmp", f.name)
     } - kept_files
     if foreign and not (path / "record.json").exists():
         raise WriteError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -385,7 +386,14 @@ def test_a_translator_is_known_by_its_content(tmp_path, monkeypatch):
     seen.append(pivot_revision(f"en-eo {tmp_path}/m"))
     (tmp_path / "m" / "weights").write_text("x")
     seen.append(pivot_revision(f"en-eo {tmp_path}/m"))
-    assert len(set(seen)) == 3 and pivot_revision("eo-en org/name") == "eo-en absent, org/name"
+    assert len(set(seen)) == 3
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingError, match="org/name is not in the local cache"):
+        pivot_revision("eo-en org/name")
+    (tmp_path / "models--org--name" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("1" * 40)
+    assert pivot_revision("eo-en org/name") == "eo-en absent, org/name@" + "1" * 40
 
 
 @needs_apertium

@@ -1,7 +1,6 @@
 """A hundred seeded kills: runner, kernel, at a chosen rename, two runners at once. What comes out
 is what an undisturbed run gives."""
 
-import os
 import random
 import signal
 import subprocess
@@ -9,9 +8,7 @@ import time
 
 import psutil
 import pytest
-from toy_project import (
-    ToyProject,
-)
+from toy_project import ToyProject, kernels
 
 KILLS_EACH, SCENARIOS = 10, 10
 WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
@@ -22,23 +19,6 @@ def undisturbed(tmp_path_factory, machine_json):
     project = ToyProject(tmp_path_factory.mktemp("undisturbed") / "project", machine_json)
     project.run()
     return project.artifacts()
-
-
-def kernels(project):
-    "Living processes, other than runners of ours, that work for this project."
-    found = []
-    for p in psutil.process_iter():
-        try:
-            if (
-                p.pid != os.getpid()
-                and p.environ().get("LLMECO_RUNS") == str(project.runs)
-                and any("ipykernel" in w for w in p.cmdline())
-                and p.status() != psutil.STATUS_ZOMBIE
-            ):
-                found.append(p)
-        except (psutil.Error, OSError):
-            pass
-    return found
 
 
 def wait_for_kernel(project, runner, seconds):
@@ -136,7 +116,7 @@ def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):
 def test_two_that_start_together_share_a_run(tmp_path, machine_json):
     """Both find no run and want to make one; the second must take what the first has made in the
     meantime."""
-    from llmeco_nb.core import lock
+    from llmeco_nb.locks import lock
 
     project = ToyProject(tmp_path / "project", machine_json)
     project.runs.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,9 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
 from smallbundle import make_bundle
 
+from sqlalchemy import update
+
+from llmeco_nb.cli import RunOptions, prepare_run
 from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
 from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.deployment.bundle import small_bundle
@@ -27,10 +30,12 @@ from llmeco_nb.deployment.ledger import (
     Conflict,
     Ledger,
     UnknownRequest,
+    database_url,
     keep_feedback,
     keep_predictions,
     read_feedback,
 )
+from llmeco_nb.deployment.ledger import feedback as feedback_table
 from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
@@ -39,6 +44,8 @@ from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
 from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve, refit_encoder, refit_linear, usable_corrections
 from llmeco_nb.interaction.rounds import CorrectionCounts, gate, read_history
+from llmeco_nb.runner.stages import StageRegistry, read_profile
+from llmeco_nb.runner.store import Run, feedback_database
 from llmeco_nb.tasks.registry import load_schema
 from llmeco_nb.tasks.text_classification import ClassPrediction
 
@@ -120,7 +127,9 @@ ledger.close()
 def test_a_job_that_meets_the_end_of_the_ledger_is_done_or_refused(tmp_path):
     "Whoever writes while it closes gets an answer, and does not wait for ever."
     for i in range(10):
-        ledger, futures, begin = Ledger(tmp_path / f"{i}.sqlite"), [], threading.Event()
+        # groups of one to three jobs, and of as many as there are
+        ledger = Ledger(tmp_path / f"{i}.sqlite", max_batch=(1, 2, 3, 256)[i % 4])
+        futures, begin = [], threading.Event()
 
         def write():
             begin.wait()
@@ -199,6 +208,71 @@ def test_the_last_word_counts_and_doubt_is_not_frozen(ledger, tmp_path):
     )
 
 
+def test_the_last_word_is_the_last_though_a_clock_was_set_back(ledger, tmp_path):
+    keep_predictions(ledger, "r", "0" * 64, ["t"], [ANSWER]).result()
+    keep_feedback(ledger, "r", 0, "negative", author="ann").result()
+    ahead = update(feedback_table).values(at=feedback_table.c.at + 3600)  # by the clock of then
+    ledger.write(lambda c: c.execute(ahead) and None).result()
+    keep_feedback(ledger, "r", 0, "positive", author="ann", key="again").result()
+    keep_feedback(ledger, "r", 0, "negative", author="bob").result()
+    assert freeze(tmp_path, tmp_path / "frozen") == 2
+    assert [(r.author, r.given) for r in read_frozen(tmp_path / "frozen")] == [
+        ("ann", "positive"),
+        ("bob", "negative"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["what?", "a?b=c", "50%20", "#1 & more", "é"])
+def test_a_database_in_a_folder_of_any_name(tmp_path, name):
+    ledger = Ledger(tmp_path / name / "feedback.sqlite")
+    keep_predictions(ledger, "r", "0" * 64, ["t"], [ANSWER]).result()
+    assert keep_feedback(ledger, "r", 0, "negative", author="ann").result().stored
+    ledger.close()
+    assert [r.given for r in read_feedback(tmp_path / name / "feedback.sqlite")] == ["negative"]
+    assert freeze(tmp_path / name, tmp_path / "frozen") == 1
+    assert [f.name for f in tmp_path.iterdir() if f.name != "frozen"] == [name]
+
+
+@pytest.mark.parametrize("url", ["mysql://host/name", "postgresql://host:port/name", "://"])
+def test_what_is_no_database_is_refused(url):
+    with pytest.raises(UsageError, match="postgresql://"):
+        database_url(url)
+
+
+def test_a_round_learns_from_the_database_that_its_run_was_told(tmp_path, monkeypatch):
+    "The place stays with the run: the rounds after it, and the server, take it from there."
+    runs, place = tmp_path / "runs", tmp_path / "elsewhere?" / "said.sqlite"
+    runs.mkdir()
+    for at, said in ((place, "negative"), (runs / "feedback.sqlite", "positive")):
+        ledger = Ledger(at)
+        keep_predictions(ledger, "r", "0" * 64, ["t"], [ANSWER]).result()
+        keep_feedback(ledger, "r", 0, said, author="ann").result()
+        ledger.close()
+    monkeypatch.setenv("LLMECO_RUNS", str(runs))
+    monkeypatch.chdir(tmp_path)
+
+    def finish(run: Run):
+        done = {one.name: {"key": "0"} for one in read_profile(StageRegistry.find(), "smoke")[0]}
+        run.update(lambda info: info.update(instances=done))
+
+    def frozen(run: Run) -> list[str]:
+        return [r.given for r in read_frozen(run.path / "snapshots" / "feedback")]
+
+    finish(Run.create(runs / "smoke-1", "smoke"))
+    second = prepare_run(RunOptions(profile="smoke", next=True))[0].run
+    assert frozen(second) == ["positive"]
+    assert feedback_database(runs) == runs / "feedback.sqlite"
+    finish(second)
+    told = RunOptions(profile="smoke", next=True, database="elsewhere?/said.sqlite")
+    third = prepare_run(told)[0].run
+    assert frozen(third) == ["negative"] and third["database"] == str(place)
+    assert feedback_database(runs) == str(place)
+    finish(third)
+    fourth = prepare_run(RunOptions(profile="smoke", next=True))[0].run
+    assert frozen(fourth) == ["negative"] and fourth["parent"] == third.path.name
+    assert len(Run.all(runs)) == 4
+
+
 def test_nothing_to_freeze_makes_no_folder(tmp_path):
     assert freeze(tmp_path, tmp_path / "frozen") == 0 and not (tmp_path / "frozen").exists()
     with pytest.raises(MissingError):
@@ -248,12 +322,17 @@ def test_the_stage_asks_reports_and_leaves_no_process(tmp_path):
         ["negative", "positive"],
         {},
     )
-    record = create_record(tmp_path / "store" / "interact-0", "interact")
     config = InteractConfig(
         max_corrections=4, max_questions=30, timed_requests=5, author="somebody"
     )
-    interact(record, str(tmp_path / "corpus"), str(make_bundle(tmp_path / "bundle")), config)
-    stored = read_feedback(tmp_path / "feedback.sqlite")  # of the runs folder, not of the record
+    bundle = str(make_bundle(tmp_path / "bundle"))
+    for _ in range(2):  # begun twice: the second attempt begins with nothing
+        record = create_record(tmp_path / "store" / "interact-0", "interact")
+        interact(record, str(tmp_path / "corpus"), bundle, config)
+    # what a demonstration says is not what people said: it is in no database that is frozen
+    assert not (tmp_path / "feedback.sqlite").exists()
+    assert freeze(tmp_path, tmp_path / "frozen") == 0
+    stored = read_feedback(record.path / "feedback.sqlite")
     assert len(stored) == 4 == record.metrics["stored"] and all(
         r.given != r.predicted and r.author == "somebody" for r in stored
     )

@@ -27,9 +27,10 @@ from smallbundle import make_bundle
 from llmeco_nb.core import MissingError, UsageError
 from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.ledger import read_feedback
+from llmeco_nb.deployment.loading import newest_bundle
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.refusals import limits
-from llmeco_nb.deployment.server import listen, make_app, newest_bundle
+from llmeco_nb.deployment.server import listen, make_app
 from llmeco_nb.interaction.client import server_script
 
 with warnings.catch_warnings():

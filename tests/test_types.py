@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TYPED = ["core.py", "runner", "tasks", "deployment"]  # in llmeco_nb
+TYPED = ["core.py", "locks.py", "runner", "tasks", "deployment"]  # in llmeco_nb
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="needs the command pyright")

@@ -408,6 +408,15 @@ def test_settings_are_named_as_each_side_names_them(checkout):
     ]
 
 
+def test_a_stage_that_a_profile_lacks_is_not_seeded(checkout):
+    folder = checkout / "nbs" / "profiles" / "smoke"
+    folder.mkdir(parents=True)
+    (folder / "pipeline.yaml").write_text("stages:\n  tune@a: {corpus: data}\n")
+    assert side_of(checkout, "old", 7).settings("smoke") == []
+    (folder / "pipeline.yaml").write_text("stages:\n  train@a: {corpus: data}\n")
+    assert side_of(checkout, "old", 7).settings("smoke") == ["train.seed=7"]
+
+
 def test_a_run_that_fails_says_why(checkout):
     side = side_of(checkout, smoke={"train.steps": 0})
     with pytest.raises(RunError, match=r"(?s)old: llmeco run .* ended with 1.*no steps"):

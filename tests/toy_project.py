@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 RUNNER = "import sys; sys.argv[0] = 'llmeco'; from llmeco_nb.cli import main; main()"
 
@@ -267,7 +269,8 @@ class ToyProject:
             file.write_text(text.replace(a, b))
 
     def env(self, **more):
-        path = [str(self.folder), *([str(ROOT / "tests" / "dying")] if "DIE_AT" in more else [])]
+        dying = [str(ROOT / "tests" / "dying")] if {"DIE_AT", "FSYNCED"} & more.keys() else []
+        path = [str(self.folder), *dying]
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
@@ -328,3 +331,20 @@ class ToyProject:
             for name in DETERMINISTIC
             if (link / name).exists()
         }
+
+
+def kernels(project):
+    "Living processes, other than runners of ours, that work for this project."
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if (
+                p.pid != os.getpid()
+                and p.environ().get("LLMECO_RUNS") == str(project.runs)
+                and any("ipykernel" in w for w in p.cmdline())
+                and p.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(p)
+        except (psutil.Error, OSError):
+            pass
+    return found

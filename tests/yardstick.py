@@ -668,11 +668,25 @@ class Side:
         module, _, function = targets[0].strip().partition(":")
         return f"from {module} import {function}; {function}()"
 
+    def seeds(self, profile: str) -> list[str]:
+        """The map's seeds but those of a stage that this checkout's profile lacks, such as a stage
+        that only the new one has."""
+        file = self.checkout / self.ini()["nbs_path"] / "profiles" / profile / "pipeline.yaml"
+        if not file.is_file():
+            return list(self.map.seeds)
+        lines = file.read_text(encoding="utf-8").splitlines()
+        wired = {line.strip().partition(":")[0].partition("@")[0] for line in lines}
+        here = {
+            name: name if self.name == "old" else self.map.parameter(name).to
+            for name in self.map.seeds
+        }
+        return [name for name, own in here.items() if own.partition(".")[0] in wired]
+
     def settings(self, profile: str) -> list[str]:
         """Every parameter that is set for a profile, as `stage.name=value` in its own names."""
         given = dict(self.map.settings.get(profile, {}))
         if self.seed is not None:
-            given |= dict.fromkeys(self.map.seeds, self.seed)
+            given |= dict.fromkeys(self.seeds(profile), self.seed)
         if self.name == "old":
             return [f"{name}={written(value)}" for name, value in given.items()]
         named = [(self.map.parameter(name), value) for name, value in given.items()]

@@ -23,6 +23,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from ..config import Fraction, StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, sha256_of, sha256_text
 from .corpus import label_names, normalized_key, read_split, split_names, write_corpus
+from .sources import pin_model, pretrained
 from ..tasks.registry import load_schema
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #8eb6e856
@@ -104,7 +105,8 @@ def load_pretrained(kind: type, name: str, what: str) -> tuple:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name).eval()
+        where = pretrained(pin_model(name))
+        return AutoTokenizer.from_pretrained(**where), kind.from_pretrained(**where).eval()
     except (OSError, ValueError, ImportError) as e:
         said = str(e).splitlines()[0]
         raise MissingError(f"{name} does not open as a {what}: {said}") from None
@@ -382,7 +384,8 @@ def pivot_revision(pivot: str) -> str:
     """What each translator of `pivot` is here, joined by ", ".
 
     For a folder the first 12 hex digits of its hash; for a mode of Apertium its name and those of
-    its files' hash, or its name and "absent"; else the name itself.
+    its files' hash, or its name and "absent"; for a hub name that name with its commit. Raises
+    `MissingError`.
 
     Args:
         pivot: Translators, separated by spaces.
@@ -392,7 +395,7 @@ def pivot_revision(pivot: str) -> str:
         if Path(name).is_dir():
             return sha256_of(name)[:12]
         if not re.fullmatch(apertium_mode, name):
-            return name
+            return pin_model(name)
         mode = apertium_modes() / f"{name}.mode"
         if not mode.is_file():
             return f"{name} absent"

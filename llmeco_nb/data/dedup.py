@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, UsageError, lock, read_json, write_json
+from ..core import DataError, UsageError, read_json, write_json
+from ..locks import lock
 from .corpus import normalized_key
 from .filters import FilterReport, note
 from llmeco_nb.data.minhash import (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'file_extensions', 'did_you_mean', 'source_name', 'source_kind', 'local_path',
-           'packaged_reviews', 'HubSource', 'parse_hub', 'file_ending', 'hub_commit', 'translate_read_errors',
-           'remote_filesystem', 'fetch', 'revision']
+           'packaged_reviews', 'HubSource', 'parse_hub', 'file_ending', 'hub_commit', 'pin_model', 'pretrained',
+           'translate_read_errors', 'remote_filesystem', 'fetch', 'revision']
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2efe6a95
 import difflib
@@ -186,14 +186,16 @@ def file_ending(source: str) -> tuple[str, str]:
     return ending, packing
 
 
-def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
-    """The commit of a hub data set. Asks once. Raises `MissingError`.
+def hub_commit(name: str, revision: str = "", timeout: float = 5, kind: str = "dataset") -> str:
+    """The commit of a hub data set or model. Asks once. Raises `MissingError`.
 
     Args:
         name: org/name.
         revision: Branch, tag or already a commit; empty: main.
         timeout: Seconds.
+        kind: dataset or model.
     """
+    shown, what = (f"hf:{name}", "data set") if kind == "dataset" else (name, kind)
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
@@ -204,7 +206,7 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
     )
 
     if constants.HF_HUB_OFFLINE:
-        kept = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        kept = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
         if (ref := kept / "refs" / (revision or "main")).is_file():
             return ref.read_text().strip()
         commits = [] if revision else sorted(d.name for d in kept.glob("snapshots/*"))
@@ -216,34 +218,60 @@ def hub_commit(name: str, revision: str = "", timeout: float = 5) -> str:
             else "is not in the local cache"
         )
         raise MissingError(
-            f"hf:{name}{'@' * bool(revision)}{revision} {found}, "
+            f"{shown}{'@' * bool(revision)}{revision} {found}, "
             "and HF_HUB_OFFLINE forbids asking the hub."
         )
     try:
         return (
             HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-            .dataset_info(name, revision=revision or None, timeout=timeout)
+            .repo_info(name, repo_type=kind, revision=revision or None, timeout=timeout)
             .sha
         )
     except GatedRepoError:
         raise MissingError(
-            f"hf:{name} is gated: accept its terms on the hub and run `hf auth login`."
+            f"{shown} is gated: accept its terms on the hub and run `hf auth login`."
         ) from None
     except RevisionNotFoundError:
-        raise MissingError(f"hf:{name} has no revision {revision}.") from None
+        raise MissingError(f"{shown} has no revision {revision}.") from None
     except RepositoryNotFoundError:
         raise MissingError(
-            f"The hub knows no data set {name}, or it is private: check the name, "
+            f"The hub knows no {what} {name}, or it is private: check the name, "
             "or run `hf auth login`."
         ) from None
     except Exception as e:
         raise MissingError(
-            f"The hub cannot be reached for hf:{name} ({type(e).__name__}). "
+            f"The hub cannot be reached for {shown} ({type(e).__name__}). "
             "Give a local file instead, or set HF_HUB_OFFLINE=1 to use the copy "
             "in the local cache."
         ) from None
 
 # %% ../../nbs/0_ground/04_sources.ipynb #b937039d
+def pin_model(name: str) -> str:
+    """The name of a model on the hub, `org/name` or `org/name@revision`, as `org/name@commit` with
+    the commit that it stands for; a folder, and what is no such name, as it is. Raises
+    `MissingError`.
+
+    Args:
+        name: As it was written.
+    """
+    m = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not m or Path(name).is_dir():
+        return name
+    return f"{m[1]}@{hub_commit(m[1], m[2] or '', kind='model')}"
+
+
+def pretrained(name: str) -> dict[str, str]:
+    """The arguments of transformers' `from_pretrained` for a folder or for what `pin_model` says.
+
+    Args:
+        name: A folder, a hub name, or `org/name@commit`.
+    """
+    where, at, commit = name.rpartition("@")
+    if not at or Path(name).is_dir():
+        return dict(pretrained_model_name_or_path=name)
+    return dict(pretrained_model_name_or_path=where, revision=commit)
+
+
 @contextmanager
 def translate_read_errors(source: str) -> Iterator[None]:
     """A context manager that turns what can go wrong in its `with` block, while reading `source`,

@@ -28,15 +28,22 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e9b91df2
 def open_classifier(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A fine-tuned classifier in float32, for inference, and its tokenizer. Raises `DataError`.
+    """A classifier in float32, for inference, and its tokenizer. Raises `DataError`,
+    `MissingError`.
 
     Args:
-        folder: A Hugging Face folder, or any name that transformers opens.
+        folder: A Hugging Face folder, or any name that transformers opens; or what `save_frozen`
+            wrote, a frozen encoder with a layer on top.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as chatter
 
+    from llmeco_nb.finetuning.frozen_classifier import is_frozen, open_frozen
+
+    if is_frozen(folder):
+        model, encoder, _ = open_frozen(folder)
+        return model, encoder.tokenizer
     bar = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try:
@@ -174,16 +181,20 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
     """Pack an encoder; returns what the manifest is to say. Raises `DataError`, `MissingError`.
 
     Args:
-        folder: A Hugging Face sequence classifier; one with a single output regresses.
+        folder: A Hugging Face sequence classifier, or a frozen encoder with a layer on top; one with
+            a single output regresses.
         bundle: Gets model.onnx and tokenizer.json.
         name: The model's name in the manifest.
         schema: Of the model.
     """
+    from llmeco_nb.finetuning.frozen_classifier import is_frozen
+
     model, tokenizer = open_classifier(folder)
     check_outputs(folder, class_names(model.config), schema)
     max_length, head_fraction = truncation_of(model.config)
     export_onnx(model, bundle / "model.onnx")
-    shutil.copy(Path(folder) / "tokenizer.json", bundle / "tokenizer.json")
+    stock = Path(folder) / "encoder" if is_frozen(folder) else Path(folder)
+    shutil.copy(stock / "tokenizer.json", bundle / "tokenizer.json")
     return Manifest(
         name,
         kind="onnx",
@@ -218,7 +229,7 @@ def reference_scores(
     shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`.
 
     Args:
-        folder: A Hugging Face sequence classifier.
+        folder: What `open_classifier` opens.
         texts: As somebody would send them.
         schema: Of the model.
         batch_size: Texts of a forward pass.

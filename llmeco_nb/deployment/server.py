@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corrections', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback', 'FeedbackResult', 'LabelFeedbackResult',
            'NumberFeedbackResult', 'check_served', 'model_facts', 'check_items', 'make_app', 'add_health_routes',
-           'add_model_routes', 'newest_bundle', 'listen', 'Server', 'run_server']
+           'add_model_routes', 'listen', 'Server', 'run_server']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
@@ -23,7 +23,7 @@ from fastapi import FastAPI, Header
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from ..core import MissingError, UsageError, runs_dir
+from ..core import UsageError, runs_dir
 from .engine import BatchingEngine, ModelName, Predictor, PredictReply
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
@@ -32,6 +32,7 @@ from llmeco_nb.deployment.ledger import (
     keep_feedback,
     keep_predictions,
 )
+from .loading import newest_bundle
 from .manifest import verify
 from .page import page_text
 from llmeco_nb.deployment.refusals import (
@@ -42,7 +43,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
-from ..runner.store import Run
+from ..runner.store import feedback_database
 from ..tasks.contract import Task
 
 # %% ../../nbs/4_deployment/42_server.ipynb #26634108
@@ -278,21 +279,6 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         return page_text
 
 # %% ../../nbs/4_deployment/42_server.ipynb #e1d37dda
-def newest_bundle(runs: Path) -> Path:
-    """The folder of the newest champion or bundle. Raises `MissingError`.
-
-    Args:
-        runs: Folder of runs.
-    """
-    for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
-        for place in ("improve/champion", "bundle/bundle"):
-            if (run / place / "manifest.json").is_file():
-                return (run / place).resolve()
-    raise MissingError(
-        f"There is no bundle in {runs}. Make one with `llmeco run`, or name one with --bundle."
-    )
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises `UsageError` for a port in use or a foreign address.
 
@@ -360,13 +346,13 @@ def run_server(
         bundle: A bundle's folder; None for the newest in runs.
         host: Where to listen.
         port: 0 for any free one.
-        database: Path or URL; None for runs/feedback.sqlite.
+        database: Path or URL; None for what `feedback_database` finds.
         say: Told one line at a time.
     """
     s = listen(host, port)
     try:
         predictor = Predictor.load(bundle or newest_bundle(runs_dir()))
-        database = database or runs_dir() / "feedback.sqlite"
+        database = database or feedback_database(runs_dir())
         # what can be wrong is said here, in a sentence, and not by the web server
         connect(database).dispose()
         config = uvicorn.Config(

@@ -144,14 +144,19 @@ class EvaluationConfig(StageConfig):
 
 
 def recorded_facts(path: str | Path) -> ModelFacts:
-    """Seconds and number of parameters that the record of a prediction file states, where it does.
+    """What the record of a prediction file states of its model, where it does: seconds, number of
+    parameters, and a title.
 
     Args:
         path: A prediction file.
     """
     file = Path(path).parent / "metrics.json"
     stated = read_json(file) if file.is_file() else {}
-    return ModelFacts(parameters=stated.get("parameters"), seconds=stated.get("seconds"))
+    return ModelFacts(
+        parameters=stated.get("parameters"),
+        seconds=stated.get("seconds"),
+        title=stated.get("title"),
+    )
 
 
 def read_other_models(

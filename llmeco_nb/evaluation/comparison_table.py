@@ -103,11 +103,13 @@ class ModelFacts:
         parameters: Weights and biases; None: nobody said.
         settings: Hyperparameters of a baseline; None: another model.
         seconds: Wall time of its training, as its record states it.
+        title: Its name for people; None: a recipe's title, or its name.
     """
 
     parameters: int | None = None
     settings: dict | None = None
     seconds: float | None = None
+    title: str | None = None
 
 
 @dataclass(frozen=True)
@@ -378,7 +380,7 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
         on_validation = float(task.report(*columns, schema)[main])
     return row_types[schema.task](
         model=model,
-        title=all_recipes[model].title if model in all_recipes else model,
+        title=facts.title or (all_recipes[model].title if model in all_recipes else model),
         baseline=model in all_recipes,
         labels=int(part.num_labeled.iloc[0]),
         parameters=facts.parameters,

@@ -16,12 +16,12 @@ from llmeco_nb.core import (
     CellError,
     UsageError,
     fsync_folder,
-    lock,
     read_json,
     runs_dir,
     write_bytes,
     write_json,
 )
+from ..locks import lock
 from .identity import Notebook, key_of, unknown_name_hint, work_parts
 from .kernel import KernelMonitor, execute
 from .machine import machine, versions

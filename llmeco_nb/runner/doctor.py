@@ -10,9 +10,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from ..core import LlmecoError, UsageError, lock, write_bytes
+from ..core import LlmecoError, UsageError, write_bytes
+from ..locks import lock
 from .kernel import execute, import_nbformat
 from .machine import machine, versions
 from .stages import StageRegistry
@@ -110,55 +112,62 @@ def _libraries():
 
 # %% ../../nbs/0_ground/01b_doctor.ipynb #c3e7a80b
 def prune_runs(
-    runs: Path, keep: int | None = None, dry_run: bool = False
+    runs: Path,
+    keep: int | None = None,
+    dry_run: bool = False,
+    notice: Callable[[str], object] = lambda sentence: None,
 ) -> list[tuple[Path, int]]:
-    """Remove what nobody needs from `runs`; returns (path, bytes) of what went. Raises
-    `UsageError` for a number below 0, before anything is removed.
+    """Remove what nobody needs from `runs`; returns (path, bytes) of what went. An entry that
+    another runner is working at stays. Raises `UsageError` for a number below 0, before anything is
+    removed.
 
     Args:
         keep: Also drop all but the newest `keep` runs of each profile.
         dry_run: Only say what would go.
+        notice: Told what stays because somebody works at it.
     """
     if keep is not None and keep < 0:
         raise UsageError(f"keep is {keep}; it is a number of runs, 0 or more.")
-    gone, known = [], Run.all(runs)
+    known, old = Run.all(runs), []
     if keep is not None:
         for profile in {r["profile"] for r in known}:
             mine = [r for r in known if r["profile"] == profile]
-            gone += [r.path for r in mine[: max(0, len(mine) - keep)]]
-        known = [r for r in known if r.path not in gone]
-    store, needed = runs / "store", {i["key"] for r in known for i in r["instances"].values()}
+            old += [r.path for r in mine[: max(0, len(mine) - keep)]]
+    sizes = []
+
+    def drop(p: Path):
+        files = [f for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink()]
+        sizes.append((p, sum(f.stat().st_size for f in files)))
+        if not dry_run:
+            shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
+
+    for run in old:
+        drop(run)
+    store = runs / "store"
     for entry in sorted(store.glob("*-*")):
-        key = (
-            entry.name.removesuffix(".partial")
-            .removesuffix(".page")
-            .removesuffix(".plan.json")
-            .rpartition("-")[2]
-        )
-        if key not in needed or entry.name.endswith((".partial", ".page")):
-            gone.append(entry)
+        try:
+            with lock(store / ".locks" / entry.name.split(".")[0], wait=False):
+                # looked up under the lock: a runner may have made it, and named it, just now
+                if entry.exists() and not _is_needed(entry, runs, old):
+                    drop(entry)
+        except BlockingIOError:
+            notice(f"{entry.name} stays: another runner is working at it.")
     hour_ago = time.time() - 3600
     # half-written files of killed processes
-    gone += [
-        f
-        for folder in (runs, store, *(r.path for r in known))
-        for f in sorted(folder.glob(".*.tmp"))
-        if f.lstat().st_mtime < hour_ago
-    ]
-    sizes = [
-        (p, sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file() and not f.is_symlink()))
-        for p in gone
-    ]
-    for p in gone if not dry_run else []:
-        if p.name.endswith(".tmp"):
-            p.unlink(missing_ok=True)
-            continue
-        if p.parent != store:
-            shutil.rmtree(p)
-            continue
-        with lock(store / ".locks" / p.name.split(".")[0]):
-            shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
+    for folder in (runs, store, *(r.path for r in known if r.path not in old)):
+        for f in sorted(folder.glob(".*.tmp")):
+            if f.lstat().st_mtime < hour_ago:
+                drop(f)
     latest = runs / "latest"
     if latest.is_symlink() and not latest.exists():
         latest.unlink()
     return sizes
+
+
+def _is_needed(entry: Path, runs: Path, old: list[Path]) -> bool:
+    """Whether a run names a file or folder of the store; runs in the folders `old` do not count."""
+    if entry.name.endswith((".partial", ".page")):
+        return False
+    key = entry.name.removesuffix(".plan.json").rpartition("-")[2]
+    living = [r for r in Run.all(runs) if r.path not in old]
+    return any(i["key"] == key for r in living for i in r["instances"].values())

@@ -9,8 +9,9 @@ __all__ = ['make_entry', 'make_page', 'Progress', 'run_pipeline', 'kill_kernels_
 import os
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +19,17 @@ from pathlib import Path
 
 from llmeco_nb.core import (
     CellError,
+    ChangedSourceError,
     LlmecoError,
     UsageError,
     fsync_folder,
-    lock,
+    fsync_tree,
     read_json,
     sha256_of,
     write_bytes,
     write_json,
 )
+from ..locks import lock
 from .identity import key_of
 from .kernel import KernelMonitor, execute, import_nbformat, json_or
 from .machine import machine, versions
@@ -43,8 +46,10 @@ def make_entry(
     force: bool,
     watching: Callable[[KernelMonitor], object],
     notice: Callable[[str], object],
+    stop: threading.Event | None = None,
 ) -> Path:
     """Execute the instance, unless another runner has meanwhile, and return its finished entry.
+    Raises `ChangedSourceError` if an outside source was touched meanwhile.
 
     Args:
         pipe: Whose store takes the entry.
@@ -53,11 +58,13 @@ def make_entry(
         force: Make it again even if a whole entry is there.
         watching: Given the monitor of the kernel that starts.
         notice: Told sentences worth printing.
+        stop: Set when somebody wants an end; then nothing is waited for, and no kernel goes on.
     """
-    entry = pipe.store.entry(one.stage, look.key)
+    entry, stop = pipe.store.entry(one.stage, look.key), stop or threading.Event()
     with lock(
         pipe.store.folder / ".locks" / entry.name,
         waiting=lambda: notice(f"{one.name}: another runner is making it, waiting"),
+        stop=stop.is_set,
     ):
         if entry.exists() and (force or pipe.store.find(one.stage, look.key) is None):
             if not force:
@@ -82,13 +89,24 @@ def make_entry(
         }
         with KernelMonitor(partial) as watch:
             watching(watch)
+
+            def started(pid: int):
+                watch.pid = pid
+                if stop.is_set():  # the interrupt came while the kernel was being started
+                    os.kill(pid, signal.SIGKILL)
+
             execute(
                 one.notebook.path,
                 partial / "notebook.ipynb",
                 {**one.values, **look.paths(one), "out": str(partial)},
                 threads,
-                lambda pid: setattr(watch, "pid", pid),
+                started,
             )
+        try:
+            pipe.check_untouched(one, look.parts["sources"])
+        except ChangedSourceError:
+            shutil.rmtree(partial)  # what it has read is not known, so it must not be continued
+            raise
         absent = [o for o in one.notebook.contract.get("outputs", []) if not (partial / o).exists()]
         if absent:
             raise CellError(
@@ -120,10 +138,7 @@ def make_entry(
 def _finish(pipe: Pipeline, one: Instance, look: StageStatus, partial: Path, facts: dict):
     "Flush a record to disk and write its page key and its manifest, last."
     write_json(partial / "page.json", {"key": key_of(look.page), "parts": look.page})
-    for f in partial.rglob("*"):
-        if f.is_file():
-            with open(f, "rb") as opened:
-                os.fsync(opened.fileno())
+    fsync_tree(partial)
     outputs = one.notebook.contract.get("outputs", [])
     plan = partial.with_name(partial.name.removesuffix(".partial") + ".plan.json")
     write_json(
@@ -153,7 +168,13 @@ def _finish(pipe: Pipeline, one: Instance, look: StageStatus, partial: Path, fac
     )
 
 # %% ../../nbs/0_ground/01e_execution.ipynb #4403f7d8
-def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
+def make_page(
+    pipe: Pipeline,
+    one: Instance,
+    look: StageStatus,
+    entry: Path,
+    stop: Callable[[], bool] | None = None,
+):
     """Run the show cells of a finished entry again and exchange its page.
 
     Args:
@@ -161,9 +182,10 @@ def make_page(pipe: Pipeline, one: Instance, look: StageStatus, entry: Path):
         one: The instance the entry is of.
         look: What `Pipeline.look` found of it: inputs and page key.
         entry: Its finished folder in the store.
+        stop: Asked while another runner holds the entry's lock; True ends the waiting.
     """
     nbformat = import_nbformat()
-    with lock(pipe.store.folder / ".locks" / entry.name):
+    with lock(pipe.store.folder / ".locks" / entry.name, stop=stop):
         if json_or({}, entry / "page.json").get("key") == key_of(look.page):
             return
         page = entry.with_name(entry.name + ".page")
@@ -248,7 +270,7 @@ def run_pipeline(
     capacity = max(1, machine(pipe.run.path.parent / "machine.json")["cores"])
     todo, running, free = [o for o in pipe.instances if o.name in names], {}, capacity
     try:
-        with ThreadPoolExecutor(len(todo) or 1) as pool, kill_kernels_on_interrupt(board):
+        with ThreadPoolExecutor(len(todo) or 1) as pool, kill_kernels_on_interrupt(board) as stop:
             # the first; what runs already may finish, nothing new starts
             error = None
             while todo or running:
@@ -268,10 +290,8 @@ def run_pipeline(
                         error, board[o.name].state = e, "failed"
                         continue
                     free -= want
-                    running[pool.submit(_bring, pipe, o, look, force, notice, board[o.name])] = (
-                        o,
-                        want,
-                    )
+                    work = (_bring, pipe, o, look, force, notice, board[o.name], stop)
+                    running[pool.submit(*work)] = (o, want)
                 if not running:
                     break
                 for f in wait(running, return_when=FIRST_COMPLETED).done:
@@ -288,16 +308,18 @@ def run_pipeline(
 
 
 @contextmanager
-def kill_kernels_on_interrupt(board: dict[str, Progress]):
-    """A context manager: when somebody presses Ctrl-C in the `with` block, the kernels at work are
-    killed, so that their threads end too; the interrupt goes on.
+def kill_kernels_on_interrupt(board: dict[str, Progress]) -> Iterator[threading.Event]:
+    """A context manager: when somebody presses Ctrl-C in the `with` block, the event that it gives
+    is set and the kernels at work are killed, so that their threads end too; the interrupt goes on.
 
     Args:
         board: Instance -> progress; kernels of running ones are killed.
     """
+    stop = threading.Event()
     try:
-        yield
+        yield stop
     except KeyboardInterrupt:
+        stop.set()
         for p in board.values():
             if p.state == "running" and p.watch and p.watch.pid:
                 os.kill(p.watch.pid, signal.SIGKILL)
@@ -305,18 +327,23 @@ def kill_kernels_on_interrupt(board: dict[str, Progress]):
 
 
 def _bring(
-    pipe: Pipeline, one: Instance, look: StageStatus, force: bool, notice, progress: Progress
+    pipe: Pipeline,
+    one: Instance,
+    look: StageStatus,
+    force: bool,
+    notice,
+    progress: Progress,
+    stop: threading.Event,
 ):
     "Bring one instance up to date and write it into the run."
     begun, entry = time.monotonic(), None if force else look.entry
     if entry is None:
         progress.state = "running"
-        entry = make_entry(
-            pipe, one, look, force, lambda watch: setattr(progress, "watch", watch), notice
-        )
+        watching = lambda watch: setattr(progress, "watch", watch)
+        entry = make_entry(pipe, one, look, force, watching, notice, stop)
     if json_or({}, entry / "page.json").get("key") != key_of(look.page):
         progress.state = "drawing"
-        make_page(pipe, one, look, entry)
+        make_page(pipe, one, look, entry, stop.is_set)
     if pipe.run.key(one.name) != look.key:
         pipe.run.update(lambda info: info["instances"].__setitem__(one.name, {"key": look.key}))
     link(pipe.run.path / one.name, entry)

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import ChangedSourceError, MissingError, UsageError, lock, read_json, runs_dir
+from llmeco_nb.core import (
+    ChangedSourceError,
+    MissingError,
+    UsageError,
+    file_sign,
+    hashed_files,
+    read_json,
+    runs_dir,
+)
+from ..locks import lock
 from .budget import set_budget
 from .identity import differences, key_of, show_parts, work_parts
 from .kernel import json_or
@@ -35,6 +44,7 @@ def open_run(
     new_run: bool = False,
     create: bool = True,
     check: Callable[[dict], object] = lambda info: None,
+    database: str = "",
 ) -> Run:
     """The run to work on: the given one, else the newest of the profile, else a new one.
 
@@ -49,11 +59,12 @@ def open_run(
         new_run: Start a new run that stands alone.
         create: Whether a run may be made where there is none.
         check: Refuses by raising, before a run is made or taken.
+        database: Where feedback is stored, which stays with the run; empty: what the run says.
     """
     runs = Path(path).absolute().parent if path else runs_dir()
     current, another = _newest(runs, profile, path), next_round or new_run
     if current and not another:
-        return _checked(current, check)
+        return _taken(current, check, database)
     start_hint = f"`llmeco run --profile {profile}`"
     if not create and not next_round:
         raise MissingError(
@@ -62,14 +73,15 @@ def open_run(
     instances, spec = read_profile(registry, profile)
 
     def freeze(folder: Path):
+        place = database or (current.info.get("database", "") if current else "")
         for name, function in (spec.get("snapshots") or {}).items():
-            import_by_name(function)(runs, folder / name)
+            import_by_name(function)(runs, folder / name, place)
 
     with lock(runs / ".new.lock"):
         # While this one waited for the lock, another runner may have made the run: they share it.
         current = _newest(runs, profile, path)
         if current and not another:
-            return _checked(current, check)
+            return _taken(current, check, database)
         if next_round:
             if not current:
                 raise UsageError(
@@ -97,7 +109,7 @@ def open_run(
         now = current_overrides(stored)
         if now != stored:
             run.update(lambda info: info.update(overrides=now))
-        return run
+        return _taken(run, lambda info: None, database)
 
 
 def _newest(runs: Path, profile: str, path: str | None) -> Run | None:
@@ -111,9 +123,11 @@ def _newest(runs: Path, profile: str, path: str | None) -> Run | None:
     return found
 
 
-def _checked(run: Run, check: Callable[[dict], object]) -> Run:
-    "The run, if `check` does not refuse."
+def _taken(run: Run, check: Callable[[dict], object], database: str) -> Run:
+    "The run, if `check` does not refuse, with the database that it is told of."
     check(run.info)
+    if database and run.info.get("database") != database:
+        run.update(lambda info: info.update(database=database))
     return run
 
 # %% ../../nbs/0_ground/01_pipeline.ipynb #cc965075
@@ -165,6 +179,8 @@ class Pipeline:
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
         self.minutes = set_budget(self.instances, self.spec, run.info, run["profile"])
+        # instance -> source parameter -> the files that its revision was made of, with their signs
+        self.source_files: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
 
     def select(self, name: str, told_by: str) -> list[Instance]:
@@ -238,9 +254,34 @@ class Pipeline:
 
     def revisions(self, one: Instance) -> dict[str, str]:
         "Revision of each outside source that a parameter of `one` names."
-        return {
-            name: source_revision(one, name) for name in one.notebook.contract.get("sources", {})
-        }
+        found, files = {}, {}
+        for name in one.notebook.contract.get("sources", {}):
+            with hashed_files() as files[name]:
+                found[name] = source_revision(one, name)
+        self.source_files[one.name] = files
+        return found
+
+    def check_untouched(self, one: Instance, revisions: dict[str, str]):
+        """Raises `ChangedSourceError` if an outside source may have changed since it was looked at:
+        a file was written or replaced, even if its old content is back, or another source has
+        another revision now.
+
+        Args:
+            one: An instance of this pipeline that has just read its sources.
+            revisions: What `revisions` found before.
+        """
+        for name, files in self.source_files.get(one.name, {}).items():
+            touched = [path for path, sign in files.items() if file_sign(path) != sign]
+            try:
+                if not files and source_revision(one, name) != revisions[name]:
+                    touched = [str(one.values[name])]
+            except MissingError:
+                pass  # such as a hub that cannot be reached; that it has changed nobody says
+            if touched:
+                raise ChangedSourceError(
+                    f"{touched[0]} ({one.name}.{name}) was written or replaced while it was read, "
+                    "so nobody can say what was read. Nothing of it is kept; run again."
+                )
 
     def look(self, one: Instance, revisions: dict[str, str] | None = None) -> StageStatus:
         """Work out an instance's state without running anything.

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..core import LlmecoError, lock, read_json, runs_dir, sha256_of, write_bytes
+from ..core import LlmecoError, read_json, runs_dir, sha256_of, write_bytes
+from ..locks import lock
 from ..runner.benchmarks import is_stale, kept_record, restore_record
 from ..runner.identity import Notebook
 from ..runner.kernel import execute, import_nbformat

@@ -17,7 +17,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
-from ..core import lock
+from ..locks import lock
 from .style import style
 
 # %% ../../nbs/0_ground/04b_template.ipynb #37b923db
