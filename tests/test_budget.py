@@ -169,6 +169,7 @@ works = st.builds(
     batch_size=st.integers(1, 64),
     step_s=st.floats(1e-3, 2),
     forward_s=st.floats(1e-5, 0.05),
+    exact_s=st.floats(0.05, 0.1),
     encode_s=st.floats(0, 1e-3),
     spent_s=st.floats(0, 20),
 )
@@ -181,7 +182,11 @@ def test_a_plan_fits_its_minutes_and_grows_with_them(work, minutes, times, epoch
         plan = finetune_plan(asked, work)
     except UsageError:
         return
-    taken = plan["steps"] * work.step_s + work.predicting(asked.num_evals) + work.spent_s
+    taken = (
+        plan["steps"] * work.step_s
+        + work.predicting(asked.num_evals, bool(plan["exact"]))
+        + work.spent_s
+    )
     assert taken <= 60 * minutes
     assert plan["steps"] >= 1 and 1 <= plan["labels"] <= work.labels
     assert plan["labels"] <= plan["steps"] * work.batch_size, "each label is seen once at least"
@@ -216,8 +221,9 @@ def test_predicting_leaves_time_to_learn(lengths, max_length, minutes, predicted
         batch_size=1,
         step_s=0,
         forward_s=0,
+        exact_s=0,
     )
-    speed = lambda tokens, batch_size: (tokens * batch_size * 1e-4, tokens * 3e-5)
+    speed = lambda tokens, batch_size: (tokens * batch_size * 1e-4, tokens * 3e-5, tokens * 9e-5)
     found = plan_workload(asked, known, lengths, speed)
     assert found.max_length <= max(max_length, 0) and found.batch_size >= 8
     assert found.predicting(2) <= 30 * minutes or found.max_length <= 16
@@ -234,6 +240,7 @@ def test_few_texts_get_steps_enough():
         batch_size=16,
         step_s=0.1,
         forward_s=0.001,
+        exact_s=0.003,
     )
     assert finetune_plan(config(epochs=2), work)["steps"] == 76
     assert finetune_plan(config(epochs=2, min_steps=200), work)["steps"] == 200

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
+from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
@@ -104,12 +105,14 @@ class ModelFacts:
         settings: Hyperparameters of a baseline; None: another model.
         seconds: Wall time of its training, as its record states it.
         title: Its name for people; None: a recipe's title, or its name.
+        stack: Members and weights of a stack; None: another model.
     """
 
     parameters: int | None = None
     settings: dict | None = None
     seconds: float | None = None
     title: str | None = None
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ class ModelRow:
         labels: Training labels it has seen.
         parameters: Weights and biases; None: nobody said.
         settings: Hyperparameters of a baseline.
+        stack: Members and weights of a stack.
         against: None: it is the reference, or there is none.
     """
 
@@ -196,6 +200,7 @@ class ModelRow:
     labels: int
     parameters: int | None = None
     settings: dict | None = None
+    stack: Stack | None = None
     against: ReferenceComparison | None = None
 
     @property
@@ -236,19 +241,28 @@ class ModelRow:
         value = self.on_validation if split == "validation" else getattr(self, self.main)
         return -np.inf if value is None else find_task(self.task).selection.key(value)
 
+    def preference(self) -> tuple[float, int, int]:
+        """What is larger for the row to serve: the better one on validation; between equals a
+        linear model, then an encoder, then a stack; then the one with fewer parameters."""
+        parts = 2 if self.stack else 0 if self.baseline else 1
+        return self.quality("validation"), -parts, -(self.parameters or 0)
+
     def to_json(self) -> dict:
-        "The row as one flat object of `table.json`."
+        "The row as one flat object of `table.json`, but for `stack`."
         row = asdict(self)
         against = row.pop("against") or {}
         if self.settings is None:
             del row["settings"]
-        return row | against
+        del row["stack"]
+        return row | against | ({"stack": self.stack.to_json()} if self.stack else {})
 
     @classmethod
     def from_json(cls, row: dict) -> Self:
         "The row that `to_json` made `row` of."
         compared = {f.name for f in fields(ReferenceComparison)} & row.keys()
         own = {name: value for name, value in row.items() if name not in compared}
+        if own.get("stack") is not None:
+            own["stack"] = Stack.from_json(own["stack"])
         if not compared:
             return cls(**own)
         return cls(**own, against=ReferenceComparison(**{name: row[name] for name in compared}))
@@ -385,6 +399,7 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
         labels=int(part.num_labeled.iloc[0]),
         parameters=facts.parameters,
         settings=facts.settings,
+        stack=facts.stack,
         **{f"validation_{main}": on_validation},
         **test_intervals(part[part.split == "test"], schema, seed),
     )
@@ -495,6 +510,7 @@ class ComparisonTable:
         best: The best row on validation.
         rows: One for each model and number of labels.
         task: Name of the task.
+        no_stack: Why there is no stack; empty where there is one.
     """
 
     classes: list[str]
@@ -508,12 +524,17 @@ class ComparisonTable:
     best: ModelKey
     rows: list[ModelRow]
     task: str = "text-classification"
+    no_stack: str = ""
 
     @property
     def best_row(self) -> ModelRow:
         "The row that is best on validation."
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
+
+    def stack_text(self) -> str:
+        "Members and weights of the stack as a sentence, or why there is none."
+        return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
 
     def block(self, size: int) -> list[ModelRow]:
         "The rows at `size` labels, the best on test first."
@@ -581,4 +602,5 @@ def summary_text(table: ComparisonTable) -> str:
     if any(not r.baseline for r in rows):
         verdicts = ", ".join(f"{mark} {verdict}" for verdict, mark in marks.items())
         legend += f"; beats the best baseline: {verdicts}"
-    return "\n".join(line.rstrip() for line in [title, head, *lines, legend]) + "\n"
+    last = [table.stack_text()] if table.stack_text() else []
+    return "\n".join(line.rstrip() for line in [title, head, *lines, legend, *last]) + "\n"

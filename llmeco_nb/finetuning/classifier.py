@@ -7,6 +7,7 @@ __all__ = ['halves', 'SAMPLED', 'labelled_subset', 'enough_labels', 'layerwise_l
            'mistakes', 'fine_tune', 'chance_metrics', 'headline_metrics', 'reload_and_compare']
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1ee904d3
+import copy
 import re
 import shutil
 import time
@@ -304,12 +305,15 @@ def fine_tune(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
 
-    def measure(tokens: int, batch_size: int) -> tuple[float, float]:
+    def measure(tokens: int, batch_size: int) -> tuple[float, float, float]:
         cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
         share = average_rows(cut, -(-batch_size // world.size))
         rows, targets = [cut[i] for i in share], [sample.targets[i] for i in share]
         step_s = step_seconds(model, optimiser, step, rows, targets, pad)
-        return step_s, forward_seconds(model, [cut[i] for i in average_rows(cut, 32)], pad)
+        alike = [cut[i] for i in average_rows(cut, 32)]
+        forward_s = forward_seconds(model, alike, pad)
+        exact = copy.deepcopy(model).float()
+        return step_s, forward_s, forward_seconds(exact, alike[:8], pad, tries=1)
 
     def make_plan() -> dict:
         known = Workload(
@@ -321,6 +325,7 @@ def fine_tune(
             batch_size=config.batch_size,
             step_s=0.0,
             forward_s=0.0,
+            exact_s=0.0,
             encode_s=encode_s,
         )
         work = plan_workload(config, known, sample.lengths, measure)
@@ -360,13 +365,15 @@ def fine_tune(
         if not all_finished():
             return record.artifact("classifier")
         started = time.monotonic()
+        # in float32, what is measured is what is saved and served
+        answering = optimiser.finish() if decided["exact"] else model
         table = pd.concat(
             [
                 predictions_table(
                     half.task,
                     s,
                     splits[s],
-                    half.scores(model, coded[s], pad, schema, record),
+                    half.scores(answering, coded[s], pad, schema, record),
                     config.name,
                     len(target),
                 )
@@ -378,7 +385,7 @@ def fine_tune(
     predicting = time.monotonic() - started
     write_predictions(table, record.artifact("predictions"))
     save_classifier(
-        optimiser.finish(),
+        answering if decided["exact"] else optimiser.finish(),
         tokenizer,
         record.artifact("classifier"),
         tokens,
@@ -414,6 +421,7 @@ def fine_tune(
         steps=result.steps,
         best_step=result.best_step,
         stopped_early=result.stopped,
+        predicted_in="fp32" if decided["exact"] else "bf16",
         passes=round(result.steps * batch_size / len(target), 2),
         max_length=tokens,
         batch_size=batch_size,
