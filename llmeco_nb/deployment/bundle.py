@@ -34,9 +34,11 @@ from llmeco_nb.deployment.packing import (
     model_schema,
     pack_encoder,
     pack_linear,
+    pack_stack,
     parity,
     reference_scores,
 )
+from ..evaluation.stacking import Stack, StackMember
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema, Task
 from ..tasks.predictions import exclusion_of, read_predictions_file, scores_of
@@ -67,7 +69,7 @@ def small_bundle(kind: str = "linear") -> Path:
     """The folder of a small bundle under runs/scratch.
 
     Args:
-        kind: linear or onnx.
+        kind: linear, onnx or stack.
     """
     from llmeco_nb.finetuning.checkpoints import build_classifier, small_random_encoder
     from llmeco_nb.finetuning.classifier import save_classifier
@@ -100,10 +102,22 @@ def small_bundle(kind: str = "linear") -> Path:
         )
         write_manifest(folder / "bundle", replace(facts, origin=origin))
 
+    def stack(folder: Path) -> None:
+        folder.mkdir()
+        source = next(small_table(corpus)[0].glob("nbsvm-*"))
+        labels = LinearText.load(source).about["labels"]
+        members = (
+            StackMember("linear", "nbsvm", "NB-SVM", labels, weight=0.75),
+            StackMember("onnx", "tiny", "tiny encoder", 0, weight=0.5),
+        )
+        folders = source, small_bundle("onnx").parent / "classifier"
+        both = Stack(members, folds=5, validation_items=0)
+        write_manifest(folder, pack_stack(folders, folder, both, load_schema(corpus)))
+
     code = (small_bundle, build_classifier, LinearText.load, write_manifest, Path(corpus))
-    if kind == "linear":
-        return cached_fixture("bundle-small", linear, kind, *code)
-    return cached_fixture("bundle-small", onnx, kind, *code) / "bundle"
+    makers = dict(linear=linear, onnx=onnx, stack=stack)
+    found = cached_fixture("bundle-small", makers[kind], kind, *code)
+    return found / "bundle" if kind == "onnx" else found
 
 # %% ../../nbs/4_deployment/40_bundle.ipynb #1ee00819
 @dataclass(frozen=True)
@@ -113,12 +127,13 @@ class PackableModel:
     Attributes:
         model: Its name in the table.
         title: The same for people.
-        kind: "linear" or "onnx".
+        kind: "linear", "onnx" or "stack".
         num_labeled: Training labels it learned from.
         validation: The task's selection metric on validation; accuracy is 0 to 1.
         test: The same on test.
         parameters: Weights and biases.
-        folder: None: to be found by `match_checkpoint`.
+        folder: Of the linear model, also of a stack's; None: to be found by `match_checkpoint`.
+        stack: Members and weights of a stack.
     """
 
     model: str
@@ -129,6 +144,12 @@ class PackableModel:
     test: float | None
     parameters: int | None
     folder: Path | None
+    stack: Stack | None = None
+
+    @property
+    def members(self) -> tuple["PackableModel | StackMember", ...]:
+        "The members of a stack; of any other model itself."
+        return self.stack.members if self.stack else (self,)
 
 
 def packable(
@@ -148,7 +169,7 @@ def packable(
     index = read_json(Path(baselines) / "index.json")
     saved = {(one["model"], one["labels"]): Path(baselines) / one["folder"] for one in index}
 
-    def row(r: dict, kind: str, folder: Path | None) -> PackableModel:
+    def row(r: dict, kind: str, folder: Path | None, stack: Stack | None = None) -> PackableModel:
         return PackableModel(
             model=r["model"],
             title=r["title"],
@@ -158,24 +179,34 @@ def packable(
             test=r[metric],
             parameters=r.get("parameters"),
             folder=folder,
+            stack=stack,
         )
 
     at_hand = [(r, saved.get((r["model"], r["labels"]))) for r in rows]
     found = [row(r, "linear", folder) for r, folder in at_hand if folder]
-    found += [row(r, "onnx", None) for r in rows if not r["baseline"] and classifier]
+    stacks = [(r, Stack.from_json(r["stack"])) for r in rows if r.get("stack")]
+    if classifier:
+        found += [row(r, "onnx", None) for r in rows if not r["baseline"] and not r.get("stack")]
+        for r, stack in stacks:
+            folder = saved.get((stack.members[0].model, stack.members[0].num_labeled))
+            found += [row(r, "stack", folder, stack)] if folder else []
     if not found:
         raise DataError(
             f"None of the {len(rows)} models in {table} is at hand: no linear model is saved in "
             f"{baselines}, and no classifier was given."
         )
 
-    def order(r: PackableModel) -> tuple[float, bool, int]:
-        return -task.selection.key(r.validation), r.kind != "linear", r.parameters or 0
+    kinds = ("linear", "onnx", "stack")  # the simpler first
+
+    def order(r: PackableModel) -> tuple[float, int, int]:
+        return -task.selection.key(r.validation), kinds.index(r.kind), r.parameters or 0
 
     return sorted(found, key=order)
 
 
-def stored_scores(table: str | Path, row: PackableModel, ids: list[str]) -> np.ndarray:
+def stored_scores(
+    table: str | Path, row: PackableModel | StackMember, ids: list[str]
+) -> np.ndarray:
     """The task's scores that the table holds for validation texts, float32 of shape (ids, scores).
     Raises `DataError` for a text it has no answer to.
 
@@ -196,7 +227,7 @@ def stored_scores(table: str | Path, row: PackableModel, ids: list[str]) -> np.n
 
 
 def match_checkpoint(
-    row: PackableModel,
+    row: PackableModel | StackMember,
     classifier: Sequence[str],
     table: str | Path,
     texts: list[str],
@@ -271,17 +302,28 @@ def build_bundle(
     validation = read_split(corpus, "validation").iloc[: config.parity_examples]
     texts, ids = validation.text.tolist(), validation.id.astype(str).tolist()
     some = texts[:16], ids[:16]
-    source = best.folder or Path(match_checkpoint(best, classifier, table, *some, schema))
-    own = model_schema(source, schema)
+    folders = [
+        best.folder
+        if one.kind == "linear"
+        else Path(match_checkpoint(one, classifier, table, *some, schema))
+        for one in best.members
+    ]
+    owns = [model_schema(folder, schema) for folder in folders]
     bundle.mkdir()
     try:
-        pack = pack_linear if best.kind == "linear" else pack_encoder
-        facts = pack(source, bundle, best.model, own)
-        if best.kind == "linear":
-            original = stored_scores(table, best, ids)
+        if best.stack:
+            facts = pack_stack(folders, bundle, best.stack, schema)
         else:
-            original = reference_scores(source, texts, own)
-        same = parity(original, open_model(bundle, facts).scores(texts), config.atol, own)
+            pack = pack_linear if best.kind == "linear" else pack_encoder
+            facts = pack(folders[0], bundle, best.model, owns[0])
+        originals = [
+            stored_scores(table, one, ids)
+            if one.kind == "linear"
+            else reference_scores(folder, texts, own)
+            for one, folder, own in zip(best.members, folders, owns)
+        ]
+        original = best.stack.combine(originals, task) if best.stack else originals[0]
+        same = parity(original, open_model(bundle, facts).scores(texts), config.atol, owns[0])
     except BaseException:
         shutil.rmtree(bundle)
         raise
@@ -289,7 +331,7 @@ def build_bundle(
         model=best.model,
         title=best.title,
         num_labeled=best.num_labeled,
-        artifact=sha256_of(source),
+        artifact=None if best.stack else sha256_of(folders[0]),  # the members state theirs
         stage=record.path.name.removesuffix(".partial"),
     )
     metric = task.selection.metric
@@ -300,7 +342,7 @@ def build_bundle(
         known = {split: {metric: v} for split, v in measured.items() if v is not None}
         facts = replace(facts, metrics=known)
     manifest = write_manifest(bundle, replace(facts, parity=same, origin=origin))
-    size = sum(f.stat().st_size for f in bundle.iterdir()) / 2**20
+    size = sum(f.stat().st_size for f in bundle.rglob("*") if f.is_file()) / 2**20
     record.save_metrics(
         **{f"{metric}_{split}": value for split, value in measured.items()},
         model=best.model,
@@ -349,6 +391,8 @@ def _summary(rows: list[PackableModel], manifest: Manifest, same: Parity, size: 
     )
     if len(rows) > 1:
         said += f" Next best: {named(rows[1])}, {value(rows[1].validation)}."
+    if best.stack:
+        said += f" {best.stack.about()}"
     return (
         f"{said}\n{size:.1f} MiB, digest {manifest.digest[:12]}; answers as before it was packed "
         f"on {same.items} texts (largest difference {same.max_difference:.1g}).\n"

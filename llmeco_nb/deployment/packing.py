@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['open_classifier', 'class_names', 'padding_id', 'truncation_of', 'export_onnx', 'model_schema', 'check_outputs',
-           'pack_encoder', 'pack_linear', 'reference_scores', 'parity_tolerance', 'parity']
+           'pack_encoder', 'pack_linear', 'pack_stack', 'reference_scores', 'parity_tolerance', 'parity']
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #7e2470c7
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, MissingError
-from .manifest import Manifest, Parity
+from ..core import DataError, MissingError, sha256_of
+from .manifest import Manifest, Origin, Parity, write_manifest
+from ..evaluation.stacking import Stack
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema, task_of
@@ -220,6 +223,34 @@ def pack_linear(folder: str | Path, bundle: Path, name: str, schema: Schema) -> 
     for f in sorted(Path(folder).iterdir()):
         shutil.copyfile(f, bundle / f.name)
     return Manifest(name, kind="linear", schema=schema)
+
+
+def pack_stack(
+    folders: Sequence[str | Path], bundle: Path, stack: Stack, schema: Schema
+) -> Manifest:
+    """Pack two models that answer together; returns what the manifest is to say. Raises
+    `DataError`, `MissingError`.
+
+    Args:
+        folders: Of a saved `LinearText` and of a sequence classifier.
+        bundle: Gets stack.json, and a bundle of each member in a folder of its kind.
+        stack: Members and weights.
+        schema: Of the corpus that both learned from.
+    """
+    owns = [model_schema(folder, schema) for folder in folders]
+    for member, folder, own in zip(stack.members, folders, owns):
+        at = bundle / member.kind
+        at.mkdir()
+        pack = pack_linear if member.kind == "linear" else pack_encoder
+        origin = Origin(
+            model=member.model,
+            title=member.title,
+            num_labeled=member.num_labeled,
+            artifact=sha256_of(folder),
+        )
+        write_manifest(at, replace(pack(folder, at, member.model, own), origin=origin))
+    stack.save(bundle)
+    return Manifest("stack", kind="stack", schema=owns[0])
 
 
 def reference_scores(

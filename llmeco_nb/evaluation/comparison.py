@@ -31,6 +31,8 @@ from llmeco_nb.evaluation.comparison_table import (
     summary_text,
     table_rows,
 )
+from .split_shift import split_shift
+from .stack_row import add_stack, stack_name
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
 from ..finetuning.ngram_counts import count_ngrams
@@ -176,7 +178,7 @@ def read_other_models(
     for path in predictions:
         found.append(read_predictions(path, splits, schema))
         for model, labels in found[-1].groupby(["model", "num_labeled"]).groups:
-            if (model, labels) in facts or model in all_recipes:
+            if (model, labels) in facts or model in all_recipes or model == stack_name:
                 raise DataError(
                     f"{path}: a model {model} with {labels} labels is already in the table; give "
                     "it another name."
@@ -332,9 +334,12 @@ def evaluate_models(
         if fact.seconds is not None:
             record.log(model=model, labels=int(size), seconds=fact.seconds)
     every = pd.concat([*answers, *given], ignore_index=True)
+    every, facts, no_stack = add_stack(every, facts, plan.compared, evaluated, schema)
     rows, claims = table_rows(every, schema, plan.compared, facts, config.seed)
     candidates = [r for r in rows if r.labels in plan.compared and r.on_validation is not None]
-    best = max(candidates, key=lambda r: r.quality("validation"))
+    best = max(candidates, key=lambda r: r.preference())
+    chosen = every[(every.model == best.model) & (every.num_labeled == best.labels)]
+    shift = split_shift(chosen, schema, len(candidates))
     table = ComparisonTable(
         classes=classes,
         train_items=plan.total,
@@ -347,6 +352,8 @@ def evaluate_models(
         best=ModelKey(best.model, best.labels),
         rows=rows,
         task=task.name,
+        shift=shift.to_json() if shift else None,
+        no_stack=no_stack,
     )
     folder = record.artifact("table")
     folder.mkdir()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
+from .split_shift import SplitShift
+from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
 from ..stats.regression import regression_statistic
@@ -104,12 +106,14 @@ class ModelFacts:
         settings: Hyperparameters of a baseline; None: another model.
         seconds: Wall time of its training, as its record states it.
         title: Its name for people; None: a recipe's title, or its name.
+        stack: Members and weights of a stack; None: another model.
     """
 
     parameters: int | None = None
     settings: dict | None = None
     seconds: float | None = None
     title: str | None = None
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,7 @@ class ModelRow:
         labels: Training labels it has seen.
         parameters: Weights and biases; None: nobody said.
         settings: Hyperparameters of a baseline.
+        stack: Members and weights of a stack.
         against: None: it is the reference, or there is none.
     """
 
@@ -196,6 +201,7 @@ class ModelRow:
     labels: int
     parameters: int | None = None
     settings: dict | None = None
+    stack: Stack | None = None
     against: ReferenceComparison | None = None
 
     @property
@@ -236,19 +242,28 @@ class ModelRow:
         value = self.on_validation if split == "validation" else getattr(self, self.main)
         return -np.inf if value is None else find_task(self.task).selection.key(value)
 
+    def preference(self) -> tuple[float, int, int]:
+        """What is larger for the row to serve: the better one on validation; between equals a
+        linear model, then an encoder, then a stack; then the one with fewer parameters."""
+        parts = 2 if self.stack else 0 if self.baseline else 1
+        return self.quality("validation"), -parts, -(self.parameters or 0)
+
     def to_json(self) -> dict:
-        "The row as one flat object of `table.json`."
+        "The row as one flat object of `table.json`, but for `stack`."
         row = asdict(self)
         against = row.pop("against") or {}
         if self.settings is None:
             del row["settings"]
-        return row | against
+        del row["stack"]
+        return row | against | ({"stack": self.stack.to_json()} if self.stack else {})
 
     @classmethod
     def from_json(cls, row: dict) -> Self:
         "The row that `to_json` made `row` of."
         compared = {f.name for f in fields(ReferenceComparison)} & row.keys()
         own = {name: value for name, value in row.items() if name not in compared}
+        if own.get("stack") is not None:
+            own["stack"] = Stack.from_json(own["stack"])
         if not compared:
             return cls(**own)
         return cls(**own, against=ReferenceComparison(**{name: row[name] for name in compared}))
@@ -385,6 +400,7 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
         labels=int(part.num_labeled.iloc[0]),
         parameters=facts.parameters,
         settings=facts.settings,
+        stack=facts.stack,
         **{f"validation_{main}": on_validation},
         **test_intervals(part[part.split == "test"], schema, seed),
     )
@@ -495,6 +511,8 @@ class ComparisonTable:
         best: The best row on validation.
         rows: One for each model and number of labels.
         task: Name of the task.
+        shift: Validation against test of the best row, from `SplitShift`; None: not compared.
+        no_stack: Why there is no stack; empty where there is one.
     """
 
     classes: list[str]
@@ -508,12 +526,22 @@ class ComparisonTable:
     best: ModelKey
     rows: list[ModelRow]
     task: str = "text-classification"
+    shift: dict | None = None
+    no_stack: str = ""
 
     @property
     def best_row(self) -> ModelRow:
         "The row that is best on validation."
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
+
+    def shift_text(self) -> str:
+        "That validation and test differ by more than chance, as a sentence; empty where not."
+        return SplitShift(**self.shift).text(self.best_row.title) if self.shift else ""
+
+    def stack_text(self) -> str:
+        "Members and weights of the stack as a sentence, or why there is none."
+        return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
 
     def block(self, size: int) -> list[ModelRow]:
         "The rows at `size` labels, the best on test first."
@@ -573,6 +601,7 @@ def summary_text(table: ComparisonTable) -> str:
     digits = 1 if shown.unit else 3
     name = shown.title[0].upper() + shown.title[1:] + (f" in {shown.unit}" if shown.unit else "")
     title = f"{name} with 95 % interval, {table.test_items:,} test texts"
+    title = "\n".join(filter(None, [table.shift_text(), title]))
     head = " " * wide + "".join(f"{f'{s:,} labels':22}" for s in table.sizes)
     lines = [
         f"{name:{wide}}" + "".join(f"{cell(name, s):22}" for s in table.sizes) for name in names
@@ -581,4 +610,5 @@ def summary_text(table: ComparisonTable) -> str:
     if any(not r.baseline for r in rows):
         verdicts = ", ".join(f"{mark} {verdict}" for verdict, mark in marks.items())
         legend += f"; beats the best baseline: {verdicts}"
-    return "\n".join(line.rstrip() for line in [title, head, *lines, legend]) + "\n"
+    last = [table.stack_text()] if table.stack_text() else []
+    return "\n".join(line.rstrip() for line in [title, head, *lines, legend, *last]) + "\n"

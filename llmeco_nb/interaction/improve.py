@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['usable_corrections', 'check_corrections', 'refit_linear', 'ImproveConfig', 'refit_encoder', 'refit_frozen',
-           'Candidate', 'base_digest', 'learn_corrections', 'judge_candidate', 'small_feedback', 'improve']
+           'Candidate', 'base_digest', 'refit_part', 'learn_corrections', 'judge_candidate', 'small_feedback',
+           'improve']
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #12fc4d81
 import json
@@ -44,11 +45,13 @@ from llmeco_nb.deployment.packing import (
     open_classifier,
     pack_encoder,
     pack_linear,
+    pack_stack,
     padding_id,
     parity,
     reference_scores,
     truncation_of,
 )
+from ..evaluation.stacking import Stack
 from ..finetuning.classifier import labelled_subset
 from ..finetuning.linear import LinearText
 from .feedback import freeze, read_frozen
@@ -61,7 +64,7 @@ from llmeco_nb.interaction.rounds import (
     round_metrics,
     round_summary,
 )
-from ..tasks.registry import load_schema
+from ..tasks.registry import load_schema, task_of
 from ..tasks.text_classification import ClassPrediction
 
 # %% ../../nbs/5_interaction/51_improve.ipynb #6df55236
@@ -320,6 +323,46 @@ def base_digest(manifest: Manifest) -> str:
     return manifest.origin.base or sha256_text(json.dumps(manifest.files, sort_keys=True))
 
 
+def refit_part(
+    record: Record,
+    part: str | Path,
+    corpus: str | Path,
+    classifier: Sequence[str],
+    corrections: "pd.DataFrame",
+    at: Path,
+    config: ImproveConfig,
+) -> None:
+    """Retrain a linear model or an encoder with the corrections. Raises `MissingError`.
+
+    Args:
+        record: Told progress; keeps the plan and the checkpoints.
+        part: Bundle of the one or the other: a whole bundle, or a member of a stack.
+        corpus: Corpus folder.
+        classifier: Folders, one of which an encoder's bundle was made of.
+        corrections: Columns text and label, an index into the classes.
+        at: Folder to write the model to.
+        config: Of the training; a linear model takes its seed only.
+    """
+    manifest = verify(part)
+    if manifest.kind == "linear":
+        refit_linear(LinearText.load(part), corpus, corrections, config.seed).save(at)
+        return
+    artifact = manifest.origin.artifact
+    source = next((c for c in classifier if sha256_of(c) == artifact), None)
+    if source is None:
+        raise MissingError(
+            f"The champion was made of the classifier {str(artifact)[:12]}, and none of "
+            f"the {len(classifier)} given is that one. Run the stage bundle again."
+        )
+    from llmeco_nb.finetuning.frozen_classifier import is_frozen  # torch: not for linear
+
+    if is_frozen(source):
+        refit_frozen(record, source, corpus, corrections, at)
+        return
+    labels = manifest.origin.num_labeled or 0  # not stated: all
+    refit_encoder(record, source, corpus, corrections, labels, at, config)
+
+
 def learn_corrections(
     record: Record,
     corpus: str | Path,
@@ -328,7 +371,8 @@ def learn_corrections(
     corrections: "pd.DataFrame",
     config: ImproveConfig,
 ) -> Candidate:
-    """Retrain what `champion` is made of with the corrections and pack it. Raises `MissingError`.
+    """Retrain what `champion` is made of with the corrections and pack it. Of a stack, both members
+    learn; their weights stay. Raises `MissingError`.
 
     Args:
         record: Gets the folder `candidate`.
@@ -338,32 +382,33 @@ def learn_corrections(
         corrections: Columns text and label, an index into the classes.
         config: Of the training; a linear model takes its seed only.
     """
-    manifest, origin = verify(champion), verify(champion).origin
+    champion = Path(champion)
+    manifest = verify(champion)
     at, refitted = record.path / "candidate", record.path / "refitted"
     schema = load_schema(corpus)
+    stack = Stack.load(champion) if manifest.kind == "stack" else None
+    kinds = [m.kind for m in stack.members] if stack else [manifest.kind]
     at.mkdir()
-    if manifest.kind == "linear":
-        model = LinearText.load(champion)
-        refit_linear(model, corpus, corrections, config.seed).save(refitted)
-        facts = pack_linear(refitted, at, manifest.name, schema)
+    refitted.mkdir()
+    folders = [refitted / kind for kind in kinds]
+    for folder in folders:
+        part = champion / folder.name if stack else champion
+        refit_part(record, part, corpus, classifier, corrections, folder, config)
+    if stack:
+        facts = pack_stack(folders, at, stack, schema)
     else:
-        source = next((c for c in classifier if sha256_of(c) == origin.artifact), None)
-        if source is None:
-            raise MissingError(
-                f"The champion was made of the classifier {str(origin.artifact)[:12]}, and none of "
-                f"the {len(classifier)} given is that one. Run the stage bundle again."
-            )
-        from llmeco_nb.finetuning.frozen_classifier import is_frozen  # torch: not for linear
-
-        if is_frozen(source):
-            refit_frozen(record, source, corpus, corrections, refitted)
-        else:
-            labels = origin.num_labeled or 0  # not stated: all
-            refit_encoder(record, source, corpus, corrections, labels, refitted, config)
-        facts = pack_encoder(refitted, at, manifest.name, schema)
+        pack = pack_linear if manifest.kind == "linear" else pack_encoder
+        facts = pack(folders[0], at, manifest.name, schema)
+    if "onnx" in kinds:
         some = read_split(corpus, "validation").text.tolist()[:32]
-        packed = open_model(at, facts).scores(some)
-        same = parity(reference_scores(refitted, some, schema), packed, 1e-4, schema)
+        originals = [
+            LinearText.load(folder).outputs([schema.prepare(text) for text in some])
+            if folder.name == "linear"
+            else reference_scores(folder, some, schema)
+            for folder in folders
+        ]
+        original = stack.combine(originals, task_of(schema)) if stack else originals[0]
+        same = parity(original, open_model(at, facts).scores(some), 1e-4, schema)
         facts = replace(facts, parity=same)
     shutil.rmtree(refitted)
     return Candidate("learned from feedback", at, facts, corrections)

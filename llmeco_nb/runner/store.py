@@ -156,15 +156,17 @@ class Run:
 def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
     """What run.json holds of a run that has made nothing yet.
 
-    A later round takes its parent's overrides, and the database that its parent's feedback is in
-    ('' for feedback.sqlite beside the runs).
+    A later round takes its parent's overrides, its minutes and number of labels, and the database
+    that its parent's feedback is in ('' for feedback.sqlite beside the runs).
 
     Args:
         profile: Name of the profile, or the path of its folder.
         parent: The run of the round before; None for a first round.
     """
+    numbers = ("minutes", "num_labeled")
     return dict(
         profile=profile,
+        **{name: parent[name] for name in numbers if parent and name in parent.info},
         created=time.time(),
         parent=parent.path.name if parent else None,
         round=parent["round"] + 1 if parent else 1,
