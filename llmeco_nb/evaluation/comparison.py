@@ -26,7 +26,6 @@ from llmeco_nb.evaluation.comparison_table import (
     ModelKey,
     ModelRow,
     all_recipes,
-    left_out_text,
     read_predictions,
     summary_text,
     table_rows,
@@ -360,7 +359,7 @@ def evaluate_models(
     write_predictions(every, folder / "predictions.parquet")
     write_claims(folder / "claims.json", claims)
     table.save(folder)
-    said = summary_text(table) + left_out_text(plan.left_out, plan.least)
+    said = summary_text(table) + table.left_out_text()
     said = "\n".join([said.rstrip(), *excluded])
     write_json(record.path / "excluded.json", excluded)
     (record.path / "summary.txt").write_text(said.rstrip() + "\n", encoding="utf-8")

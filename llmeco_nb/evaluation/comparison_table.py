@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'ModelFacts', 'ReferenceComparison', 'ShownMetric',
            'ModelRow', 'TableRow', 'NumberRow', 'test_intervals', 'score_model', 'reference_comparison', 'table_rows',
-           'ModelKey', 'ComparisonTable', 'left_out_text', 'summary_text']
+           'ModelKey', 'ComparisonTable', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
 from collections.abc import Callable
@@ -543,6 +543,13 @@ class ComparisonTable:
         "Members and weights of the stack as a sentence, or why there is none."
         return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
 
+    def left_out_text(self) -> str:
+        "Which numbers of labels were too small to draw, as a sentence; empty where none was."
+        if not self.left_out:
+            return ""
+        numbers = ", ".join(f"{n:,}" for n in self.left_out)
+        return f"Numbers of labels left out, since training has {self.least:,} classes: {numbers}."
+
     def block(self, size: int) -> list[ModelRow]:
         "The rows at `size` labels, the best on test first."
         return sorted((r for r in self.rows if r.labels == size), key=lambda r: -r.quality())
@@ -563,19 +570,6 @@ class ComparisonTable:
             return cls(**(found | dict(best=ModelKey(**found["best"]), rows=rows)))
         except (KeyError, TypeError) as e:
             raise DataError(f"{folder} holds no comparison as it is written here: {e!r}.") from None
-
-
-def left_out_text(left_out: list[int], least: int) -> str:
-    """Which numbers of labels were too small to draw, as a sentence; empty where none was.
-
-    Args:
-        left_out: Numbers of labels that were too small to draw.
-        least: Labels that a subset needs, one for each class.
-    """
-    if not left_out:
-        return ""
-    numbers = ", ".join(f"{n:,}" for n in left_out)
-    return f"Numbers of labels left out, since training has {least:,} classes: {numbers}."
 
 
 def summary_text(table: ComparisonTable) -> str:
