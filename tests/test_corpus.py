@@ -24,7 +24,7 @@ from llmeco_nb.data.corpus import (
 )
 from llmeco_nb.data.corpus_rows import CorpusConfig
 from llmeco_nb.data.domains import read_domains
-from llmeco_nb.data.groups import content_groups, hash_texts, long_parts, index_runs, short_parts
+from llmeco_nb.data.groups import content_groups, hash_texts, index_runs, long_parts, short_parts
 from llmeco_nb.data.splits import (
     deal_groups,
     split_names,

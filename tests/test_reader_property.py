@@ -76,7 +76,8 @@ def delimited(frame: pd.DataFrame, how: dict, fault: str) -> str:
     cells = "".join(str(v) for v in frame.to_numpy().ravel())
     more = dict(sep=how["separator"], lineterminator=how["end"], quoting=how["quoting"])
     # the module csv quotes a line end only if it is its own, and pandas writes by it
-    if how["quoting"] == csv.QUOTE_MINIMAL and any(c in cells for c in "\r\n"):
+    foreign = set("\r\n") - set(how["end"])
+    if how["quoting"] == csv.QUOTE_MINIMAL and foreign & set(cells):
         more["quoting"] = csv.QUOTE_ALL
     if fault == "escape":
         more |= dict(doublequote=False, escapechar="\\", quoting=how["quoting"])

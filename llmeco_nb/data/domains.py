@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['documented_packages', 'packaged_domains', 'package_folder', 'docstrings', 'documented_files', 'technical',
            'bible_chapters', 'king_james', 'literature', 'read_decoded', 'news_files', 'news', 'reviews', 'peek_first',
-           'read_domains', 'domain_files', 'domains_revision', 'extra_sources_revision']
+           'read_domains', 'domain_files', 'domains_revision', 'extra_sources_revision', 'other_script',
+           'useful_domains']
 
 # %% ../../nbs/1_pretraining/10f_domains.ipynb #826639c5
 import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
 
 from ..core import MissingError, UsageError, sha256_of, sha256_text
+from .corpus import read_split
 from .delimited import ReadOptions
 from llmeco_nb.data.sources import (
     did_you_mean,
@@ -287,3 +289,33 @@ def extra_sources_revision(extra_sources: list[str]) -> str:
         return ""
     pairs = (each.partition("=") for each in extra_sources)
     return sha256_text("\n".join(f"{name} {content(source)}" for name, _, source in pairs))
+
+# %% ../../nbs/1_pretraining/10f_domains.ipynb #301d0913
+def other_script(texts: Iterable[str]) -> bool:
+    """Whether most letters of these texts are not those that English is written with.
+
+    Args:
+        texts: Such as those of a labelled corpus.
+    """
+    english = others = 0
+    for text in texts:
+        plain = sum(map(str.isalpha, text.encode("ascii", "ignore").decode()))
+        english += plain
+        others += sum(map(str.isalpha, text)) - plain
+    return others > english
+
+
+def useful_domains(domains: list[str], corpus: str | Path) -> tuple[list[str], list[str]]:
+    """The domains to read, and those to leave out: packaged English ones beside a corpus in another
+    script, which would fill its vocabulary and take its training time.
+
+    Args:
+        domains: Names of packaged domains, or corpus.
+        corpus: Folder of the labelled corpus; empty: all are read.
+    """
+    if not corpus or "corpus" not in domains:
+        return domains, []
+    if not other_script(read_split(corpus, "train").text.head(500)):
+        return domains, []
+    out = [d for d in domains if d in packaged_domains]
+    return [d for d in domains if d not in out], out

@@ -30,6 +30,7 @@ from llmeco_nb.evaluation.comparison_table import (
     summary_text,
     table_rows,
 )
+from .split_shift import split_shift
 from .stack_row import add_stack, stack_name
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
@@ -336,6 +337,8 @@ def evaluate_models(
     rows, claims = table_rows(every, schema, plan.compared, facts, config.seed)
     candidates = [r for r in rows if r.labels in plan.compared and r.on_validation is not None]
     best = max(candidates, key=lambda r: r.preference())
+    chosen = every[(every.model == best.model) & (every.num_labeled == best.labels)]
+    shift = split_shift(chosen, schema, len(candidates))
     table = ComparisonTable(
         classes=classes,
         train_items=plan.total,
@@ -348,6 +351,7 @@ def evaluate_models(
         best=ModelKey(best.model, best.labels),
         rows=rows,
         task=task.name,
+        shift=shift.to_json() if shift else None,
         no_stack=no_stack,
     )
     folder = record.artifact("table")

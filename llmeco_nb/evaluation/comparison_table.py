@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
+from .split_shift import SplitShift
 from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
@@ -510,6 +511,7 @@ class ComparisonTable:
         best: The best row on validation.
         rows: One for each model and number of labels.
         task: Name of the task.
+        shift: Validation against test of the best row, from `SplitShift`; None: not compared.
         no_stack: Why there is no stack; empty where there is one.
     """
 
@@ -524,6 +526,7 @@ class ComparisonTable:
     best: ModelKey
     rows: list[ModelRow]
     task: str = "text-classification"
+    shift: dict | None = None
     no_stack: str = ""
 
     @property
@@ -531,6 +534,10 @@ class ComparisonTable:
         "The row that is best on validation."
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
+
+    def shift_text(self) -> str:
+        "That validation and test differ by more than chance, as a sentence; empty where not."
+        return SplitShift(**self.shift).text(self.best_row.title) if self.shift else ""
 
     def stack_text(self) -> str:
         "Members and weights of the stack as a sentence, or why there is none."
@@ -588,6 +595,7 @@ def summary_text(table: ComparisonTable) -> str:
     digits = 1 if shown.unit else 3
     name = shown.title[0].upper() + shown.title[1:] + (f" in {shown.unit}" if shown.unit else "")
     title = f"{name} with 95 % interval, {table.test_items:,} test texts"
+    title = "\n".join(filter(None, [table.shift_text(), title]))
     head = " " * wide + "".join(f"{f'{s:,} labels':22}" for s in table.sizes)
     lines = [
         f"{name:{wide}}" + "".join(f"{cell(name, s):22}" for s in table.sizes) for name in names

@@ -18,7 +18,7 @@ class UnknownShare:
 
     Attributes:
         pieces: Of all pieces, those that are unknown.
-        characters: Of all characters but white space, those that an unknown piece stands for.
+        characters: Of all characters but white space, those that no known piece stands for.
         texts: Of the texts that have a piece, those that have no other.
     """
 
@@ -44,8 +44,8 @@ def cut_texts(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
     """Ids of each text's pieces, without special tokens, and where in it they stand.
 
     Args:
-        tokenizer: Of the library `tokenizers` or of transformers; one of transformers without the
-            library says no places: there each piece stands for one character.
+        tokenizer: Of the library `tokenizers` or of transformers. One of transformers without the
+            library says no places; there pieces share the text evenly.
         texts: One or more.
     """
     if not hasattr(tokenizer, "unk_token_id"):
@@ -60,9 +60,11 @@ def cut_texts(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tu
         return_offsets_mapping=places,
         verbose=False,
     )
-    ids = found["input_ids"]
-    plain = [[(i, i + 1) for i in range(len(row))] for row in ids]
-    return list(zip(ids, found["offset_mapping"] if places else plain))
+    ids = [list(row) for row in found["input_ids"]]
+    if places:
+        return list(zip(ids, found["offset_mapping"]))
+    evenly = lambda n, k: [(n * i // k, n * (i + 1) // k) for i in range(k)]
+    return [(row, evenly(len(text), len(row))) for row, text in zip(ids, texts)]
 
 
 def unknown_share(tokenizer: Any, texts: Iterable[str], max_texts: int = 1000) -> UnknownShare:
@@ -78,13 +80,17 @@ def unknown_share(tokenizer: Any, texts: Iterable[str], max_texts: int = 1000) -
         return UnknownShare()
     pieces = lost = characters = dark = cut = blank = 0
     for text, (ids, places) in zip(some, cut_texts(tokenizer, some)):
-        missed = [place for i, place in zip(ids, places) if i == unknown]
+        missed = ids.count(unknown)
         pieces += len(ids)
-        lost += len(missed)
-        characters += len("".join(text.split()))
-        dark += sum(len("".join(text[a:b].split())) for a, b in missed)
+        lost += missed
         cut += bool(ids)
-        blank += bool(ids) and len(missed) == len(ids)
+        blank += bool(ids) and missed == len(ids)
+        hidden = [not c.isspace() for c in text]
+        characters += sum(hidden)
+        for i, (a, b) in zip(ids, places):
+            if i != unknown:
+                hidden[a:b] = [False] * (b - a)
+        dark += sum(hidden)
     share = lambda part, whole: part / whole if whole else 0.0
     return UnknownShare(share(lost, pieces), share(dark, characters), share(blank, cut))
 
