@@ -256,7 +256,7 @@ class Pipeline:
         "Revision of each outside source that a parameter of `one` names."
         found, files = {}, {}
         for name in one.notebook.contract.get("sources", {}):
-            with hashed_files() as files[name]:
+            with hashed_files(self.store.seen) as files[name]:
                 found[name] = source_revision(one, name)
         self.source_files[one.name] = files
         return found

@@ -28,16 +28,16 @@ class Store:
     "Finished stages on disk, found by stage and key."
 
     def __init__(self, runs: Path):
-        self.runs, self.folder, self._seen_file = (
+        self.runs, self.folder, self.seen_file = (
             runs,
             runs / "store",
             runs / "store" / ".seen.json",
         )
         try:
-            self._seen = read_json(self._seen_file)
+            self.seen = read_json(self.seen_file)
         # only a cache: a damaged one is made again
         except (MissingError, DataError):
-            self._seen = {}
+            self.seen = {}
 
     def entry(self, stage: str, key: str) -> Path:
         """Where a stage's result of this key stands, or would stand: its folder in the store.
@@ -62,15 +62,15 @@ class Store:
         except FileNotFoundError:
             return "absent"
         sign, name = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino], str(path)
-        if self._seen.get(name, [None])[:-1] != sign:
-            self._seen[name] = [*sign, sha256_of(path)]
-        return self._seen[name][-1]
+        if self.seen.get(name, [None])[:-1] != sign:
+            self.seen[name] = [*sign, sha256_of(path)]
+        return self.seen[name][-1]
 
     def remember(self):
         "Keep the memory of hashes for the next runner."
-        self._seen = {k: v for k, v in self._seen.items() if Path(k).exists()}
+        self.seen = {k: v for k, v in self.seen.items() if Path(k).exists()}
         if self.folder.is_dir():
-            write_json(self._seen_file, self._seen)
+            write_json(self.seen_file, self.seen)
 
     def damage(self, entry: Path) -> list[str]:
         "What is wrong with a finished entry: names of files that are not what the manifest says."
