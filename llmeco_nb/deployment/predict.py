@@ -23,6 +23,7 @@ from llmeco_nb.core import (
     sha256_text,
     write_json,
 )
+from ..data.delimited import ReadOptions
 from ..data.readers import read_frame
 from ..data.sources import revision
 from ..data.tables import as_text, column_values, is_blank
@@ -48,6 +49,7 @@ class PredictOptions:
         all_scores: Whether every class gets a column with its probability.
         chunk: Rows that are answered and kept together, at least 1.
         replace: Whether an output that is there already is written over.
+        reading: What the table does not say of itself.
     """
 
     text_column: str = "text"
@@ -55,6 +57,7 @@ class PredictOptions:
     all_scores: bool = False
     chunk: int = 1000
     replace: bool = False
+    reading: ReadOptions = ReadOptions()
 
 
 @dataclass(frozen=True)
@@ -228,17 +231,14 @@ def predict_table(
     check_output(output, options.replace)
     if options.chunk < 1:
         raise UsageError(f"chunk is {options.chunk}; a chunk has at least one row.")
-    frame, _, tabular = read_frame(source)
+    frame, _, tabular = read_frame(source, options=options.reading)
     column = options.text_column if tabular else "text"
     values = column_values(frame, str(source), "text", column)
     texts = [None if is_blank(v) or not as_text(v).strip() else as_text(v) for v in values]
     added = new_columns(frame, predictor, options)
-    asked = dict(
-        digest=predictor.digest,
-        revision=revision(source),
-        texts=sha256_text("\0".join(t or "" for t in texts)),
-        **{k: v for k, v in asdict(options).items() if k != "replace"},
-    )
+    settings = {k: v for k, v in asdict(options).items() if k not in ("replace", "reading")}
+    content = sha256_text("\0".join(t or "" for t in texts))
+    asked = dict(digest=predictor.digest, revision=revision(source), texts=content, **settings)
     folder = output.with_name(f"{output.name}.partial")
     with lock(output.with_name(f".{output.name}.lock")):
         first = kept_answers(folder, asked)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'ModelFacts', 'ReferenceComparison', 'ShownMetric',
            'ModelRow', 'TableRow', 'NumberRow', 'test_intervals', 'score_model', 'reference_comparison', 'table_rows',
-           'ModelKey', 'ComparisonTable', 'left_out_text', 'summary_text']
+           'ModelKey', 'ComparisonTable', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
 from collections.abc import Callable
@@ -388,10 +388,8 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
     model = part.model.iloc[0]
     validation = part[part.split == "validation"]
     main = task.selection.metric
-    on_validation = None
-    if len(validation):
-        columns = validation.target.to_numpy(), validation.prediction.to_numpy()
-        on_validation = float(task.report(*columns, schema)[main])
+    columns = validation.target.to_numpy(), validation.prediction.to_numpy()
+    on_validation = float(task.report(*columns, schema)[main]) if len(validation) else None
     return row_types[schema.task](
         model=model,
         title=facts.title or (all_recipes[model].title if model in all_recipes else model),
@@ -510,6 +508,7 @@ class ComparisonTable:
         best: The best row on validation.
         rows: One for each model and number of labels.
         task: Name of the task.
+        shift: Validation against test of the best row, from `SplitShift`; None: not compared.
         no_stack: Why there is no stack; empty where there is one.
     """
 
@@ -524,6 +523,7 @@ class ComparisonTable:
     best: ModelKey
     rows: list[ModelRow]
     task: str = "text-classification"
+    shift: dict | None = None
     no_stack: str = ""
 
     @property
@@ -535,6 +535,13 @@ class ComparisonTable:
     def stack_text(self) -> str:
         "Members and weights of the stack as a sentence, or why there is none."
         return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
+
+    def left_out_text(self) -> str:
+        "Which numbers of labels were too small to draw, as a sentence; empty where none was."
+        if not self.left_out:
+            return ""
+        numbers = ", ".join(f"{n:,}" for n in self.left_out)
+        return f"Numbers of labels left out, since training has {self.least:,} classes: {numbers}."
 
     def block(self, size: int) -> list[ModelRow]:
         "The rows at `size` labels, the best on test first."
@@ -556,19 +563,6 @@ class ComparisonTable:
             return cls(**(found | dict(best=ModelKey(**found["best"]), rows=rows)))
         except (KeyError, TypeError) as e:
             raise DataError(f"{folder} holds no comparison as it is written here: {e!r}.") from None
-
-
-def left_out_text(left_out: list[int], least: int) -> str:
-    """Which numbers of labels were too small to draw, as a sentence; empty where none was.
-
-    Args:
-        left_out: Numbers of labels that were too small to draw.
-        least: Labels that a subset needs, one for each class.
-    """
-    if not left_out:
-        return ""
-    numbers = ", ".join(f"{n:,}" for n in left_out)
-    return f"Numbers of labels left out, since training has {least:,} classes: {numbers}."
 
 
 def summary_text(table: ComparisonTable) -> str:

@@ -1,0 +1,71 @@
+"A classifier from lists of texts and labels: README's lines, what it holds, and what it refuses."
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmeco_nb.core import DataError, UsageError
+from llmeco_nb.data.corpus import label_names, read_split, small_corpus
+from llmeco_nb.deployment.estimator import TextClassifier
+from llmeco_nb.finetuning.checkpoints import small_random_encoder
+
+root = Path(__file__).parent.parent
+
+
+def lists(split: str) -> tuple[list[str], list[str]]:
+    "Texts and class names of a split of the small corpus."
+    rows, names = read_split(small_corpus(), split), label_names(small_corpus())
+    return rows.text.tolist(), [names[i] for i in rows.label]
+
+
+def test_the_lines_of_readme_run(tmp_path, monkeypatch, capsys):
+    shown = (root / "README.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", shown, re.S) if "fit(" in b)
+    monkeypatch.chdir(tmp_path)
+    texts, labels = lists("train")
+    unseen_texts, unseen_labels = lists("test")
+    scope = dict(texts=texts, labels=labels, unseen_texts=unseen_texts, unseen_labels=unseen_labels)
+    exec(block, scope)  # what README shows
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] in ("['negative']", "['positive']")
+    assert re.fullmatch(
+        rf"accuracy [\d.]+ % \[[\d., ]+\], macro-F1 .*, {len(unseen_texts)} texts", said[1]
+    )
+    again = TextClassifier.load(tmp_path / "bundle")
+    assert again.predict(unseen_texts) == scope["model"].predict(unseen_texts)
+    assert len([line for line in block.splitlines() if line]) <= 6  # a handful, as it says
+
+
+def test_an_encoder_joins_the_comparison():
+    texts, labels = lists("train")
+    model = TextClassifier(encoder=str(small_random_encoder(small_corpus()))).fit(texts, labels)
+    assert "frozen" in model.report
+    p = model.predict_proba(texts[:5])
+    assert p.shape == (5, 2) and np.allclose(p.sum(1), 1, atol=1e-5)
+
+
+def test_numbers_as_classes_and_missing_values():
+    texts, labels = lists("train")
+    numbers = [i + 7 for i in (np.array(labels) == "positive").astype(int)]
+    model = TextClassifier().fit([*texts, None, "fine"], [*numbers, 7, None])
+    assert model.classes == ["7", "8"] and set(model.predict(texts)) == {"7", "8"}
+    assert model.evaluate(texts, numbers).items == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "said"),
+    [
+        (lambda m: m.predict(["x"]), UsageError, "fit, or load"),
+        (lambda m: m.save("anywhere"), UsageError, "fit, or load"),
+        (lambda m: m.report, UsageError, "no comparison"),
+        (lambda m: m.fit("a text", ["x"]), UsageError, "as many labels"),
+        (lambda m: m.fit(["a", "b"], ["x"]), UsageError, "2 texts"),
+        (lambda m: m.fit(["a", "b"], ["x", "x"]), DataError, "x"),
+        (lambda m: m.fit([], []), DataError, "no usable row"),
+    ],
+)
+def test_refusals(work, kind, said):
+    with pytest.raises(kind, match=said):
+        work(TextClassifier())
