@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'run_numbers',
            'prepare_run', 'run', 'chosen_stages', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune',
-           'report', 'InspectOptions', 'inspect', 'serve', 'predict', 'docs', 'outputs', 'main']
+           'report', 'serve', 'predict', 'docs', 'outputs', 'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from llmeco_nb.core import (
     format_duration,
     runs_dir,
 )
+from .data.inspect_command import InspectOptions, inspect
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from llmeco_nb.runner.stages import (
@@ -43,7 +43,6 @@ from .runner.store import link
 from llmeco_nb.terminal import (
     Command,
     app,
-    argument,
     command,
     exit_with,
     option,
@@ -419,53 +418,7 @@ def report(o: ReportOptions):
         typer.echo(f"Kept: {os.path.relpath(keep_run(pipe))}")
 
 # %% ../nbs/0_ground/01c_cli.ipynb #8ec26590
-@dataclass(frozen=True)
-class InspectOptions:
-    "What `llmeco inspect` is told."
-
-    source: str = argument("FILE", "A file, a folder, a URL, hf:org/name or a short name.")
-    text: str = option("", "--text", "The texts' column (default: guessed).", "COLUMN")
-    label: Optional[str] = option(
-        None, "--label", "The classes' column (default: guessed).", "COLUMN"
-    )
-    test: str = option("", "--test", "An official test set to compare with.", "FILE")
-    separator: str = option("", "--separator", "The sign between two cells (default: found).")
-    encoding: str = option("", "--encoding", "Of the files (default: UTF-8, or by its mark).")
-    nulls: str = option("", "--nulls", "Words that mean a missing value.", "WORD,WORD")
-    as_json: bool = option(False, "--json", "Print all of it as JSON, for programs.")
-
-
-@command(InspectOptions)
-def inspect(o: InspectOptions):
-    """Look at a table before anything is trained: what it is, what to ask, and the line to type.
-
-    Args:
-        o: What was typed: the file, its columns, how it is read.
-    """
-    from llmeco_nb.core import read_json
-    from llmeco_nb.data.delimited import ReadOptions
-    from llmeco_nb.data.inspect_table import InspectConfig, inspect_table
-    from llmeco_nb.data.inspect_text import ProgressLine, inspection_json, inspection_text
-
-    known = runs_dir() / "machine.json"
-    config = InspectConfig(
-        text_column=o.text,
-        label_column=o.label,
-        test_source=o.test,
-        options=ReadOptions(
-            separator=o.separator,
-            encoding=o.encoding,
-            nulls=tuple(filter(None, o.nulls.split(","))),
-        ),
-        gflops=read_json(known).get("bf16_gflops") if known.is_file() else None,
-    )
-    told = ProgressLine()
-    try:
-        found = inspect_table(o.source, config, told)
-    finally:
-        told.clear()
-    width = min(100, max(80, shutil.get_terminal_size((96, 24)).columns))
-    typer.echo(inspection_json(found) if o.as_json else inspection_text(found, width))
+command(InspectOptions)(inspect)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f
 @app.command(cls=Command)

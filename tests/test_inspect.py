@@ -454,7 +454,7 @@ def test_a_text_or_name_that_no_server_takes_is_refused_by_the_first_stage(tmp_p
 
 
 def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
-    "Table, corpus, linear model, bundle, answer: with the longest name and texts over 20,000 signs."
+    "Table, corpus, linear model, bundle, answer: the longest name, texts of over 20,000 signs."
     pytest.importorskip("fastapi")
     from fastapi.testclient import TestClient
 

@@ -9,7 +9,7 @@ __all__ = ['most_values', 'date_text', 'name_words', 'split_values', 'ColumnCoun
 
 # %% ../../nbs/1_pretraining/10o_table_profile.ipynb #d65c3729
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..core import DataError
@@ -290,7 +290,9 @@ def check_told(told: str, names: Sequence[str], source: str, role: str) -> None:
         raise DataError(f"{source} has two columns named `{told}`. Rename one.")
 
 
-def best(counts: Sequence[ColumnCounts], score) -> ColumnCounts | None:
+def best(
+    counts: Sequence[ColumnCounts], score: Callable[[ColumnCounts], float]
+) -> ColumnCounts | None:
     """The column with the highest score above 0, the first of several; None where there is none.
 
     Args:
