@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
-from .split_shift import SplitShift
 from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
@@ -389,10 +388,8 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
     model = part.model.iloc[0]
     validation = part[part.split == "validation"]
     main = task.selection.metric
-    on_validation = None
-    if len(validation):
-        columns = validation.target.to_numpy(), validation.prediction.to_numpy()
-        on_validation = float(task.report(*columns, schema)[main])
+    columns = validation.target.to_numpy(), validation.prediction.to_numpy()
+    on_validation = float(task.report(*columns, schema)[main]) if len(validation) else None
     return row_types[schema.task](
         model=model,
         title=facts.title or (all_recipes[model].title if model in all_recipes else model),
@@ -535,10 +532,6 @@ class ComparisonTable:
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
 
-    def shift_text(self) -> str:
-        "That validation and test differ by more than chance, as a sentence; empty where not."
-        return SplitShift(**self.shift).text(self.best_row.title) if self.shift else ""
-
     def stack_text(self) -> str:
         "Members and weights of the stack as a sentence, or why there is none."
         return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
@@ -595,7 +588,6 @@ def summary_text(table: ComparisonTable) -> str:
     digits = 1 if shown.unit else 3
     name = shown.title[0].upper() + shown.title[1:] + (f" in {shown.unit}" if shown.unit else "")
     title = f"{name} with 95 % interval, {table.test_items:,} test texts"
-    title = "\n".join(filter(None, [table.shift_text(), title]))
     head = " " * wide + "".join(f"{f'{s:,} labels':22}" for s in table.sizes)
     lines = [
         f"{name:{wide}}" + "".join(f"{cell(name, s):22}" for s in table.sizes) for name in names
