@@ -103,11 +103,7 @@ def fsync_folder(path: Path):
 
 
 def fsync_tree(folder: Path):
-    """Push a folder with all it holds to the disk: what a folder holds first, then the folder.
-
-    Args:
-        folder: An existing folder.
-    """
+    "Push an existing `folder` to the disk: what a folder holds first, then the folder."
     for f in sorted(folder.rglob("*"), reverse=True):  # what is in `a` comes before `a`
         if f.is_dir() and not f.is_symlink():
             fsync_folder(f)
@@ -167,7 +163,7 @@ def read_json(path: str | Path):
         raise DataError(f"{path} is not JSON: {e}. Remove it and run again.") from None
 
 # %% ../nbs/0_ground/00_core.ipynb #2d164e10
-_hashed: ContextVar[dict[str, tuple[int, ...]] | None] = ContextVar("hashed", default=None)
+_hashed: ContextVar = ContextVar("hashed", default=None)  # what `hashed_files` gave, and its memory
 
 
 def file_sign(path: str | Path) -> tuple[int, ...]:
@@ -181,11 +177,12 @@ def file_sign(path: str | Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def hashed_files() -> Iterator[dict[str, tuple[int, ...]]]:
-    """A context manager that gives the files which `sha256_of` reads in its `with` block, each with
-    its `file_sign` from before it was read."""
+def hashed_files(memory: dict[str, list] | None = None) -> Iterator[dict[str, tuple[int, ...]]]:
+    """A context manager that gives the files which `sha256_of` hashes in its `with` block, each
+    with its `file_sign` from before. A file whose sign is in `memory`, path -> sign and hash, is not
+    read again."""
     found: dict[str, tuple[int, ...]] = {}
-    token = _hashed.set(found)
+    token = _hashed.set((found, {} if memory is None else memory))
     try:
         yield found
     finally:
@@ -196,17 +193,23 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs.
 
     Raises `MissingError`."""
-    path, seen = Path(path), _hashed.get()
+    path, noting = Path(path), _hashed.get()
     if path.is_dir():
         files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
         return sha256_text("\n".join(f"{f} {sha256_of(path / f)}" for f in files))
     try:
+        if noting:
+            name, (found, memory) = str(path.absolute()), noting
+            found[name] = sign = file_sign(path)
+            if name in memory and memory[name][:-1] == [*sign]:
+                return memory[name][-1]
         with open(path, "rb") as f:
-            if seen is not None:
-                seen[str(path.absolute())] = file_sign(path)
-            return hashlib.file_digest(f, "sha256").hexdigest()
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
     except FileNotFoundError:
         raise MissingError(f"{path} is not there.") from None
+    if noting:
+        memory[name] = [*sign, digest]
+    return digest
 
 
 def sha256_text(text: str) -> str:

@@ -31,7 +31,6 @@ from llmeco_nb.deployment.loading import newest_bundle
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.refusals import limits
 from llmeco_nb.deployment.server import listen, make_app
-from llmeco_nb.interaction.client import server_script
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
@@ -318,6 +317,13 @@ def test_an_overloaded_server_says_when(bundle, tmp_path):
 # -- as a process
 
 
+# the command, in a process that ends when the test does
+SERVE = (
+    "import sys; from llmeco_nb.runner.kernel import die_with_parent; "
+    "die_with_parent(int(sys.argv.pop(1))); from llmeco_nb.cli import main; main()"
+)
+
+
 class Process:
     "`llmeco serve` in a process; `address` once it answers."
 
@@ -326,7 +332,7 @@ class Process:
             [
                 sys.executable,
                 "-c",
-                server_script,
+                SERVE,
                 str(os.getpid()),
                 "serve",
                 "--bundle",
@@ -365,6 +371,11 @@ def test_the_printed_line_works_and_ctrl_c_ends_politely(bundle, tmp_path):
             done.stdout + done.stderr
         )
     code, out, err = p.end(signal.SIGINT)
+    assert code == 0 and out.rstrip().endswith("Stopped.") and "Traceback" not in err
+
+
+def test_sigterm_ends_politely(bundle, tmp_path):
+    code, out, err = Process(bundle, tmp_path / "f.sqlite").end(signal.SIGTERM)
     assert code == 0 and out.rstrip().endswith("Stopped.") and "Traceback" not in err
 
 

@@ -241,6 +241,7 @@ def test_what_a_user_has_set_up_for_kernels_changes_nothing(project):
     spec = dict(argv=argv, display_name="mine", language="python")
     (kernel / "kernel.json").write_text(json.dumps(spec))
     theirs = dict(HOME=str(home), PYTHONSTARTUP=str(home / "startup.py"))
+    theirs["JUPYTER_PREFER_ENV_PATH"] = "no"  # as where no virtual environment is used
     assert {state for state, _ in project.why().values()} == {"current"}
     words = ("run", "--profile", "toy", "--only", "make", "--force")
     code, out, err = project.llmeco(*words, **theirs)

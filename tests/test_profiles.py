@@ -42,7 +42,7 @@ def smoke_size(profile: str) -> dict[str, dict]:
 def test_a_profile_says_only_what_its_stages_take(profile):
     "Names, values, and each stage's config as a whole."
     instances, spec = read_profile(registry, profile)
-    assert spec.pop("about") and set(spec) <= {"snapshots"}
+    assert spec.pop("about") and set(spec) <= {"snapshots", "budget"}
     files = {f.stem for f in (registry.nbs / "profiles" / profile).glob("*.yaml")} - {"pipeline"}
     assert files <= {name for one in instances for name in (one.name, one.stage)}
     for one in instances:
@@ -152,7 +152,9 @@ def test_regression(tmp_path, monkeypatch, rated):
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
     given = dict(
         data=dict(source=str(rated), target_column="stars", max_rows=None),
-        finetune=dict(num_labeled=100, max_length=24, epochs=1, num_evals=1, device="cpu"),
+        finetune=dict(
+            num_labeled=100, max_length=24, epochs=1, min_steps=0, num_evals=1, device="cpu"
+        ),
         evaluate=dict(num_labeled=[100, 0], learning_curve=[50]),
     )
     made = live("regression", tmp_path / "store", given)
@@ -166,7 +168,12 @@ def test_regression(tmp_path, monkeypatch, rated):
     assert error == pytest.approx(verify(bundle).metrics["test"]["mae"], abs=1e-3)
 
 
-RING = dict(pretrain=FEW_STEPS | dict(device="cpu"), finetune=dict(device="cpu"))
+RING = dict(
+    pretrain=FEW_STEPS | dict(device="cpu"),
+    frozen=dict(device="cpu"),
+    race=dict(device="cpu", num_labeled=32, max_length=24, epochs=1, eval_examples=20),
+    finetune=dict(device="cpu", min_steps=0),
+)
 
 
 def ring_size(profile: str, **more) -> dict[str, dict]:
@@ -194,8 +201,8 @@ def test_gpu_ring_on_the_cpu(tmp_path, monkeypatch):
 def test_gpu_ring_on_the_gpu(tmp_path, monkeypatch):
     "Pretraining and fine-tuning of the profile on the device it names."
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
-    given = ring_size("gpu", pretrain=FEW_STEPS, finetune={})
-    only = {"data", "prose", "tokenizer", "pretrain", "finetune@own"}
+    given = ring_size("gpu", pretrain=FEW_STEPS, finetune={}, race=dict(num_labeled=32))
+    only = {"data", "prose", "tokenizer", "pretrain", "race", "finetune@own"}
     made = live("gpu", tmp_path / "store", given, only)
     assert read_json(made["pretrain"] / "metrics.json")["steps"] == 6
     assert (made["finetune@own"] / "predictions").exists()
@@ -217,7 +224,7 @@ def test_cluster_in_two_processes(tmp_path, monkeypatch):
     given = ring_size("cluster")
     for stage in ("pretrain", "finetune"):
         given[stage]["nproc"] = 2
-    only = {"data", "prose", "tokenizer", "pretrain", "finetune@own"}
+    only = {"data", "prose", "tokenizer", "pretrain", "race", "finetune@own"}
     made = live("cluster", tmp_path / "store", given, only)
     assert read_json(made["pretrain"] / "metrics.json")["steps"] == 6
     # the saved weights are those that predicted: in another precision the scores move, no more

@@ -184,6 +184,68 @@ def test_classes_that_are_called_as_splits_are(tmp_path):
     assert table.attrs["labels"] == ["dev", "sales", "test"] and "split" not in table
 
 
+def test_an_archive_of_one_table(tmp_path):
+    "It is read by the ending of the file in it, whatever the archive is called."
+    import zipfile
+
+    from llmeco_nb.data.stream import stream_texts
+
+    file = tmp_path / "archive.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("folder/reviews.tsv", "text\tlabel\nfine\tgood\npoor\tbad\n")
+        archive.writestr("__MACOSX/folder/._reviews.tsv", "x")
+    assert content(read_table(file)) == [("fine", 1), ("poor", 0)]
+    assert list(stream_texts(file)) == ["fine", "poor"]
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("more.csv", "text,label\n")
+    with pytest.raises(UsageError, match="archive.zip ends in .zip"):
+        read_table(file)
+
+
+def test_columns_of_parquet(tmp_path):
+    "Dictionaries and pandas' index are read; lists, bytes and a name given twice are refused."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from llmeco_nb.data.stream import stream_texts
+
+    file, label = tmp_path / "a.parquet", pa.array(["x", "y", "x"]).dictionary_encode()
+
+    def texts(column, **more):
+        pq.write_table(pa.table({"text": column, "label": label, **more}), file)
+        table = read_table(file)
+        assert [t for t in stream_texts(file) if t] == table.text.tolist()
+        return content(table)
+
+    assert texts(pa.array(["a", "b", None]).dictionary_encode()) == [("a", 0), ("b", 1)]
+    assert texts(pa.array([7, 10043, None])) == [("7", 0), ("10043", 1)]
+    pd.DataFrame({"text": ["a", "b"], "label": ["x", "y"]}).set_index("text").to_parquet(file)
+    assert content(read_table(file)) == [("a", 0), ("b", 1)]
+    assert list(stream_texts(file)) == ["a", "b"]
+    for column, shown in ([["a"], ["b"], []], r"\['a'\]"), ([b"a", b"b", b"c"], "b'a'"):
+        with pytest.raises(DataError, match=f"`text` of .*a.parquet holds such values as {shown}"):
+            texts(pa.array(column))
+        with pytest.raises(DataError, match=f"`text` of .*a.parquet holds such values as {shown}"):
+            list(stream_texts(file))
+    twice = pa.table([pa.array(["a", "b"])] * 3, names=["text", "label", "text"])
+    pq.write_table(twice, file)
+    for read in (read_table, lambda f: list(stream_texts(f))):
+        with pytest.raises(DataError, match="two columns named `text`"):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    "said", ["not json", "[1]", '{"info": {"features": {"label": {"names": 5}}}}']
+)
+def test_metadata_that_are_no_declaration(tmp_path, said):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": said}), tmp_path / "a.parquet")
+    assert content(read_table(tmp_path / "a.parquet")) == [("a", 0), ("b", 1)]
+
+
 def test_null_words(tmp_path):
     "In every kind of table, for text and label, and in a stream."
     from llmeco_nb.data.stream import stream_texts
@@ -784,6 +846,14 @@ mistakes = {
         DataError,
         "a.jsonl, line 1: .*the key 'text' stands twice",
     ),
+    "half a character": (
+        "a.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "cut \\ud83d", "label": 0}\n',
+        {},
+        DataError,
+        "a.jsonl, line 2: .*half of a character",
+    ),
+    "a number beyond all": ("a.jsonl", '{"text": 1e400}', {}, DataError, "1e400 is too large"),
     "an escaped quotation mark": (
         "a.csv",
         'text,label\nsay \\"no\\",1\n',

@@ -73,8 +73,8 @@ def has_bare_escape(written: str, row: list[str], separator: str) -> bool:
 
 
 def delimited_rows(lines: Iterable[str], name: str, dialect: Dialect) -> Iterator[list[str]]:
-    """The rows of a delimited text, header first; blank lines are left out. Raises `DataError`
-    naming the first line that does not fit the header.
+    """The rows of a delimited text, header first; blank lines are left out, and spaces around the
+    names in the header. Raises `DataError` naming the first line that does not fit the header.
 
     Args:
         lines: Each with its end, such as a file opened with `newline=""`.
@@ -105,7 +105,8 @@ def delimited_rows(lines: Iterable[str], name: str, dialect: Dialect) -> Iterato
             taken.clear()
             if not row:
                 continue
-            header = header or row
+            if header is None:  # a mark may stand there twice, and a space behind a separator
+                header = row = [cell.lstrip("\ufeff").strip() for cell in row]
             if len(row) != len(header):
                 raise DataError(
                     f"{where()}: {len(row)} columns "

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['table_endings', 'text_endings', 'packing_endings', 'split_words', 'split_ending', 'FolderFile', 'FolderListing',
-           'split_of', 'shown', 'texts_in', 'classified_texts', 'used_files', 'list_folder', 'skipped_text']
+           'split_of', 'shown', 'texts_in', 'classified_texts', 'split_tables', 'used_files', 'list_folder',
+           'skipped_text']
 
 # %% ../../nbs/0_ground/04m_folders.ipynb #9b5f9180
 import re
@@ -129,6 +130,20 @@ def classified_texts(folder: Path, split: str | None = None) -> list[FolderFile]
     return found or [FolderFile(f, None, split) for f in texts_in(folder)]
 
 
+def split_tables(folder: Path) -> list[FolderFile]:
+    """The tables of a folder whose names say a split.
+
+    Args:
+        folder: As in `shown`.
+    """
+    named = ((f, split_ending(f.name)) for f in shown(folder) if f.is_file())
+    return [
+        FolderFile(f, None, split_of(stem))
+        for f, (stem, ending, _) in named
+        if ending in table_endings and split_of(stem)
+    ]
+
+
 def used_files(folder: Path) -> FolderListing:
     """The files of a folder that are read, by the layout that it has.
 
@@ -144,12 +159,9 @@ def used_files(folder: Path) -> FolderListing:
         return FolderListing(texts=[f for files in parts.values() for f in files])
     texts = classified_texts(folder)
     classes = {f.label for f in texts} - {None}
-    named = ((f, split_ending(f.name)) for f in shown(folder) if f.is_file())
-    tables = [
-        FolderFile(f, None, split_of(stem))
-        for f, (stem, ending, _) in named
-        if ending in table_endings and split_of(stem)
-    ]
+    tables = split_tables(folder)
+    if not tables and (folder / "data").is_dir():  # where a copy of a hub data set has them
+        tables = split_tables(folder / "data")
     if tables and len(classes) < 2:
         return FolderListing(tables=tables)
     if classes and any(f.split for f in texts):  # beside texts without a label the others train

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['short_names', 'citations', 'file_extensions', 'did_you_mean', 'source_name', 'source_kind', 'local_path',
-           'packaged_reviews', 'HubSource', 'parse_hub', 'file_ending', 'hub_commit', 'pin_model', 'pretrained',
-           'translate_read_errors', 'remote_filesystem', 'fetch', 'revision']
+           'packaged_reviews', 'HubSource', 'parse_hub', 'ending_in_zip', 'file_ending', 'hub_commit', 'pin_model',
+           'pretrained', 'translate_read_errors', 'remote_filesystem', 'fetch', 'revision']
 
 # %% ../../nbs/0_ground/04_sources.ipynb #2efe6a95
 import difflib
@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,15 +168,32 @@ def parse_hub(source: str) -> HubSource:
     return HubSource(m[1], m[2] or "", extra.get("split", ""), extra.get("config", ""))
 
 # %% ../../nbs/0_ground/04_sources.ipynb #1c642120
+def ending_in_zip(path: Path) -> str:
+    """The ending of the one file in a zip archive; empty where there are more, or it is none.
+
+    Args:
+        path: Of the archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [f.filename for f in archive.infolist() if not f.is_dir()]
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    names = [name for name in names if not name.startswith("__MACOSX/")]
+    return split_ending(Path(names[0]).name)[1] if len(names) == 1 else ""
+
+
 def file_ending(source: str) -> tuple[str, str]:
-    """The ending of a source, and that of its packing or "". Raises `UsageError` for an ending of
-    which nothing is known.
+    """The ending of a source, and that of its packing or "". For a local `.zip` it is that of the
+    one file in it. Raises `UsageError` for an ending of which nothing is known.
 
     Args:
         source: Path or URL of a file.
     """
     path = Path(urlsplit(source).path if "://" in source else source)
     _, ending, packing = split_ending(path.name)
+    if packing == ".zip" and not ending and source_kind(source) == "file":
+        ending = ending_in_zip(local_path(source))
     if ending not in file_extensions:
         raise UsageError(
             f"{source} ends in {ending or packing or 'nothing'}; "

@@ -207,7 +207,8 @@ def add_mean_layer(model, gain: float = 8.0):
             "pooling is mean, and that layer is written for encoders built like BERT; this is "
             f"{type(model).__name__}. Take pooling=cls."
         )
-    new = copy.deepcopy(layers[-1])
+    # one config for all layers: by it a faster attention is chosen
+    new = copy.deepcopy(layers[-1], {id(model.config): model.config})
     attention, width = new.attention, model.config.hidden_size
     with torch.no_grad():
         for part, weight in (

@@ -55,7 +55,7 @@ def predict_proba(
     model: "PreTrainedModel",
     rows: list[list[int]],
     pad: int,
-    batch: int = 32,
+    batch: int | None = None,
     record: Record | None = None,
 ) -> np.ndarray:
     """Class probabilities, float32 of shape (texts, classes), in the order given.
@@ -64,7 +64,7 @@ def predict_proba(
         model: A sequence classifier of transformers; left in eval mode.
         rows: Token ids of each text.
         pad: Id of the padding token.
-        batch: Texts of a forward pass.
+        batch: Texts of a forward pass; None: as many as `predict_outputs` takes.
         record: Whose progress is told.
     """
     return predict_outputs(model, rows, pad, lambda logits: logits.softmax(-1), batch, record)

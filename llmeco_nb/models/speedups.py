@@ -90,7 +90,9 @@ def _attend(module, query, key, value, attention_mask, always: bool, **more):
     if causal is None:
         causal = getattr(module, "is_causal", False)
     added = attention_mask is not None and attention_mask.dtype != torch.bool
+    # without a gradient the weights need not be kept, and torch's kernel never writes them down
     slower = query.dtype != torch.bfloat16 or key.shape[2] > EAGER_MAX_LENGTH
+    slower = slower or not torch.is_grad_enabled()
     grouped = key.shape[1] != query.shape[1]
     elsewhere = query.device.type != "cpu"
     if (slower and not always) or more.get("dropout") or causal or added or elsewhere or grouped:
@@ -131,8 +133,8 @@ def auto_attention(
     attention_mask: torch.Tensor | None,
     **more,
 ) -> tuple[torch.Tensor, None]:
-    """`eager_attention` in bfloat16 and for rows of up to `EAGER_MAX_LENGTH` tokens, else torch's
-    attention.
+    """`eager_attention` in bfloat16, for rows of up to `EAGER_MAX_LENGTH` tokens and where there is
+    a gradient to compute, else torch's attention.
 
     Args:
         module: The attention layer of transformers.

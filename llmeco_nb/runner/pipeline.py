@@ -21,6 +21,7 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from ..locks import lock
+from .budget import set_budget
 from .identity import differences, key_of, show_parts, work_parts
 from .kernel import json_or
 from .overrides import select_instances, set_parameters, set_stored, source_revision
@@ -177,6 +178,7 @@ class Pipeline:
         self.instances, self.spec = read_profile(registry, run["profile"])
         self.by_name = {o.name: o for o in self.instances}
         self.store = Store(run.path.parent)
+        self.minutes = set_budget(self.instances, self.spec, run.info, run["profile"])
         # instance -> source parameter -> the files that its revision was made of, with their signs
         self.source_files: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
         set_stored(self.instances, run["overrides"], run.path / "run.json", run["profile"])
@@ -254,7 +256,7 @@ class Pipeline:
         "Revision of each outside source that a parameter of `one` names."
         found, files = {}, {}
         for name in one.notebook.contract.get("sources", {}):
-            with hashed_files() as files[name]:
+            with hashed_files(self.store.seen) as files[name]:
                 found[name] = source_revision(one, name)
         self.source_files[one.name] = files
         return found

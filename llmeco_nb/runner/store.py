@@ -28,16 +28,16 @@ class Store:
     "Finished stages on disk, found by stage and key."
 
     def __init__(self, runs: Path):
-        self.runs, self.folder, self._seen_file = (
+        self.runs, self.folder, self.seen_file = (
             runs,
             runs / "store",
             runs / "store" / ".seen.json",
         )
         try:
-            self._seen = read_json(self._seen_file)
+            self.seen = read_json(self.seen_file)
         # only a cache: a damaged one is made again
         except (MissingError, DataError):
-            self._seen = {}
+            self.seen = {}
 
     def entry(self, stage: str, key: str) -> Path:
         """Where a stage's result of this key stands, or would stand: its folder in the store.
@@ -62,15 +62,15 @@ class Store:
         except FileNotFoundError:
             return "absent"
         sign, name = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino], str(path)
-        if self._seen.get(name, [None])[:-1] != sign:
-            self._seen[name] = [*sign, sha256_of(path)]
-        return self._seen[name][-1]
+        if self.seen.get(name, [None])[:-1] != sign:
+            self.seen[name] = [*sign, sha256_of(path)]
+        return self.seen[name][-1]
 
     def remember(self):
         "Keep the memory of hashes for the next runner."
-        self._seen = {k: v for k, v in self._seen.items() if Path(k).exists()}
+        self.seen = {k: v for k, v in self.seen.items() if Path(k).exists()}
         if self.folder.is_dir():
-            write_json(self._seen_file, self._seen)
+            write_json(self.seen_file, self.seen)
 
     def damage(self, entry: Path) -> list[str]:
         "What is wrong with a finished entry: names of files that are not what the manifest says."
@@ -156,15 +156,17 @@ class Run:
 def new_run_info(profile: str, parent: "Run | None" = None) -> dict:
     """What run.json holds of a run that has made nothing yet.
 
-    A later round takes its parent's overrides, and the database that its parent's feedback is in
-    ('' for feedback.sqlite beside the runs).
+    A later round takes its parent's overrides, its minutes and number of labels, and the database
+    that its parent's feedback is in ('' for feedback.sqlite beside the runs).
 
     Args:
         profile: Name of the profile, or the path of its folder.
         parent: The run of the round before; None for a first round.
     """
+    numbers = ("minutes", "num_labeled")
     return dict(
         profile=profile,
+        **{name: parent[name] for name in numbers if parent and name in parent.info},
         created=time.time(),
         parent=parent.path.name if parent else None,
         round=parent["round"] + 1 if parent else 1,
