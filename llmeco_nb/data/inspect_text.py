@@ -232,13 +232,12 @@ def cost_lines(i: Inspection, width: int) -> list[str]:
     memory = max(0.1, e.memory_gib)
     said = f"reading takes {reading}, and a run up to {memory:.1f} GiB of memory. "
     if e.texts_per_minute:
-        ten = 10 * e.texts_per_minute
-        train = i.splits.get("train", 0)
-        times = f", {ten / train:.1f} times the training set" if train else ""
+        read, train = 5 * e.texts_per_minute, i.splits.get("train", 0)
+        times = f", {read / train:.1f} times the training set" if train else ""
         said += (
-            f"The packaged encoder reads about {e.texts_per_minute:,} texts of {e.tokens} tokens a "
-            f"minute in fine-tuning: in ten minutes about {ten:,}{times} (an estimate, right "
-            "within a factor of two)."
+            "A run takes ten minutes unless --minutes says otherwise. About five of them are for "
+            f"fine-tuning, in which the packaged encoder reads about {read:,} texts of "
+            f"{e.tokens} tokens{times}. This is an estimate, right within a factor of two."
         )
     else:
         said += "How fast this machine trains is not known; `llmeco doctor` measures it."

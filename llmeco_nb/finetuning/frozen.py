@@ -32,8 +32,14 @@ from .encoding import predict_outputs
 from .reading_plan import frozen_plan, measure_reading
 from .training_half import TrainingHalf
 from ..tasks.contract import Schema
-from ..tasks.predictions import predictions_table, scores_of, write_predictions
+from llmeco_nb.tasks.predictions import (
+    exclude_model,
+    predictions_table,
+    scores_of,
+    write_predictions,
+)
 from ..tasks.registry import load_schema, save_schema
+from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/22_frozen.ipynb #2200f006
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -54,6 +60,7 @@ class FrozenConfig(StageConfig):
     head_fraction: Fraction = 0.25  # share of them from the text's beginning, the rest from its end
     normalise: bool = True  # scale each text's vector to length 1
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: as long as it takes
+    max_unknown_share: Fraction = 0.2  # unknown pieces of the texts, above which it is left out
     device: ExecutionOnly[Literal["auto", "cpu", "cuda"]] = "auto"  # cpu, cuda or auto
     seed: NonNegativeInt = 0  # decides the labelled subset
 
@@ -170,13 +177,15 @@ def labelled_splits(
 
 
 def read_splits(
-    record: Record, encoder: "TextEncoder", splits: dict[str, "pd.DataFrame"]
+    record: Record, encoder: "TextEncoder", precision: str, splits: dict[str, "pd.DataFrame"]
 ) -> dict[str, "Embedded"]:
-    """The vectors of every split.
+    """The vectors of every split: of training texts in this precision, of all others in float32, as
+    a server reads them.
 
     Args:
         record: Told progress; keeps chunks until the stage is whole.
-        encoder: Reads them.
+        encoder: In float32.
+        precision: bf16 or fp32.
         splits: Split name -> its rows.
     """
     from llmeco_nb.finetuning.embeddings import embed_texts
@@ -189,8 +198,9 @@ def read_splits(
         record.progress(before + done, total, "texts")
 
     for split, rows in splits.items():
+        reader = encoder.in_precision(precision) if split == "train" else encoder
         kept = record.resume / "vectors" / split
-        found[split] = embed_texts(encoder, rows.text.tolist(), kept, told)
+        found[split] = embed_texts(reader, rows.text.tolist(), kept, told)
         before += len(rows)
     return found
 
@@ -262,7 +272,8 @@ def fit_frozen(
     record: Record, corpus: str = "", encoder: str = "", config: FrozenConfig = FrozenConfig()
 ) -> Path:
     """Read all texts with an encoder as it is, fit a linear layer, and predict validation and test;
-    the parameters are those of the chapter. Returns the classifier's folder. Raises `DataError`,
+    the parameters are those of the chapter. Returns the classifier's folder. An encoder whose
+    tokenizer does not know the texts is left out, as `exclude_model` does. Raises `DataError`,
     `MissingError`, `UsageError`.
 
     Args:
@@ -287,6 +298,10 @@ def fit_frozen(
     reader = replace(
         open_encoder(folder, config.max_length, head, config.device), normalise=config.normalise
     )
+    unknown = unknown_share(reader.tokenizer, splits["train"].text)
+    coverage = dict(unknown_share=unknown.pieces, unknown_characters=unknown.characters)
+    if reason := unreadable(unknown, config.max_unknown_share):
+        return exclude_model(record, config.name, reason, **coverage)
     asked = config.fingerprint() | dict(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
@@ -305,7 +320,7 @@ def fit_frozen(
     schema = half.fit_schema(schema, splits["train"])
     reader = replace(reader, max_length=plan["max_length"])
     started = time.monotonic()
-    read = read_splits(record, reader.in_precision(plan["precision"]), splits)
+    read = read_splits(record, reader, plan["precision"], splits)
     reading = time.monotonic() - started
     started = time.monotonic()
     examples = {
@@ -371,6 +386,7 @@ def fit_frozen(
         C=fitted.C,
         truncated=float((lengths > plan["max_length"]).mean()),
         forecast_s=plan["forecast_s"],
+        **coverage,
         **agreement,
     )
     if plan["labels"] != config.num_labeled > 0:

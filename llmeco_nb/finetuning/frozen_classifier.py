@@ -102,6 +102,10 @@ def save_frozen(model: FrozenClassifier, tokenizer: Callable, folder: Path, abou
     with quiet_transformers():
         model.encoder.save_pretrained(folder / "encoder")
         tokenizer.save_pretrained(folder / "encoder")
+    stated = folder / "encoder" / "tokenizer_config.json"
+    told_class = read_json(stated)
+    if told_class.get("tokenizer_class") == "TokenizersBackend":  # a name transformers 4 lacks
+        write_json(stated, told_class | {"tokenizer_class": "PreTrainedTokenizerFast"})
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}
     write_bytes(folder / "head.safetensors", save(tensors))
     facts = dict(

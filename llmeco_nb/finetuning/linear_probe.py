@@ -106,10 +106,19 @@ class LogisticRegressionProblem:
         self.rows = torch.arange(len(x))
         self.classes = classes
 
+    def scores(self, weight: np.ndarray, bias: np.ndarray) -> torch.Tensor:
+        """Scores of every class, float32 of shape (texts, classes).
+
+        Args:
+            weight: Along the axes, shape (size, classes).
+            bias: Shape (classes,).
+        """
+        return torch.addmm(torch.as_tensor(bias).float(), self.x, torch.as_tensor(weight).float())
+
     def loss(
         self, weight: np.ndarray, bias: np.ndarray, C: float
-    ) -> tuple[float, np.ndarray, np.ndarray, float]:
-        """Value, gradient by weight and by bias, and the mean of p (1 - p).
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """Value, gradient by weight and gradient by bias.
 
         Args:
             weight: Along the axes, shape (size, classes).
@@ -117,18 +126,16 @@ class LogisticRegressionProblem:
             C: Inverse strength of regularisation.
         """
         n = len(self.x)
-        scores = torch.addmm(torch.as_tensor(bias).float(), self.x, torch.as_tensor(weight).float())
-        log_p = scores.log_softmax(1)
+        log_p = self.scores(weight, bias).log_softmax(1)
         value = -float(log_p.gather(1, self.y[:, None]).mean(dtype=torch.float64))
         p = log_p.exp_()
-        spread = float((p * (1 - p)).mean())
         p[self.rows, self.y] -= 1.0
         by_weight = (self.x.T @ p).double().numpy() / n + weight / (C * n)
         by_bias = p.sum(0, dtype=torch.float64).numpy() / n
-        return value + float((weight**2).sum()) / (2 * C * n), by_weight, by_bias, spread
+        return value + float((weight**2).sum()) / (2 * C * n), by_weight, by_bias
 
     def solve(
-        self, C: float, start: Solution | None = None, tol: float = 1e-4, most: int = 1000
+        self, C: float, start: Solution | None = None, tol: float = 3e-4, most: int = 1000
     ) -> Solution:
         """The minimum, by L-BFGS.
 
@@ -144,15 +151,14 @@ class LogisticRegressionProblem:
         n = len(self.x)
         weight = start.weight if start else np.zeros((size, self.classes))
         bias = start.bias if start else np.zeros(self.classes)
-        a = max(self.loss(weight, bias, C)[3], 1e-6)
+        p = self.scores(weight, bias).softmax(1)
+        a = max(float((p * (1 - p)).mean()), 1e-6)
         unit = 1 / np.sqrt(a * self.axes.variances + 1 / (C * n))[:, None]
         unit_bias = 1 / np.sqrt(a)
 
         def asked(v: np.ndarray) -> tuple[float, np.ndarray]:
             scaled = v[self.classes :].reshape(size, self.classes)
-            value, by_weight, by_bias, _ = self.loss(
-                unit * scaled, unit_bias * v[: self.classes], C
-            )
+            value, by_weight, by_bias = self.loss(unit * scaled, unit_bias * v[: self.classes], C)
             return value, np.concatenate([unit_bias * by_bias, (unit * by_weight).ravel()])
 
         first = np.concatenate([bias / unit_bias, (weight / unit).ravel()])
@@ -166,7 +172,7 @@ class LogisticRegressionProblem:
         return Solution(
             unit * found.x[self.classes :].reshape(size, self.classes),
             unit_bias * found.x[: self.classes],
-            int(found.nfev) + 1,
+            int(found.nfev),
         )
 
     def head(self, solution: Solution) -> LinearHead:

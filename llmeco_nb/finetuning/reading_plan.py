@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
 
 # %% ../../nbs/2_finetuning/22c_reading_plan.ipynb #2200f00b
 fewest_tokens = 16  # to which texts are shortened for a budget
-evaluations_per_fit = 400  # of the loss, over the whole grid and the learning curve; usually fewer
+evaluations_per_fit = 300  # of the loss, over the whole grid and the learning curve
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ReadingSpeed:
     Attributes:
         precision: bf16 or fp32, in which the encoder is to compute.
         text_s: Seconds that a text takes before the encoder reads it.
-        token_s: Seconds that the encoder takes for a token.
+        token_s: Seconds that the encoder takes for a token in this precision.
+        exact_token_s: The same in float32.
         lengths: Tokens of those texts before they are shortened.
         fit_s: Seconds that the fit takes for a training text.
     """
@@ -41,17 +42,20 @@ class ReadingSpeed:
     precision: str
     text_s: float
     token_s: float
+    exact_token_s: float
     lengths: Sequence[int]
     fit_s: float
 
-    def seconds(self, texts: int, max_length: int) -> float:
+    def seconds(self, texts: int, max_length: int, exact: bool = False) -> float:
         """Seconds to read so many texts.
 
         Args:
             texts: How many.
             max_length: Tokens read of each.
+            exact: In float32.
         """
-        return texts * (self.text_s + self.token_s * np.minimum(self.lengths, max_length).mean())
+        token_s = self.exact_token_s if exact else self.token_s
+        return texts * (self.text_s + token_s * np.minimum(self.lengths, max_length).mean())
 
 
 def frozen_plan(
@@ -71,7 +75,7 @@ def frozen_plan(
     labels, tokens = train, config.max_length
 
     def affordable(max_length: int) -> int:
-        left = 60 * config.minutes - spent - speed.seconds(answered, max_length)
+        left = 60 * config.minutes - spent - speed.seconds(answered, max_length, exact=True)
         return math.floor(min(train, left / (speed.seconds(1, max_length) + speed.fit_s)))
 
     if config.minutes:
@@ -81,12 +85,13 @@ def frozen_plan(
         labels = affordable(tried[-1])
         tokens = next(t for t in tried if affordable(t) == labels)  # fewer would save nothing
         if labels < least:
+            needed = spent + speed.seconds(answered, tokens, exact=True)
+            needed += speed.seconds(least, tokens) + least * speed.fit_s
             raise UsageError(
                 f"minutes is {config.minutes:g}; reading {answered} validation and test texts and "
-                f"{least} training texts takes about "
-                f"{(spent + speed.seconds(answered + least, tokens)) / 60:.2g} here. Give more."
+                f"{least} training texts takes about {needed / 60:.2g} here. Give more."
             )
-    reading = speed.seconds(answered + labels, tokens)
+    reading = speed.seconds(answered, tokens, exact=True) + speed.seconds(labels, tokens)
     return dict(
         max_length=tokens,
         labels=labels,
@@ -109,20 +114,27 @@ def measure_reading(encoder: "TextEncoder", texts: list[str], outputs: int) -> R
     begun = time.perf_counter()
     rows, lengths = encoder.tokens(texts)
     text_s = (time.perf_counter() - begun) / len(texts)
-    tokens = sum(map(len, rows))
-    precision = best_precision(encoder, rows[:: max(1, len(rows) // 32)])
-    reader = encoder.in_precision(precision)
-    embed_tokens(reader, rows[:2])  # the first call prepares what later ones reuse
-    begun = time.perf_counter()
-    vectors = embed_tokens(reader, rows)
-    token_s = (time.perf_counter() - begun) / tokens
+    some = rows[:: max(1, len(rows) // 32)]
+
+    def seconds_per_token(reader: "TextEncoder", rows: list[list[int]]) -> float:
+        embed_tokens(reader, rows[:2])  # the first call prepares what later ones reuse
+        begun = time.perf_counter()
+        embed_tokens(reader, rows)
+        return (time.perf_counter() - begun) / sum(map(len, rows))
+
+    exact = seconds_per_token(encoder, some)
+    precision = best_precision(encoder, some)
+    token_s = exact
+    if precision != "fp32":
+        token_s = seconds_per_token(encoder.in_precision(precision), rows)
     evaluation = 0.0
     if outputs > 1:
-        problem = LogisticRegressionProblem(vectors, np.arange(len(rows)) % outputs, outputs)
+        vectors = np.resize(embed_tokens(encoder, some), (1024, encoder.model.config.hidden_size))
+        problem = LogisticRegressionProblem(vectors, np.arange(1024) % outputs, outputs)
         at = np.zeros((vectors.shape[1], outputs)), np.zeros(outputs)
         problem.loss(*at, 1.0)
         begun = time.perf_counter()
         problem.loss(*at, 1.0)
-        evaluation = (time.perf_counter() - begun) / len(rows)
+        evaluation = (time.perf_counter() - begun) / len(vectors)
     fit_s = evaluations_per_fit * evaluation
-    return ReadingSpeed(precision, text_s, token_s, lengths, fit_s)
+    return ReadingSpeed(precision, text_s, token_s, exact, lengths, fit_s)

@@ -255,7 +255,7 @@ def refit_encoder(
     train_task(record, task, resolve_train_plan(record, depends, make_plan))
     save_classifier(optimiser.finish(), tokenizer, at, max_length, head)
 
-# %% ../../nbs/5_interaction/51_improve.ipynb #4ac630af
+
 def refit_frozen(
     record: Record, source: str | Path, corpus: str | Path, corrections: "pd.DataFrame", at: Path
 ) -> None:
@@ -283,19 +283,25 @@ def refit_frozen(
     corrected = set(corrections.text.map(normalized_key))
     validation = read_split(corpus, "validation")
     left = validation[~validation.text.map(normalized_key).isin(corrected)]
-    every = pd.concat([known, corrections, left], ignore_index=True)
-    texts, n = every.text.tolist(), len(known) + len(corrections)
-    kept = record.resume / sha256_text("\n".join([sha256_of(source), *texts]))[:16]
-    fast = reader.in_precision(about["precision"])
-    told = lambda done: record.progress(done, len(texts), "texts")
-    x, y = embed_texts(fast, texts, kept, told).vectors, every.label.to_numpy()
+    train = pd.concat([known, corrections], ignore_index=True)
+    total = len(train) + len(left)
+
+    def vectors(rows: "pd.DataFrame", precision: str, before: int) -> np.ndarray:
+        texts = rows.text.tolist()
+        kept = record.resume / sha256_text("\n".join([precision, sha256_of(source), *texts]))[:16]
+        told = lambda done: record.progress(before + done, total, "texts")
+        return embed_texts(reader.in_precision(precision), texts, kept, told).vectors
+
+    x = vectors(train, about["precision"], 0)
+    held = vectors(left, "fp32", len(train)), left.label.to_numpy()  # as a server reads them
     Cs = strengths if len(left) else [about["C"]]
-    fitted = fit_classes(x[:n], y[:n], len(outputs), (x[n:], y[n:]), Cs, about["scale"])
+    y = train.label.to_numpy()
+    fitted = fit_classes(x, y, len(outputs), held, Cs, about["scale"])
     refitted = FrozenClassifier(reader, fitted.head.weight, fitted.head.bias, outputs)
-    learned = dict(labels=n, C=fitted.C, scale=fitted.scale)
+    learned = dict(labels=len(train), C=fitted.C, scale=fitted.scale)
     save_frozen(refitted, reader.tokenizer, at, about | learned)
 
-
+# %% ../../nbs/5_interaction/51_improve.ipynb #4ac630af
 @dataclass
 class Candidate:
     """A bundle that challenges the champion.
