@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import slow
 from hypothesis import settings
+from warm import session_folder
 
 settings.register_profile(
     "shared machine", deadline=None
@@ -136,11 +137,13 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def machine_json(tmp_path_factory):
     "This machine measured once for all toy projects."
+    from llmeco_nb.locks import lock
     from llmeco_nb.runner.machine import machine
 
-    file = tmp_path_factory.mktemp("machine") / "machine.json"
-    machine(file)
-    return file
+    folder = session_folder(tmp_path_factory)
+    with lock(folder / ".machine.lock"):  # another worker may be measuring it
+        machine(folder / "machine.json")
+    return folder / "machine.json"
 
 
 @pytest.fixture

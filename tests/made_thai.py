@@ -67,7 +67,7 @@ def thai_text(chance: random.Random, good: bool, contrast: float) -> str:
 
 
 def thai_table(
-    rows: int = 4000, seed: int = 0, contrast: float = 0.3, noise: float = 0.03
+    rows: int = 4000, seed: int = 0, contrast: float = 0.05, noise: float = 0.02
 ) -> pd.DataFrame:
     """Texts and labels, the classes in turn; a share of `noise` of the labels is wrong.
 

@@ -295,13 +295,10 @@ def test_what_has_not_learned_is_said_to_be_at_chance(corpus, tmp_path):
 def test_minutes_become_tokens_labels_and_steps(corpus, tmp_path):
     write_json(tmp_path / "race.json", dict(minutes=dict(toy=1e-6, other=5)))
     asked = ClassifierConfig(**SMALL | dict(max_length=256), lr=5e-3)
-    with pytest.raises(UsageError, match="minutes is 1e-06"):
-        fine_tune(
-            create_record(tmp_path / "r", "finetune"),
-            corpus,
-            config=asked,
-            race=str(tmp_path / "race.json"),
-        )
+    record = create_record(tmp_path / "hasty", "finetune")
+    fine_tune(record, corpus, config=asked, race=str(tmp_path / "race.json"))
+    assert record.metrics["left_out"] and not (tmp_path / "hasty.plan.json").exists()
+    assert "toy is left out: minutes is 1e-06" in (record.path / "summary.txt").read_text()
     with pytest.raises(UsageError, match="name is third, and the race was between toy, other"):
         fine_tune(
             create_record(tmp_path / "r", "finetune"),
@@ -321,7 +318,7 @@ def test_minutes_become_tokens_labels_and_steps(corpus, tmp_path):
 
 
 def test_a_race_is_the_same_by_the_same_plan(corpus, tmp_path):
-    lines = ["idle lr=1e-9", "quick lr=5e-3"]
+    lines = ["idle lr:1e-9", "quick lr:5e-3"]
     asked = RaceConfig(
         candidates=lines, minutes=0.2, total=5, max_length=24, batch_size=8, epochs=9
     )
@@ -338,5 +335,5 @@ def test_a_race_is_the_same_by_the_same_plan(corpus, tmp_path):
         race(
             create_record(tmp_path / "third", "race"),
             corpus,
-            config=asked.replace(candidates=["one lr=1e-3"]),
+            config=asked.replace(candidates=["one lr:1e-3"]),
         )

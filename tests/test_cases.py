@@ -9,6 +9,7 @@ import pytest
 from llmeco_nb.core import DataError, UsageError, create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.data.delimited import ReadOptions
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture, read_mixture
 from llmeco_nb.data.stream import stream_texts
 from llmeco_nb.data.tables import name_key, near_equal_names, read_table
 
@@ -210,3 +211,23 @@ def test_what_is_told_reaches_the_corpus(tmp_path):
     )
     assert len(made) == 61 and names == ["bad", "good"]
     assert sum("argent, très" in row["text"] for row in made) == 30
+
+
+def test_what_is_told_reaches_the_pretraining_corpus(tmp_path):
+    "Of the sources of one's own; the packaged ones need nothing."
+    texts = [f"Le café numéro {i} était très bon, et le service aussi." for i in range(40)]
+    rows = [(t, "x") for t in [*texts, "n/a"]]
+    table = cases.csv_text(rows, delimiter="~", quoting=csv.QUOTE_ALL)
+    (tmp_path / "own.csv").write_bytes(table.encode("cp1252"))
+    told = dict(separator="~", encoding="cp1252", nulls=["n/a"])
+    config = MixtureConfig(
+        domains=[],
+        extra_sources=[f"own={tmp_path / 'own.csv'}"],
+        quality_rules=["own=none"],
+        min_english=0,
+        min_jaccard=1,
+        **told,
+    )
+    folder = build_mixture(create_record(tmp_path / "record", "prose"), config=config)
+    found = [r["text"] for s in ("train", "validation", "test") for r in read_mixture(folder, s)]
+    assert set(found) == set(texts)

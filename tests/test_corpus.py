@@ -1,5 +1,5 @@
-"""Corpora of people's own tables: any number of classes, official splits, rows that belong together,
-boilerplate, names that are nearly equal, and what is told of all that."""
+"""Corpora of people's own tables: any number of classes, official splits, rows that belong
+together, boilerplate, names that are nearly equal, and what is told of all that."""
 
 import json
 import math
@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 from live import live
 
 from llmeco_nb.core import DataError, UsageError, create_record, open_record, read_json
-from llmeco_nb.data.corpus import (
-    build_corpus,
-    kept_text,
-    label_names,
-    read_split,
-    thin_classes,
-)
+from llmeco_nb.data.corpus import build_corpus, kept_text, label_names, read_split
 from llmeco_nb.data.corpus_rows import CorpusConfig
+from llmeco_nb.data.corpus_splits import thin_classes
 from llmeco_nb.data.domains import read_domains
 from llmeco_nb.data.groups import content_groups, hash_texts, index_runs, long_parts, short_parts
 from llmeco_nb.data.splits import (
@@ -105,6 +100,7 @@ def test_what_cannot_be_told_of_a_class_is_said(tmp_path):
     assert "fewer than 5 test" not in told(build(tmp_path, intents(3, 60), "large"))
 
 
+@pytest.mark.slow
 def test_150_classes_are_compared(tmp_path):
     "The smoke profile's sizes are smaller than the number of classes, and follow it."
     corpus = build(tmp_path, intents(150, 6))
@@ -418,9 +414,7 @@ def test_templates_are_split_row_by_row_and_that_is_said(tmp_path):
     rows = pd.concat([pd.DataFrame(rows, columns=["text", "label"]), other])
     corpus = build(tmp_path, rows)
     assert sheet(corpus)["counts"]["groups"] == 0
-    assert "the parcel" in sheet(corpus)["groups"]["boilerplate"][0]["text"] or (
-        "that you sent us" in sheet(corpus)["groups"]["boilerplate"][0]["text"]
-    )
+    assert "that you sent us" in sheet(corpus)["groups"]["boilerplate"][0]["text"]
     assert "of the texts hold the same" in told(corpus)
 
 
@@ -473,8 +467,8 @@ def test_the_last_line_says_what_was_kept(tmp_path):
     corpus = build(tmp_path, rows, max_rows=40)
     record = open_record(corpus.parent, "data")
     assert record.metrics["kept"] == (
-        "40 of 64 rows; not used: 1 without a text, 1 empty after cleaning, 1 copies of other rows, "
-        "2 equal texts with different labels, 19 beyond max_rows"
+        "40 of 64 rows; not used: 1 without a text, 1 empty after cleaning, 1 copies of other "
+        "rows, 2 equal texts with different labels, 19 beyond max_rows"
     )
     assert (corpus.parent / "summary.txt").read_text().startswith("Corpus: 40 of 64 rows; not used")
     assert kept_text(dict(read=3, train=1, validation=1, test=1)) == "3 of 3 rows"
@@ -490,7 +484,7 @@ def test_contradictions_are_shown(tmp_path):
 
 
 def variants() -> pd.DataFrame:
-    names = ["bad", "Bad ", "BAD", "ba\u200bd", "good", "Good"]
+    names = ["ba\u200bd", "Bad ", "BAD", "bad", "good", "Good"]
     found = [(f"text {k} of name {i}", n) for i, n in enumerate(names) for k in range(12 - i)]
     return pd.DataFrame(found, columns=["text", "label"])
 
@@ -498,9 +492,9 @@ def variants() -> pd.DataFrame:
 def test_names_that_are_nearly_equal_are_reported_and_joined_on_request(tmp_path):
     apart = build(tmp_path, variants())
     assert len(label_names(apart)) == 6
-    assert "'bad' (12), 'Bad' (11), 'BAD' (10)" in told(apart) and "join_names" in told(apart)
+    assert "'Bad' (11), 'BAD' (10), 'bad' (9)" in told(apart) and "join_names" in told(apart)
     corpus = build(tmp_path, variants(), "joined", join_names=True)
-    assert label_names(corpus) == ["bad", "good"] and "were joined" in told(corpus)
+    assert label_names(corpus) == ["Bad", "good"] and "were joined" in told(corpus)
     kinds = {s: p.text.str[-1].astype(int) for s, p in splits(corpus).items()}
     for s, p in splits(corpus).items():
         assert ((kinds[s] >= 4) == (p.label == 1)).all()

@@ -23,7 +23,8 @@ from llmeco_nb.core import (
     sha256_of,
     write_json,
 )
-from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, split_rows, write_corpus
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, write_corpus
+from llmeco_nb.data.splits import split_rows
 from llmeco_nb.evaluation.comparison import (
     EvaluationConfig,
     evaluate_models,

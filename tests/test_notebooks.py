@@ -845,9 +845,14 @@ def test_no_machine_paths_and_no_leftovers():
 FROM_NOTHING = {"00_core.ipynb", "20_classifier.ipynb"}
 
 
-def execute(path: Path, flags: list[str], folder: Path) -> tuple[int | None, str, Path]:
+def execute(
+    path: Path, flags: list[str], folder: Path, shared: Path
+) -> tuple[int | None, str, Path]:
     """Run a notebook in a process and a runs folder of its own; (exit status or None for stuck,
-    what it said, the runs folder)."""
+    what it said, the runs folder). Small inputs that it makes are shared, but for those that start
+    from nothing."""
+    if path.name not in FROM_NOTHING:
+        warm.share_fixtures(folder / "runs", shared)
     start = warm.start_anew if path.name in FROM_NOTHING else warm.fork
     status = start(path, flags, folder, SECONDS)
     return status, (folder / "log").read_text(errors="replace"), folder / "runs"
@@ -868,8 +873,9 @@ def executions(request, flags, tmp_path_factory):
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(min(4, cores))
+    shared = warm.session_folder(tmp_path_factory) / "fixtures"
     start = lambda chapter: pool.submit(
-        execute, chapter.path, flags, tmp_path_factory.mktemp(chapter.path.stem)
+        execute, chapter.path, flags, tmp_path_factory.mktemp(chapter.path.stem), shared
     )
     started = {c.name: start(c) for c in wanted}
     yield lambda chapter: (started.get(chapter.name) or start(chapter)).result()

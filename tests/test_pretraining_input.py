@@ -187,7 +187,7 @@ BAD = [
         "not UTF-8",
         corpus_of(b"text,label\nfine,a\nna\xefve,b\n", "latin.csv"),
         DataError,
-        ["latin.csv", "line 3", "0xef is not UTF-8", "save it as UTF-8"],
+        ["latin.csv", "line 3", "0xef is not UTF-8", "Set encoding"],
     ),
     (
         "no Parquet file",

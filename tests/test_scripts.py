@@ -268,6 +268,7 @@ def test_the_stage_keeps_marks_where_they_are_needed(name, kept, tmp_path):
     )
     record = open_record(tmp_path / "r", "tokenizer")
     assert record.metrics["strip_accents"] is (not kept)
+    assert record.metrics["least_frequency"] == (10 if name == "thai" else 2)
     assert record.metrics["unknown_rate"] == 0 and record.metrics["round_trip"] == 1
     made = open_tokenizer(record.artifact("tokenizer"))
     if name == "vietnamese":
@@ -285,14 +286,16 @@ def test_marks_are_decided_by_the_labelled_texts_of_a_mixture(tmp_path):
         )
     )
     (tmp_path / "prose").mkdir()
+    twice = pd.concat([rows, rows])  # a second epoch adds nothing to learn pieces from
     for split in ("train", "validation"):
-        rows.to_parquet(tmp_path / "prose" / f"{split}.parquet")
+        twice.to_parquet(tmp_path / "prose" / f"{split}.parquet")
     build_tokenizer(
         create_record(tmp_path / "r", "tokenizer"),
         tmp_path / "prose",
         TokenizerConfig(vocab_size=300),
     )
-    assert open_record(tmp_path / "r", "tokenizer").metrics["strip_accents"] is False
+    metrics = open_record(tmp_path / "r", "tokenizer").metrics
+    assert metrics["strip_accents"] is False and metrics["texts"] == 101
 
 
 @pytest.mark.filterwarnings("ignore:The texts give")

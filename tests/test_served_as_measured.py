@@ -16,12 +16,11 @@ for library in ("fastapi", "sqlalchemy", "onnxruntime", "torch", "onnxscript"):
 from llmeco_nb.core import create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.deployment.bundle import BundleConfig, build_bundle
-from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
 from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
-from llmeco_nb.tasks.contract import max_request_texts, max_text_chars
+from llmeco_nb.tasks.limits import max_request_texts
 from llmeco_nb.tasks.predictions import read_predictions_file
 from llmeco_nb.tasks.registry import load_schema
 
@@ -55,12 +54,12 @@ def raw_text(rng, sort: str, label: str, i: int, before: int = 0) -> str:
 
 
 def raw_table(seed: int, rows: int) -> pd.DataFrame:
-    "A table with the three sorts of texts in equal parts; of the long ones a fifth is too long."
+    "A table with the three sorts of texts in equal parts; a fifth of the long ones is long indeed."
     rng = np.random.default_rng(seed)
     found = []
     for i in range(rows):
         sort, label = list(SAID)[i % 3], LABELS[int(rng.integers(0, 2))]
-        before = {2: 480, 5: 455}.get(i % 15, 0)  # just above 20,000 characters, and just below
+        before = 480 if i % 15 == 2 else 0  # just above 20,000 characters
         text = raw_text(rng, sort, label, 10_000 * seed + i, before)
         found.append(dict(text=text, label=label, sort=sort))
     return pd.DataFrame(found)
@@ -124,33 +123,21 @@ def served(request, measured):
 def test_the_server_answers_as_the_table_says(served, measured, tmp_path):
     bundle, expected = served
     raw = measured[1]
-    fit = raw.text.str.len() <= max_text_chars
-    assert (~fit).sum() == 34 and set(raw.sort[~fit]) == {"long"}
-    assert all("&#x27;" in t for t in raw.text[raw.sort == "escaped"])
-    asked, said = raw.text[fit].tolist(), []
-    with TestClient(make_app(bundle, tmp_path / "feedback.sqlite", deadline=120)) as client:
+    long = raw.text.str.len() > 20_000
+    assert long.sum() == 34 and set(raw.sort[long]) == {"long"}
+    asked, said = raw.text.tolist(), []
+    with TestClient(make_app(bundle, tmp_path / "feedback.sqlite", deadline=300)) as client:
         for start in range(0, len(asked), max_request_texts):
             part = dict(texts=asked[start : start + max_request_texts])
             reply = client.post("/v1/predict", json=part)
             assert reply.status_code == 200, reply.text
             said += [answer["label"] for answer in reply.json()["answers"]]
-        refused = client.post("/v1/predict", json=dict(text=raw.text[~fit].iloc[0]))
-        assert refused.status_code == 422 and f"{max_text_chars}" in refused.text
-    wanted = [label for label, small in zip(expected, fit) if small]
-    assert said == wanted
+    assert said == expected
     for sort in SAID:  # a model that answers one thing only would prove nothing
-        kept = {label for label, own in zip(said, raw.sort[fit]) if own == sort}
-        if not (sort == "thai" and len(kept) == 1):
-            assert kept == set(LABELS), sort
-
-
-def test_texts_too_long_to_send_are_answered_by_the_engine_as_measured(served, measured):
-    bundle, expected = served
-    raw = measured[1]
-    at = np.flatnonzero(raw.text.str.len() > max_text_chars)
-    answers = Predictor.load(bundle).predict_batch(raw.text.iloc[at].tolist())
-    assert [a.label for a in answers] == [expected[i] for i in at]
-    assert len({a.label for a in answers}) == 2
+        kept = {label for label, own in zip(said, raw.sort) if own == sort}
+        # a tokenizer may know no Thai
+        assert kept == set(LABELS) or (sort == "thai" and len(kept) == 1), sort
+    assert {label for label, own in zip(said, long) if own} == set(LABELS)
 
 
 def test_the_tables_texts_are_raw(measured):

@@ -461,6 +461,7 @@ def test_a_stack_is_served_and_takes_feedback(bundle, corpus, tmp_path):
         client = Client(address, author="ann")
         facts = client.model()
         assert (facts["kind"], facts["name"]) == ("stack", "stack")
+        assert [m["title"] for m in facts["stack"]["members"]] == ["NB-SVM", "words"]
         reply = client.predict(texts)
         assert client.feedback(reply, "positive").stored
     assert freeze(tmp_path, tmp_path / "frozen") == 1

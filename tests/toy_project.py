@@ -340,8 +340,8 @@ def kernels(project):
         try:
             if (
                 p.pid != os.getpid()
-                and p.environ().get("LLMECO_RUNS") == str(project.runs)
                 and any("ipykernel" in w for w in p.cmdline())
+                and p.environ().get("LLMECO_RUNS") == str(project.runs)
                 and p.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(p)

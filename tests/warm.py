@@ -8,6 +8,7 @@ on importing torch are spent once. The package under test is never imported ahea
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,30 @@ def _child(path: str, flags: list[str], folder: str, environment: dict[str, str]
     os.chdir(TESTS.parent)
     sys.path[:] = [p for p in sys.path if p != str(TESTS)]  # no notebook may import from the tests
     run_cells(path, flags)
+
+
+def session_folder(tmp_path_factory) -> Path:
+    "The folder for temporary files of this session, which all workers of pytest-xdist share."
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@cache
+def fixtures() -> list[str]:
+    "Names of the folders under runs/scratch that hold what chapters make for themselves, once."
+    texts = (f.read_text(encoding="utf-8") for f in (TESTS.parent / "llmeco_nb").rglob("*.py"))
+    found = {name for text in texts for name in re.findall(r'cached_fixture\(\s*"([\w-]+)"', text)}
+    return sorted(found)
+
+
+def share_fixtures(runs: Path, shared: Path):
+    """Let a notebook, whose runs folder is `runs`, find in the folder `shared` what others have
+    made, and leave there what it makes. A small corpus or model costs seconds of each of forty
+    notebooks; it is named by a hash of all that it depends on, made under a lock, and only read."""
+    (runs / "scratch").mkdir(parents=True)
+    for name in fixtures():
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (runs / "scratch" / name).symlink_to(shared / name)
 
 
 def _environment(folder: Path) -> dict[str, str]:

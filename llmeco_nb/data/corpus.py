@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['reasons', 'excerpt', 'clean_table', 'normalized_key', 'drop_duplicates', 'write_corpus', 'write_unlabelled',
-           'read_split', 'label_names', 'count_split_leakage', 'rare_classes', 'thin_classes', 'drop_test_overlap',
-           'clean_material', 'merge_rare', 'add_groups', 'split_material', 'target_summary', 'kept_text',
+           'read_split', 'label_names', 'count_split_leakage', 'drop_test_overlap', 'clean_material', 'kept_text',
            'build_corpus', 'small_corpus']
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #a745475e
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from llmeco_nb.core import (
     DataError,
@@ -27,15 +23,10 @@ from llmeco_nb.core import (
     write_json,
 )
 from .corpus_rows import CorpusConfig, Material, public_name, read_material
-from .groups import connect, content_groups
+from .corpus_splits import merge_rare, split_material, target_summary
 from .sources import citations, revision
-from llmeco_nb.data.splits import (
-    sort_by_split_hash,
-    split_names,
-    split_rows,
-    subsample_splits,
-)
-from .tables import is_blank, listed, read_table, text_ids
+from .splits import sort_by_split_hash, split_names
+from .tables import is_blank, read_table, text_ids
 from ..tasks.cleaning import clean_text
 from ..tasks.contract import Schema
 from ..tasks.registry import save_schema
@@ -162,23 +153,25 @@ def write_corpus(
         save_schema(schema, folder)
 
 
-def write_unlabelled(folder: Path, texts: Sequence[str], parts: dict[str, "pd.DataFrame"]) -> None:
-    """Write `unlabelled.parquet`, columns id and text: each text once, none of a split.
+def write_unlabelled(
+    folder: Path, texts: Sequence[str], parts: dict[str, "pd.DataFrame"], seed: int
+) -> None:
+    """Write `unlabelled.parquet`, columns id and text, in the order of their hashes: each text
+    once, none of a split.
 
     Args:
         folder: Of the corpus.
         texts: Cleaned.
         parts: Split -> rows with a column text.
+        seed: Decides the order.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pandas as pd
 
     taken = {key for p in parts.values() for key in p.text.map(normalized_key)}
-    once = {key: t for t in texts if (key := normalized_key(t)) and key not in taken}
-    found = sorted(zip(text_ids(once.values()), once.values()))
-    columns = pa.schema({"id": pa.string(), "text": pa.string()})
-    table = pa.table([list(c) for c in zip(*found)] or [[], []], schema=columns)
-    pq.write_table(table, folder / "unlabelled.parquet", compression="zstd")
+    once = {key: t for t in sorted(texts) if (key := normalized_key(t)) and key not in taken}
+    rows = pd.DataFrame({"id": text_ids(once.values()), "text": list(once.values())}, dtype=object)
+    file = folder / "unlabelled.parquet"
+    sort_by_split_hash(rows, seed).to_parquet(file, index=False, compression="zstd")
 
 
 def read_split(corpus: str | Path, name: str) -> "pd.DataFrame":
@@ -220,68 +213,6 @@ def count_split_leakage(parts: dict[str, "pd.DataFrame"]) -> int:
     sets = [set(p.text.map(normalized_key)) for p in parts.values()]
     return sum(map(len, sets)) - len(set().union(*sets))
 
-# %% ../../nbs/1_pretraining/10_corpus.ipynb #e8a3bf99
-def rare_classes(
-    labels: list[str], units: dict[int, int], needed: int, rare: str
-) -> tuple[list[str], dict[int, int | None]]:
-    """The classes that remain, and for each old class number the new one, None where it is left
-    out. Raises `DataError` where fewer than two remain, or a class `other` is there already.
-
-    Args:
-        labels: Class names.
-        units: Class number -> its rows, or its groups.
-        needed: Splits that each class must be in.
-        rare: drop or other; with stop all classes stay.
-    """
-    few = [c for c in range(len(labels)) if units.get(c, 0) < needed]
-    if rare == "stop" or not few or not labels:
-        return labels, {c: c for c in range(len(labels))}
-    kept = [c for c in range(len(labels)) if c not in set(few)]
-    names = [labels[c] for c in kept]
-    new: dict[int, int | None] = {c: i for i, c in enumerate(kept)}
-    if rare == "other":
-        taken = next((name for name in labels if name.casefold().strip() == "other"), None)
-        if taken is not None:
-            raise DataError(
-                f"rare=other would join {len(few)} rare classes into a class `other`, and a class "
-                f"{taken!r} exists. Rename that class, or set rare to drop or stop."
-            )
-        rows = sum(units.get(c, 0) for c in few)
-        if rows < needed:
-            raise DataError(
-                f"rare=other joins {len(few)} rare classes ({', '.join(labels[c] for c in few)}) "
-                f"into one of {rows}, and {needed} are needed. Add rows, or set rare to drop."
-            )
-        new |= dict.fromkeys(few, len(names))
-        names.append("other")
-    else:
-        new |= dict.fromkeys(few)
-    if len(names) < 2:
-        raise DataError(
-            f"rare={rare} leaves {len(names)} of {len(labels)} classes, and a classifier needs two "
-            f"or more: {len(few)} have fewer than {needed} rows. Add rows, or join classes in the "
-            "source."
-        )
-    return names, new
-
-
-def thin_classes(parts: dict[str, "pd.DataFrame"], classes: int, least: int = 5) -> dict[str, int]:
-    """For validation and test the number of classes with fewer than `least` rows there; a split
-    without rows, or without such classes, is left out.
-
-    Args:
-        parts: Split -> rows with a column label.
-        classes: Number of classes.
-        least: Rows from which something can be said of a class.
-    """
-    found = {}
-    for s in ("validation", "test"):
-        if len(parts[s]) and classes:
-            enough = int((parts[s].label.value_counts() >= least).sum())
-            if enough < classes:
-                found[s] = classes - enough
-    return found
-
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #44de55ef
 def drop_test_overlap(rows: "pd.DataFrame", official: "pd.DataFrame") -> tuple["pd.DataFrame", int]:
     """The rows whose text does not stand in the official test set, and how many had to go.
@@ -310,157 +241,6 @@ def clean_material(found: Material, keep_newlines: bool, record: Record) -> dict
         found.official[s], _ = clean_table(rows, keep_newlines)
         found.reports[s]["empty"] = len(rows) - len(found.official[s])
     return cleaning
-
-
-def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
-    """Drop or join the classes that are too rare to be split, as `rare` says, in all parts; number
-    of rows dropped in each. Raises `DataError`.
-
-    Args:
-        found: Changed: its tables, labels, schema and notes.
-        config: With rare and the sizes of the splits.
-    """
-    asked = {"validation": config.validation_size, "test": config.test_size}
-    needed = 1 + sum(size > 0 and s not in found.official for s, size in asked.items())
-    rows = found.train.groupby("label")
-    units = (rows.group.nunique() if "group" in found.train else rows.size()).to_dict()
-    names, new = rare_classes(found.labels, units, needed, config.rare)
-    gone = [found.labels[c] for c, n in new.items() if n is None or names[n] != found.labels[c]]
-    if not gone:
-        return {}
-    dropped = {}
-    for s, table in {"train": found.train, **found.official}.items():
-        label = table.label.map(new)
-        kept = table[label.notna()].assign(label=label[label.notna()].astype("int64"))
-        dropped[s] = len(table) - len(kept)
-        if s == "train":
-            found.train = kept.reset_index(drop=True)
-        else:
-            found.official[s] = kept.reset_index(drop=True)
-    found.labels = names
-    found.schema = replace(found.schema, labels=names)
-    done = "left out" if config.rare == "drop" else "joined into the class other"
-    found.notes.append(
-        f"{len(gone)} classes with fewer than {needed} rows were {done}: {listed(gone, 20)}."
-    )
-    return dropped
-
-
-def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", dict, list[str]]:
-    """The table with a column `group`: a name that rows have in common which must not be split;
-    what was found; and notes.
-
-    Args:
-        table: Columns id and text, each text once; with `by_column` a column group.
-        by_column: Join rows with equal values of the column group, too.
-    """
-    found = content_groups(table.text.tolist())
-    ids = table.id.to_numpy()
-    facts = {**found.counts, "boilerplate": found.boilerplate, "broken_rows": found.broken}
-    facts["part_words"], facts["searched"] = found.part_words, found.searched
-    notes = []
-    names, group = ids, found.group
-    if by_column:
-        names = table.group.to_numpy()
-        _, first, inverse = np.unique(names.astype(str), return_index=True, return_inverse=True)
-        given = first[inverse]
-        own = np.arange(len(ids))
-        both = connect(len(ids), np.stack([np.tile(own, 2), np.concatenate([given, group])], 1))
-        most = max(len(ids) // 10, 5, int(np.bincount(given).max()))
-        if np.bincount(both).max() > most:
-            notes.append(
-                "The groups of group_column share so much content that they would be one: what is "
-                "alike in different groups was not kept on one side."
-            )
-            both = given
-        group = both
-        sizes = np.bincount(group)
-        facts["groups"], facts["grouped_rows"] = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
-    smallest: dict[int, str] = {}
-    for g, name in zip(group.tolist(), names.tolist()):
-        smallest[g] = min(name, smallest.get(g, name))
-    if facts["groups"]:
-        why = "belong together" if by_column else "share their content"
-        notes.append(
-            f"{facts['grouped_rows']:,} rows in {facts['groups']:,} groups {why}; each group stays "
-            "in one split."
-        )
-    if found.broken:
-        notes.append(
-            f"{found.broken:,} rows are alike in groups of more than a tenth of the table, as if "
-            "made from templates. They are split row by row, so a test measures recognition."
-        )
-    if not found.searched:
-        notes.append(
-            "The table is too large to be searched for rows that share their content; "
-            "group_column names those that belong together."
-        )
-    for one in found.boilerplate[:1]:
-        notes.append(
-            f"{one['share']:.0%} of the texts hold the same {one['words']} words, which counted "
-            f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "
-            "nothing about a text."
-        )
-    return table.assign(group=[smallest[g] for g in group.tolist()]), facts, notes
-
-
-def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd.DataFrame"], dict]:
-    """The three splits of a corpus, and what was found of groups. Raises `DataError`.
-
-    Args:
-        found: Of all sources; gets notes.
-        config: With the sizes of the splits.
-    """
-    by_column = bool(config.group_column)
-    table, facts, notes = add_groups(found.train, by_column)
-    validation, test = (
-        0 if s in found.official else size
-        for s, size in (("validation", config.validation_size), ("test", config.test_size))
-    )
-    args = (validation, test, config.seed, found.labels)
-    try:
-        parts = split_rows(table, *args)
-    except DataError:
-        if by_column:
-            raise
-        parts = split_rows(found.train, *args)  # raises again where groups are not the reason
-        facts |= {"groups": 0, "grouped_rows": 0, "broken_rows": facts["grouped_rows"]}
-        notes = [
-            "Rows that share their content could not be kept on one side: a class has too few "
-            "groups. They are split row by row."
-        ]
-    for s, rows in found.official.items():
-        parts[s] = sort_by_split_hash(rows, config.seed)
-    if config.max_rows is not None:
-        sizes = config.validation_size, config.test_size
-        parts = subsample_splits(parts, config.max_rows, *sizes)
-    found.notes += notes
-    thin = thin_classes(parts, len(found.labels))
-    found.notes += [
-        f"{n} of {len(found.labels)} classes have fewer than 5 {s} rows: what is right for one of "
-        "them cannot be told from so few."
-        for s, n in thin.items()
-    ]
-    return parts, facts
-
-
-def target_summary(rows: "pd.DataFrame") -> dict[str, float]:
-    """Rows of each class by its number; for numbers their mean, deviation, least and largest.
-
-    Args:
-        rows: A split, with a column target or label.
-    """
-    if "target" not in rows:
-        return {str(c): int(n) for c, n in rows.label.value_counts().sort_index().items()}
-    if not len(rows):
-        return {}
-    t = rows.target
-    return {
-        "mean": float(t.mean()),
-        "std": float(t.std(ddof=0)),
-        "min": float(t.min()),
-        "max": float(t.max()),
-    }
 
 
 reasons = {  # why a row is in no split
@@ -579,7 +359,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
     folder = record.artifact("corpus")
     write_corpus(folder, parts, found.labels, datasheet, found.schema)
     if found.unlabelled:
-        write_unlabelled(folder, found.unlabelled, parts)
+        write_unlabelled(folder, found.unlabelled, parts, config.seed)
     words = parts["train"].text.map(split_words).str.len()
     changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
     kept = kept_text(counts)

@@ -263,12 +263,17 @@ def read_material(config: CorpusConfig) -> Material:
     if config.task == "text-classification" and config.label_column and column in found[0]:
         texts = [class_name(v) for v in found[0][column] if isinstance(v, str) and not is_blank(v)]
         alike = near_equal_names(Counter(texts))
+        if config.join_names:  # the most frequent name stays that holds no unseen sign
+            alike = [
+                dict(sorted(group.items(), key=lambda one: (not one[0].isprintable(), -one[1])))
+                for group in alike
+            ]
         shown = "; ".join(
             ", ".join(f"{one!r} ({n})" for one, n in group.items()) for group in alike[:10]
         )
         if alike and config.join_names:
-            # the most frequent comes last, and stays
-            names = {name_key(one): one for one, _ in Counter(texts).most_common()[::-1]}
+            names = {name_key(one): one for one in texts}
+            names |= {name_key(one): one for group in alike for one in list(group)[:1]}
             notes.append(f"Class names were joined, each group as its first: {shown}.")
         elif alike:
             notes.append(

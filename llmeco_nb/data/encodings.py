@@ -39,7 +39,8 @@ def check_encoding(name: str) -> str:
     """
     if not name:
         return ""
-    known = sorted({*guesses, "utf-8", "utf-16", "latin-1", "windows-1252", "iso8859-2"})
+    known = sorted({*guesses, "utf-8", "utf-16", "latin-1", "iso8859-2"})
+    also = [of.replace("cp", "windows-") for of in guesses if of.startswith("cp125")]
     try:
         found = codecs.lookup(name.strip()).name
         "a".encode(found)
@@ -48,7 +49,7 @@ def check_encoding(name: str) -> str:
     if found.replace("_", "-") in no_encodings:
         raise UsageError(
             f"encoding is {name!r}, which is no encoding of texts that Python knows."
-            f"{did_you_mean(name, known)} There are for instance {', '.join(known)}."
+            f"{did_you_mean(name, [*known, *also])} There are for instance {', '.join(known)}."
         )
     return found
 

@@ -138,14 +138,13 @@ def index_runs(table: WordTable, most: int) -> RunIndex:
     return RunIndex(table, starts, runs, order, texts, most)
 
 
-def name_boilerplate(texts: Sequence[str], index: RunIndex, names: int = 5) -> list[dict]:
-    """The longest stretches of words that are boilerplate, those that take most room first: `text`,
-    its number of `words`, how many `texts` hold each of its runs at least, and their `share`.
+def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
+    """Five stretches of words that are boilerplate, those that take most room first: `text`, its
+    number of `words`, how many `texts` hold each of its runs at least, and their `share`.
 
     Args:
         texts: All of them.
         index: Of their runs.
-        names: Stretches to name, at most.
     """
     at = np.flatnonzero(index.common)
     if not len(at):
@@ -159,14 +158,15 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex, names: int = 5) -> l
     least = np.minimum.reduceat(index.texts[at], firsts)
     _, one, counts = np.unique(marks, return_index=True, return_counts=True)
     found = []
-    for i in one[np.lexsort((one, -counts * lengths[one]))][:names].tolist():
+    for i in one[np.lexsort((one, -counts * lengths[one]))][:5].tolist():
         size, first = int(lengths[i]) + run_words - 1, int(at[firsts[i]])
         owner = int(index.owners[first])
         begin = int(index.starts[first] - index.table.bounds[owner])
-        said = re.findall(r"\w+", texts[owner].casefold())[begin : begin + size]
+        folded = texts[owner].casefold()
+        said = list(re.finditer(r"\w+", folded))[begin : begin + size]
         found.append(
             {
-                "text": " ".join(said[:60]) + " …" * (size > 60),
+                "text": folded[said[0].start() : said[-1].end()][:400],
                 "words": size,
                 "texts": int(least[i]),
                 "share": round(int(least[i]) / len(texts), 4),
@@ -339,10 +339,7 @@ class ContentGroups:
     def counts(self) -> dict[str, int]:
         "Numbers of `groups` of two texts or more, and of `grouped_rows` in them."
         sizes = np.bincount(self.group, minlength=1)
-        return {
-            "groups": int((sizes > 1).sum()),
-            "grouped_rows": int(sizes[sizes > 1].sum()),
-        }
+        return {"groups": int((sizes > 1).sum()), "grouped_rows": int(sizes[sizes > 1].sum())}
 
 
 def connect(texts: int, pairs: np.ndarray) -> np.ndarray:
@@ -400,5 +397,4 @@ def content_groups(
             break
     broken = largest[group] > most
     group = np.where(broken, alone, group)
-    named = name_boilerplate(texts, index)
-    return ContentGroups(group, named, words, int(broken.sum()))
+    return ContentGroups(group, name_boilerplate(texts, index), words, int(broken.sum()))

@@ -201,7 +201,7 @@ class Doubts:
             "near_equal_names",
             f"Class names that are nearly the same: {'; '.join(named[:6])}"
             f"{f'; and {len(named) - 6} more' if len(named) > 6 else ''}.",
-            "Are they one class? Write them alike in the file.",
+            "Are they one class? Then add -p data.join_names=true to the line below.",
         )
 
     def contradicting(self) -> Finding | None:

@@ -195,11 +195,12 @@ def file_ending(source: str) -> tuple[str, str]:
     if packing == ".zip" and not ending and source_kind(source) == "file":
         ending = ending_in_zip(local_path(source))
     if ending not in file_extensions:
+        office = " Save the sheet as CSV UTF-8." if ending in (".xlsx", ".xls", ".ods") else ""
         raise UsageError(
             f"{source} ends in {ending or packing or 'nothing'}; "
             f"tables and texts end in {', '.join(file_extensions)}, "
             f"with {', '.join(packing_endings)} behind if packed."
-            f"{did_you_mean(ending, file_extensions)}"
+            f"{office or did_you_mean(ending, file_extensions)}"
         )
     return ending, packing
 

@@ -304,7 +304,7 @@ def build_bundle(
     some = texts[:16], ids[:16]
     folders = [
         best.folder
-        if one.kind == "linear"
+        if best.folder and one.kind == "linear"
         else Path(match_checkpoint(one, classifier, table, *some, schema))
         for one in best.members
     ]

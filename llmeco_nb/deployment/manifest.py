@@ -51,7 +51,7 @@ class Origin:
         model: The model's name in the table of all models.
         title: The same for people.
         num_labeled: Training labels it learned from.
-        artifact: SHA-256 of the folder that was packed; None for a stack, whose members state theirs.
+        artifact: SHA-256 of the folder that was packed; a stack's members state theirs.
         base: For a champion that learned: `base_digest` of what it descends from.
         parent: Digest of the champion it challenged.
         corrections: Corrected texts it learned.

@@ -32,7 +32,7 @@ from llmeco_nb.deployment.ledger import (
     keep_feedback,
     keep_predictions,
 )
-from .loading import newest_bundle
+from .loading import StackModel, newest_bundle
 from .manifest import verify
 from .page import page_text
 from llmeco_nb.deployment.refusals import (
@@ -115,7 +115,8 @@ def check_served(task: Task) -> None:
 
 
 def model_facts(predictor: Predictor) -> dict[str, Any]:
-    """What `GET /v1/model` replies: what the manifest says of the model, without its files.
+    """What `GET /v1/model` replies: what the manifest says of the model, without its files, and the
+    members of a stack.
 
     Args:
         predictor: The one that answers.
@@ -126,6 +127,8 @@ def model_facts(predictor: Predictor) -> dict[str, Any]:
     known = {name: value for name, value in found.items() if value not in (None, [], {})}
     if manifest.task.name == "text-classification":
         known.setdefault("accuracy", {})
+    if isinstance(predictor.model.model, StackModel):
+        known["stack"] = predictor.model.model.stack.to_json()
     return {**known, "task": manifest.task.name, "schema": manifest.schema.to_json()}
 
 

@@ -26,12 +26,11 @@ from llmeco_nb.evaluation.comparison_table import (
     ModelKey,
     ModelRow,
     all_recipes,
-    left_out_text,
     read_predictions,
     summary_text,
     table_rows,
 )
-from .split_shift import split_shift
+from .split_shift import shift_text, split_shift
 from .stack_row import add_stack, stack_name
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
@@ -360,8 +359,9 @@ def evaluate_models(
     write_predictions(every, folder / "predictions.parquet")
     write_claims(folder / "claims.json", claims)
     table.save(folder)
-    said = summary_text(table) + left_out_text(plan.left_out, plan.least)
-    said = "\n".join([said.rstrip(), *excluded])
+    said = summary_text(table) + table.left_out_text()
+    differs = filter(None, [shift_text(table.shift, best.title)])
+    said = "\n".join([*differs, said.rstrip(), *excluded])
     write_json(record.path / "excluded.json", excluded)
     (record.path / "summary.txt").write_text(said.rstrip() + "\n", encoding="utf-8")
     if plan.left_out:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'ModelFacts', 'ReferenceComparison', 'ShownMetric',
            'ModelRow', 'TableRow', 'NumberRow', 'test_intervals', 'score_model', 'reference_comparison', 'table_rows',
-           'ModelKey', 'ComparisonTable', 'left_out_text', 'summary_text']
+           'ModelKey', 'ComparisonTable', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
 from collections.abc import Callable
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..core import DataError, read_json, write_json
-from .split_shift import SplitShift
 from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import Claim, adjust_pvalues, claim, marks
@@ -389,10 +388,8 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
     model = part.model.iloc[0]
     validation = part[part.split == "validation"]
     main = task.selection.metric
-    on_validation = None
-    if len(validation):
-        columns = validation.target.to_numpy(), validation.prediction.to_numpy()
-        on_validation = float(task.report(*columns, schema)[main])
+    columns = validation.target.to_numpy(), validation.prediction.to_numpy()
+    on_validation = float(task.report(*columns, schema)[main]) if len(validation) else None
     return row_types[schema.task](
         model=model,
         title=facts.title or (all_recipes[model].title if model in all_recipes else model),
@@ -535,13 +532,16 @@ class ComparisonTable:
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
 
-    def shift_text(self) -> str:
-        "That validation and test differ by more than chance, as a sentence; empty where not."
-        return SplitShift(**self.shift).text(self.best_row.title) if self.shift else ""
-
     def stack_text(self) -> str:
         "Members and weights of the stack as a sentence, or why there is none."
         return next((r.stack.about() for r in self.rows if r.stack), self.no_stack)
+
+    def left_out_text(self) -> str:
+        "Which numbers of labels were too small to draw, as a sentence; empty where none was."
+        if not self.left_out:
+            return ""
+        numbers = ", ".join(f"{n:,}" for n in self.left_out)
+        return f"Numbers of labels left out, since training has {self.least:,} classes: {numbers}."
 
     def block(self, size: int) -> list[ModelRow]:
         "The rows at `size` labels, the best on test first."
@@ -563,19 +563,6 @@ class ComparisonTable:
             return cls(**(found | dict(best=ModelKey(**found["best"]), rows=rows)))
         except (KeyError, TypeError) as e:
             raise DataError(f"{folder} holds no comparison as it is written here: {e!r}.") from None
-
-
-def left_out_text(left_out: list[int], least: int) -> str:
-    """Which numbers of labels were too small to draw, as a sentence; empty where none was.
-
-    Args:
-        left_out: Numbers of labels that were too small to draw.
-        least: Labels that a subset needs, one for each class.
-    """
-    if not left_out:
-        return ""
-    numbers = ", ".join(f"{n:,}" for n in left_out)
-    return f"Numbers of labels left out, since training has {least:,} classes: {numbers}."
 
 
 def summary_text(table: ComparisonTable) -> str:
@@ -601,7 +588,6 @@ def summary_text(table: ComparisonTable) -> str:
     digits = 1 if shown.unit else 3
     name = shown.title[0].upper() + shown.title[1:] + (f" in {shown.unit}" if shown.unit else "")
     title = f"{name} with 95 % interval, {table.test_items:,} test texts"
-    title = "\n".join(filter(None, [table.shift_text(), title]))
     head = " " * wide + "".join(f"{f'{s:,} labels':22}" for s in table.sizes)
     lines = [
         f"{name:{wide}}" + "".join(f"{cell(name, s):22}" for s in table.sizes) for name in names

@@ -36,6 +36,7 @@ from llmeco_nb.data.corpus import (
 )
 from ..data.splits import stratified_counts
 from llmeco_nb.finetuning.budget import (
+    TooFewMinutes,
     Workload,
     average_rows,
     finetune_plan,
@@ -232,7 +233,7 @@ def fine_tune(
 ) -> Path:
     """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters
     are those of the chapter. Returns the classifier's folder. An encoder whose tokenizer does not
-    know the texts is left out, as `exclude_model` does. Raises `DataError`, `MissingError`,
+    know the texts, or whose minutes are too few, is left out, as `exclude_model` does. Raises `DataError`, `MissingError`,
     `UsageError`.
 
     Args:
@@ -331,7 +332,11 @@ def fine_tune(
         work = plan_workload(config, known, sample.lengths, measure)
         return finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
 
-    stored, decided = take_extras(resolve_plan(record, asked, make_plan))
+    try:
+        stored, decided = take_extras(resolve_plan(record, asked, make_plan))
+    except TooFewMinutes as e:
+        reason = str(e)
+        return run_on_rank_zero(lambda: exclude_model(record, config.name, reason, **coverage))
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
     splits["train"] = labelled_subset(splits["train"], decided["labels"], config.seed)
     truncation = Truncation(tokens, head)

@@ -48,18 +48,18 @@ SHARED = ("num_labeled", "max_length", "batch_size", "epochs", "minutes", "seed"
 
 
 def read_candidate(line: str) -> ClassifierConfig:
-    """`name key=value ...` as the config of a fine-tuning. Raises `UsageError` that names the line.
+    """`name key:value ...` as the config of a fine-tuning. Raises `UsageError` that names the line.
 
     Args:
-        line: Such as `minilm weights=minilm lr=1e-4`.
+        line: Such as `minilm weights:minilm lr:1e-4`.
     """
     name, *words = line.split() or [""]
-    pairs = [word.partition("=") for word in words]
-    wrong = [key for key, equals, _ in pairs if not equals or key in SHARED or key == "name"]
-    if not name or "=" in name or wrong:
+    pairs = [word.partition(":") for word in words]
+    wrong = [key for key, colon, _ in pairs if not colon or key in SHARED or key == "name"]
+    if not name or ":" in name or wrong:
         raise UsageError(
-            f"candidates holds {line!r}; write a name, then parameters of its own as key=value, "
-            "such as: minilm weights=minilm lr=1e-4"
+            f"candidates holds {line!r}; write a name, then parameters of its own as key:value, "
+            "such as: minilm weights:minilm lr:1e-4"
         )
     values = {key: value for key, _, value in pairs}
     return ClassifierConfig.of({"name": name, **values}, f"candidates: {name}")
@@ -80,7 +80,7 @@ class RaceConfig(StageConfig):
     "Parameters of the stage `race`."
 
     candidates: list[str] = Field(
-        default_factory=lambda: ["quick lr=3e-3", "idle lr=1e-6"]
+        default_factory=lambda: ["quick lr:3e-3", "idle lr:1e-6"]
     )  # name and parameters; favourite first
     minutes: NonNegativeFloat = 0.0  # for the race; 0: epochs decide
     total: NonNegativeFloat = 0.0  # minutes of fine-tuning to divide afterwards; 0: none

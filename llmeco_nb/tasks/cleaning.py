@@ -84,7 +84,9 @@ def fix_encoding(text: str) -> str:
     done, end = [], 0
     for m in non_ascii_runs.finditer(text):
         a, b = max(m.start() - 8, end), min(m.end() + 8, len(text))  # what may belong to them
-        done += [text[end:a], fix_encoding_piece(text[a:b])]
+        # a text without Latin letters is one long piece: remembered, ten thousand fill the memory
+        repair = fix_encoding_piece if b - a <= 200 else fix_encoding_piece.__wrapped__
+        done += [text[end:a], repair(text[a:b])]
         end = b
     return "".join([*done, text[end:]])
 

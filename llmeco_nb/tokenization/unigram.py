@@ -373,7 +373,8 @@ def build_subword_tokenizer(
         prose: Folder of a pretraining mixture or a corpus.
         config: Kind, size, number of texts.
     """
-    train = [t for _, t in domain_texts(prose, "train")][: config.max_texts]
+    # a mixture repeats the documents of a small domain; a vocabulary needs each once
+    train = list(dict.fromkeys(t for _, t in domain_texts(prose, "train")))[: config.max_texts]
     held = domain_texts(prose, "validation")
     record.progress(0, 2, "parts")
     made = train_tokenizer(
