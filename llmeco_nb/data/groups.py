@@ -140,8 +140,8 @@ def index_runs(table: WordTable, most: int) -> RunIndex:
 
 
 def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
-    """The five longest stretches of words that are boilerplate, those that take most room first: `text`,
-    its number of `words`, how many `texts` hold each of its runs at least, and their `share`.
+    """Five stretches of words that are boilerplate, those that take most room first: `text`, its
+    number of `words`, how many `texts` hold each of its runs at least, and their `share`.
 
     Args:
         texts: All of them.
