@@ -7,7 +7,7 @@ __all__ = ['kept_files', 'palette', 'LlmecoError', 'UsageError', 'MissingError',
            'ExportError', 'ChangedSourceError', 'fsync_folder', 'fsync_tree', 'write_bytes', 'write_json', 'read_json',
            'file_sign', 'hashed_files', 'sha256_of', 'sha256_text', 'runs_dir', 'scratch', 'package_files',
            'source_digest', 'cached_fixture', 'Record', 'create_record', 'open_record', 'format_duration',
-           'seed_everything', 'figure_style', 'save_figure', 'plain_text']
+           'seed_everything', 'figure_style', 'save_figure', 'plain_text', 'markdown_text']
 
 # %% ../nbs/0_ground/00_core.ipynb #e6726ea3
 import errno
@@ -598,3 +598,17 @@ def plain_text(label: object) -> str:
     legend."""
     text = str(label).replace("$", r"\$")
     return "\u200b" + text if text.startswith("_") else text  # a space of zero width
+
+# %% ../nbs/0_ground/00_core.ipynb #f72e4d80
+def markdown_text(written: object) -> str:
+    """What a user wrote, for a line or a table cell of Markdown, in which it stands as it is.
+
+    Spaces and line breaks in a row become one space. Not for a code span, which draws the numbers.
+
+    Args:
+        written: A name, a text or a number.
+    """
+    line = " ".join(str(written).split())
+    # a number and a dot at the beginning would be a list
+    signs = r"[!#$&()*+<>\[\\\]^_`{|}~]|^[-=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]"
+    return re.sub(signs, lambda m: f"&#{ord(m[0])};", line)

@@ -19,7 +19,6 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import pandas as pd
 from smallbundle import make_bundle
-
 from sqlalchemy import update
 
 from llmeco_nb.cli import RunOptions, prepare_run

@@ -347,8 +347,8 @@ def test_bad_input_is_named(corpus, tmp_path):
         fit(encoder=corpus)
     with pytest.raises(UsageError, match="max_length is 513.*from 2 to 512"):
         fit(SMALL.replace(max_length=513))
-    with pytest.raises(UsageError, match=r"minutes is 1e-06; reading 105 validation.*Give more"):
-        fit(SMALL.replace(minutes=1e-6))
+    said = exclusion_of(fit(SMALL.replace(minutes=1e-6)))
+    assert "minutes is 1e-06; reading 105 validation" in said and "Give more" in said
     with pytest.raises(DataError, match="no validation texts"):
         fit(corpus=made(tmp_path / "unvalidated", validation=0))
     rows = read_split(corpus, "train")

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, UsageError, read_json, write_json
-from ..locks import lock
 from .corpus import normalized_key
 from .filters import FilterReport, note
 from llmeco_nb.data.minhash import (
@@ -27,6 +26,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     shingles,
 )
+from ..locks import lock
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #75190154
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     word_hashes,
 )
+from ..tasks.words import shingle_regex
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #546ee079
 run_words = 5  # words of a run
@@ -158,10 +159,13 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
         owner = int(index.owners[first])
         begin = int(index.starts[first] - index.table.bounds[owner])
         folded = texts[owner].casefold()
-        said = list(re.finditer(r"\w+", folded))[begin : begin + size]
+        # the same words as in the hashes: of scripts without spaces, their units
+        words = re.compile(r"\w+") if folded.isascii() else shingle_regex
+        said = list(words.finditer(folded))[begin : begin + size]
+        shown = folded[said[0].start() : said[-1].end()] if said else folded
         found.append(
             {
-                "text": folded[said[0].start() : said[-1].end()][:400],
+                "text": shown[:400],
                 "words": size,
                 "texts": int(least[i]),
                 "share": round(int(least[i]) / len(texts), 4),

@@ -35,8 +35,7 @@ from llmeco_nb.data.table_pass import (
     read_pass,
     rows_in_all,
 )
-from .table_profile import ColumnCounts, Roles, check_told, count_columns
-from .table_profile import guess_roles
+from .table_profile import ColumnCounts, Roles, check_told, count_columns, guess_roles
 from .table_stream import open_table
 from .tables import near_equal_names
 from llmeco_nb.data.text_sketch import (

@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
 from ..core import DataError, Record, seed_everything, sha256_of, write_json
 from ..data.corpus import read_split, small_corpus
+from .budget import TooFewMinutes
 from .checkpoints import encoder_folder
 from llmeco_nb.finetuning.classifier import (
     enough_labels,
@@ -273,8 +274,8 @@ def fit_frozen(
 ) -> Path:
     """Read all texts with an encoder as it is, fit a linear layer, and predict validation and test;
     the parameters are those of the chapter. Returns the classifier's folder. An encoder whose
-    tokenizer does not know the texts is left out, as `exclude_model` does. Raises `DataError`,
-    `MissingError`, `UsageError`.
+    tokenizer does not know the texts, or whose minutes are too few, is left out, as `exclude_model`
+    does. Raises `DataError`, `MissingError`, `UsageError`.
 
     Args:
         record: Gets the artifacts classifier and predictions.
@@ -315,7 +316,10 @@ def fit_frozen(
         spent = time.monotonic() - begun
         return frozen_plan(config, speed, len(splits["train"]), least, answered, spent)
 
-    plan = resolve_plan(record, asked, make_plan)
+    try:
+        plan = resolve_plan(record, asked, make_plan)
+    except TooFewMinutes as e:
+        return exclude_model(record, config.name, str(e), **coverage)
     splits["train"] = labelled_subset(splits["train"], plan["labels"], config.seed)
     schema = half.fit_schema(schema, splits["train"])
     reader = replace(reader, max_length=plan["max_length"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import StageConfig
-from ..core import UsageError
+from .budget import TooFewMinutes
 
 # %% ../../nbs/2_finetuning/22c_reading_plan.ipynb #22c0f005
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -62,7 +62,7 @@ def frozen_plan(
     config: StageConfig, speed: ReadingSpeed, train: int, least: int, answered: int, spent: float
 ) -> dict:
     """The plan of the stage: tokens, labels and precision, and a forecast in seconds. Raises
-    `UsageError` when the minutes do not suffice for a label of each class.
+    `TooFewMinutes` when the minutes do not suffice for a label of each class.
 
     Args:
         config: With max_length and minutes.
@@ -87,7 +87,7 @@ def frozen_plan(
         if labels < least:
             needed = spent + speed.seconds(answered, tokens, exact=True)
             needed += speed.seconds(least, tokens) + least * speed.fit_s
-            raise UsageError(
+            raise TooFewMinutes(
                 f"minutes is {config.minutes:g}; reading {answered} validation and test texts and "
                 f"{least} training texts takes about {needed / 60:.2g} here. Give more."
             )
@@ -114,7 +114,7 @@ def measure_reading(encoder: "TextEncoder", texts: list[str], outputs: int) -> R
     begun = time.perf_counter()
     rows, lengths = encoder.tokens(texts)
     text_s = (time.perf_counter() - begun) / len(texts)
-    some = rows[:: max(1, len(rows) // 32)]
+    some = rows[:: -(-sum(map(len, rows)) // 4096)]  # of long texts fewer
 
     def seconds_per_token(reader: "TextEncoder", rows: list[list[int]]) -> float:
         embed_tokens(reader, rows[:2])  # the first call prepares what later ones reuse

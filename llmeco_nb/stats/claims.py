@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..core import DataError, UsageError, read_json, write_json
+from ..core import DataError, UsageError, markdown_text, read_json, write_json
 from .significance import Comparison, Interval, holm
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #543e73c2
@@ -91,7 +91,7 @@ class Claim:
             facts.append(f"{p_text(self.p_adjusted)}, adjusted for {self.family} claims")
         if self.verdict == "not shown" and self.detectable is not None:
             facts.append(f"{self.amount(self.detectable, '')} would have shown")
-        return f"{self.badge}: {self.text} ({'; '.join(facts)})"
+        return f"{self.badge}: {markdown_text(self.text)} ({'; '.join(facts)})"
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
@@ -173,7 +173,7 @@ def claims_table(claims: list[Claim]) -> str:
         interval = "" if c.low is None else f"{c.amount(c.low)} to {c.amount(c.high)}"
         return [
             c.badge,
-            c.text.replace("|", "\\|"),
+            markdown_text(c.text),
             c.amount(c.difference),
             interval,
             c.amount(c.margin) if c.margin else "0",
