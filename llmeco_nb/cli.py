@@ -31,14 +31,7 @@ from llmeco_nb.core import (
 from .data.inspect_command import InspectOptions, inspect
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
-from llmeco_nb.runner.stages import (
-    Instance,
-    StageRegistry,
-    current_overrides,
-    needs,
-    read_profile,
-    read_yaml,
-)
+from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml
 from .runner.store import link
 from llmeco_nb.terminal import (
     Command,
