@@ -7,7 +7,6 @@ __all__ = ['run_words', 'WordTable', 'hash_texts', 'RunIndex', 'index_runs', 'na
            'long_parts', 'short_parts', 'near_pairs', 'ContentGroups', 'connect', 'content_groups']
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #c8e79299
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -164,13 +163,10 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
         owner = int(index.owners[first])
         begin = int(index.starts[first] - index.table.bounds[owner])
         folded = texts[owner].casefold()
-        # the same words as in the hashes: of scripts without spaces, their units
-        words = re.compile(r"\w+") if folded.isascii() else shingle_regex
-        said = list(words.finditer(folded))[begin : begin + size]
-        shown = folded[said[0].start() : said[-1].end()] if said else folded
+        said = list(shingle_regex.finditer(folded))[begin : begin + size]
         found.append(
             {
-                "text": shown[:400],
+                "text": folded[said[0].start() : said[-1].end()][:400],
                 "words": size,
                 "texts": int(least[i]),
                 "share": round(int(least[i]) / len(texts), 4),
