@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'prepare_run', 'run',
-           'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'serve', 'predict', 'docs',
-           'outputs', 'main']
+           'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'serve', 'docs', 'outputs',
+           'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Optional
 
 import typer
+from .deployment.predict_command import PredictChoice, predict
 
 from llmeco_nb.core import (
     ExportError,
@@ -413,80 +414,7 @@ def serve(
     server.run_server(bundle, host, port, database, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
-@app.command(cls=Command)
-def predict(
-    source: str = typer.Argument(..., help="The table: a path, a URL, hf:org/name or a folder."),
-    output: Path = typer.Option(
-        ..., "--output", "-o", help="The file to write: .parquet, .csv or .jsonl."
-    ),
-    text: str = typer.Option("text", help="The column that holds the texts."),
-    bundle: Path | None = typer.Option(
-        None, help="A bundle's folder (default: the newest champion or bundle in runs)."
-    ),
-    prediction_column: str = typer.Option(
-        "prediction", help="The column that gets the predictions."
-    ),
-    all_scores: bool = typer.Option(
-        False, "--all-scores", help="A column for the probability of every class."
-    ),
-    replace: bool = typer.Option(False, "--replace", help="Write over a file that is there."),
-    threads: int | None = typer.Option(
-        None, min=1, help="Threads of the model (default: those of this machine)."
-    ),
-):
-    """Answer for every row of a table with a bundle, and write the table with the answers.
-
-    Args:
-        source: Path, URL, hf:org/name or folder.
-        output: Its ending says how it is written.
-        text: Name of a column.
-        bundle: Its folder; None: the newest champion or bundle in runs.
-        prediction_column: Name of a column that the table does not have.
-        all_scores: Whether every class gets a column.
-        replace: Whether `output` may exist.
-        threads: At least 1; None: one for each core.
-    """
-    from rich import progress
-
-    from llmeco_nb.deployment.engine import Predictor
-    from llmeco_nb.deployment.loading import newest_bundle
-    from llmeco_nb.deployment.predict import PredictOptions, check_output, predict_table
-
-    check_output(output, replace)  # before a model is loaded
-    options = PredictOptions(
-        text_column=text,
-        prediction_column=prediction_column,
-        all_scores=all_scores,
-        replace=replace,
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    predictor = Predictor.load(bundle or newest_bundle(runs_dir()), threads or cores or 1)
-    begun = time.monotonic()
-    columns = (
-        progress.TextColumn("rows"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[speed]}"),
-        progress.TimeRemainingColumn(),
-    )
-    first: list[int] = []
-    with progress.Progress(*columns) as bar:
-        shown = bar.add_task("rows", total=None, speed="")
-
-        def tell(done: int, total: int) -> None:
-            first.append(done)
-            speed = (done - first[0]) / max(1e-9, time.monotonic() - begun)
-            bar.update(shown, completed=done, total=total, speed=f"{speed:,.0f} a second")
-
-        made = predict_table(predictor, source, output, options, tell)
-    spent = time.monotonic() - begun
-    kept = f", {made.resumed:,} of them from an interrupted attempt" if made.resumed else ""
-    blank = f"; {made.blank:,} without a text have no prediction" if made.blank else ""
-    typer.echo(
-        f"{made.rows:,} rows{kept}{blank}, in {format_duration(spent)}, "
-        f"{(made.rows - made.resumed) / max(1e-9, spent):,.0f} a second.\n"
-        f"Bundle: {predictor.manifest.name} ({predictor.digest[:12]}). Written: {made.output}"
-    )
+command(PredictChoice)(predict)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

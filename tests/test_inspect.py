@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -235,6 +236,17 @@ def test_the_file_is_described(tmp_path):
     assert table.facts.encoding == "cp1252" and next(table.rows()) == ["été", "a"]
 
 
+def test_words_are_counted_by_script_and_footers_are_named(tmp_path):
+    thai = "\u0e1c\u0e21\u0e0a\u0e2d\u0e1a\u0e2b\u0e19\u0e31\u0e07 "  # one stretch of several words
+    found = look(tmp_path, [[thai * 3 + str(i), "ab"[i % 2]] for i in range(40)])
+    assert found.words.median > 6 and list(found.scripts) == ["Thai"] and found.english is None
+    footer = " This message is meant for the person it is addressed to and nobody else."
+    found = look(tmp_path, [[t + footer, label] for t, label in rows_of()])
+    assert found.near.pairs == 0 and found.near.boilerplate == 1
+    assert "100% of the texts hold words" in inspection_text(found)
+    assert look(tmp_path, rows_of()).near.boilerplate == 0
+
+
 def test_what_was_said_goes_into_the_line(tmp_path):
     lines = [
         "said;verdict",
@@ -400,6 +412,7 @@ def llmeco(*words, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path / "runs"))
     file = write(
@@ -453,6 +466,7 @@ def test_a_text_or_name_that_no_server_takes_is_refused_by_the_first_stage(tmp_p
             build_corpus(create_record(tmp_path / limit, "data"), CorpusConfig(source=source))
 
 
+@pytest.mark.slow
 def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
     "Table, corpus, linear model, bundle, answer: the longest name, texts of over 20,000 signs."
     pytest.importorskip("fastapi")
@@ -462,6 +476,8 @@ def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
     from llmeco_nb.deployment.packing import pack_linear
     from llmeco_nb.deployment.server import make_app
     from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
+    from llmeco_nb.interaction.client import Client, running_server
+    from llmeco_nb.interaction.feedback import find_mistakes
     from llmeco_nb.tasks.registry import load_schema
 
     name = "y" * max_label_chars
@@ -491,6 +507,12 @@ def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
         sent = {"Content-Type": "application/json"}
         reply = client.post("/v1/predict", content=escaped, headers=sent)
         assert reply.status_code == 200, reply.text[:200]
+    # eight of them are more than one request may hold
+    asked = pd.DataFrame({"text": ["\u20ac" * max_text_chars] * 8, "label": 0})
+    names, record = load_schema(corpus).labels, create_record(tmp_path / "m", "m")
+    with running_server(bundle, tmp_path / "g.sqlite") as address:
+        mistakes, searched = find_mistakes(Client(address), asked, names, 9, record)
+    assert searched == 8 and len(mistakes) in (0, 8)
 
 
 def test_every_finding_is_asked_once(tmp_path):

@@ -268,6 +268,7 @@ def test_the_stage_keeps_marks_where_they_are_needed(name, kept, tmp_path):
     )
     record = open_record(tmp_path / "r", "tokenizer")
     assert record.metrics["strip_accents"] is (not kept)
+    assert record.metrics["least_frequency"] == (10 if name == "thai" else 2)
     assert record.metrics["unknown_rate"] == 0 and record.metrics["round_trip"] == 1
     made = open_tokenizer(record.artifact("tokenizer"))
     if name == "vietnamese":

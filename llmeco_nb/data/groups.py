@@ -7,7 +7,6 @@ __all__ = ['run_words', 'WordTable', 'hash_texts', 'RunIndex', 'index_runs', 'na
            'long_parts', 'short_parts', 'near_pairs', 'ContentGroups', 'connect', 'content_groups']
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #c8e79299
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     word_hashes,
 )
+from ..tasks.words import shingle_regex
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #546ee079
 run_words = 5  # words of a run
@@ -163,7 +163,7 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
         owner = int(index.owners[first])
         begin = int(index.starts[first] - index.table.bounds[owner])
         folded = texts[owner].casefold()
-        said = list(re.finditer(r"\w+", folded))[begin : begin + size]
+        said = list(shingle_regex.finditer(folded))[begin : begin + size]
         found.append(
             {
                 "text": folded[said[0].start() : said[-1].end()][:400],

@@ -87,8 +87,9 @@ def file_lines(i: Inspection, width: int) -> list[str]:
     sign = {"\t": "tab", "": ""}.get(f.separator, f.separator)
     parts = [f.kind, f.packing and f"packed by {f.packing}", f.encoding]
     parts += [sign and f"separator {visible(sign)!r}", f.quoting and f"quotes: {f.quoting}"]
-    size = f"{f.size / 1e6:,.1f} MB" if f.size and f.size >= 1e5 else f"{f.size:,} bytes"
-    parts += [size if f.size is not None else "", several(i.rows, "row")]
+    size = f.size or 0
+    said = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+    parts += [said if f.size is not None else "", several(i.rows, "row")]
     parts.append(several(len(i.columns), "column"))
     return [visible(f.source), *paragraph(", ".join(filter(None, parts)), "  ", width)]
 
@@ -166,7 +167,11 @@ def text_lines(i: Inspection, width: int) -> list[str]:
     said = ", ".join(scripts[:6]) or "no letters"
     if i.english is not None:
         said += f"; {i.english:.0%} of the texts are mostly English"
-    return lines + paragraph(said, f"  {'letters':12}", width)
+    lines += paragraph(said, f"  {'letters':12}", width)
+    if i.near.boilerplate >= 0.1:
+        said = f"{i.near.boilerplate:.0%} of the texts hold words that stand in a tenth of them"
+        lines += paragraph(said, f"  {'repeated':12}", width)
+    return lines
 
 
 def row_lines(i: Inspection, width: int) -> list[str]:

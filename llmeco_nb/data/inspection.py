@@ -133,7 +133,7 @@ class Inspection:
         max_labels: Classes that the stage data accepts unless it is told otherwise.
         counts: What becomes of the rows.
         chars: Characters of a text.
-        words: Words of a text, between spaces.
+        words: Words of a text.
         too_long: Texts longer than the limit.
         changed: Texts that each step of cleaning changes: encoding, entities, tags, controls.
         scripts: Share of each script among the letters.

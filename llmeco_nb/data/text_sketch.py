@@ -22,6 +22,7 @@ import numpy as np
 from .filters import english_share
 from .minhash import band_keys, choose_bands, minhash_signatures, shingles
 from ..tasks.cleaning import clean_text
+from ..tasks.words import split_words
 
 # %% ../../nbs/1_pretraining/10p_text_sketch.ipynb #8cfece57
 def text_hash(text: str) -> int:
@@ -87,7 +88,7 @@ class TextSketch:
         self.hashes.append(one)
         self.labels.append(label)
         self.chars.append(len(text))
-        self.words.append(clean.count(" ") + 1)
+        self.words.append(clean.count(" ") + 1 if clean.isascii() else len(split_words(clean)))
         seen = len(self.hashes)
         if seen <= self.size:
             self.sample.append(clean[:2_000])
@@ -230,6 +231,7 @@ class NearDuplicates:
         estimated: Pairs in the whole, by this sample.
         at_most: Upper bound of these where no pair was found.
         examples: Two pairs.
+        boilerplate: Share of the sampled texts with a run of words that is in a tenth of them.
     """
 
     sampled: int
@@ -238,6 +240,7 @@ class NearDuplicates:
     estimated: int
     at_most: int
     examples: tuple[tuple[str, str], ...] = ()
+    boilerplate: float = 0.0
 
 
 def near_duplicates(
@@ -256,6 +259,10 @@ def near_duplicates(
     if n < 2:
         return NearDuplicates(n, 0, 0, 0, 0)
     found, owners = shingles(texts)
+    _, which, counts = np.unique(found, return_inverse=True, return_counts=True)
+    common = counts[which] > max(n // 10, 5)
+    boilerplate = len(np.unique(owners[common])) / n
+    found, owners = found[~common], owners[~common]
     table = minhash_signatures(found, owners, n, hashes)
     bands, rows = choose_bands(min_jaccard, hashes, 0.95)
     keys = band_keys(table[:, : bands * rows], bands, rows)
@@ -282,4 +289,5 @@ def near_duplicates(
         estimated=round(len(near) * factor),
         at_most=0 if near or factor == 1 else round(3 * factor),
         examples=tuple((texts[a][:200], texts[b][:200]) for a, b in near[:2]),
+        boilerplate=boilerplate,
     )

@@ -20,7 +20,13 @@ from pydantic import PositiveInt
 from ..config import StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, write_bytes, write_json
 from ..data.corpus import read_split
-from .letters import covering_splitter, labelled_texts, needs_marks
+from llmeco_nb.tokenization.letters import (
+    covering_splitter,
+    labelled_texts,
+    needs_marks,
+    runs_together,
+    unspaced_factor,
+)
 
 # %% ../../nbs/1_pretraining/12_wordpiece.ipynb #cf460676
 special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # Their ids are 0 to 4
@@ -301,7 +307,7 @@ class TokenizerConfig(StageConfig):
 
     vocab_size: PositiveInt = 8192  # tokens to learn, special ones included; few texts give fewer
     max_texts: PositiveInt | None = None  # training texts to learn from, the first; none for all
-    min_frequency: PositiveInt = 2  # a pair must occur this often to be merged
+    min_frequency: PositiveInt = 2  # a pair must occur this often; in Thai 5 times so
     limit_alphabet: PositiveInt = 8000  # distinct characters to know; a rarer one becomes [UNK]
     lowercase: bool = True  # fold case, by Unicode
     strip_accents: Literal["auto", "always", "never"] = "auto"  # é becomes e
@@ -324,13 +330,12 @@ def build_tokenizer(
     held = read_split(corpus, "validation").text.tolist()
     record.progress(0, 3, "parts")
     strip = config.strip_accents == "always"
+    marked = word_counts(labelled_texts(rows), strip_accents=False)
     if config.strip_accents == "auto":
-        marked = word_counts(labelled_texts(rows), strip_accents=False)
         strip = config.lowercase and not needs_marks(marked)
+    least = config.min_frequency * (unspaced_factor if runs_together(marked) else 1)
     how = config.lowercase, strip
-    pieces = train_wordpiece(
-        train, config.vocab_size, config.min_frequency, config.limit_alphabet, *how
-    )
+    pieces = train_wordpiece(train, config.vocab_size, least, config.limit_alphabet, *how)
     record.progress(1, 3, "parts")
     made = wordpiece(pieces, *how)
     save_tokenizer(made, record.artifact("tokenizer"))
@@ -355,6 +360,7 @@ def build_tokenizer(
         texts=len(train),
         measured_on=on,
         strip_accents=strip,
+        least_frequency=least,
         **rows[len(pieces)],
     )
     record.progress(3, 3, "parts")
