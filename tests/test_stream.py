@@ -290,6 +290,24 @@ def test_memory_does_not_grow(tmp_path, ending):
     assert peak(20_000) < 1.5 * peak(2000)
 
 
+@pytest.mark.parametrize("lines", [3, 50])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".txt"])
+def test_utf8_is_not_read_by_another_encoding(tmp_path, ending, lines):
+    "Though it was named; a text with a single byte of its own is read by it, and so is ASCII."
+    told = ReadOptions(encoding="cp1252")
+    start = {".csv": "text\n", ".jsonl": "", ".txt": ""}[ending]
+    line = '{"text": "très bon"}\n' if ending == ".jsonl" else "très bon\n"
+    (file := tmp_path / f"a{ending}").write_text(start + line * lines, encoding="utf-8")
+    for read in (whole, streamed):
+        with pytest.raises(DataError, match="is valid UTF-8, and encoding is cp1252"):
+            read(file, options=told)
+    file.write_text(start + line * lines, encoding="cp1252")
+    more = {"unit": "line"} if ending == ".txt" else {}
+    assert whole(file, options=told) == streamed(file, options=told, **more) == ["très bon"] * lines
+    file.write_text(start + line.replace("è", "e") * lines)
+    assert whole(file, options=told) == streamed(file, options=told, **more)
+
+
 @pytest.mark.parametrize(
     "ending, start, more",
     [

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['marks', 'no_encodings', 'guesses', 'usual_signs', 'check_encoding', 'find_encoding', 'reading_score', 'odd_words',
-           'plausible_readings', 'Fault', 'find_fault', 'fault_in', 'encoding_error', 'decode']
+           'plausible_readings', 'Fault', 'find_fault', 'fault_in', 'encoding_error', 'has_single_bytes', 'is_utf8',
+           'utf8_error', 'decode']
 
 # %% ../../nbs/0_ground/04l_encodings.ipynb #f5e760f1
 import codecs
@@ -274,9 +275,44 @@ def encoding_error(
     return DataError(f"{where}: 0x{fault.found:02x} is not UTF-8. {cure}{mixed}")
 
 
+def has_single_bytes(encoding: str) -> bool:
+    """Whether an encoding has one byte for each character, such as Windows-1252.
+
+    Args:
+        encoding: As Python calls it.
+    """
+    return len(bytes(range(128, 256)).decode(encoding, "replace")) == 128
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are UTF-8 with some character beyond ASCII.
+
+    Args:
+        data: Of a whole text, or of a line.
+    """
+    try:
+        return not data.isascii() and bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def utf8_error(name: str, encoding: str) -> DataError:
+    """What to say of a text in UTF-8 for which another encoding is given.
+
+    Args:
+        name: How to call it.
+        encoding: That was given.
+    """
+    return DataError(
+        f"{name} is valid UTF-8, and encoding is {encoding}, by which its letters would be other "
+        "ones. Leave encoding empty; of two sources in different encodings save one as UTF-8 first."
+    )
+
+
 def decode(data: bytes, name: str, encoding: str = "") -> str:
     """Bytes as text, with or without a byte order mark. Raises `DataError` naming line and byte,
-    and `UsageError` for an unknown encoding.
+    and for UTF-8 that would be read by an encoding of one byte a character; `UsageError` for an
+    unknown encoding.
 
     Args:
         data: All bytes.
@@ -290,4 +326,6 @@ def decode(data: bytes, name: str, encoding: str = "") -> str:
         text = "\0"
     if "\0" in text:
         raise encoding_error(lambda: io.BytesIO(data), name, found, encoding)
+    if encoding and has_single_bytes(found) and is_utf8(data):
+        raise utf8_error(name, encoding)
     return text

@@ -21,7 +21,14 @@ from llmeco_nb.data.delimited import (
     first_lines,
     max_text,
 )
-from .encodings import decode, encoding_error, find_encoding
+from llmeco_nb.data.encodings import (
+    decode,
+    encoding_error,
+    find_encoding,
+    has_single_bytes,
+    is_utf8,
+    utf8_error,
+)
 from .folders import list_folder, split_ending, text_endings
 from .readers import parse_json, read_frame
 from llmeco_nb.data.sources import (
@@ -62,16 +69,22 @@ def read_lines(source: str | Path, newline: str = "\n", encoding: str = "") -> I
     source = source_name(source)
     with open_stream(source) as raw:
         found = find_encoding(raw.peek(4)[:4], encoding, source)
+        # lines that are UTF-8 though another encoding is given; None where it does not matter
+        alike = 0 if encoding and has_single_bytes(found) else None
         with io.TextIOWrapper(raw, found, newline=newline) as texts:
             while True:
                 try:
                     line = texts.readline(max_text + 1)
                 except UnicodeError:
                     break
+                if alike == 20 or (alike and not line):
+                    raise utf8_error(source, encoding)
                 if not line:
                     return
                 if "\0" in line:
                     break
+                if alike is not None and not line.isascii():
+                    alike = alike + 1 if is_utf8(line.encode(found)) else None
                 if len(line) > max_text:
                     raise too_long(source)
                 yield line

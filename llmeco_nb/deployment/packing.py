@@ -184,8 +184,8 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
     """Pack an encoder; returns what the manifest is to say. Raises `DataError`, `MissingError`.
 
     Args:
-        folder: A Hugging Face sequence classifier, or a frozen encoder with a layer on top; one with
-            a single output regresses.
+        folder: A Hugging Face sequence classifier, or a frozen encoder with a layer on top; one
+            with a single output regresses.
         bundle: Gets model.onnx and tokenizer.json.
         name: The model's name in the manifest.
         schema: Of the model.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import DataError, UsageError, write_bytes
+from ..data.sources import pretrained
 from .checkpoints import quiet_transformers
 from .encoding import collate, tokenize_texts
 from ..models.speedups import retain_freed_memory, use_fast_attention
@@ -97,7 +98,7 @@ def open_encoder(folder: str, max_length: int, head: int, device: str = "auto") 
     `UsageError` for more tokens than it can read, `MissingError` for a device that is not there.
 
     Args:
-        folder: A folder or hub name.
+        folder: A folder, or a hub name, which may end in @ and a commit.
         max_length: Tokens to read of a text.
         head: Per cent of them from the beginning.
         device: cpu, cuda, or auto: a GPU where torch sees one.
@@ -106,8 +107,8 @@ def open_encoder(folder: str, max_length: int, head: int, device: str = "auto") 
 
     try:
         with quiet_transformers():
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(**pretrained(folder), dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**pretrained(folder))
     except (ValueError, OSError) as e:
         raise DataError(
             f"{folder} does not hold an encoder and a tokenizer that transformers can open: "

@@ -181,8 +181,9 @@ def running_server(
     """
     package = str(Path(llmeco_nb.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    call = serve_bundle.__name__
-    code = f"import sys; from {__name__} import {call}; {call}(int(sys.argv[1]), *sys.argv[2:])"
+    call = serve_bundle.__name__  # named here, so that it counts as reached
+    module = "llmeco_nb.interaction.client"  # also when this runs in the notebook
+    code = f"import sys; from {module} import {call}; {call}(int(sys.argv[1]), *sys.argv[2:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(os.getpid()), str(bundle), str(database)],
         env={**os.environ, "PYTHONPATH": path},
