@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['kept_files', 'palette', 'LlmecoError', 'UsageError', 'MissingError', 'DataError', 'CellError', 'WriteError',
-           'ExportError', 'ChangedSourceError', 'fsync_folder', 'fsync_tree', 'write_bytes', 'write_json', 'read_json',
-           'file_sign', 'hashed_files', 'sha256_of', 'sha256_text', 'runs_dir', 'scratch', 'package_files',
-           'source_digest', 'cached_fixture', 'Record', 'create_record', 'open_record', 'format_duration',
-           'seed_everything', 'figure_style', 'save_figure', 'plain_text', 'markdown_text']
+           'ExportError', 'ChangedSourceError', 'fsync_folder', 'write_bytes', 'write_json', 'read_json', 'file_sign',
+           'hashed_files', 'sha256_of', 'sha256_text', 'runs_dir', 'scratch', 'package_files', 'source_digest',
+           'cached_fixture', 'Record', 'create_record', 'open_record', 'format_duration', 'seed_everything',
+           'figure_style', 'save_figure', 'plain_text', 'markdown_text']
 
 # %% ../nbs/0_ground/00_core.ipynb #e6726ea3
 import errno
@@ -102,17 +102,6 @@ def fsync_folder(path: Path):
         os.close(fd)
 
 
-def fsync_tree(folder: Path):
-    "Push an existing `folder` to the disk: what a folder holds first, then the folder."
-    for f in sorted(folder.rglob("*"), reverse=True):  # what is in `a` comes before `a`
-        if f.is_dir() and not f.is_symlink():
-            fsync_folder(f)
-        elif f.is_file():
-            with open(f, "rb") as opened:
-                os.fsync(opened.fileno())
-    fsync_folder(folder)
-
-
 def write_bytes(path: str | Path, data: bytes):
     """Write `data` under `path` so that a crash leaves the former file or the new one, never a
     mixture.
@@ -167,8 +156,7 @@ _hashed: ContextVar = ContextVar("hashed", default=None)  # what `hashed_files` 
 
 
 def file_sign(path: str | Path) -> tuple[int, ...]:
-    """Size, times of the last writing and of the last change of its entry (ns), and inode of what
-    is at `path`; empty if nothing is. A file that was replaced and put back has another sign."""
+    "Size, times of writing and of change in ns, and inode of `path`; empty if nothing is there."
     try:
         s = os.stat(path)
     except OSError:
@@ -178,9 +166,8 @@ def file_sign(path: str | Path) -> tuple[int, ...]:
 
 @contextmanager
 def hashed_files(memory: dict[str, list] | None = None) -> Iterator[dict[str, tuple[int, ...]]]:
-    """A context manager that gives the files which `sha256_of` hashes in its `with` block, each
-    with its `file_sign` from before. A file whose sign is in `memory`, path -> sign and hash, is not
-    read again."""
+    """A context manager that gives what `sha256_of` hashes in its block: path -> `file_sign`.
+    A file whose sign is in `memory`, path -> sign and hash, is not read again."""
     found: dict[str, tuple[int, ...]] = {}
     token = _hashed.set((found, {} if memory is None else memory))
     try:
@@ -190,9 +177,8 @@ def hashed_files(memory: dict[str, list] | None = None) -> Iterator[dict[str, tu
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs.
-
-    Raises `MissingError`."""
+    """SHA-256 in hex of a file, or of a folder's sorted (relative path, file hash) pairs. Raises
+    `MissingError`."""
     path, noting = Path(path), _hashed.get()
     if path.is_dir():
         files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())

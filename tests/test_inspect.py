@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -475,6 +476,8 @@ def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
     from llmeco_nb.deployment.packing import pack_linear
     from llmeco_nb.deployment.server import make_app
     from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
+    from llmeco_nb.interaction.client import Client, running_server
+    from llmeco_nb.interaction.feedback import find_mistakes
     from llmeco_nb.tasks.registry import load_schema
 
     name = "y" * max_label_chars
@@ -504,6 +507,12 @@ def test_a_text_of_the_limit_goes_to_the_server(tmp_path):
         sent = {"Content-Type": "application/json"}
         reply = client.post("/v1/predict", content=escaped, headers=sent)
         assert reply.status_code == 200, reply.text[:200]
+    # eight of them are more than one request may hold
+    asked = pd.DataFrame({"text": ["\u20ac" * max_text_chars] * 8, "label": 0})
+    names, record = load_schema(corpus).labels, create_record(tmp_path / "m", "m")
+    with running_server(bundle, tmp_path / "g.sqlite") as address:
+        mistakes, searched = find_mistakes(Client(address), asked, names, 9, record)
+    assert searched == 8 and len(mistakes) in (0, 8)
 
 
 def test_every_finding_is_asked_once(tmp_path):

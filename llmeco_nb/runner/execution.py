@@ -23,7 +23,6 @@ from llmeco_nb.core import (
     LlmecoError,
     UsageError,
     fsync_folder,
-    fsync_tree,
     read_json,
     sha256_of,
     write_bytes,
@@ -36,7 +35,7 @@ from .machine import machine, versions
 from .overrides import require_inputs
 from .pipeline import Pipeline, StageStatus
 from .stages import Instance, needs
-from .store import link
+from .store import fsync_tree, link
 
 # %% ../../nbs/0_ground/01e_execution.ipynb #35cd2beb
 def make_entry(
