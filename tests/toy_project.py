@@ -198,6 +198,7 @@ class ToyProject:
         for nb in sorted((ROOT / "nbs" / "0_ground").glob("0[01]*.ipynb")):
             shutil.copy(nb, folder / "nbs" / "0_ground")
             self.bring(re.search(r"default_exp ([\w.]+)", nb.read_text())[1])
+        self.bring("data.inspect_command")  # the command shows its options
         shutil.copy(ROOT / "llmeco_nb" / "__init__.py", folder / "llmeco_nb")
         (folder / "nbs" / "profiles" / "toy" / "pipeline.yaml").write_text(PIPELINE)
         (folder / "nbs" / "profiles" / "toy" / "train@b.yaml").write_text("factor: 5\n")

@@ -233,8 +233,8 @@ def fine_tune(
 ) -> Path:
     """Fine-tune an encoder for the corpus' task and predict validation and test; the parameters
     are those of the chapter. Returns the classifier's folder. An encoder whose tokenizer does not
-    know the texts, or whose minutes are too few, is left out, as `exclude_model` does. Raises `DataError`, `MissingError`,
-    `UsageError`.
+    know the texts, or whose minutes are too few, is left out, as `exclude_model` does. Raises
+    `DataError`, `MissingError`, `UsageError`.
 
     Args:
         record: Gets the artifacts classifier and predictions.
