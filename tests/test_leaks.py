@@ -233,3 +233,41 @@ def test_a_corpus_gives_its_evaluation_splits(tmp_path):
             one / f"{split}.parquet"
         )
     assert evaluation_sets(one) == {"test of the corpus": ["a text"]}
+
+
+NOTICE = (
+    "this message and its attachments are confidential and meant for the addressee alone so please "
+    "delete it at once if that is not you"
+)
+
+
+def test_boilerplate_of_an_evaluation_set_is_no_leak():
+    "What more than a tenth of its texts hold counts for nothing, as a run and by trigrams."
+    mails = [f"parcel {i} has not come to house {7 * i}, {NOTICE}" for i in range(60)]
+    index = LeakIndex({"mails": mails})
+    assert index.check(f"where is my lamp? {NOTICE}") is None
+    assert index.check(f"dear all, {mails[4]}").kind == "13-gram"
+    assert index.check(mails[4].upper()).kind == "exact"
+    named = index.boilerplate["mails"]
+    assert named["share"] == 1.0 and named["text"] in NOTICE
+    few = LeakIndex({"mails": mails[:5]})
+    assert few.check(f"where is my lamp? {NOTICE}") is not None and few.boilerplate == {}
+
+
+@pytest.mark.parametrize(
+    "step, cure",
+    [
+        ("leak", "hold texts of the evaluation sets"),
+        ("near copy", "copies of documents read before"),
+        ("words", "Loosen the rule that took most .quality_rules: d=none"),
+    ],
+)
+def test_an_emptied_domain_gets_the_cure_of_its_cause(step, cure):
+    from llmeco_nb.data.filters import note
+    from llmeco_nb.data.mixture import check_nonempty
+
+    report = FilterReport()
+    report.read["d"] = 1
+    note(report.removed, step, {"id": "d 0", "domain": "d"}, "a text")
+    with pytest.raises(DataError, match=cure):
+        check_nonempty({}, report, ["d"])

@@ -15,6 +15,7 @@ from llmeco_nb.core import create_record, open_record, read_json
 from llmeco_nb.data.corpus import write_corpus
 from llmeco_nb.data.decontamination import LeakIndex, normalized_words
 from llmeco_nb.data.dedup import find_duplicates
+from llmeco_nb.data.domains import useful_domains
 from llmeco_nb.data.filters import FilterReport, Rules, quality_rule, terminal_lines
 from llmeco_nb.data.minhash import as_bytes, word_hashes
 from llmeco_nb.data.mixture import MixtureConfig, build_mixture, read_mixture
@@ -308,11 +309,14 @@ def test_many_characters_leave_room_for_pieces():
 
 
 def test_english_domains_are_left_out_beside_another_script(tmp_path):
-    place = corpus(tmp_path / "corpus", thai_table(200).text.tolist())
+    place = corpus(tmp_path / "corpus", (thai_table(200).text * 15).tolist())
     how = MixtureConfig(domains=["corpus", "literature"], weights=["corpus=9"], max_documents=100)
     folder = build_mixture(create_record(tmp_path / "a", "prose"), place, how)
     assert {d["domain"] for d in read_mixture(folder, "train")} == {"corpus"}
     assert open_record(tmp_path / "a", "prose").metrics["domains_left_out"] == "literature"
+    assert useful_domains(["corpus", "news"], place) == (["corpus"], ["news"])
+    small = corpus(tmp_path / "small", thai_table(60).text.tolist())
+    assert useful_domains(["corpus", "news"], small) == (["corpus", "news"], [])
     always = how.replace(english_domains="always")
     folder = build_mixture(create_record(tmp_path / "b", "prose"), place, always)
     assert {d["domain"] for d in read_mixture(folder, "train")} == {"corpus", "literature"}

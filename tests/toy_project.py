@@ -1,6 +1,7 @@
 """A small checkout of its own: the real core and runner, with four toy stages that take a second.
 The tests edit it and see what runs again."""
 
+import ast
 import json
 import os
 import re
@@ -187,6 +188,24 @@ def cell(kind, source, name):
     )
 
 
+def imported_with(module: str) -> set[str]:
+    "Modules of the package that are imported as soon as this one is."
+    found, todo = set(), [module]
+    while todo:
+        one = todo.pop()
+        file = Path(ROOT, "llmeco_nb", *one.split(".")).with_suffix(".py")
+        if one in found or not file.is_file():
+            continue
+        found.add(one)
+        room = one.split(".")[:-1]
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                name = (node.module or "").removeprefix("llmeco_nb.")
+                above = room[: len(room) - node.level + 1] if node.level else []
+                todo.append(".".join([*above, *filter(None, [name])]))
+    return found
+
+
 class ToyProject:
     def __init__(self, folder: Path, machine: Path):
         self.folder, self.runs = folder, folder / "runs"
@@ -198,7 +217,8 @@ class ToyProject:
         for nb in sorted((ROOT / "nbs" / "0_ground").glob("0[01]*.ipynb")):
             shutil.copy(nb, folder / "nbs" / "0_ground")
             self.bring(re.search(r"default_exp ([\w.]+)", nb.read_text())[1])
-        self.bring("data.inspect_command")  # the command shows its options
+        for module in imported_with("cli"):
+            self.bring(module)
         shutil.copy(ROOT / "llmeco_nb" / "__init__.py", folder / "llmeco_nb")
         (folder / "nbs" / "profiles" / "toy" / "pipeline.yaml").write_text(PIPELINE)
         (folder / "nbs" / "profiles" / "toy" / "train@b.yaml").write_text("factor: 5\n")

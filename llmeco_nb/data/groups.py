@@ -116,12 +116,7 @@ class RunIndex:
 
 
 def index_runs(table: WordTable, most: int) -> RunIndex:
-    """Sort all runs of five words.
-
-    Args:
-        table: Of the texts.
-        most: A run in more texts is boilerplate.
-    """
+    "Sort all runs of five words of a `table`. A run in more than `most` texts is boilerplate."
     starts = np.flatnonzero(table.inside(run_words)).astype(np.int32)
     runs = table.runs(run_words)[starts]
     order = np.argsort(runs, kind="stable").astype(np.int32)
@@ -176,12 +171,7 @@ def name_boilerplate(texts: Sequence[str], index: RunIndex) -> list[dict]:
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #18351b49
 def expand(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers of many ranges, int64, and which range each is from.
-
-    Args:
-        low: int64 [ranges]: first number.
-        high: int64 [ranges]: one behind the last.
-    """
+    "All numbers of the ranges from `low` to before `high`, int64, and which range each is of."
     sizes = high - low
     which = np.repeat(np.arange(len(low)), sizes)
     first = np.cumsum(sizes) - sizes
@@ -238,12 +228,8 @@ def long_parts(index: RunIndex, limit: int = 5_000_000) -> np.ndarray:
 
 
 def short_parts(table: WordTable) -> np.ndarray:
-    """Pairs (part, whole), int64 [n, 2], of texts of fewer than five words and those that hold
-    them; equal ones both ways.
-
-    Args:
-        table: Of the texts.
-    """
+    """Pairs (part, whole), int64 [n, 2], of texts of a `table` with fewer than five words and those
+    that hold them; equal ones both ways."""
     found = [np.zeros((0, 2), np.int64)]
     for n in range(1, run_words):
         texts = np.flatnonzero(table.sizes == n)
@@ -300,21 +286,28 @@ def near_pairs(index: RunIndex, threshold: float = 0.8) -> np.ndarray:
     ]
     pairs = chosen[pairs[np.concatenate(likely)]]
     ends = np.searchsorted(owners, np.arange(texts + 1))
-    common, sets = index.common, {}
 
-    def run_sets(i: int) -> tuple[set, set]:
-        if i not in sets:
-            here = slice(ends[i], ends[i + 1])
-            runs = index.runs[here]
-            sets[i] = set(runs.tolist()), set(runs[~common[here]].tolist())
-        return sets[i]
+    def run_set(i: int, rare_only: bool) -> np.ndarray:
+        here = slice(ends[i], ends[i + 1])
+        return np.unique(index.runs[here][rare[here]] if rare_only else index.runs[here])
 
-    def alike(a: set, b: set) -> bool:
-        both = len(a & b)
+    def alike(i: int, j: int, rare_only: bool) -> bool:
+        a, b = run_set(i, rare_only), run_set(j, rare_only)
+        both = len(np.intersect1d(a, b, assume_unique=True))
         return both >= threshold * (len(a) + len(b) - both)
 
-    kept = [all(map(alike, run_sets(i), run_sets(j))) for i, j in pairs.tolist()]
-    return pairs[np.array(kept, bool)]
+    forest, kept = list(range(texts)), []
+
+    def root(i: int) -> int:
+        while forest[i] != i:
+            forest[i] = i = forest[forest[i]]
+        return i
+
+    for i, j in pairs.tolist():  # those that are connected already need no comparison
+        if root(i) != root(j) and alike(i, j, True) and alike(i, j, False):
+            forest[root(j)] = root(i)
+            kept.append((i, j))
+    return np.array(kept, np.int64).reshape(-1, 2)
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #ab1405e3
 @dataclass(frozen=True)

@@ -246,7 +246,9 @@ def build_mixture(
             for d, texts in sources.items()
         )
         tracked = record.track(passed, unit="documents")
-        found = find_duplicates(store.passing(tracked), signatures, config.min_jaccard)
+        # where the labelled corpus stands alone, a table of like texts must not melt to two
+        alike = 1.0 if left_out else config.min_jaccard
+        found = find_duplicates(store.passing(tracked), signatures, alike)
         safe = without_leaks(
             found.kept(store, report), leaks, report, config.on_leak, exact_only=["corpus"]
         )

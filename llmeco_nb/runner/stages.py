@@ -227,7 +227,9 @@ def renamed_parameters(stage: str) -> dict[str, str]:
 
 def headline(one: Instance, metrics: dict) -> str:
     """Of the `metrics` the one worth a column: the one the notebook's contract names, else the
-    first; empty if it was not saved."""
+    first; empty if it was not saved. Of a model that was left out just that."""
+    if metrics.get("left_out") is True:
+        return "left out"
     name = one.notebook.contract.get("headline") or next(iter(metrics), None)
     if name not in metrics:
         return ""
