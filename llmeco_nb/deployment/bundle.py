@@ -198,8 +198,9 @@ def packable(
 
     kinds = ("linear", "onnx", "stack")  # the simpler first
 
-    def order(r: PackableModel) -> tuple[float, int, int]:
-        return -task.selection.key(r.validation), kinds.index(r.kind), r.parameters or 0
+    def order(r: PackableModel) -> tuple[float, int, int, int]:
+        simple, small = kinds.index(r.kind), r.parameters or 0
+        return -task.selection.key(r.validation), simple, -r.num_labeled, small
 
     return sorted(found, key=order)
 

@@ -241,11 +241,11 @@ class ModelRow:
         value = self.on_validation if split == "validation" else getattr(self, self.main)
         return -np.inf if value is None else find_task(self.task).selection.key(value)
 
-    def preference(self) -> tuple[float, int, int]:
+    def preference(self) -> tuple[float, int, int, int]:
         """What is larger for the row to serve: the better one on validation; between equals a
-        linear model, then an encoder, then a stack; then the one with fewer parameters."""
+        linear model, an encoder, a stack; then more labels; then fewer parameters."""
         parts = 2 if self.stack else 0 if self.baseline else 1
-        return self.quality("validation"), -parts, -(self.parameters or 0)
+        return self.quality("validation"), -parts, self.labels, -(self.parameters or 0)
 
     def to_json(self) -> dict:
         "The row as one flat object of `table.json`, but for `stack`."
