@@ -596,5 +596,5 @@ def markdown_text(written: object) -> str:
     """
     line = " ".join(str(written).split())
     # a number and a dot at the beginning would be a list
-    signs = r"[!#$&()*+<>\[\\\]^_`{|}~]|^[-=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]"
+    signs = r"[$&*<>\[\\\]_`|~]|^[-=+#]|(?<=^\d)[.)]|(?<=^\d\d)[.)]"
     return re.sub(signs, lambda m: f"&#{ord(m[0])};", line)

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -99,7 +100,7 @@ def command(options: type) -> Callable:
     return register
 
 
-def option(default: object, names: str, said: str, metavar: str | None = None) -> dataclasses.Field:
+def option(default: object, names: str, said: str, metavar: str | None = None) -> Any:
     """A field of the options of a command.
 
     Args:
@@ -114,7 +115,7 @@ def option(default: object, names: str, said: str, metavar: str | None = None) -
     return dataclasses.field(default=default, metadata={"option": typed})
 
 
-def argument(metavar: str, said: str) -> dataclasses.Field:
+def argument(metavar: str, said: str) -> Any:
     """A field that has to be typed, without a name in front of it.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError
+from llmeco_nb.core import DataError, MissingError, UsageError, markdown_text
 from llmeco_nb.stats.claims import (
     Claim,
     adjust_pvalues,
@@ -39,7 +39,7 @@ def test_a_verdict_needs_both_a_side_and_a_test(c):
     assert (c.verdict == "not shown") == (c.p > c.alpha)
     if c.verdict != "not shown":
         assert (c.verdict == "supported") == (c.difference > c.margin)
-    assert c.verdict in c.badge and c.badge in c.markdown() and c.text in c.markdown()
+    assert c.verdict in c.badge and c.badge in c.markdown() and markdown_text(c.text) in c.markdown()
 
 
 def test_alpha_and_company_decide():

@@ -572,14 +572,14 @@ def test_a_model_is_refitted_though_every_validation_text_was_corrected(world):
 
 
 def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
-    rows = pd.DataFrame(dict(id=["a"], text=["x" * 20_001], label=[0]))
+    rows = pd.DataFrame(dict(id=["a"], text=["x" * 200_001], label=[0]))
     write_corpus(
         tmp_path / "corpus",
         dict(train=rows, validation=rows, test=rows),
         ["negative", "positive"],
         {},
     )
-    with pytest.raises(DataError, match="no validation text of 1 to 20,000 .* validation_size=0.1"):
+    with pytest.raises(DataError, match="no validation text of 1 to 200,000 .* validation_size=0.1"):
         interact(
             create_record(tmp_path / "r", "interact"),
             str(tmp_path / "corpus"),

@@ -366,7 +366,7 @@ def test_an_encoder_that_cannot_read_the_texts_is_left_out(corpus, tmp_path):
     encoder = str(small_random_encoder(corpus))
     folder = fit_frozen(record, str(tmp_path / "thai"), encoder, SMALL)
     assert record.metrics["left_out"] and record.metrics["unknown_characters"] > 0.9
-    assert exclusion_of(folder).startswith("frozen is left out: its tokenizer does not know 9")
+    assert exclusion_of(folder).startswith("frozen is left out: its tokenizer does not know ")
 
 
 def test_an_encoder_that_also_writes_is_refused(corpus, tmp_path):

@@ -222,6 +222,7 @@ class TextClassifier:
             folder: To be made.
         """
         self._fitted()
+        assert self.folder is not None  # `fit` and `load` set both
         target = Path(folder)
         if target.exists():
             raise UsageError(f"{target} is there already. Name a new folder.")

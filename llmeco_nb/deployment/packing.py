@@ -29,8 +29,12 @@ from ..tasks.regression import RegressionSchema
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmeco_nb.finetuning.frozen_classifier import FrozenClassifier
+
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e9b91df2
-def open_classifier(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def open_classifier(
+    folder: str | Path,
+) -> "tuple[PreTrainedModel | FrozenClassifier, PreTrainedTokenizerBase]":
     """A classifier in float32, for inference, and its tokenizer. Raises `DataError`,
     `MissingError`.
 
