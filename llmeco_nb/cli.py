@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from .deployment.predict_command import PredictChoice, predict
 
 from llmeco_nb.core import (
     ExportError,
@@ -30,6 +29,7 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from .data.inspect_command import InspectOptions, inspect
+from .deployment.predict_command import PredictChoice, predict
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml

@@ -39,7 +39,9 @@ def test_a_verdict_needs_both_a_side_and_a_test(c):
     assert (c.verdict == "not shown") == (c.p > c.alpha)
     if c.verdict != "not shown":
         assert (c.verdict == "supported") == (c.difference > c.margin)
-    assert c.verdict in c.badge and c.badge in c.markdown() and markdown_text(c.text) in c.markdown()
+    assert (
+        c.verdict in c.badge and c.badge in c.markdown() and markdown_text(c.text) in c.markdown()
+    )
 
 
 def test_alpha_and_company_decide():

@@ -46,12 +46,18 @@ def test_an_encoder_joins_the_comparison():
     assert p.shape == (5, 2) and np.allclose(p.sum(1), 1, atol=1e-5)
 
 
-def test_numbers_as_classes_and_missing_values():
+def test_numbers_as_classes_and_missing_values(tmp_path):
     texts, labels = lists("train")
     numbers = [i + 7 for i in (np.array(labels) == "positive").astype(int)]
-    model = TextClassifier().fit([*texts, None, "fine"], [*numbers, 7, None])
+    model = TextClassifier().fit([*texts, None, float("nan"), "fine"], [*numbers, 7, 7, None])
     assert model.classes == ["7", "8"] and set(model.predict(texts)) == {"7", "8"}
     assert model.evaluate(texts, numbers).items == len(texts)
+    said = model.predict(texts)
+    with pytest.raises(DataError):
+        model.fit(["a", "b"], ["x", "x"])
+    assert model.predict(texts) == said and model.save(tmp_path / "kept").is_dir()
+    with pytest.raises(UsageError, match=r"texts\[1\]"):
+        model.predict(["fine", float("nan")])
 
 
 @pytest.mark.parametrize(

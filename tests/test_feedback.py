@@ -579,7 +579,9 @@ def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
         ["negative", "positive"],
         {},
     )
-    with pytest.raises(DataError, match="no validation text of 1 to 200,000 .* validation_size=0.1"):
+    with pytest.raises(
+        DataError, match="no validation text of 1 to 200,000 .* validation_size=0.1"
+    ):
         interact(
             create_record(tmp_path / "r", "interact"),
             str(tmp_path / "corpus"),

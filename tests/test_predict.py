@@ -1,5 +1,6 @@
 "A table answered by a bundle: the server's answers, every row, and nothing lost on the way."
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.corpus import read_split, small_corpus
+from llmeco_nb.data.delimited import ReadOptions
 from llmeco_nb.deployment.bundle import small_bundle
 from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.predict import PredictOptions, predict_table
@@ -61,6 +63,41 @@ def test_columns_stay_and_scores_come_on_request(ending, tmp_path):
     assert found.id.tolist() == ["007", "008"] and found.text[0] == "good; really"
     total = sum(found[f"prediction_probability_{name}"] for name in predictor.labels)
     assert total.tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_rows_without_a_text_may_fill_a_chunk(predictor, tmp_path):
+    pd.DataFrame({"text": ["fine", None, " "]}).to_parquet(tmp_path / "t.parquet")
+    out = tmp_path / "out.jsonl"
+    predict_table(predictor, tmp_path / "t.parquet", out, PredictOptions(chunk=1))
+    assert pd.read_json(out, lines=True).prediction.notna().tolist() == [True, False, False]
+
+
+def test_other_columns_pass_through_as_they_are(tmp_path):
+    predictor = Predictor.load(small_bundle())
+    (tmp_path / "t.csv").write_text("code,text\nNA,fine\nx,NA\n", encoding="utf-8")
+    reading = PredictOptions(reading=ReadOptions(nulls=("NA",)))
+    made = predict_table(predictor, tmp_path / "t.csv", tmp_path / "o.csv", reading)
+    rows = (tmp_path / "o.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert made.blank == 1 and rows[0].startswith("NA,fine,") and rows[1] == "x,NA,,"
+    table = pd.DataFrame({"n": [1.23e-11, None], "at": pd.Timestamp("2024-01-02"), "text": "a"})
+    table.to_parquet(tmp_path / "t.parquet")
+    predict_table(predictor, tmp_path / "t.parquet", tmp_path / "o.jsonl")
+    first, second = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
+    assert first["n"] == 1.23e-11 and second["n"] is None and first["at"].startswith("2024-01-02")
+
+
+def test_a_table_that_the_output_cannot_hold_is_refused_first(tmp_path):
+    predictor = Predictor.load(small_bundle())
+    mixed = pd.DataFrame({"id": [1, "a"], "text": ["x", "y"]}, dtype=object)
+    mixed.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    (tmp_path / "t.csv").write_text("id,id,text\n1,2,fine\n", encoding="utf-8")
+    told = []
+    for name, out, said in (("t.jsonl", "o.parquet", "columns"), ("t.csv", "o.jsonl", "two")):
+        with pytest.raises(DataError, match=said):
+            predict_table(
+                predictor, tmp_path / name, tmp_path / out, tell=lambda *done: told.append(done)
+            )
+    assert not told and len(list(tmp_path.iterdir())) == 2
 
 
 def test_refusals_leave_nothing_behind(tmp_path):

@@ -1239,3 +1239,10 @@ def test_shared_tables(shared_data):
         "neutral",
         "positive",
     ] and tones.label.value_counts().to_dict() == {1: 2879, 2: 1363, 0: 604}
+
+
+@pytest.mark.parametrize("named", ["utf-8", "UTF8", "utf-8-sig"])
+def test_utf_8_may_be_named(named, tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\ntrès bien,a\npas mal,b\n", encoding="utf-8")
+    rows = read_table(tmp_path / "t.csv", options=ReadOptions(encoding=named))
+    assert rows.text[0] == "très bien"

@@ -153,7 +153,11 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
     names, group = ids, found.group
     if by_column:
         names = table.group.to_numpy()
-        _, first, inverse = np.unique(names.astype(str), return_index=True, return_inverse=True)
+        import pandas as pd
+
+        # not np.unique of texts: it would give each as much memory as the longest
+        inverse, _ = pd.factorize(names)
+        _, first = np.unique(inverse, return_index=True)
         given = first[inverse]
         own = np.arange(len(ids))
         both = connect(len(ids), np.stack([np.tile(own, 2), np.concatenate([given, group])], 1))

@@ -281,6 +281,8 @@ def has_single_bytes(encoding: str) -> bool:
     Args:
         encoding: As Python calls it.
     """
+    if encoding.lower().startswith(("utf", "u8", "u16", "u32")):
+        return False  # a wrong byte counts as one character, too
     return len(bytes(range(128, 256)).decode(encoding, "replace")) == 128
 
 

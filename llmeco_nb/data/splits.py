@@ -277,7 +277,7 @@ def subsample_splits(
 split_words = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
+    "test": ("test", "testing"),
     "unlabelled": ("unsup", "unlabeled", "unlabelled", "unsupervised"),
 }
 

@@ -306,7 +306,9 @@ def table_of(
     if not kept:
         raise DataError(
             f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
-            f"{report['null_labels']} without a label."
+            f"{report['null_labels']} without a label. Name the right columns; for texts without "
+            "labels leave label_column empty. Where only a part for testing lacks labels, set "
+            "split_column to none."
         )
     texts, values = [as_text(texts[i]) for i in kept], [values[i] for i in kept]
     present = set(values)

@@ -17,11 +17,11 @@ import numpy as np
 
 from ..core import DataError, UsageError, WriteError, create_record
 from ..data.corpus import CorpusConfig, build_corpus
-from ..data.tables import class_name, encode_labels, is_blank
+from ..data.tables import as_text, class_name, encode_labels, is_blank
 from .bundle import build_bundle
 from .engine import Predictor
 from ..evaluation.comparison import EvaluationConfig, evaluate_models
-from ..evaluation.comparison_table import ComparisonTable, summary_text, test_intervals
+from ..evaluation.comparison_table import test_intervals
 from ..finetuning.frozen import FrozenConfig, fit_frozen
 from ..stats.significance import Interval
 
@@ -83,7 +83,7 @@ class TextClassifier:
         self.test_size = test_size
         self.seed = seed
         self.predictor: Predictor | None = None
-        self.table: ComparisonTable | None = None
+        self._told = ""
         self.folder: Path | None = None
 
     @classmethod
@@ -125,10 +125,11 @@ class TextClassifier:
                 f"fit wants as many labels as texts; found {len(labels)} labels and "
                 f"{1 if isinstance(texts, str) else len(texts)} texts."
             )
-        self._room = tempfile.TemporaryDirectory(prefix="llmeco-classifier-")
-        room = Path(self._room.name)
+        held = tempfile.TemporaryDirectory(prefix="llmeco-classifier-")
+        room = Path(held.name)
         names = [None if is_blank(v) else class_name(v) for v in labels]
-        table = pa.table({"text": pa.array(list(texts), pa.string()), "label": names})
+        written = [None if is_blank(t) else as_text(t) for t in texts]
+        table = pa.table({"text": pa.array(written, pa.string()), "label": names})
         pq.write_table(table, room / "texts.parquet")
         config = CorpusConfig(
             source=str(room / "texts.parquet"),
@@ -149,8 +150,10 @@ class TextClassifier:
             str(record.artifact("baselines")),
             str(place),
         )
-        self.table = ComparisonTable.load(place)
+        # all at once, and last: a fit that is refused leaves the former one as it was
+        told = (record.path / "summary.txt").read_text(encoding="utf-8")
         self.predictor, self.folder = Predictor.load(packed), packed
+        self._room, self._told = held, told
         return self
 
     def _read_by_encoder(self, room: Path, corpus: str) -> tuple[list[str], list[str]]:
@@ -184,6 +187,9 @@ class TextClassifier:
         predictor = self._fitted()
         if isinstance(texts, str):
             raise UsageError("Give a list of texts, such as [text]; found one text.")
+        odd = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
+        if odd is not None:
+            raise UsageError(f"texts[{odd}] is {list(texts)[odd]!r}; each must be a text.")
         if not len(texts):
             return np.zeros((0, len(predictor.labels)), np.float32)
         return predictor.model.scores(list(texts))
@@ -210,9 +216,9 @@ class TextClassifier:
     def report(self) -> str:
         """The models that were compared, on rows that none has seen: accuracy with intervals; the
         one that was taken has a star."""
-        if self.table is None:
+        if not self._told:
             raise UsageError("There is no comparison: this classifier was loaded, not fitted.")
-        return summary_text(self.table)
+        return self._told
 
     def save(self, folder: str | Path) -> Path:
         """Write the bundle into a new folder, and return it. `llmeco serve --bundle` serves it.

@@ -148,9 +148,11 @@ def finetune_plan(config: StageConfig, work: Workload) -> dict:
         exact = affordable_steps(config, work, True) >= steps
         affordable = affordable_steps(config, work, exact)
         if affordable < 1:
+            needed = work.spent_s + work.encode_s * work.predicted
+            needed += work.predicting(config.num_evals) + min(FINISHING_S, 15 * config.minutes)
             raise TooFewMinutes(
-                f"minutes is {config.minutes}; predicting {work.predicted} texts alone takes about "
-                f"{work.forward_s * work.predicted / 60:.1f} here. Give more, or lower max_length."
+                f"minutes is {config.minutes}; starting, predicting {work.predicted} texts and "
+                f"saving alone take about {needed / 60:.2f} here. Give more, or lower max_length."
             )
         if affordable < an_epoch:
             labels = max(work.least, round_down(affordable * work.batch_size))

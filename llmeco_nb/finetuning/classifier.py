@@ -246,7 +246,7 @@ def fine_tune(
     import pandas as pd
 
     from llmeco_nb.models.speedups import retain_freed_memory
-    from llmeco_nb.training.loop import plan_file, resolve_plan, train_task
+    from llmeco_nb.training.loop import plan_file, resolve_plan_on_rank_zero, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
     from llmeco_nb.training.state import TrainPlan
@@ -332,11 +332,16 @@ def fine_tune(
         work = plan_workload(config, known, sample.lengths, measure)
         return finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
 
-    try:
-        stored, decided = take_extras(resolve_plan(record, asked, make_plan))
-    except TooFewMinutes as e:
-        reason = str(e)
-        return run_on_rank_zero(lambda: exclude_model(record, config.name, reason, **coverage))
+    def plan_or_reason() -> dict | str:
+        try:
+            return resolve_plan_on_rank_zero(record, asked, make_plan)
+        except TooFewMinutes as e:
+            return str(e)
+
+    found = run_on_rank_zero(plan_or_reason)
+    if isinstance(found, str):
+        return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
+    stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
     splits["train"] = labelled_subset(splits["train"], decided["labels"], config.seed)
     truncation = Truncation(tokens, head)

@@ -80,7 +80,7 @@ def frozen_plan(
 
     if config.minutes:
         tried = [config.max_length]
-        while affordable(tried[-1]) < train / 2 and tried[-1] // 2 >= fewest_tokens:
+        while affordable(tried[-1]) < min(train / 2, 2000) and tried[-1] // 2 >= fewest_tokens:
             tried.append(tried[-1] // 2)
         labels = affordable(tried[-1])
         tokens = next(t for t in tried if affordable(t) == labels)  # fewer would save nothing

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -321,7 +321,9 @@ def kill_kernels_on_interrupt(board: dict[str, Progress]) -> Iterator[threading.
         stop.set()
         for p in board.values():
             if p.state == "running" and p.watch and p.watch.pid:
-                os.kill(p.watch.pid, signal.SIGKILL)
+                # one that has ended must not keep the others running
+                with suppress(ProcessLookupError):
+                    os.kill(p.watch.pid, signal.SIGKILL)
         raise
 
 
