@@ -564,3 +564,21 @@ def test_a_test_set_of_another_kind_is_said_first(tmp_path):
     same = evaluated(tmp_path / "same", 0.02)
     assert read_json(same / "table" / "table.json")["shift"]["p"] > 0.05
     assert "more than chance" not in (same / "summary.txt").read_text()
+
+
+def test_one_thin_class_leaves_the_other_groups_together(tmp_path):
+    words = [f"w{i}" for i in range(3000)]
+    rows = []
+    for i in range(150):
+        said = " ".join(words[i * 12 : i * 12 + 12]) if i * 12 + 12 <= 3000 else f"other {i}"
+        rows += [[f"{said} {i}", "ab"[i % 2]], [f"{said} {i} again", "ab"[i % 2]]]
+    alike = "these six rows of one class are nearly the same but for a number at the end"
+    rows += [[f"{alike} {i}", "c"] for i in range(6)]
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    corpus = build(tmp_path, table)
+    twins = {
+        s: set(read_split(corpus, s).query("label < 2").text.str.removesuffix(" again"))
+        for s in ("train", "validation", "test")
+    }
+    assert not twins["train"] & twins["test"] and not twins["train"] & twins["validation"]
+    assert "a class has too few groups" in told(corpus)
