@@ -68,6 +68,6 @@ class ChanceTest:
         return (
             f"{name} is at chance: {self.right / self.items:.1%} of {self.items:,} texts right, "
             f"where the most frequent class alone has {self.share:.1%} (exact binomial test, "
-            f"p = {self.p_value:.2f}). It has not learned to tell the classes apart; give it more "
-            "labels, steps or minutes, or look at the labels."
+            f"p = {self.p_value:.2f}). As far as these texts can tell it has not learned to tell "
+            "the classes apart; give it more labels, steps or minutes, or look at the labels."
         )
