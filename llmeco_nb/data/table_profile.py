@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..core import DataError
+from .folders import split_of_word
 from .sources import did_you_mean
 from .tables import as_text, is_blank, number_text
 from ..tasks.limits import max_classes
@@ -136,9 +137,7 @@ name_words = {
     "number": "score rating stars price target value y grade",
     "date": "date time datetime timestamp created updated",
 }
-split_values = frozenset(
-    "train training test testing validation valid val dev eval unsup unlabeled unlabelled".split()
-)
+split_values = frozenset(split_of_word)
 
 
 def words_of(name: str) -> set[str]:
