@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,12 +29,10 @@ from ..tasks.regression import RegressionSchema
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmeco_nb.finetuning.frozen_classifier import FrozenClassifier
-
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e9b91df2
 def open_classifier(
     folder: str | Path,
-) -> "tuple[PreTrainedModel | FrozenClassifier, PreTrainedTokenizerBase]":
+) -> tuple[Any, Any]:
     """A classifier in float32, for inference, and its tokenizer. Raises `DataError`,
     `MissingError`.
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmeco_nb.core import (
     DataError,
@@ -199,7 +199,7 @@ def answers_of(
         yield min(len(texts), (number + 1) * options.chunk)
 
 
-def json_value(cell: object) -> object:
+def json_value(cell: Any) -> Any:
     """A cell that JSON has no form for: a date as ISO 8601 writes it, an array as a list.
 
     Args:

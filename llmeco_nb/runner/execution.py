@@ -90,7 +90,7 @@ def make_entry(
             watching(watch)
 
             def started(pid: int):
-                watch.pid = pid
+                setattr(watch, "pid", pid)
                 if stop.is_set():  # the interrupt came while the kernel was being started
                     os.kill(pid, signal.SIGKILL)
 
