@@ -6,6 +6,7 @@
 __all__ = ['rare_classes', 'thin_classes', 'target_summary', 'merge_rare', 'add_groups', 'free_thin_classes', 'split_material']
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #a82db86b
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -137,19 +138,23 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     return dropped
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #f93465ba
-def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", dict, list[str]]:
+def add_groups(
+    table: "pd.DataFrame", texts: Sequence[str], by_column: bool
+) -> tuple["pd.DataFrame", dict, list[str]]:
     """The table with a column `group`: a name that rows have in common which must not be split;
     what was found; and notes.
 
     Args:
-        table: Columns id and text, each text once; with `by_column` a column group.
+        table: A column id; with `by_column` a column group.
+        texts: Of its rows, each once.
         by_column: Join rows with equal values of the column group, too.
     """
-    found = content_groups(table.text.tolist())
-    ids = table.id.to_numpy()
+    found = content_groups(texts)
     facts = {**found.counts, "boilerplate": found.boilerplate, "broken_rows": found.broken}
     facts["part_words"], facts["searched"] = found.part_words, found.searched
     notes = []
+    alone = not by_column and bool((found.group == np.arange(len(table))).all())
+    ids = np.zeros(0, object) if alone else table.id.to_numpy()
     names, group = ids, found.group
     if by_column:
         names = table.group.to_numpy()
@@ -172,7 +177,7 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
         sizes = np.bincount(group)
         facts["groups"], facts["grouped_rows"] = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
     smallest: dict[int, str] = {}
-    for g, name in zip(group.tolist(), names.tolist()):
+    for g, name in zip([] if alone else group.tolist(), names.tolist()):
         smallest[g] = min(name, smallest.get(g, name))
     if facts["groups"]:
         why = "belong together" if by_column else "share their content"
@@ -198,6 +203,8 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "
             "nothing about a text."
         )
+    if alone:
+        return table.assign(group=table.id), facts, notes
     return table.assign(group=[smallest[g] for g in group.tolist()]), facts, notes
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #af100273
@@ -223,7 +230,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         config: With the sizes of the splits.
     """
     by_column = bool(config.group_column)
-    table, facts, notes = add_groups(found.train, by_column)
+    table, facts, notes = add_groups(found.train, found.texts(found.train), by_column)
     validation, test = (
         0 if s in found.official else size
         for s, size in (("validation", config.validation_size), ("test", config.test_size))
