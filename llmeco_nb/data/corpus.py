@@ -25,19 +25,18 @@ from llmeco_nb.core import (
 )
 from .corpus_rows import CorpusConfig, Material, public_name, read_material
 from .corpus_splits import merge_rare, split_material, target_summary
-from llmeco_nb.data.equal_texts import (
-    count_split_leakage,
-    drop_duplicates,
-    drop_test_overlap,
-    text_keys,
-)
+from .corpus_stream import is_streamed, stream_material
 from .sources import citations, revision
 from .splits import sort_by_split_hash, split_names
 from .tables import is_blank, read_table
 from llmeco_nb.data.text_spool import (
     CleaningReport,
+    count_split_leakage,
+    drop_duplicates,
+    drop_test_overlap,
     id_column,
     id_number,
+    text_keys,
     write_rows,
 )
 from ..tasks.contract import Schema
@@ -284,9 +283,12 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         config: Parameters of the stage.
     """
     source = config.source
-    found = read_material(config)
+    if is_streamed(config):
+        found, cleaning = stream_material(config, record)
+    else:
+        found = read_material(config)
+        cleaning = clean_material(found, config.keep_newlines, record)
     read = found.reports["train"]
-    cleaning = clean_material(found, config.keep_newlines, record)
     found.train, copies = drop_duplicates(found.train, found.texts)
     for one in copies["contradictions"]:
         name = lambda c: found.labels[c] if found.labels else str(c)

@@ -122,16 +122,19 @@ def json_rows(source: str, options: ReadOptions) -> Iterator[dict]:
         yield row
 
 
-def json_table(source: str, facts: dict, options: ReadOptions) -> StreamedTable:
+def json_table(
+    source: str, facts: dict, options: ReadOptions, peek: int | None = 10_000
+) -> StreamedTable:
     """A table of JSON Lines. Raises `DataError`.
 
     Args:
         source: Path or URL.
         facts: What is known of the file.
         options: How the file is read.
+        peek: Objects whose keys are the columns; None: all.
     """
     columns: dict[str, None] = {}
-    for row in islice(json_rows(source, options), 10_000):
+    for row in islice(json_rows(source, options), peek):
         columns |= dict.fromkeys(row)
 
     def rows() -> Iterator[Sequence]:
@@ -170,7 +173,7 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
     def rows() -> Iterator[Sequence]:
         with open_stream(source) as raw:
             try:
-                for part in pq.ParquetFile(raw).iter_batches(batch):
+                for part in pq.ParquetFile(raw, buffer_size=1 << 20).iter_batches(batch):
                     yield from zip(*(column.to_pylist() for column in part.columns))
             except (pa.ArrowException, OSError, ValueError) as e:
                 raise broken(e) from None
@@ -196,7 +199,7 @@ def delimited_table(source: str, facts: dict, tabs: bool, options: ReadOptions) 
         return delimited_rows(lines(), source, dialect)
 
     sign = options.separator or "\t" * tabs
-    dialect = find_dialect(first_lines(lines()), all_rows, source, sign)
+    dialect = find_dialect(first_lines(lines()), all_rows, source, sign, options.columns)
     found = FileFacts(
         kind="TSV" if tabs else "CSV",
         separator=dialect.separator,
@@ -223,13 +226,16 @@ def whole_table(source: str, kind: str, options: ReadOptions, facts: dict) -> St
     return StreamedTable(found, lambda: iter(zip(*values)), declared, tabular)
 
 
-def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> StreamedTable:
+def open_table(
+    source: str | Path, options: ReadOptions = ReadOptions(), peek: int | None = 10_000
+) -> StreamedTable:
     """What a source is, and its rows one at a time. Raises `MissingError`, `UsageError`,
     `DataError`; reading the rows raises `DataError`, too.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
         options: How the source is read.
+        peek: Objects of JSON Lines whose keys are the columns; None: all.
     """
     source = source_name(source)
     kind = source_kind(source)
@@ -251,4 +257,4 @@ def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> Stre
         return delimited_table(source, facts, ending == ".tsv", options)
     if is_array(source, options.encoding):
         return whole_table(source, "JSON array", options, facts)
-    return json_table(source, facts, options)
+    return json_table(source, facts, options, peek)
