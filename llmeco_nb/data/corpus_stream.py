@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .table_reader import Columns, SplitRows, TableReader, Values
 
 from ..core import DataError, Record
 from llmeco_nb.data.corpus_rows import (
@@ -27,6 +26,7 @@ from llmeco_nb.data.corpus_rows import (
 from .sources import file_ending, local_path, source_kind, source_name
 from .splits import find_split_column, official_splits, split_of
 from .stream import is_array
+from .table_reader import Columns, SplitRows, TableReader, Values
 from .table_stream import StreamedTable, first_bytes, open_table
 from llmeco_nb.data.tables import (
     class_name,
@@ -200,7 +200,7 @@ def split_counts(table: StreamedTable, config: CorpusConfig) -> tuple[str, dict[
 
 
 def source_columns(
-    table: StreamedTable, source: str, config: CorpusConfig, labelled: bool
+    table: StreamedTable, source: str, config: CorpusConfig, labelled: bool, group: str = ""
 ) -> Columns:
     """The columns to read of a table. Raises `DataError` for those that it lacks.
 
@@ -209,6 +209,7 @@ def source_columns(
         source: How to name it in an error.
         config: Parameters of the stage.
         labelled: Whether there are classes.
+        group: Column of what belongs together; empty for none.
     """
     import pandas as pd
 
@@ -222,10 +223,10 @@ def source_columns(
         role, label = "label", config.label_column if labelled else ""
         if label and not table.tabular:
             label = "label" if "label" in names else ""
-    for told, name in (("text", text), (role, label)):
+    for told, name in (("text", text), (role, label), ("group", group)):
         if name:
             column_values(pd.DataFrame(columns=list(names)), source, told, name)
-    return Columns(text, label)
+    return Columns(text, label, group)
 
 # %% ../../nbs/1_pretraining/10z_streamed_corpus.ipynb #caeed106
 def finish_part(
@@ -268,11 +269,8 @@ def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dic
     for s in {"train": 0, **rows}:
         name = config.source if s == "train" else f"the {s} rows of {config.source}"
         reader.splits[s] = SplitRows(name, values)
-    columns = source_columns(table, config.source, config, True)
-    groups = config.group_column
-    if groups:
-        source_columns(table, config.source, config.replace(text_column=groups), False)
-    reader.read(table, replace(columns, group=groups, split=column))
+    columns = source_columns(table, config.source, config, True, config.group_column)
+    reader.read(table, replace(columns, split=column))
     train, names = reader.splits["train"], {}
     if config.task == "text-classification" and columns.label:
         counts: Counter[str] = Counter()
