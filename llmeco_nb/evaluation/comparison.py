@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from .verdicts import judge_rows, row_to_serve
 from pydantic import Field, NonNegativeInt
 
 from ..config import StageConfig, stage_config
@@ -33,6 +32,7 @@ from llmeco_nb.evaluation.comparison_table import (
 )
 from .split_shift import shift_text, split_shift
 from .stack_row import add_stack, stack_name
+from .verdicts import judge_rows, row_to_serve
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
 from ..finetuning.ngram_counts import count_ngrams
