@@ -4,6 +4,7 @@ together, boilerplate, names that are nearly equal, and what is told of all that
 import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,14 @@ from llmeco_nb.data.corpus import build_corpus, kept_text, label_names, read_spl
 from llmeco_nb.data.corpus_rows import CorpusConfig
 from llmeco_nb.data.corpus_splits import thin_classes
 from llmeco_nb.data.domains import read_domains
-from llmeco_nb.data.groups import content_groups, hash_texts, index_runs, long_parts, short_parts
+from llmeco_nb.data.groups import (
+    content_groups,
+    hash_texts,
+    index_runs,
+    long_parts,
+    near_pairs,
+    short_parts,
+)
 from llmeco_nb.data.splits import (
     deal_groups,
     split_names,
@@ -403,6 +411,22 @@ def test_any_texts_can_be_grouped(texts):
     found = content_groups(texts)
     assert len(found.group) == len(texts)
     assert all(found.group[g] == g <= i for i, g in enumerate(found.group))
+
+
+def test_many_short_texts_take_little_memory():
+    "Nearly all runs of a template are shared, so every text is signed."
+    chance = random.Random(0)
+    places, days = [f"place{i}" for i in range(3000)], "Monday Tuesday Friday Sunday".split()
+    texts = [
+        f"please book a table for {n % 60} at {chance.choice(places)} on {chance.choice(days)} then"
+        for n in range(12_000)
+    ]
+    index = index_runs(hash_texts(texts), most=len(texts))
+    tracemalloc.start()
+    near_pairs(index)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * len(index.table.hashes)  # bytes a word
 
 
 def test_templates_are_split_row_by_row_and_that_is_said(tmp_path):

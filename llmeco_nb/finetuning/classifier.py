@@ -42,7 +42,9 @@ from llmeco_nb.finetuning.budget import (
     finetune_plan,
     forward_seconds,
     plan_workload,
+    planned_length,
     race_minutes,
+    read_title,
     step_seconds,
     take_extras,
 )
@@ -253,7 +255,10 @@ def fine_tune(
     from llmeco_nb.training.task import TrainTask
 
     if race and not config.minutes:
-        config = config.replace(minutes=race_minutes(race, config.name))
+        minutes, reason = race_minutes(race, config.name)
+        if reason:
+            return run_on_rank_zero(lambda: exclude_model(record, config.name, reason))
+        config = config.replace(minutes=minutes)
     asked = config.fingerprint()
     corpus = corpus or str(small_corpus())
     folder = run_on_rank_zero(lambda: encoder_folder(corpus, encoder, config.weights, config.seed))
@@ -306,6 +311,10 @@ def fine_tune(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
 
+    def forward(tokens: int) -> float:
+        cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
+        return forward_seconds(model, [cut[i] for i in average_rows(cut, 16)], pad, tries=1)
+
     def measure(tokens: int, batch_size: int) -> tuple[float, float, float]:
         cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
         share = average_rows(cut, -(-batch_size // world.size))
@@ -331,7 +340,7 @@ def fine_tune(
             exact_s=0.0,
             encode_s=encode_s,
         )
-        work = plan_workload(config, known, sample.lengths, measure)
+        work = plan_workload(config, known, sample.lengths, measure, forward)
         return finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
 
     def plan_or_reason() -> dict | str:
@@ -409,9 +418,9 @@ def fine_tune(
         s: half.task.report(t.target.to_numpy(), t.prediction.to_numpy(), schema)
         for s, t in table.groupby("split")
     }
-    sample = table[table.split == "validation"].head(32)
+    some = table[table.split == "validation"].head(32)
     agreement = reload_and_compare(
-        half, record.artifact("classifier"), coded["validation"][: len(sample)], sample
+        half, record.artifact("classifier"), coded["validation"][: len(some)], some
     )
     write_json(
         record.path / "shown.json",
@@ -422,8 +431,10 @@ def fine_tune(
             mistakes=mistakes(half.task, table, dict(zip(splits["test"].id, splits["test"].text))),
         ),
     )
+    wanted = planned_length(sample.lengths, config.max_length) if config.minutes else tokens
     record.save_metrics(
         **headline_metrics(half, scores),
+        title=read_title(config.name, tokens, wanted),
         labels=len(target),
         seconds=round(time.monotonic() - begun, 1),
         training_s=round(result.seconds, 1),
