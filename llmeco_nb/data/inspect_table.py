@@ -58,7 +58,7 @@ class InspectConfig:
         label_column: Column of the classes; empty for none, None: guessed.
         test_source: An official test set; empty for none.
         options: How the files are read.
-        gflops: Speed of this machine, in GFLOP/s, in the precision that it trains in; None: not measured.
+        gflops: Speed in the precision of training, in GFLOP/s; None where it was not measured.
     """
 
     text_column: str = ""
