@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from toy_project import PIPELINE, ToyProject
 
 from llmeco_nb.core import UsageError, create_record, read_json, write_json
+from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.finetuning.budget import (
     Workload,
     finetune_plan,
@@ -23,6 +24,7 @@ from llmeco_nb.finetuning.budget import (
 from llmeco_nb.runner.budget import LEAST_MINUTES, Budget, set_budget, split_minutes
 from llmeco_nb.runner.stages import StageRegistry, read_profile
 from llmeco_nb.stats.chance import ChanceTest
+from llmeco_nb.tasks.predictions import exclusion_of
 
 registry = StageRegistry.find()
 WITH_BUDGET = [p for p in ("laptop", "gpu", "cluster")]
@@ -48,7 +50,7 @@ def test_minutes_are_divided_and_never_more_than_there_are(budget, more, still_m
     assert parts.keys() == budget.shares.keys()
     assert budget.fixed + sum(parts.values()) <= minutes + 1e-6
     assert budget.fixed + sum(parts.values()) > minutes - 0.01 * len(parts) - 1e-6
-    assert min(parts.values()) >= LEAST_MINUTES - 0.01
+    assert min(parts.values()) >= LEAST_MINUTES
     larger = split_minutes(budget, minutes + still_more)
     assert all(larger[name] >= part for name, part in parts.items())
 
@@ -223,12 +225,50 @@ def test_predicting_leaves_time_to_learn(lengths, max_length, minutes, predicted
         forward_s=0,
         exact_s=0,
     )
-    speed = lambda tokens, batch_size: (tokens * batch_size * 1e-4, tokens * 3e-5, tokens * 9e-5)
-    found = plan_workload(asked, known, lengths, speed)
+    mean = lambda tokens: float(np.minimum(lengths, tokens).mean())
+    measured = []
+
+    def speed(tokens, batch_size):
+        measured.append(tokens)
+        return mean(tokens) * batch_size * 1e-4, mean(tokens) * 3e-5, mean(tokens) * 9e-5
+
+    forward = lambda tokens: speed(tokens, 1)[1]
+    found = plan_workload(asked, known, lengths, speed, forward)
+    assert len(measured) == 2, "each measurement takes seconds"
     assert found.max_length <= max(max_length, 0) and found.batch_size >= 8
     assert found.predicting(2) <= 30 * minutes or found.max_length <= 16
     assert found.max_length <= max(16, planned_length(lengths, max_length))
     assert planned_batch_size(1, 8) == 32
+
+
+def test_a_loser_has_minutes_that_suffice_or_none():
+    "0 would be no limit at all."
+    assert divide_minutes(5.0, ["a", "b"], "a", 0.1) == dict(a=4.5, b=0.5)
+    assert divide_minutes(5.0, ["a"], "a", 0.1) == dict(a=5.0)
+    assert divide_minutes(0.3, ["a", "b"], "b", 0.1) == dict(a=LEAST_MINUTES, b=0.2)
+    assert divide_minutes(0.1, ["a", "b"], "a", 0.1) == dict(a=0.1)
+    assert divide_minutes(5.0, ["a", "b"], "a", 0.0) == dict(a=5.0)
+    assert divide_minutes(0.0, ["a", "b"], "a", 0.1) == dict(a=0, b=0), "epochs decide"
+    with pytest.raises(UsageError, match="total is 0.004: give 0.1 or more, or 0"):
+        RaceConfig(total=0.004)
+
+
+@given(
+    st.floats(LEAST_MINUTES, 60),
+    st.integers(1, 8),
+    st.floats(0, 0.49),
+)
+def test_no_minutes_are_lost_in_a_race(total, candidates, share):
+    names = [f"n{i}" for i in range(candidates)]
+    given = divide_minutes(total, names, names[-1], share)
+    assert min(given.values()) >= LEAST_MINUTES and given[names[-1]] == max(given.values())
+    assert total - 0.01 * len(given) - 1e-6 <= sum(given.values()) <= total + 1e-6
+
+
+def test_a_race_that_is_too_long_scores_on_fewer_texts():
+    asked = RaceConfig(minutes=0.5, batch_size=8)
+    plan = race_plan(asked, [(0.5, 0.1), (0.1, 0.02)], 500, 1000, 5.0)
+    assert sum(plan["seconds"]) + 5 <= 30 and 50 <= plan["evaluated"] < 300
 
 
 def test_few_texts_get_steps_enough():
@@ -261,8 +301,11 @@ def test_naming_one_class_is_always_chance(n, share, classes, seed):
 
 
 pytest.importorskip("transformers")
+from llmeco_nb.finetuning import classifier  # noqa: E402
+from llmeco_nb.finetuning.checkpoints import small_random_encoder  # noqa: E402
 from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune  # noqa: E402
 from llmeco_nb.finetuning.race import RaceConfig, race  # noqa: E402
+from llmeco_nb.finetuning.race_plan import divide_minutes, race_plan  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +356,23 @@ def test_minutes_become_tokens_labels_and_steps(corpus, tmp_path):
     assert plan["max_length"] == record.metrics["max_length"] <= 40, "as long as the texts are"
     assert (plan["batch"], plan["labels"], plan["steps"]) == (32, 60, 2)
     assert record.metrics["labels"] == 60 and record.metrics["passes"] >= 1
+    assert record.metrics["title"] == "toy", "nothing was cut off for lack of minutes"
     tokenizer = json.loads((record.artifact("classifier") / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == plan["max_length"]
+
+
+def test_a_title_says_what_minutes_have_cut_off(corpus, tmp_path, monkeypatch):
+    "In the table of all models, too."
+    from llmeco_nb.evaluation.comparison import recorded_facts
+
+    slow = lambda model, rows, pad, tries=2: 0.001 * max(map(len, rows))
+    monkeypatch.setattr(classifier, "forward_seconds", slow)
+    record = create_record(tmp_path / "r", "finetune")
+    asked = ClassifierConfig(**SMALL | dict(max_length=256), minutes=0.1)
+    fine_tune(record, corpus, config=asked)
+    title = recorded_facts(record.artifact("predictions")).title
+    assert record.metrics["max_length"] < 32
+    assert title == f"toy, {record.metrics['max_length']} of 40 tokens"
 
 
 def test_a_race_is_the_same_by_the_same_plan(corpus, tmp_path):
@@ -337,3 +395,34 @@ def test_a_race_is_the_same_by_the_same_plan(corpus, tmp_path):
             corpus,
             config=asked.replace(candidates=["one lr:1e-3"]),
         )
+
+
+def test_who_cannot_read_the_texts_gets_no_minutes(corpus, tmp_path):
+    "The others share them, and its fine-tuning says why it is left out."
+    lines = ["picky max_unknown_share:0", "quick lr:5e-3", "slow lr:1e-4"]
+    asked = RaceConfig(candidates=lines, total=5, max_length=24, batch_size=8, epochs=1)
+    parts = {s: read_split(corpus, s) for s in ("train", "validation", "test")}
+    odd = {s: rows.assign(text="ก " + rows.text) for s, rows in parts.items()}
+    write_corpus(tmp_path / "odd", odd, ["refund", "delivery", "praise"], {})
+    encoder = str(small_random_encoder(corpus))
+    file = race(create_record(tmp_path / "r", "race"), str(tmp_path / "odd"), encoder, asked)
+    found = read_json(file)
+    assert found["minutes"] == {found["winner"]: 4.5} | {
+        name: 0.5 for name in ("quick", "slow") if name != found["winner"]
+    }
+    record = create_record(tmp_path / "f", "finetune")
+    config = ClassifierConfig(**SMALL | dict(name="picky"))
+    folder = fine_tune(record, str(tmp_path / "odd"), config=config, race=str(file))
+    assert record.metrics["left_out"]
+    assert exclusion_of(folder).startswith("picky is left out: its tokenizer does not know")
+
+
+def test_a_loser_without_minutes_is_left_out(corpus, tmp_path):
+    lines = ["quick lr:5e-3", "slow lr:1e-9"]
+    asked = RaceConfig(candidates=lines, total=0.15, max_length=24, batch_size=8, epochs=1)
+    file = race(create_record(tmp_path / "r", "race"), corpus, config=asked)
+    assert read_json(file)["minutes"] == dict(quick=0.15)
+    record = create_record(tmp_path / "f", "finetune")
+    config = ClassifierConfig(**SMALL | dict(name="slow"))
+    said = exclusion_of(fine_tune(record, corpus, config=config, race=str(file)))
+    assert said.startswith("slow is left out: quick has won the race") and "0.15" in said

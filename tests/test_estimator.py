@@ -1,6 +1,9 @@
 "A classifier from lists of texts and labels: README's lines, what it holds, and what it refuses."
 
+import copy
+import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,40 @@ def test_numbers_as_classes_and_missing_values(tmp_path):
 def test_refusals(work, kind, said):
     with pytest.raises(kind, match=said):
         work(TextClassifier())
+
+
+def test_it_is_copied_pickled_and_cloned_as_other_estimators_are(tmp_path):
+    import joblib
+    from sklearn.base import clone
+
+    texts, labels = lists("train")
+    model = TextClassifier(test_size=0.3, seed=2).fit(texts, labels)
+    joblib.dump(model, tmp_path / "model.joblib")
+    copies = [
+        joblib.load(tmp_path / "model.joblib"),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+    ]
+    told, asked, scores = model.report, texts[:9], model.predict_proba(texts[:9])
+    del model  # and its temporary folder with it: a copy stands on its own
+    for one in copies:
+        assert np.array_equal(one.predict_proba(asked), scores) and one.report == told
+        assert one.get_params() == copies[0].get_params() and one.test_size == 0.3
+    assert TextClassifier.load(copies[0].save(tmp_path / "bundle")).predict(asked)
+    blank = clone(copies[0])
+    assert blank.get_params() == copies[0].get_params()
+    for unfitted in (blank, pickle.loads(pickle.dumps(blank))):
+        with pytest.raises(UsageError, match="fit, or load"):
+            unfitted.predict(asked)
+    assert blank.set_params(seed=5).seed == 5
+    with pytest.raises(UsageError, match="There is no argument sead.*seed"):
+        blank.set_params(sead=5)
+
+
+def test_who_cannot_be_pickled_any_more_says_why(tmp_path):
+    texts, labels = lists("train")
+    place = TextClassifier().fit(texts, labels).save(tmp_path / "bundle")
+    model = TextClassifier.load(place)
+    shutil.rmtree(place)
+    with pytest.raises(DataError, match="cannot be pickled or copied.*bundle.*load"):
+        pickle.dumps(model)

@@ -11,22 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-for library in ("fastapi", "sqlalchemy", "onnxruntime", "torch", "onnxscript"):
-    pytest.importorskip(library, reason="an encoder is trained, packed and served")
 from llmeco_nb.core import create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.deployment.bundle import BundleConfig, build_bundle
 from llmeco_nb.deployment.manifest import verify
-from llmeco_nb.deployment.server import make_app
 from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
 from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
 from llmeco_nb.tasks.limits import max_request_texts
 from llmeco_nb.tasks.predictions import read_predictions_file
 from llmeco_nb.tasks.registry import load_schema
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the test client about its HTTP library
-    from fastapi.testclient import TestClient
 
 SAID = {
     "escaped": {
@@ -66,7 +59,21 @@ def raw_table(seed: int, rows: int) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def serving():
+    "A client of the server that answers from a bundle; all are skipped without the extra `serve`."
+    for library in ("fastapi", "httpx", "sqlalchemy", "onnxruntime"):
+        pytest.importorskip(library, reason="serving needs the extra `serve`")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the test client about its HTTP library
+        from fastapi.testclient import TestClient
+
+    from llmeco_nb.deployment.server import make_app
+
+    return lambda *place: TestClient(make_app(*place, deadline=300))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, serving):
     "The raw test table, the corpus, a small encoder's folder, and the table that compares models."
     place = tmp_path_factory.mktemp("measured")
     raw = raw_table(2, 510)
@@ -120,13 +127,13 @@ def served(request, measured):
     return bundle, [schema.labels[i] for i in predicted]
 
 
-def test_the_server_answers_as_the_table_says(served, measured, tmp_path):
+def test_the_server_answers_as_the_table_says(served, serving, measured, tmp_path):
     bundle, expected = served
     raw = measured[1]
     long = raw.text.str.len() > 20_000
     assert long.sum() == 34 and set(raw.sort[long]) == {"long"}
     asked, said = raw.text.tolist(), []
-    with TestClient(make_app(bundle, tmp_path / "feedback.sqlite", deadline=300)) as client:
+    with serving(bundle, tmp_path / "feedback.sqlite") as client:
         for start in range(0, len(asked), max_request_texts):
             part = dict(texts=asked[start : start + max_request_texts])
             reply = client.post("/v1/predict", json=part)

@@ -65,7 +65,7 @@ def has_bare_escape(written: str, row: list[str], separator: str) -> bool:
     if '\\"' not in written:
         return False
     # within quotes such a mark is written twice, or closes the cell
-    if re.search(r'\\"[^"\r\n%s]' % re.escape(separator), written):
+    if re.search(rf'\\"[^"\r\n{re.escape(separator)}]', written):
         return True
     marks = written.count('"')
     inside = sum(cell.count('"') for cell in row)

@@ -14,12 +14,12 @@ import numpy as np
 
 from llmeco_nb.data.minhash import (
     as_bytes,
-    band_keys,
+    brief_signatures,
     choose_bands,
-    minhash_signatures,
     mix64,
     word_hashes,
 )
+from .tables import read_within
 from ..tasks.words import shingle_regex
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #546ee079
@@ -267,24 +267,21 @@ def near_pairs(index: RunIndex, threshold: float = 0.8) -> np.ndarray:
     number[chosen] = np.arange(len(chosen))
     mine = rare & (number[owners] >= 0)
     bands, rows = choose_bands(threshold)
-    signed = minhash_signatures(
-        mix64(index.runs[mine]), number[owners[mine]], len(chosen), bands * rows
+    keys, marks = brief_signatures(
+        mix64(index.runs[mine]), number[owners[mine]], len(chosen), bands, rows
     )
-    keys = band_keys(signed, bands, rows)
     met = [np.zeros((0, 2), np.int64)]
-    for b in range(bands):
-        order = np.argsort(keys[:, b], kind="stable")
-        same = np.flatnonzero(keys[order[1:], b] == keys[order[:-1], b]) + 1
+    for key in keys:
+        order = np.argsort(key, kind="stable")
+        same = np.flatnonzero(key[order[1:]] == key[order[:-1]]) + 1
         head = np.arange(len(order))
         head[same] = 0
         head = np.maximum.accumulate(head)[same]
-        met += [np.stack([order[h], order[same]], 1) for h in (same - 1, head)]
-    pairs = unique_pairs(*np.sort(np.concatenate(met), axis=1).T)
-    likely = [
-        (signed[part[:, 0]] == signed[part[:, 1]]).mean(1) >= threshold - 0.15
-        for part in np.array_split(pairs, 1 + len(pairs) // 10_000)
-    ]
-    pairs = chosen[pairs[np.concatenate(likely)]]
+        both = np.concatenate([np.stack([order[h], order[same]], 1) for h in (same - 1, head)])
+        pairs = unique_pairs(*np.sort(both, axis=1).T)
+        for part in np.array_split(pairs, 1 + len(pairs) // 10_000):
+            met.append(part[(marks[part[:, 0]] == marks[part[:, 1]]).mean(1) >= threshold - 0.15])
+    pairs = chosen[unique_pairs(*np.concatenate(met).T)]
     ends = np.searchsorted(owners, np.arange(texts + 1))
 
     def run_set(i: int, rare_only: bool) -> np.ndarray:
@@ -364,8 +361,10 @@ def content_groups(
     """
     n = len(texts)
     alone = np.arange(n)
-    if n < 2 or sum(map(len, texts)) > max_chars:
+    held = read_within(texts, max_chars) if n > 1 else None
+    if held is None:
         return ContentGroups(alone, searched=n < 2)
+    texts = held
     most = max(n // 10, 5)  # texts of a group, or with the same run, before it means nothing
     table = hash_texts(texts)
     index = index_runs(table, most)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slice_bytes', 'hash_base', 'powers', 'inverse_powers', 'in_word', 'mix64', 'powers_of', 'as_bytes', 'word_hashes',
            'shingles', 'densification_order', 'minhash_signatures', 'candidate_probability', 'choose_bands',
-           'band_keys']
+           'band_keys', 'brief_signatures']
 
 # %% ../../nbs/1_pretraining/10i_minhash.ipynb #16ea0d4d
 import numpy as np
@@ -197,3 +197,28 @@ def band_keys(table: np.ndarray, bands: int, rows: int) -> np.ndarray:
     weights = mix64(np.arange(1, rows + 1)) | np.uint64(1)
     mixed = mix64(table.astype(np.uint64) + np.uint64(1)).reshape(len(table), bands, rows)
     return mix64((mixed * weights).sum(2, dtype=np.uint64))
+
+
+def brief_signatures(
+    found: np.ndarray, owners: np.ndarray, texts: int, bands: int, rows: int, block: int = 2048
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the bands, uint32 [bands, texts], and the last byte of each number of the signatures,
+    uint8 [texts, bands * rows]. A whole signature is held for one block of texts at a time.
+
+    Args:
+        found: uint64 [n]: hashes of shingles.
+        owners: int64 [n]: the text of each, from 0, ascending.
+        texts: Number of texts.
+        bands: Of a signature.
+        rows: Numbers in a band.
+        block: Texts to sign at once.
+    """
+    keys = np.empty((bands, texts), np.uint32)
+    marks = np.empty((texts, bands * rows), np.uint8)
+    for begin in range(0, texts, block):
+        end = min(texts, begin + block)
+        part = slice(*np.searchsorted(owners, [begin, end]))
+        table = minhash_signatures(found[part], owners[part] - begin, end - begin, bands * rows)
+        keys[:, begin:end] = (band_keys(table, bands, rows) >> np.uint64(32)).T
+        marks[begin:end] = table & np.uint32(255)
+    return keys, marks

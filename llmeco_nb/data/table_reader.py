@@ -8,13 +8,14 @@ __all__ = ['Values', 'SplitRows', 'Columns', 'TableReader']
 # %% ../../nbs/1_pretraining/10y_table_reader.ipynb #569c1bd0
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..core import Record
 from .corpus_rows import CorpusConfig
+from .named_groups import group_name
 from .splits import split_of
 from .table_stream import StreamedTable
 from .tables import as_text, column_values, declared, is_blank
@@ -61,6 +62,10 @@ class SplitRows:
     Attributes:
         source: How to name where they come from in an error.
         values: Of the labels.
+        column: Of the labels; empty for none, and for numbers.
+        declared: What the integers 0, 1, … mean in this column; empty where that is not said.
+        grouped: Whether there is a column of groups.
+        blank_groups: Rows that have all that is needed and no group.
         read: Rows.
         null_texts: Rows without a text.
         null_labels: Rows with a text and without a label.
@@ -80,6 +85,10 @@ class SplitRows:
 
     source: str
     values: Values = field(default_factory=Values)
+    column: str = ""
+    declared: Sequence[str] = ()
+    grouped: bool = False
+    blank_groups: int = 0
     read: int = 0
     null_texts: int = 0
     null_labels: int = 0
@@ -174,9 +183,16 @@ class TableReader:
             for name in (columns.text, columns.label, columns.group, columns.split)
         ]
         text_at, label_at, group_at, split_at = at
-        names = table.declared.get(columns.label) if self.role == "label" else None
+        classes = columns.label if self.role == "label" else ""
+        names = table.declared.get(classes, [])
+        for s, part in self.splits.items():
+            if s == split or columns.split:
+                part.column, part.declared = classes, names
+                part.grouped = bool(columns.group) and s != "unlabelled"
         where = f"The column `{columns.label}` of {self.splits[split].source}"
-        meaning = lambda v: declared([v], names, where)[0] if names else v
+        # whether a declared name is written rightly is seen when all names are known
+        indexed = lambda v: bool(names) and not isinstance(v, str)
+        meaning = lambda v: declared([v], names, where)[0] if indexed(v) else v
         of: dict[object, str] = {}
         rows = self.record.track(table.rows(), unit="rows") if split == "train" else table.rows()
         for row in rows:
@@ -203,11 +219,15 @@ class TableReader:
                 part.null_texts += 1
                 continue
             part.labelled[number] += 1
-            if self.keep(part, as_text(text), number) and self.role == "target":
+            kept = self.keep(part, as_text(text), number)
+            if kept and self.role == "target":
                 part.targets.append(target)
-            if group_at is not None and len(part.groups) < len(part.places):
+            if group_at is not None and split != "unlabelled":
                 group = self.cell(row[group_at], part.source, "group", columns.group)
-                part.groups.append(-1 if group is None else self.groups.number(group, as_text))
+                part.blank_groups += group is None
+                if kept:
+                    group = -1 if group is None else self.groups.number(group, group_name)
+                    part.groups.append(group)
 
     def target(self, part: SplitRows, label: object) -> float:
         """The number of a cell; the first that is none is remembered.

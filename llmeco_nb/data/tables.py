@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['number_text', 'is_blank', 'as_text', 'class_name', 'sort_class_names', 'check_classes', 'class_numbers', 'declared',
-           'listed', 'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'column_values', 'no_usable_row',
-           'table_of', 'read_table']
+           'listed', 'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'read_within', 'column_values',
+           'no_usable_row', 'table_of', 'read_table']
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #41181d59
 import hashlib
@@ -231,6 +231,22 @@ def text_ids(texts: Iterable[str]) -> list[str]:
         seen[one] = seen.get(one, 0) + 1
         ids.append(one if seen[one] == 1 else f"{one}-{seen[one]}")
     return ids
+
+
+def read_within(texts: Iterable[str], most: int) -> list[str] | None:
+    """The texts as a list; None, as soon as that is clear, where they are too long.
+
+    Args:
+        texts: One after the other.
+        most: Characters of all of them.
+    """
+    held, chars = [], 0
+    for text in texts:
+        chars += len(text)
+        if chars > most:
+            return None
+        held.append(text)
+    return held
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #2c376c1a
 def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> list:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from .named_groups import share_groups
 from ..tasks.cleaning import clean_text
 
 # %% ../../nbs/1_pretraining/10x_text_spool.ipynb #b00697f0
@@ -71,6 +72,9 @@ def drop_duplicates(
     said = "target" if "target" in rows else "label"
     rows = rows.sort_values("id", ignore_index=True)
     key, _ = pd.factorize(text_keys(rows))  # numbers in the order of their first rows
+    if "group" in rows:
+        shared = share_groups(rows[["id", "group"]].assign(key=key))
+        rows = rows.assign(group=shared.group, groups=shared.groups)
     again = pd.Series(key).duplicated().to_numpy()
     first, values = np.flatnonzero(~again), rows[said].to_numpy()
     torn = np.zeros(len(first), bool)

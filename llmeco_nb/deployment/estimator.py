@@ -10,24 +10,23 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 
-from ..core import DataError, UsageError, WriteError, create_record
+from ..core import DataError, MissingError, UsageError, WriteError, create_record
 from ..data.corpus import CorpusConfig, build_corpus
 from ..data.tables import as_text, class_name, encode_labels, is_blank
 from .bundle import build_bundle
 from .engine import Predictor
+from .manifest import verify
 from ..evaluation.comparison import EvaluationConfig, evaluate_models
 from ..evaluation.comparison_table import test_intervals
 from ..finetuning.frozen import FrozenConfig, fit_frozen
+from ..runner.identity import unknown_name_hint
 from ..stats.significance import Interval
-
-# %% ../../nbs/4_deployment/43a_estimator.ipynb #dc062f45
-if TYPE_CHECKING:  # read by type checkers alone: they are heavy
-    pass
 
 # %% ../../nbs/4_deployment/43a_estimator.ipynb #9d1aa606
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class TextClassifier:
         self.predictor: Predictor | None = None
         self._told = ""
         self.folder: Path | None = None
+        self._room: tempfile.TemporaryDirectory | None = None  # goes when the classifier goes
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -109,6 +109,60 @@ class TextClassifier:
         if self.predictor is None:
             raise UsageError("This classifier has not learned anything. Call fit, or load.")
         return self.predictor
+
+    def get_params(self, deep: bool = True) -> dict[str, str | int | float]:
+        """The arguments of this classifier by name, as scikit-learn's `clone` asks for them.
+
+        Args:
+            deep: Not read: no argument has arguments of its own.
+        """
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+
+    def set_params(self, **params: str | int | float) -> Self:
+        """Change arguments for the next `fit`, and return the classifier itself. Raises
+        `UsageError` for a name that is none.
+
+        Args:
+            params: New values by name.
+        """
+        for name in params:
+            if name not in self.get_params():
+                raise UsageError(
+                    f"There is no argument {name}. {unknown_name_hint(name, self.get_params())}"
+                )
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __getstate__(self) -> dict:
+        "Arguments, report and the files of the bundle: what `pickle` and `copy` take along."
+        state = {"params": self.get_params(), "told": self._told, "files": {}}
+        if self.folder is not None:
+            try:
+                same = verify(self.folder).digest == self._fitted().digest
+            except (MissingError, DataError):
+                same = False
+            if not same:
+                raise DataError(
+                    f"This classifier cannot be pickled or copied: its bundle {self.folder} is "
+                    "gone or is another one by now. Put it back, or load or fit another."
+                )
+            packed = (f for f in self.folder.rglob("*") if f.is_file())
+            state["files"] = {f.relative_to(self.folder).as_posix(): f.read_bytes() for f in packed}
+        return state
+
+    def __setstate__(self, state: dict):
+        "The bundle is written into a temporary folder, verified, and opened."
+        self.__init__(**state["params"])  # type: ignore[misc]  # an instance without attributes
+        self._told = state["told"]
+        if not state["files"]:
+            return
+        self._room = tempfile.TemporaryDirectory(prefix="llmeco-classifier-")
+        self.folder = Path(self._room.name) / "bundle"
+        for name, data in state["files"].items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_bytes(data)
+        self.predictor = Predictor.load(self.folder)
 
     def fit(self, texts: Sequence[str], labels: Sequence[str | int]) -> Self:
         """Learn, and return the classifier itself. Raises `DataError` for what cannot be learned.

@@ -42,7 +42,9 @@ from llmeco_nb.finetuning.budget import (
     finetune_plan,
     forward_seconds,
     plan_workload,
+    planned_length,
     race_minutes,
+    read_title,
     step_seconds,
     take_extras,
 )
@@ -253,7 +255,10 @@ def fine_tune(
     from llmeco_nb.training.task import TrainTask
 
     if race and not config.minutes:
-        config = config.replace(minutes=race_minutes(race, config.name))
+        minutes, reason = race_minutes(race, config.name)
+        if reason:
+            return run_on_rank_zero(lambda: exclude_model(record, config.name, reason))
+        config = config.replace(minutes=minutes)
     asked = config.fingerprint()
     corpus = corpus or str(small_corpus())
     folder = run_on_rank_zero(lambda: encoder_folder(corpus, encoder, config.weights, config.seed))
@@ -306,6 +311,10 @@ def fine_tune(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
 
+    def forward(tokens: int) -> float:
+        cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
+        return forward_seconds(model, [cut[i] for i in average_rows(cut, 16)], pad, tries=1)
+
     def measure(tokens: int, batch_size: int) -> tuple[float, float, float]:
         cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
         share = average_rows(cut, -(-batch_size // world.size))
@@ -313,6 +322,8 @@ def fine_tune(
         step_s = step_seconds(model, optimiser, step, rows, targets, pad)
         alike = [cut[i] for i in average_rows(cut, 32)]
         forward_s = forward_seconds(model, alike, pad)
+        if optimiser.precision == "fp32":
+            return step_s, forward_s, forward_s
         exact = copy.deepcopy(model).float()
         return step_s, forward_s, forward_seconds(exact, alike[:8], pad, tries=1)
 
@@ -329,7 +340,7 @@ def fine_tune(
             exact_s=0.0,
             encode_s=encode_s,
         )
-        work = plan_workload(config, known, sample.lengths, measure)
+        work = plan_workload(config, known, sample.lengths, measure, forward)
         return finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
 
     def plan_or_reason() -> dict | str:
@@ -343,6 +354,7 @@ def fine_tune(
         return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
     stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
+    exact = bool(decided["exact"]) or optimiser.precision == "fp32"
     splits["train"] = labelled_subset(splits["train"], decided["labels"], config.seed)
     truncation = Truncation(tokens, head)
     examples = {s: half.encode(rows, tokenizer, schema, truncation) for s, rows in splits.items()}
@@ -376,7 +388,7 @@ def fine_tune(
             return record.artifact("classifier")
         started = time.monotonic()
         # in float32, what is measured is what is saved and served
-        answering = optimiser.finish() if decided["exact"] else model
+        answering = optimiser.finish() if exact else model
         table = pd.concat(
             [
                 predictions_table(
@@ -395,7 +407,7 @@ def fine_tune(
     predicting = time.monotonic() - started
     write_predictions(table, record.artifact("predictions"))
     save_classifier(
-        answering if decided["exact"] else optimiser.finish(),
+        answering if exact else optimiser.finish(),
         tokenizer,
         record.artifact("classifier"),
         tokens,
@@ -406,9 +418,9 @@ def fine_tune(
         s: half.task.report(t.target.to_numpy(), t.prediction.to_numpy(), schema)
         for s, t in table.groupby("split")
     }
-    sample = table[table.split == "validation"].head(32)
+    some = table[table.split == "validation"].head(32)
     agreement = reload_and_compare(
-        half, record.artifact("classifier"), coded["validation"][: len(sample)], sample
+        half, record.artifact("classifier"), coded["validation"][: len(some)], some
     )
     write_json(
         record.path / "shown.json",
@@ -419,8 +431,10 @@ def fine_tune(
             mistakes=mistakes(half.task, table, dict(zip(splits["test"].id, splits["test"].text))),
         ),
     )
+    wanted = planned_length(sample.lengths, config.max_length) if config.minutes else tokens
     record.save_metrics(
         **headline_metrics(half, scores),
+        title=read_title(config.name, tokens, wanted),
         labels=len(target),
         seconds=round(time.monotonic() - begun, 1),
         training_s=round(result.seconds, 1),
@@ -431,7 +445,7 @@ def fine_tune(
         steps=result.steps,
         best_step=result.best_step,
         stopped_early=result.stopped,
-        predicted_in="fp32" if decided["exact"] else "bf16",
+        predicted_in="fp32" if exact else "bf16",
         passes=round(result.steps * batch_size / len(target), 2),
         max_length=tokens,
         batch_size=batch_size,

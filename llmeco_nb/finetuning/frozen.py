@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
 from ..core import DataError, Record, seed_everything, sha256_of, write_json
 from ..data.corpus import read_split, small_corpus
-from .budget import TooFewMinutes
+from .budget import TooFewMinutes, read_title
 from .checkpoints import encoder_folder
 from llmeco_nb.finetuning.classifier import (
     enough_labels,
@@ -377,7 +377,7 @@ def fit_frozen(
     tokens = int(np.minimum(lengths, plan["max_length"]).sum())
     record.save_metrics(
         **headline_metrics(half, scores),
-        title=f"{config.name} (frozen encoder, {plan['max_length']} tokens)",
+        title=read_title(config.name, plan["max_length"], config.max_length, "frozen encoder"),
         labels=plan["labels"],
         max_length=plan["max_length"],
         tokens=tokens,

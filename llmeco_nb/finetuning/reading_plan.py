@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import StageConfig
-from .budget import TooFewMinutes
+from .budget import SPARE, TooFewMinutes, finishing_seconds, round_down
 
 # %% ../../nbs/2_finetuning/22c_reading_plan.ipynb #22c0f005
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -73,9 +73,11 @@ def frozen_plan(
         spent: Seconds since the stage began.
     """
     labels, tokens = train, config.max_length
+    reserve = finishing_seconds(config.minutes)
 
     def affordable(max_length: int) -> int:
-        left = 60 * config.minutes - spent - speed.seconds(answered, max_length, exact=True)
+        other = spent + speed.seconds(answered, max_length, exact=True) + reserve
+        left = SPARE * (60 * config.minutes - other)
         return math.floor(min(train, left / (speed.seconds(1, max_length) + speed.fit_s)))
 
     if config.minutes:
@@ -85,12 +87,14 @@ def frozen_plan(
         labels = affordable(tried[-1])
         tokens = next(t for t in tried if affordable(t) == labels)  # fewer would save nothing
         if labels < least:
-            needed = spent + speed.seconds(answered, tokens, exact=True)
-            needed += speed.seconds(least, tokens) + least * speed.fit_s
+            needed = spent + speed.seconds(answered, tokens, exact=True) + reserve
+            needed += (speed.seconds(least, tokens) + least * speed.fit_s) / SPARE
             raise TooFewMinutes(
                 f"minutes is {config.minutes:g}; reading {answered} validation and test texts and "
-                f"{least} training texts takes about {needed / 60:.2g} here. Give more."
+                f"{least} training texts, and saving, take about {needed / 60:.2g} here. Give more."
             )
+        if labels < train:
+            labels = max(least, round_down(labels))
     reading = speed.seconds(answered, tokens, exact=True) + speed.seconds(labels, tokens)
     return dict(
         max_length=tokens,
