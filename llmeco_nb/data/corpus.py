@@ -324,6 +324,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         )
     usable = len(found.train)
     parts, groups = split_material(found, config)
+    found.train = parts["train"]  # the rows before they were split are not held beside these
     counts = {
         "read": read["rows_read"],
         **removed,
