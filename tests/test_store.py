@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_project import ToyProject, kernels
+from toy_project import ToyProject, imported_with, kernels
 
 from llmeco_nb.core import write_bytes
 from llmeco_nb.locks import lock
@@ -180,6 +180,79 @@ def test_who_waits_for_another_runner_can_be_stopped_at_once(project):
     assert first.returncode == 143 and "Traceback" not in err, err
     assert err.endswith("llmeco: stopped by SIGTERM. Run again to carry on.\n")
     assert until(lambda: not kernels(project), 3), "a kernel is still at work"
+
+
+SLEEP = "import os, time; open(os.environ['LLMECO_RUNS'] + '/asleep', 'w'); time.sleep(60)"
+
+
+def ends_without_a_kernel(project, runner, number: int):
+    "Send the signal once a cell sleeps; the runner ends soon, with a sentence."
+    try:
+        assert until((project.runs / "asleep").exists)
+        begun = time.monotonic()
+        runner.send_signal(number)
+        _, err = runner.communicate(timeout=20)
+    finally:
+        runner.kill()
+    assert time.monotonic() - begun < 10, "what was at work was waited for"
+    assert runner.returncode == 128 + number and "Traceback" not in err, err
+    assert "Run again to carry on." in err
+    assert until(lambda: not kernels(project), 3), "a kernel is still at work"
+
+
+def test_an_interrupt_while_a_page_is_drawn_leaves_no_kernel(project):
+    project.run("--only", "make")
+    project.edit("71_make", "caption(open", f"{SLEEP}; caption(open")
+    runner = project.start("run", "--profile", "toy", "--only", "make")
+    ends_without_a_kernel(project, runner, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_outputs_are_made_leaves_no_kernel(project, number):
+    "The signal reaches the command alone, not the processes that it has started."
+    for module in imported_with("site.outputs"):
+        project.bring(module)
+    for notebook in ("71_make", "72_train"):
+        project.edit(notebook, "import json\n", f"{SLEEP}\n")
+    runner = project.start("outputs", "71_make", "72_train")
+    ends_without_a_kernel(project, runner, number)
+
+
+ENDLESS = """
+import signal, time
+from pathlib import Path
+from llmeco_nb.runner.kernel import execute, import_nbformat
+from llmeco_nb.terminal import terminate
+signal.signal(signal.SIGTERM, terminate)
+v4 = import_nbformat().v4
+about = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
+code = "import os, time; open(asleep, 'w').write(str(os.getpid())); time.sleep(60)"
+cell = v4.new_code_cell(code)
+nb, folder = v4.new_notebook(cells=[cell], metadata=about), Path({folder!r})
+cell.source = cell.source.replace("asleep", repr(str(folder / "asleep")))
+try:
+    execute(nb, folder / "endless.ipynb", dict())
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_an_interrupted_execution_leaves_no_kernel_while_its_process_lives(tmp_path):
+    "As in a notebook of JupyterLab, where whoever interrupts a cell goes on in the same process."
+    words = [sys.executable, "-c", ENDLESS.format(folder=str(tmp_path))]
+    runner = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert until(lambda: (tmp_path / "asleep").exists() and (tmp_path / "asleep").read_text())
+        kernel = psutil.Process(int((tmp_path / "asleep").read_text()))
+        begun = time.monotonic()
+        runner.send_signal(signal.SIGTERM)
+        assert runner.stdout.readline() == "interrupted\n"
+        assert time.monotonic() - begun < 3
+        assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
+    finally:
+        runner.kill()
+        runner.communicate()
 
 
 # -- parameters that are taken back

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['MACHINE_PATH', 'MOST_BYTES', 'STEPS', 'MEASURED', 'cells_key', 'outputs_key', 'staleness', 'plain_text',
            'plain_outputs', 'smaller_png', 'size_of', 'fitted', 'same_but_time', 'Stored', 'store_outputs',
-           'refresh_outputs']
+           'worker_processes', 'refresh_outputs']
 
 # %% ../../nbs/0_ground/05g_outputs.ipynb #05d0a004
 import base64
 import io
 import json
+import multiprocessing
 import re
+import signal
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -266,6 +269,26 @@ def _store(nbs: Path, path: Path) -> Stored:
     return store_outputs(StageRegistry(nbs, registry.package, registry.checkout), path)
 
 
+@contextmanager
+def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A context manager that gives a pool of processes. When somebody interrupts its block, they
+    are killed at work, and with them the kernels that they have started.
+
+    Args:
+        count: Processes at a time, at least 1.
+    """
+    others = set(multiprocessing.active_children())
+    # a terminal tells each of them that Ctrl-C was pressed; whoever started them decides
+    deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(count, **deaf) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
+
+
 def refresh_outputs(
     registry: StageRegistry,
     paths: Iterable[Path],
@@ -282,7 +305,7 @@ def refresh_outputs(
     """
     todo = [p for p in paths if staleness(registry, p)]
     found = []
-    with ProcessPoolExecutor(jobs) as pool:
+    with worker_processes(jobs) as pool:
         for stored in pool.map(_store, [registry.nbs] * len(todo), todo):
             notice(stored)
             found.append(stored)
