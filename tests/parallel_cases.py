@@ -161,7 +161,8 @@ def halved(world, mine, folder):
     """bf16 weights with fp32 masters, sharded, AdamW and Muon: gradient, two steps, and a
     checkpoint that one process can go on from, and back."""
     nets = model().to(world.device), shard(model().to(world.device), world.device.type)
-    (net, o), (cut, p), found = *((n, Optimiser(n, 1e-2, muon=1e-2)) for n in nets), {}
+    sixteen = dict(muon=1e-2, precision="bf16", muon_options=dict(dtype=torch.bfloat16))
+    (net, o), (cut, p), found = *((n, Optimiser(n, 1e-2, **sixteen)) for n in nets), {}
     for i in range(2):
         weight, total = (
             backward(net, rank_slice(1, BATCH), world.device),
@@ -195,8 +196,8 @@ def halved(world, mine, folder):
     save_checkpoint(folder, p, TrainState(step=2), dict(made="here"), writes=world.rank == 0)
     torch.distributed.barrier()
     alone, again = (
-        Optimiser(model().to(world.device), 1e-2, muon=1e-2),
-        Optimiser(shard(model().to(world.device), world.device.type), 1e-2, muon=1e-2),
+        Optimiser(model().to(world.device), 1e-2, **sixteen),
+        Optimiser(shard(model().to(world.device), world.device.type), 1e-2, **sixteen),
     )
     for x in (alone, again):
         load_checkpoint(folder, x, dict(made="here"))

@@ -155,7 +155,7 @@ def test_what_people_read():
     assert c.markdown() == (
         "○ **not shown**: it helps (+0.6 points; 95% interval −0.2 points to +1.3 points; must "
         "exceed +0.1 points; "
-        "p = 0.2, adjusted for 1 claims; 1.1 points would have shown)"
+        "p = 0.2; 1.1 points would have shown)"
     )
 
 

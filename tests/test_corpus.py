@@ -311,6 +311,96 @@ def test_too_few_groups_are_refused_by_name(tmp_path):
         build(tmp_path, rows, "absent", group_column="autor")
 
 
+def test_classes_that_cannot_share_their_groups_are_named(tmp_path):
+    "Each class has three groups and needs all, and no dealing of the four gives all to each."
+    held = {"g0": "ab", "g1": "abc", "g2": "ac", "g3": "bc"}
+    rows = letters(5, 2).head(9)
+    rows["label"], rows["author"] = zip(*((c, g) for g, of in held.items() for c in of))
+    with pytest.raises(DataError) as said:
+        build(tmp_path, rows, "refused", group_column="author")
+    told = str(said.value)
+    assert "A class needs 3 groups, one for each of test, validation, train" in told
+    assert "the class 'c' stands in 3, of which other classes leave it 2" in told
+    assert "test_size to 0" in told and "leave group_column empty" in told
+
+
+def test_a_group_of_an_official_set_leaves_training(tmp_path):
+    rows = letters(60, 10)
+    held = letters(4, 6).assign(text=lambda t: "official " + t.text.str[::-1])
+    held["author"] = [f"author {a} " for a in (0, 1, 2, "new")] * 6
+    held.to_csv(tmp_path / "test.csv", index=False)
+    official = dict(test_source=str(tmp_path / "test.csv"), group_column="author")
+    corpus = build(tmp_path, rows, **official)
+    author, parts, counts = (
+        dict(zip(rows.text, rows.author)),
+        splits(corpus),
+        sheet(corpus)["counts"],
+    )
+    assert len(parts["test"]) == 24 and counts["group_leaks"] == 30 and counts["leaks"] == 0
+    inner = {s: set(parts[s].text.map(author)) for s in ("train", "validation")}
+    assert not inner["train"] & inner["validation"]
+    assert not (inner["train"] | inner["validation"]) & {"author 0", "author 1", "author 2"}
+    assert "30 of a group that an official validation or test set holds" in told(corpus)
+    assert "30 rows left training" in told(corpus)
+    held.drop(columns="author").to_csv(tmp_path / "test.csv", index=False)
+    corpus = build(tmp_path, rows, "without", **official)
+    assert "The official test set has no column `author`" in told(corpus)
+    assert sheet(corpus)["counts"]["group_leaks"] == 0
+    everyone = letters(60, 1).assign(text=lambda t: t.text.str[::-1])
+    everyone.to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(DataError, match="600 rows: group_leaks took 600.* `author` that of groups"):
+        build(tmp_path, rows, "nothing", **official)
+
+
+def test_groups_of_two_official_sets_are_told(tmp_path):
+    rows = letters(30, 10)
+    number = rows.author.str.split().str[1].astype(int)
+    rows["split"] = np.select([number < 4, number < 9], ["test", "dev"], "train")
+    rows.loc[rows.index[:5], "split"] = "dev"
+    rows.loc[rows.index[-5:], "split"] = "test"
+    corpus = build(tmp_path, rows, group_column="author")
+    parts, counts = splits(corpus), sheet(corpus)["counts"]
+    assert [len(p) for p in parts.values()] == [200, 55, 40] and counts["group_leaks"] == 5
+    assert "1 groups of `author` stand in the official validation set and in the test" in told(
+        corpus
+    )
+
+
+def test_equal_texts_join_their_groups_in_any_order(tmp_path):
+    rows = letters(40, 6)
+    copies = rows[rows.author == "author 7"].head(2).assign(author="author 31 ")
+    blank = rows[rows.author == "author 8"].head(1).assign(author=None)
+    every, seen = pd.concat([rows, copies, blank]), set()
+    for name, order in (("one", every), ("two", every[::-1])):
+        corpus = build(tmp_path, order, name, group_column="author")
+        seen.add(tuple(tuple(p.id) for p in splits(corpus).values()))
+        author = dict(zip(rows.text, rows.author))
+        sides = {a: s for s, p in splits(corpus).items() for a in p.text.map(author)}
+        assert sides["author 7"] == sides["author 31"]
+        assert sheet(corpus)["counts"]["groups"] == 39
+        assert "1 of 243 training rows have no `author`" in told(corpus)
+    assert len(seen) == 1
+    common = [("thanks a lot", "a", f"author {i}") for i in range(40)]
+    common = pd.DataFrame(common, columns=rows.columns)
+    corpus = build(tmp_path, pd.concat([rows, common]), "all", group_column="author")
+    assert sheet(corpus)["counts"]["groups"] == 40 and "would be one" in told(corpus)
+
+
+def test_groups_are_the_same_written_as_numbers_or_as_texts(tmp_path):
+    rows = letters(30, 6)
+    number = rows.author.str.split().str[1].astype(int)
+    rows.assign(author=number.astype(float)).to_parquet(tmp_path / "train.parquet")
+    held = letters(3, 4).assign(text=lambda t: t.text.str[::-1], author=["0", "1.0", " 2"] * 4)
+    held.to_json(tmp_path / "test.jsonl", orient="records", lines=True)
+    corpus = build(
+        tmp_path,
+        tmp_path / "train.parquet",
+        group_column="author",
+        test_source=str(tmp_path / "test.jsonl"),
+    )
+    assert sheet(corpus)["counts"]["group_leaks"] == 18
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=3, max_size=40),
@@ -352,6 +442,27 @@ def test_near_duplicates_and_parts_stay_on_one_side(tmp_path):
     counts = sheet(corpus)["counts"]
     assert (counts["groups"], counts["grouped_rows"]) == (120, 480)
     assert "480 rows in 120 groups share their content" in told(corpus)
+
+
+def test_near_duplicates_of_an_official_set_leave_training(tmp_path):
+    chance = random.Random(1)
+    words = [[f"w{chance.randrange(10**6)}" for _ in range(30)] for _ in range(120)]
+    rows = [(" ".join(w), "ab"[k % 2]) for k, w in enumerate(words)]
+    rows += [("fine film", "a"), ("A long day.", "b"), ("fine", "b")]
+    rows += [(" ".join(["new", *words[0][1:]]), "a")]  # J = 25/27 both with 0 and with the test's
+    held = [(" ".join([*w[:29], f"other{k}"]), "ab"[k % 2]) for k, w in enumerate(words[:10])]
+    held += [("Fine film!", "a"), ("a long day", "b"), (" ".join(words[20][:15]), "a")]
+    held += [(" ".join([*w[:25], *w[:5]]), "b") for w in words[30:35]]  # J = 21/31
+    for name, of in (("train", rows), ("test", held)):
+        pd.DataFrame(of, columns=["text", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    corpus = build(tmp_path, tmp_path / "train.csv", test_source=str(tmp_path / "test.csv"))
+    parts, counts = splits(corpus), sheet(corpus)["counts"]
+    assert (counts["leaks"], counts["near_leaks"], counts["test"]) == (0, 13, 18)
+    left = set(parts["train"].text) | set(parts["validation"].text)
+    gone = {t for t, _ in rows} - left
+    assert gone == {t for t, _ in rows[:10]} | {"fine film", "A long day.", rows[-1][0]}
+    assert "13 nearly equal to a text of an official validation or test set" in told(corpus)
+    assert "13 rows left training" in told(corpus)
 
 
 def test_without_groups_nothing_changes(tmp_path):
@@ -530,6 +641,27 @@ def test_names_that_are_nearly_equal_are_reported_and_joined_on_request(tmp_path
     }
     with pytest.raises(DataError, match="not known here: GOOD, bAd"):
         build(tmp_path, variants(), "apart", test_source=str(tmp_path / "test.csv"))
+
+
+def test_names_of_official_sets_alone_are_joined_on_request(tmp_path):
+    rows = marked({"train": 30}).drop(columns="split").replace({"label": {"a": "bad", "b": "good"}})
+    held = pd.DataFrame({"text": ["x", "y", "z"], "label": ["Bad ", "bad", "GOOD"]})
+    held.to_csv(tmp_path / "test.csv", index=False)
+    official = dict(test_source=str(tmp_path / "test.csv"))
+    with pytest.raises(DataError) as said:
+        build(tmp_path, rows, **official)
+    assert "'Bad' is nearly 'bad'" in str(said.value) and "join_names" in str(said.value)
+    corpus = build(tmp_path, rows, "joined", join_names=True, **official)
+    test = read_split(corpus, "test")
+    assert dict(zip(test.text, test.label)) == {"x": 0, "y": 0, "z": 1}
+    assert "official test set were joined: 'Bad' (1) as 'bad', 'GOOD' (1) as 'good'" in told(corpus)
+    folder = tmp_path / "held"
+    for name in ("Bad", "good"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.txt").write_text(f"{name} film")
+    tones = rows.rename(columns={"label": "tone"})
+    asked = dict(test_source=str(folder), label_column="tone", join_names=True)
+    assert len(read_split(build(tmp_path, tones, "folder", **asked), "test")) == 2
 
 
 def test_a_folder_of_splits(tmp_path):

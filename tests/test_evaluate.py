@@ -401,10 +401,19 @@ def test_rows_follow_from_the_stored_predictions(compared, outside):
         )
         assert r["p"] == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1)
         tested.append(r)
+    claims = read_claims(folder / "claims.json")
+    # the row to serve against the best baseline of all is judged alone, the others together
+    first, *rest = claims
+    served = next(
+        r for r in table["rows"] if (r["model"], r["labels"]) == tuple(table["best"].values())
+    )
+    baselines = [r for r in table["rows"] if r["baseline"] and r["labels"] in table["sizes"]]
+    opponent = max(baselines, key=lambda r: (r["validation_accuracy"], r["labels"]))
+    assert first.primary and first.p_adjusted == first.p and not any(c.primary for c in rest)
+    assert first.difference == pytest.approx(served["accuracy"] - opponent["accuracy"])
+    assert opponent["labels"] != served["labels"] and len(rest) == len(tested)
     adjusted = multipletests([r["p"] for r in tested], method="holm")[1]
     assert [r["p_adjusted"] for r in tested] == pytest.approx(adjusted)
-    claims = read_claims(folder / "claims.json")
-    assert len(claims) == len(tested)
     for r in tested:  # the verdict is about the row's model, as its difference is
         shown = r["p_adjusted"] <= 0.05
         said = "supported" if r["difference"] > 0 else "refuted"

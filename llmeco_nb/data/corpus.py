@@ -23,7 +23,8 @@ from llmeco_nb.core import (
     write_json,
 )
 from .corpus_rows import CorpusConfig, Material, public_name, read_material
-from .corpus_splits import merge_rare, split_material, target_summary
+from .corpus_splits import leave_official, merge_rare, split_material, target_summary
+from .named_groups import share_groups
 from .sources import citations, revision
 from .splits import sort_by_split_hash, split_names
 from .tables import is_blank, read_table, text_ids
@@ -101,6 +102,7 @@ def drop_duplicates(rows: "pd.DataFrame") -> tuple["pd.DataFrame", dict]:
     rows = rows.assign(key=[normalized_key(t) for t in rows.text]).sort_values(
         "id", ignore_index=True
     )
+    rows = share_groups(rows) if "group" in rows else rows
     again, twins = rows.duplicated("key"), rows[rows.duplicated("key", keep=False)]
     groups = [g for _, g in twins.groupby("key", sort=False)]
     torn = [g for g in groups if g[said].nunique() > 1]
@@ -250,6 +252,8 @@ reasons = {  # why a row is in no split
     "duplicates": "copies of other rows",
     "conflicts": "equal texts with different labels",
     "leaks": "also in an official validation or test set",
+    "near_leaks": "nearly equal to a text of an official validation or test set",
+    "group_leaks": "of a group that an official validation or test set holds",
     "rare": "of classes too rare to be split",
     "unlabelled": "marked as unlabelled",
     "beyond": "beyond max_rows",
@@ -298,6 +302,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
     if len(found.official) == 2:
         found.official["validation"], known = drop_test_overlap(*found.official.values())
         found.reports["validation"]["leaks"] = known
+    apart = leave_official(found, config)
     rare = merge_rare(found, config) if len(found.train) else {}
     removed = {
         "null_texts": read["null_texts"],
@@ -306,6 +311,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         "duplicates": copies["duplicates"],
         "conflicts": copies["conflicts"],
         "leaks": leaks,
+        **apart,
     }
     if not len(found.train):
         ranked = sorted(removed.items(), key=lambda r: -r[1])
@@ -313,7 +319,8 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         raise DataError(
             f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
             "Look at some of them in the file, and whether "
-            f"`{config.text_column}` is the column of the texts."
+            f"`{config.text_column}` is the column of the texts"
+            + (f" and `{config.group_column}` that of groups." if apart["group_leaks"] else ".")
         )
     usable = len(found.train)
     parts, groups = split_material(found, config)

@@ -55,17 +55,20 @@ def inspect(o: InspectOptions) -> None:
 
     nulls = tuple(filter(None, o.nulls.split(",")))
     known = runs_dir() / "machine.json"
+    told = read_json(known) if known.is_file() else {}
+    # a run trains in the faster of the two
+    speeds = [told[name] for name in ("fp32_gflops", "bf16_gflops") if told.get(name)]
     config = InspectConfig(
         text_column=o.text,
         label_column=o.label,
         test_source=o.test,
         options=ReadOptions(separator=o.separator, encoding=o.encoding, nulls=nulls),
-        gflops=read_json(known).get("bf16_gflops") if known.is_file() else None,
+        gflops=max(speeds, default=None),
     )
-    told = ProgressLine()
+    line = ProgressLine()
     try:
-        found = inspect_table(o.source, config, told)
+        found = inspect_table(o.source, config, line)
     finally:
-        told.clear()
+        line.clear()
     width = min(100, max(80, shutil.get_terminal_size((96, 24)).columns))
     typer.echo(inspection_json(found) if o.as_json else inspection_text(found, width))

@@ -58,7 +58,7 @@ class InspectConfig:
         label_column: Column of the classes; empty for none, None: guessed.
         test_source: An official test set; empty for none.
         options: How the files are read.
-        gflops: Speed of this machine in bfloat16, in GFLOP/s; None where it was not measured.
+        gflops: Speed in the precision of training, in GFLOP/s; None where it was not measured.
     """
 
     text_column: str = ""
@@ -109,7 +109,7 @@ def estimate_cost(seen: TablePass, gflops: float | None) -> Estimate:
 
     Args:
         seen: The pass over the table.
-        gflops: Speed in bfloat16, in GFLOP/s; None where it was not measured.
+        gflops: Speed in the precision of training, in GFLOP/s; None where it was not measured.
     """
     import psutil
 

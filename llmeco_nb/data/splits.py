@@ -97,18 +97,23 @@ split_names = ("train", "validation", "test")
 
 
 def deal_groups(
-    labels: np.ndarray, groups: Sequence[np.ndarray], wanted: dict[str, dict[int, int]]
+    labels: np.ndarray,
+    groups: Sequence[np.ndarray],
+    wanted: dict[str, dict[int, int]],
+    names: Sequence[str] = (),
 ) -> np.ndarray:
     """For each row the split it goes to, texts [rows]; rows of one group go to the same.
 
     A split takes a group if its numbers of rows by class come nearer to those `wanted`. If a class
     is then missing somewhere, small groups that hold it are kept for the splits that ask and the
-    largest one for training, rare classes first. Raises `DataError` where a class has too few.
+    largest one for training, rare classes first. Raises `DataError` naming the classes that have
+    too few.
 
     Args:
         labels: int [rows]: class of each row.
         groups: The numbers of each group's rows, in the order in which they are dealt.
         wanted: Split -> class -> rows, for the splits that ask before training does.
+        names: Of the classes, for the message.
     """
     held = [Counter(labels[rows].tolist()) for rows in groups]
     asking = {s: counts for s, counts in wanted.items() if any(counts.values())}
@@ -151,7 +156,20 @@ def deal_groups(
                 choose = max if s == "train" else min
                 kept[choose(free, key=lambda g: held[g].total())] = s
         if lacking:
-            raise DataError(f"No group is left for a split, of the classes {lacking}.")
+            called = [repr(names[c]) if names else str(c) for c in lacking]
+            said = [
+                f"the class {one} stands in {len(where[c])}, of which other classes leave it "
+                f"{len({kept[g] for g in where[c] if g in kept})}"
+                for one, c in list(zip(called, lacking))[:10]
+            ]
+            more = f"; and {len(lacking) - 10} more classes" if len(lacking) > 10 else ""
+            raise DataError(
+                f"The groups cannot be dealt so that each class is in every split. A class needs "
+                f"{len(splits)} groups, one for each of {', '.join(splits)}: {'; '.join(said)}"
+                f"{more}. Add rows of such a class in groups of its own, set validation_size or "
+                "test_size to 0, join the class with another one in the source, or leave "
+                "group_column empty."
+            )
         dealt = deal(kept)
     sides = np.empty(len(labels), object)
     for rows, s in zip(groups, dealt):
@@ -185,9 +203,11 @@ def check_class_sizes(
             f"that are needed, one for each split: {', '.join(named[:50])}{more}"
         )
     choices = "leave them out (rare=drop), join them into one class (rare=other)"
+    grouped = what == "group"
     raise DataError(
-        f"{said}. Add rows, {choices if labels else 'take another source'}, "
-        "or set validation_size or test_size to 0."
+        f"{said}. Add {'rows of other groups' if grouped else 'rows'}, "
+        f"{choices if labels else 'take another source'}, {'' if grouped else 'or '}set "
+        f"validation_size or test_size to 0{', or leave group_column empty' if grouped else ''}."
     )
 
 
@@ -224,15 +244,7 @@ def split_rows(
         order = sorted(rows.groupby("group").indices.items())
         names = split_hashes([name for name, _ in order], seed)
         members = [order[i][1] for i in sorted(range(len(order)), key=names.__getitem__)]
-        try:
-            sides = deal_groups(rows.label.to_numpy(), members, wanted)
-        except DataError:
-            raise DataError(
-                "The groups cannot be dealt so that each class is in every split: "
-                f"{len(members)} groups of {len(rows)} rows hold the {len(counts)} classes too "
-                "unevenly. Add groups, lower validation_size or test_size, set one of them to 0, "
-                "or leave group_column empty."
-            ) from None
+        sides = deal_groups(rows.label.to_numpy(), members, wanted, labels)
     else:
         rank, start = rows.groupby("label").cumcount(), 0
         sides = np.full(len(rows), "train", object)

@@ -322,6 +322,8 @@ def fine_tune(
         step_s = step_seconds(model, optimiser, step, rows, targets, pad)
         alike = [cut[i] for i in average_rows(cut, 32)]
         forward_s = forward_seconds(model, alike, pad)
+        if optimiser.precision == "fp32":
+            return step_s, forward_s, forward_s
         exact = copy.deepcopy(model).float()
         return step_s, forward_s, forward_seconds(exact, alike[:8], pad, tries=1)
 
@@ -352,6 +354,7 @@ def fine_tune(
         return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
     stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
+    exact = bool(decided["exact"]) or optimiser.precision == "fp32"
     splits["train"] = labelled_subset(splits["train"], decided["labels"], config.seed)
     truncation = Truncation(tokens, head)
     examples = {s: half.encode(rows, tokenizer, schema, truncation) for s, rows in splits.items()}
@@ -385,7 +388,7 @@ def fine_tune(
             return record.artifact("classifier")
         started = time.monotonic()
         # in float32, what is measured is what is saved and served
-        answering = optimiser.finish() if decided["exact"] else model
+        answering = optimiser.finish() if exact else model
         table = pd.concat(
             [
                 predictions_table(
@@ -404,7 +407,7 @@ def fine_tune(
     predicting = time.monotonic() - started
     write_predictions(table, record.artifact("predictions"))
     save_classifier(
-        answering if decided["exact"] else optimiser.finish(),
+        answering if exact else optimiser.finish(),
         tokenizer,
         record.artifact("classifier"),
         tokens,
@@ -442,7 +445,7 @@ def fine_tune(
         steps=result.steps,
         best_step=result.best_step,
         stopped_early=result.stopped,
-        predicted_in="fp32" if decided["exact"] else "bf16",
+        predicted_in="fp32" if exact else "bf16",
         passes=round(result.steps * batch_size / len(target), 2),
         max_length=tokens,
         batch_size=batch_size,

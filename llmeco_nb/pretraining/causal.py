@@ -244,7 +244,9 @@ class CausalConfig(StageConfig):
     eval_examples: PositiveInt = 64  # validation rows of each domain that choose the weights
     num_evals: PositiveInt = 6  # how often they are asked, and samples drawn
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
+    )
     activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
     torch_compile: bool = False  # compile the layers; other last bits; needs a C++ compiler
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
@@ -338,7 +340,7 @@ def pretrain_causal(
         )
 
     peak = current_world().size * peak_gflops(
-        torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        torch.bfloat16 if optimiser.precision == "bf16" else torch.float32,
         device=resolve_device(config.device),
     )
 

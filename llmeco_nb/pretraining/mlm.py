@@ -95,7 +95,9 @@ class MLMConfig(StageConfig):
     eval_examples: PositiveInt = 64  # validation rows that decide which weights are best
     num_evals: PositiveInt = 6  # how often they are asked
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 (with fp32 master weights) or fp32
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
+    )
     activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
     device: ExecutionOnly[Literal["cpu", "cuda", "xla"]] = "cpu"  # cpu, cuda or xla
@@ -299,7 +301,7 @@ def pretrain(
         return dict(validation_loss=loss / n, validation_accuracy=right / n)
 
     peak = current_world().size * peak_gflops(
-        getattr(torch, "bfloat16" if config.precision == "bf16" else "float32"),
+        torch.bfloat16 if optimiser.precision == "bf16" else torch.float32,
         device=resolve_device(config.device),
     )
     task = TrainTask(

@@ -41,6 +41,7 @@ class Claim:
         unit: "points" shows a share times 100; any other unit is shown as it is.
         p_adjusted: After `adjust_pvalues`.
         family: How many claims were judged together.
+        primary: Whether it is the question that a run was made for, chosen without the answers.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Claim:
     unit: str = "points"
     p_adjusted: float | None = None
     family: int = 1
+    primary: bool = False
 
     @property
     def verdict(self) -> str:
@@ -85,7 +87,7 @@ class Claim:
             )
         if self.margin:
             facts.append(f"must exceed {self.amount(self.margin)}")
-        if self.p_adjusted is None:
+        if self.p_adjusted is None or self.family == 1:
             facts.append(p_text(self.p))
         else:
             facts.append(f"{p_text(self.p_adjusted)}, adjusted for {self.family} claims")
@@ -154,14 +156,17 @@ def claim(
 
 # %% ../../nbs/0_ground/03a_claims.ipynb #cc4de6db
 def adjust_pvalues(claims: list[Claim]) -> list[Claim]:
-    """The same `claims`, their p-values adjusted by Holm over all of them.
+    """The same `claims`, their p-values adjusted by Holm: those of the primary ones together, and
+    those of the others together.
 
     A claim that was judged before is judged anew.
     """
-    return [
-        replace(c, p_adjusted=float(p), family=len(claims))
-        for c, p in zip(claims, holm([c.p for c in claims]))
-    ]
+    adjusted = {}
+    for primary in (True, False):
+        family = [i for i, c in enumerate(claims) if c.primary == primary]
+        for i, p in zip(family, holm([claims[i].p for i in family])):
+            adjusted[i] = replace(claims[i], p_adjusted=float(p), family=len(family))
+    return [adjusted[i] for i in range(len(claims))]
 
 
 def claims_table(claims: list[Claim]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import torch
 
 from ..core import DataError, UsageError
+from ..models.speedups import has_bf16, resolve_precision
 from .state import TrainPlan
 
 # %% ../../nbs/1_pretraining/14_optim.ipynb #bd118e63
@@ -136,7 +137,7 @@ class MuonConfig:
         nesterov: Whether the momentum looks one step ahead.
         iterations: Rounds of Newton-Schulz, 1 to 99.
         scale: Factor on an update.
-        dtype: Of the rounds.
+        dtype: Of the rounds; None: bfloat16 where the device has instructions for it, else float32.
         stack: Weights orthogonalised at once: what fits a cache.
     """
 
@@ -144,7 +145,7 @@ class MuonConfig:
     nesterov: bool = True
     iterations: int = 5
     scale: Literal["adamw", "jordan"] = "adamw"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
     stack: int = 2**20
 
     def __post_init__(self):
@@ -156,6 +157,15 @@ class MuonConfig:
             )
         if self.scale not in ("adamw", "jordan"):
             raise UsageError(f"Muon's scale is {self.scale!r}; it is adamw or jordan.")
+
+    def on(self, device: str) -> Self:
+        """The same options with the type of the rounds decided.
+
+        Args:
+            device: Type of the device of the matrices, such as cpu.
+        """
+        found = torch.bfloat16 if has_bf16(device) else torch.float32
+        return dataclasses.replace(self, dtype=self.dtype or found)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Self:
@@ -192,8 +202,10 @@ class Muon(torch.optim.Optimizer):
     ):
         config = MuonConfig.of(options)
         defaults = dataclasses.asdict(config) | dict(lr=lr, weight_decay=weight_decay)
-        self.dtype, self.stack = defaults.pop("dtype"), defaults.pop("stack")
+        del defaults["dtype"]
+        self.stack = defaults.pop("stack")
         super().__init__(params, defaults)
+        self.dtype = config.on(self.param_groups[0]["params"][0].device.type).dtype
         if odd := [tuple(p.shape) for g in self.param_groups for p in g["params"] if p.ndim != 2]:
             raise UsageError(f"Muon takes matrices; this has the shape {odd[0]}.")
 
@@ -276,7 +288,7 @@ class OptimizerConfig:
         betas: Of AdamW.
         eps: Of AdamW.
         clip: Largest global norm of the gradient; 0 never clips.
-        precision: bf16 has fp32 masters.
+        precision: bf16 has fp32 masters; auto: bf16 where the device has instructions for it.
         embeddings: Decay embeddings, too.
         rate: Name -> factor on the learning rate.
         muon: Learning rate of Muon for hidden matrices; 0: AdamW for all.
@@ -289,7 +301,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 1.0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     embeddings: bool = False
     rate: Callable[[str], float] | None = None
     muon: float = 0.0
@@ -298,8 +310,8 @@ class OptimizerConfig:
     head: Callable[[str], bool] = is_head
 
     def __post_init__(self):
-        if self.precision not in ("bf16", "fp32"):
-            raise UsageError(f"precision is {self.precision!r}; it is bf16 or fp32.")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UsageError(f"precision is {self.precision!r}; it is auto, bf16 or fp32.")
         if not 0 <= self.ema < 1:
             raise UsageError(f"ema is {self.ema}; it is from 0 (none) to below 1.")
 
@@ -309,7 +321,7 @@ class Optimiser:
     trainable parameters as they are at construction.
 
     Args:
-        model: Its parameters are stored in `precision` from now on.
+        model: Its parameters are stored in the precision from now on, which `precision` names.
         lr: Learning rate at factor 1.
         **options: Fields of `OptimizerConfig`.
     """
@@ -320,7 +332,8 @@ class Optimiser:
             raise UsageError(f"Optimiser has no option {odd[0]!r}; it has {', '.join(known)}.")
         config = OptimizerConfig(**options)
         self.model, self.lr = model, lr
-        self.clip, self.precision = config.clip, config.precision
+        self.clip = config.clip
+        self.precision = resolve_precision(config.precision, next(model.parameters()).device.type)
         groups = parameter_groups(model, config.decay, config.embeddings, config.rate)
         if not groups:
             raise UsageError("There is nothing to train: every parameter is frozen.")
@@ -329,15 +342,16 @@ class Optimiser:
             n: p for n, p in model.named_parameters() if any(n in g["names"] for g in groups)
         }
         self.masters = {
-            n: p.detach().clone() if config.precision == "bf16" else p
+            n: p.detach().clone() if self.precision == "bf16" else p
             for n, p in self.weights.items()
         }
-        if config.precision == "bf16":
+        if self.precision == "bf16":
             cast_parameters(model, torch.bfloat16)
         # for the masters' gradients: fresh memory each step would cost more than the copy
         self.room = {}
         self.muon = config.muon
-        self.muon_options = dataclasses.asdict(MuonConfig.of(config.muon_options or {}))
+        options = MuonConfig.of(config.muon_options or {})
+        self.muon_options = dataclasses.asdict(options.on(next(model.parameters()).device.type))
         self.ema = config.ema
         self.updates = torch.zeros((), dtype=torch.int64)
         averaged = self.masters.items() if self.ema else ()
