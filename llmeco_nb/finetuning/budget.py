@@ -162,7 +162,7 @@ def finetune_plan(config: StageConfig, work: Workload) -> dict:
             needed += work.predicting(config.num_evals) + finishing_seconds(config.minutes)
             needed += least * (work.step_s + work.encode_s * work.batch_size) / SPARE
             raise TooFewMinutes(
-                f"minutes is {config.minutes}; starting, predicting {work.predicted} texts, saving, "
+                f"minutes is {config.minutes}; starting, predicting {work.predicted} texts, saving "
                 f"and learning from the fewest labels there can be, {work.least}, take about "
                 f"{needed / 60:.2f} here. Give more, or lower max_length."
             )
