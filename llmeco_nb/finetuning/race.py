@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from .race_plan import DividedMinutes, divide_minutes, pick_winner, race_plan
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
@@ -31,6 +30,7 @@ from llmeco_nb.finetuning.classifier import (
     layerwise_lr_scales,
 )
 from .encoding import classifier_batches
+from .race_plan import DividedMinutes, divide_minutes, pick_winner, race_plan
 from .training_half import TrainingHalf, Truncation
 from ..stats.significance import wilson
 from ..tasks.contract import Schema
