@@ -444,6 +444,27 @@ def test_near_duplicates_and_parts_stay_on_one_side(tmp_path):
     assert "480 rows in 120 groups share their content" in told(corpus)
 
 
+def test_near_duplicates_of_an_official_set_leave_training(tmp_path):
+    chance = random.Random(1)
+    words = [[f"w{chance.randrange(10**6)}" for _ in range(30)] for _ in range(120)]
+    rows = [(" ".join(w), "ab"[k % 2]) for k, w in enumerate(words)]
+    rows += [("fine film", "a"), ("A long day.", "b"), ("fine", "b")]
+    rows += [(" ".join(["new", *words[0][1:]]), "a")]  # J = 25/27 both with 0 and with the test's
+    held = [(" ".join([*w[:29], f"other{k}"]), "ab"[k % 2]) for k, w in enumerate(words[:10])]
+    held += [("Fine film!", "a"), ("a long day", "b"), (" ".join(words[20][:15]), "a")]
+    held += [(" ".join([*w[:25], *w[:5]]), "b") for w in words[30:35]]  # J = 21/31
+    for name, of in (("train", rows), ("test", held)):
+        pd.DataFrame(of, columns=["text", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    corpus = build(tmp_path, tmp_path / "train.csv", test_source=str(tmp_path / "test.csv"))
+    parts, counts = splits(corpus), sheet(corpus)["counts"]
+    assert (counts["leaks"], counts["near_leaks"], counts["test"]) == (0, 13, 18)
+    left = set(parts["train"].text) | set(parts["validation"].text)
+    gone = {t for t, _ in rows} - left
+    assert gone == {t for t, _ in rows[:10]} | {"fine film", "A long day.", rows[-1][0]}
+    assert "13 nearly equal to a text of an official validation or test set" in told(corpus)
+    assert "13 rows left training" in told(corpus)
+
+
 def test_without_groups_nothing_changes(tmp_path):
     "The split is that of the rows alone, to the byte."
     rows = letters(100, 2).drop(columns="author")

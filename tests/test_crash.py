@@ -5,12 +5,13 @@ import random
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from toy_project import ToyProject, kernels
 
-KILLS_EACH, SCENARIOS = 10, 10
+KILLS_EACH, SCENARIOS, TOGETHER = 10, 10, 2
 WAYS = ("runner", "kernel", "rename", "two runners", "both runners")
 
 
@@ -87,9 +88,9 @@ def only_whole_entries(project):
         assert store.damage(entry) == [], entry
 
 
-@pytest.mark.parametrize("seed", range(SCENARIOS))
-def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):
-    rng, project = random.Random(seed), ToyProject(tmp_path / "project", machine_json)
+def killed_again_and_again(seed, project, undisturbed):
+    "One scenario: ten kills, then a run that ends as if there had been none."
+    rng = random.Random(seed)
     ways = [WAYS[(seed + k) % len(WAYS)] for k in range(KILLS_EACH)]
     for way in ways:
         kill_once(project, way, rng)
@@ -111,6 +112,17 @@ def test_killed_again_and_again(seed, tmp_path, machine_json, undisturbed):
     assert set(project.run().values()) == {"current"}
     assert project.artifacts(max(p.name for p in project.runs.glob("toy-?"))) == undisturbed
     assert not list((project.runs / "store" / ".locks").glob("*")), "a lock was left behind"
+
+
+@pytest.mark.parametrize("first", range(0, SCENARIOS, TOGETHER))
+def test_killed_again_and_again(first, tmp_path, machine_json, undisturbed):
+    "A scenario mostly waits, for a moment to kill or for a kernel, so another goes on beside it."
+    work = lambda seed: killed_again_and_again(
+        seed, ToyProject(tmp_path / f"project{seed}", machine_json), undisturbed
+    )
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        for scenario in [pool.submit(work, seed) for seed in range(first, first + TOGETHER)]:
+            scenario.result()
 
 
 def test_two_that_start_together_share_a_run(tmp_path, machine_json):

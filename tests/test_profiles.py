@@ -169,7 +169,7 @@ def test_regression(tmp_path, monkeypatch, rated):
 
 
 RING = dict(
-    pretrain=FEW_STEPS | dict(device="cpu"),
+    pretrain=FEW_STEPS | dict(device="cpu", precision="auto"),
     frozen=dict(device="cpu"),
     race=dict(device="cpu", num_labeled=32, max_length=24, epochs=1, eval_examples=20),
     finetune=dict(device="cpu", min_steps=0),

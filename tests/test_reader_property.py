@@ -225,5 +225,5 @@ def test_a_table_is_read_rightly_or_refused(tmp_path):
 @pytest.mark.slow
 def test_many_tables_are_read_rightly_or_refused(tmp_path):
     """Other ones each time; `LLMECO_EXAMPLES=2000` draws more."""
-    counts = draw_many(int(os.environ.get("LLMECO_EXAMPLES", "500")), tmp_path)
+    counts = draw_many(int(os.environ.get("LLMECO_EXAMPLES", "250")), tmp_path)
     assert all(counts[f"{fault}, refused"] for fault in faults)

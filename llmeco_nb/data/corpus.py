@@ -252,6 +252,7 @@ reasons = {  # why a row is in no split
     "duplicates": "copies of other rows",
     "conflicts": "equal texts with different labels",
     "leaks": "also in an official validation or test set",
+    "near_leaks": "nearly equal to a text of an official validation or test set",
     "group_leaks": "of a group that an official validation or test set holds",
     "rare": "of classes too rare to be split",
     "unlabelled": "marked as unlabelled",
