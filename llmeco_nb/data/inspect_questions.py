@@ -16,6 +16,7 @@ from llmeco_nb.data.inspection import (
     quoted,
     several,
 )
+from .tables import name_key
 from ..tasks.limits import max_label_chars, max_text_chars
 
 # %% ../../nbs/1_pretraining/10r_inspect_questions.ipynb #559efe80
@@ -126,11 +127,15 @@ class Refusals:
         if not found:
             return None
         said = [f"{one.source} ({one.split}): {quoted(one.unknown)}" for one in found]
+        keys = {name_key(c.name) for c in i.classes}
+        strange = dict.fromkeys(n for one in found for n in one.unknown)
+        near = [n for n in strange if name_key(n) in keys]
+        join = f" data.join_names=true joins names that are nearly known: {quoted(near, 6)}."
         return Finding(
             "stop",
             "unknown_classes",
             f"Classes that training lacks stand in {'; '.join(said)}.",
-            "Give these rows a known class, or remove them.",
+            f"Give these rows a known class, or remove them.{join if near else ''}",
         )
 
     def rare_classes(self) -> Finding | None:
