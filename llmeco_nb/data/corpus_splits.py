@@ -267,10 +267,10 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             "in one split."
         )
     if found.broken:
+        how = "by group_column alone" if by_column else "row by row"
         notes.append(
             f"{found.broken:,} rows are alike in groups of more than a tenth of the table, as if "
-            f"made from templates. They are split {'by group_column' if by_column else 'row by row'} "
-            "alone, so a test measures recognition."
+            f"made from templates. They are split {how}, so a test measures recognition."
         )
     if not found.searched:
         notes.append(
