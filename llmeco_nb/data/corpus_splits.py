@@ -63,7 +63,8 @@ def rare_classes(
         if rows < needed:
             raise DataError(
                 f"rare=other joins {len(few)} rare classes ({', '.join(labels[c] for c in few)}) "
-                f"into one of {rows}, and {needed} {what} are needed. Add rows, or set rare to drop."
+                f"into one of {rows}, and {needed} {what} are needed. Add rows, or set rare to "
+                "drop."
             )
         new |= dict.fromkeys(few, len(names))
         names.append("other")
