@@ -108,7 +108,7 @@ def parse_json(text: str, line: int, name: str, around: Callable[[], str] = str)
         found = json.loads(
             text, object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite
         )
-        if "\\u" in text:  # such a text may hold one half of a character of two halves
+        if "\\u" in text:  # such a text may hold half of a surrogate pair
             json.dumps(found, ensure_ascii=False).encode()
         return found
     except json.JSONDecodeError as e:

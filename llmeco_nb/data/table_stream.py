@@ -38,9 +38,9 @@ class FileFacts:
     Attributes:
         source: As it was written.
         kind: Such as CSV, JSON Lines, Parquet, folder.
-        packing: gzip, bzip2 or zip; empty for none.
+        packing: How it is compressed: gzip, bzip2 or zip; empty for none.
         encoding: Of the characters; empty where the format decides.
-        separator: Sign between two cells of a delimited table; else empty.
+        separator: Character between two cells of a delimited table; else empty.
         quoting: How a delimited table marks a cell that holds the separator; else empty.
         size: Bytes of the file as it lies there; None where that is unknown.
         columns: Names of the columns, in their order; empty for plain text.

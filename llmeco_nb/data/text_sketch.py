@@ -104,7 +104,7 @@ class TextSketch:
 # %% ../../nbs/1_pretraining/10p_text_sketch.ipynb #6d54f29f
 @dataclass(frozen=True)
 class Kept:
-    """What is left of texts once equal ones are gone.
+    """What is left of the texts without duplicates, conflicts and leaks.
 
     Attributes:
         duplicates: Texts that stood earlier with the same label.
