@@ -122,14 +122,12 @@ class Refusals:
 
     def unknown_classes(self) -> Finding | None:
         "Classes of the test set that training lacks."
-        i = self.facts
-        found = [one for one in i.official if one.unknown]
+        found = [one for one in self.facts.official if one.unknown]
         if not found:
             return None
         said = [f"{one.source} ({one.split}): {quoted(one.unknown)}" for one in found]
-        keys = {name_key(c.name) for c in i.classes}
-        strange = dict.fromkeys(n for one in found for n in one.unknown)
-        near = [n for n in strange if name_key(n) in keys]
+        keys = {name_key(c.name) for c in self.facts.classes}
+        near = sorted({n for one in found for n in one.unknown if name_key(n) in keys})
         join = f" data.join_names=true joins names that are nearly known: {quoted(near, 6)}."
         return Finding(
             "stop",
