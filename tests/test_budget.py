@@ -14,6 +14,7 @@ from toy_project import PIPELINE, ToyProject
 from llmeco_nb.core import UsageError, create_record, read_json, write_json
 from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.finetuning.budget import (
+    TooFewMinutes,
     Workload,
     finetune_plan,
     plan_workload,
@@ -198,6 +199,25 @@ def test_a_plan_fits_its_minutes_and_grows_with_them(work, minutes, times, epoch
     assert all(isinstance(v, int) for k, v in plan.items() if k != "schedule")
     larger = finetune_plan(config(**vars(asked) | dict(minutes=minutes * times)), work)
     assert larger["steps"] >= plan["steps"] and larger["labels"] >= plan["labels"]
+
+
+def test_a_plan_reads_a_label_of_each_class():
+    "Or the model is left out: of three steps of 32 texts some of 150 classes would see none."
+    work = Workload(
+        labels=9000,
+        least=150,
+        predicted=100,
+        evaluated=50,
+        max_length=32,
+        batch_size=32,
+        step_s=1.0,
+        forward_s=0.01,
+        exact_s=0.03,
+    )
+    with pytest.raises(TooFewMinutes, match="fewest labels there can be, 150,"):
+        finetune_plan(config(minutes=0.15), work)
+    plan = finetune_plan(config(minutes=0.2), work)
+    assert plan["steps"] * work.batch_size >= plan["labels"] >= 150
 
 
 @given(st.integers(0, 10**7), st.integers(0, 10**7))

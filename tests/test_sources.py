@@ -11,6 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from llmeco_nb.data import sources
 from llmeco_nb.data.delimited import ReadOptions, read_csv
 from llmeco_nb.data.readers import read_json_table
 from llmeco_nb.data.sources import HubSource, parse_hub, revision
+from llmeco_nb.data.stream import stream_texts
 from llmeco_nb.data.tables import as_text, class_name, encode_labels, is_blank, read_table, text_ids
 
 frame = pd.DataFrame(
@@ -1153,6 +1155,45 @@ for source in sys.argv[1:]:
         tag.startswith("MissingError") and "v2 is not in the local cache" in tag
     )  # what v2 means only the hub knows
     assert other.startswith("MissingError") and "another commit than 1111" in other
+
+
+def test_rows_of_the_hub_are_fetched_as_they_are_read(hub, tmp_path):
+    "Through the library's own loader; offline the cache is read, which holds what was read whole."
+    code = """import sys
+from datasets import config
+from llmeco_nb.core import LlmecoError
+from llmeco_nb.data.stream import stream_texts
+from llmeco_nb.data.table_stream import open_table
+from llmeco_nb.data.tables import read_table
+for source in sys.argv[1:]:
+    try:
+        table = open_table(source)
+        print(table.facts.columns, list(table.rows()), next(stream_texts(source)))
+    except LlmecoError as e: print(type(e).__name__, e)
+print(list(config.HF_DATASETS_CACHE.rglob("*.arrow")))
+read_table(sys.argv[1])"""
+
+    def ask(offline, *names):
+        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        env["HF_HUB_OFFLINE"] = str(int(offline))
+        words = [sys.executable, "-c", code, *names]
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    rows = "('text', 'label') [('good one', 1), ('bad one', 0), ('so-so', 0)] good one"
+    source = "hf:org/films@" + "2" * 40 + "?split="
+    there, unknown, copied = ask(False, source + "test", source + "nope")
+    assert there == rows and copied == "[]"
+    assert unknown.startswith(f"UsageError {source}nope: Bad split: nope.")
+    assert f"/datasets/org/films/resolve/{'2' * 40}/test.csv" in hub
+    assert ask(True, source + "test")[0] == rows
+
+
+@pytest.mark.hub
+def test_the_first_texts_of_a_large_data_set_of_the_hub():
+    first = list(islice(stream_texts("hf:HuggingFaceFW/fineweb?config=sample-10BT"), 3))
+    assert len(first) == 3 and all(len(text) > 20 for text in first)
 
 
 def test_class_names_of_the_hub(hub, monkeypatch):

@@ -20,8 +20,8 @@ packing_endings = (".gz", ".bz2", ".zip")
 
 
 def split_ending(name: str) -> tuple[str, str, str]:
-    """Stem, ending and ending of the packing of a file's name, both in small letters and empty
-    where there is none.
+    """Stem, ending and ending of the compression of a file's name, both endings in lower case and
+    empty where there is none.
 
     Args:
         name: Without its folder.

@@ -25,8 +25,8 @@ class InspectOptions:
         text: Column of the texts; empty: guessed.
         label: Column of the classes; None: guessed.
         test: An official test set; empty for none.
-        separator: Sign between two cells; empty: found.
-        encoding: Of the files; empty: UTF-8, or by their mark.
+        separator: Character between two cells; empty: found.
+        encoding: Of the files; empty: UTF-8, or by their byte order mark.
         nulls: Words that mean a missing value, commas between them.
         as_json: Whether all is printed for programs.
     """

@@ -27,7 +27,7 @@ usual_escapes = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
 
 def visible(text: str) -> str:
-    """A text in which every control character, sign of zero width and odd space is an escape.
+    """A text in which every control character, zero-width character and odd space is an escape.
 
     Args:
         text: As somebody wrote it.
@@ -46,7 +46,7 @@ def escape(sign: str) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """A visible text cut or filled up to a width in columns; a Chinese sign takes two.
+    """A visible text cut or filled up to a width in columns; a Chinese character takes two.
 
     Args:
         text: As somebody wrote it.

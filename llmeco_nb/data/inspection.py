@@ -127,7 +127,7 @@ class Inspection:
         other_labels: Further columns that could hold the classes.
         classes: The largest first.
         too_many: Whether there are more classes than were counted.
-        near_equal: Groups of class names that differ in case, spaces or signs alone.
+        near_equal: Groups of class names that differ in case, spaces or invisible characters.
         null_names: Class names that look like missing values.
         rare: Classes with too few rows for every split.
         max_labels: Classes that the stage data accepts unless it is told otherwise.

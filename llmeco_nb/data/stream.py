@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['too_long', 'read_lines', 'csv_rows', 'column_texts', 'cell_text', 'is_array', 'frame_texts', 'json_texts',
-           'parquet_texts', 'paragraphs', 'whole_text', 'folder_texts', 'stream_texts']
+           'parquet_texts', 'hub_texts', 'paragraphs', 'whole_text', 'folder_texts', 'stream_texts']
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8b064d9b
 import io
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from ..core import DataError, UsageError
@@ -30,7 +30,8 @@ from llmeco_nb.data.encodings import (
     utf8_error,
 )
 from .folders import list_folder, split_ending, text_endings
-from .readers import parse_json, read_frame
+from .hub import open_hub
+from .readers import json_rows, read_frame
 from llmeco_nb.data.sources import (
     did_you_mean,
     file_ending,
@@ -205,17 +206,8 @@ def json_texts(
     if is_array(source, options.encoding):
         yield from frame_texts(source, column, options)
         return
-    lines = read_lines(source, encoding=options.encoding)
     waiting, keys = 0, {}
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, n, source, lambda: line + "".join(islice(lines, 50)))
-        if not isinstance(row, dict):
-            raise DataError(
-                f'{source}, line {n}: each line must be an object such as {{"text": "…"}}; '
-                f"found {line.strip()[:60]}"
-            )
+    for row in json_rows(read_lines(source, encoding=options.encoding), source):
         if keys is not None and column not in row:
             keys |= dict.fromkeys(row)
             waiting += 1
@@ -260,6 +252,23 @@ def parquet_texts(
                 f"{source} is not a readable Parquet file ({type(e).__name__}: "
                 f"{str(e)[:100]}). Fetch or write it again."
             ) from None
+
+
+def hub_texts(source: str, column: str, options: ReadOptions = ReadOptions()) -> Iterator[str]:
+    """The texts of a hub data set, fetched as they are read; '' for nothing. Raises `DataError`,
+    `MissingError`, `UsageError`.
+
+    Args:
+        source: hf:org/name.
+        column: Of the texts.
+        options: With the null words.
+    """
+    import pandas as pd
+
+    table = open_hub(source)
+    column_values(pd.DataFrame(columns=table.columns), source, "text", column)
+    cells = chain.from_iterable(part[column].to_pylist() for part in table.chunks())
+    return (cell_text(cell, source, column, options) for cell in cells)
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8ce5e2df
 def paragraphs(lines: Iterable[str], source: str = "The source") -> Iterator[str]:
@@ -310,7 +319,7 @@ def folder_texts(
 ) -> Iterator[str]:
     """The texts of a folder, at any depth, in the order of their paths. Each file that ends in
     .txt, .md, .text or nothing is one text; one without an ending that cannot be decoded is left
-    out. Tables that are named by splits are read if there are no such files.
+    out. Where it holds tables that are named by splits, these are read in place of texts.
 
     Raises `DataError` if there are none.
 
@@ -365,7 +374,7 @@ def stream_texts(
     source = source_name(source)
     kind = source_kind(source)
     if kind == "hub":
-        return frame_texts(source, column, options)
+        return hub_texts(source, column, options)
     if kind == "folder":
         return folder_texts(local_path(source), column, options)
     if kind == "short":

@@ -38,7 +38,7 @@ class ColumnCounts:
         spaced: Cells of several words.
         chars: Characters in all.
         seen: Hashes of different values, at most `most_values`.
-        until: Filled cells among which those were found.
+        until: Filled cells among which these were found.
         values: The first different values, at most 50.
     """
 

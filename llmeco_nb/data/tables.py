@@ -76,8 +76,8 @@ def check_classes(
         counts: Name -> its rows.
         where: How to name the column in an error.
         max_labels: More are refused.
-        strict: Refuse where more than half of the rows, from 20 on, differ in their value and most
-            values stand in a single row.
+        strict: Refuse where there are more than 20 values, more than half as many as rows, and most
+            of them stand in a single row.
     """
     names, rows = sort_class_names(counts), sum(counts.values())
     single = sum(n == 1 for n in counts.values())
@@ -198,8 +198,8 @@ def encode_labels(
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #a0571ffd
 def name_key(name: str) -> str:
-    """What nearly equal names share: small letters, one form for each character, no spaces at the
-    ends or several in a row, and no signs that have no width.
+    """What nearly equal names share: lower case, one form for each character, no spaces at the
+    ends or several in a row, and no characters of zero width.
 
     Args:
         name: Of a class.
@@ -211,7 +211,7 @@ def name_key(name: str) -> str:
 
 def near_equal_names(counts: Mapping[str, int]) -> list[dict[str, int]]:
     """Groups of two or more names that differ only in case, spaces, the form of their characters or
-    signs without width, each name with its count, the most frequent first.
+    characters of zero width, each name with its count, the most frequent first.
 
     Args:
         counts: Name -> number of its rows.

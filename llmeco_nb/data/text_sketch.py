@@ -104,7 +104,7 @@ class TextSketch:
 # %% ../../nbs/1_pretraining/10p_text_sketch.ipynb #6d54f29f
 @dataclass(frozen=True)
 class Kept:
-    """What is left of texts once equal ones are gone.
+    """What is left of the texts without duplicates, conflicts and leaks.
 
     Attributes:
         duplicates: Texts that stood earlier with the same label.
@@ -120,7 +120,8 @@ class Kept:
 
 
 def count_kept(sketch: TextSketch, official: Sequence[TextSketch] = ()) -> Kept:
-    """What the stage `data` would leave of the texts.
+    """What the stage `data` would leave of the texts, but for those that are nearly texts of an
+    official set, and for groups.
 
     Args:
         sketch: Of the table.

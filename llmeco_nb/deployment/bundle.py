@@ -158,7 +158,7 @@ def packable(
     """The models of the table that can be bundled, best on validation first. Raises `DataError`.
 
     Args:
-        classifier: Folders of fine-tuned models.
+        classifier: Folders of models, fine-tuned or frozen.
         baselines: Folder of linear models.
         table: Folder with table.json.
         task: Of the corpus; its metric chooses.
@@ -286,7 +286,7 @@ def build_bundle(
     Args:
         record: Gets the artifact bundle.
         corpus: Corpus folder; empty: a small one is made.
-        classifier: Folders of fine-tuned models.
+        classifier: Folders of models, fine-tuned or frozen.
         baselines: Folder of linear models; empty: one is fitted.
         table: Folder of the table of all models; empty with `baselines`.
         config: Texts and tolerance of the proof.

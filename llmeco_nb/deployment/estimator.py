@@ -58,7 +58,7 @@ class TextClassifier:
     Args:
         encoder: Of the frozen model: minilm (packaged), a folder or a hub name; empty: linear
             models alone.
-        minutes: For the encoder to read texts; 0: as long as it takes.
+        minutes: For the frozen model, reading and fitting; 0: as long as it takes.
         max_length: Tokens that the encoder reads of a text.
         validation_size: Share of the rows that decides which model is taken.
         test_size: Share of the rows that no model sees, for `report`.

@@ -54,6 +54,7 @@ from llmeco_nb.finetuning.checkpoints import (
     quiet_transformers,
 )
 from .encoding import classifier_batches, truncate_middle
+from .head_and_tail import HeadChoice, choose_head, given_head
 from .regression import RegressionTraining
 from .text_classification import ClassificationTraining
 from .training_half import TrainingHalf, Truncation
@@ -135,7 +136,7 @@ class ClassifierConfig(StageConfig):
     name: str = "own"  # what the model is called in tables
     num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
     max_length: Annotated[int, Field(ge=2)] = 64  # tokens read of a text; with minutes at most
-    head_fraction: Fraction = 0.25  # share of them from the text's beginning, the rest from its end
+    head_fraction: Fraction | None = None  # share of them from the text's start; none: chosen
     pooling: Literal["cls", "mean"] = "cls"  # what is read: cls, or mean (a new layer on top)
     epochs: PositiveInt = 3  # times every text is seen, at most
     min_steps: NonNegativeInt = 0  # steps at least, also if every text is then seen more often
@@ -292,7 +293,8 @@ def fine_tune(
         raise UsageError(
             f"max_length is {config.max_length}; this encoder reads from 2 to {longest}."
         )
-    head = round(100 * config.head_fraction)
+    given = given_head(config.head_fraction, config.minutes, race)
+    head = (given or HeadChoice()).per_cent
     started, some = time.monotonic(), splits["train"].head(SAMPLED)
     sample = half.encode(some, tokenizer, schema, Truncation(config.max_length, head))
     encode_s = (time.monotonic() - started) / max(1, len(some))
@@ -341,7 +343,9 @@ def fine_tune(
             encode_s=encode_s,
         )
         work = plan_workload(config, known, sample.lengths, measure, forward)
-        return finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
+        choice = given or choose_head(half, schema, tokenizer, splits, work.max_length)
+        planned = finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
+        return planned | dict(head_choice=choice.to_json())
 
     def plan_or_reason() -> dict | str:
         try:
@@ -352,8 +356,10 @@ def fine_tune(
     found = run_on_rank_zero(plan_or_reason)
     if isinstance(found, str):
         return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
+    choice = HeadChoice(**found.pop("head_choice"))
     stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
+    head = choice.per_cent
     exact = bool(decided["exact"]) or optimiser.precision == "fp32"
     splits["train"] = labelled_subset(splits["train"], decided["labels"], config.seed)
     truncation = Truncation(tokens, head)
@@ -380,7 +386,7 @@ def fine_tune(
         name="finetune",
         monitor=half.monitor,
         mode=half.mode,
-        identity=decided,
+        identity=decided | dict(head=head),
     )
     with retain_freed_memory():
         result = train_task(record, task, plan)
@@ -451,6 +457,7 @@ def fine_tune(
         batch_size=batch_size,
         truncated=float(np.mean([n > tokens for n in lengths])),
         forecast_s=plan.predicted_seconds,
+        **choice.metrics(),
         **coverage,
         **agreement,
     )

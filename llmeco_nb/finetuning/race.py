@@ -30,6 +30,7 @@ from llmeco_nb.finetuning.classifier import (
     layerwise_lr_scales,
 )
 from .encoding import classifier_batches
+from .head_and_tail import HEAD_AND_TAIL, choose_head, given_head
 from .race_plan import DividedMinutes, divide_minutes, pick_winner, race_plan
 from .training_half import TrainingHalf, Truncation
 from ..stats.significance import wilson
@@ -40,7 +41,7 @@ from ..tokenization.coverage import unknown_share, unreadable
 # %% ../../nbs/2_finetuning/23_race.ipynb #575d5725
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmeco_nb.training.optim import Optimiser
 
@@ -120,6 +121,7 @@ class Entrant:
         targets: What the loss compares with, one a training text.
         validation: Token ids of the validation texts.
         pad: Id of the padding token.
+        tokenizer: Of its encoder.
         left_out: Why it may not take part; empty: it may.
     """
 
@@ -130,6 +132,7 @@ class Entrant:
     targets: list
     validation: list[list[int]]
     pad: int
+    tokenizer: "PreTrainedTokenizerBase"
     left_out: str = ""
 
 
@@ -154,7 +157,8 @@ def enter(
     seed_everything(config.seed)
     model, tokenizer = half.model(folder, schema, config.seed, config.pooling, config.device)
     longest = getattr(model.config, "max_position_embeddings", config.max_length)
-    cut = Truncation(min(config.max_length, longest), round(100 * config.head_fraction))
+    share = HEAD_AND_TAIL if config.head_fraction is None else config.head_fraction
+    cut = Truncation(min(config.max_length, longest), round(100 * share))
     train, validation = (half.encode(splits[s], tokenizer, schema, cut) for s in splits)
     if config.pooling == "mean":
         centre_mean_layer(model, train.input_ids[:256], tokenizer.pad_token_id)
@@ -168,6 +172,7 @@ def enter(
         train.targets,
         validation.input_ids,
         tokenizer.pad_token_id,
+        tokenizer,
         unreadable(unknown_share(tokenizer, splits["train"].text), config.max_unknown_share),
     )
 
@@ -262,6 +267,16 @@ def race(
     schema = half.fit_schema(schema, splits["train"])
     folders = [encoder_folder(corpus, encoder, one.weights, one.seed) for one in entered]
     opened = [enter(half, schema, f, splits, one) for f, one in zip(folders, entered)]
+    first = next((one for one in opened if not one.left_out), opened[0])
+    choice = given_head(None, max(config.minutes, config.total))
+    if choice is None:
+        held = dict(train=splits["train"], validation=shuffled)
+        choice = choose_head(half, schema, first.tokenizer, held, config.max_length)
+    if choice.head_fraction != HEAD_AND_TAIL:
+        for i, (folder, one) in enumerate(zip(folders, entered)):
+            if one.head_fraction is None:
+                one = one.replace(head_fraction=choice.head_fraction)
+                opened[i] = enter(half, schema, folder, splits, one)
     left_out = {one.config.name: one.left_out for one in opened if one.left_out}
     # where none can read the texts, each will say so in its fine-tuning
     readers = [one for one in opened if not one.left_out]
@@ -311,6 +326,7 @@ def race(
             **about,
             rows=rows,
             left_out=left_out,
+            head_choice=choice.to_json(),
             differences=dict(zip(names[1:], differences)),
         ),
     )
@@ -318,6 +334,7 @@ def race(
         winner=winner,
         **about,
         **{f"score_{row['name']}": row["score"] for row in rows},
+        **choice.metrics(),
         seconds=round(time.monotonic() - begun, 1),
     )
     return record.artifact("race.json")

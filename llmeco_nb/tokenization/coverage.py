@@ -41,11 +41,11 @@ def unknown_id(tokenizer: Any) -> int | None:
 
 
 def cut_texts(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Ids of each text's pieces, without special tokens, and where in it they stand.
+    """Ids of each text's pieces, without special tokens, and their offsets in it.
 
     Args:
         tokenizer: Of the library `tokenizers` or of transformers. One of transformers without the
-            library says no places; there pieces share the text evenly.
+            library gives no offsets; there pieces share the text evenly.
         texts: One or more.
     """
     if not hasattr(tokenizer, "unk_token_id"):
