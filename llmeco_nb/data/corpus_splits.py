@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #e8a3bf99
 def rare_classes(
-    labels: list[str], units: dict[int, int], needed: int, rare: str
+    labels: list[str], units: dict[int, int], needed: int, rare: str, what: str = "rows"
 ) -> tuple[list[str], dict[int, int | None]]:
     """The classes that remain, and for each old class number the new one, None where it is left
     out. Raises `DataError` where fewer than two remain, or a class `other` is there already.
@@ -44,6 +44,7 @@ def rare_classes(
         units: Class number -> its rows, or its groups.
         needed: Splits that each class must be in.
         rare: drop or other; with stop all classes stay.
+        what: What `units` counts, in the plural.
     """
     few = [c for c in range(len(labels)) if units.get(c, 0) < needed]
     if rare == "stop" or not few or not labels:
@@ -62,7 +63,8 @@ def rare_classes(
         if rows < needed:
             raise DataError(
                 f"rare=other joins {len(few)} rare classes ({', '.join(labels[c] for c in few)}) "
-                f"into one of {rows}, and {needed} are needed. Add rows, or set rare to drop."
+                f"into one of {rows}, and {needed} {what} are needed. Add rows, or set rare to "
+                "drop."
             )
         new |= dict.fromkeys(few, len(names))
         names.append("other")
@@ -71,8 +73,8 @@ def rare_classes(
     if len(names) < 2:
         raise DataError(
             f"rare={rare} leaves {len(names)} of {len(labels)} classes, and a classifier needs two "
-            f"or more: {len(few)} have fewer than {needed} rows. Add rows, or join classes in the "
-            "source."
+            f"or more: {len(few)} have fewer than {needed} {what}. Add rows, or join classes in "
+            "the source."
         )
     return names, new
 
@@ -125,8 +127,9 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     asked = {"validation": config.validation_size, "test": config.test_size}
     needed = 1 + sum(size > 0 and s not in found.official for s, size in asked.items())
     rows = found.train.groupby("label")
-    units = (rows.group.nunique() if "group" in found.train else rows.size()).to_dict()
-    names, new = rare_classes(found.labels, units, needed, config.rare)
+    what = "groups" if "group" in found.train else "rows"
+    units = (rows.group.nunique() if what == "groups" else rows.size()).to_dict()
+    names, new = rare_classes(found.labels, units, needed, config.rare, what)
     gone = [found.labels[c] for c, n in new.items() if n is None or names[n] != found.labels[c]]
     if not gone:
         return {}
@@ -143,7 +146,7 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     found.schema = replace(found.schema, labels=names)
     done = "left out" if config.rare == "drop" else "joined into the class other"
     found.notes.append(
-        f"{len(gone)} classes with fewer than {needed} rows were {done}: {listed(gone, 20)}."
+        f"{len(gone)} classes with fewer than {needed} {what} were {done}: {listed(gone, 20)}."
     )
     return dropped
 
@@ -265,9 +268,10 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             "in one split."
         )
     if found.broken:
+        how = "by group_column alone" if by_column else "row by row"
         notes.append(
             f"{found.broken:,} rows are alike in groups of more than a tenth of the table, as if "
-            "made from templates. They are split row by row, so a test measures recognition."
+            f"made from templates. They are split {how}, so a test measures recognition."
         )
     if not found.searched:
         notes.append(
@@ -316,10 +320,15 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
     try:
         parts = split_rows(table, *args)
     except DataError:
-        kept = found.train if by_column else free_thin_classes(table, 1 + sum(map(bool, args[:2])))
-        try:
-            parts = split_rows(kept, *args)
-        except DataError:
+        needed = 1 + sum(map(bool, args[:2]))
+        for times in () if by_column else (1, 2, 4, 8):
+            try:
+                kept = free_thin_classes(table, times * needed)
+                parts = split_rows(kept, *args)
+                break
+            except DataError:
+                continue
+        else:
             kept = found.train
             parts = split_rows(kept, *args)  # raises again where content is not the reason
         sizes = kept.group.value_counts() if "group" in kept else np.zeros(0, int)
@@ -327,7 +336,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         broken = facts["grouped_rows"] - together
         facts |= {"groups": int((sizes > 1).sum()), "grouped_rows": together}
         facts["broken_rows"] = max(0, broken)
-        notes = [
+        notes = [one for one in notes if not one.endswith("stays in one split.")] + [
             "Not all rows that share their content could be kept on one side, since a class has "
             f"too few groups; {together:,} rows belong together and are, the others are split row "
             "by row."

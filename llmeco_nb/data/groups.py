@@ -350,8 +350,10 @@ def connect(texts: int, pairs: np.ndarray) -> np.ndarray:
 def content_groups(
     texts: Sequence[str], threshold: float = 0.8, max_chars: int = 60_000_000
 ) -> ContentGroups:
-    """Group texts that are near-duplicates, or parts of one another. Depends on the set of texts
-    alone, but for the numbers.
+    """Group texts that are near-duplicates, or parts of one another.
+
+    Where many meet in a band, each is compared with its neighbour and the first one alone; so the
+    order of the texts can decide about a pair there, and nowhere else.
 
     Args:
         texts: Each once.

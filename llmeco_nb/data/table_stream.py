@@ -7,7 +7,6 @@ __all__ = ['FileFacts', 'StreamedTable', 'first_bytes', 'encoding_name', 'json_t
            'hub_table', 'whole_table', 'open_table']
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #3babda94
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +17,7 @@ from .delimited import Dialect, ReadOptions, delimited_rows, find_dialect, first
 from .encodings import find_encoding
 from .folders import text_endings
 from .hub import open_hub
-from .readers import json_rows, read_frame
+from .readers import declared_classes, json_rows, read_frame
 from llmeco_nb.data.sources import (
     file_ending,
     local_path,
@@ -145,12 +144,8 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
     try:
         with open_stream(source) as raw:
             schema = pq.ParquetFile(raw).schema_arrow
-        held = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = held.get("info", {}).get("features", {})
     except (pa.ArrowException, OSError, ValueError) as e:
         raise broken(e) from None
-    named = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("names")}
-    declared = {column: [str(name) for name in names] for column, names in named.items()}
 
     def rows() -> Iterator[Sequence]:
         with open_stream(source) as raw:
@@ -161,7 +156,7 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
                 raise broken(e) from None
 
     found = FileFacts(kind="Parquet", columns=tuple(schema.names), **facts)
-    return StreamedTable(found, rows, declared)
+    return StreamedTable(found, rows, declared_classes(schema.metadata))
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #41cde983
 def delimited_table(source: str, facts: dict, tabs: bool, options: ReadOptions) -> StreamedTable:
@@ -181,7 +176,7 @@ def delimited_table(source: str, facts: dict, tabs: bool, options: ReadOptions) 
         return delimited_rows(lines(), source, dialect)
 
     sign = options.separator or "\t" * tabs
-    dialect = find_dialect(first_lines(lines()), all_rows, source, sign)
+    dialect = find_dialect(first_lines(lines()), all_rows, source, sign, options.columns)
     found = FileFacts(
         kind="TSV" if tabs else "CSV",
         separator=dialect.separator,

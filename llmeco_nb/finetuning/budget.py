@@ -125,7 +125,7 @@ def affordable_steps(config: StageConfig, work: Workload, exact: bool) -> int:
 
 # %% ../../nbs/2_finetuning/20i_finetuning_plan.ipynb #86fb5764
 class TooFewMinutes(UsageError):
-    "Minutes in which a model could not even predict."
+    "Minutes in which a model could not even predict, or not learn of each class."
 
 
 def round_down(number: int) -> int:
@@ -141,7 +141,7 @@ def round_down(number: int) -> int:
 def finetune_plan(config: StageConfig, work: Workload) -> dict:
     """The plan of a fine-tuning run: whole numbers, those of a `TrainPlan` and four more: labels,
     max_length, truncated_percent, and exact: 1 where predictions are in float32. Raises
-    `TooFewMinutes` when the minutes do not even suffice for predicting.
+    `TooFewMinutes` when the minutes do not suffice for predicting and one label of each class.
 
     Args:
         config: With epochs, min_steps, minutes, num_labeled, num_evals, patience, warmup_ratio.
@@ -156,12 +156,15 @@ def finetune_plan(config: StageConfig, work: Workload) -> dict:
     if config.minutes:
         exact = affordable_steps(config, work, True) >= steps
         affordable = affordable_steps(config, work, exact)
-        if affordable < 1:
+        least = math.ceil(min(work.least, labels) / work.batch_size)
+        if affordable < least:
             needed = work.spent_s + work.encode_s * work.predicted
             needed += work.predicting(config.num_evals) + finishing_seconds(config.minutes)
+            needed += least * (work.step_s + work.encode_s * work.batch_size) / SPARE
             raise TooFewMinutes(
-                f"minutes is {config.minutes}; starting, predicting {work.predicted} texts and "
-                f"saving alone take about {needed / 60:.2f} here. Give more, or lower max_length."
+                f"minutes is {config.minutes}; starting, predicting {work.predicted} texts, saving "
+                f"and learning from the fewest labels there can be, {work.least}, take about "
+                f"{needed / 60:.2f} here. Give more, or lower max_length."
             )
         if affordable < an_epoch:
             labels = max(work.least, round_down(affordable * work.batch_size))
