@@ -296,8 +296,8 @@ def add_groups(
             f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "
             "nothing about a text."
         )
-    if alone:
-        return table.assign(group=table.id), facts, notes
+    if alone:  # each row is a group of its own, and needs no name for it
+        return table, facts, notes
     return table.assign(group=[smallest[g] for g in group.tolist()]), facts, notes
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #af100273
@@ -333,7 +333,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         parts = split_rows(table, *args)
     except DataError:
         needed = 1 + sum(map(bool, args[:2]))
-        for times in () if by_column else (1, 2, 4, 8):
+        for times in () if by_column or "group" not in table else (1, 2, 4, 8):
             try:
                 kept = free_thin_classes(table, times * needed)
                 parts = split_rows(kept, *args)
