@@ -7,7 +7,7 @@ __all__ = ['rare_classes', 'thin_classes', 'target_summary', 'merge_rare', 'equa
            'add_groups', 'free_thin_classes', 'split_material']
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #a82db86b
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from llmeco_nb.data.groups import (
 )
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
-from .tables import listed
+from .tables import listed, read_within
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -167,7 +167,7 @@ def equal_words(table: WordTable) -> np.ndarray:
 
 
 def near_official(
-    texts: Sequence[str], official: Sequence[str], max_chars: int = 60_000_000
+    texts: Iterable[str], official: Iterable[str], max_chars: int = 60_000_000
 ) -> np.ndarray | None:
     """Which texts are near-duplicates of an official one, or of a text that is: bool [texts]. None
     where there are too many to be searched.
@@ -177,10 +177,16 @@ def near_official(
         official: Of official sets.
         max_chars: Characters of both that are searched at most.
     """
-    both = [*texts, *dict.fromkeys(official)]
-    if sum(map(len, both)) > max_chars:
+    own = read_within(texts, max_chars)
+    seen: set[str] = set()
+    other = None
+    if own is not None:
+        once = (text for text in official if not (text in seen or seen.add(text)))
+        other = read_within(once, max_chars - sum(map(len, own)))
+    if own is None or other is None:
         return None
-    n, most = len(texts), max(len(both) // 10, 5)
+    both = own + other
+    n, most = len(own), max(len(both) // 10, 5)
     table = hash_texts(both)
     pairs = np.concatenate([near_pairs(index_runs(table, most)), equal_words(table)])
     group = connect(len(both), pairs)
@@ -205,8 +211,8 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
         found.notes += notes
     if not found.official:
         return gone
-    official = [t for rows in found.official.values() for t in rows.text]
-    near = near_official(found.train.text.tolist(), official)
+    official = (text for rows in found.official.values() for text in found.texts(rows))
+    near = near_official(found.texts(found.train), official)
     if near is None:
         found.notes.append(
             "Training and the official sets are too large to be searched for rows that are nearly "
@@ -214,7 +220,7 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
         )
     elif near.any():
         gone["near_leaks"] = int(near.sum())
-        shown = found.train.text[near].iloc[0]
+        shown = found.texts(found.train[near].head(1))[0]
         found.notes.append(
             f"{near.sum():,} rows left training, since they are nearly texts of an official "
             f"validation or test set, such as “{shown[:80]}”."
@@ -223,19 +229,23 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
     return gone
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #f93465ba
-def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", dict, list[str]]:
+def add_groups(
+    table: "pd.DataFrame", texts: Sequence[str], by_column: bool
+) -> tuple["pd.DataFrame", dict, list[str]]:
     """The table with a column `group`: a name that rows have in common which must not be split;
     what was found; and notes.
 
     Args:
-        table: Columns id and text, each text once; with `by_column` a column group.
+        table: A column id; with `by_column` a column group.
+        texts: Of its rows, each once.
         by_column: Join rows with equal values of the column group, too.
     """
-    found = content_groups(table.text.tolist())
-    ids = table.id.to_numpy()
+    found = content_groups(texts)
     facts = {**found.counts, "boilerplate": found.boilerplate, "broken_rows": found.broken}
     facts["part_words"], facts["searched"] = found.part_words, found.searched
     notes = []
+    alone = not by_column and bool((found.group == np.arange(len(table))).all())
+    ids = np.zeros(0, object) if alone else table.id.to_numpy()
     names, group = ids, found.group
     if by_column:
         names = table.group.to_numpy()
@@ -259,7 +269,7 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
         sizes = np.bincount(group)
         facts["groups"], facts["grouped_rows"] = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
     smallest: dict[int, str] = {}
-    for g, name in zip(group.tolist(), names.tolist()):
+    for g, name in zip([] if alone else group.tolist(), names.tolist()):
         smallest[g] = min(name, smallest.get(g, name))
     if facts["groups"]:
         why = "belong together" if by_column else "share their content"
@@ -286,6 +296,8 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "
             "nothing about a text."
         )
+    if alone:
+        return table.assign(group=table.id), facts, notes
     return table.assign(group=[smallest[g] for g in group.tolist()]), facts, notes
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #af100273
@@ -311,7 +323,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         config: With the sizes of the splits.
     """
     by_column = bool(config.group_column)
-    table, facts, notes = add_groups(found.train, by_column)
+    table, facts, notes = add_groups(found.train, found.texts(found.train), by_column)
     validation, test = (
         0 if s in found.official else size
         for s, size in (("validation", config.validation_size), ("test", config.test_size))

@@ -19,6 +19,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     word_hashes,
 )
+from .tables import read_within
 from ..tasks.words import shingle_regex
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #546ee079
@@ -362,8 +363,10 @@ def content_groups(
     """
     n = len(texts)
     alone = np.arange(n)
-    if n < 2 or sum(map(len, texts)) > max_chars:
+    held = read_within(texts, max_chars) if n > 1 else None
+    if held is None:
         return ContentGroups(alone, searched=n < 2)
+    texts = held
     most = max(n // 10, 5)  # texts of a group, or with the same run, before it means nothing
     table = hash_texts(texts)
     index = index_runs(table, most)

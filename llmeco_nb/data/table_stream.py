@@ -102,20 +102,23 @@ def encoding_name(start: bytes, options: ReadOptions, source: str) -> str:
     return marked.get(found, found)
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #08b7117c
-def json_table(source: str, facts: dict, options: ReadOptions) -> StreamedTable:
+def json_table(
+    source: str, facts: dict, options: ReadOptions, peek: int | None = 10_000
+) -> StreamedTable:
     """A table of JSON Lines. Raises `DataError`.
 
     Args:
         source: Path or URL.
         facts: What is known of the file.
         options: How the file is read.
+        peek: Objects whose keys are the columns; None: all.
     """
 
     def objects() -> Iterator[dict]:
         return json_rows(read_lines(source, encoding=options.encoding), source)
 
     columns: dict[str, None] = {}
-    for row in islice(objects(), 10_000):
+    for row in islice(objects(), peek):
         columns |= dict.fromkeys(row)
 
     def rows() -> Iterator[Sequence]:
@@ -150,7 +153,7 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
     def rows() -> Iterator[Sequence]:
         with open_stream(source) as raw:
             try:
-                for part in pq.ParquetFile(raw).iter_batches(batch):
+                for part in pq.ParquetFile(raw, buffer_size=1 << 20).iter_batches(batch):
                     yield from zip(*(column.to_pylist() for column in part.columns))
             except (pa.ArrowException, OSError, ValueError) as e:
                 raise broken(e) from None
@@ -219,13 +222,16 @@ def whole_table(source: str, kind: str, options: ReadOptions, facts: dict) -> St
     return StreamedTable(found, lambda: iter(zip(*values)), declared, tabular)
 
 
-def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> StreamedTable:
+def open_table(
+    source: str | Path, options: ReadOptions = ReadOptions(), peek: int | None = 10_000
+) -> StreamedTable:
     """What a source is, and its rows one at a time. Raises `MissingError`, `UsageError`,
     `DataError`; reading the rows raises `DataError`, too.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
         options: How the source is read.
+        peek: Objects of JSON Lines whose keys are the columns; None: all.
     """
     source = source_name(source)
     kind = source_kind(source)
@@ -249,4 +255,4 @@ def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> Stre
         return delimited_table(source, facts, ending == ".tsv", options)
     if is_array(source, options.encoding):
         return whole_table(source, "JSON array", options, facts)
-    return json_table(source, facts, options)
+    return json_table(source, facts, options, peek)
