@@ -39,6 +39,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # two threads on a busy machine can be several times slower than one
 for name in (
+    # each process that the tests start would compile the package anew
+    "PYTHONDONTWRITEBYTECODE",
     "LLMECO_RUNS",
     "HF_HUB_CACHE",
     "HF_DATASETS_CACHE",

@@ -37,13 +37,8 @@ from llmeco_nb.data.augment import (
     translator,
     wordnet_folder,
 )
-from llmeco_nb.data.corpus import (
-    CorpusConfig,
-    build_corpus,
-    normalized_key,
-    read_split,
-    write_corpus,
-)
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, write_corpus
+from llmeco_nb.data.text_spool import normalized_key
 from llmeco_nb.runner.identity import key_of, work_parts
 from llmeco_nb.runner.pipeline import Pipeline
 from llmeco_nb.runner.stages import StageRegistry

@@ -14,6 +14,7 @@ from toy_project import PIPELINE, ToyProject
 from llmeco_nb.core import UsageError, create_record, read_json, write_json
 from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.finetuning.budget import (
+    FINISHING_S,
     TooFewMinutes,
     Workload,
     finetune_plan,
@@ -191,6 +192,10 @@ def test_a_plan_fits_its_minutes_and_grows_with_them(work, minutes, times, epoch
         + work.spent_s
     )
     assert taken <= 60 * minutes
+    if plan["steps"] < max(-(-work.labels // work.batch_size) * epochs, least):
+        spare = 0.05 * 60 * minutes + FINISHING_S + work.step_s
+        reading = work.encode_s * (work.predicted + work.batch_size * plan["steps"] + 1)
+        assert taken + spare + reading >= 60 * minutes, "minutes are used"
     assert plan["steps"] >= 1 and 1 <= plan["labels"] <= work.labels
     assert plan["labels"] <= plan["steps"] * work.batch_size, "each label is seen once at least"
     an_epoch = -(-plan["labels"] // work.batch_size)
@@ -388,8 +393,10 @@ def test_a_title_says_what_minutes_have_cut_off(corpus, tmp_path, monkeypatch):
     slow = lambda model, rows, pad, tries=2: 0.001 * max(map(len, rows))
     monkeypatch.setattr(classifier, "forward_seconds", slow)
     record = create_record(tmp_path / "r", "finetune")
-    asked = ClassifierConfig(**SMALL | dict(max_length=256), minutes=0.1)
+    asked = ClassifierConfig(**SMALL | dict(max_length=256), minutes=0.1, head_fraction=0.5)
     fine_tune(record, corpus, config=asked)
+    told = read_json(record.artifact("classifier") / "config.json")["llmeco"]
+    assert told["head"] == 50 and record.metrics["head_fraction"] == 0.5, "what is given is obeyed"
     title = recorded_facts(record.artifact("predictions")).title
     assert record.metrics["max_length"] < 32
     assert title == f"toy, {record.metrics['max_length']} of 40 tokens"

@@ -738,3 +738,26 @@ def test_one_thin_class_leaves_the_other_groups_together(tmp_path):
     }
     assert not twins["train"] & twins["test"] and not twins["train"] & twins["validation"]
     assert "a class has too few groups" in told(corpus)
+
+
+def test_classes_that_cannot_share_their_groups_leave_the_other_groups_together(tmp_path):
+    "Each of three classes is in three of four groups of alike rows: no dealing suits all three."
+    chance = random.Random(0)
+    said = lambda: " ".join(f"w{chance.randrange(10**6)}" for _ in range(30))
+    texts = [said() for _ in range(150)]
+    rows = [(t + end, "ab"[i % 2]) for i, t in enumerate(texts) for end in (" so", " again")]
+    for of in ("ce", "cde", "de", "cd"):
+        alike = said()
+        rows += [(f"{alike} {k}", c) for k, c in enumerate(of)]
+    corpus = build(tmp_path, pd.DataFrame(rows, columns=["text", "label"]))
+    side = {t: s for s, p in splits(corpus).items() for t in p.text}
+    assert all(side[t + " so"] == side[t + " again"] for t in texts)
+    assert "a class has too few groups; 300 rows belong together and are" in told(corpus)
+
+
+def test_what_is_too_rare_is_counted_in_groups_where_rows_have_groups(tmp_path):
+    rows = letters(20, 4)
+    rows.loc[rows.author.isin(["author 1", "author 2"]) & (rows.label == "b"), "label"] = "c"
+    corpus = build(tmp_path, rows, group_column="author", rare="drop")
+    assert "1 classes with fewer than 3 groups were left out: c" in told(corpus)
+    assert sheet(corpus)["counts"]["rare"] == 4

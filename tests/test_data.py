@@ -33,7 +33,6 @@ from llmeco_nb.data.corpus import (
     count_split_leakage,
     drop_duplicates,
     label_names,
-    normalized_key,
     read_split,
     small_corpus,
 )
@@ -45,6 +44,7 @@ from llmeco_nb.data.splits import (
     subsample_splits,
 )
 from llmeco_nb.data.tables import text_ids
+from llmeco_nb.data.text_spool import normalized_key
 from llmeco_nb.tasks.cleaning import clean_text
 
 

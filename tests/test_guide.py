@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,10 +52,12 @@ def test_the_guide_names_what_the_test_types():
 
 
 @pytest.mark.slow
-def test_typed_as_it_is_written(tmp_path):
+def test_typed_as_it_is_written(tmp_path, machine_json):
     table = write_table(tmp_path)
     assert len(table.read_text(encoding="utf-8").splitlines()) == 61
     port = free_port()
+    (tmp_path / "runs").mkdir()
+    shutil.copy(machine_json, tmp_path / "runs")
     environment = dict(os.environ, LLMECO_RUNS=str(tmp_path / "runs"), OMP_NUM_THREADS="1")
     command = tmp_path / "bin" / "llmeco"  # of this checkout, whatever is installed
     command.parent.mkdir()

@@ -24,6 +24,7 @@ from llmeco_nb.data.inspect_questions import ask
 from llmeco_nb.data.inspect_table import InspectConfig, inspect_table, plan_splits, shell_word
 from llmeco_nb.data.inspect_text import inspection_json, inspection_text, visible
 from llmeco_nb.data.inspection import Inspection
+from llmeco_nb.data.readers import read_frame
 from llmeco_nb.data.table_profile import count_columns, guess_roles
 from llmeco_nb.data.table_stream import open_table
 from llmeco_nb.tasks.limits import max_label_chars, max_text_chars
@@ -234,6 +235,30 @@ def test_the_file_is_described(tmp_path):
     options = ReadOptions(encoding="cp1252")
     table = open_table(tmp_path / "l.csv", options)
     assert table.facts.encoding == "cp1252" and next(table.rows()) == ["été", "a"]
+
+
+@pytest.mark.parametrize(
+    "said", ["[]", "no JSON", '{"info": []}', '{"info": {"features": {"label": {"names": "ab"}}}}']
+)
+def test_metadata_of_another_program_declare_no_classes(said, tmp_path):
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": said}), tmp_path / "t.parquet")
+    assert open_table(tmp_path / "t.parquet").declared == {}
+    assert read_frame(tmp_path / "t.parquet")[1] == {}
+
+
+def test_named_columns_tell_two_separators_apart(tmp_path):
+    rows = "".join(f"{sentence(i)};{'ab'[i % 2]};3,5\n" for i in range(40))
+    for name in ("t.csv", "test.csv"):
+        (tmp_path / name).write_text("text;label;price, (EUR)\n" + rows)
+    with pytest.raises(DataError, match="more than one sign"):
+        inspect_table(tmp_path / "t.csv")
+    said = dict(text_column="text", label_column="label")
+    found = inspect_table(tmp_path / "t.csv", InspectConfig(**said))
+    assert found.file.separator == ";" and found.counts.usable == 40
+    assert set(label_names(built(tmp_path / "record", found.arguments))) == {"a", "b"}
+    said["test_source"] = str(tmp_path / "test.csv")
+    assert inspect_table(tmp_path / "t.csv", InspectConfig(**said)).official[0].usable == 40
 
 
 def test_words_are_counted_by_script_and_footers_are_named(tmp_path):

@@ -130,8 +130,10 @@ def test_a_translated_value_is_one_that_the_stage_takes(stage, name, old, new):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return unpack("run", tmp_path_factory.mktemp("old")) / "runs"
+def runs(tmp_path_factory, machine_json) -> Path:
+    found = unpack("run", tmp_path_factory.mktemp("old")) / "runs"
+    shutil.copy(machine_json, found)  # it is another machine than that of the run
+    return found
 
 
 def llmeco(runs: Path, *words: str, seconds: int = 60) -> subprocess.CompletedProcess:

@@ -295,6 +295,8 @@ class ToyProject:
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
+            # a module edited twice in a second would be taken for the one that was compiled
+            "PYTHONDONTWRITEBYTECODE": "1",
             "LLMECO_RUNS": str(self.runs),
             "COLUMNS": "200",
             **more,

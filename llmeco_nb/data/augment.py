@@ -22,8 +22,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from ..config import Fraction, StageConfig, stage_config
 from ..core import DataError, MissingError, Record, UsageError, sha256_of, sha256_text
-from .corpus import label_names, normalized_key, read_split, split_names, write_corpus
+from .corpus import label_names, read_split, split_names, write_corpus
 from .sources import pin_model, pretrained
+from .text_spool import normalized_key
 from ..tasks.registry import load_schema
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #8eb6e856

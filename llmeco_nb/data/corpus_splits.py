@@ -7,7 +7,7 @@ __all__ = ['rare_classes', 'thin_classes', 'target_summary', 'merge_rare', 'equa
            'add_groups', 'free_thin_classes', 'split_material']
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #a82db86b
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from llmeco_nb.data.groups import (
 )
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
-from .tables import listed
+from .tables import listed, read_within
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #e8a3bf99
 def rare_classes(
-    labels: list[str], units: dict[int, int], needed: int, rare: str
+    labels: list[str], units: dict[int, int], needed: int, rare: str, what: str = "rows"
 ) -> tuple[list[str], dict[int, int | None]]:
     """The classes that remain, and for each old class number the new one, None where it is left
     out. Raises `DataError` where fewer than two remain, or a class `other` is there already.
@@ -44,6 +44,7 @@ def rare_classes(
         units: Class number -> its rows, or its groups.
         needed: Splits that each class must be in.
         rare: drop or other; with stop all classes stay.
+        what: What `units` counts, in the plural.
     """
     few = [c for c in range(len(labels)) if units.get(c, 0) < needed]
     if rare == "stop" or not few or not labels:
@@ -62,7 +63,8 @@ def rare_classes(
         if rows < needed:
             raise DataError(
                 f"rare=other joins {len(few)} rare classes ({', '.join(labels[c] for c in few)}) "
-                f"into one of {rows}, and {needed} are needed. Add rows, or set rare to drop."
+                f"into one of {rows}, and {needed} {what} are needed. Add rows, or set rare to "
+                "drop."
             )
         new |= dict.fromkeys(few, len(names))
         names.append("other")
@@ -71,8 +73,8 @@ def rare_classes(
     if len(names) < 2:
         raise DataError(
             f"rare={rare} leaves {len(names)} of {len(labels)} classes, and a classifier needs two "
-            f"or more: {len(few)} have fewer than {needed} rows. Add rows, or join classes in the "
-            "source."
+            f"or more: {len(few)} have fewer than {needed} {what}. Add rows, or join classes in "
+            "the source."
         )
     return names, new
 
@@ -125,8 +127,9 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     asked = {"validation": config.validation_size, "test": config.test_size}
     needed = 1 + sum(size > 0 and s not in found.official for s, size in asked.items())
     rows = found.train.groupby("label")
-    units = (rows.group.nunique() if "group" in found.train else rows.size()).to_dict()
-    names, new = rare_classes(found.labels, units, needed, config.rare)
+    what = "groups" if "group" in found.train else "rows"
+    units = (rows.group.nunique() if what == "groups" else rows.size()).to_dict()
+    names, new = rare_classes(found.labels, units, needed, config.rare, what)
     gone = [found.labels[c] for c, n in new.items() if n is None or names[n] != found.labels[c]]
     if not gone:
         return {}
@@ -143,7 +146,7 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     found.schema = replace(found.schema, labels=names)
     done = "left out" if config.rare == "drop" else "joined into the class other"
     found.notes.append(
-        f"{len(gone)} classes with fewer than {needed} rows were {done}: {listed(gone, 20)}."
+        f"{len(gone)} classes with fewer than {needed} {what} were {done}: {listed(gone, 20)}."
     )
     return dropped
 
@@ -164,7 +167,7 @@ def equal_words(table: WordTable) -> np.ndarray:
 
 
 def near_official(
-    texts: Sequence[str], official: Sequence[str], max_chars: int = 60_000_000
+    texts: Iterable[str], official: Iterable[str], max_chars: int = 60_000_000
 ) -> np.ndarray | None:
     """Which texts are near-duplicates of an official one, or of a text that is: bool [texts]. None
     where there are too many to be searched.
@@ -174,10 +177,16 @@ def near_official(
         official: Of official sets.
         max_chars: Characters of both that are searched at most.
     """
-    both = [*texts, *dict.fromkeys(official)]
-    if sum(map(len, both)) > max_chars:
+    own = read_within(texts, max_chars)
+    seen: set[str] = set()
+    other = None
+    if own is not None:
+        once = (text for text in official if not (text in seen or seen.add(text)))
+        other = read_within(once, max_chars - sum(map(len, own)))
+    if own is None or other is None:
         return None
-    n, most = len(texts), max(len(both) // 10, 5)
+    both = own + other
+    n, most = len(own), max(len(both) // 10, 5)
     table = hash_texts(both)
     pairs = np.concatenate([near_pairs(index_runs(table, most)), equal_words(table)])
     group = connect(len(both), pairs)
@@ -202,8 +211,8 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
         found.notes += notes
     if not found.official:
         return gone
-    official = [t for rows in found.official.values() for t in rows.text]
-    near = near_official(found.train.text.tolist(), official)
+    official = (text for rows in found.official.values() for text in found.texts(rows))
+    near = near_official(found.texts(found.train), official)
     if near is None:
         found.notes.append(
             "Training and the official sets are too large to be searched for rows that are nearly "
@@ -211,7 +220,7 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
         )
     elif near.any():
         gone["near_leaks"] = int(near.sum())
-        shown = found.train.text[near].iloc[0]
+        shown = found.texts(found.train[near].head(1))[0]
         found.notes.append(
             f"{near.sum():,} rows left training, since they are nearly texts of an official "
             f"validation or test set, such as “{shown[:80]}”."
@@ -220,19 +229,23 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
     return gone
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #f93465ba
-def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", dict, list[str]]:
+def add_groups(
+    table: "pd.DataFrame", texts: Sequence[str], by_column: bool
+) -> tuple["pd.DataFrame", dict, list[str]]:
     """The table with a column `group`: a name that rows have in common which must not be split;
     what was found; and notes.
 
     Args:
-        table: Columns id and text, each text once; with `by_column` a column group.
+        table: A column id; with `by_column` a column group.
+        texts: Of its rows, each once.
         by_column: Join rows with equal values of the column group, too.
     """
-    found = content_groups(table.text.tolist())
-    ids = table.id.to_numpy()
+    found = content_groups(texts)
     facts = {**found.counts, "boilerplate": found.boilerplate, "broken_rows": found.broken}
     facts["part_words"], facts["searched"] = found.part_words, found.searched
     notes = []
+    alone = not by_column and bool((found.group == np.arange(len(table))).all())
+    ids = np.zeros(0, object) if alone else table.id.to_numpy()
     names, group = ids, found.group
     if by_column:
         names = table.group.to_numpy()
@@ -256,7 +269,7 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
         sizes = np.bincount(group)
         facts["groups"], facts["grouped_rows"] = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
     smallest: dict[int, str] = {}
-    for g, name in zip(group.tolist(), names.tolist()):
+    for g, name in zip([] if alone else group.tolist(), names.tolist()):
         smallest[g] = min(name, smallest.get(g, name))
     if facts["groups"]:
         why = "belong together" if by_column else "share their content"
@@ -265,9 +278,10 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             "in one split."
         )
     if found.broken:
+        how = "by group_column alone" if by_column else "row by row"
         notes.append(
             f"{found.broken:,} rows are alike in groups of more than a tenth of the table, as if "
-            "made from templates. They are split row by row, so a test measures recognition."
+            f"made from templates. They are split {how}, so a test measures recognition."
         )
     if not found.searched:
         notes.append(
@@ -282,6 +296,8 @@ def add_groups(table: "pd.DataFrame", by_column: bool) -> tuple["pd.DataFrame", 
             f"for nothing here: “{one['text'][:80]}”. Take them out of the source if they say "
             "nothing about a text."
         )
+    if alone:
+        return table.assign(group=table.id), facts, notes
     return table.assign(group=[smallest[g] for g in group.tolist()]), facts, notes
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #af100273
@@ -307,7 +323,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         config: With the sizes of the splits.
     """
     by_column = bool(config.group_column)
-    table, facts, notes = add_groups(found.train, by_column)
+    table, facts, notes = add_groups(found.train, found.texts(found.train), by_column)
     validation, test = (
         0 if s in found.official else size
         for s, size in (("validation", config.validation_size), ("test", config.test_size))
@@ -316,10 +332,15 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
     try:
         parts = split_rows(table, *args)
     except DataError:
-        kept = found.train if by_column else free_thin_classes(table, 1 + sum(map(bool, args[:2])))
-        try:
-            parts = split_rows(kept, *args)
-        except DataError:
+        needed = 1 + sum(map(bool, args[:2]))
+        for times in () if by_column else (1, 2, 4, 8):
+            try:
+                kept = free_thin_classes(table, times * needed)
+                parts = split_rows(kept, *args)
+                break
+            except DataError:
+                continue
+        else:
             kept = found.train
             parts = split_rows(kept, *args)  # raises again where content is not the reason
         sizes = kept.group.value_counts() if "group" in kept else np.zeros(0, int)
@@ -327,7 +348,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         broken = facts["grouped_rows"] - together
         facts |= {"groups": int((sizes > 1).sum()), "grouped_rows": together}
         facts["broken_rows"] = max(0, broken)
-        notes = [
+        notes = [one for one in notes if not one.endswith("stays in one split.")] + [
             "Not all rows that share their content could be kept on one side, since a class has "
             f"too few groups; {together:,} rows belong together and are, the others are split row "
             "by row."

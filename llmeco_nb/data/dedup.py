@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, UsageError, read_json, write_json
-from .corpus import normalized_key
 from .filters import FilterReport, note
 from llmeco_nb.data.minhash import (
     band_keys,
@@ -26,6 +25,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     shingles,
 )
+from .text_spool import normalized_key
 from ..locks import lock
 
 # %% ../../nbs/1_pretraining/10b_dedup.ipynb #75190154

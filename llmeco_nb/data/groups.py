@@ -19,6 +19,7 @@ from llmeco_nb.data.minhash import (
     mix64,
     word_hashes,
 )
+from .tables import read_within
 from ..tasks.words import shingle_regex
 
 # %% ../../nbs/1_pretraining/10k_groups.ipynb #546ee079
@@ -350,8 +351,10 @@ def connect(texts: int, pairs: np.ndarray) -> np.ndarray:
 def content_groups(
     texts: Sequence[str], threshold: float = 0.8, max_chars: int = 60_000_000
 ) -> ContentGroups:
-    """Group texts that are near-duplicates, or parts of one another. Depends on the set of texts
-    alone, but for the numbers.
+    """Group texts that are near-duplicates, or parts of one another.
+
+    Where many meet in a band, each is compared with its neighbour and the first one alone; so the
+    order of the texts can decide about a pair there, and nowhere else.
 
     Args:
         texts: Each once.
@@ -360,8 +363,10 @@ def content_groups(
     """
     n = len(texts)
     alone = np.arange(n)
-    if n < 2 or sum(map(len, texts)) > max_chars:
+    held = read_within(texts, max_chars) if n > 1 else None
+    if held is None:
         return ContentGroups(alone, searched=n < 2)
+    texts = held
     most = max(n // 10, 5)  # texts of a group, or with the same run, before it means nothing
     table = hash_texts(texts)
     index = index_runs(table, most)

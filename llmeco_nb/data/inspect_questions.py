@@ -16,6 +16,7 @@ from llmeco_nb.data.inspection import (
     quoted,
     several,
 )
+from .tables import name_key
 from ..tasks.limits import max_label_chars, max_text_chars
 
 # %% ../../nbs/1_pretraining/10r_inspect_questions.ipynb #559efe80
@@ -121,16 +122,18 @@ class Refusals:
 
     def unknown_classes(self) -> Finding | None:
         "Classes of the test set that training lacks."
-        i = self.facts
-        found = [one for one in i.official if one.unknown]
+        found = [one for one in self.facts.official if one.unknown]
         if not found:
             return None
         said = [f"{one.source} ({one.split}): {quoted(one.unknown)}" for one in found]
+        keys = {name_key(c.name) for c in self.facts.classes}
+        near = sorted({n for one in found for n in one.unknown if name_key(n) in keys})
+        join = f" data.join_names=true joins names that are nearly known: {quoted(near, 6)}."
         return Finding(
             "stop",
             "unknown_classes",
             f"Classes that training lacks stand in {'; '.join(said)}.",
-            "Give these rows a known class, or remove them.",
+            f"Give these rows a known class, or remove them.{join if near else ''}",
         )
 
     def rare_classes(self) -> Finding | None:

@@ -182,7 +182,7 @@ def read_test_set(source: str, wanted: Wanted) -> TablePass:
         source: Of the test set.
         wanted: Which columns the table has.
     """
-    table = open_table(source, wanted.options)
+    table = open_table(source, wanted.options.wanting(wanted.text, wanted.label))
     text, label = (wanted.text, wanted.label) if table.tabular else ("text", "label")
     for told, role in ((text, "text"), (label, "label")):
         if told:
@@ -233,7 +233,8 @@ def inspect_table(
         progress: Told now and then how far it is.
         scan: Rows by which the roles of columns are guessed.
     """
-    table = open_table(source, config.options)
+    named = config.options.wanting(config.text_column, config.label_column or "")
+    table = open_table(source, named)
     counts = count_columns(table.facts.columns, table.rows(), scan)
     total = rows_in_all(table, counts, scan)
     roles = guess_roles(counts, table.facts.source, config.text_column, config.label_column)

@@ -319,7 +319,7 @@ def folder_texts(
 ) -> Iterator[str]:
     """The texts of a folder, at any depth, in the order of their paths. Each file that ends in
     .txt, .md, .text or nothing is one text; one without an ending that cannot be decoded is left
-    out. Tables that are named by splits are read if there are no such files.
+    out. Where it holds tables that are named by splits, these are read in place of texts.
 
     Raises `DataError` if there are none.
 

@@ -7,7 +7,6 @@ __all__ = ['FileFacts', 'StreamedTable', 'first_bytes', 'encoding_name', 'json_t
            'hub_table', 'whole_table', 'open_table']
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #3babda94
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +17,7 @@ from .delimited import Dialect, ReadOptions, delimited_rows, find_dialect, first
 from .encodings import find_encoding
 from .folders import text_endings
 from .hub import open_hub
-from .readers import json_rows, read_frame
+from .readers import declared_classes, json_rows, read_frame
 from llmeco_nb.data.sources import (
     file_ending,
     local_path,
@@ -103,20 +102,23 @@ def encoding_name(start: bytes, options: ReadOptions, source: str) -> str:
     return marked.get(found, found)
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #08b7117c
-def json_table(source: str, facts: dict, options: ReadOptions) -> StreamedTable:
+def json_table(
+    source: str, facts: dict, options: ReadOptions, peek: int | None = 10_000
+) -> StreamedTable:
     """A table of JSON Lines. Raises `DataError`.
 
     Args:
         source: Path or URL.
         facts: What is known of the file.
         options: How the file is read.
+        peek: Objects whose keys are the columns; None: all.
     """
 
     def objects() -> Iterator[dict]:
         return json_rows(read_lines(source, encoding=options.encoding), source)
 
     columns: dict[str, None] = {}
-    for row in islice(objects(), 10_000):
+    for row in islice(objects(), peek):
         columns |= dict.fromkeys(row)
 
     def rows() -> Iterator[Sequence]:
@@ -145,23 +147,19 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
     try:
         with open_stream(source) as raw:
             schema = pq.ParquetFile(raw).schema_arrow
-        held = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = held.get("info", {}).get("features", {})
     except (pa.ArrowException, OSError, ValueError) as e:
         raise broken(e) from None
-    named = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("names")}
-    declared = {column: [str(name) for name in names] for column, names in named.items()}
 
     def rows() -> Iterator[Sequence]:
         with open_stream(source) as raw:
             try:
-                for part in pq.ParquetFile(raw).iter_batches(batch):
+                for part in pq.ParquetFile(raw, buffer_size=1 << 20).iter_batches(batch):
                     yield from zip(*(column.to_pylist() for column in part.columns))
             except (pa.ArrowException, OSError, ValueError) as e:
                 raise broken(e) from None
 
     found = FileFacts(kind="Parquet", columns=tuple(schema.names), **facts)
-    return StreamedTable(found, rows, declared)
+    return StreamedTable(found, rows, declared_classes(schema.metadata))
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #41cde983
 def delimited_table(source: str, facts: dict, tabs: bool, options: ReadOptions) -> StreamedTable:
@@ -181,7 +179,7 @@ def delimited_table(source: str, facts: dict, tabs: bool, options: ReadOptions) 
         return delimited_rows(lines(), source, dialect)
 
     sign = options.separator or "\t" * tabs
-    dialect = find_dialect(first_lines(lines()), all_rows, source, sign)
+    dialect = find_dialect(first_lines(lines()), all_rows, source, sign, options.columns)
     found = FileFacts(
         kind="TSV" if tabs else "CSV",
         separator=dialect.separator,
@@ -224,13 +222,16 @@ def whole_table(source: str, kind: str, options: ReadOptions, facts: dict) -> St
     return StreamedTable(found, lambda: iter(zip(*values)), declared, tabular)
 
 
-def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> StreamedTable:
+def open_table(
+    source: str | Path, options: ReadOptions = ReadOptions(), peek: int | None = 10_000
+) -> StreamedTable:
     """What a source is, and its rows one at a time. Raises `MissingError`, `UsageError`,
     `DataError`; reading the rows raises `DataError`, too.
 
     Args:
         source: Short name, hf:org/name, path, URL or folder.
         options: How the source is read.
+        peek: Objects of JSON Lines whose keys are the columns; None: all.
     """
     source = source_name(source)
     kind = source_kind(source)
@@ -254,4 +255,4 @@ def open_table(source: str | Path, options: ReadOptions = ReadOptions()) -> Stre
         return delimited_table(source, facts, ending == ".tsv", options)
     if is_array(source, options.encoding):
         return whole_table(source, "JSON array", options, facts)
-    return json_table(source, facts, options)
+    return json_table(source, facts, options, peek)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['number_text', 'is_blank', 'as_text', 'class_name', 'sort_class_names', 'check_classes', 'class_numbers', 'declared',
-           'listed', 'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'column_values', 'table_of',
-           'read_table']
+           'listed', 'encode_labels', 'name_key', 'near_equal_names', 'text_ids', 'read_within', 'column_values',
+           'no_usable_row', 'table_of', 'read_table']
 
 # %% ../../nbs/0_ground/04i_tables.ipynb #41181d59
 import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def check_classes(
     single = sum(n == 1 for n in counts.values())
     numeric = all(map(number_text.fullmatch, names))
     looks = "a regression target" if numeric else "free text or an id"
-    such = f"such as {', '.join(n[:30] for n in names[:3])}"
+    such = f"such as {', '.join(n if len(n) <= 30 else n[:29] + '…' for n in names[:3])}"
     number = "set task to regression and name it as target_column, or " if numeric else ""
     if len(names) > max_labels:
         raise DataError(
@@ -160,6 +161,7 @@ def encode_labels(
     known: list[str] | None = None,
     max_labels: int = 1000,
     strict: bool = True,
+    rows: Sequence[int] | None = None,
 ) -> tuple[list[int], list[str]]:
     """Label values as class numbers, and the classes' names; a class number is an index into them.
     A value is a name and never an index. Raises `DataError`, also for a name that `known` lacks.
@@ -170,9 +172,12 @@ def encode_labels(
         known: Classes fixed beforehand, such as those of the training set.
         max_labels: More distinct values than this are refused.
         strict: As in `check_classes`.
+        rows: How many rows have each of the values; None: one each.
     """
     if known is None:
-        counts = Counter(class_name(v) for v in values)
+        counts: Counter[str] = Counter()
+        for value, n in zip(values, rows or repeat(1)):
+            counts[class_name(value)] += n
         known = sort_class_names(counts)
         check_classes(counts, where, max_labels, strict)
     numbers = class_numbers(values, known)
@@ -227,6 +232,22 @@ def text_ids(texts: Iterable[str]) -> list[str]:
         ids.append(one if seen[one] == 1 else f"{one}-{seen[one]}")
     return ids
 
+
+def read_within(texts: Iterable[str], most: int) -> list[str] | None:
+    """The texts as a list; None, as soon as that is clear, where they are too long.
+
+    Args:
+        texts: One after the other.
+        most: Characters of all of them.
+    """
+    held, chars = [], 0
+    for text in texts:
+        chars += len(text)
+        if chars > most:
+            return None
+        held.append(text)
+    return held
+
 # %% ../../nbs/0_ground/04i_tables.ipynb #2c376c1a
 def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> list:
     """The values of a column. Raises `DataError` if it is absent, there twice, or holds lists.
@@ -260,6 +281,21 @@ def column_values(frame: "pd.DataFrame", source: str, role: str, name: str) -> l
             f"each row needs one {role}."
         )
     return values
+
+
+def no_usable_row(report: Mapping[str, int]) -> DataError:
+    """The refusal of a source of which no row has all that is needed.
+
+    Args:
+        report: Its name as `source`, its `rows_read`, and the rows with `null_texts` or
+            `null_labels`.
+    """
+    return DataError(
+        f"{report['source']} has no usable row: {report['rows_read']} read, "
+        f"{report['null_texts']} without a text, {report['null_labels']} without a label. Name "
+        "the right columns; for texts without labels leave label_column empty. Where only a part "
+        "for testing lacks labels, set split_column to none."
+    )
 
 
 def table_of(
@@ -304,12 +340,7 @@ def table_of(
         "skipped": frame.attrs.get("skipped", {}),
     }
     if not kept:
-        raise DataError(
-            f"{source} has no usable row: {len(texts)} read, {blank} without a text, "
-            f"{report['null_labels']} without a label. Name the right columns; for texts without "
-            "labels leave label_column empty. Where only a part for testing lacks labels, set "
-            "split_column to none."
-        )
+        raise no_usable_row(report)
     texts, values = [as_text(texts[i]) for i in kept], [values[i] for i in kept]
     present = set(values)
     if labels is None and label in names and len(present) > 1:

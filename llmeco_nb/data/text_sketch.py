@@ -120,7 +120,8 @@ class Kept:
 
 
 def count_kept(sketch: TextSketch, official: Sequence[TextSketch] = ()) -> Kept:
-    """What the stage `data` would leave of the texts.
+    """What the stage `data` would leave of the texts, but for those that are nearly texts of an
+    official set, and for groups.
 
     Args:
         sketch: Of the table.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['halves', 'SAMPLED', 'labelled_subset', 'enough_labels', 'layerwise_lr_scales', 'ClassifierConfig', 'save_classifier',
-           'mistakes', 'fine_tune', 'chance_metrics', 'headline_metrics', 'reload_and_compare']
+           'fine_tune', 'chance_metrics', 'reload_and_compare']
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #1ee904d3
 import copy
@@ -35,6 +35,13 @@ from llmeco_nb.data.corpus import (
     sort_by_split_hash,
 )
 from ..data.splits import stratified_counts
+from llmeco_nb.finetuning.answers import (
+    agreement,
+    answer_splits,
+    headline_metrics,
+    mistakes,
+    split_reports,
+)
 from llmeco_nb.finetuning.budget import (
     TooFewMinutes,
     Workload,
@@ -59,11 +66,9 @@ from .regression import RegressionTraining
 from .text_classification import ClassificationTraining
 from .training_half import TrainingHalf, Truncation
 from ..stats.chance import ChanceTest
-from ..tasks.contract import Schema, Task
+from ..tasks.contract import Schema
 from llmeco_nb.tasks.predictions import (
     exclude_model,
-    predictions_table,
-    scores_of,
     write_predictions,
 )
 from ..tasks.registry import load_schema, save_schema
@@ -190,38 +195,6 @@ def save_classifier(
         save_schema(schema, folder)
 
 
-def mistakes(
-    task: Task, table: "pd.DataFrame", texts: dict[str, str], count: int = 6
-) -> list[dict]:
-    """The worst test predictions: wrong classes of which the model was surest, or the numbers that
-    were furthest off.
-
-    Args:
-        task: Of the model.
-        table: In the format of predictions, its index unique.
-        texts: Id -> text, of the test split.
-        count: How many at most.
-    """
-    test = table[table.split == "test"]
-    wrong = test[test.target != test.prediction]
-    by_class = task.stores_scores()
-    off = scores_of(wrong).max(axis=1) if by_class and len(wrong) else np.zeros(len(wrong))
-    if not by_class:
-        off = (wrong.target - wrong.prediction).abs().to_numpy()
-    worst = np.argsort(-off, kind="stable")[:count]
-    found = []
-    for at in worst:
-        row = wrong.iloc[at]
-        said = dict(id=row.id, text=texts[row.id][-400:])
-        if by_class:
-            said |= dict(label=int(row.target), predicted=int(row.prediction))
-            said |= dict(sure=round(float(off[at]), 4))
-        else:
-            said |= dict(target=float(row.target), predicted=round(float(row.prediction), 4))
-        found.append(said)
-    return found
-
-
 halves: dict[str, TrainingHalf] = {
     half.task.name: half for half in (ClassificationTraining(), RegressionTraining())
 }
@@ -246,8 +219,6 @@ def fine_tune(
         config: Of model and training.
         race: The file race.json, which says how many minutes this model has; empty: none.
     """
-    import pandas as pd
-
     from llmeco_nb.models.speedups import retain_freed_memory
     from llmeco_nb.training.loop import plan_file, resolve_plan_on_rank_zero, train_task
     from llmeco_nb.training.optim import Optimiser
@@ -395,20 +366,12 @@ def fine_tune(
         started = time.monotonic()
         # in float32, what is measured is what is saved and served
         answering = optimiser.finish() if exact else model
-        table = pd.concat(
-            [
-                predictions_table(
-                    half.task,
-                    s,
-                    splits[s],
-                    half.scores(answering, coded[s], pad, schema, record),
-                    config.name,
-                    len(target),
-                )
-                for s in ("validation", "test")
-                if len(splits[s])
-            ],
-            ignore_index=True,
+        table = answer_splits(
+            half.task,
+            splits,
+            lambda s: half.scores(answering, coded[s], pad, schema, record),
+            config.name,
+            len(target),
         )
     predicting = time.monotonic() - started
     write_predictions(table, record.artifact("predictions"))
@@ -420,12 +383,8 @@ def fine_tune(
         head,
         schema,
     )
-    scores = {
-        s: half.task.report(t.target.to_numpy(), t.prediction.to_numpy(), schema)
-        for s, t in table.groupby("split")
-    }
     some = table[table.split == "validation"].head(32)
-    agreement = reload_and_compare(
+    reopened = reload_and_compare(
         half, record.artifact("classifier"), coded["validation"][: len(some)], some
     )
     write_json(
@@ -439,7 +398,7 @@ def fine_tune(
     )
     wanted = planned_length(sample.lengths, config.max_length) if config.minutes else tokens
     record.save_metrics(
-        **headline_metrics(half, scores),
+        **headline_metrics(half, split_reports(half.task, table, schema)),
         title=read_title(config.name, tokens, wanted),
         labels=len(target),
         seconds=round(time.monotonic() - begun, 1),
@@ -459,7 +418,7 @@ def fine_tune(
         forecast_s=plan.predicted_seconds,
         **choice.metrics(),
         **coverage,
-        **agreement,
+        **reopened,
     )
     if enough > config.num_labeled:
         record.save_metrics(labels_asked=config.num_labeled)
@@ -492,26 +451,6 @@ def chance_metrics(
     return dict(at_chance=found.at_chance, chance_p_value=found.p_value)
 
 
-def headline_metrics(half: TrainingHalf, scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What a record says of a model: the selecting metric on both splits, the others on test; of a
-    corpus without test texts nothing about test.
-
-    Args:
-        half: Of the task.
-        scores: Split -> its report.
-    """
-    name = half.task.selection.metric
-    found = {f"{name}_validation": scores["validation"][name]}
-    if "test" not in scores:
-        return found
-    test = scores["test"]
-    return {
-        f"{name}_test": test[name],
-        **found,
-        **{other: test[other] for other in half.further_metrics},
-    }
-
-
 def reload_and_compare(
     half: TrainingHalf, folder: Path, rows: list[list[int]], table: "pd.DataFrame"
 ) -> dict[str, float]:
@@ -532,13 +471,5 @@ def reload_and_compare(
             AutoTokenizer.from_pretrained(folder),
         )
     schema = load_schema(folder)
-    p = half.scores(model, rows, tokenizer.pad_token_id, schema)
-    told = table.prediction.to_numpy()
-    found = half.task.predict(p)
-    same = found == told
-    if not half.task.stores_scores():
-        same = np.abs(found - told) <= 0.05 * getattr(schema, "scale", 1.0)
-    return dict(
-        reopened_agrees=float(same.mean()),
-        reopened_difference=float(np.abs(p - scores_of(table)).max()),
-    )
+    scores = half.scores(model, rows, tokenizer.pad_token_id, schema)
+    return agreement(half.task, scores, table, schema)

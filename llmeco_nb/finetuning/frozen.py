@@ -20,14 +20,19 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
 from ..core import DataError, Record, seed_everything, sha256_of, write_json
 from ..data.corpus import read_split, small_corpus
+from llmeco_nb.finetuning.answers import (
+    agreement,
+    answer_splits,
+    headline_metrics,
+    mistakes,
+    split_reports,
+)
 from .budget import TooFewMinutes, read_title
 from .checkpoints import encoder_folder
 from llmeco_nb.finetuning.classifier import (
     enough_labels,
     halves,
-    headline_metrics,
     labelled_subset,
-    mistakes,
 )
 from .encoding import predict_outputs
 from .head_and_tail import HeadChoice, choose_head, given_head
@@ -36,8 +41,6 @@ from .training_half import TrainingHalf
 from ..tasks.contract import Schema
 from llmeco_nb.tasks.predictions import (
     exclude_model,
-    predictions_table,
-    scores_of,
     write_predictions,
 )
 from ..tasks.registry import load_schema, save_schema
@@ -195,15 +198,7 @@ def reopened(
     schema = load_schema(folder)
     pad = reader.tokenizer.pad_token_id or 0
     outputs = predict_outputs(model, reader.tokens(texts)[0], pad)
-    p = half.task.activate(outputs, schema)
-    told = table.prediction.to_numpy()
-    same = half.task.predict(p) == told
-    if not half.task.stores_scores():
-        same = np.abs(half.task.predict(p) - told) <= 0.05 * getattr(schema, "scale", 1.0)
-    return dict(
-        reopened_agrees=float(same.mean()),
-        reopened_difference=float(np.abs(p - scores_of(table)).max()),
-    )
+    return agreement(half.task, half.task.activate(outputs, schema), table, schema)
 
 # %% ../../nbs/2_finetuning/22_frozen.ipynb #2200f013
 def figure_data(
@@ -317,20 +312,12 @@ def fit_frozen(
         record.log(**row)
     curve = label_curve(splits["train"], examples, schema, fitted.C, config.seed)
     fitting = time.monotonic() - started
-    table = pd.concat(
-        [
-            predictions_table(
-                half.task,
-                s,
-                splits[s],
-                half.task.activate(fitted.head.outputs(read[s].vectors), schema),
-                config.name,
-                plan["labels"],
-            )
-            for s in ("validation", "test")
-            if len(splits[s])
-        ],
-        ignore_index=True,
+    table = answer_splits(
+        half.task,
+        splits,
+        lambda s: half.task.activate(fitted.head.outputs(read[s].vectors), schema),
+        config.name,
+        plan["labels"],
     )
     write_predictions(table, record.artifact("predictions"))
     model = FrozenClassifier(reader, fitted.head.weight, fitted.head.bias, list(outputs))
@@ -344,19 +331,13 @@ def fit_frozen(
     save_frozen(model, reader.tokenizer, record.artifact("classifier"), about)
     save_schema(schema, record.artifact("classifier"))
     some = splits["validation"].head(32)
-    agreement = reopened(
-        half, record.artifact("classifier"), some.text.tolist(), table.head(len(some))
-    )
+    again = reopened(half, record.artifact("classifier"), some.text.tolist(), table.head(len(some)))
     shown = figure_data(half, schema, splits, examples, table)
     write_json(record.path / "shown.json", shown | dict(tried=fitted.tried, curve=curve))
-    scores = {
-        s: half.task.report(t.target.to_numpy(), t.prediction.to_numpy(), schema)
-        for s, t in table.groupby("split")
-    }
     lengths = np.concatenate([one.lengths for one in read.values()])
     tokens = int(np.minimum(lengths, plan["max_length"]).sum())
     record.save_metrics(
-        **headline_metrics(half, scores),
+        **headline_metrics(half, split_reports(half.task, table, schema)),
         title=read_title(config.name, plan["max_length"], config.max_length, "frozen encoder"),
         labels=plan["labels"],
         max_length=plan["max_length"],
@@ -372,7 +353,7 @@ def fit_frozen(
         forecast_s=plan["forecast_s"],
         **choice.metrics(),
         **coverage,
-        **agreement,
+        **again,
     )
     if plan["labels"] != config.num_labeled > 0:
         record.save_metrics(labels_asked=config.num_labeled)

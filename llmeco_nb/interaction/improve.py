@@ -31,13 +31,8 @@ from llmeco_nb.core import (
     write_bytes,
     write_json,
 )
-from llmeco_nb.data.corpus import (
-    label_names,
-    normalized_key,
-    read_split,
-    small_corpus,
-    sort_by_split_hash,
-)
+from ..data.corpus import label_names, read_split, small_corpus, sort_by_split_hash
+from ..data.text_spool import normalized_key
 from ..deployment.bundle import small_bundle
 from ..deployment.loading import open_model
 from ..deployment.manifest import Manifest, verify, write_manifest

@@ -94,7 +94,7 @@ def tokens_per_second(record: Record) -> float:
 
 
 def peak_gflops(
-    dtype: torch.dtype, seconds: float = 0.5, device: str | torch.device = "cpu"
+    dtype: torch.dtype, seconds: float = 0.2, device: str | torch.device = "cpu"
 ) -> float:
     """The speed of a device now, in GFLOP/s: the best of several products of square matrices, of
     4096 rows on a GPU, else of 1024 on the CPU, at the present number of threads.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from queue import Empty
 from types import ModuleType
 from typing import TYPE_CHECKING, Self
 
@@ -61,7 +62,7 @@ def kernel_class(env: dict[str, str], sockets: Path, started):
         started: Called with the kernel's process id.
     """
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -70,9 +71,22 @@ def kernel_class(env: dict[str, str], sockets: Path, started):
     # nothing of the user's runs in a kernel before its cells
     profile = {"IPYTHONDIR": str(sockets / "ipython"), "PYTHONSTARTUP": ""}
 
+    class Client(AsyncKernelClient):
+        async def wait_for_ready(self, timeout: float | None = None):
+            "Until the kernel answers; jupyter_client's own waits for a fifth of a second more."
+            until = time.monotonic() + (timeout or 120)
+            while await self.is_alive() and time.monotonic() < until:
+                self.kernel_info()
+                with suppress(Empty):
+                    await self.get_shell_msg(timeout=1)
+                    await self.get_iopub_msg(timeout=0.2)  # that channel is connected, too
+                    return
+            raise RuntimeError("The kernel gave no answer.")
+
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
+            self.client_factory = Client
             self.connection_file = str(sockets / "kernel.json")
             if len(os.fsencode(sockets)) + len("/kernel-ipc-9") <= longest_socket:
                 self.transport = "ipc"
@@ -90,6 +104,11 @@ def kernel_class(env: dict[str, str], sockets: Path, started):
             started(self.provisioner.pid)
 
         start_kernel = _async_start_kernel
+
+        async def _async_finish_shutdown(self, waittime=None, pollinterval=0.01, restart=False):
+            await super()._async_finish_shutdown(waittime, pollinterval, restart)
+
+        finish_shutdown = _async_finish_shutdown
 
     return Kernel
 
@@ -334,18 +353,12 @@ class KernelMonitor:
         import psutil
 
         while not self._stop.wait(0.2):
-            try:
-                self.peak_mib = (
-                    max(self.peak_mib, psutil.Process(self.pid).memory_info().rss / 2**20)
-                    if self.pid
-                    else 0.0
-                )
-            except psutil.Error:
-                pass
-            try:
+            with suppress(psutil.Error):
+                if self.pid:
+                    held = psutil.Process(self.pid).memory_info().rss / 2**20
+                    self.peak_mib = max(self.peak_mib, held)
+            with suppress(OSError):
                 self.state = self._progress()
-            except OSError:
-                pass
             row = last_row(self.record / "log.jsonl")
             if row:
                 # an evaluation's row has none; the last one still holds

@@ -1,0 +1,235 @@
+"""A corpus of a table that is read row by row is, to the byte, that of the same table in memory:
+files, counts, reasons, notes and errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmeco_nb.core import LlmecoError, create_record
+from llmeco_nb.data import corpus_stream
+from llmeco_nb.data.corpus import build_corpus
+from llmeco_nb.data.corpus_rows import CorpusConfig
+
+ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".jsonl.bz2"]
+WORDS = ["a", "B", "lamp", "<br>", "&amp;", "é", "cafÃ©", "😀", "\u200b", "NA", '"', ",", " ", "\n"]
+texts = st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
+cells = dict(
+    text=st.none() | texts | st.sampled_from(["one text", "One  text", "another text"]),
+    label=st.sampled_from(["good", "bad", "Bad ", "2.0", "rare", "", None]),
+    target=st.sampled_from(["1", "2.5", "-3", "", None, "none"]) | st.integers(0, 9).map(str),
+    split=st.sampled_from(["train"] * 5 + ["Dev", "test", "unsup"]),
+    who=st.sampled_from(["x", "y", "z", "", None]),
+)
+EXAMPLES = int(os.environ.get("LLMECO_EXAMPLES", "15"))
+OPTIONS = dict(
+    task=["text-classification"] * 3 + ["regression"],
+    label_column=["label"] * 6 + ["", "text"],
+    split_column=["", "none", "split", "who"],
+    group_column=["", "", "who"],
+    rare=["stop", "drop", "other"],
+    join_names=[False, True],
+    nulls=[[], ["NA", "none"]],
+    keep_newlines=[False, True],
+    max_rows=[None, None, 20],
+    max_labels=[1000, 2],
+    validation_size=[0.1, 0.0, 3],
+)
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> str:
+    "The rows as a file of the kind that its name says."
+    frame, file = pd.DataFrame(rows, columns=list(cells)), folder / name
+    if ".json" in name:
+        frame.to_json(file, orient="records", lines=True, force_ascii=False)
+    elif name.endswith(".parquet"):
+        frame.astype(object).to_parquet(file)
+    else:
+        frame.to_csv(file, index=False, sep="\t" if ".tsv" in name else ",")
+    return str(file)
+
+
+def made(folder: Path, config: CorpusConfig) -> dict[str, object]:
+    "All that a corpus is: its files, numbers and sentences; or why there is none."
+    record = create_record(folder, "data")
+    try:
+        corpus = build_corpus(record, config)
+    except LlmecoError as e:
+        return {"error": f"{type(e).__name__}: {e}"}
+    files = {f.name: f.read_bytes() for f in sorted(corpus.iterdir())}
+    return files | {"metrics": record.metrics, "said": (folder / "summary.txt").read_text()}
+
+
+def compare(folder: Path, config: CorpusConfig, any_fault: bool = False) -> dict[str, object]:
+    """Build in both ways; what both have made. Of several faults each may name another one, with
+    `any_fault`."""
+    with pytest.MonkeyPatch.context() as patch:
+        held = made(folder / "held", config)
+        patch.setattr(corpus_stream, "large_bytes", 0)
+        assert corpus_stream.is_streamed(config)
+        streamed = made(folder / "streamed", config)
+    if not (any_fault and "error" in held and "error" in streamed):
+        assert streamed.get("datasheet.json") == held.get("datasheet.json")
+        assert streamed == held
+    assert not [f for f in (folder / "streamed").iterdir() if f.name.startswith("tmp")]
+    return held
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_it_is_the_corpus_of_the_table_in_memory(tmp_path, data):
+    name = "t" + data.draw(st.sampled_from(ENDINGS))
+    some = st.lists(st.fixed_dictionaries(cells), min_size=1, max_size=12)
+    fields = {field: data.draw(st.sampled_from(of)) for field, of in OPTIONS.items()}
+    rows = data.draw(some)
+    # most tables of so few rows are refused; those that are not have rows enough in each class
+    if data.draw(st.integers(0, 3)):
+        usual = [("good", "2", "x"), ("bad", "3", "y"), ("Bad ", "4", None)]
+        rows += [
+            dict(text=f"text {i} <b>of</b> {t}", label=t, target=n, split="train", who=w)
+            for i in range(9)
+            for t, n, w in usual
+        ]
+    if data.draw(st.integers(0, 3)) == 0:
+        other = "o" + data.draw(st.sampled_from([".csv", ".jsonl", ".parquet"]))
+        fields["test_source"] = write(tmp_path, other, data.draw(some))
+    asked = CorpusConfig(source=write(tmp_path, name, rows), **fields)
+    compare(tmp_path, asked, any_fault=True)
+
+
+def rows_of(n: int) -> list[dict]:
+    split = ["train"] * 7 + ["dev", "test", "unsup"]
+    return [
+        dict(
+            text=f"letter {i // 2 if i % 8 < 2 else i}, <i>kind</i> {i % 3}",
+            label=["good", "bad", "so so"][i % 3],
+            target=str(i % 7),
+            split=split[i % 10],
+            who=f"author {i // 6}" if i % 4 else None,
+        )
+        for i in range(n)
+    ]
+
+
+FAULTS = [
+    dict(text_column="nothing"),
+    dict(label_column="nothing"),
+    dict(label_column="text"),
+    dict(group_column="nobody"),
+    dict(split_column="nowhere"),
+    dict(split_column="who"),
+    dict(split_column="label"),
+    dict(task="regression", target_column="who"),
+    dict(task="regression", target_column="nothing"),
+    dict(max_labels=2),
+    dict(nulls=["good", "bad", "so so"]),
+    dict(nulls=["good", "bad"]),
+    dict(split_column="none", test_size=0.999),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_the_same_is_said_of_a_fault(tmp_path, fault):
+    asked = CorpusConfig(source=write(tmp_path, "t.csv", rows_of(120)), max_rows=None)
+    assert "Error: " in compare(tmp_path, asked.replace(**fault))["error"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_any_file(tmp_path, ending):
+    asked = CorpusConfig(source=write(tmp_path, f"t{ending}", rows_of(120)), max_rows=None)
+    assert "unlabelled.parquet" in compare(tmp_path, asked)
+    named = asked.replace(split_column="none", group_column="who")
+    assert json.loads(compare(tmp_path, named)["datasheet.json"])["groups"]["grouped_rows"] > 50
+    assert "error" not in compare(tmp_path, asked.replace(task="regression"))
+
+
+def test_official_sets_of_any_kind(tmp_path):
+    source = write(tmp_path, "t.csv", [r | dict(split="") for r in rows_of(120)])
+    for s, kind in {"a": "good", "b": "bad", "c": "good"}.items():
+        (tmp_path / "folder" / kind).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / kind / f"{s}.txt").write_text(f"the text {s}")
+    asked = CorpusConfig(source=source, max_rows=None, split_column="none")
+    official = write(tmp_path, "o.jsonl", rows_of(30))
+    both = asked.replace(test_source=str(tmp_path / "folder"), validation_source=official)
+    assert json.loads(compare(tmp_path, both)["datasheet.json"])["counts"]["test"] == 3
+    regression = both.replace(task="regression")
+    assert "holds texts alone" in compare(tmp_path, regression)["error"]
+    unlabelled = both.replace(label_column="")
+    assert "error" not in compare(tmp_path, unlabelled)
+    strange = write(tmp_path, "s.csv", [r | dict(label="strange") for r in rows_of(30)])
+    assert "strange" in compare(tmp_path, asked.replace(test_source=strange))["error"]
+
+
+def test_declared_classes_and_what_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(90)], "label": [0, 2, -1] * 30})
+    names = {"label": {"names": ["none", "bad", "good"], "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": names}})}
+    table = pa.Table.from_pandas(frame).replace_schema_metadata(told)
+    pq.write_table(table, tmp_path / "d.parquet")
+    asked = CorpusConfig(source=str(tmp_path / "d.parquet"), max_rows=None)
+    found = json.loads(compare(tmp_path, asked)["datasheet.json"])
+    assert found["labels"] == ["none", "good"] and found["counts"]["null_labels"] == 30
+    lists = '{"text": "a", "label": ["x"]}\n{"text": "b", "label": "y"}\n'
+    (tmp_path / "l.jsonl").write_text(lists)
+    for name, refusal in {
+        "l.jsonl": "holds such values as",
+        "e.csv": "line 3: 3 columns",
+        "n.csv": "more than one sign",
+    }.items():
+        if name == "e.csv":
+            (tmp_path / name).write_text("text,label\na,b\nc,d,e\n")
+        if name == "n.csv":
+            (tmp_path / name).write_text("a;b,c\nd;e,f\n")
+        source = str(tmp_path / name)
+        assert refusal in compare(tmp_path, CorpusConfig(source=source))["error"]
+    long = [r | dict(label="x" * 101) if i % 2 else r for i, r in enumerate(rows_of(60))]
+    source = write(tmp_path, "x.csv", long)
+    assert "characters" in compare(tmp_path, CorpusConfig(source=source))["error"]
+    long = [r | dict(text="x" * 200_001) if i > 57 else r for i, r in enumerate(rows_of(60))]
+    for task in ("text-classification", "regression"):
+        source = write(tmp_path, "y.csv", long)
+        asked = CorpusConfig(source=source, task=task, split_column="none")
+        assert "and 1 more; a text has at most" in compare(tmp_path, asked)["error"]
+
+
+CHILD = """
+import resource, sys
+from llmeco_nb.core import create_record
+from llmeco_nb.data import corpus_stream, groups, text_spool
+from llmeco_nb.data.corpus import build_corpus
+from llmeco_nb.data.corpus_rows import CorpusConfig
+corpus_stream.large_bytes, text_spool.group_rows = 0, 1000
+groups.read_within = lambda texts, most: None  # as if the texts were too many to be searched
+build_corpus(create_record(sys.argv[2], "data"), CorpusConfig(source=sys.argv[1], max_rows=None))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_grows_by_bytes_a_row(tmp_path):
+    "Eighty thousand more rows take 150 bytes each at most; a text alone has 400."
+
+    def peak(n: int) -> int:
+        file = tmp_path / f"{n}.csv"
+        with open(file, "w") as f:
+            f.write("text,label\n")
+            for i in range(n):
+                f.write(f"{i} {'some words ' * 35}{i % 977} {i % 7919},{'abc'[i % 3]}\n")
+        args = [sys.executable, "-c", CHILD, str(file), str(tmp_path / f"record {n}")]
+        return int(subprocess.run(args, check=True, capture_output=True, text=True).stdout)
+
+    small, large = peak(30_000), peak(110_000)
+    assert large - small < 80_000 * 150
