@@ -83,7 +83,7 @@ def check_classes(
     single = sum(n == 1 for n in counts.values())
     numeric = all(map(number_text.fullmatch, names))
     looks = "a regression target" if numeric else "free text or an id"
-    such = f"such as {', '.join(n[:30] for n in names[:3])}"
+    such = f"such as {', '.join(n if len(n) <= 30 else n[:29] + '…' for n in names[:3])}"
     number = "set task to regression and name it as target_column, or " if numeric else ""
     if len(names) > max_labels:
         raise DataError(
