@@ -252,26 +252,31 @@ def split_rows(
     wanted = {
         s: stratified_counts(sizes[s], counts) if sizes[s] else {} for s in ("test", "validation")
     }
-    rows = sort_by_split_hash(rows, seed)
+    # rows are moved once, into their splits: a sorted copy of a large table would be a third one
+    order = split_order(rows.id, seed)
+    classes = rows.label.to_numpy()[order]
     if grouped:
-        order = sorted(rows.groupby("group").indices.items())
-        names = split_hashes([name for name, _ in order], seed)
-        members = [order[i][1] for i in sorted(range(len(order)), key=names.__getitem__)]
-        sides = deal_groups(rows.label.to_numpy(), members, wanted, labels)
+        moved = rows.group.iloc[order].reset_index(drop=True)
+        found = sorted(moved.groupby(moved).indices.items())
+        names = split_hashes([name for name, _ in found], seed)
+        members = [found[i][1] for i in sorted(range(len(found)), key=names.__getitem__)]
+        sides = deal_groups(classes, members, wanted, labels)
     else:
-        rank, start = rows.groupby("label").cumcount(), 0
-        sides = np.full(len(rows), "train", object)
-        for s in ("test", "validation"):
-            stop = start + rows.label.map(wanted[s] or dict.fromkeys(counts, 0))
-            sides[(rank >= start) & (rank < stop)] = s
-            start = stop
-    for c in set(counts) - set(rows.label[sides == "train"]):
+        sides = np.full(len(order), "train", object)
+        for c in counts:
+            places = np.flatnonzero(classes == c)
+            start = 0
+            for s in ("test", "validation"):
+                stop = start + wanted[s].get(c, 0)
+                sides[places[start:stop]] = s
+                start = stop
+    for c in set(counts) - set(classes[sides == "train"].tolist()):
         name = f"The class {labels[c]!r}" if labels else "The source"
         raise DataError(
             f"{name} has {counts[c]} rows, and validation and test take them all. "
             f"Lower validation_size={validation} or test_size={test}."
         )
-    return {s: rows[sides == s].reset_index(drop=True) for s in split_names}
+    return {s: rows.iloc[order[sides == s]].reset_index(drop=True) for s in split_names}
 
 
 def subsample_splits(
