@@ -18,10 +18,7 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.speedups import (
-    has_bf16,
-    num_loss_chunks,
-)
+from llmeco_nb.models.speedups import has_bf16, num_loss_chunks  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
     causal_loss_step,
