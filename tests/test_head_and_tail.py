@@ -194,6 +194,14 @@ def test_a_race_chooses_where_a_candidate_leaves_it_open(news, tmp_path, monkeyp
         return HeadChoice(1.0, max_length)
 
     monkeypatch.setattr(race_chapter, "choose_head", spy)
+    monkeypatch.setattr(race_chapter, "entrant_speed", lambda *a: (0.1, 0.01))
+    heads = []
+
+    def run(record, half, schema, one, plan):
+        heads.append((one.config.name, one.config.head_fraction))
+        return np.full((plan["evaluated"], 2), 0.5), 0.1
+
+    monkeypatch.setattr(race_chapter, "run_entrant", run)
     common = dict(batch_size=8, epochs=1, num_labeled=16, eval_examples=20)
 
     def told(name, lines, **more):
@@ -207,4 +215,5 @@ def test_a_race_chooses_where_a_candidate_leaves_it_open(news, tmp_path, monkeyp
     assert told("short", one, minutes=0.5, total=5.0, max_length=12) is None and not asked_at
     for _ in range(2):
         assert told("one", one, total=5.0, max_length=4096)["head_fraction"] == 1
+    assert heads[-4:] == [("a", 0.5), ("b", 1.0)] * 2
     assert asked_at == [(asked_at[0][0], 5.0)] and asked_at[0][0] < 4096
