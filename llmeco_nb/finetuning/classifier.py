@@ -219,7 +219,7 @@ def fine_tune(
         config: Of model and training.
         race: The file race.json, which says how many minutes this model has; empty: none.
     """
-    from llmeco_nb.models.speedups import retain_freed_memory
+    from llmeco_nb.models.speedups import decided_precision, retain_freed_memory
     from llmeco_nb.training.loop import plan_file, resolve_plan_on_rank_zero, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
@@ -278,6 +278,7 @@ def fine_tune(
         rate=layerwise_lr_scales(
             getattr(model.config, "num_hidden_layers", 0), config.layerwise_lr_decay
         ),
+        precision=decided_precision(record, model),
     )
     step = half.loss_step(config.label_smoothing)
     asked |= dict(
@@ -414,6 +415,7 @@ def fine_tune(
         steps=result.steps,
         best_step=result.best_step,
         stopped_early=result.stopped,
+        precision=optimiser.precision,
         predicted_in="fp32" if exact else "bf16",
         passes=round(result.steps * batch_size / len(target), 2),
         max_length=tokens,

@@ -144,6 +144,7 @@ class Entrant:
 
 
 def enter(
+    record: Record,
     half: TrainingHalf,
     schema: Schema,
     folder: str,
@@ -153,12 +154,14 @@ def enter(
     """Open an encoder and encode the texts for it.
 
     Args:
+        record: Of the race; keeps in which precision it began.
         half: Of the task.
         schema: After `fit_schema`.
         folder: Of the encoder.
         splits: train and validation: rows of the corpus.
         config: Of its fine-tuning.
     """
+    from llmeco_nb.models.speedups import decided_precision
     from llmeco_nb.training.optim import Optimiser
 
     seed_everything(config.seed)
@@ -174,7 +177,7 @@ def enter(
     return Entrant(
         config,
         model,
-        Optimiser(model, config.lr, rate=scales),
+        Optimiser(model, config.lr, rate=scales, precision=decided_precision(record, model)),
         train.input_ids,
         train.targets,
         validation.input_ids,
@@ -274,7 +277,7 @@ def race(
     splits["validation"] = shuffled.head(config.eval_examples)
     schema = half.fit_schema(schema, splits["train"])
     folders = [encoder_folder(corpus, encoder, one.weights, one.seed) for one in entered]
-    opened = [enter(half, schema, f, splits, one) for f, one in zip(folders, entered)]
+    opened = [enter(record, half, schema, f, splits, one) for f, one in zip(folders, entered)]
     left_out = {one.config.name: one.left_out for one in opened if one.left_out}
     able_at = [i for i, one in enumerate(opened) if not one.left_out]
     racing = able_at or [0]  # where none can read the texts, each will say so in its fine-tuning
@@ -293,7 +296,7 @@ def race(
         for i, (folder, one) in enumerate(zip(folders, opened)):
             if one.config.head_fraction is None:
                 decided = one.config.replace(head_fraction=choice.head_fraction)
-                opened[i] = enter(half, schema, folder, splits, decided)
+                opened[i] = enter(record, half, schema, folder, splits, decided)
 
     def make_plan() -> dict:
         choice = choose()
