@@ -26,7 +26,7 @@ from .named_groups import group_notes
 from .sources import file_ending, local_path, source_kind, source_name
 from .splits import find_split_column, official_splits, split_names, split_of
 from .stream import is_array
-from .table_reader import Columns, SplitRows, TableReader, Values
+from .table_reader import Columns, SplitRows, TableReader, Values, changed_source
 from .table_stream import StreamedTable, first_bytes, open_table
 from llmeco_nb.data.tables import (
     column_values,
@@ -35,7 +35,7 @@ from llmeco_nb.data.tables import (
     is_blank,
     no_usable_row,
 )
-from .text_spool import id_column
+from .text_spool import TextSpool, id_column
 from .unpacking import packing_of
 from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.limits import max_label_chars
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #665a8ff5
-large_bytes = 2**25  # a file of so many bytes is not held in memory; an eighth where it is packed
+large_bytes = 2**25  # a file of more bytes is not held in memory; an eighth where it is packed
 
 
 def is_streamed(config: CorpusConfig) -> bool:
@@ -65,7 +65,7 @@ def is_streamed(config: CorpusConfig) -> bool:
         return False
     start, size = first_bytes(source)
     packed = ending == ".parquet" or packing_of(start)
-    if (size or 0) * (8 if packed else 1) < large_bytes:
+    if (size or 0) * (8 if packed else 1) <= large_bytes:
         return False
     return "json" not in ending or not is_array(source, config.encoding)
 
@@ -187,9 +187,13 @@ def split_counts(table: StreamedTable, config: CorpusConfig) -> tuple[str, dict[
     wanted = config.split_column or "split"
     rows: Counter = Counter()
     if names.count(wanted) == 1 and (config.split_column or wanted not in used):
-        at = names.index(wanted)
-        for row in table.rows():
-            value = None if is_blank(row[at]) or options.is_null(row[at]) else row[at]
+        for (value,) in table.cells([wanted]):
+            if hasattr(value, "__len__") and not isinstance(value, str):
+                if not config.split_column:
+                    return "", {}
+                one = pd.DataFrame({wanted: pd.Series([value], dtype=object)})
+                column_values(one, config.source, "split", wanted)
+            value = None if is_blank(value) or options.is_null(value) else value
             rows[value] += 1
             if not config.split_column and split_of(value) is None:
                 return "", {}
@@ -292,15 +296,18 @@ def read_official(reader: TableReader) -> dict[str, str]:
     return wrong
 
 
-def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dict[str, dict]]:
+def stream_material(
+    config: CorpusConfig, record: Record, spool: TextSpool
+) -> tuple[Material, dict[str, dict]]:
     """What `read_material` gives, with the texts cleaned and on disk, and what cleaning did to the
     training rows. Raises `MissingError`, `UsageError`, `DataError`.
 
     Args:
         config: Parameters of the stage.
-        record: Shows the progress; its folder holds the texts.
+        record: Shows the progress.
+        spool: Gets the texts.
     """
-    reader = TableReader(config, record)
+    reader = TableReader(config, record, spool)
     table = open_table(config.source, reader.options, peek=None)
     column, rows = split_counts(table, config)
     notes = split_notes(rows, column, config)
@@ -309,6 +316,8 @@ def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dic
         reader.splits[s] = SplitRows(name)
     columns = source_columns(table, config.source, config, config.group_column)
     reader.read(table, replace(columns, split=column))
+    if any(reader.splits[s].read != n for s, n in rows.items()):
+        raise changed_source(config.source)
     wrong = read_official(reader)
     parts = {s: reader.splits[s] for s in split_names if s in reader.splits}
     names, said, hints = match_names(*class_counts(parts), config.join_names)
@@ -330,7 +339,7 @@ def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dic
     tables = {s: part_table(reader.splits[s], coded[s], keys[s], reader.groups) for s in coded}
     reports = {s: reader.splits[s].report for s in coded}
     material = Material(tables.pop("train"), tables, labels, schema, reports, notes=notes)
-    material.spool = reader.spool
+    material.spool = spool
     if "unlabelled" in reader.splits:
         part = reader.splits["unlabelled"]
         reports["unlabelled"] = {"rows_read": part.read}

@@ -284,6 +284,7 @@ def fine_tune(
     asked |= dict(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
+    asked |= dict(head=given and given.to_json())  # another race's choice makes another plan
 
     def forward(tokens: int) -> float:
         cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
@@ -315,7 +316,9 @@ def fine_tune(
             encode_s=encode_s,
         )
         work = plan_workload(config, known, sample.lengths, measure, forward)
-        choice = given or choose_head(half, schema, tokenizer, splits, work.max_length)
+        choice = given or choose_head(
+            half, schema, tokenizer, splits, work.max_length, config.minutes
+        )
         planned = finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
         return planned | dict(head_choice=choice.to_json())
 
@@ -328,7 +331,8 @@ def fine_tune(
     found = run_on_rank_zero(plan_or_reason)
     if isinstance(found, str):
         return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
-    choice = HeadChoice(**found.pop("head_choice"))
+    told = found.pop("head_choice", None)  # a plan of an earlier version has none
+    choice = HeadChoice(**told) if told else given or HeadChoice()
     stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
     head = choice.per_cent
