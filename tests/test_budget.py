@@ -2,6 +2,7 @@
 and given to the encoder that wins the race."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -223,6 +224,35 @@ def test_a_plan_reads_a_label_of_each_class():
         finetune_plan(config(minutes=0.15), work)
     plan = finetune_plan(config(minutes=0.2), work)
     assert plan["steps"] * work.batch_size >= plan["labels"] >= 150
+
+
+@given(
+    st.floats(0.01, 3),
+    st.floats(1e-4, 2),
+    st.floats(1e-5, 0.05),
+    st.integers(1, 2000),
+    st.integers(0, 5000),
+    st.floats(0, 20),
+)
+def test_the_minutes_that_are_named_suffice(minutes, step_s, forward_s, least, predicted, spent):
+    work = Workload(
+        labels=9000,
+        least=least,
+        predicted=predicted,
+        evaluated=50,
+        max_length=32,
+        batch_size=32,
+        step_s=step_s,
+        forward_s=forward_s,
+        exact_s=3 * forward_s,
+        spent_s=spent,
+    )
+    try:
+        finetune_plan(config(minutes=minutes), work)
+    except TooFewMinutes as e:
+        told = float(re.search(r"about ([\d.]+) here", str(e))[1])
+        assert told > minutes
+        finetune_plan(config(minutes=told), work)
 
 
 @given(st.integers(0, 10**7), st.integers(0, 10**7))

@@ -11,6 +11,7 @@ import pytest
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.corpus import label_names, read_split, small_corpus
+from llmeco_nb.deployment.bundle import small_bundle
 from llmeco_nb.deployment.estimator import TextClassifier
 from llmeco_nb.finetuning.checkpoints import small_random_encoder
 
@@ -115,3 +116,26 @@ def test_who_cannot_be_pickled_any_more_says_why(tmp_path):
     shutil.rmtree(place)
     with pytest.raises(DataError, match="cannot be pickled or copied.*bundle.*load"):
         pickle.dumps(model)
+
+
+def test_loaded_by_a_relative_name_it_is_found_from_elsewhere(tmp_path, monkeypatch):
+    shutil.copytree(small_bundle(), tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    model = TextClassifier.load("bundle")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = ["a dull film"]
+    assert pickle.loads(pickle.dumps(model)).predict(asked) == model.predict(asked)
+    assert TextClassifier.load(model.save("saved")).predict(asked) == model.predict(asked)
+
+
+def test_a_pickle_of_another_version_says_what_to_do():
+    "It may have other arguments, or hold other things."
+    for state, found in (
+        ({**TextClassifier().__getstate__(), "params": {"seed": 1, "sead": 2}}, "sead"),
+        ({"params": {}, "files": {}}, "told"),
+        ({"encoder": ""}, "params"),
+    ):
+        blank = TextClassifier.__new__(TextClassifier)
+        with pytest.raises(DataError, match=f"another version.*{found}.*save.*load"):
+            blank.__setstate__(state)

@@ -3,6 +3,7 @@ scikit-learn, kills leave no trace, and the folder is packed, matched and refitt
 
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
 from llmeco_nb.finetuning import embeddings, frozen  # noqa: E402
-from llmeco_nb.finetuning.budget import round_down  # noqa: E402
+from llmeco_nb.finetuning.budget import TooFewMinutes, round_down  # noqa: E402
 from llmeco_nb.finetuning.checkpoints import small_random_encoder  # noqa: E402
 from llmeco_nb.finetuning.embeddings import (  # noqa: E402
     embed_tokens,
@@ -202,7 +203,7 @@ def test_vectors_of_another_question_are_not_taken(corpus, tmp_path):
     st.floats(0.01, 60),
     st.floats(1e-6, 1e-2),
     st.lists(st.integers(2, 400), min_size=1, max_size=20),
-    st.integers(10, 100_000),
+    st.integers(5, 100_000),
     st.integers(0, 20_000),
 )
 @settings(max_examples=200)
@@ -212,7 +213,10 @@ def test_a_plan_keeps_its_minutes(minutes, token_s, lengths, train, answered):
     config = FrozenConfig(minutes=minutes)
     try:
         plan = frozen_plan(config, speed, train, 5, answered, 0.3)
-    except UsageError:
+    except TooFewMinutes as e:
+        told = float(re.search(r"about ([\d.]+) here", str(e))[1])
+        assert told > minutes
+        frozen_plan(config.replace(minutes=told), speed, train, 5, answered, 0.3)
         shortest = speed.seconds(answered, fewest_tokens, exact=True) + 0.3
         shortest += (speed.seconds(5, fewest_tokens) + 5 * speed.fit_s) / 0.95
         assert shortest > 0.99 * (60 * minutes - min(5, 15 * minutes))

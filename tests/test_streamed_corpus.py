@@ -1,10 +1,14 @@
 """A corpus of a table that is read row by row is, to the byte, that of the same table in memory:
 files, counts, reasons, notes and errors."""
 
+import contextlib
+import gc
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -12,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmeco_nb.core import LlmecoError, create_record
+from llmeco_nb.core import DataError, LlmecoError, create_record
 from llmeco_nb.data import corpus_stream
 from llmeco_nb.data.corpus import build_corpus
 from llmeco_nb.data.corpus_rows import CorpusConfig
+from llmeco_nb.data.readers import read_frame
 
 ENDINGS = [".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".jsonl.bz2"]
 WORDS = ["a", "B", "lamp", "<br>", "&amp;", "é", "cafÃ©", "😀", "\u200b", "NA", '"', ",", " ", "\n"]
@@ -264,6 +269,111 @@ def test_of_an_official_set_with_splits_the_one_asked_for_is_taken(tmp_path):
     assert json.loads(found["datasheet.json"])["counts"]["validation_read"] == 40
     lists = write(tmp_path, "l.jsonl", [r | dict(split=["a"]) for r in rows_of(440)[400:]])
     assert "error" not in compare(tmp_path, asked.replace(test_source=lists))
+
+
+SAME = {
+    "lists in a column named split": (
+        [r | dict(split=[r["split"]]) for r in rows_of(60)],
+        {},
+        "",
+    ),
+    "objects in a column of splits": (
+        [r | dict(split={"is": r["split"]}) for r in rows_of(60)],
+        dict(split_column="split"),
+        "The column `split` of .* holds such values as",
+    ),
+    "an official set of no bytes": (rows_of(60), dict(test_source="e.csv"), "no usable row: 0"),
+    "an official set of no lines": (rows_of(60), dict(test_source="e.jsonl"), "no usable row: 0"),
+    "rows without keys": ([{}] * 3, {}, "no usable row: 0"),
+    "no keys and no numbers": ([{}] * 3, dict(task="regression"), "no usable row: 0"),
+    "a cut line": ('{"text": "a", "label": "b"}\n{"text":\n', {}, "line 2, column 9: not JSON"),
+    "a line of another kind": (
+        '{"text": "a", "label": "b"}\n\n[1]\n',
+        {},
+        "line 3: each line",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_odd_lines_and_cells(tmp_path, case):
+    rows, fields, refusal = SAME[case]
+    lines = rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "t.jsonl").write_text(lines)
+    for name in ("e.csv", "e.jsonl"):
+        (tmp_path / name).write_text("")
+    fields = {k: str(tmp_path / v) if "source" in k else v for k, v in fields.items()}
+    asked = CorpusConfig(source=str(tmp_path / "t.jsonl"), max_rows=None, **fields)
+    if "task" not in fields and case.startswith("an official"):
+        asked = asked.replace(split_column="none")
+    said = compare(tmp_path, asked).get("error", "")
+    assert re.search(refusal, said) and bool(said) == bool(refusal)
+
+
+def test_a_text_whose_last_line_is_in_the_encoding_that_is_named(tmp_path):
+    lines = [f"très bon {i},{'ab'[i % 2]}\n" for i in range(60)]
+    data = "text,label\n" + "".join(lines)
+    (tmp_path / "t.csv").write_bytes(data.encode() + "très beau,a\n".encode("cp1252"))
+    asked = CorpusConfig(source=str(tmp_path / "t.csv"), encoding="cp1252", max_rows=None)
+    assert json.loads(compare(tmp_path, asked)["datasheet.json"])["counts"]["read"] == 61
+    (tmp_path / "t.csv").write_bytes(data.encode())
+    assert "is valid UTF-8" in compare(tmp_path, asked)["error"]
+
+
+def test_days_and_zones_that_python_has_not(tmp_path):
+    "In a column that is not read they do no harm to a streamed table; elsewhere it is named."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([2**31 - 1] * 60, pa.int32())
+    ticks = pa.array([1] * 60, pa.int64())
+    kinds = {
+        "day": far.cast(pa.date32()),
+        "time": ticks.cast(pa.time64("ns")),
+        "zone": ticks.cast(pa.timestamp("us", "Nowhere/None")),
+        "year": pa.array([2**60] * 60).cast(pa.timestamp("us")),
+    }
+    columns = {k: [r[k] for r in rows_of(60)] for k in ("text", "label")}
+    for name, column in kinds.items():
+        source = str(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table(columns | {name: column}), source)
+        asked = CorpusConfig(source=source, max_rows=None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(corpus_stream, "large_bytes", 0)
+            assert "error" not in made(tmp_path / f"far {name}", asked)
+            said = made(tmp_path / "named", asked.replace(label_column=name))["error"]
+            assert f"The column `{name}` of {source} holds" in said or name == "time"
+        with contextlib.suppress(DataError):  # pandas has some of them; Python cuts a time
+            read_frame(source)
+
+
+@pytest.mark.parametrize("more", ["test", "somewhere", "dev"])
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch, more):
+    rows = [r | dict(split="train" if i % 10 else "dev") for i, r in enumerate(rows_of(60))]
+    source = write(tmp_path, "t.csv", rows)
+    first = corpus_stream.split_counts
+
+    def and_then(*args):
+        found = first(*args)
+        with open(source, "a") as f:
+            f.write(f"late,good,,{more},x\n")
+        return found
+
+    monkeypatch.setattr(corpus_stream, "large_bytes", 0)
+    monkeypatch.setattr(corpus_stream, "split_counts", and_then)
+    said = made(tmp_path / "grown", CorpusConfig(source=source, max_rows=None))["error"]
+    assert "t.csv changed while it was read" in said
+
+
+@pytest.mark.parametrize("label", ["label", "nothing"])
+def test_the_file_of_the_texts_is_closed(tmp_path, monkeypatch, label):
+    asked = CorpusConfig(source=write(tmp_path, "t.csv", rows_of(120)), label_column=label)
+    monkeypatch.setattr(corpus_stream, "large_bytes", 0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", ResourceWarning)
+        made(tmp_path / "closed", asked)
+        gc.collect()
+    assert not [w for w in seen if w.category is ResourceWarning]
 
 
 CHILD = """

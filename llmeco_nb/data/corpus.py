@@ -31,6 +31,7 @@ from .splits import sort_by_split_hash, split_names
 from .tables import is_blank, read_table
 from llmeco_nb.data.text_spool import (
     CleaningReport,
+    TextSpool,
     count_split_leakage,
     drop_duplicates,
     drop_test_overlap,
@@ -285,102 +286,103 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         config: Parameters of the stage.
     """
     source = config.source
-    if is_streamed(config):
-        found, cleaning = stream_material(config, record)
-    else:
-        found = read_material(config)
-        cleaning = clean_material(found, config.keep_newlines, record)
-    read = found.reports["train"]
-    found.train, copies = drop_duplicates(found.train, found.texts)
-    for one in copies["contradictions"]:
-        name = lambda c: found.labels[c] if found.labels else str(c)
-        one["labels"] = {name(c): int(n) for c, n in one["labels"].items()}
-    leaks = 0
-    for s, rows in found.official.items():
-        found.train, known = drop_test_overlap(found.train, rows)
-        leaks += known
-    if len(found.official) == 2:
-        found.official["validation"], known = drop_test_overlap(*found.official.values())
-        found.reports["validation"]["leaks"] = known
-    apart = leave_official(found, config)
-    rare = merge_rare(found, config) if len(found.train) else {}
-    removed = {
-        "null_texts": read["null_texts"],
-        "null_labels": read["null_labels"],
-        "empty": read["empty"],
-        "duplicates": copies["duplicates"],
-        "conflicts": copies["conflicts"],
-        "leaks": leaks,
-        **apart,
-    }
-    if not len(found.train):
-        ranked = sorted(removed.items(), key=lambda r: -r[1])
-        took = ", ".join(f"{rule} took {n}" for rule, n in ranked if n)
-        raise DataError(
-            f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
-            "Look at some of them in the file, and whether "
-            f"`{config.text_column}` is the column of the texts"
-            + (f" and `{config.group_column}` that of groups." if apart["group_leaks"] else ".")
-        )
-    usable = len(found.train)
-    parts, groups = split_material(found, config)
-    found.train = parts["train"]  # the rows before they were split are not held beside these
-    counts = {
-        "read": read["rows_read"],
-        **removed,
-        "rare": rare.get("train", 0),
-        "usable": usable,
-        **{s: len(p) for s, p in parts.items()},
-        "classes": len(found.labels),
-        "groups": groups["groups"],
-        "grouped_rows": groups["grouped_rows"],
-        "overlap": count_split_leakage(parts),
-    }
-    for s in found.official:
-        report = {"leaks": 0, **found.reports[s]}
-        counts[f"{s}_read"] = report["rows_read"]
-        counts |= {
-            f"{s}_{why}": report[why] for why in ("null_texts", "null_labels", "empty", "leaks")
+    with TextSpool(record.path) as spool:
+        if is_streamed(config):
+            found, cleaning = stream_material(config, record, spool)
+        else:
+            found = read_material(config)
+            cleaning = clean_material(found, config.keep_newlines, record)
+        read = found.reports["train"]
+        found.train, copies = drop_duplicates(found.train, found.texts)
+        for one in copies["contradictions"]:
+            name = lambda c: found.labels[c] if found.labels else str(c)
+            one["labels"] = {name(c): int(n) for c, n in one["labels"].items()}
+        leaks = 0
+        for s, rows in found.official.items():
+            found.train, known = drop_test_overlap(found.train, rows)
+            leaks += known
+        if len(found.official) == 2:
+            found.official["validation"], known = drop_test_overlap(*found.official.values())
+            found.reports["validation"]["leaks"] = known
+        apart = leave_official(found, config)
+        rare = merge_rare(found, config) if len(found.train) else {}
+        removed = {
+            "null_texts": read["null_texts"],
+            "null_labels": read["null_labels"],
+            "empty": read["empty"],
+            "duplicates": copies["duplicates"],
+            "conflicts": copies["conflicts"],
+            "leaks": leaks,
+            **apart,
         }
-        counts[f"{s}_rare"] = rare.get(s, 0)
-    if "unlabelled" in found.reports:
-        counts["unlabelled"] = found.reports["unlabelled"]["rows_read"]
-    datasheet = {
-        **config.fingerprint(),
-        "source": public_name(source),
-        "revision": revision(source),
-        "about": citations.get(source, ""),
-        **{f"{s}_source": public_name(getattr(config, f"{s}_source")) for s in split_names[1:]},
-        "validation_revision": revision(config.validation_source),
-        "test_revision": revision(config.test_source),
-        "labels": found.labels,
-        "counts": counts,
-        "balance": {s: target_summary(p) for s, p in parts.items()},
-        "cleaning": cleaning,
-        "copies": copies,
-        "groups": groups,
-        "notes": found.notes,
-    }
-    del datasheet["max_labels"]  # it refuses a table, and changes none
-    if config.task != "regression":
-        del datasheet["target_column"]
-    folder = record.artifact("corpus")
-    write_corpus(folder, parts, found.labels, datasheet, found.schema, found.texts)
-    if found.unlabelled is not None:
-        write_unlabelled(folder, found.unlabelled, found.texts, parts, config.seed)
-    words = word_counts(found.texts(parts["train"]))
-    changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
-    kept = kept_text(counts)
-    record.save_metrics(
-        kept=kept,
-        **counts,
-        **changed,
-        words_median=float(np.median(words)),
-        words_p95=float(np.quantile(words, 0.95)),
-    )
-    sizes = ", ".join(f"{len(p):,} {s}" for s, p in parts.items())
-    said = [f"Corpus: {kept}. Splits: {sizes}.", *found.notes]
-    (record.path / "summary.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+        if not len(found.train):
+            ranked = sorted(removed.items(), key=lambda r: -r[1])
+            took = ", ".join(f"{rule} took {n}" for rule, n in ranked if n)
+            raise DataError(
+                f"Nothing of {source} is left of {read['rows_read']} rows: {took}. "
+                "Look at some of them in the file, and whether "
+                f"`{config.text_column}` is the column of the texts"
+                + (f" and `{config.group_column}` that of groups." if apart["group_leaks"] else ".")
+            )
+        usable = len(found.train)
+        parts, groups = split_material(found, config)
+        found.train = parts["train"]  # the rows before they were split are not held beside these
+        counts = {
+            "read": read["rows_read"],
+            **removed,
+            "rare": rare.get("train", 0),
+            "usable": usable,
+            **{s: len(p) for s, p in parts.items()},
+            "classes": len(found.labels),
+            "groups": groups["groups"],
+            "grouped_rows": groups["grouped_rows"],
+            "overlap": count_split_leakage(parts),
+        }
+        for s in found.official:
+            report = {"leaks": 0, **found.reports[s]}
+            counts[f"{s}_read"] = report["rows_read"]
+            counts |= {
+                f"{s}_{why}": report[why] for why in ("null_texts", "null_labels", "empty", "leaks")
+            }
+            counts[f"{s}_rare"] = rare.get(s, 0)
+        if "unlabelled" in found.reports:
+            counts["unlabelled"] = found.reports["unlabelled"]["rows_read"]
+        datasheet = {
+            **config.fingerprint(),
+            "source": public_name(source),
+            "revision": revision(source),
+            "about": citations.get(source, ""),
+            **{f"{s}_source": public_name(getattr(config, f"{s}_source")) for s in split_names[1:]},
+            "validation_revision": revision(config.validation_source),
+            "test_revision": revision(config.test_source),
+            "labels": found.labels,
+            "counts": counts,
+            "balance": {s: target_summary(p) for s, p in parts.items()},
+            "cleaning": cleaning,
+            "copies": copies,
+            "groups": groups,
+            "notes": found.notes,
+        }
+        del datasheet["max_labels"]  # it refuses a table, and changes none
+        if config.task != "regression":
+            del datasheet["target_column"]
+        folder = record.artifact("corpus")
+        write_corpus(folder, parts, found.labels, datasheet, found.schema, found.texts)
+        if found.unlabelled is not None:
+            write_unlabelled(folder, found.unlabelled, found.texts, parts, config.seed)
+        words = word_counts(found.texts(parts["train"]))
+        changed = {f"changed_{step}": done["texts"] for step, done in cleaning.items()}
+        kept = kept_text(counts)
+        record.save_metrics(
+            kept=kept,
+            **counts,
+            **changed,
+            words_median=float(np.median(words)),
+            words_p95=float(np.quantile(words, 0.95)),
+        )
+        sizes = ", ".join(f"{len(p):,} {s}" for s, p in parts.items())
+        said = [f"Corpus: {kept}. Splits: {sizes}.", *found.notes]
+        (record.path / "summary.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
     return folder
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #d5777ee5

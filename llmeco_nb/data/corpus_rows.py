@@ -191,12 +191,12 @@ def read_rows(
         return read_numbers(found, source, config, keep)
     label = config.label_column if known is None or known else ""
     strict = config.rare == "stop"
-    frame, _, tabular = found
-    if known and not tabular and "label" not in frame:
-        raise no_labels(source)
     table = table_of(
         found, source, config.text_column, label, known or None, config.max_labels, strict, keep
     )
+    frame, _, tabular = found
+    if known and not tabular and "label" not in frame:
+        raise no_labels(source)
     labels = table.attrs["labels"]
     if not labels:
         return table, None

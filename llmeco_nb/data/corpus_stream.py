@@ -8,6 +8,7 @@ __all__ = ['large_bytes', 'is_streamed', 'class_codes', 'check_part', 'part_tabl
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #f6a24456
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from .named_groups import group_notes
 from .sources import file_ending, local_path, source_kind, source_name
 from .splits import find_split_column, official_splits, split_names, split_of
 from .stream import is_array
-from .table_reader import Columns, SplitRows, TableReader, Values
+from .table_reader import Columns, SplitRows, TableReader, Values, changed_source
 from .table_stream import StreamedTable, first_bytes, open_table
 from llmeco_nb.data.tables import (
     column_values,
@@ -37,7 +38,7 @@ from llmeco_nb.data.tables import (
     is_blank,
     no_usable_row,
 )
-from .text_spool import id_column
+from .text_spool import TextSpool, id_column
 from .unpacking import packing_of
 from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.limits import max_label_chars
@@ -48,7 +49,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #665a8ff5
-large_bytes = 2**25  # a file of so many bytes is not held in memory; an eighth where it is packed
+large_bytes = 2**25  # a file of more bytes is not held in memory; an eighth where it is packed
 
 
 def is_streamed(config: CorpusConfig) -> bool:
@@ -67,7 +68,7 @@ def is_streamed(config: CorpusConfig) -> bool:
         return False
     start, size = first_bytes(source)
     packed = ending == ".parquet" or packing_of(start)
-    if (size or 0) * (8 if packed else 1) < large_bytes:
+    if (size or 0) * (8 if packed else 1) <= large_bytes:
         return False
     return "json" not in ending or not is_array(source, config.encoding)
 
@@ -194,12 +195,16 @@ def split_counts(
     wanted = told or "split"
     rows: Counter = Counter()
     if names.count(wanted) == 1 and (told or wanted not in used):
-        at = names.index(wanted)
-        for row in table.rows():
-            value = None if is_blank(row[at]) or options.is_null(row[at]) else row[at]
-            if not told and (isinstance(value, list) or split_of(value) is None):
-                return "", {}
+        for (value,) in table.cells([wanted]):
+            if hasattr(value, "__len__") and not isinstance(value, str):
+                if not told:
+                    return "", {}
+                one = pd.DataFrame({wanted: pd.Series([value], dtype=object)})
+                column_values(one, official or config.source, "split", wanted)
+            value = None if is_blank(value) or options.is_null(value) else value
             rows[value] += 1
+            if not told and split_of(value) is None:
+                return "", {}
     blank = rows.pop(None, 0)
     cells = pd.Series([*rows, *[None] * blank], dtype=object)
     seen = pd.DataFrame({name: cells for name in names}, columns=names)
@@ -219,7 +224,15 @@ def of_split(table: StreamedTable, column: str, split: str) -> StreamedTable:
         split: Such as test.
     """
     at = table.facts.columns.index(column)
-    return replace(table, rows=lambda: (r for r in table.rows() if split_of(r[at]) == split))
+
+    def pick(columns: Sequence[str]) -> Iterator[Sequence]:
+        wanted = list(dict.fromkeys([*columns, column]))
+        here, where = [wanted.index(name) for name in columns], wanted.index(column)
+        rows = (row for row in table.cells(wanted) if split_of(row[where]) == split)
+        return ([row[i] for i in here] for row in rows)
+
+    rows = lambda: (row for row in table.rows() if split_of(row[at]) == split)
+    return replace(table, rows=rows, pick=pick)
 
 
 def source_columns(
@@ -264,13 +277,13 @@ def finish_part(
         labels: Classes fixed beforehand; None: those of the rows.
         names: What `name_key` says of a name -> the name to write.
     """
-    if labels and config.task != "regression" and not part.column:
-        raise no_labels(part.source)
     if not part.used:
         report = part.report
         raise no_usable_number(report) if config.task == "regression" else no_usable_row(report)
     codes, classes = None, []
     if config.task != "regression":
+        if not part.column and labels:
+            raise no_labels(part.source)
         if not part.column:
             return None, [], None
         codes, classes = class_codes(part, config, labels, names)
@@ -318,15 +331,18 @@ def read_official(reader: TableReader) -> tuple[dict[str, str], list[str]]:
     return wrong, notes
 
 
-def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dict[str, dict]]:
+def stream_material(
+    config: CorpusConfig, record: Record, spool: TextSpool
+) -> tuple[Material, dict[str, dict]]:
     """What `read_material` gives, with the texts cleaned and on disk, and what cleaning did to the
     training rows. Raises `MissingError`, `UsageError`, `DataError`.
 
     Args:
         config: Parameters of the stage.
-        record: Shows the progress; its folder holds the texts.
+        record: Shows the progress.
+        spool: Gets the texts.
     """
-    reader = TableReader(config, record)
+    reader = TableReader(config, record, spool)
     table = open_table(config.source, reader.options, peek=None)
     column, rows = split_counts(table, config)
     notes = split_notes(rows, column, config)
@@ -335,6 +351,8 @@ def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dic
         reader.splits[s] = SplitRows(name)
     columns = source_columns(table, config.source, config, config.group_column)
     reader.read(table, replace(columns, split=column))
+    if any(reader.splits[s].read != n for s, n in rows.items()):
+        raise changed_source(config.source)
     wrong, told = read_official(reader)
     notes += told
     parts = {s: reader.splits[s] for s in split_names if s in reader.splits}
@@ -357,7 +375,7 @@ def stream_material(config: CorpusConfig, record: Record) -> tuple[Material, dic
     tables = {s: part_table(reader.splits[s], coded[s], keys[s], reader.groups) for s in coded}
     reports = {s: reader.splits[s].report for s in coded}
     material = Material(tables.pop("train"), tables, labels, schema, reports, notes=notes)
-    material.spool = reader.spool
+    material.spool = spool
     if "unlabelled" in reader.splits:
         part = reader.splits["unlabelled"]
         reports["unlabelled"] = {"rows_read": part.read}

@@ -56,14 +56,12 @@ def inspect(o: InspectOptions) -> None:
     nulls = tuple(filter(None, o.nulls.split(",")))
     known = runs_dir() / "machine.json"
     told = read_json(known) if known.is_file() else {}
-    # a run trains in the faster of the two
-    speeds = [told[name] for name in ("fp32_gflops", "bf16_gflops") if told.get(name)]
     config = InspectConfig(
         text_column=o.text,
         label_column=o.label,
         test_source=o.test,
         options=ReadOptions(separator=o.separator, encoding=o.encoding, nulls=nulls),
-        gflops=max(speeds, default=None),
+        gflops=_training_gflops(told),
     )
     line = ProgressLine()
     try:
@@ -72,3 +70,14 @@ def inspect(o: InspectOptions) -> None:
         line.clear()
     width = min(100, max(80, shutil.get_terminal_size((96, 24)).columns))
     typer.echo(inspection_json(found) if o.as_json else inspection_text(found, width))
+
+
+def _training_gflops(measured: dict) -> float | None:
+    """Speed in the precision in which a run is likely to train: bfloat16 where it is the faster
+    one; None where nothing was measured.
+
+    Args:
+        measured: The machine, as `llmeco doctor` or a run has left it.
+    """
+    speeds = [measured[name] for name in ("fp32_gflops", "bf16_gflops") if measured.get(name)]
+    return max(speeds, default=None)

@@ -7,6 +7,7 @@ __all__ = ['json_cause', 'unique_keys', 'finite', 'parse_json', 'json_rows', 're
            'read_parquet', 'read_text_files', 'read_split_tables', 'read_folder', 'cut_text', 'read_file', 'read_frame']
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #368738ab
+import io
 import json
 import math
 import re
@@ -135,7 +136,8 @@ def json_rows(lines: Iterator[str], name: str) -> Iterator[dict]:
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        row = parse_json(line, n, name, lambda: line + "".join(islice(lines, 50)))
+        around = lambda: line + "".join(islice(lines, 50))
+        row = parse_json(line.removesuffix("\n"), n, name, around)
         if not isinstance(row, dict):
             raise DataError(
                 f'{name}, line {n}: each line must be an object such as {{"text": "…"}}; '
@@ -154,20 +156,16 @@ def read_json_table(text: str, name: str) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    whole, rows = text.lstrip().startswith("["), []
-    for n, line in enumerate(
-        [text] if whole else text.split("\n"), 1
-    ):  # not splitlines: U+2028 is allowed inside JSON texts
-        if not line.strip():
-            continue
-        found = parse_json(line, n, name, lambda: text)
-        rows += found if whole else [found]
-    wrong = next((r for r in rows if not isinstance(r, dict)), None)
-    if wrong is not None:
-        raise DataError(
-            f'{name}: each line must be an object such as {{"text": "…", "label": "…"}}; '
-            f"found {json.dumps(wrong, ensure_ascii=False)[:60]}"
-        )
+    if not text.lstrip().startswith("["):
+        # no splitlines: U+2028 is allowed inside JSON texts
+        return pd.DataFrame(list(json_rows(io.StringIO(text, "\n"), name)), dtype=object)
+    rows = parse_json(text, 1, name)
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{name}, element {n}: each must be an object such as {{"text": "…"}}; '
+                f"found {json.dumps(row, ensure_ascii=False)[:60]}"
+            )
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #dbb55668
@@ -189,7 +187,7 @@ def declared_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[s
 def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list[str]]]:
     """A Parquet file as a DataFrame and its class names by column (`{}` when it carries none).
 
-    Raises `DataError` when it is broken.
+    Raises `DataError` when it is broken, or holds what Python has no value for.
 
     Args:
         data: All bytes.
@@ -205,7 +203,7 @@ def read_parquet(data: bytes, name: str) -> tuple["pd.DataFrame", dict[str, list
             f"{name} is not a readable Parquet file ({type(e).__name__}: "
             f"{' '.join(str(e)[:100].split())}). Fetch or write it again."
         ) from None
-    return frame_of(table), declared_classes(table.schema.metadata)
+    return frame_of(table, name), declared_classes(table.schema.metadata)
 
 # %% ../../nbs/0_ground/04h_readers.ipynb #9392f912
 def read_text_files(listing: FolderListing, options: ReadOptions) -> "pd.DataFrame":

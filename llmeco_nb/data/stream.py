@@ -30,7 +30,7 @@ from llmeco_nb.data.encodings import (
     utf8_error,
 )
 from .folders import list_folder, split_ending, text_endings
-from .hub import open_hub
+from .hub import cells_of, open_hub
 from .readers import json_rows, read_frame
 from llmeco_nb.data.sources import (
     did_you_mean,
@@ -70,22 +70,22 @@ def read_lines(source: str | Path, newline: str = "\n", encoding: str = "") -> I
     source = source_name(source)
     with open_stream(source) as raw:
         found = find_encoding(raw.peek(4)[:4], encoding, source)
-        # lines that are UTF-8 though another encoding is given; None where it does not matter
-        alike = 0 if encoding and has_single_bytes(found) else None
+        # whether all letters are UTF-8 though another encoding is given; None: it does not matter
+        alike = False if encoding and has_single_bytes(found) else None
         with io.TextIOWrapper(raw, found, newline=newline) as texts:
             while True:
                 try:
                     line = texts.readline(max_text + 1)
                 except UnicodeError:
                     break
-                if alike == 20 or (alike and not line):
+                if not line and alike:
                     raise utf8_error(source, encoding)
                 if not line:
                     return
                 if "\0" in line:
                     break
                 if alike is not None and not line.isascii():
-                    alike = alike + 1 if is_utf8(line.encode(found)) else None
+                    alike = is_utf8(line.encode(found)) or None
                 if len(line) > max_text:
                     raise too_long(source)
                 yield line
@@ -245,8 +245,8 @@ def parquet_texts(
             file = pq.ParquetFile(raw)
             column_values(pd.DataFrame(columns=file.schema_arrow.names), source, "text", column)
             for batch in file.iter_batches(rows, columns=[column]):
-                values = batch.column(0).to_pylist()
-                yield from (cell_text(v, source, column, options) for v in values)
+                cells = cells_of(batch[column], source, column)
+                yield from (cell_text(v, source, column, options) for v in cells)
         except (pa.ArrowException, OSError) as e:
             raise DataError(
                 f"{source} is not a readable Parquet file ({type(e).__name__}: "
@@ -267,8 +267,8 @@ def hub_texts(source: str, column: str, options: ReadOptions = ReadOptions()) ->
 
     table = open_hub(source)
     column_values(pd.DataFrame(columns=table.columns), source, "text", column)
-    cells = chain.from_iterable(part[column].to_pylist() for part in table.chunks())
-    return (cell_text(cell, source, column, options) for cell in cells)
+    parts = (cells_of(part[column], source, column) for part in table.chunks())
+    return (cell_text(cell, source, column, options) for cell in chain.from_iterable(parts))
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #8ce5e2df
 def paragraphs(lines: Iterable[str], source: str = "The source") -> Iterator[str]:

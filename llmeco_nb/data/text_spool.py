@@ -174,7 +174,7 @@ def id_column(numbers: np.ndarray) -> "pd.Series":
 
 # %% ../../nbs/1_pretraining/10x_text_spool.ipynb #fc0727c5
 class TextSpool:
-    """Texts in a nameless file, read by their numbers.
+    """Texts in a nameless file, read by their numbers; leaving its `with` block closes the file.
 
     Args:
         folder: On the disk that the file is to lie on.
@@ -185,6 +185,16 @@ class TextSpool:
         self.bounds = array("q", [0])
         self.waiting: list[bytes] = []
         self.size = 0
+
+    def close(self) -> None:
+        "Let go of the file; no text can be read any more."
+        self.file.close()
+
+    def __enter__(self) -> "TextSpool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def add(self, text: str) -> int:
         """Append a text; its number, from 0.

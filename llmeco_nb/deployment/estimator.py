@@ -93,11 +93,12 @@ class TextClassifier:
         Args:
             folder: Of a bundle.
         """
-        predictor = Predictor.load(folder)
+        place = Path(folder).resolve()  # also once the process works in another folder
+        predictor = Predictor.load(place)
         if not predictor.labels:
             raise DataError(f"{folder} answers with numbers; this class is for class names.")
         one = cls()
-        one.predictor, one.folder = predictor, Path(folder)
+        one.predictor, one.folder = predictor, place
         return one
 
     @property
@@ -152,7 +153,16 @@ class TextClassifier:
         return state
 
     def __setstate__(self, state: dict):
-        "The bundle is written into a temporary folder, verified, and opened."
+        """The bundle is written into a temporary folder, verified, and opened. Raises `DataError`
+        for the state of another version that had other arguments."""
+        odd = [k for k in ("params", "told", "files") if k not in state]
+        odd += state.get("params", {}).keys() - signature(type(self)).parameters.keys()
+        if odd:
+            raise DataError(
+                "This classifier was pickled by another version of llmeco: the two differ in "
+                f"{', '.join(sorted(odd))}. Call save where it was pickled and load here, or fit "
+                "it anew."
+            )
         self.__init__(**state["params"])  # type: ignore[misc]  # an instance without attributes
         self._told = state["told"]
         if not state["files"]:

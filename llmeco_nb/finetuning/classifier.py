@@ -219,7 +219,7 @@ def fine_tune(
         config: Of model and training.
         race: The file race.json, which says how many minutes this model has; empty: none.
     """
-    from llmeco_nb.models.speedups import retain_freed_memory
+    from llmeco_nb.models.speedups import decided_precision, retain_freed_memory
     from llmeco_nb.training.loop import plan_file, resolve_plan_on_rank_zero, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.parallel import all_finished, current_world, run_on_rank_zero
@@ -278,11 +278,13 @@ def fine_tune(
         rate=layerwise_lr_scales(
             getattr(model.config, "num_hidden_layers", 0), config.layerwise_lr_decay
         ),
+        precision=decided_precision(record, model),
     )
     step = half.loss_step(config.label_smoothing)
     asked |= dict(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
+    asked |= dict(head=given and given.to_json())  # another race's choice makes another plan
 
     def forward(tokens: int) -> float:
         cut = [truncate_middle(ids, tokens, head) for ids in sample.input_ids]
@@ -314,7 +316,9 @@ def fine_tune(
             encode_s=encode_s,
         )
         work = plan_workload(config, known, sample.lengths, measure, forward)
-        choice = given or choose_head(half, schema, tokenizer, splits, work.max_length)
+        choice = given or choose_head(
+            half, schema, tokenizer, splits, work.max_length, config.minutes
+        )
         planned = finetune_plan(config, replace(work, spent_s=time.monotonic() - begun))
         return planned | dict(head_choice=choice.to_json())
 
@@ -327,7 +331,8 @@ def fine_tune(
     found = run_on_rank_zero(plan_or_reason)
     if isinstance(found, str):
         return run_on_rank_zero(lambda: exclude_model(record, config.name, found, **coverage))
-    choice = HeadChoice(**found.pop("head_choice"))
+    told = found.pop("head_choice", None)  # a plan of an earlier version has none
+    choice = HeadChoice(**told) if told else given or HeadChoice()
     stored, decided = take_extras(found)
     plan, tokens = TrainPlan.from_json(stored, str(plan_file(record))), decided["max_length"]
     head = choice.per_cent
@@ -410,6 +415,7 @@ def fine_tune(
         steps=result.steps,
         best_step=result.best_step,
         stopped_early=result.stopped,
+        precision=optimiser.precision,
         predicted_in="fp32" if exact else "bf16",
         passes=round(result.steps * batch_size / len(target), 2),
         max_length=tokens,

@@ -287,7 +287,7 @@ def fit_frozen(
 
         known = half.fit_schema(schema, splits["train"])
         length = plan()["max_length"]
-        choice = given or choose_head(half, known, reader.tokenizer, splits, length)
+        choice = given or choose_head(half, known, reader.tokenizer, splits, length, config.minutes)
         return plan() | dict(head_choice=choice.to_json())
 
     try:
@@ -296,7 +296,8 @@ def fit_frozen(
         return exclude_model(record, config.name, str(e), **coverage)
     splits["train"] = labelled_subset(splits["train"], plan["labels"], config.seed)
     schema = half.fit_schema(schema, splits["train"])
-    choice = HeadChoice(**plan["head_choice"])
+    told = plan.get("head_choice")  # a plan of an earlier version has none
+    choice = HeadChoice(**told) if told else given or HeadChoice()
     reader = replace(reader, max_length=plan["max_length"], head=choice.per_cent)
     started = time.monotonic()
     read = read_splits(record, reader, plan["precision"], splits)

@@ -30,7 +30,12 @@ from llmeco_nb.finetuning.classifier import (
     layerwise_lr_scales,
 )
 from .encoding import classifier_batches
-from .head_and_tail import HEAD_AND_TAIL, choose_head, given_head
+from llmeco_nb.finetuning.head_and_tail import (
+    HEAD_AND_TAIL,
+    HeadChoice,
+    choose_head,
+    given_head,
+)
 from .race_plan import DividedMinutes, divide_minutes, pick_winner, race_plan
 from .training_half import TrainingHalf, Truncation
 from ..stats.significance import wilson
@@ -122,6 +127,7 @@ class Entrant:
         validation: Token ids of the validation texts.
         pad: Id of the padding token.
         tokenizer: Of its encoder.
+        max_length: Tokens it reads of a text, at most.
         left_out: Why it may not take part; empty: it may.
     """
 
@@ -133,10 +139,12 @@ class Entrant:
     validation: list[list[int]]
     pad: int
     tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
     left_out: str = ""
 
 
 def enter(
+    record: Record,
     half: TrainingHalf,
     schema: Schema,
     folder: str,
@@ -146,12 +154,14 @@ def enter(
     """Open an encoder and encode the texts for it.
 
     Args:
+        record: Of the race; keeps in which precision it began.
         half: Of the task.
         schema: After `fit_schema`.
         folder: Of the encoder.
         splits: train and validation: rows of the corpus.
         config: Of its fine-tuning.
     """
+    from llmeco_nb.models.speedups import decided_precision
     from llmeco_nb.training.optim import Optimiser
 
     seed_everything(config.seed)
@@ -167,12 +177,13 @@ def enter(
     return Entrant(
         config,
         model,
-        Optimiser(model, config.lr, rate=scales),
+        Optimiser(model, config.lr, rate=scales, precision=decided_precision(record, model)),
         train.input_ids,
         train.targets,
         validation.input_ids,
         tokenizer.pad_token_id,
         tokenizer,
+        cut.max_length,
         unreadable(unknown_share(tokenizer, splits["train"].text), config.max_unknown_share),
     )
 
@@ -266,28 +277,40 @@ def race(
     splits["validation"] = shuffled.head(config.eval_examples)
     schema = half.fit_schema(schema, splits["train"])
     folders = [encoder_folder(corpus, encoder, one.weights, one.seed) for one in entered]
-    opened = [enter(half, schema, f, splits, one) for f, one in zip(folders, entered)]
-    first = next((one for one in opened if not one.left_out), opened[0])
-    choice = given_head(None, max(config.minutes, config.total))
-    if choice is None:
-        held = dict(train=splits["train"], validation=shuffled)
-        choice = choose_head(half, schema, first.tokenizer, held, config.max_length)
-    if choice.head_fraction != HEAD_AND_TAIL:
-        for i, (folder, one) in enumerate(zip(folders, entered)):
-            if one.head_fraction is None:
-                one = one.replace(head_fraction=choice.head_fraction)
-                opened[i] = enter(half, schema, folder, splits, one)
+    opened = [enter(record, half, schema, f, splits, one) for f, one in zip(folders, entered)]
     left_out = {one.config.name: one.left_out for one in opened if one.left_out}
-    # where none can read the texts, each will say so in its fine-tuning
-    readers = [one for one in opened if not one.left_out]
-    entrants = readers or opened[:1]
+    able_at = [i for i, one in enumerate(opened) if not one.left_out]
+    racing = able_at or [0]  # where none can read the texts, each will say so in its fine-tuning
+    ours = config.minutes or config.total
+
+    def choose() -> HeadChoice | None:
+        undecided = [opened[i] for i in able_at if entered[i].head_fraction is None]
+        if not undecided or given_head(None, ours) is not None:
+            return None
+        held, one = dict(train=splits["train"], validation=shuffled), undecided[0]
+        return choose_head(half, schema, one.tokenizer, held, one.max_length, ours)
+
+    def obey(choice: HeadChoice | None) -> None:
+        if choice is None or choice.head_fraction == HEAD_AND_TAIL:
+            return
+        for i, (folder, one) in enumerate(zip(folders, opened)):
+            if one.config.head_fraction is None:
+                decided = one.config.replace(head_fraction=choice.head_fraction)
+                opened[i] = enter(record, half, schema, folder, splits, decided)
 
     def make_plan() -> dict:
-        speeds = [entrant_speed(half, one) for one in entrants]
+        choice = choose()
+        obey(choice)
+        speeds = [entrant_speed(half, opened[i]) for i in racing]
         spent = time.monotonic() - begun
-        return race_plan(config, speeds, enough, len(splits["validation"]), spent)
+        planned = race_plan(config, speeds, enough, len(splits["validation"]), spent)
+        return planned | dict(head_choice=choice and choice.to_json())
 
     plan = resolve_plan(record, asked, make_plan)
+    told = plan.get("head_choice")  # the same for a race that goes on
+    choice = HeadChoice(**told) if told else None
+    obey(choice)
+    entrants = [opened[i] for i in racing]
     targets = splits["validation"][half.task.target].to_numpy()[: plan["evaluated"]]
     rows, quality = [], []
     by_class = half.task.stores_scores()
@@ -304,7 +327,7 @@ def race(
             rows.append(row)
     names = [one.config.name for one in entrants]
     winner, why, differences = pick_winner(names, [q.astype(float) for q in quality], config.alpha)
-    if not readers:
+    if not able_at:
         why = "no candidate can read the texts"
     by_score = sorted(rows, key=lambda row: -row["score"])
     able = [row["name"] for row in by_score if row["name"] not in left_out]
@@ -326,7 +349,7 @@ def race(
             **about,
             rows=rows,
             left_out=left_out,
-            head_choice=choice.to_json(),
+            head_choice=told,
             differences=dict(zip(names[1:], differences)),
         ),
     )
@@ -334,7 +357,7 @@ def race(
         winner=winner,
         **about,
         **{f"score_{row['name']}": row["score"] for row in rows},
-        **choice.metrics(),
+        **(choice or HeadChoice()).metrics(),
         seconds=round(time.monotonic() - begun, 1),
     )
     return record.artifact("race.json")

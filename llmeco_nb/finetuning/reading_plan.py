@@ -16,7 +16,13 @@ import numpy as np
 
 from ..config import StageConfig
 from ..core import Record
-from .budget import SPARE, TooFewMinutes, finishing_seconds, round_down
+from llmeco_nb.finetuning.budget import (
+    SPARE,
+    TooFewMinutes,
+    enough_minutes,
+    finishing_seconds,
+    round_down,
+)
 
 # %% ../../nbs/2_finetuning/22c_reading_plan.ipynb #22c0f005
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -84,17 +90,18 @@ def frozen_plan(
         return math.floor(min(train, left / (speed.seconds(1, max_length) + speed.fit_s)))
 
     if config.minutes:
-        tried = [config.max_length]
-        while affordable(tried[-1]) < min(train / 2, 2000) and tried[-1] // 2 >= fewest_tokens:
+        tried, enough = [config.max_length], max(least, min(train / 2, 2000))
+        while affordable(tried[-1]) < enough and tried[-1] // 2 >= fewest_tokens:
             tried.append(tried[-1] // 2)
         labels = affordable(tried[-1])
         tokens = next(t for t in tried if affordable(t) == labels)  # fewer would save nothing
         if labels < least:
-            needed = spent + speed.seconds(answered, tokens, exact=True) + reserve
+            needed = spent + speed.seconds(answered, tokens, exact=True)
             needed += (speed.seconds(least, tokens) + least * speed.fit_s) / SPARE
             raise TooFewMinutes(
                 f"minutes is {config.minutes:g}; reading {answered} validation and test texts and "
-                f"{least} training texts, and saving, take about {needed / 60:.2g} here. Give more."
+                f"{least} training texts, and saving, take about {enough_minutes(needed):.2f} "
+                "here. Give more."
             )
         if labels < train:
             labels = max(least, round_down(labels))

@@ -204,6 +204,7 @@ def refit_encoder(
     from llmeco_nb.finetuning.classifier import save_classifier
     from llmeco_nb.finetuning.encoding import classifier_batches, tokenize_texts
     from llmeco_nb.finetuning.text_classification import classification_loss_step
+    from llmeco_nb.models.speedups import decided_precision
     from llmeco_nb.training.loop import resolve_train_plan, train_task
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.state import TrainPlan
@@ -229,7 +230,7 @@ def refit_encoder(
         texts="".join(sorted(corrections.text)),
         **{name: config.fingerprint()[name] for name in learned},
     )
-    optimiser = Optimiser(model, config.lr)
+    optimiser = Optimiser(model, config.lr, precision=decided_precision(record, model))
 
     def make_plan() -> TrainPlan:
         return TrainPlan(

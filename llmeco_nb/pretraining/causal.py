@@ -32,7 +32,7 @@ from llmeco_nb.core import (
 from ..models.decoder import Decoder, decoder_flops, decoder_parameters, new_decoder
 from ..models.decoder_conversion import save_decoder
 from ..models.ngram import Ngram, bits_per_byte, compression_bits_per_byte
-from ..models.speedups import FusedLinearCrossEntropy, num_loss_chunks
+from ..models.speedups import FusedLinearCrossEntropy, decided_precision, num_loss_chunks
 from .budget import peak_gflops, stage_plan, tokens_per_second
 from llmeco_nb.pretraining.packing import (
     eos_token_id,
@@ -307,7 +307,7 @@ def pretrain_causal(
         decay=config.weight_decay,
         betas=(0.9, 0.98),
         muon=config.muon_lr,
-        precision=config.precision,
+        precision=decided_precision(record, model, config.precision),
     )
 
     def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -416,6 +416,7 @@ def pretrain_causal(
     work = decoder_flops(model.config, config.context_length)
     parts = decoder_parameters(model.config)
     record.save_metrics(
+        precision=optimiser.precision,
         validation_loss=nats / n,
         perplexity=math.exp(nats / n),
         bits_per_byte=bits_per_byte(nats, total),

@@ -29,7 +29,7 @@ from llmeco_nb.core import (
 )
 from ..data.corpus import read_split
 from ..models.conversion import save_pretrained
-from ..models.speedups import num_loss_chunks, retain_freed_memory
+from ..models.speedups import decided_precision, num_loss_chunks, retain_freed_memory
 from ..models.transformer import Seq2Seq
 from .budget import stage_plan, tokens_per_second
 from llmeco_nb.pretraining.denoising_eval import (
@@ -316,7 +316,11 @@ def denoise(
     )
     untrained = validation_scores(model.eval(), held, corruption)[:, 0]
     optimiser = Optimiser(
-        model, config.lr or 3e-3, betas=(0.9, 0.98), muon=config.muon_lr, precision=config.precision
+        model,
+        config.lr or 3e-3,
+        betas=(0.9, 0.98),
+        muon=config.muon_lr,
+        precision=decided_precision(record, model, config.precision),
     )
 
     def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -375,6 +379,7 @@ def denoise(
     save_seq2seq(model, tokenizer, record.artifact("writer"), config.target)
     copier, (kind, copied) = beside.copier
     record.save_metrics(
+        precision=optimiser.precision,
         **means,
         copier=f"always “{cutter.decode(list(copied))}”" if kind == "fixed" and copied else copier,
         counter=beside.counter[0],

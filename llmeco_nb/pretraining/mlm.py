@@ -24,6 +24,7 @@ from ..core import DataError, Record, UsageError, seed_everything, write_json
 from ..data.corpus import read_split
 from ..models.encoder import count_parameters, flops_per_token, mlm_logits
 from llmeco_nb.models.speedups import (
+    decided_precision,
     fast_mlm_loss,
     num_loss_chunks,
     retain_freed_memory,
@@ -292,7 +293,7 @@ def pretrain(
         config.lr or 3e-3,
         betas=(0.9, 0.98),
         eps=1e-6,
-        precision=config.precision,
+        precision=decided_precision(record, model, config.precision),
         rate=slower,
     )
 
@@ -362,6 +363,7 @@ def pretrain(
     n, parts = final[:, 2].sum(), count_parameters(model.config)
     work = flops_per_token(model.config, config.seq_len, final[:, 2].mean() / config.seq_len)
     record.save_metrics(
+        precision=optimiser.precision,
         validation_loss=final[:, 0].sum() / n,
         validation_accuracy=final[:, 1].sum() / n,
         unigram_loss=guess.sum() / n,

@@ -32,6 +32,7 @@ from llmeco_nb.core import (
 from ..data.corpus import read_split, small_corpus
 from llmeco_nb.models.speedups import (
     FusedLinearCrossEntropy,
+    decided_precision,
     num_loss_chunks,
     retain_freed_memory,
     use_fast_attention,
@@ -319,7 +320,11 @@ def pretrain_nsp(
     seed_everything(config.seed)
     use_fast_attention(model)
     optimiser = Optimiser(
-        model, config.lr or 3e-4, betas=(0.9, 0.98), eps=1e-6, precision=config.precision
+        model,
+        config.lr or 3e-4,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        precision=decided_precision(record, model, config.precision),
     )
 
     def make_batch(n: int, index: int, world: int = 1, rank: int = 0) -> dict[str, Any]:
@@ -371,6 +376,7 @@ def pretrain_nsp(
     )
     save_encoder(model, tokenizer, record.artifact("paired"))
     record.save_metrics(
+        precision=optimiser.precision,
         accuracy=final[:, 1].mean(),
         pair_loss=final[:, 0].mean(),
         token_loss=final[:, 2].mean(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..core import LlmecoError, UsageError, write_bytes
 from ..locks import lock
 from .kernel import execute, import_nbformat
-from .machine import machine, versions
+from .machine import beside_other_work, machine, versions
 from .stages import StageRegistry
 from .store import Run
 
@@ -26,7 +26,7 @@ def findings(registry: StageRegistry, runs: Path):
 
     Args:
         registry: The notebooks and package to check.
-        runs: Folder of all runs; made if it is not there.
+        runs: Folder of all runs; made if it is not there. The machine's speed is left in it.
     """
     yield "Python", sys.version_info >= (3, 11), sys.version.split()[0]
     yield from _libraries()
@@ -41,10 +41,12 @@ def findings(registry: StageRegistry, runs: Path):
         if registry.checkout
         else "installed package",
     )
+    keeps = False
     try:
         runs.mkdir(parents=True, exist_ok=True)
         write_bytes(runs / ".doctor", b"well")
         (runs / ".doctor").unlink()
+        keeps = True
         free = shutil.disk_usage(runs).free / 2**30
         yield "room", free > 2, f"{free:.1f} GiB free in {runs}"
     except OSError as e:
@@ -61,13 +63,14 @@ def findings(registry: StageRegistry, runs: Path):
         except (LlmecoError, OSError) as e:
             yield "kernel", False, str(e)
         try:
-            m = machine(Path(folder) / "machine.json")
+            m = machine((runs if keeps else Path(folder)) / "machine.json")
             yield (
                 "machine",
                 True,
                 f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; "
                 f"best with {m['threads']} threads: {m['fp32_gflops']} GFLOP/s fp32, "
-                f"{m['bf16_gflops']} bf16" + (f"; {m['gpu']}" if m["gpu"] else ""),
+                f"{m['bf16_gflops']} bf16{beside_other_work(m)}"
+                + (f"; {m['gpu']}" if m["gpu"] else ""),
             )
         except LlmecoError as e:
             yield "machine", False, str(e)

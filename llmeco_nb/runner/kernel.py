@@ -193,7 +193,7 @@ class KernelGroup:
             self.stop()
 
     def stop(self):
-        "Kill the kernels at work, and each that is started from now on."
+        "Kill the kernels at work with what they started, and each that is started from now on."
         with self._lock:
             self.stopped.set()
             for kernel in self._at_work:
@@ -224,11 +224,15 @@ class KernelGroup:
 
 
 def _kill(process: "psutil.Process"):
-    "Kill a process, unless it has ended; another one with its id is let alone."
+    """Kill a process and those it has started, and they in turn, unless it has ended; another one
+    with its id is let alone."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
-        process.kill()
+        process.suspend()  # it starts no further ones while they are looked for
+        for one in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                one.kill()
 
 # %% ../../nbs/0_ground/00d_kernel.ipynb #9e7f0622
 def execute(

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ..core import DataError, UsageError, format_duration, read_json, write_json
 from ..runner.benchmarks import code_key
+from ..runner.machine import beside_other_work
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, read_profile
 from .charts import intervals_svg
@@ -112,7 +113,7 @@ class KeptRun:
                 *([f"{'; '.join(named)}."] if named else []),
                 f"All stages together took {total} ({spent}) on {machine.get('cores')} cores that "
                 f"reach {machine.get('fp32_gflops')} GFLOP/s in fp32 and "
-                f"{machine.get('bf16_gflops')} in bf16.",
+                f"{machine.get('bf16_gflops')} in bf16{beside_other_work(machine)}.",
             ]
         )
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from ..runner.kernel import json_or
+from ..runner.machine import beside_other_work
 from ..runner.pipeline import Pipeline
 from ..runner.stages import headline
 from ..runner.store import Run, Store
@@ -171,6 +172,7 @@ def machine_facts(made: list[StageResult]) -> tuple[str, str]:
         f"{box.get('cores')} cores, best with {box.get('threads')}" if box.get("cores") else "",
         f"{box.get('memory_gib')} GiB",
         f"{box.get('fp32_gflops')} GFLOP/s in fp32, {box.get('bf16_gflops')} in bf16"
+        f"{beside_other_work(box)}"
         if box.get("fp32_gflops")
         else "",
         box.get("gpu") or "",

@@ -351,7 +351,9 @@ class Optimiser:
         self.room = {}
         self.muon = config.muon
         options = MuonConfig.of(config.muon_options or {})
-        self.muon_options = dataclasses.asdict(options.on(next(model.parameters()).device.type))
+        rounds = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        options = dataclasses.replace(options, dtype=options.dtype or rounds)
+        self.muon_options = dataclasses.asdict(options)
         self.ema = config.ema
         self.updates = torch.zeros((), dtype=torch.int64)
         averaged = self.masters.items() if self.ema else ()
