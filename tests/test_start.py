@@ -18,7 +18,7 @@ from llmeco_nb.core import (  # noqa: E402
 )
 from llmeco_nb.data.corpus import write_corpus  # noqa: E402
 from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.speedups import num_loss_chunks  # noqa: E402
+from llmeco_nb.models.speedups import has_bf16, num_loss_chunks  # noqa: E402
 from llmeco_nb.pretraining.causal import (  # noqa: E402
     CausalConfig,
     causal_loss_step,
@@ -289,9 +289,9 @@ def test_early_stop_and_roof_in_the_rows(inputs, tmp_path):
     assert (
         record.metrics["steps"] < 60 and record.metrics["best_step"] < record.metrics["steps"]
     )  # at such a rate nothing gets better for long
-    assert all(
-        0 < row["roof_share"] < 1.5 for row in record.rows() if "tokens_per_s" in row
-    ) and any("tokens_per_s" in row for row in record.rows())
+    shares = [row["roof_share"] for row in record.rows() if "tokens_per_s" in row]
+    # without instructions for bfloat16 a large product, the roof, is slower than small ones
+    assert shares and min(shares) > 0 and (max(shares) < 1.5 or not has_bf16("cpu"))
 
 
 @pytest.mark.parametrize("rows", [2, 9, 40, 150])
