@@ -210,6 +210,67 @@ def test_declared_classes_and_what_is_refused(tmp_path):
         assert "and 1 more; a text has at most" in compare(tmp_path, asked)["error"]
 
 
+def test_many_near_copies_of_an_official_text_leave_training(tmp_path):
+    "Whether a text is near an official one does not depend on how many others are, too."
+    words = [f"word{k}" for k in range(30)]
+    rows = [dict(text=" ".join(f"f{i * 30 + k}" for k in range(30))) for i in range(100)]
+    rows += [dict(text=" ".join([f"new{k}", *words[1:]])) for k in range(40)]
+    rows += [dict(text=f"A long{'!' * k} day") for k in range(1, 21)]
+    rows = [r | dict(label="ab"[i % 2]) for i, r in enumerate(rows)]
+    source = write(tmp_path, "t.csv", rows)
+    held = [dict(text=" ".join(words), label="a"), dict(text="a long day", label="b")]
+    asked = CorpusConfig(source=source, test_source=write(tmp_path, "o.csv", held), max_rows=None)
+    counts = json.loads(compare(tmp_path, asked)["datasheet.json"])["counts"]
+    assert (counts["near_leaks"], counts["usable"]) == (60, 100)
+
+
+def test_an_official_set_without_labels_is_refused(tmp_path):
+    source = write(tmp_path, "t.csv", [r | dict(split="") for r in rows_of(120)])
+    (tmp_path / "flat").mkdir()
+    for name in ("flat/a.txt", "held.txt"):
+        (tmp_path / name).write_text("a text without a label\n")
+    for s in ("validation", "test"):
+        for name in ("flat", "held.txt"):
+            official = {f"{s}_source": str(tmp_path / name)}
+            asked = CorpusConfig(source=source, max_rows=None, **official)
+            said = compare(tmp_path, asked)["error"]
+            assert f"{name} holds texts alone" in said and "classes" in said
+            assert "error" not in compare(tmp_path, asked.replace(label_column=""))
+
+
+def test_the_datasheet_does_not_grow_with_copies(tmp_path):
+    rows = rows_of(60) + [dict(text="no <b>comment</b>", label="good")] * 3000
+    asked = CorpusConfig(source=write(tmp_path, "t.csv", [r | dict(split="") for r in rows]))
+    sheet = compare(tmp_path, asked)["datasheet.json"]
+    sample = max(json.loads(sheet)["copies"]["samples"], key=lambda one: one["rows"])
+    assert sample["rows"] == 3000 and len(sample["texts"]) == len(sample["ids"]) == 5
+    assert len(sheet) < 10_000
+
+
+def test_of_an_official_set_with_splits_the_one_asked_for_is_taken(tmp_path):
+    source = write(tmp_path, "t.csv", [r | dict(split="") for r in rows_of(120)])
+    (tmp_path / "parts").mkdir()
+    for name, begin in (("train", 200), ("test", 300)):
+        held = pd.DataFrame(rows_of(begin + 20)[begin:]).drop(columns="split")
+        held.to_csv(tmp_path / "parts" / f"{name}.csv", index=False)
+    official = write(tmp_path, "o.jsonl", rows_of(440)[400:])
+    asked = CorpusConfig(source=source, max_rows=None)
+    for named, n in ((str(tmp_path / "parts"), 20), (official, 4)):
+        found = compare(tmp_path, asked.replace(test_source=named))
+        counts = json.loads(found["datasheet.json"])["counts"]
+        assert counts["test_read"] == n and "Those for test are taken." in found["said"]
+        whole = compare(tmp_path, asked.replace(test_source=named, split_column="none"))
+        assert json.loads(whole["datasheet.json"])["counts"]["test_read"] == 40
+        assert "All are taken, since split_column is none." in whole["said"]
+    said = compare(tmp_path, asked.replace(validation_source=str(tmp_path / "parts")))["error"]
+    assert "validation_source (parts)" in said and "20 for train, 20 for test" in said
+    one = write(tmp_path, "one.csv", [r | dict(split="test") for r in rows_of(440)[400:]])
+    found = compare(tmp_path, asked.replace(validation_source=one))
+    assert json.loads(found["datasheet.json"])["counts"]["validation_read"] == 40
+    lists = write(tmp_path, "l.jsonl", [r | dict(split=["a"]) for r in rows_of(440)[400:]])
+    assert "error" not in compare(tmp_path, asked.replace(test_source=lists))
+
+
 SAME = {
     "lists in a column named split": (
         [r | dict(split=[r["split"]]) for r in rows_of(60)],

@@ -15,15 +15,8 @@ import numpy as np
 
 from ..core import DataError
 from .corpus_rows import CorpusConfig, Material
-from llmeco_nb.data.groups import (
-    WordTable,
-    connect,
-    content_groups,
-    hash_texts,
-    index_runs,
-    near_pairs,
-    run_words,
-)
+from .groups import WordTable, connect, content_groups, hash_texts, run_words
+from .minhash import near_sets
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
 from .tables import listed, read_within
@@ -151,26 +144,27 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
     return dropped
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #3f7254eb
-def equal_words(table: WordTable) -> np.ndarray:
-    """Pairs, int64 [n, 2], that connect texts of the same words, of which each has less than five.
+def equal_words(table: WordTable, first: int) -> np.ndarray:
+    """Which of the first texts have the words of one of the others, of which each has less than
+    five: bool [first].
 
     Args:
-        table: Of the texts.
+        table: Of all texts.
+        first: Texts that are asked for.
     """
-    found = [np.zeros((0, 2), np.int64)]
+    near = np.zeros(first, bool)
     for n in range(1, run_words):
         texts = np.flatnonzero(table.sizes == n)
-        keys = table.runs(n)[table.bounds[texts]]
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        found.append(np.stack([texts[first[inverse]], texts], 1))
-    return np.concatenate(found)
+        keys, own = table.runs(n)[table.bounds[texts]], texts < first
+        near[texts[own]] = np.isin(keys[own], keys[~own])
+    return near
 
 
 def near_official(
     texts: Iterable[str], official: Iterable[str], max_chars: int = 60_000_000
 ) -> np.ndarray | None:
-    """Which texts are near-duplicates of an official one, or of a text that is: bool [texts]. None
-    where there are too many to be searched.
+    """Which texts are near-duplicates of an official one: bool [texts]. None where there are too
+    many to be searched.
 
     Args:
         texts: To train on.
@@ -185,15 +179,17 @@ def near_official(
         other = read_within(once, max_chars - sum(map(len, own)))
     if own is None or other is None:
         return None
-    both = own + other
-    n, most = len(own), max(len(both) // 10, 5)
-    table = hash_texts(both)
-    pairs = np.concatenate([near_pairs(index_runs(table, most)), equal_words(table)])
-    group = connect(len(both), pairs)
-    few = np.bincount(group)[group[:n]] <= most
-    near = np.isin(group[:n], group[n:]) & few
-    near[pairs[(pairs[:, 0] < n) & (pairs[:, 1] >= n), 0]] = True
-    return near
+    n, table = len(own), hash_texts(own + other)
+    inside = table.inside(run_words)
+    runs, owners = table.runs(run_words)[inside], table.owners[: len(inside)][inside]
+    order = np.lexsort((runs, owners))
+    runs, owners = runs[order], owners[order]
+    new = np.ones(len(runs), bool)
+    new[1:] = (runs[1:] != runs[:-1]) | (owners[1:] != owners[:-1])
+    runs, owners = runs[new], owners[new]
+    kinds, held = np.unique(runs[owners >= n], return_counts=True)
+    common = np.isin(runs, kinds[held > max(len(other) // 10, 5)])
+    return equal_words(table, n) | near_sets(runs, owners, n, len(own + other), common)
 
 
 def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slice_bytes', 'hash_base', 'powers', 'inverse_powers', 'in_word', 'mix64', 'powers_of', 'as_bytes', 'word_hashes',
            'shingles', 'densification_order', 'minhash_signatures', 'candidate_probability', 'choose_bands',
-           'band_keys', 'brief_signatures']
+           'band_keys', 'brief_signatures', 'near_sets']
 
 # %% ../../nbs/1_pretraining/10i_minhash.ipynb #16ea0d4d
 import numpy as np
@@ -222,3 +222,77 @@ def brief_signatures(
         keys[:, begin:end] = (band_keys(table, bands, rows) >> np.uint64(32)).T
         marks[begin:end] = table & np.uint32(255)
     return keys, marks
+
+# %% ../../nbs/1_pretraining/10i_minhash.ipynb #30bc4b9b
+def near_sets(
+    hashes: np.ndarray,
+    owners: np.ndarray,
+    first: int,
+    sets: int,
+    common: np.ndarray,
+    threshold: float = 0.8,
+    most: int = 32,
+) -> np.ndarray:
+    """Which of the first sets are alike to one of the others, bool [first].
+
+    Args:
+        hashes: uint64 [n]: members of the sets, each once in a set.
+        owners: int64 [n]: the set of each, from 0, ascending.
+        first: Sets that are asked for; those after them are the others.
+        sets: Number of all.
+        common: bool [n]: members that count for nothing by themselves.
+        threshold: Jaccard similarity, with the common members and without.
+        most: Others that a set is compared with at most, those first that seem most alike.
+    """
+    ends = np.searchsorted(owners, np.arange(sets + 1))
+    total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mix64(hashes))])
+    sums = total[ends[1:]] - total[ends[:-1]]
+    near = np.isin(sums[:first], sums[first:]) & (np.diff(ends)[:first] > 0)  # equal sets
+    rare, every = ~common, np.ones(len(common), bool)
+    own = np.bincount(owners[rare], minlength=sets)
+    mine, others = owners[: ends[first]], first + np.flatnonzero(own[first:])
+    known = np.isin(hashes[: ends[first]], hashes[ends[first] :]) & rare[: ends[first]]
+    shared, held = np.bincount(mine[known], minlength=first), own[:first]
+    asked = np.flatnonzero((held > 0) & (shared >= threshold * held) & ~near)
+    if not len(asked) or not len(others):
+        return near
+    chosen = np.concatenate([asked, others])
+    number = np.full(sets, -1)
+    number[chosen] = np.arange(len(chosen))
+    used = rare & (number[owners] >= 0)
+    bands, rows = choose_bands(threshold)
+    keys, marks = brief_signatures(
+        mix64(hashes[used]), number[owners[used]], len(chosen), bands, rows
+    )
+    n, tables = len(asked), []
+    for band, key in enumerate(keys[:, n:]):  # of many with one key each band offers other ones
+        mixed = np.random.default_rng(band).permutation(len(others))
+        order = mixed[np.argsort(key[mixed], kind="stable")]
+        tables.append((n + order, key[order]))
+
+    def alike(i: int, j: int) -> bool:
+        for counted in (rare, every):
+            a, b = (hashes[ends[k] : ends[k + 1]][counted[ends[k] : ends[k + 1]]] for k in (i, j))
+            both = len(np.intersect1d(a, b, assume_unique=True))
+            if both < threshold * (len(a) + len(b) - both):
+                return False
+        return True
+
+    for begin in range(0, n, 1024):
+        met = []
+        for key, (order, found) in zip(keys[:, begin : min(n, begin + 1024)], tables):
+            low = np.searchsorted(found, key, "left")
+            size = np.minimum(np.searchsorted(found, key, "right") - low, most)
+            place = np.arange(size.sum()) + np.repeat(low - np.cumsum(size) + size, size)
+            met.append(np.repeat(np.arange(len(key)) + begin, size) * len(chosen) + order[place])
+        i, j = np.divmod(np.unique(np.concatenate(met)), len(chosen))
+        cuts = list(range(10_000, len(i), 10_000))
+        parts = zip(np.split(i, cuts), np.split(j, cuts))
+        seem = np.concatenate([(marks[a] == marks[b]).mean(1) for a, b in parts])
+        order = np.lexsort((-seem, i))
+        order = order[seem[order] >= threshold - 0.15]
+        i, j = i[order], j[order]
+        rank = np.arange(len(i)) - np.searchsorted(i, i)
+        for a, b in zip(chosen[i[rank < most]].tolist(), chosen[j[rank < most]].tolist()):
+            near[a] = near[a] or alike(a, b)
+    return near

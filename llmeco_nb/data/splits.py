@@ -316,16 +316,20 @@ def split_of(value: object) -> str | None:
     return split_of_word.get(word)
 
 
-def find_split_column(frame: "pd.DataFrame", wanted: str, used: Sequence[str] = ()) -> str:
+def find_split_column(
+    frame: "pd.DataFrame", wanted: str, used: Sequence[str] = (), whole: bool = True
+) -> str:
     """The column that says which split a row belongs to; empty where there is none.
 
     A column `split` counts without being named if each of its values is a word for a split, and
-    one of them for training. Raises `UsageError`.
+    they mean two or more; where the frame is a whole corpus, one of them training. Raises
+    `UsageError`.
 
     Args:
         frame: All columns of a source.
         wanted: Name of the column; empty: look for one; none: take none.
         used: Columns that play another role.
+        whole: Whether there must be rows for training.
     """
     if wanted == "none" and "none" not in frame:
         return ""
@@ -339,10 +343,13 @@ def find_split_column(frame: "pd.DataFrame", wanted: str, used: Sequence[str] = 
     if "split" in used or list(frame.columns).count("split") != 1 or not len(frame):
         return ""
     found = {split_of(v) for v in frame["split"].map(str).unique()}
-    return "split" if None not in found and "train" in found and len(found) > 1 else ""
+    told = None not in found and len(found) > 1 and ("train" in found or not whole)
+    return "split" if told else ""
 
 
-def official_splits(frame: "pd.DataFrame", column: str, source: str) -> dict[str, "pd.DataFrame"]:
+def official_splits(
+    frame: "pd.DataFrame", column: str, source: str, whole: bool = True
+) -> dict[str, "pd.DataFrame"]:
     """Split -> its rows, without those that are empty. Raises `DataError` for other words than
     those of `split_of_word`, where no row is for training, and where the column is absent.
 
@@ -350,6 +357,7 @@ def official_splits(frame: "pd.DataFrame", column: str, source: str) -> dict[str
         frame: All columns of a source.
         column: From `find_split_column`; empty: every row is for training.
         source: How to name it in an error.
+        whole: Whether there must be rows for training.
     """
     if not column:
         return {"train": frame}
@@ -369,7 +377,7 @@ def official_splits(frame: "pd.DataFrame", column: str, source: str) -> dict[str
             "set split_column to none."
         )
     sides = np.array([meant[v] for v in values], object)
-    if "train" not in sides:
+    if whole and "train" not in sides:
         raise DataError(
             f"No row of {source} is for training: the column `{column}` holds "
             f"{', '.join(sorted(set(map(str, values))))}. Mend the column, name another one as "

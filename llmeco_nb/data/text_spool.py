@@ -59,8 +59,9 @@ def drop_duplicates(
 ) -> tuple["pd.DataFrame", dict]:
     """One row for each text, none where equal texts carry different labels; ordered by id.
 
-    Beside it a report: numbers of `duplicates`, `conflicts` and `groups`, three `samples`, and ten
-    `contradictions`, each a text with the number of its rows by label.
+    Beside it a report: numbers of `duplicates`, `conflicts` and `groups`; three `samples`, each a
+    group's number of `rows` and the first five of its `texts` and `ids`; and ten `contradictions`,
+    each a text with the number of its rows by label.
 
     Args:
         rows: Columns id, text, label; a target goes before the label.
@@ -85,17 +86,20 @@ def drop_duplicates(
     in_order = lambda found: found[np.argsort(first[found])]
     several = in_order(np.flatnonzero(np.bincount(key, minlength=1) > 1))
 
-    def held(number: int) -> tuple["pd.DataFrame", list[str]]:
+    def held(number: int, most: int) -> tuple["pd.DataFrame", list[str]]:
         group = rows[key == number]
-        return group, list(texts(group))
+        return group, list(texts(group.head(most)))
 
-    twins = [held(number) for number in several[:3]]
-    examples = [held(number) for number in in_order(np.flatnonzero(torn))[:10]]
+    twins = [held(number, 5) for number in several[:3]]
+    examples = [held(number, 1) for number in in_order(np.flatnonzero(torn))[:10]]
     report = {
         "duplicates": int((again & ~conflicting).sum()),
         "conflicts": int(conflicting.sum()),
         "groups": len(several),
-        "samples": [{"texts": [t[:120] for t in ts], "ids": list(g.id)} for g, ts in twins],
+        "samples": [
+            {"rows": len(g), "texts": [t[:120] for t in ts], "ids": list(g.id[:5])}
+            for g, ts in twins
+        ],
         "contradictions": [
             {"text": ts[0][:200], "labels": g[said].value_counts().sort_index().to_dict()}
             for g, ts in examples
@@ -327,7 +331,8 @@ class CleaningReport:
         held = [
             (one if k == 1 else f"{one}-{k}", raw)
             for one, (raw, times) in self.smallest[step].items()
-            for k in range(1, times + 1)
+            for k in (1, 2, 3, 10, 11, 100)  # of all copies the first three by name are of these
+            if k <= times
         ]
         found = []
         for one, raw in sorted(held)[:3]:
