@@ -244,9 +244,7 @@ class CausalConfig(StageConfig):
     eval_examples: PositiveInt = 64  # validation rows of each domain that choose the weights
     num_evals: PositiveInt = 6  # how often they are asked, and samples drawn
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
-    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
     activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
     torch_compile: bool = False  # compile the layers; other last bits; needs a C++ compiler
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step

@@ -246,9 +246,7 @@ class DenoisingConfig(StageConfig):
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
     final_eval_examples: PositiveInt = 300  # validation rows rewritten at the end, beside copying
     baseline_tokens: NonNegativeInt = 2_000_000  # training tokens for the counting baselines
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
-    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
     prompts: list[str] = Field(  # texts with spans to fill
         default_factory=lambda: [

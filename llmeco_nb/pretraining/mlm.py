@@ -96,9 +96,7 @@ class MLMConfig(StageConfig):
     eval_examples: PositiveInt = 64  # validation rows that decide which weights are best
     num_evals: PositiveInt = 6  # how often they are asked
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
-    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
     activation_checkpointing: ExecutionOnly[NonNegativeInt] = 0  # recompute each n-th layer; 0: no
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
     device: ExecutionOnly[Literal["cpu", "cuda", "xla"]] = "cpu"  # cpu, cuda or xla

@@ -268,9 +268,7 @@ class NSPConfig(StageConfig):
     decay_ratio: Fraction = 0.4  # share of the steps from the peak to zero, at the end
     eval_examples: Annotated[int, Field(ge=2)] = 200  # validation pairs, half of them true
     num_evals: PositiveInt = 4  # how often they are asked
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # bf16 (with fp32 masters), fp32, or what the device is good at
-    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
     nproc: ExecutionOnly[PositiveInt] = 1  # processes that share the work of a step
     previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
     seed: NonNegativeInt = 0  # decides the pairs, their order and masks, and the new head
