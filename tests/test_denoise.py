@@ -627,7 +627,8 @@ def test_what_is_not_given_is_probed_and_what_it_costs_is_foretold(inputs, tmp_p
         n["batch"] == 4
         and n["lr"] in LR_CANDIDATES
         and told["came"]["steps"] == 6
-        and abs(n["peak_mib"] / n["forecast_mib"] - 1) < 0.1
+        # of one MiB; in float32 the forecast is on the safe side
+        and -0.15 < n["peak_mib"] / n["forecast_mib"] - 1 < 0.1
     )
     printed = capsys.readouterr().out
     assert all(line in printed for line in told["says"]) and f"learning rate {n['lr']:g}" in printed
