@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ..core import DataError, UsageError, format_duration, read_json, write_json
 from ..runner.benchmarks import code_key
+from ..runner.budget import set_budget
 from ..runner.machine import beside_other_work
 from ..runner.pipeline import Pipeline
 from ..runner.stages import StageRegistry, read_profile
@@ -81,7 +82,8 @@ class KeptRun:
         Args:
             registry: Of today.
         """
-        instances, _ = read_profile(registry, self.profile)
+        instances, spec = read_profile(registry, self.profile)
+        set_budget(instances, spec, {}, self.profile)  # a run has the profile's minutes divided
         code = {o.name: code_key(registry, o.notebook) for o in instances}
         # as JSON has them: a tuple is a list there
         parameters = json.loads(json.dumps({o.name: o.values for o in instances}))
