@@ -10,16 +10,20 @@ import tracemalloc
 import zipfile
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, MissingError, UsageError
+from llmeco_nb.data.corpus import split_texts
 from llmeco_nb.data.delimited import ReadOptions, max_text
 from llmeco_nb.data.sources import fetch, local_path, revision, source_kind
 from llmeco_nb.data.stream import csv_rows, read_lines, stream_texts
+from llmeco_nb.data.table_stream import open_table
 from llmeco_nb.data.tables import read_table
-from llmeco_nb.data.unpacking import open_stream
+from llmeco_nb.data.unpacking import open_stream, parquet_batches
 
 anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 drawn = settings(max_examples=80, deadline=None)
@@ -330,3 +334,39 @@ def test_packed_data_without_bounds_takes_no_memory(tmp_path, ending, start, mor
     assert most < 6 * max_text  # a line as it is put together, and no more
     with pytest.raises(DataError, match="bytes and holds more than 6. MiB when it is unpacked"):
         read_table(file, label_column="")
+
+
+def test_a_parquet_file_is_not_held(tmp_path):
+    "However many row groups have been read, by whatever reads some rows at a time."
+    file = tmp_path / "train.parquet"
+    schema = pa.schema({"id": pa.string(), "text": pa.string(), "label": pa.int64()})
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+        for group in range(12):
+            names = [f"{group}-{i}" for i in range(2000)]
+            rows = dict(id=names, text=[name * 200 for name in names], label=[0, 1] * 1000)
+            writer.write_table(pa.table(rows, schema=schema))
+    assert file.stat().st_size > 24e6
+
+    def memory() -> int:
+        return pa.total_allocated_bytes() + tracemalloc.get_traced_memory()[0]
+
+    def rows():
+        with open_stream(str(file)) as raw:
+            for batch in parquet_batches(raw, 1000):
+                yield from batch.column(1).to_pylist()
+
+    readers = [
+        lambda: stream_texts(str(file)),
+        lambda: split_texts(tmp_path, "train"),
+        lambda: (row[0] for row in open_table(str(file), ReadOptions(), peek=None).cells(["text"])),
+        rows,
+    ]
+    tracemalloc.start()
+    try:
+        for read in readers:
+            before, held = memory(), []
+            for _ in read():
+                held.append(memory() - before)
+            assert len(held) == 24_000 and max(held) < 10e6, max(held)
+    finally:
+        tracemalloc.stop()

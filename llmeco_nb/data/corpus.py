@@ -40,6 +40,7 @@ from llmeco_nb.data.text_spool import (
     text_keys,
     write_rows,
 )
+from .unpacking import parquet_batches
 from ..tasks.contract import Schema
 from ..tasks.registry import save_schema
 from ..tasks.words import split_words
@@ -198,11 +199,8 @@ def split_texts(corpus: str | Path, name: str) -> Iterator[str]:
         corpus: Its folder.
         name: train, validation or test.
     """
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(split_file(corpus, name), buffer_size=1 << 20) as file:
-        for batch in file.iter_batches(1024, columns=["text"]):
-            yield from batch.column(0).to_pylist()
+    for batch in parquet_batches(split_file(corpus, name), 1024, ["text"]):
+        yield from batch.column(0).to_pylist()
 
 
 def label_names(corpus: str | Path) -> list[str]:

@@ -50,6 +50,7 @@ from llmeco_nb.data.sampling import (
 )
 from .sources import did_you_mean, local_path, revision
 from .stream import stream_texts
+from .unpacking import parquet_batches
 
 # %% ../../nbs/1_pretraining/10d_mixture.ipynb #86019703
 rule_sets = ("gopher", "verse", "web", "none")
@@ -339,7 +340,6 @@ def read_mixture(
         split: train, validation or test.
         domains: None: all there are.
     """
-    import pyarrow.parquet as pq
 
     if split not in splits:
         raise UsageError(f"There is no split {split!r}; there are {', '.join(splits)}.")
@@ -358,11 +358,8 @@ def read_mixture(
             )
 
     def rows() -> Iterator[dict]:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches():
-                yield from (
-                    r for r in batch.to_pylist() if domains is None or r["domain"] in domains
-                )
+        for batch in parquet_batches(file, 1024):
+            yield from (r for r in batch.to_pylist() if domains is None or r["domain"] in domains)
 
     return rows()
 

@@ -42,7 +42,7 @@ from llmeco_nb.data.sources import (
     translate_read_errors,
 )
 from .tables import as_text, column_values, is_blank
-from .unpacking import open_stream
+from .unpacking import open_stream, parquet_batches
 
 # %% ../../nbs/0_ground/04f_stream.ipynb #fcc12a68
 def too_long(source: str) -> DataError:
@@ -242,9 +242,9 @@ def parquet_texts(
     source = source_name(source)
     with open_stream(source) as raw:
         try:
-            file = pq.ParquetFile(raw)
-            column_values(pd.DataFrame(columns=file.schema_arrow.names), source, "text", column)
-            for batch in file.iter_batches(rows, columns=[column]):
+            names = pq.read_schema(raw).names
+            column_values(pd.DataFrame(columns=names), source, "text", column)
+            for batch in parquet_batches(raw, rows, [column]):
                 cells = cells_of(batch[column], source, column)
                 yield from (cell_text(v, source, column, options) for v in cells)
         except (pa.ArrowException, OSError) as e:

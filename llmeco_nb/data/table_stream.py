@@ -28,7 +28,7 @@ from llmeco_nb.data.sources import (
     translate_read_errors,
 )
 from .stream import is_array, open_stream, read_lines, stream_texts
-from .unpacking import packing_of
+from .unpacking import packing_of, parquet_batches
 
 # %% ../../nbs/1_pretraining/10w_table_stream.ipynb #5b0c77d1
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -179,15 +179,14 @@ def parquet_table(source: str, facts: dict, batch: int = 512) -> StreamedTable:
 
     try:
         with open_stream(source) as raw:
-            schema = pq.ParquetFile(raw).schema_arrow
+            schema = pq.read_schema(raw)
     except (pa.ArrowException, OSError, ValueError) as e:
         raise broken(e) from None
 
     def rows(wanted: Sequence[str] = ()) -> Iterator[Sequence]:
         with open_stream(source) as raw:
             try:
-                file = pq.ParquetFile(raw, buffer_size=1 << 20)
-                for part in file.iter_batches(batch, columns=list(wanted) or None):
+                for part in parquet_batches(raw, batch, wanted or None):
                     yield from part_rows(part, source, wanted)
             except (pa.ArrowException, OSError, ValueError) as e:
                 raise broken(e) from None

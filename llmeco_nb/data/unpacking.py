@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['max_unpacked', 'free_unpacked', 'max_ratio', 'other_formats', 'packing_of', 'the_file_in', 'ending_of',
-           'open_unpacked', 'unpack', 'check_content', 'open_stream']
+           'open_unpacked', 'unpack', 'check_content', 'open_stream', 'parquet_batches']
 
 # %% ../../nbs/0_ground/04n_unpacking.ipynb #518f0dc3
 import bz2
@@ -13,9 +13,10 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
 from ..core import DataError
@@ -27,6 +28,10 @@ from llmeco_nb.data.sources import (
     source_name,
     translate_read_errors,
 )
+
+# %% ../../nbs/0_ground/04n_unpacking.ipynb #992f8398
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    import pyarrow as pa
 
 # %% ../../nbs/0_ground/04n_unpacking.ipynb #d9b0d8ad
 max_unpacked = 2**30  # bytes that compressed data may hold where it is read whole
@@ -206,3 +211,20 @@ def open_stream(source: str | Path) -> Iterator[io.IOBase]:
         if not kind:
             raise
         raise DataError(f"{source} is not a whole {kind} file ({e}).") from None
+
+# %% ../../nbs/0_ground/04n_unpacking.ipynb #4d5d5bd6
+def parquet_batches(
+    file: "str | Path | BinaryIO", rows: int, columns: Sequence[str] | None = None
+) -> "Iterator[pa.RecordBatch]":
+    """The rows of a Parquet file, a batch at a time; no group of rows is held once it has been
+    read. Raises pyarrow's errors.
+
+    Args:
+        file: Path, or the file opened for bytes.
+        rows: Of a batch, at most.
+        columns: Names of those to read; None: all.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+        yield from table.iter_batches(rows, columns=None if columns is None else [*columns])
