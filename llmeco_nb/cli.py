@@ -404,14 +404,14 @@ def serve(
         database: None: what the newest run was told, else runs/feedback.sqlite.
     """
     try:
-        from llmeco_nb.deployment import server
+        from llmeco_nb.deployment import serving
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("llmeco_nb"):
             raise
         raise MissingError(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    server.run_server(bundle, host, port, database, say=typer.echo)
+    serving.run_server(bundle, host, port, database, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)

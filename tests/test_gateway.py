@@ -25,12 +25,14 @@ import httpx
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError
-from llmeco_nb.deployment.engine import Predictor
+from llmeco_nb.deployment.executor import ExecutorOptions
 from llmeco_nb.deployment.ledger import read_feedback
 from llmeco_nb.deployment.loading import newest_bundle
 from llmeco_nb.deployment.manifest import verify
+from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.refusals import limits
-from llmeco_nb.deployment.server import listen, make_app
+from llmeco_nb.deployment.server import make_app
+from llmeco_nb.deployment.serving import listen
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
@@ -151,7 +153,7 @@ def test_a_long_text_is_tokenized_beside_the_event_loop(bundle, tmp_path):
         seen.clear()
         texts = [f"good film {i} " * 500 for i in range(8)]
         assert c.post("/v1/predict", json={"texts": texts}).status_code == 200
-    assert len(seen) == 8 and all(name.startswith("asyncio_") for name in seen), seen
+    assert len(seen) == 8 and all(name == "prepare" for name in seen), seen
 
 
 def test_large_bodies_are_not_read(client):
@@ -304,7 +306,8 @@ def test_a_ledger_that_cannot_write_takes_no_thanks(bundle, tmp_path):
 
 def test_an_overloaded_server_says_when(bundle, tmp_path):
     with TestClient(
-        make_app(bundle, tmp_path / "f.sqlite", max_queue=0), raise_server_exceptions=False
+        make_app(bundle, tmp_path / "f.sqlite", ExecutorOptions(max_waiting=0)),
+        raise_server_exceptions=False,
     ) as c:
         r = c.post("/v1/predict", json={"text": "good"})
         assert (

@@ -398,7 +398,7 @@ def test_a_changed_server_makes_the_stage_that_starts_it_stale(stages):
         name: cell_parts(one, package, ("run",))["functions"].keys() for name, one in stages.items()
     }
     for code in (
-        "deployment.engine.BatchingEngine",
+        "deployment.executor.LocalExecutor",
         "deployment.server.make_app",
         "deployment.server.add_model_routes",
         "deployment.refusals.install_exception_handlers",

@@ -14,10 +14,10 @@ import pytest
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 from llmeco_nb.core import DataError, UsageError, read_json  # noqa: E402
-from llmeco_nb.deployment.engine import Predictor  # noqa: E402
 from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
 from llmeco_nb.deployment.loading import open_model  # noqa: E402
 from llmeco_nb.deployment.manifest import verify  # noqa: E402
+from llmeco_nb.deployment.predictor import Predictor  # noqa: E402
 from llmeco_nb.interaction.client import Client, running_server  # noqa: E402
 from llmeco_nb.interaction.feedback import freeze, read_frozen  # noqa: E402
 from llmeco_nb.interaction.rounds import read_history  # noqa: E402

@@ -16,8 +16,8 @@ from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.data.corpus import read_split, small_corpus
 from llmeco_nb.data.delimited import ReadOptions
 from llmeco_nb.deployment.bundle import small_bundle
-from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.predict import PredictOptions, predict_table
+from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.server import make_app
 
 odd = ["A &#x27;fine&#x27; film.<br />Really", "", None, " ", "x" * 30_000, "ภาพยนตร์ดี", "NA", "🎬"]

@@ -67,9 +67,10 @@ def serving():
         warnings.simplefilter("ignore")  # of the test client about its HTTP library
         from fastapi.testclient import TestClient
 
+    from llmeco_nb.deployment.executor import ExecutorOptions
     from llmeco_nb.deployment.server import make_app
 
-    return lambda *place: TestClient(make_app(*place, deadline=300))
+    return lambda *place: TestClient(make_app(*place, ExecutorOptions(deadline=300)))
 
 
 @pytest.fixture(scope="module")

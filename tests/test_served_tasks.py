@@ -29,7 +29,6 @@ from llmeco_nb.deployment.bundle import (
     match_checkpoint,
     stored_scores,
 )
-from llmeco_nb.deployment.engine import Predictor
 from llmeco_nb.deployment.loading import open_model
 from llmeco_nb.deployment.manifest import manifest_digest, verify, write_manifest
 from llmeco_nb.deployment.packing import (
@@ -39,6 +38,7 @@ from llmeco_nb.deployment.packing import (
     parity,
     reference_scores,
 )
+from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.evaluation.comparison import evaluate_models
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes

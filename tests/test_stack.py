@@ -389,9 +389,9 @@ def bundle(compared, corpus, tmp_path_factory) -> Path:
 
 def test_a_stack_answers_what_its_members_make_together(bundle, corpus):
     pytest.importorskip("onnxruntime")
-    from llmeco_nb.deployment.engine import Predictor
     from llmeco_nb.deployment.loading import open_model
     from llmeco_nb.deployment.manifest import verify
+    from llmeco_nb.deployment.predictor import Predictor
 
     texts = read_split(corpus, "test").text.tolist()[:40]
     model = open_model(bundle, verify(bundle))

@@ -20,8 +20,8 @@ from ..core import DataError, MissingError, UsageError, WriteError, create_recor
 from ..data.corpus import CorpusConfig, build_corpus
 from ..data.tables import as_text, class_name, encode_labels, is_blank
 from .bundle import build_bundle
-from .engine import Predictor
 from .manifest import verify
+from .predictor import Predictor
 from ..evaluation.comparison import EvaluationConfig, evaluate_models
 from ..evaluation.comparison_table import test_intervals
 from ..finetuning.frozen import FrozenConfig, fit_frozen

@@ -28,7 +28,7 @@ from ..data.delimited import ReadOptions
 from ..data.readers import read_frame
 from ..data.sources import revision
 from ..data.tables import as_text, column_values, is_blank
-from .engine import Predictor
+from .predictor import Predictor
 from ..tasks.contract import Prediction
 
 # %% ../../nbs/4_deployment/43_predict.ipynb #dc062f45

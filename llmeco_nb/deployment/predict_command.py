@@ -64,9 +64,9 @@ def predict(o: PredictChoice) -> None:
     from rich import progress
 
     from llmeco_nb.data.delimited import ReadOptions
-    from llmeco_nb.deployment.engine import Predictor
     from llmeco_nb.deployment.loading import newest_bundle
     from llmeco_nb.deployment.predict import PredictOptions, check_output, predict_table
+    from llmeco_nb.deployment.predictor import Predictor
 
     if o.output == Path():
         raise UsageError("Name the file to write: --output answered.parquet, .csv or .jsonl.")

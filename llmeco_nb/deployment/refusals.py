@@ -7,18 +7,20 @@ __all__ = ['limits', 'status_of', 'FORBIDDEN_CHARS', 'Limits', 'error_response',
            'install_exception_handlers', 'BodyLimit', 'check_plain', 'check_text']
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #f57652d7
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core import LlmecoError, UsageError, WriteError
-from .engine import Busy, Expired
+from .executor import Busy, Expired
 from .ledger import Conflict, UnknownRequest
 from llmeco_nb.tasks.limits import (
     max_body_bytes,
@@ -116,10 +118,16 @@ def install_exception_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LlmecoError)
     async def foreseen(request: Request, e: LlmecoError):
-        status, code = status_of.get(type(e), (500, "failed"))
+        kinds = (status_of[kind] for kind in type(e).__mro__ if kind in status_of)
+        status, code = next(kinds, (500, "failed"))
         message = str(e) + (hint(request) if status == 422 else "")
-        headers = {"Retry-After": str(e.retry_after)} if isinstance(e, Busy) else None
+        wait = getattr(e, "retry_after", None)
+        headers = None if wait is None else {"Retry-After": str(wait)}
         return error_response(status, code, message, headers=headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def hung_up(request: Request, e: ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; logs show it as web servers do
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, e: Exception):
@@ -128,41 +136,83 @@ def install_exception_handlers(app: FastAPI) -> None:
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #977c527f
 class BodyLimit:
-    """ASGI middleware: bodies over `limit` bytes get 413.
+    """ASGI middleware: reads a body whole. It refuses one that is too large (413), comes too slowly
+    (408), or finds no room beside those of others (503).
 
     Args:
         app: What gets the bodies that pass.
         limit: Bytes.
+        seconds: That any body may take.
+        rate: Bytes a second; a larger body may take as many seconds more.
+        held: Bytes of all bodies that are being read or worked on, at most.
     """
 
-    def __init__(self, app: ASGIApp, limit: int):
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit: int,
+        seconds: float = 10.0,
+        rate: int = 100_000,
+        held: int = 2**26,
+    ):
         self.app = app
         self.limit = limit
+        self.seconds = seconds
+        self.rate = rate
+        self.most_held = held
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        message = f"The body is larger than {self.limit} bytes. Send fewer or shorter texts."
-        close = {"Connection": "close"}
-        too_large = error_response(413, "too_large", message, headers=close)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced[:20]) > self.limit:
-            return await too_large(scope, receive, send)
+            return await self._refuse(413, scope, receive, send)
         body, more = bytearray(), True
-        while more:
-            part = await receive()
-            if part["type"] != "http.request":
-                return  # hung up
-            body += part.get("body", b"")
-            more = part.get("more_body", False)
-            if len(body) > self.limit:
-                return await too_large(scope, receive, send)
-        whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+        try:
+            begun = asyncio.get_running_loop().time()
+            while more:
+                until = begun + self.seconds + len(body) / self.rate
+                async with asyncio.timeout_at(until):
+                    part = await receive()
+                if part["type"] != "http.request":
+                    return  # hung up
+                piece = part.get("body", b"")
+                body += piece
+                self.held += len(piece)
+                more = part.get("more_body", False)
+                if len(body) > self.limit:
+                    return await self._refuse(413, scope, receive, send)
+                if self.held > self.most_held and len(body):
+                    return await self._refuse(503, scope, receive, send)
+            whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
-        async def replay():
-            return next(whole, None) or await receive()
+            async def replay() -> Message:
+                return next(whole, None) or await receive()
 
-        await self.app(scope, replay, send)
+            await self.app(scope, replay, send)
+        except TimeoutError:
+            if not more:
+                raise  # not of the body
+            await self._refuse(408, scope, receive, send)
+        finally:
+            self.held -= len(body)
+
+    async def _refuse(self, status: int, scope: Scope, receive: Receive, send: Send) -> None:
+        "Answer without the body, and close the connection on which the rest of it may come."
+        code, message = {
+            413: (
+                "too_large",
+                f"The body is larger than {self.limit} bytes. Send fewer or shorter texts.",
+            ),
+            408: (
+                "too_slow",
+                f"The body did not come within {self.seconds:.0f} s. Send it at once.",
+            ),
+            503: ("busy", "The server holds as many large bodies as it can. Ask again in 1 s."),
+        }[status]
+        headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
+        await error_response(status, code, message, headers=headers)(scope, receive, send)
 
 
 FORBIDDEN_CHARS = re.compile("[\0\ud800-\udfff]")

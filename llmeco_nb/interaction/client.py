@@ -23,8 +23,8 @@ import httpx
 
 import llmeco_nb
 from ..core import LlmecoError, MissingError, UsageError
-from ..deployment.engine import ModelName, PredictReply
 from ..deployment.ledger import FeedbackReply
+from ..deployment.predictor import ModelName, PredictReply
 from ..runner.kernel import die_with_parent
 from ..tasks.registry import find_task
 
@@ -159,7 +159,7 @@ def serve_bundle(parent: int, bundle: str, database: str) -> None:
     """
     die_with_parent(parent)
     # imported as a function, so that a stage that serves is stale when the server has changed
-    from llmeco_nb.deployment.server import run_server
+    from llmeco_nb.deployment.serving import run_server
 
     try:
         run_server(bundle, port=0, database=database)

@@ -28,8 +28,8 @@ from llmeco_nb.core import (
     write_json,
 )
 from ..data.corpus import label_names, read_split, small_corpus
-from ..deployment.engine import PredictReply
 from ..deployment.ledger import read_feedback
+from ..deployment.predictor import PredictReply
 from .client import Client, ask_by_curl, predict_reply, running_server
 from ..tasks.limits import max_text_chars
 from ..tasks.registry import load_schema
