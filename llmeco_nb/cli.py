@@ -391,8 +391,10 @@ def serve(
         None,
         help=(
             "Where answers and feedback are stored: a file or a postgresql:// URL "
-            "(default: what the newest run was told, else runs/feedback.sqlite)."
+            "(default: what the newest run was told, else runs/feedback.sqlite). A URL with a "
+            "password is better given in the environment, where no list of processes shows it."
         ),
+        envvar="LLMECO_DATABASE",
     ),
 ):
     """Answer over HTTP with the newest bundle, and take feedback.

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['corrections', 'ResultT', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback', 'FeedbackResult',
            'LabelFeedbackResult', 'NumberFeedbackResult', 'check_served', 'model_facts', 'prepare_items',
-           'while_connected', 'make_app', 'model_troubles', 'add_health_routes', 'add_model_routes']
+           'while_connected', 'stored', 'make_app', 'model_troubles', 'add_health_routes', 'add_model_routes']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from ..core import UsageError
 from .executor import ExecutorOptions, Expired, LocalExecutor
 from .fair_queue import Work
+from .http_requests import HeaderCheck, StrictRoute
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
     Ledger,
@@ -31,12 +33,13 @@ from llmeco_nb.deployment.ledger import (
 )
 from .loading import StackModel
 from .manifest import verify
-from .page import page_text
+from .page import docs_text, page_text
 from .predictor import ModelName, Predictor, PredictReply
 from llmeco_nb.deployment.refusals import (
     BodyLimit,
     check_plain,
     check_text,
+    documented,
     error_response,
     install_exception_handlers,
     limits,
@@ -181,10 +184,25 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) 
         gone.cancel()
 
 
+async def stored(kept: "Future[ResultT]", deadline: float) -> ResultT:
+    """What was stored. Raises `WriteError`, and `Expired` if it takes too long.
+
+    Args:
+        kept: From the ledger.
+        deadline: On the event loop's clock.
+    """
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await asyncio.wrap_future(kept)
+    except TimeoutError:
+        raise Expired("The database was slower than the deadline allows.") from None
+
+
 def make_app(
     bundle: str | Path | Predictor,
     database: str | Path,
     options: ExecutorOptions = ExecutorOptions(),
+    hosts: frozenset[str] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
     when it starts. Raises `MissingError`, `DataError`, `UsageError`.
@@ -193,6 +211,7 @@ def make_app(
         bundle: A bundle's folder, or a predictor that has loaded it.
         database: Path of an SQLite file, or a database URL.
         options: How requests are answered.
+        hosts: Names and addresses by which it is asked, without ports; None: any.
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
@@ -211,10 +230,13 @@ def make_app(
         title="llmeco",
         description="Answers from a bundle, with feedback.",
         lifespan=life,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, limit=limits.body)
+    app.add_middleware(HeaderCheck, hosts=hosts)
     install_exception_handlers(app)
     add_health_routes(app)
     add_model_routes(app, task)
@@ -249,7 +271,7 @@ def add_health_routes(app: FastAPI) -> None:
     async def livez():
         return {"alive": True}
 
-    @app.get("/readyz", summary="Would it answer now")
+    @app.get("/readyz", summary="Would it answer now", responses=documented(503))
     async def readyz():
         if not (troubles := [*model_troubles(app.state.executor), *app.state.ledger.troubles()]):
             return {"ready": True}
@@ -277,11 +299,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         answers = await executor.answer(works, deadline)
         request_id = uuid.uuid4().hex
         kept = keep_predictions(ledger, request_id, predictor.digest, asked, answers)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await asyncio.wrap_future(kept)
-        except TimeoutError:
-            raise Expired("The answer could not be stored before its deadline.") from None
+        await stored(kept, deadline)
         name = ModelName(name=predictor.manifest.name, digest=predictor.digest, task=task.name)
         said = [task.respond(i, answer) for i, answer in enumerate(answers)]
         reply = replies.model_validate(dict(request_id=request_id, model=name, answers=said))
@@ -293,9 +311,12 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     # the models are the task's: known now, and not when this was written
     replies: Any = PredictReply.__class_getitem__(task.Response)
     predict.__annotations__["body"] = task.Request
-    app.post("/v1/predict", summary="Ask about one text or several", response_model=replies)(
-        predict
-    )
+    app.post(
+        "/v1/predict",
+        summary="Ask about one text or several",
+        response_model=replies,
+        responses=documented(400, 408, 413, 422, 429, 503),
+    )(predict)
 
     field, request_model, result_model = corrections[task.name]
 
@@ -318,15 +339,23 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
             note=body.note,
             key=body.key or idempotency_key,
         )
-        reply: FeedbackReply = await asyncio.wrap_future(kept)
+        within = app.state.executor.options.deadline
+        reply: FeedbackReply = await stored(kept, asyncio.get_running_loop().time() + within)
         told = dict(request_id=body.request_id, item=body.item, stored=reply.stored)
         told |= {field: reply.given, "predicted": reply.predicted, "correct": reply.correct}
         return result_model.model_validate(told)
 
     feedback.__annotations__["body"] = request_model
     about = "Say whether an answer was right, or what is right"
-    app.post("/v1/feedback", summary=about, response_model=result_model)(feedback)
+    refusals = documented(400, 404, 408, 409, 413, 422, 503)
+    app.post("/v1/feedback", summary=about, response_model=result_model, responses=refusals)(
+        feedback
+    )
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page():
         return page_text
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs():
+        return docs_text(app.openapi())

@@ -19,9 +19,11 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..core import UsageError, runs_dir
+from .http_requests import own_names
 from .ledger import connect
 from .loading import newest_bundle
 from .predictor import Predictor
+from .refusals import error_response
 from .server import make_app
 from ..runner.store import feedback_database
 
@@ -110,6 +112,18 @@ class TimedProtocol(AutoHTTPProtocol):
             self.since, self.received = None, 0
         elif self.received > self.limits.header_bytes:
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is not HTTP.
+
+        Args:
+            msg: Why.
+        """
+        reply = error_response(400, "wrong", f"This is not HTTP as a server can read it: {msg}")
+        lines = [b"HTTP/1.1 400 Bad Request", *(k + b": " + v for k, v in reply.raw_headers)]
+        head = b"\r\n".join([*lines, b"connection: close", b"", b""])
+        self.transport.write(head + bytes(reply.body))
+        self.transport.close()
 
     def _make_room(self) -> None:
         "Close the connection that has waited longest without a request; this one, if all have one."
@@ -207,7 +221,7 @@ def run_server(
         # what can be wrong is said here, in a sentence, and not by the web server
         connect(database).dispose()
         config = uvicorn.Config(
-            make_app(predictor, database),
+            make_app(predictor, database, hosts=own_names(host)),
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=10,
