@@ -29,6 +29,7 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from .data.inspect_command import InspectOptions, inspect
+from .deployment.keys_command import KeysChoice, keys
 from .deployment.predict_command import PredictChoice, predict
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
@@ -396,6 +397,9 @@ def serve(
         ),
         envvar="LLMECO_DATABASE",
     ),
+    anybody: bool = typer.Option(
+        False, "--anybody", help="Listen to others than this machine although no key exists."
+    ),
 ):
     """Answer over HTTP with the newest bundle, and take feedback.
 
@@ -404,6 +408,7 @@ def serve(
         host: Address of the interface to listen at.
         port: 0 to 65535.
         database: None: what the newest run was told, else runs/feedback.sqlite.
+        anybody: Listen at other addresses than this machine's own although no key exists.
     """
     try:
         from llmeco_nb.deployment import serving
@@ -413,10 +418,13 @@ def serve(
         raise MissingError(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    serving.run_server(bundle, host, port, database, say=typer.echo)
+    serving.run_server(bundle, host, port, database, anybody, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)
+
+# %% ../nbs/0_ground/01c_cli.ipynb #db997804
+command(KeysChoice)(keys)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
@@ -249,7 +249,12 @@ def stored_answer(answer: Prediction) -> tuple[str, str]:
 
 
 def keep_predictions(
-    ledger: Ledger, request_id: str, model: str, texts: list[str], answers: Sequence[Prediction]
+    ledger: Ledger,
+    request_id: str,
+    model: str,
+    texts: list[str],
+    answers: Sequence[Prediction],
+    also: Callable[[Connection], None] = lambda c: None,
 ) -> Future:
     """Store the answers to a request; the future holds None once they are committed. Raises
     `UsageError` for answers of a task whose feedback cannot be stored, and `WriteError` where the
@@ -261,6 +266,7 @@ def keep_predictions(
         model: Digest of the bundle that answered.
         texts: Those of the request, in their order.
         answers: One for every text.
+        also: Done in the same transaction.
     """
     if full := ledger.full():
         raise WriteError(full)
@@ -269,7 +275,12 @@ def keep_predictions(
         label, probabilities = stored_answer(answer)
         row = dict(request_id=request_id, item=i, at=time.time(), model=model, text=text)
         rows.append({**row, "label": label, "probabilities": probabilities})
-    return ledger.write(lambda c: c.execute(predictions.insert(), rows) and None, durable=False)
+
+    def job(c: Connection) -> None:
+        c.execute(predictions.insert(), rows)
+        also(c)
+
+    return ledger.write(job, durable=False)
 
 
 def keep_feedback(

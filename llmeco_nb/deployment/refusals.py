@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['limits', 'status_of', 'FORBIDDEN_CHARS', 'Limits', 'Wrong', 'Refusal', 'ErrorReply', 'documented', 'error_response',
-           'to_ascii', 'hint', 'field_error', 'install_exception_handlers', 'BodyLimit', 'check_plain', 'check_text']
+           'to_ascii', 'hint', 'field_error', 'refusal_of', 'install_exception_handlers', 'BodyLimit', 'check_plain',
+           'check_text']
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #f57652d7
 import asyncio
@@ -22,7 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core import LlmecoError, UsageError, WriteError
 from .executor import Busy, Expired
+from .keys import Forbidden, Unauthorized
 from .ledger import Conflict, UnknownRequest
+from .quotas import QuotaExceeded
 from llmeco_nb.tasks.limits import (
     max_body_bytes,
     max_label_chars,
@@ -73,6 +76,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """
     about = {
         400: "cannot be read",
+        401: "no key, or one that does not hold",
+        403: "a key that may not do this",
         404: "not known here",
         408: "the body came too slowly",
         409: "contradicts what was sent before",
@@ -118,6 +123,9 @@ status_of: dict[type[LlmecoError], tuple[int, str]] = {  # error -> HTTP status,
     Busy: (429, "busy"),
     Expired: (503, "late"),
     WriteError: (503, "not_stored"),
+    Unauthorized: (401, "unauthorized"),
+    Forbidden: (403, "forbidden"),
+    QuotaExceeded: (429, "quota"),
 }
 
 
@@ -143,6 +151,23 @@ def field_error(error: dict) -> dict[str, str]:
     return dict(field=to_ascii(name), message=to_ascii(message))
 
 
+def refusal_of(e: LlmecoError, hint: str = "") -> JSONResponse:
+    """The answer that tells of an error that was foreseen.
+
+    Args:
+        e: What went wrong.
+        hint: Said behind the message, if the request is what is wrong.
+    """
+    kinds = (status_of[kind] for kind in type(e).__mro__ if kind in status_of)
+    status, code = next(kinds, (500, "failed"))
+    wait = getattr(e, "retry_after", None)
+    headers = {} if wait is None else {"Retry-After": str(wait)}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="llmeco", Bearer'
+    message = str(e) + (hint if status == 422 else "")
+    return error_response(status, code, message, headers=headers)
+
+
 def install_exception_handlers(app: FastAPI) -> None:
     "Give `app` the handlers that turn what goes wrong into refusals."
 
@@ -161,12 +186,7 @@ def install_exception_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LlmecoError)
     async def foreseen(request: Request, e: LlmecoError):
-        kinds = (status_of[kind] for kind in type(e).__mro__ if kind in status_of)
-        status, code = next(kinds, (500, "failed"))
-        message = str(e) + (hint(request) if status == 422 else "")
-        wait = getattr(e, "retry_after", None)
-        headers = None if wait is None else {"Retry-After": str(wait)}
-        return error_response(status, code, message, headers=headers)
+        return refusal_of(e, hint(request))
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(request: Request, e: ClientDisconnect):

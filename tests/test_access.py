@@ -1,0 +1,315 @@
+"""Keys, roles, quotas and the audit log: every route needs a key once one exists, a revoked one
+opens nothing a moment later, and what was done to keys cannot be undone in silence."""
+
+import base64
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("casbin", reason="serving needs the extra `serve`")
+pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+from smallbundle import make_bundle
+
+from llmeco_nb.core import DataError, UsageError
+from llmeco_nb.deployment.audit import AuditRow, verify_audit, write_audit
+from llmeco_nb.deployment.door import Door
+from llmeco_nb.deployment.key_admin import KeyAdmin
+from llmeco_nb.deployment.keys import KeyOptions, Principal, key_digest
+from llmeco_nb.deployment.ledger import connect
+from llmeco_nb.deployment.quotas import QuotaExceeded, Quotas
+from llmeco_nb.deployment.server import actions, make_app
+from llmeco_nb.deployment.serving import run_server
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the test client about its HTTP library
+    from fastapi.testclient import TestClient
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "words")
+
+
+@pytest.fixture
+def admin(tmp_path):
+    one = KeyAdmin(tmp_path / "f.sqlite", "a test")
+    yield one
+    one.close()
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def routes(app):
+    "Every path there is, with a method that it takes."
+    found = [(r.path, next(iter(r.methods - {"HEAD"}))) for r in app.routes]
+    assert {"/", "/docs", "/livez", "/openapi.json", "/v1/predict"} <= {path for path, _ in found}
+    return found
+
+
+def test_the_route_table_is_closed(bundle, admin, tmp_path):
+    "Walked with no, a wrong, an expired, a revoked and a foreign key, and one of a lower role."
+    elsewhere = KeyAdmin(tmp_path / "elsewhere.sqlite", "a test")
+    foreign, _ = elsewhere.add(KeyOptions(name="ann"))
+    elsewhere.close()
+    good, row = admin.add(KeyOptions(name="ann"))
+    gone, _ = admin.add(KeyOptions(name="gone"))
+    admin.revoke("gone")
+    old, _ = admin.add(KeyOptions(name="old", days=1e-9))
+    reader, _ = admin.add(KeyOptions(name="eve", role="reader"))
+    wrong = [None, "", "x", foreign, gone, old, good[:-1], good + "x", good.swapcase(), row.id]
+    wrong += [row.digest, key_digest(good), "é" * 50]
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite"), raise_server_exceptions=False) as c:
+        [door] = (layer for layer in layers(c.app) if isinstance(layer, Door))
+        for path, method in [*routes(c.app), ("/nowhere", "GET"), ("/v1/predict/", "POST")]:
+            for key in wrong:
+                told = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+                door.attempts.left.clear()  # its patience is not asked here
+                r = c.request(method, path, headers=told)
+                if path == "/livez":
+                    assert r.status_code == 200
+                else:
+                    assert r.status_code == 401, (path, key, r.text)
+                    assert r.json()["error"]["code"] == "unauthorized"
+                    assert "Bearer" in r.headers["www-authenticate"]
+                    assert not key or len(key) < 3 or key not in r.text
+            r = c.request(method, path, headers=bearer(reader))
+            assert (r.status_code == 403) == (actions.get(path, "see") not in ("", "see")), path
+            assert c.request(method, path, headers=bearer(good)).status_code not in (401, 403)
+        basic = base64.b64encode(f"anybody:{good}".encode()).decode()
+        r = c.post(
+            "/v1/predict", json={"text": "good"}, headers={"Authorization": f"Basic {basic}"}
+        )
+        assert r.status_code == 200
+
+
+def layers(app):
+    "The middlewares of an application that has started, from the outside."
+    layer = app.middleware_stack
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "app", None)
+
+
+def test_without_a_key_anybody_may_ask_and_nobody_may_more(bundle, tmp_path):
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        assert c.post("/v1/predict", json={"text": "good"}).status_code == 200
+        assert c.post("/v1/predict", json={"text": "good"}, headers=bearer("x")).status_code == 200
+
+
+def wait_for(ask, status, seconds=5.0):
+    "Until a request gets a status."
+    begun = time.monotonic()
+    while (got := ask().status_code) != status:
+        assert time.monotonic() - begun < seconds, got
+        time.sleep(0.1)
+
+
+def test_keys_change_under_a_running_server(bundle, admin, tmp_path):
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        ask = lambda key="": c.post("/v1/predict", json={"text": "good"}, headers=bearer(key))
+        assert ask().status_code == 200
+        first, _ = admin.add(KeyOptions(name="ann"))
+        wait_for(ask, 401)  # the first key closes the door
+        assert ask(first).status_code == 200
+        second, _ = admin.rotate("ann", grace_hours=1)
+        wait_for(lambda: ask(second), 200)
+        assert ask(first).status_code == 200
+        admin.revoke("ann")
+        wait_for(lambda: ask(second), 401)
+        assert ask(first).status_code == 401 and ask().status_code == 401
+
+
+def test_a_key_asks_its_models_alone(bundle, admin, tmp_path):
+    mine, _ = admin.add(KeyOptions(name="ann", models=("wor*",)))
+    other, _ = admin.add(KeyOptions(name="bob", models=("topics", "w")))
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        for key, status in ((mine, 200), (other, 403)):
+            r = c.post("/v1/predict", json={"text": "good"}, headers=bearer(key))
+            assert r.status_code == status, r.text
+
+
+def test_quotas_are_kept_also_by_the_next_server(bundle, admin, tmp_path):
+    hasty, _ = admin.add(KeyOptions(name="ann", requests_per_minute=3))
+    modest, row = admin.add(KeyOptions(name="bob", tokens_per_day=20))
+    ask = lambda c, key, text: c.post("/v1/predict", json={"text": text}, headers=bearer(key))
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        assert [ask(c, hasty, "good").status_code for _ in range(4)] == [200, 200, 200, 429]
+        refused = ask(c, hasty, "good")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 20
+        assert refused.json()["error"]["code"] == "quota"
+        assert ask(c, modest, "good " * 10).status_code == 200  # 12 tokens
+        assert ask(c, modest, "<br>").status_code == 422  # and nothing is counted
+        refused = ask(c, modest, "good " * 10)
+        assert refused.status_code == 429 and "12 are used" in refused.text
+        assert ask(c, modest, "good").status_code == 200  # 3 tokens
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        assert "15 are used" in ask(c, modest, "good " * 10).text
+    with sqlite3.connect(tmp_path / "f.sqlite") as db:
+        found = db.execute("SELECT key_id, requests, tokens FROM usage ORDER BY tokens").fetchall()
+        assert (row.id, 2, 15) in found and len(found) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 90), st.booleans()), max_size=60), st.integers(1, 30))
+def test_no_minute_holds_more_than_twice_the_quota(steps, most):
+    "A bucket that was full and fills meanwhile; and who waits as told is served."
+    now, served = 1e9, []
+    quotas = Quotas(clock=lambda: now)
+    who = Principal(id="a", name="a", role="user", requests_per_minute=most)
+    for pause, patient in steps:
+        now += pause
+        try:
+            quotas.take_request(who)
+        except QuotaExceeded as e:
+            if not patient:
+                continue
+            now += e.retry_after
+            quotas.take_request(who)
+        served.append(now)
+        assert sum(now - 60 < t for t in served) <= 2 * most
+
+
+def test_what_is_done_to_keys_stands_in_the_log(admin, tmp_path):
+    admin.add(KeyOptions(name="ann", role="operator"))
+    admin.rotate("ann")
+    with pytest.raises(UsageError):
+        admin.add(KeyOptions(name="ann"))  # and a refusal changes neither keys nor log
+    admin.revoke("ann")
+    count, seal = admin.verify()
+    assert count == 4 and len(admin.rows()) == 2 and admin.verify(seal) == (4, seal)
+    for change in (
+        "UPDATE audit SET actor = 'x' WHERE number = 1",
+        "UPDATE audit SET at = at + 1 WHERE number = 2",
+        "UPDATE audit SET detail = '{}' WHERE number = 3",
+        "DELETE FROM audit WHERE number = 2",
+        "DELETE FROM audit WHERE number = 4",
+        "DELETE FROM audit",
+        "UPDATE audit SET number = 9 WHERE number = 4",
+    ):
+        with sqlite3.connect(tmp_path / "f.sqlite") as db:
+            kept = db.execute("SELECT * FROM audit").fetchall()
+            db.execute(change)
+        with pytest.raises(DataError):
+            admin.verify(seal)
+        with sqlite3.connect(tmp_path / "f.sqlite") as db:
+            db.execute("DELETE FROM audit")
+            db.executemany("INSERT INTO audit VALUES (?,?,?,?,?,?,?)", kept)
+    assert admin.verify(seal) == (4, seal)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), min_size=2, max_size=8),
+    st.data(),
+)
+def test_no_change_of_a_log_verifies(entries, data):
+    from sqlalchemy import create_engine
+
+    from llmeco_nb.deployment.audit import audit, read_audit
+
+    engine = create_engine("sqlite://")
+    audit.metadata.create_all(engine, tables=[audit])
+    with engine.begin() as c:
+        for actor, action in entries:
+            write_audit(c, b"secret", actor, action)
+        rows = list(read_audit(c))
+    head = verify_audit(rows, b"secret")
+    changed = list(rows)
+    at = data.draw(st.integers(0, len(rows) - 1))
+    how = data.draw(st.sampled_from(["drop", "swap", "twice", "actor", "merge"]))
+    if how == "drop":
+        del changed[at]
+    elif how == "swap":
+        other = (at + 1) % len(rows)
+        changed[at], changed[other] = changed[other], changed[at]
+    elif how == "twice":
+        changed.insert(at, rows[at])
+    else:  # what stood in one field may not stand in the next
+        r = rows[at]
+        actor = r.actor + "x" if how == "actor" else r.actor + r.action
+        action = r.action if how == "actor" else ""
+        changed[at] = AuditRow(r.number, r.at, actor, action, r.target, r.detail, r.seal)
+    if changed != rows:
+        with pytest.raises(DataError):
+            verify_audit(changed, b"secret", head)
+
+
+WRITER = """
+import sys
+from llmeco_nb.deployment.key_admin import KeyAdmin
+from llmeco_nb.deployment.keys import KeyOptions
+admin = KeyAdmin(sys.argv[1], "a writer")
+for n in range(10**6):
+    key, row = admin.add(KeyOptions(name=f"k{n}-{sys.argv[2]}"))
+    print(row.id, flush=True)
+"""
+
+
+def test_sigkill_loses_no_key_and_breaks_no_seal(tmp_path):
+    told = []
+    for attempt in range(4):
+        command = [sys.executable, "-c", WRITER, str(tmp_path / "f.sqlite"), str(attempt)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+            for _ in range(3 + attempt):
+                told.append(writer.stdout.readline().strip())
+            os.kill(writer.pid, signal.SIGKILL)
+            told += writer.stdout.read().split()
+    admin = KeyAdmin(tmp_path / "f.sqlite", "a test")
+    there = [row.id for row in admin.rows()]
+    count, _ = admin.verify()
+    admin.close()
+    whole = [one for one in told if len(one) == 8]  # the last word may have been cut off
+    assert len(whole) >= 18 and set(whole) <= set(there) and count == len(there)
+
+
+def test_a_server_for_everybody_needs_a_key_or_a_word(bundle, tmp_path):
+    with pytest.raises(UsageError, match="llmeco keys add NAME"):
+        run_server(bundle, host="0.0.0.0", port=0, database=tmp_path / "f.sqlite")
+
+
+def test_the_secret_is_not_in_the_database_and_for_its_owner_alone(admin, tmp_path):
+    key, _ = admin.add(KeyOptions(name="ann"))
+    secret = tmp_path / "f.sqlite.audit-secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    connect(tmp_path / "f.sqlite").dispose()
+    for file in tmp_path.iterdir():
+        if file != secret:
+            data = file.read_bytes()
+            assert secret.read_bytes() not in data and key.encode() not in data
+            assert key.split("_")[2].encode() not in data
+
+
+def test_the_command(tmp_path):
+    def typed(*words):
+        command = [sys.executable, "-c", "from llmeco_nb.cli import main; main()", "keys", *words]
+        env = {**os.environ, "LLMECO_DATABASE": str(tmp_path / "f.sqlite")}
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+
+    assert "There is no key" in typed("list").stdout
+    made = typed("add", "ann", "--per-minute", "5", "--model", "sent*")
+    assert (
+        made.returncode == 0 and made.stdout.startswith("llmeco_") and made.stdout.count("\n") == 1
+    )
+    shown = typed("list").stdout
+    assert "ann" in shown and "sent*" in shown and made.stdout.strip() not in shown
+    again = typed("add", "ann")
+    assert again.returncode == 2 and "There is a key 'ann'" in again.stderr
+    assert typed("revoke", "ann").returncode == 0 and "revoked" in typed("list").stdout
+    log = typed("audit").stdout
+    assert "2 rows" in log
+    assert typed("audit", "--head", log.split("\n")[1]).returncode == 0
+    assert typed("audit", "--head", "0" * 64).returncode != 0
