@@ -37,6 +37,7 @@ class Client:
         url: The server's address.
         author: Who gives feedback.
         timeout: Seconds to wait for an answer, and to keep asking a busy server.
+        key: That the server knows; empty: `$LLMECO_KEY`, else none.
         transport: None for the network; tests give their own.
     """
 
@@ -45,6 +46,7 @@ class Client:
         url: str = "http://127.0.0.1:8000",
         author: str = "",
         timeout: float = 30.0,
+        key: str = "",
         transport: httpx.BaseTransport | None = None,
     ):
         self.url = url
@@ -55,6 +57,8 @@ class Client:
         self.http = httpx.Client(
             base_url=url, timeout=timeout, transport=transport, trust_env=not local
         )
+        if key := key or os.environ.get("LLMECO_KEY", ""):
+            self.http.headers["Authorization"] = f"Bearer {key}"
 
     def ask(self, method: str, route: str, body: dict | None = None) -> dict:
         """One request; a refusal for being busy is repeated when the server says, until the
