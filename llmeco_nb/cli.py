@@ -400,6 +400,7 @@ def serve(
     anybody: bool = typer.Option(
         False, "--anybody", help="Listen to others than this machine although no key exists."
     ),
+    log: bool = typer.Option(False, "--log", help="Write a line of JSON about each request."),
 ):
     """Answer over HTTP with the newest bundle, and take feedback.
 
@@ -409,6 +410,7 @@ def serve(
         port: 0 to 65535.
         database: None: what the newest run was told, else runs/feedback.sqlite.
         anybody: Listen at other addresses than this machine's own although no key exists.
+        log: Write a line of JSON about each request to the standard error.
     """
     try:
         from llmeco_nb.deployment import serving
@@ -418,7 +420,7 @@ def serve(
         raise MissingError(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    serving.run_server(bundle, host, port, database, anybody, say=typer.echo)
+    serving.run_server(bundle, host, port, database, anybody, log, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)

@@ -2,6 +2,7 @@
 opens nothing a moment later, and what was done to keys cannot be undone in silence."""
 
 import base64
+import json
 import os
 import signal
 import sqlite3
@@ -65,7 +66,7 @@ def test_the_route_table_is_closed(bundle, admin, tmp_path):
     elsewhere = KeyAdmin(tmp_path / "elsewhere.sqlite", "a test")
     foreign, _ = elsewhere.add(KeyOptions(name="ann"))
     elsewhere.close()
-    good, row = admin.add(KeyOptions(name="ann"))
+    good, row = admin.add(KeyOptions(name="ann", role="admin"))
     gone, _ = admin.add(KeyOptions(name="gone"))
     admin.revoke("gone")
     old, _ = admin.add(KeyOptions(name="old", days=1e-9))
@@ -313,3 +314,44 @@ def test_the_command(tmp_path):
     assert "2 rows" in log
     assert typed("audit", "--head", log.split("\n")[1]).returncode == 0
     assert typed("audit", "--head", "0" * 64).returncode != 0
+
+
+def test_figures_and_lines_tell_of_requests_and_not_what_was_asked(bundle, admin, tmp_path):
+    key, row = admin.add(KeyOptions(name="ann", role="operator"))
+    lines = []
+    app = make_app(bundle, tmp_path / "f.sqlite", log=lines.append)
+    with TestClient(app, raise_server_exceptions=False) as c:
+        sent = bearer(key)
+        r = c.post("/v1/predict", json={"texts": ["good zebra", "dull"]}, headers=sent)
+        assert r.headers["x-request-id"] == r.json()["request_id"]
+        wrong = c.post("/v1/predict?zebra=1", json={"text": "<zebra/>"}, headers=sent)
+        assert wrong.status_code == 422 and len(wrong.headers["x-request-id"]) == 32
+        assert c.post("/zebra", json={}, headers=bearer("zebra")).status_code == 401
+        figures = c.get("/metrics", headers=sent)
+        assert figures.headers["content-type"].startswith("text/plain")
+    families = {s.name: s for f in parser(figures.text) for s in f.samples}
+    assert families["llmeco_items_total"].value == 2 and families["llmeco_ready"].value == 1
+    counted = [
+        (s.labels["http_route"], s.labels["http_response_status_code"], s.value)
+        for f in parser(figures.text)
+        for s in f.samples
+        if s.name == "http_server_request_duration_seconds_count"
+    ]
+    assert sorted(counted) == [
+        ("/v1/predict", "200", 1),
+        ("/v1/predict", "422", 1),
+        ("other", "401", 1),
+    ]
+    told = [json.loads(line) for line in lines]
+    assert [t["status"] for t in told] == [200, 422, 401, 200]
+    assert [t["refusal"] for t in told] == ["", "wrong", "unauthorized", ""]
+    assert told[0]["key"] == row.id and told[0]["model"] == r.json()["model"]["digest"]
+    everything = figures.text + "".join(lines)
+    assert "zebra" not in everything and key not in everything
+
+
+def parser(text):
+    "The families of figures in what Prometheus reads."
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return list(text_string_to_metric_families(text))

@@ -68,7 +68,7 @@ class Policy:
         model = Model()
         model.load_model_from_text(policy_model)
         self.enforcer = Enforcer(model)
-        for role, (parent, actions) in roles.items():
+        for role, (parent, actions) in {**roles, "anybody": ("user", ("watch",))}.items():
             for action in actions:
                 self.enforcer.add_policy(role, action)
             if parent:
@@ -120,7 +120,7 @@ class Principal:
             )
 
 
-anybody = Principal(id="", name="anybody", role="user")  # as long as no key exists
+anybody = Principal(id="", name="anybody", role="anybody")  # as long as no key exists
 
 
 keys = Table(
