@@ -324,7 +324,7 @@ def test_figures_and_lines_tell_of_requests_and_not_what_was_asked(bundle, admin
         sent = bearer(key)
         r = c.post("/v1/predict", json={"texts": ["good zebra", "dull"]}, headers=sent)
         assert r.headers["x-request-id"] == r.json()["request_id"]
-        wrong = c.post("/v1/predict?zebra=1", json={"text": "<zebra/>"}, headers=sent)
+        wrong = c.post("/v1/predict?zebra=1", json={"zebra": "zebra"}, headers=sent)
         assert wrong.status_code == 422 and len(wrong.headers["x-request-id"]) == 32
         assert c.post("/zebra", json={}, headers=bearer("zebra")).status_code == 401
         figures = c.get("/metrics", headers=sent)
