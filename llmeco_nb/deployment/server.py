@@ -314,11 +314,13 @@ def make_app(
         try:
             read_access(app.state.ledger, ring, quotas)
             loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)
-            async with LocalExecutor(loaded, options) as app.state.executor:
-                watch_state(metrics, app.state.executor, app.state.ledger)
-                fresh = asyncio.create_task(keep_fresh(app.state.ledger, ring, quotas))
-                yield
-                fresh.cancel()
+            app.state.executor = LocalExecutor(loaded, options)
+            watch_state(metrics, app.state.executor, app.state.ledger)
+            fresh = asyncio.create_task(keep_fresh(app.state.ledger, ring, quotas))
+            yield
+            fresh.cancel()
+            # whoever was still waiting has been answered by now, or the model hangs
+            await app.state.executor.close(within=2.0)
         finally:
             app.state.ledger.close()
 

@@ -1,0 +1,225 @@
+"""The serving process, over real sockets: who hangs up is not computed, who says nothing keeps
+nobody out, and a model that hangs does not keep the process from ending."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+import uvicorn
+from smallbundle import make_bundle
+
+from llmeco_nb.deployment.executor import ExecutorOptions
+from llmeco_nb.deployment.predictor import Predictor
+from llmeco_nb.deployment.server import make_app
+from llmeco_nb.deployment.serving import ConnectionLimits, Server, TimedProtocol, listen
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "words")
+
+
+class Slow(Predictor):
+    "Takes a moment for each batch, and remembers what it was asked."
+
+    pause = 0.0
+
+    def predict(self, works):
+        self.asked = getattr(self, "asked", []) + [work.text for work in works]
+        time.sleep(self.pause)
+        return super().predict(works)
+
+
+@contextmanager
+def serving(app, **limits):
+    "The address of a server in a thread."
+
+    class Protocol(TimedProtocol):
+        pass
+
+    Protocol.limits = ConnectionLimits(**limits)
+    listening, ready = listen("127.0.0.1", 0), threading.Event()
+    config = uvicorn.Config(app, log_level="error", lifespan="on", http=Protocol)
+    server = Server(config, ready.set)
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]), daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield listening.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def request(body, path="/v1/predict", *headers):
+    "The bytes of a request."
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *headers]
+    if not any(h.lower().startswith("transfer") for h in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def connected(address):
+    one = socket.create_connection(address)
+    one.settimeout(20)
+    return one
+
+
+def read_reply(s):
+    "Status and body of an answer."
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (more := s.recv(65536)):
+            break
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    while len(body) < int(fields.get(b"content-length", 0)):
+        body += s.recv(65536)
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_who_hangs_up_is_neither_computed_nor_stored(bundle, tmp_path):
+    predictor = Slow.load(bundle)
+    predictor.pause, predictor.asked = 0.05, []
+    app = make_app(predictor, tmp_path / "f.sqlite", ExecutorOptions(slice_seconds=0.06))
+    with serving(app) as address:
+        predictor.asked.clear()
+        first = connected(address)
+        first.sendall(request(b'{"text": "first"}'))
+        gone = [connected(address) for _ in range(40)]
+        for i, one in enumerate(gone):
+            one.sendall(request(json.dumps({"texts": [f"gone {i}"] * 8}).encode()))
+        for one in gone:
+            one.close()
+        assert read_reply(first)[0] == 200
+        first.sendall(request(b'{"text": "second"}'))  # the same connection again
+        assert read_reply(first)[0] == 200
+        first.close()
+    left = sum(text.startswith("gone") for text in predictor.asked)
+    assert left <= 40  # of 320
+    with sqlite3.connect(tmp_path / "f.sqlite") as db:
+        stored = [text for (text,) in db.execute("SELECT text FROM predictions")]
+    assert {"first", "second"} <= set(stored) and len(stored) <= 2 + 16
+
+
+def test_silent_connections_make_room(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app, connections=20, header_seconds=2.0) as address:
+        working = connected(address)
+        working.sendall(request(b'{"text": "good"}'))
+        assert read_reply(working)[0] == 200
+        silent = [connected(address) for _ in range(60)]
+        for one in silent[::2]:
+            one.sendall(b"POST /v1/predict HTTP/1.1\r\nHo")
+        begun = time.monotonic()
+        asked = connected(address)
+        asked.sendall(request(b'{"text": "good"}'))
+        assert read_reply(asked)[0] == 200 and time.monotonic() - begun < 1.5
+        closed = 0
+        for one in silent:
+            try:
+                closed += one.recv(10) == b""
+            except ConnectionResetError:
+                closed += 1
+        assert closed == 60 and time.monotonic() - begun < 6
+        asked.sendall(b"POST /v1/predict HTT")  # a second request that is never finished
+        assert asked.recv(10) == b"" and time.monotonic() - begun < 12
+
+
+def test_a_header_without_end_is_cut_off(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app, header_bytes=4096) as address, connected(address) as one:
+        with pytest.raises((ConnectionResetError, BrokenPipeError, AssertionError)):
+            one.sendall(b"GET / HTTP/1.1\r\n")
+            for i in range(10_000):
+                one.sendall(f"X-{i}: {'y' * 50}\r\n".encode())
+            assert one.recv(10)
+
+
+def test_what_is_not_http_is_told_so_in_our_form(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app) as address:
+        for rude in (
+            b"HELLO\r\n\r\n",
+            b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+            b"\x16\x03\x01" * 9,
+        ):
+            with connected(address) as one:
+                one.sendall(rude + b"\r\n\r\n")
+                status, body = read_reply(one)
+                assert status == 400 and body["error"]["code"] == "wrong", body
+
+
+def test_a_body_is_read_in_one_way(bundle, tmp_path):
+    "Chunked is fine; a length beside it is not."
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    text = b'{"text": "good"}'
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(text), text)
+    with serving(app) as address:
+        with connected(address) as one:
+            one.sendall(request(chunked, "/v1/predict", "Transfer-Encoding: chunked"))
+            assert read_reply(one)[0] == 200
+        both = "Transfer-Encoding: chunked", f"Content-Length: {len(text)}"
+        with connected(address) as one:
+            one.sendall(request(chunked, "/v1/predict", *both))
+            assert read_reply(one)[0] == 400
+
+
+HANGS = """
+import sys, time
+from llmeco_nb.deployment import serving
+from llmeco_nb.deployment.predictor import Predictor
+
+class Hangs(Predictor):
+    def predict(self, works):
+        if any(work.text == "hang" for work in works):
+            time.sleep(1000)
+        return super().predict(works)
+
+serving.Predictor = Hangs
+serving.run_server(sys.argv[1], port=0, database=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_hangs_is_seen_and_does_not_keep_the_process(bundle, tmp_path):
+    command = [sys.executable, "-c", HANGS, str(bundle), str(tmp_path / "f.sqlite")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().split(":")[2].split()[0])
+        address = ("127.0.0.1", port)
+        hanging = connected(address)
+        hanging.sendall(request(b'{"text": "hang"}'))
+        begun = time.monotonic()
+        status = 200
+        while status == 200 and time.monotonic() - begun < 8:
+            time.sleep(0.3)
+            with connected(address) as one:
+                one.sendall(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                status, body = read_reply(one)
+        assert status == 503 and "at work on a batch" in body["error"]["message"]
+        with connected(address) as one:
+            one.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert read_reply(one)[0] == 200
+        assert read_reply(hanging)[0] == 503 and time.monotonic() - begun < 12
+        hanging.sendall(request(b'{"text": "more"}'))
+        assert read_reply(hanging)[0] == 429
+        os.kill(process.pid, signal.SIGTERM)
+        begun = time.monotonic()
+        process.wait(30)
+        assert time.monotonic() - begun < 15
