@@ -401,6 +401,9 @@ def serve(
         False, "--anybody", help="Listen to others than this machine although no key exists."
     ),
     log: bool = typer.Option(False, "--log", help="Write a line of JSON about each request."),
+    name: list[str] = typer.Option(
+        [], "--name", help="A host name by which it is asked, too, such as a proxy's; repeatable."
+    ),
 ):
     """Answer over HTTP with the newest bundle, and take feedback.
 
@@ -411,6 +414,7 @@ def serve(
         database: None: what the newest run was told, else runs/feedback.sqlite.
         anybody: Listen at other addresses than this machine's own although no key exists.
         log: Write a line of JSON about each request to the standard error.
+        name: Host names by which it is asked besides its address.
     """
     try:
         from llmeco_nb.deployment import serving
@@ -420,7 +424,7 @@ def serve(
         raise MissingError(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    serving.run_server(bundle, host, port, database, anybody, log, say=typer.echo)
+    serving.run_server(bundle, host, port, database, anybody, log, name, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)

@@ -57,6 +57,17 @@ def test_single_words_say_little_of_a_long_request():
     assert 0.5 < model.seconds(8192) / true(8192) < 2
 
 
+def test_a_pause_of_the_process_is_no_speed():
+    "A server that stood still for a while knows soon again what a request takes."
+    true = lambda cost: 0.02 + 1e-4 * cost
+    model = CostModel(((64, true(64)), (512, true(512))))
+    model.learn(20, 30.0)
+    assert model.seconds(8192) < 5 * true(8192)
+    for _ in range(20):
+        model.learn(20, true(20))
+    assert model.seconds(8192) < 2.5 * true(8192)
+
+
 # -- whose turn it is
 
 
@@ -114,6 +125,27 @@ def test_a_short_request_waits_for_no_long_one(long, short, before):
         queue.take(queue.next())
         taken += 1
     assert taken <= 2 * short + 1
+
+
+def test_out_of_turn_and_left_behind():
+    "What was taken for its deadline, or has left, does not make others wait for it."
+    queue, pressing, other = FairQueue(), request([10] * 60), request([10] * 60)
+    queue.add(pressing)
+    queue.add(other)
+    while pressing in queue.asks:
+        queue.take(pressing)
+    short = request([10])
+    queue.add(short)
+    queue.take(queue.next())
+    queue.take(queue.next())
+    assert short not in queue.asks
+    queue = FairQueue()
+    for ask in (large := request([1000], "a"), small := request([1], "a"), request([1] * 500, "b")):
+        queue.add(ask)
+    queue.drop(large)
+    for _ in range(3):
+        queue.take(queue.next())
+    assert small not in queue.asks
 
 
 @drawn
@@ -365,6 +397,106 @@ def test_a_model_that_hangs_keeps_nobody():
         await executor.close(within=0.2)
         assert time.monotonic() - begun < 1
         executor.predictor.hold.set()
+
+    asyncio.run(run())
+
+
+def test_a_pause_locks_nobody_out():
+    "Legal requests are answered by an idle server, however slow it has just been."
+
+    async def scene(executor):
+        executor.cost_model.learn(1, 5.0)
+        executor.cost_model.learn(1, 5.0)
+        assert len(await ask(executor, ["x" * 10] * 20)) == 20
+
+    play(scene, deadline=1.0)
+
+
+def test_what_any_batch_costs_does_not_end_batching():
+    "Of a model whose calls take longer than a slice, batches hold several items all the same."
+
+    class Heavy(Clockwork):
+        def predict(self, works):
+            time.sleep(0.08)
+            return super().predict(works)
+
+    async def run():
+        known = CostModel(((1, 0.081), (100, 0.18)))
+        options = ExecutorOptions(deadline=2.0)
+        async with LocalExecutor(Heavy(), options, known) as executor:
+            got = await asyncio.gather(*(ask(executor, ["x"]) for _ in range(100)))
+            assert got == [["X"]] * 100 and len(executor.predictor.batches) <= 5
+
+    asyncio.run(run())
+
+
+def test_an_empty_request_and_a_late_one_are_refused():
+    async def scene(executor):
+        with pytest.raises(UsageError, match="one item or more"):
+            executor.submit([])
+        work, now = executor.predictor.prepare("x" * 100), asyncio.get_running_loop().time()
+        with pytest.raises(Expired):
+            executor.submit([work], now - 1)
+        with pytest.raises(Expired):
+            executor.submit([work], now + 0.01)
+        with pytest.raises(UsageError, match="Send a shorter text"):
+            await ask(executor, ["x" * 2000])
+        assert not executor.answers
+
+    play(scene, deadline=1.0)
+
+
+def test_who_leaves_is_not_prepared_and_who_waits_for_it_hears_in_time():
+    class Slow(Clockwork):
+        prepared = 0
+
+        def prepare(self, text):
+            self.prepared += 1
+            time.sleep(0.1)
+            return Work(text, text, 1)
+
+    async def run():
+        executor = LocalExecutor(Slow(), ExecutorOptions(deadline=0.3), known())
+        begun = time.monotonic()
+        asked = [asyncio.create_task(ask(executor, ["x" * 3000])) for _ in range(20)]
+        got = await asyncio.gather(*asked, return_exceptions=True)
+        assert time.monotonic() - begun < 0.5
+        late = [g for g in got if isinstance(g, Expired)]
+        assert len(late) >= 10 and executor.predictor.prepared <= 10
+        await executor.close()
+        with pytest.raises((Expired, Busy)):
+            async with asyncio.timeout(2):
+                await ask(executor, ["x" * 3000])
+
+    asyncio.run(run())
+
+
+def test_a_crash_of_a_library_is_told_and_ends_nothing():
+    class Crash(BaseException):
+        "As a panic of a library in Rust is."
+
+    class Crashing(Clockwork):
+        def open(self):
+            batch = WholeAnswers(self.predict)
+            whole = batch.step
+
+            def step():
+                if any(work.text == "crash" for work in batch.works.values()):
+                    raise Crash
+                if any(work.text == "stop" for work in batch.works.values()):
+                    raise StopIteration
+                return whole()
+
+            batch.step = step
+            return batch
+
+    async def run():
+        async with LocalExecutor(Crashing(), cost_model=known()) as executor:
+            for text in ("crash", "stop"):
+                with pytest.raises(RuntimeError):
+                    async with asyncio.timeout(2):
+                        await ask(executor, [text])
+            assert await ask(executor, ["well"]) == ["WELL"]
 
     asyncio.run(run())
 

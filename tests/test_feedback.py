@@ -3,9 +3,11 @@
 import json
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -587,3 +589,42 @@ def test_validation_texts_that_the_server_refuses_are_named(tmp_path):
             str(tmp_path / "corpus"),
             str(tmp_path / "bundle"),
         )
+
+
+def test_a_locked_database_is_seen_without_a_break_and_fills_no_memory(tmp_path):
+    ledger = Ledger(tmp_path / "f.sqlite", max_batch=8)
+    holder = sqlite3.connect(tmp_path / "f.sqlite", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    jobs = [ledger.write(lambda c: None, durable=False) for _ in range(400)]
+    refused = [job for job in jobs if job.done()]
+    assert len(refused) > 200 and all("Too much" in str(job.exception()) for job in refused)
+    begun, ready = time.monotonic(), []
+    while time.monotonic() - begun < 7:
+        ready.append(not ledger.troubles())
+        time.sleep(0.1)
+    assert not any(ready[35:])  # from 3.5 s on, also between two attempts
+    holder.execute("ROLLBACK")
+    holder.close()
+    begun = time.monotonic()
+    while ledger.troubles() and time.monotonic() - begun < 10:
+        time.sleep(0.1)
+    assert not ledger.troubles() and ledger.write(lambda c: 7).result() == 7
+    ledger.close()
+
+
+def test_the_log_that_is_synced_lies_beside_the_file_and_not_beside_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    Ledger(tmp_path / "real" / "f.sqlite").close()
+    (tmp_path / "f.sqlite").symlink_to(tmp_path / "real" / "f.sqlite")
+    ledger = Ledger(tmp_path / "f.sqlite")
+    ledger.write(lambda c: None).result()
+    assert ledger.log == tmp_path / "real" / "f.sqlite-wal" and ledger.log.exists()
+    assert ledger.file.parent == tmp_path / "real"
+    ledger.close()
+
+
+def test_a_crash_of_a_job_leaves_the_writer_alive(tmp_path):
+    ledger = Ledger(tmp_path / "f.sqlite")
+    assert ledger.write(lambda c: sys.exit(3)).exception(10)
+    assert ledger.write(lambda c: 7).result(10) == 7
+    ledger.close()

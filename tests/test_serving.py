@@ -34,13 +34,13 @@ def bundle(tmp_path_factory):
 
 
 class Slow(Predictor):
-    "Takes a moment for each batch, and remembers what it was asked."
+    "Takes a moment for each text, and remembers what it was asked."
 
     pause = 0.0
 
     def predict(self, works):
         self.asked = getattr(self, "asked", []) + [work.text for work in works]
-        time.sleep(self.pause)
+        time.sleep(self.pause * len(works))
         return super().predict(works)
 
 
@@ -53,7 +53,14 @@ def serving(app, **limits):
 
     Protocol.limits = ConnectionLimits(**limits)
     listening, ready = listen("127.0.0.1", 0), threading.Event()
-    config = uvicorn.Config(app, log_level="error", lifespan="on", http=Protocol)
+    config = uvicorn.Config(
+        app,
+        log_level="error",
+        lifespan="on",
+        http=Protocol,
+        ws="none",
+        timeout_graceful_shutdown=3,
+    )
     server = Server(config, ready.set)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]), daemon=True)
     thread.start()
@@ -96,8 +103,8 @@ def read_reply(s):
 
 def test_who_hangs_up_is_neither_computed_nor_stored(bundle, tmp_path):
     predictor = Slow.load(bundle)
-    predictor.pause, predictor.asked = 0.05, []
-    app = make_app(predictor, tmp_path / "f.sqlite", ExecutorOptions(slice_seconds=0.06))
+    predictor.pause, predictor.asked = 0.02, []
+    app = make_app(predictor, tmp_path / "f.sqlite", ExecutorOptions(slice_seconds=0.04))
     with serving(app) as address:
         predictor.asked.clear()
         first = connected(address)
@@ -140,6 +147,98 @@ def test_silent_connections_make_room(bundle, tmp_path):
         assert closed == 60 and time.monotonic() - begun < 6
         asked.sendall(b"POST /v1/predict HTT")  # a second request that is never finished
         assert asked.recv(10) == b"" and time.monotonic() - begun < 12
+
+
+def count_open(connections):
+    "Of some connections those that the server has not closed."
+    time.sleep(0.3)
+    there = 0
+    for one in connections:
+        one.setblocking(False)
+        try:
+            there += one.recv(1) != b""
+        except BlockingIOError:
+            there += 1
+        except ConnectionResetError:
+            pass
+        one.settimeout(20)
+    return there
+
+
+def test_a_burst_keeps_to_the_limit_and_spares_who_asks(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app, connections=10) as address:
+        silent = [connected(address) for _ in range(6)]
+        time.sleep(0.3)
+        customer = connected(address)
+        customer.sendall(request(b'{"text": "good"}'))
+        assert read_reply(customer)[0] == 200
+        more = [connected(address) for _ in range(60)]
+        assert count_open([*silent, *more]) <= 10
+        assert count_open(silent) == 0  # the longest first
+        more = [connected(address) for _ in range(3)]
+        assert count_open(more) == 3
+
+
+def test_who_does_not_read_keeps_nobody_out(bundle, tmp_path):
+    "Requests for pages without end, of which no answer is read."
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app, connections=3, header_seconds=1.5) as address:
+        deaf = []
+        for _ in range(3):
+            one = socket.socket()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(address)
+            one.settimeout(0.5)
+            try:
+                for _ in range(2000):
+                    one.sendall(b"GET /docs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            except OSError:
+                pass  # the server reads no more
+            deaf.append(one)
+        time.sleep(4)
+        with connected(address) as one:
+            one.sendall(request(b'{"text": "good"}'))
+            assert read_reply(one)[0] == 200
+        for one in deaf:
+            one.close()
+
+
+def test_requests_ahead_of_their_answers_are_bounded(bundle, tmp_path):
+    predictor = Slow.load(bundle)
+    predictor.pause = 0.02
+    with serving(make_app(predictor, tmp_path / "f.sqlite")) as address, connected(address) as one:
+        sent, part = 0, request(b'{"text": "good"}') * 500
+        one.settimeout(5)
+        with pytest.raises(OSError):
+            for _ in range(300):
+                one.sendall(part)
+                sent += len(part)
+        assert sent < 8e6
+
+
+def test_pieces_of_a_byte_are_not_read_for_long(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app) as address, connected(address) as one:
+        begun = time.process_time()
+        with pytest.raises((OSError, IndexError)):
+            one.sendall(request(b"", "/v1/predict", "Transfer-Encoding: chunked"))
+            for _ in range(300):
+                one.sendall(b"1\r\nx\r\n" * 1000)
+            read_reply(one)
+        assert time.process_time() - begun < 1
+
+
+def test_a_key_that_stands_twice_is_found_at_once():
+    from starlette.exceptions import HTTPException
+
+    from llmeco_nb.deployment.http_requests import strict_json
+
+    body = json.dumps({f"key {i}": i for i in range(100_000)})[:-1] + ', "key 7": 1}'
+    begun = time.process_time()
+    with pytest.raises(HTTPException):
+        strict_json(body.encode())
+    assert time.process_time() - begun < 2
 
 
 def test_a_header_without_end_is_cut_off(bundle, tmp_path):

@@ -58,6 +58,7 @@ class CostModel:
             cost: Of its items together.
             seconds: That it took.
         """
+        seconds = min(seconds, 4 * self.seconds(cost))  # the process was stopped: that is no speed
         fade = math.exp(-1 / self.memory)
         self.seen = [fade * one for one in self.seen]
         self._add(self.seen, cost, seconds)

@@ -118,7 +118,8 @@ class ExecutorOptions:
 
     Attributes:
         deadline: Seconds within which a request is answered, unless it says otherwise.
-        slice_seconds: What a batch should take at most; an item that takes longer goes alone.
+        slice_seconds: What a batch should take at most, unless most of that is what any batch
+            costs; an item that takes longer goes alone.
         max_waiting: Requests that may wait, however small.
         max_waiting_chars: Characters of the texts that wait, at most.
         prepare_threads: Threads that prepare long texts.
@@ -213,15 +214,17 @@ class LocalExecutor:
             return self._prepare(texts)
         found: list[Work] = []
         while len(found) < len(texts):
-            if asyncio.get_running_loop().time() > deadline:
-                raise Expired(late)
             part, size = [], 0
             for text in texts[len(found) :]:
                 if part and size + len(text) > 8 * self.options.inline_chars:
                     break
                 part.append(text)
                 size += len(text)
-            found += await self.prepare_threads.run(partial(self._prepare, part))
+            try:
+                async with asyncio.timeout_at(deadline):
+                    found += await self.prepare_threads.run(partial(self._prepare, part))
+            except TimeoutError:
+                raise Expired(late) from None
         return found
 
     def _prepare(self, texts: Sequence[str]) -> list[Work]:
@@ -237,8 +240,12 @@ class LocalExecutor:
 
     def _per_unit(self) -> float:
         "Seconds a unit of cost takes, with its share of what each batch costs."
-        fixed, whole = self.cost_model.fixed, self.options.slice_seconds
-        return self.cost_model.per_unit * (1 + fixed / max(whole - fixed, whole / 2))
+        fixed, whole = self.cost_model.fixed, self._slice()
+        return self.cost_model.per_unit * (1 + fixed / (whole - fixed))
+
+    def _slice(self) -> float:
+        "Seconds of a batch: so many that what any batch costs is a third of them at most."
+        return max(self.options.slice_seconds, 3 * self.cost_model.fixed)
 
     def _running_rest(self, now: float) -> float:
         "Seconds until the batch at hand is expected to be done."
@@ -268,6 +275,8 @@ class LocalExecutor:
         loop = asyncio.get_running_loop()
         now, allowed = loop.time(), self.options.deadline
         ask = Ask(works, now + allowed if deadline is None else deadline, tenant)
+        if not works:
+            raise UsageError("A request has one item or more; this one has none.")
         if self.stopping:
             raise Busy(1)
         self._admit(ask, now)
@@ -296,13 +305,19 @@ class LocalExecutor:
     def _admit(self, ask: Ask, now: float) -> None:
         "Raises `Busy` or `UsageError` for what cannot be answered in time."
         options, margin = self.options, 1 + self.options.margin
-        alone = self.cost_model.seconds(ask.rest)
+        # as fast as it was at first: if it is slower now, it may be as fast again later
+        fixed, per_unit = self.cost_model.usual
+        alone = fixed + per_unit * ask.rest
         if alone > max(options.deadline, ask.deadline - now):
-            fits = max(1, int(len(ask.works) * options.deadline / alone / margin))
+            count = len(ask.works)
+            fits = max(1, int(count * options.deadline / alone / margin))
+            cure = f"Send about {fits} such texts at a time" if count > 1 else "Send a shorter text"
             raise UsageError(
                 f"Answering this request takes about {alone:.1f} s here, and the server answers "
-                f"within {options.deadline:.1f} s. Send about {fits} such texts at a time."
+                f"within {options.deadline:.1f} s. {cure}."
             )
+        if now + alone > ask.deadline:
+            raise Expired(late)
         full = len(self.queue) >= options.max_waiting
         if not (self.queue or self.begun or full):
             return
@@ -327,14 +342,16 @@ class LocalExecutor:
         "The items of the next batch: as many as a slice of time holds, and one at least."
         picked: list[tuple[Ask, int]] = []
         cost, now = 0, asyncio.get_running_loop().time()
-        near = 2 * self.options.slice_seconds
-        pressing = self.queue.most_pressing(now, (1 + self.options.margin) * self._per_unit(), near)
+        whole = self._slice()
+        pressing = self.queue.most_pressing(
+            now, (1 + self.options.margin) * self._per_unit(), 2 * whole
+        )
         while self.queue:
             ask = pressing if pressing in self.queue.asks else self.queue.next()
             if ask is None:
                 break
             more = cost + ask.next_cost
-            if picked and self.cost_model.seconds(more) > self.options.slice_seconds:
+            if picked and self.cost_model.seconds(more) > whole:
                 break
             picked.append((ask, self.queue.take(ask)))
             cost = more
@@ -390,7 +407,8 @@ class LocalExecutor:
         """
         self.stopping = True
         if self.worker is not None and not self.worker.done():
-            await asyncio.wait([self.worker], timeout=within)
+            if self.answers:  # else a model is at work for nobody
+                await asyncio.wait([self.worker], timeout=within)
             if not self.worker.done():
                 self.worker.cancel()
         for answers in list(self.answers.values()):

@@ -147,8 +147,10 @@ class FairQueue:
         self.rest -= ask.rest
         line.rest -= ask.rest
         ask.rest = 0
-        if line.head() is None:
+        if (head := line.head()) is None:
             del self.lines[ask.tenant]
+        else:  # another is first now, which may cost less
+            line.place = min(line.place, self.clock + head.next_cost)
 
     def next(self) -> Ask | None:
         "The request whose item is next by fair shares; None where nothing waits."
@@ -165,7 +167,8 @@ class FairQueue:
         line, cost = self.lines[ask.tenant], ask.next_cost
         item = ask.taken
         self.clock = max(self.clock, line.place)
-        line.clock = max(line.clock, ask.place)
+        if line.head() is ask:  # out of its turn it does not move the clock
+            line.clock = max(line.clock, ask.place)
         ask.taken += 1
         ask.rest -= cost
         line.rest -= cost

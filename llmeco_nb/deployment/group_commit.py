@@ -44,10 +44,12 @@ class GroupWriter:
         self.engine = engine
         self.max_batch = max_batch
         self.sync_seconds = sync_seconds
-        self.log = None if file is None else file.with_name(f"{file.name}-wal")
+        # beside the file itself, not beside a link to it
+        self.log = None if file is None else Path(f"{file.resolve()}-wal")
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.commits = 0
-        self.begun = 0.0  # of the commit at hand, on the clock of `time.monotonic`; 0: none is
+        # both on the clock of `time.monotonic`: the commit at hand, the last that failed; 0: none
+        self.begun = self.failed = 0.0
         self.closed = False
         self.closing = threading.Lock()  # no job may stand behind the word to stop
         self.unsynced = threading.Event()
@@ -68,6 +70,8 @@ class GroupWriter:
         with self.closing:
             if self.closed or not self.thread.is_alive():
                 future.set_exception(WriteError("The ledger is closed."))
+            elif self.jobs.qsize() > 16 * self.max_batch:
+                future.set_exception(WriteError("Too much waits for the database already."))
             else:
                 self.jobs.put((job, durable, future))
         return future
@@ -80,9 +84,11 @@ class GroupWriter:
         """
         if self.closed or not self.thread.is_alive():
             return ["The ledger is closed."]
-        begun = self.begun
-        if begun and time.monotonic() - begun > patience:
-            return [f"The database has not answered for {time.monotonic() - begun:.0f} s."]
+        begun, now = self.begun, time.monotonic()
+        if begun and now - begun > patience:
+            return [f"The database has not answered for {now - begun:.0f} s."]
+        if self.failed and now - self.failed < 10:
+            return [f"The database could not be written {now - self.failed:.0f} s ago."]
         return []
 
     def close(self, within: float = 30.0) -> None:
@@ -107,17 +113,22 @@ class GroupWriter:
                 batch.append(self.jobs.get())
             work = [one for one in batch if one and one[2].set_running_or_notify_cancel()]
             if work:
-                self.begun = time.monotonic()
                 self._commit(work)
                 self.begun = 0.0
-            if None in batch:
+            stop = None in batch
+            del batch, work  # an idle thread holds nothing
+            if stop:
                 return
 
     def _commit(self, work: list[Job]) -> None:
         "One transaction for all of `work`; one for each, where a row of one spoils the others."
+        self.begun = time.monotonic()
         try:
             outcomes = self._transaction(work)
-        except Exception as e:
+            self.failed = 0.0
+        except BaseException as e:  # whatever it is, the thread goes on
+            if isinstance(e, OperationalError):
+                self.failed = time.monotonic()
             reason = getattr(e, "orig", None) or e
             failed = WriteError(f"The ledger could not be written: {reason}.")
             if len(work) > 1 and not isinstance(e, OperationalError):

@@ -8,7 +8,7 @@ __all__ = ['strict_json', 'StrictRequest', 'StrictRoute', 'HeaderCheck', 'own_na
 # %% ../../nbs/4_deployment/41i_http_requests.ipynb #b178aa4e
 import json
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -32,11 +32,11 @@ def strict_json(body: bytes) -> Any:
         raise HTTPException(400, f"The body is not UTF-8, from byte {e.start} on") from None
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise HTTPException(400, f"The body has the key {twice[:100]!r} more than once")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise HTTPException(400, f"The body has the key {name[:100]!r} more than once")
+            found[name] = value
         return found
 
     def no_number(name: str) -> Any:
@@ -100,22 +100,26 @@ class HeaderCheck:
             return "The length of the body is given in more than one way. Send one Content-Length."
         if self.hosts is None:
             return ""
-        host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
+        if b"host" not in names:
+            return ""  # no browser sends that, and it is against browsers
+        host = next(value.decode("latin-1") for name, value in headers if name == b"host")
         bare = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-        if bare.strip("[]").lower() in self.hosts:
+        if bare.strip("[]").rstrip(".").lower() in self.hosts:
             return ""
         return (
             f"The request is addressed to the host {host[:100]!r}, and this server is not called "
-            "so. Ask it by the address at which it listens."
+            "so. Ask it by the address at which it listens, or serve with --name."
         )
 
 
-def own_names(host: str) -> frozenset[str] | None:
+def own_names(host: str, names: Sequence[str] = ()) -> frozenset[str] | None:
     """By what names a server is asked that listens at an address; None: by any.
 
     Args:
         host: Name or address to listen at.
+        names: Further ones, such as that of a proxy in front of it.
     """
-    if host in ("", "0.0.0.0", "::"):
+    if host in ("", "0.0.0.0", "::") and not names:
         return None
-    return frozenset({host.strip("[]").lower(), "localhost", "127.0.0.1", "::1"})
+    local = {"localhost", "127.0.0.1", "::1"}
+    return frozenset({one.strip("[]").lower() for one in (host, *names)} | local)

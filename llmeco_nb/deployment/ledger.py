@@ -90,6 +90,10 @@ def database_url(where: str | Path) -> URL:
         raise UsageError(
             "The database is given as a URL that cannot be read. Write postgresql://user@host/name."
         ) from None
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise UsageError(
+            "A database in memory is gone when the server stops. Give the path of an SQLite file."
+        )
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise UsageError(
             f"{url.get_backend_name()} is no database we can write to. Give the path of an "
@@ -190,7 +194,8 @@ class Ledger(GroupWriter):
     """
 
     def __init__(self, where: str | Path, max_batch: int = 256, min_free: int = 100_000_000):
-        self.file = sqlite_file(database_url(where))
+        file = sqlite_file(database_url(where))
+        self.file = None if file is None else file.resolve()
         self.min_free = min_free
         self.free, self.looked = math.inf, 0.0
         super().__init__(connect(where), self.file, max_batch)

@@ -166,10 +166,16 @@ class DaemonThreads:
     def _serve(self) -> None:
         while (job := self.jobs.get()) is not None:
             function, loop, future = job
+            if future.cancelled():
+                continue  # whoever asked has left
             try:
                 found, error = function(), None
-            except BaseException as e:  # whoever waits must hear of it
+            except StopIteration as e:  # which no future takes
+                found, error = None, RuntimeError(f"{function} ended its thread: {e!r}")
+            except Exception as e:
                 found, error = None, e
+            except BaseException as e:  # a crash of a library, which must not end the loop
+                found, error = None, RuntimeError(f"{function} ended its thread: {e!r}")
             try:
                 loop.call_soon_threadsafe(_settle, future, found, error)
             except RuntimeError:
@@ -177,7 +183,7 @@ class DaemonThreads:
             del job, function, loop, future, found, error  # an idle thread holds nothing
 
 
-def _settle(future: asyncio.Future, found: Any, error: BaseException | None) -> None:
+def _settle(future: asyncio.Future, found: Any, error: Exception | None) -> None:
     "Give a future its result, unless it was given up."
     if future.done():
         return

@@ -103,7 +103,7 @@ def fields_of(schema: dict, schemas: dict[str, dict]) -> list[tuple[str, str, st
         if "anyOf" in one:
             return " or ".join(said(part) for part in one["anyOf"])
         if one.get("type") == "array":
-            return f"list of {said(one['items'])}"
+            return f"list of {said(one.get('items', {}))}"
         limits = {"maxLength": "at most {:,} characters", "maxItems": "at most {:,}"}
         more = [text.format(one[key]) for key, text in limits.items() if key in one]
         return ", ".join([one.get("type", "any"), *more])

@@ -217,6 +217,7 @@ class BodyLimit:
         seconds: That any body may take.
         rate: Bytes a second; a larger body may take as many seconds more.
         held: Bytes of all bodies that are being read or worked on, at most.
+        always: Bytes of a body that finds room all the same.
     """
 
     def __init__(
@@ -226,12 +227,13 @@ class BodyLimit:
         seconds: float = 10.0,
         rate: int = 100_000,
         held: int = 2**26,
+        always: int = 2**16,
     ):
         self.app = app
         self.limit = limit
         self.seconds = seconds
         self.rate = rate
-        self.most_held = held
+        self.most_held, self.always = held, always
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -255,7 +257,7 @@ class BodyLimit:
                 more = part.get("more_body", False)
                 if len(body) > self.limit:
                     return await self._refuse(413, scope, receive, send)
-                if self.held > self.most_held and len(body):
+                if self.held > self.most_held and len(body) > self.always:
                     return await self._refuse(503, scope, receive, send)
             whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 

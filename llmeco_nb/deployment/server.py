@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
-from ..core import UsageError
+from ..core import UsageError, WriteError
 from .door import Door
 from .executor import ExecutorOptions, Expired, LocalExecutor
 from .fair_queue import Work
@@ -396,17 +396,19 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     async def model():
         return model_facts(app.state.executor.predictor)
 
-    async def answer(state: State, asked: list[str], single: bool) -> JSONResponse:
+    async def answer(state: State, host: str, asked: list[str], single: bool) -> JSONResponse:
         executor, ledger, quotas = app.state.executor, app.state.ledger, app.state.quotas
         who, request_id, metrics = state.principal, state.request_id, app.state.metrics
         predictor = executor.predictor  # whatever is served later: this one answers
         who.check_model(predictor.manifest.name)
         quotas.take_request(who)
         deadline = asyncio.get_running_loop().time() + executor.options.deadline
+        if troubles := ledger.troubles():  # what cannot be stored need not be computed
+            raise WriteError(" ".join(troubles))
         works = await prepare_items(asked, single, executor, deadline)
         cost = sum(work.cost for work in works)
         with quotas.tokens_for(who, cost):
-            answers = await executor.answer(works, deadline, who.id)
+            answers = await executor.answer(works, deadline, who.id or host)
             count: dict = dict(key_id=who.id, tokens=cost, at=time.time())
             also = partial(count_usage, **count) if who.id else lambda c: None
             kept = keep_predictions(ledger, request_id, predictor.digest, asked, answers, also)
@@ -420,7 +422,8 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         return JSONResponse(reply.model_dump())
 
     async def predict(request: Request, body: Any):
-        work = answer(request.state, body.items(), body.texts is None)
+        host = request.client.host if request.client else ""
+        work = answer(request.state, host, body.items(), body.texts is None)
         return await while_connected(request, work)
 
     # the models are the task's: known now, and not when this was written

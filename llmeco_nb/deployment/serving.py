@@ -12,13 +12,14 @@ import errno
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..core import UsageError, runs_dir
 from .http_requests import own_names
@@ -73,7 +74,7 @@ class ConnectionLimits:
     Attributes:
         connections: Open at a time; when there are as many, one that asks nothing makes room.
         header_seconds: From the first moment, or the first byte of a further request, until it is
-            known what is asked.
+            known what is asked; also for which an answer may wait to be read.
         header_bytes: Of what is asked, at most.
     """
 
@@ -82,22 +83,27 @@ class ConnectionLimits:
     header_bytes: int = 65_536
 
 
-class TimedProtocol(AutoHTTPProtocol):
-    "A connection that knows for how long its client has kept a server waiting."
+class TimedProtocol(H11Protocol):
+    """A connection that knows for how long its client has kept a server waiting: for a request, or
+    for an answer to be read."""
 
     limits = ConnectionLimits()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio.
 
         Args:
             transport: Of the connection.
         """
+        now = asyncio.get_running_loop().time()
+        self.since: float | None = now  # since when a header is awaited; None: none is
+        self.unread: float | None = None  # since when an answer waits to be read; None: none does
+        self.answered = now  # when the last answer was complete
+        self.received = self.wire = self.payload = (
+            0  # bytes: of a header; of a request; of its body
+        )
         super().connection_made(transport)
-        self.since: float | None = asyncio.get_running_loop().time()  # None: nothing is awaited
-        self.received = 0  # bytes of a header that is not complete
-        if len(self.connections) > self.limits.connections:
-            self._make_room()
+        self._make_room()
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio.
@@ -110,11 +116,35 @@ class TimedProtocol(AutoHTTPProtocol):
             self.received += len(data)
             if self.since is None:
                 self.since = asyncio.get_running_loop().time()
+        held = 0 if before is None else len(before.body)
         super().data_received(data)
+        self.wire += len(data)
         if self.cycle is not before:
-            self.since, self.received = None, 0
-        elif self.received > self.limits.header_bytes:
-            self.transport.close()
+            self.since, self.received, held = None, 0, 0
+            self.wire, self.payload = len(data), 0
+        if self.cycle is not None:
+            self.payload += max(0, len(self.cycle.body) - held)
+        limit = self.limits.header_bytes
+        # a header without end; pieces of a few bytes; requests that nobody waits for the answers of
+        if self.received > limit or self.wire > 2 * limit + 2 * self.payload:
+            self.transport.abort()
+        elif len(self.conn._receive_buffer) > 8 * limit:  # the public property copies it
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        "Called by asyncio when the client does not read."
+        super().pause_writing()
+        self.unread = asyncio.get_running_loop().time()
+
+    def resume_writing(self) -> None:
+        "Called by asyncio when the client reads again."
+        super().resume_writing()
+        self.unread = None
+
+    def on_response_complete(self) -> None:
+        "Called by uvicorn."
+        self.answered = asyncio.get_running_loop().time()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for what is not HTTP.
@@ -129,21 +159,26 @@ class TimedProtocol(AutoHTTPProtocol):
         self.transport.close()
 
     def _make_room(self) -> None:
-        "Close the connection that has waited longest without a request; this one, if all have one."
-        idle = [one for one in self.connections if one.is_idle()]
-        min(idle, key=lambda one: one.since or 0.0, default=self).transport.close()
+        "Close the connection that has asked nothing for longest; this one, if all ask something."
+        there = [one for one in self.connections if not one.transport.is_closing()]
+        if len(there) > self.limits.connections:
+            idle = [one for one in there if one.is_idle()]
+            min(idle, key=lambda one: one.since or one.answered, default=self).transport.close()
 
     def is_idle(self) -> bool:
         "Whether nothing has been asked that is not answered."
         return self.since is not None or self.timeout_keep_alive_task is not None
 
     def overdue(self, now: float) -> bool:
-        """Whether its client takes too long to say what it wants.
+        """Whether its client takes too long to say what it wants, or to read the answer.
 
         Args:
             now: On the event loop's clock.
         """
-        return self.since is not None and now - self.since > self.limits.header_seconds
+        if self.transport.is_closing() and self.unread is None:
+            self.unread = now  # a connection is closed when all is read, which may be never
+        times = (self.since, self.unread)
+        return any(one is not None and now - one > self.limits.header_seconds for one in times)
 
 
 class Server(uvicorn.Server):
@@ -178,7 +213,7 @@ class Server(uvicorn.Server):
             now = asyncio.get_running_loop().time()
             for one in list(self.server_state.connections):
                 if one.overdue(now):
-                    one.transport.close()
+                    one.transport.abort()
         return await super().on_tick(counter)
 
 
@@ -223,6 +258,7 @@ def run_server(
     database: str | Path | None = None,
     anybody: bool = False,
     log: bool = False,
+    names: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve until interrupted. Raises `MissingError`, `DataError`, `UsageError`, `WriteError`
@@ -235,6 +271,7 @@ def run_server(
         database: Path or URL; None for what `feedback_database` finds.
         anybody: Listen at other addresses than this machine's own although no key exists.
         log: Write a line of JSON about each request to the standard error.
+        names: By which it is asked besides its address, such as that of a proxy before it.
         say: Told one line at a time.
     """
     s = listen(host, port)
@@ -254,13 +291,15 @@ def run_server(
                 f"Whoever reaches {host} could ask, since no key exists. Make one with "
                 "`llmeco keys add NAME`, or say that this is meant: `--anybody`."
             )
+        options: Any = dict(hosts=own_names(host, names), log=log_line if log else None)
         config = uvicorn.Config(
-            make_app(predictor, database, hosts=own_names(host), log=log_line if log else None),
+            make_app(predictor, database, **options),
             log_level="warning",
             server_header=False,
-            timeout_graceful_shutdown=10,
+            timeout_graceful_shutdown=12,  # a little more than the deadline of a request
             lifespan="on",
             http=TimedProtocol,
+            ws="none",  # an installed library would put connections of another kind among ours
         )
         at = f"http://{f'[{host}]' if ':' in host else host}:{s.getsockname()[1]}"
 
