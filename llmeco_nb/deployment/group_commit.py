@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class GroupWriter:
         self.thread = threading.Thread(target=self._write_all, name="writer", daemon=True)
         self.thread.start()
         if self.log is not None:
-            threading.Thread(target=self._sync, name="sync", daemon=True).start()
+            sync = partial(self._sync, self.log)
+            threading.Thread(target=sync, name="sync", daemon=True).start()
 
     def write(self, job: Callable[[Connection], Any], durable: bool = True) -> Future:
         """Have a job done; the future holds its result once it is committed, and the operating
@@ -163,14 +165,14 @@ class GroupWriter:
             self.unsynced.set()
         return outcomes
 
-    def _sync(self) -> None:
+    def _sync(self, file: Path) -> None:
         "Now and then have the disk take what was committed without waiting for it."
         while not self.closed:
             self.unsynced.wait()
             time.sleep(self.sync_seconds)
             self.unsynced.clear()
             try:
-                log = os.open(self.log, os.O_RDONLY)
+                log = os.open(file, os.O_RDONLY)
             except OSError:
                 continue  # no log: all of it stands in the database
             try:

@@ -73,7 +73,7 @@ class RefusalResponse(JSONResponse):
     "The answer to a request that is refused; its code is noted in the request's state."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["refusal"] = json.loads(self.body)["error"]["code"]
+        scope.setdefault("state", {})["refusal"] = json.loads(bytes(self.body))["error"]["code"]
         await super().__call__(scope, receive, send)
 
 
