@@ -26,7 +26,7 @@ from llmeco_nb.deployment.audit import AuditRow, verify_audit, write_audit
 from llmeco_nb.deployment.door import Door
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions, Principal, key_digest
-from llmeco_nb.deployment.ledger import connect
+from llmeco_nb.deployment.ledger import connect, read_feedback
 from llmeco_nb.deployment.quotas import QuotaExceeded, Quotas
 from llmeco_nb.deployment.server import actions, make_app
 from llmeco_nb.deployment.serving import run_server
@@ -162,6 +162,18 @@ def test_quotas_are_kept_also_by_the_next_server(bundle, admin, tmp_path):
     with sqlite3.connect(tmp_path / "f.sqlite") as db:
         found = db.execute("SELECT key_id, requests, tokens FROM usage ORDER BY tokens").fetchall()
         assert (row.id, 2, 15) in found and len(found) == 2
+
+
+def test_feedback_is_that_of_the_key(bundle, admin, tmp_path):
+    "Whoever has a key can name for whom he speaks, and cannot speak as somebody else."
+    key, _ = admin.add(KeyOptions(name="ann"))
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        asked = c.post("/v1/predict", json={"text": "good"}, headers=bearer(key)).json()
+        for author in ("", "bob"):
+            said = dict(request_id=asked["request_id"], label="negative", author=author)
+            r = c.post("/v1/feedback", json=said, headers=bearer(key))
+            assert r.json()["stored"], r.text
+    assert [row.author for row in read_feedback(tmp_path / "f.sqlite")] == ["ann", "ann/bob"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['corrections', 'ResultT', 'actions', 'served_routes', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback',
            'FeedbackResult', 'LabelFeedbackResult', 'NumberFeedbackResult', 'check_served', 'model_facts',
-           'prepare_items', 'while_connected', 'watch_state', 'read_access', 'keep_fresh', 'stored', 'make_app',
-           'model_troubles', 'add_health_routes', 'add_model_routes']
+           'while_connected', 'watch_state', 'read_access', 'keep_fresh', 'make_app', 'add_health_routes',
+           'add_model_routes']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,34 +25,32 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
-from ..core import UsageError, WriteError
+from ..core import UsageError
 from .door import Door
-from .executor import ExecutorOptions, Expired, LocalExecutor
-from .fair_queue import Work
+from .executor import ExecutorOptions
 from .http_requests import HeaderCheck, StrictRoute
 from .keys import KeyRing, read_keys
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
     Ledger,
     keep_feedback,
-    keep_predictions,
 )
 from .loading import StackModel
 from .manifest import verify
 from .metrics import Metrics, Watch
 from .model_batch import DaemonThreads
 from .page import docs_text, page_text
-from .predictor import ModelName, Predictor, PredictReply
-from .quotas import Quotas, count_usage, day_of, read_usage
+from .predictor import Predictor, PredictReply
+from .quotas import Quotas, day_of, read_usage
 from llmeco_nb.deployment.refusals import (
     BodyLimit,
     check_plain,
-    check_text,
     documented,
     error_response,
     install_exception_handlers,
     limits,
 )
+from .service import Question, Service, stored
 from ..tasks.contract import Task
 
 # %% ../../nbs/4_deployment/42_server.ipynb #26634108
@@ -142,31 +139,6 @@ def model_facts(predictor: Predictor) -> dict[str, Any]:
     return {**known, "task": manifest.task.name, "schema": manifest.schema.to_json()}
 
 
-async def prepare_items(
-    items: Sequence[str], single: bool, executor: LocalExecutor, deadline: float
-) -> list[Work]:
-    """The texts of a request as they can be submitted. Raises `UsageError` for one that is empty,
-    cannot be stored, or of which nothing is left; and `Expired`.
-
-    Args:
-        items: The texts.
-        single: Whether one was sent as `text`.
-        executor: Prepares them.
-        deadline: Of the request, on the event loop's clock.
-    """
-    names = ["text"] if single else [f"texts.{i}" for i in range(len(items))]
-    for name, text in zip(names, items):
-        check_text(text, name)
-    works = await executor.prepare(items, deadline)
-    for name, work in zip(names, works):
-        if not work.inputs.strip():
-            raise UsageError(
-                f"{name} holds nothing but markup or invisible characters, and nothing of it is "
-                "left for the model to read. Send some words."
-            )
-    return works
-
-
 ResultT = TypeVar("ResultT")
 
 
@@ -204,35 +176,37 @@ actions = {
 served_routes = (*actions, "/", "/docs", "/openapi.json", "/readyz", "/v1/model")
 
 
-def watch_state(metrics: Metrics, executor: LocalExecutor, ledger: Ledger) -> None:
+def watch_state(metrics: Metrics, service: Service) -> None:
     """Have the state of the parts read when somebody asks for the figures.
 
     Args:
         metrics: Get the figures.
-        executor: With the model.
-        ledger: With the database.
+        service: With the model and the database.
     """
     state: dict[str, tuple[str, Callable[[], float]]] = {
         "llmeco_waiting_requests": (
             "Requests of which an item waits for the model.",
-            lambda: len(executor.queue),
+            lambda: len(service.executor.queue),
         ),
         "llmeco_waiting_cost": (
             "Cost of the items that wait, in tokens or words.",
-            lambda: executor.queue.rest,
+            lambda: service.executor.queue.rest,
         ),
         "llmeco_batch_fixed_seconds": (
             "What a batch takes however small it is, as fitted of late.",
-            lambda: executor.cost_model.fixed,
+            lambda: service.executor.cost_model.fixed,
         ),
         "llmeco_token_seconds": (
             "What a token or word adds, as fitted of late.",
-            lambda: executor.cost_model.per_unit,
+            lambda: service.executor.cost_model.per_unit,
         ),
-        "llmeco_commits": ("Commits to the database since the start.", lambda: ledger.commits),
+        "llmeco_commits": (
+            "Commits to the database since the start.",
+            lambda: service.ledger.commits,
+        ),
         "llmeco_ready": (
             "1 if a request would be answered now, else 0.",
-            lambda: float(not (model_troubles(executor) or ledger.troubles())),
+            lambda: float(not service.troubles()),
         ),
     }
     for name, (about, value) in state.items():
@@ -273,20 +247,6 @@ async def keep_fresh(ledger: Ledger, ring: KeyRing, quotas: Quotas, every: float
         thread.close()
 
 
-async def stored(kept: "Future[ResultT]", deadline: float) -> ResultT:
-    """What was stored. Raises `WriteError`, and `Expired` if it takes too long.
-
-    Args:
-        kept: From the ledger.
-        deadline: On the event loop's clock.
-    """
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await asyncio.wrap_future(kept)
-    except TimeoutError:
-        raise Expired("The database was slower than the deadline allows.") from None
-
-
 def make_app(
     bundle: str | Path | Predictor,
     database: str | Path,
@@ -310,19 +270,18 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.ledger, app.state.quotas = Ledger(database), quotas
+        ledger = app.state.ledger = Ledger(database)
         try:
-            read_access(app.state.ledger, ring, quotas)
+            read_access(ledger, ring, quotas)
             loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)
-            app.state.executor = LocalExecutor(loaded, options)
-            watch_state(metrics, app.state.executor, app.state.ledger)
-            fresh = asyncio.create_task(keep_fresh(app.state.ledger, ring, quotas))
+            service = app.state.service = Service(loaded, ledger, quotas, options)
+            watch_state(metrics, service)
+            fresh = asyncio.create_task(keep_fresh(ledger, ring, quotas))
             yield
             fresh.cancel()
-            # whoever was still waiting has been answered by now, or the model hangs
-            await app.state.executor.close(within=2.0)
+            await service.close()  # who was still waiting has been answered, or the model hangs
         finally:
-            app.state.ledger.close()
+            ledger.close()
 
     app = FastAPI(
         title="llmeco",
@@ -344,28 +303,11 @@ def make_app(
     return app
 
 
-def model_troubles(executor: LocalExecutor) -> list[str]:
-    """Sentences that say why the model would not answer now; none where it would.
-
-    Args:
-        executor: With the model.
-    """
-    health, found = executor.health(), []
-    if health.stalled:
-        found.append(
-            f"The model has been at work on a batch for {health.oldest_s:.0f} s; it was expected "
-            f"to take {health.expected_s:.2f} s."
-        )
-    if health.waiting >= executor.options.max_waiting:
-        found.append("The queue is full.")
-    return found
-
-
 def add_health_routes(app: FastAPI) -> None:
     """The routes that watchers ask: `/livez`, `/readyz`, `/metrics`.
 
     Args:
-        app: Its state holds `executor`, `ledger` and `metrics` when it is asked.
+        app: Its state holds `service` and `metrics` when it is asked.
     """
 
     @app.get("/metrics", include_in_schema=False)
@@ -378,7 +320,7 @@ def add_health_routes(app: FastAPI) -> None:
 
     @app.get("/readyz", summary="Would it answer now", responses=documented(401, 503))
     async def readyz():
-        if not (troubles := [*model_troubles(app.state.executor), *app.state.ledger.troubles()]):
+        if not (troubles := app.state.service.troubles()):
             return {"ready": True}
         message = " ".join(troubles)
         return error_response(503, "not_ready", message, headers={"Retry-After": "1"})
@@ -388,43 +330,30 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     """The routes that people ask: the page, `/v1/model`, `/v1/predict`, `/v1/feedback`.
 
     Args:
-        app: Its state holds `executor` and `ledger` when it is asked.
+        app: Its state holds `service` when it is asked.
         task: Of the bundle; its models describe requests and answers.
     """
 
     @app.get("/v1/model", summary="What answers here")
     async def model():
-        return model_facts(app.state.executor.predictor)
+        return model_facts(app.state.service.predictor)
 
-    async def answer(state: State, host: str, asked: list[str], single: bool) -> JSONResponse:
-        executor, ledger, quotas = app.state.executor, app.state.ledger, app.state.quotas
-        who, request_id, metrics = state.principal, state.request_id, app.state.metrics
-        predictor = executor.predictor  # whatever is served later: this one answers
-        who.check_model(predictor.manifest.name)
-        quotas.take_request(who)
-        deadline = asyncio.get_running_loop().time() + executor.options.deadline
-        if troubles := ledger.troubles():  # what cannot be stored need not be computed
-            raise WriteError(" ".join(troubles))
-        works = await prepare_items(asked, single, executor, deadline)
-        cost = sum(work.cost for work in works)
-        with quotas.tokens_for(who, cost):
-            answers = await executor.answer(works, deadline, who.id or host)
-            count: dict = dict(key_id=who.id, tokens=cost, at=time.time())
-            also = partial(count_usage, **count) if who.id else lambda c: None
-            kept = keep_predictions(ledger, request_id, predictor.digest, asked, answers, also)
-            await stored(kept, deadline)
-        state.model = predictor.digest
-        metrics.items.labels(predictor.manifest.name).inc(len(asked))
-        metrics.tokens.labels(predictor.manifest.name).inc(cost)
-        name = ModelName(name=predictor.manifest.name, digest=predictor.digest, task=task.name)
-        said = [task.respond(i, answer) for i, answer in enumerate(answers)]
-        reply = replies.model_validate(dict(request_id=request_id, model=name, answers=said))
-        return JSONResponse(reply.model_dump())
+    async def answer(state: State, tenant: str, body: Any) -> JSONResponse:
+        texts = body.items()
+        names = ["text"] if body.texts is None else [f"texts.{i}" for i in range(len(texts))]
+        who, request_id = state.principal, state.request_id
+        question = Question(texts, names, request_id, who, who.id or tenant)
+        found = await app.state.service.predict(question)
+        state.model, metrics = found.model.digest, app.state.metrics
+        metrics.items.labels(found.model.name).inc(len(texts))
+        metrics.tokens.labels(found.model.name).inc(found.cost)
+        said = [task.respond(i, prediction) for i, prediction in enumerate(found.predictions)]
+        told = dict(request_id=request_id, model=found.model, answers=said)
+        return JSONResponse(replies.model_validate(told).model_dump())
 
     async def predict(request: Request, body: Any):
         host = request.client.host if request.client else ""
-        work = answer(request.state, host, body.items(), body.texts is None)
-        return await while_connected(request, work)
+        return await while_connected(request, answer(request.state, host, body))
 
     # the models are the task's: known now, and not when this was written
     replies: Any = PredictReply.__class_getitem__(task.Response)
@@ -439,6 +368,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     field, request_model, result_model = corrections[task.name]
 
     async def feedback(
+        request: Request,
         body: Any,
         idempotency_key: Annotated[str, Header(max_length=limits.name)] = "",
     ):
@@ -447,18 +377,21 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
             raise UsageError(f'Send "{field}" (what is right) or "correct" (true or false).')
         for name, value in body.model_dump().items():
             check_plain(value if isinstance(value, str) else None, name)
+        service, who = app.state.service, request.state.principal
+        # a key speaks for itself, and may name for whom it does
+        author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
         kept = keep_feedback(
-            app.state.ledger,
+            service.ledger,
             body.request_id,
             body.item,
             right,
             body.correct,
-            author=body.author,
+            author=author,
             note=body.note,
             key=body.key or idempotency_key,
         )
-        within = app.state.executor.options.deadline
-        reply: FeedbackReply = await stored(kept, asyncio.get_running_loop().time() + within)
+        deadline = asyncio.get_running_loop().time() + service.options.deadline
+        reply: FeedbackReply = await stored(kept, deadline)
         told = dict(request_id=body.request_id, item=body.item, stored=reply.stored)
         told |= {field: reply.given, "predicted": reply.predicted, "correct": reply.correct}
         return result_model.model_validate(told)
