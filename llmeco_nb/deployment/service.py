@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ..core import UsageError, WriteError
 from .executor import ExecutorOptions, Expired, LocalExecutor
@@ -148,7 +148,7 @@ class Service:
     @property
     def predictor(self) -> Predictor:
         "Of the model that answers now."
-        return self.executor.predictor
+        return cast(Predictor, self.executor.predictor)
 
     def troubles(self) -> list[str]:
         "Sentences that say why a request would not be answered now; none where it would."
@@ -222,7 +222,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.options.deadline
         who, texts = question.who, list(question.texts)
         with self._using() as executor:
-            predictor: Predictor = executor.predictor
+            predictor = cast(Predictor, executor.predictor)
             who.check_model(predictor.manifest.name)
             self.quotas.take_request(who)
             if troubles := self.ledger.troubles():  # what cannot be stored need not be computed
