@@ -18,8 +18,8 @@ pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 
 from llmeco_nb.core import UsageError
 from llmeco_nb.deployment.cost_model import CostModel
-from llmeco_nb.deployment.executor import Busy, ExecutorOptions, Expired, LocalExecutor
-from llmeco_nb.deployment.fair_queue import Ask, FairQueue, Work
+from llmeco_nb.deployment.executor import ExecutorOptions, LocalExecutor
+from llmeco_nb.deployment.fair_queue import Ask, Busy, Expired, FairQueue, Work
 from llmeco_nb.deployment.model_batch import Piece, WholeAnswers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -615,8 +615,8 @@ def test_a_batch_that_breaks_is_begun_anew():
 def test_a_hung_model_does_not_keep_a_process():
     code = """
 import asyncio, time
-from llmeco_nb.deployment.executor import ExecutorOptions, Expired, LocalExecutor
-from llmeco_nb.deployment.fair_queue import Work
+from llmeco_nb.deployment.executor import ExecutorOptions, LocalExecutor
+from llmeco_nb.deployment.fair_queue import Expired, Work
 from llmeco_nb.deployment.model_batch import WholeAnswers
 
 class Hangs:

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core import LlmecoError, UsageError, WriteError
-from .executor import Busy, Expired
+from .fair_queue import Busy, Expired
 from .keys import Forbidden, Unauthorized
 from .ledger import Conflict, UnknownRequest
 from .quotas import QuotaExceeded

@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['corrections', 'ResultT', 'actions', 'served_routes', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback',
            'FeedbackResult', 'LabelFeedbackResult', 'NumberFeedbackResult', 'check_served', 'model_facts',
-           'while_connected', 'watch_state', 'read_access', 'keep_fresh', 'make_app', 'add_health_routes',
-           'add_model_routes']
+           'while_connected', 'watch_state', 'make_app', 'add_health_routes', 'add_model_routes']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,15 +18,14 @@ from fastapi import FastAPI, Header, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from ..core import UsageError
-from .door import Door
+from .door import Door, keep_fresh, read_access
 from .executor import ExecutorOptions
 from .http_requests import HeaderCheck, StrictRoute
-from .keys import KeyRing, read_keys
+from .keys import KeyRing
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
     Ledger,
@@ -38,10 +34,9 @@ from llmeco_nb.deployment.ledger import (
 from .loading import StackModel
 from .manifest import verify
 from .metrics import Metrics, Watch
-from .model_batch import DaemonThreads
 from .page import docs_text, page_text
 from .predictor import Predictor, PredictReply
-from .quotas import Quotas, day_of, read_usage
+from .quotas import Quotas
 from llmeco_nb.deployment.refusals import (
     BodyLimit,
     check_plain,
@@ -211,40 +206,6 @@ def watch_state(metrics: Metrics, service: Service) -> None:
     }
     for name, (about, value) in state.items():
         metrics.watch(name, about, value)
-
-
-def read_access(ledger: Ledger, ring: KeyRing, quotas: Quotas) -> None:
-    """Take the keys and what they have used today from the database.
-
-    Args:
-        ledger: With the database.
-        ring: Gets the keys.
-        quotas: Get what was used.
-    """
-    with ledger.engine.connect() as c:
-        ring.load(read_keys(c))
-        quotas.load(read_usage(c, day_of(time.time())))
-
-
-async def keep_fresh(ledger: Ledger, ring: KeyRing, quotas: Quotas, every: float = 1.0) -> None:
-    """Take the keys from the database again and again: who revokes one need not stop a server.
-
-    Args:
-        ledger: With the database.
-        ring: Gets the keys.
-        quotas: Get what was used.
-        every: Seconds.
-    """
-    thread = DaemonThreads(1, "access")
-    try:
-        while True:
-            await asyncio.sleep(every)
-            try:
-                await thread.run(partial(read_access, ledger, ring, quotas))
-            except SQLAlchemyError:
-                pass  # the keys that are known hold until the database answers again
-    finally:
-        thread.close()
 
 
 def make_app(

@@ -17,8 +17,8 @@ from functools import partial
 from typing import TypeVar, cast
 
 from ..core import UsageError, WriteError
-from .executor import ExecutorOptions, Expired, LocalExecutor
-from .fair_queue import Work
+from .executor import ExecutorOptions, LocalExecutor
+from .fair_queue import Expired, Work
 from .keys import Principal
 from .ledger import Ledger, keep_predictions
 from .predictor import ModelName, Predictor
