@@ -23,7 +23,7 @@ from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.deployment.audit import AuditRow, verify_audit, write_audit
-from llmeco_nb.deployment.door import Door
+from llmeco_nb.deployment.authentication import AuthMiddleware
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions, Principal, key_digest
 from llmeco_nb.deployment.ledger import connect, read_feedback
@@ -74,7 +74,7 @@ def test_the_route_table_is_closed(bundle, admin, tmp_path):
     wrong = [None, "", "x", foreign, gone, old, good[:-1], good + "x", good.swapcase(), row.id]
     wrong += [row.digest, key_digest(good), "é" * 50]
     with TestClient(make_app(bundle, tmp_path / "f.sqlite"), raise_server_exceptions=False) as c:
-        [door] = (layer for layer in layers(c.app) if isinstance(layer, Door))
+        [door] = (layer for layer in layers(c.app) if isinstance(layer, AuthMiddleware))
         for path, method in [*routes(c.app), ("/nowhere", "GET"), ("/v1/predict/", "POST")]:
             for key in wrong:
                 told = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
@@ -255,7 +255,7 @@ def test_no_change_of_a_log_verifies(entries, data):
         r = rows[at]
         actor = r.actor + "x" if how == "actor" else r.actor + r.action
         action = r.action if how == "actor" else ""
-        changed[at] = AuditRow(r.number, r.at, actor, action, r.target, r.detail, r.seal)
+        changed[at] = AuditRow(r.number, r.at, actor, action, r.target, r.detail, r.mac)
     if changed != rows:
         with pytest.raises(DataError):
             verify_audit(changed, b"secret", head)

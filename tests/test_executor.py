@@ -19,7 +19,7 @@ pytest.importorskip("pydantic", reason="serving needs the extra `serve`")
 from llmeco_nb.core import UsageError
 from llmeco_nb.deployment.cost_model import CostModel
 from llmeco_nb.deployment.executor import ExecutorOptions, LocalExecutor
-from llmeco_nb.deployment.fair_queue import Ask, Busy, Expired, FairQueue, Work
+from llmeco_nb.deployment.fair_queue import Busy, Expired, FairQueue, QueuedRequest, Work
 from llmeco_nb.deployment.model_batch import Piece, WholeAnswers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def test_a_pause_of_the_process_is_no_speed():
 
 
 def request(costs, tenant="", deadline=1e9):
-    return Ask([Work("text", None, cost) for cost in costs], deadline, tenant)
+    return QueuedRequest([Work("text", None, cost) for cost in costs], deadline, tenant)
 
 
 asks = st.lists(
@@ -177,7 +177,7 @@ def test_what_is_let_in_can_be_kept(requests):
     queue, kept = FairQueue(), []
     for costs, deadline in requests:
         ask = request(costs, deadline=float(deadline))
-        if queue.excess(ask, now=0.0, per_unit=1.0) <= 0:
+        if queue.lateness(ask, now=0.0, per_unit=1.0) <= 0:
             queue.add(ask)
             kept.append(ask)
         else:  # no order would have kept all
@@ -188,7 +188,7 @@ def test_what_is_let_in_can_be_kept(requests):
             assert late
     now = 0.0
     while queue:
-        ask = queue.most_pressing(now, 1.0, margin=21.0) or queue.next()
+        ask = queue.most_urgent(now, 1.0, margin=21.0) or queue.next()
         item = queue.take(ask)
         now += ask.works[item].cost
         if ask.taken == len(ask.works):

@@ -600,15 +600,15 @@ def test_a_locked_database_is_seen_without_a_break_and_fills_no_memory(tmp_path)
     assert len(refused) > 200 and all("Too much" in str(job.exception()) for job in refused)
     begun, ready = time.monotonic(), []
     while time.monotonic() - begun < 7:
-        ready.append(not ledger.troubles())
+        ready.append(not ledger.not_ready_reasons())
         time.sleep(0.1)
     assert not any(ready[35:])  # from 3.5 s on, also between two attempts
     holder.execute("ROLLBACK")
     holder.close()
     begun = time.monotonic()
-    while ledger.troubles() and time.monotonic() - begun < 10:
+    while ledger.not_ready_reasons() and time.monotonic() - begun < 10:
         time.sleep(0.1)
-    assert not ledger.troubles() and ledger.write(lambda c: 7).result() == 7
+    assert not ledger.not_ready_reasons() and ledger.write(lambda c: 7).result() == 7
     ledger.close()
 
 

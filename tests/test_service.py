@@ -17,7 +17,7 @@ from llmeco_nb.deployment.keys import anybody
 from llmeco_nb.deployment.ledger import Ledger, predictions
 from llmeco_nb.deployment.manifest import verify, write_manifest
 from llmeco_nb.deployment.predictor import Predictor
-from llmeco_nb.deployment.service import Question, Service
+from llmeco_nb.deployment.service import PredictRequest, Service
 from llmeco_nb.tasks.regression import RegressionSchema
 from llmeco_nb.tasks.text_classification import ClassificationSchema
 
@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 
 def question(*texts):
     names = [f"texts.{i}" for i in range(len(texts))]
-    return Question(texts, names, uuid.uuid4().hex, anybody)
+    return PredictRequest(texts, names, uuid.uuid4().hex, anybody)
 
 
 async def under_load(service, models, swaps):

@@ -18,6 +18,11 @@ class CostModel:
     Args:
         points: Two measured batches, (cost, seconds), the cheaper first.
         memory: Batches that count; one that is so many batches old has a third of its weight left.
+
+    Attributes:
+        fixed: Seconds that any batch takes, as fitted of late.
+        per_unit: Seconds that each unit of cost adds, as fitted of late.
+        usual: Both as first measured.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class CostModel:
 
         Args:
             cost: Of its items together.
-            seconds: That it took.
+            seconds: That it took; more than four times what was expected counts as four times.
         """
         seconds = min(seconds, 4 * self.seconds(cost))  # the process was stopped: that is no speed
         fade = math.exp(-1 / self.memory)

@@ -21,7 +21,8 @@ from .refusals import error_response
 # %% ../../nbs/4_deployment/41i_http_requests.ipynb #047b2ec7
 def strict_json(body: bytes) -> Any:
     """What a JSON text holds. Raises `HTTPException` 400 for what readers understand differently: a
-    text that is not UTF-8, a key that an object repeats, and numbers that JSON has not.
+    text that is not UTF-8, a key that an object repeats, and numbers that JSON has not. Raises
+    `json.JSONDecodeError` for what is no JSON.
 
     Args:
         body: Of a request.
@@ -113,7 +114,7 @@ class HeaderCheck:
 
 
 def own_names(host: str, names: Sequence[str] = ()) -> frozenset[str] | None:
-    """By what names a server is asked that listens at an address; None: by any.
+    """Host names that a server accepts; None: any, if it listens at all addresses unnamed.
 
     Args:
         host: Name or address to listen at.

@@ -29,6 +29,8 @@ from .ledger import connect
 # %% ../../nbs/4_deployment/44d_key_admin.ipynb #b8146abb
 class KeyAdmin:
     """Changes the keys of a database. Each change stands in the audit log, in the same transaction.
+    Makes the database if there is none. Raises `WriteError` if it cannot be opened, and
+    `UsageError` if a PostgreSQL database comes without `$LLMECO_AUDIT_SECRET`. Call `close`.
 
     Args:
         where: Path of an SQLite file, or a database URL.
@@ -105,10 +107,10 @@ class KeyAdmin:
         write_audit(c, self.secret, self.actor, action, f"{row.name} ({row.id})", detail)
 
     def verify(self, head: str = "") -> tuple[int, str]:
-        """Rows of the audit log and the seal of the last. Raises `DataError` where it was changed.
+        """Rows of the audit log and the MAC of the last. Raises `DataError` where it was changed.
 
         Args:
-            head: A seal with which it once ended; empty: none is known.
+            head: A MAC with which it once ended; empty: none is known.
         """
         with self.engine.connect() as c:
             rows = list(read_audit(c))

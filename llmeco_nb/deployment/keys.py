@@ -49,8 +49,8 @@ m = g(r.role, p.role) && r.action == p.action
 roles = {  # role -> the role whose rights it has as well, and its own
     "reader": ("", ("see",)),
     "user": ("reader", ("predict", "feedback")),
-    "watcher": ("reader", ("watch",)),
-    "operator": ("user", ("watch", "deploy")),
+    "monitor": ("reader", ("read_metrics",)),
+    "operator": ("user", ("read_metrics", "deploy")),
     "admin": ("operator", ("administer",)),
 }
 
@@ -68,7 +68,7 @@ class Policy:
         model = Model()
         model.load_model_from_text(policy_model)
         self.enforcer = Enforcer(model)
-        for role, (parent, actions) in {**roles, "anybody": ("user", ("watch",))}.items():
+        for role, (parent, actions) in {**roles, "anybody": ("user", ("read_metrics",))}.items():
             for action in actions:
                 self.enforcer.add_policy(role, action)
             if parent:
@@ -282,8 +282,9 @@ def revoke_key(c: Connection, name: str) -> list[KeyRow]:
 
 
 def rotate_key(c: Connection, name: str, grace_hours: float = 24.0) -> tuple[str, KeyRow]:
-    """Make a key in the place of another, which holds for some time more: the key and its row.
-    Raises `UsageError`.
+    """Replace a key by a new one: the new key and its row. The new key has the same name, rights
+    and lifetime, counted from now; the old one stays valid for `grace_hours` at most. Raises
+    `UsageError`.
 
     Args:
         c: A connection.

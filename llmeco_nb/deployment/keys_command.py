@@ -29,7 +29,7 @@ class KeysChoice:
         per_minute: Requests a minute that a new key may send; 0: any number.
         tokens: Tokens a day that a new key may use; 0: any number.
         grace: Hours for which a rotated key still holds.
-        head: A seal with which the audit log once ended.
+        head: A MAC with which the audit log once ended.
         database: File or URL; empty: what `llmeco serve` takes.
     """
 
@@ -39,13 +39,13 @@ class KeysChoice:
     name: str = field(
         default="", metadata={"option": typer.Argument("", help="Of the key.", metavar="[NAME]")}
     )
-    role: str = option("user", "--role", "reader, user, watcher, operator or admin.", "ROLE")
+    role: str = option("user", "--role", "reader, user, monitor, operator or admin.", "ROLE")
     models: list[str] = option([], "--model", "A model it may ask, or a pattern; may be repeated.")
     days: float = option(90.0, "--days", "After so many it expires; 0: never.")
     per_minute: int = option(0, "--per-minute", "Requests a minute; 0: any number.")
     tokens: int = option(0, "--tokens-per-day", "Tokens a day; 0: any number.")
     grace: float = option(24.0, "--grace-hours", "For so long a rotated key still holds.")
-    head: str = option("", "--head", "A seal that the audit log once ended with.", "SEAL")
+    head: str = option("", "--head", "The last MAC of the audit log at an earlier time.", "MAC")
     database: str = option(
         "", "--database", "Of the server (default: $LLMECO_DATABASE, else as it chooses).", "WHERE"
     )
@@ -70,9 +70,9 @@ def keys(o: KeysChoice) -> None:
         if o.action == "list":
             return typer.echo(key_admin.key_table(admin.rows()))
         if o.action == "audit":
-            count, seal = admin.verify(o.head)
+            count, mac = admin.verify(o.head)
             return typer.echo(
-                f"The audit log holds {count} rows, none changed. It ends with the seal\n{seal}\n"
+                f"The audit log holds {count} rows, none changed. Its last MAC is\n{mac}\n"
                 "Keep it elsewhere: with --head it shows later that nothing was cut off."
                 if count
                 else "The audit log is empty."

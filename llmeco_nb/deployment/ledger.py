@@ -215,13 +215,13 @@ class Ledger(GroupWriter):
             f"{self.min_free / 1e6:.0f} MB must be."
         )
 
-    def troubles(self, patience: float = 3.0) -> list[str]:
+    def not_ready_reasons(self, patience: float = 3.0) -> list[str]:
         """Sentences that say why an answer would not be stored now; none where it would.
 
         Args:
             patience: Seconds that a commit may take.
         """
-        return [*super().troubles(patience), *filter(None, [self.full()])]
+        return [*super().not_ready_reasons(patience), *filter(None, [self.full()])]
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #30f7a641
 @dataclass(frozen=True)
@@ -298,8 +298,8 @@ def keep_feedback(
     note: str = "",
     key: str = "",
 ) -> Future:
-    """Store feedback once; the future holds a `FeedbackReply`. It raises `UsageError`,
-    `UnknownRequest`, `Conflict`.
+    """Store feedback once; the future holds a `FeedbackReply`. Its `result` raises `UsageError`,
+    `UnknownRequest`, `Conflict` or `WriteError`; the call itself raises nothing.
 
     Args:
         ledger: Where to; it must hold the answer.
@@ -309,7 +309,8 @@ def keep_feedback(
         correct: Whether the answer was right; one of the two is enough.
         author: Who says so.
         note: Anything else.
-        key: Repeated messages have the same; empty: the author.
+        key: Identifies a repeated message; empty: the author. Without both, all anonymous
+            feedback on an answer counts as one message.
     """
 
     def job(c: Connection) -> FeedbackReply:
@@ -392,7 +393,8 @@ class FeedbackRow:
     """A piece of feedback with its `author` and `note`, and the `text` it is about: `item`, from 0,
     of the request `request_id`. `key` makes a repetition recognisable; `at` is in seconds since
     1970. The answer said `predicted`; right is `given` (None if that is not known); `correct`:
-    whether the answer was right; `model`: digest of the bundle that answered."""
+    whether the answer was right; `model`: digest of the bundle that answered. If the answer was a
+    number, `predicted` and `given` hold it as text."""
 
     request_id: str
     item: int

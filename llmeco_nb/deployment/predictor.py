@@ -41,11 +41,19 @@ class PredictReply(BaseModel, Generic[AnswerT]):
 
 
 class Predictor:
-    """A bundle that has been verified and opened. `manifest` says what it is.
+    """A bundle that has been verified and opened.
 
     Args:
         manifest: What `verify` returned.
         model: What `open_model` returned.
+
+    Attributes:
+        manifest: What the bundle is.
+        model: Prepares texts and scores them.
+        task: What it was trained for; decides what an answer is.
+        schema: Of its corpus.
+        labels: Its classes; none for a regression.
+        digest: Of the manifest.
     """
 
     def __init__(self, manifest: Manifest, model: PreparedModel):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corrections', 'ResultT', 'actions', 'served_routes', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback',
            'FeedbackResult', 'LabelFeedbackResult', 'NumberFeedbackResult', 'check_served', 'model_facts',
-           'while_connected', 'watch_state', 'make_app', 'add_health_routes', 'add_model_routes']
+           'while_connected', 'add_state_gauges', 'make_app', 'add_health_routes', 'add_model_routes']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
@@ -22,7 +22,7 @@ from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from ..core import UsageError
-from .door import Door, keep_fresh, read_access
+from .authentication import AuthMiddleware, keep_fresh, read_access
 from .executor import ExecutorOptions
 from .http_requests import HeaderCheck, StrictRoute
 from .keys import KeyRing
@@ -33,7 +33,7 @@ from llmeco_nb.deployment.ledger import (
 )
 from .loading import StackModel
 from .manifest import verify
-from .metrics import Metrics, Watch
+from .metrics import Metrics, MetricsMiddleware
 from .page import docs_text, page_text
 from .predictor import Predictor, PredictReply
 from .quotas import Quotas
@@ -45,7 +45,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
-from .service import Question, Service, stored
+from .service import PredictRequest, Service, stored
 from ..tasks.contract import Task
 
 # %% ../../nbs/4_deployment/42_server.ipynb #26634108
@@ -56,7 +56,9 @@ class FeedbackRequest(BaseModel):
     request_id: str = Field(max_length=limits.name, description="Came with the answer")
     item: int = Field(0, ge=0, le=10**6, description="Which of the request's answers")
     correct: bool | None = Field(None, description="Whether the answer was right")
-    author: str = Field("", max_length=limits.name, description="Who says so")
+    author: str = Field(
+        "", max_length=limits.name, description="Who says so; behind the name of the API key"
+    )
     note: str = Field("", max_length=limits.note, description="Anything else")
     key: str = Field("", max_length=limits.name, description="Repeated messages have the same")
 
@@ -164,14 +166,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) 
 # path -> what a key must be allowed to; empty: nothing. What is not listed needs the right to see.
 actions = {
     "/livez": "",
-    "/metrics": "watch",
+    "/metrics": "read_metrics",
     "/v1/predict": "predict",
     "/v1/feedback": "feedback",
 }
 served_routes = (*actions, "/", "/docs", "/openapi.json", "/readyz", "/v1/model")
 
 
-def watch_state(metrics: Metrics, service: Service) -> None:
+def add_state_gauges(metrics: Metrics, service: Service) -> None:
     """Have the state of the parts read when somebody asks for the figures.
 
     Args:
@@ -201,11 +203,11 @@ def watch_state(metrics: Metrics, service: Service) -> None:
         ),
         "llmeco_ready": (
             "1 if a request would be answered now, else 0.",
-            lambda: float(not service.troubles()),
+            lambda: float(not service.not_ready_reasons()),
         ),
     }
     for name, (about, value) in state.items():
-        metrics.watch(name, about, value)
+        metrics.add_gauge(name, about, value)
 
 
 def make_app(
@@ -236,7 +238,7 @@ def make_app(
             read_access(ledger, ring, quotas)
             loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)
             service = app.state.service = Service(loaded, ledger, quotas, options)
-            watch_state(metrics, service)
+            add_state_gauges(metrics, service)
             fresh = asyncio.create_task(keep_fresh(ledger, ring, quotas))
             yield
             fresh.cancel()
@@ -254,9 +256,9 @@ def make_app(
     )
     app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, limit=limits.body)
-    app.add_middleware(Door, ring=ring, actions=actions)
+    app.add_middleware(AuthMiddleware, ring=ring, actions=actions)
     app.add_middleware(HeaderCheck, hosts=hosts)
-    app.add_middleware(Watch, metrics=metrics, log=log)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
     app.state.metrics = metrics
     install_exception_handlers(app)
     add_health_routes(app)
@@ -281,9 +283,9 @@ def add_health_routes(app: FastAPI) -> None:
 
     @app.get("/readyz", summary="Would it answer now", responses=documented(401, 503))
     async def readyz():
-        if not (troubles := app.state.service.troubles()):
+        if not (reasons := app.state.service.not_ready_reasons()):
             return {"ready": True}
-        message = " ".join(troubles)
+        message = " ".join(reasons)
         return error_response(503, "not_ready", message, headers={"Retry-After": "1"})
 
 
@@ -303,8 +305,8 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         texts = body.items()
         names = ["text"] if body.texts is None else [f"texts.{i}" for i in range(len(texts))]
         who, request_id = state.principal, state.request_id
-        question = Question(texts, names, request_id, who, who.id or tenant)
-        found = await app.state.service.predict(question)
+        asked = PredictRequest(texts, names, request_id, who, who.id or tenant)
+        found = await app.state.service.predict(asked)
         state.model, metrics = found.model.digest, app.state.metrics
         metrics.items.labels(found.model.name).inc(len(texts))
         metrics.tokens.labels(found.model.name).inc(found.cost)
