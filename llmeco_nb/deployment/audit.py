@@ -64,7 +64,8 @@ def row_mac(row: AuditRow, before: str, secret: bytes) -> str:
 
 def audit_secret(where: str | Path) -> bytes:
     """The secret of the audit log of a database: `$LLMECO_AUDIT_SECRET`, else that in a file beside
-    an SQLite file, made with 32 random bytes where there is none. Raises `UsageError` where neither can be.
+    an SQLite file, made with 32 random bytes where there is none. Raises `UsageError` where neither
+    can be, and `WriteError`.
 
     Args:
         where: Path of an SQLite file, or a database URL.
