@@ -41,7 +41,7 @@ class QueuedRequest:
         tenant: On whose behalf; tenants get equal shares.
         taken: Items that have been taken, from the first on.
         rest: Cost of those that have not.
-        place: What the virtual clock of its tenant shows when its next item is due.
+        finish_tag: What the virtual clock of its tenant shows when its next item is due.
         closed: Nothing of it is wanted any more.
         chars: Characters of all its texts.
     """
@@ -66,12 +66,12 @@ class QueuedRequest:
 
 # %% ../../nbs/4_deployment/41e_fair_queue.ipynb #d60577b4
 class TenantQueue:
-    """The requests of one tenant, taken item by item: whose next item has the lowest place goes
-    first.
+    """The requests of one tenant, taken item by item: whose next item has the lowest finish
+    tag goes first.
 
     Attributes:
-        clock: Place of the item that was taken last.
-        place: What the clock over all tenants shows when the tenant's next item is due.
+        clock: Finish tag of the item that was taken last.
+        finish_tag: What the clock over all tenants shows when the tenant's next item is due.
         rest: Cost of what waits.
     """
 
@@ -85,7 +85,7 @@ class TenantQueue:
 
         Args:
             ask: Has an item that was not taken.
-            number: Between equal places the lower goes first.
+            number: Between equal finish tags the lower goes first.
         """
         heapq.heappush(self.heap, (ask.finish_tag, number, ask.taken, ask))
 
