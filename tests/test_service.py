@@ -24,7 +24,7 @@ from llmeco_nb.tasks.text_classification import ClassificationSchema
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    "Two models that give the same texts opposite labels."
+    "Three models: the second and the third give texts the opposite labels of the first."
     place = tmp_path_factory.mktemp("bundles")
     one = make_bundle(place / "one", name="one")
     two = shutil.copytree(one, place / "two")
@@ -32,7 +32,9 @@ def models(tmp_path_factory):
         labels=["positive", "negative"], cleaning=verify(one).schema.cleaning
     )
     write_manifest(two, replace(verify(two), name="two", schema=swapped))
-    return [Predictor.load(one), Predictor.load(two)]
+    three = shutil.copytree(two, place / "three")
+    write_manifest(three, replace(verify(three), name="three"))
+    return [Predictor.load(one), Predictor.load(two), Predictor.load(three)]
 
 
 def question(*texts):
@@ -51,7 +53,8 @@ async def under_load(service, models, swaps):
     clients = [asyncio.create_task(client()) for _ in range(8)]
     ways_back = []
     for i in range(swaps):
-        await service.swap(models[(i + 1) % 2])
+        await service.swap(models[(i + 1) % 3])
+        await asyncio.sleep(0.005)
         if i % 5 == 4:
             begun = time.monotonic()
             await service.roll_back()
@@ -76,10 +79,11 @@ def exchange(models, place, swaps):
     labels = {
         models[0].digest: ["positive", "negative", "positive"],
         models[1].digest: ["negative", "positive", "negative"],
+        models[2].digest: ["negative", "positive", "negative"],
     }
     for answer in answers:
         assert [p.label for p in answer.predictions] == labels[answer.model.digest]
-    assert {a.model.name for a in answers} == {"one", "two"} and max(ways_back) < 1
+    assert {a.model.name for a in answers} == {"one", "two", "three"} and max(ways_back) < 1
     with ledger.engine.connect() as c:
         rows = c.execute(predictions.select()).all()
     assert len(rows) == 3 * len(answers)

@@ -17,7 +17,13 @@ from typing import Any, Self
 from ..core import UsageError
 from .cost_model import CostModel
 from .fair_queue import Busy, Expired, FairQueue, QueuedRequest, Work, late
-from .model_batch import DaemonThreads, ItemPredictor, Piece
+from llmeco_nb.deployment.model_batch import (
+    DaemonThreads,
+    ExecutorCounts,
+    ItemPredictor,
+    Piece,
+    measure_batch,
+)
 
 # %% ../../nbs/4_deployment/41f_executor.ipynb #f2cd3e9e
 class Answers:
@@ -158,29 +164,18 @@ class LocalExecutor:
         self.batch = predictor.open()
         self.slots: dict[int, tuple[QueuedRequest, int]] = {}  # request and item at work
         self.begun = self.expected = 0.0  # of the step at hand; begun is 0 where there is none
+        self.counts = ExecutorCounts()
         self.stopping = False
         self.worker: asyncio.Task | None = None
         self.model_thread = DaemonThreads(1, "model")
         self.prepare_threads = DaemonThreads(options.prepare_threads, "prepare")
-        self.cost_model = cost_model or CostModel.measure(self._measured_batch)
+        self.cost_model = cost_model or CostModel.measure(partial(measure_batch, predictor))
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_) -> None:
         await self.close()
-
-    def _measured_batch(self, texts: int) -> tuple[float, float]:
-        "Cost and seconds of a batch of so many texts of ordinary length."
-        text = "One text of ordinary length, to learn how fast this machine is today. " * 4
-        works = [self.predictor.prepare(f"{text}{i}") for i in range(texts)]
-        batch, cost = self.predictor.open(), sum(work.cost for work in works)
-        begun = time.perf_counter()
-        for work in works:
-            batch.add(work)
-        while len(batch):
-            batch.step()
-        return cost, time.perf_counter() - begun
 
     async def prepare(self, texts: Sequence[str], deadline: float) -> list[Work]:
         """Texts as they can be submitted: long ones are prepared beside the event loop, some at a
@@ -265,6 +260,7 @@ class LocalExecutor:
         answers = self.answers[ask] = Answers(ask, self._leave)
         self.queue.add(ask)
         self.chars += ask.chars
+        self.counts.requests += 1
         if self.worker is None or self.worker.done():
             self.worker = loop.create_task(self._work())
         return answers
@@ -355,6 +351,7 @@ class LocalExecutor:
             except Exception as e:  # the batch is lost, and with it whatever was in it
                 self.batch = self.predictor.open()
                 lost, self.slots = [*picked, *self.slots.values()], {}
+                self.counts.failed += len({ask for ask, _ in lost})
                 for ask, _ in lost:
                     if ask in self.answers:
                         self.answers[ask].fail(e)
@@ -364,6 +361,8 @@ class LocalExecutor:
             new, pieces, seconds = done
             if works:  # a step that only goes on with what it has says nothing of new items
                 self.cost_model.learn(cost, seconds)
+            self.counts.seconds += seconds
+            self.counts.items += len(works)
             self.slots.update(zip(new, picked))
             for piece in pieces:
                 ask, item = self.slots[piece.slot]

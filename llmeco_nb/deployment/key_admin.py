@@ -7,15 +7,11 @@ __all__ = ['KeyAdmin', 'key_table']
 
 # %% ../../nbs/4_deployment/44d_key_admin.ipynb #a4acc0e1
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
-from ..core import WriteError
-from .audit import audit_secret, read_audit, verify_audit, write_audit
+from .audit import AuditedDatabase
 from llmeco_nb.deployment.keys import (
     KeyOptions,
     KeyRow,
@@ -24,40 +20,10 @@ from llmeco_nb.deployment.keys import (
     revoke_key,
     rotate_key,
 )
-from .ledger import connect
 
 # %% ../../nbs/4_deployment/44d_key_admin.ipynb #b8146abb
-class KeyAdmin:
-    """Changes the keys of a database. Each change stands in the audit log, in the same transaction.
-    Makes the database if there is none. Raises `WriteError` if it cannot be opened, and
-    `UsageError` if a PostgreSQL database comes without `$LLMECO_AUDIT_SECRET`. Call `close`.
-
-    Args:
-        where: Path of an SQLite file, or a database URL.
-        actor: Who does it, for the log.
-    """
-
-    def __init__(self, where: str | Path, actor: str):
-        self.secret = audit_secret(where)
-        self.engine = connect(where)
-        self.actor = actor
-
-    def close(self) -> None:
-        "Let go of the database."
-        self.engine.dispose()
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        "A transaction that waits for the disk."
-        try:
-            with self.engine.connect() as c:
-                if c.dialect.name == "sqlite":
-                    c.exec_driver_sql("BEGIN IMMEDIATE")
-                yield c
-                c.commit()
-        except SQLAlchemyError as e:
-            reason = getattr(e, "orig", None) or e
-            raise WriteError(f"The keys could not be written: {reason}.") from None
+class KeyAdmin(AuditedDatabase):
+    "Changes the keys of a database. Each change stands in the audit log, in the same transaction."
 
     def rows(self) -> list[KeyRow]:
         "All keys there have been."
@@ -71,9 +37,9 @@ class KeyAdmin:
         Args:
             options: What it is to be.
         """
-        with self._writing() as c:
+        with self.writing() as c:
             key, row = add_key(c, options)
-            self._log(c, "add key", row)
+            self._log_key(c, "add key", row)
         return key, row
 
     def rotate(self, name: str, grace_hours: float = 24.0) -> tuple[str, KeyRow]:
@@ -84,9 +50,9 @@ class KeyAdmin:
             name: Of the key, or its id.
             grace_hours: For which the old one still holds.
         """
-        with self._writing() as c:
+        with self.writing() as c:
             key, row = rotate_key(c, name, grace_hours)
-            self._log(c, "rotate key", row)
+            self._log_key(c, "rotate key", row)
         return key, row
 
     def revoke(self, name: str) -> list[KeyRow]:
@@ -95,26 +61,16 @@ class KeyAdmin:
         Args:
             name: Of the keys, or the id of one.
         """
-        with self._writing() as c:
+        with self.writing() as c:
             found = revoke_key(c, name)
             for row in found:
-                self._log(c, "revoke key", row)
+                self._log_key(c, "revoke key", row)
         return found
 
-    def _log(self, c: Connection, action: str, row: KeyRow) -> None:
+    def _log_key(self, c: Connection, action: str, row: KeyRow) -> None:
         "What was done to a key, without what could open anything."
-        detail = dict(role=row.role, models=list(row.models), expires=row.expires)
-        write_audit(c, self.secret, self.actor, action, f"{row.name} ({row.id})", detail)
-
-    def verify(self, head: str = "") -> tuple[int, str]:
-        """Rows of the audit log and the MAC of the last. Raises `DataError` where it was changed.
-
-        Args:
-            head: A MAC with which it once ended; empty: none is known.
-        """
-        with self.engine.connect() as c:
-            rows = list(read_audit(c))
-        return len(rows), verify_audit(rows, self.secret, head)
+        facts = dict(role=row.role, models=list(row.models), expires=row.expires)
+        self.log(c, action, f"{row.name} ({row.id})", **facts)
 
 
 def key_table(rows: Sequence[KeyRow]) -> str:

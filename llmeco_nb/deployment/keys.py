@@ -107,13 +107,21 @@ class Principal:
     requests_per_minute: int | None = None
     tokens_per_day: int | None = None
 
+    def may_ask(self, name: str) -> bool:
+        """Whether the key may ask a model.
+
+        Args:
+            name: Of the model.
+        """
+        return any(fnmatchcase(name, pattern) for pattern in self.models)
+
     def check_model(self, name: str) -> None:
         """Raises `Forbidden` for a model that the key may not ask.
 
         Args:
             name: Of the model.
         """
-        if not any(fnmatchcase(name, pattern) for pattern in self.models):
+        if not self.may_ask(name):
             raise Forbidden(
                 f"The key {self.name!r} may not ask the model {name!r}. It may ask "
                 f"{', '.join(self.models)}."
