@@ -136,6 +136,11 @@ class AuthMiddleware:
             self.attempts.failed(address, now)
             raise
         if not self.policy.allows(who.role, action):
+            if not who.id:
+                raise Forbidden(
+                    f"To {action}, a key is needed, also where no key exists. Make one: "
+                    "llmeco keys add NAME --role admin"
+                )
             raise Forbidden(f"A key of the role {who.role} may not do this: {action}.")
         return who
 

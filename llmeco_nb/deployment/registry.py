@@ -18,6 +18,7 @@ from llmeco_nb.deployment.deployments import (
     ModelVersion,
     add_canary,
     add_shadow,
+    check_revision,
     deploy,
     find_model,
     promote,
@@ -65,7 +66,7 @@ class Registry(AuditedDatabase):
         """
         with self.writing() as c:
             digest = find_model(read_models(c), which).digest
-            new = promote(read_deployment(c), digest)
+            new = promote(self._holds(c, seen), digest)
             return self._deploy(c, "promote model", new, reason, seen)
 
     def canary(
@@ -82,7 +83,7 @@ class Registry(AuditedDatabase):
         """
         with self.writing() as c:
             digest = find_model(read_models(c), which).digest
-            new = add_canary(self._holds(c), digest, share)
+            new = add_canary(self._champion(c, seen), digest, share)
             return self._deploy(c, "start canary", new, reason, seen)
 
     def shadow(self, which: str, reason: str = "", seen: int | None = None) -> Deployment:
@@ -96,7 +97,7 @@ class Registry(AuditedDatabase):
         """
         with self.writing() as c:
             digest = find_model(read_models(c), which).digest
-            new = add_shadow(self._holds(c), digest)
+            new = add_shadow(self._champion(c, seen), digest)
             return self._deploy(c, "start shadow", new, reason, seen)
 
     def stop(self, part: str, reason: str = "", seen: int | None = None) -> Deployment:
@@ -109,7 +110,8 @@ class Registry(AuditedDatabase):
             seen: Revision on which it was decided; None: the one that holds.
         """
         with self.writing() as c:
-            return self._deploy(c, f"stop {part}", remove(self._holds(c), part), reason, seen)
+            new = remove(self._champion(c, seen), part)
+            return self._deploy(c, f"stop {part}", new, reason, seen)
 
     def roll_back(self, reason: str = "", seen: int | None = None) -> Deployment:
         """The champion before this one is the champion again. Raises `UsageError`, `Conflict`,
@@ -120,11 +122,18 @@ class Registry(AuditedDatabase):
             seen: Revision on which it was decided; None: the one that holds.
         """
         with self.writing() as c:
+            self._holds(c, seen)
             return self._deploy(c, "roll back", roll_back(read_deployments(c)), reason, seen)
 
-    def _holds(self, c: Connection) -> Deployment:
-        "The deployment that holds. Raises `UsageError` if there is none."
-        if (holds := read_deployment(c)) is None:
+    def _holds(self, c: Connection, seen: int | None) -> Deployment | None:
+        "The deployment that holds. Raises `Conflict` if it is not the one that was seen."
+        holds = read_deployment(c)
+        check_revision(holds, seen)
+        return holds
+
+    def _champion(self, c: Connection, seen: int | None) -> Deployment:
+        "The same; raises `UsageError` if there is none."
+        if (holds := self._holds(c, seen)) is None:
             raise UsageError("There is no champion yet. Promote a version first.")
         return holds
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['corrections', 'ResultT', 'actions', 'served_routes', 'FeedbackRequest', 'LabelFeedback', 'NumberFeedback',
            'FeedbackResult', 'LabelFeedbackResult', 'NumberFeedbackResult', 'check_served', 'model_facts',
-           'while_connected', 'add_state_gauges', 'make_app', 'add_health_routes', 'add_model_routes']
+           'while_connected', 'make_app', 'add_health_routes', 'add_model_routes']
 
 # %% ../../nbs/4_deployment/42_server.ipynb #4f8098f0
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,8 +23,10 @@ from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from ..core import UsageError
+from .admin_routes import add_admin_routes, admin_actions
 from .authentication import AuthMiddleware, keep_fresh, read_access
 from .executor import ExecutorOptions
+from .follower import Follower
 from .http_requests import HeaderCheck, StrictRoute
 from .keys import KeyRing
 from llmeco_nb.deployment.ledger import (
@@ -33,7 +36,12 @@ from llmeco_nb.deployment.ledger import (
 )
 from .loading import StackModel
 from .manifest import verify
-from .metrics import Metrics, MetricsMiddleware
+from llmeco_nb.deployment.metrics import (
+    Metrics,
+    MetricsMiddleware,
+    add_state_gauges,
+    log_event,
+)
 from .page import docs_text, page_text
 from .predictor import Predictor, PredictReply
 from .quotas import Quotas
@@ -169,45 +177,9 @@ actions = {
     "/metrics": "read_metrics",
     "/v1/predict": "predict",
     "/v1/feedback": "feedback",
+    **admin_actions,
 }
 served_routes = (*actions, "/", "/docs", "/openapi.json", "/readyz", "/v1/model")
-
-
-def add_state_gauges(metrics: Metrics, service: Service) -> None:
-    """Have the state of the parts read when somebody asks for the figures.
-
-    Args:
-        metrics: Get the figures.
-        service: With the model and the database.
-    """
-    state: dict[str, tuple[str, Callable[[], float]]] = {
-        "llmeco_waiting_requests": (
-            "Requests of which an item waits for the model.",
-            lambda: len(service.executor.queue),
-        ),
-        "llmeco_waiting_cost": (
-            "Cost of the items that wait, in tokens or words.",
-            lambda: service.executor.queue.rest,
-        ),
-        "llmeco_batch_fixed_seconds": (
-            "What a batch takes however small it is, as fitted of late.",
-            lambda: service.executor.cost_model.fixed,
-        ),
-        "llmeco_token_seconds": (
-            "What a token or word adds, as fitted of late.",
-            lambda: service.executor.cost_model.per_unit,
-        ),
-        "llmeco_commits": (
-            "Commits to the database since the start.",
-            lambda: service.ledger.commits,
-        ),
-        "llmeco_ready": (
-            "1 if a request would be answered now, else 0.",
-            lambda: float(not service.not_ready_reasons()),
-        ),
-    }
-    for name, (about, value) in state.items():
-        metrics.add_gauge(name, about, value)
 
 
 def make_app(
@@ -216,6 +188,7 @@ def make_app(
     options: ExecutorOptions = ExecutorOptions(),
     hosts: frozenset[str] | None = None,
     log: Callable[[str], None] | None = None,
+    follow: bool = True,
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
     when it starts. Raises `MissingError`, `DataError`, `UsageError`.
@@ -226,6 +199,7 @@ def make_app(
         options: How requests are answered.
         hosts: Names and addresses by which it is asked, without ports; None: any.
         log: Told a line of JSON about each request; None: nobody is.
+        follow: Answer as the registry in the database says, once something is deployed there.
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
@@ -238,10 +212,15 @@ def make_app(
             read_access(ledger, ring, quotas)
             loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)
             service = app.state.service = Service(loaded, ledger, quotas, options)
-            add_state_gauges(metrics, service)
-            fresh = asyncio.create_task(keep_fresh(ledger, ring, quotas))
+            follower = Follower(service, database, log=log and partial(log_event, log))
+            app.state.follower = follower if follow else None
+            add_state_gauges(metrics, service, app.state.follower)
+            tasks = [asyncio.create_task(keep_fresh(ledger, ring, quotas))]
+            if follow:
+                tasks.append(asyncio.create_task(follower.run()))
             yield
-            fresh.cancel()
+            for one in tasks:
+                one.cancel()
             await service.close()  # who was still waiting has been answered, or the model hangs
         finally:
             ledger.close()
@@ -263,6 +242,7 @@ def make_app(
     install_exception_handlers(app)
     add_health_routes(app)
     add_model_routes(app, task)
+    add_admin_routes(app, database)
     return app
 
 
@@ -299,7 +279,10 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
 
     @app.get("/v1/model", summary="What answers here")
     async def model():
-        return model_facts(app.state.service.predictor)
+        follower = app.state.follower
+        deployment = follower.facts() if follower is not None else {}
+        facts = model_facts(app.state.service.predictor)
+        return {**facts, "deployment": deployment} if deployment else facts
 
     async def answer(state: State, tenant: str, body: Any) -> JSONResponse:
         texts = body.items()
@@ -308,8 +291,9 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         asked = PredictRequest(texts, names, request_id, who, who.id or tenant)
         found = await app.state.service.predict(asked)
         state.model, metrics = found.model.digest, app.state.metrics
-        metrics.items.labels(found.model.name).inc(len(texts))
-        metrics.tokens.labels(found.model.name).inc(found.cost)
+        version = found.model.name, found.model.digest[:12]
+        metrics.items.labels(*version).inc(len(texts))
+        metrics.tokens.labels(*version).inc(found.cost)
         said = [task.respond(i, prediction) for i, prediction in enumerate(found.predictions)]
         told = dict(request_id=request_id, model=found.model, answers=said)
         return JSONResponse(replies.model_validate(told).model_dump())

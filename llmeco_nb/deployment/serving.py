@@ -22,6 +22,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..core import UsageError, runs_dir
+from .deployments import read_deployment, read_models
+from .follower import load_version
 from .http_requests import own_names
 from .keys import KeyRing, read_keys
 from .ledger import connect
@@ -274,7 +276,7 @@ def run_server(
     before it starts.
 
     Args:
-        bundle: A bundle's folder; None for the newest in runs.
+        bundle: A bundle's folder; None for what the registry says, else the newest in runs.
         host: Where to listen.
         port: 0 for any free one.
         database: Path or URL; None for what `feedback_database` finds.
@@ -288,19 +290,25 @@ def run_server(
         limits = TimedProtocol.limits
         room = room_for_connections(limits.connections)
         TimedProtocol.limits = replace(limits, connections=room)
-        predictor = Predictor.load(bundle or newest_bundle(runs_dir()))
         database = database or feedback_database(runs_dir())
         # what can be wrong is said here, in a sentence, and not by the web server
         engine = connect(database)
         with engine.connect() as c:
             keyless = KeyRing(read_keys(c)).open
+            holds = read_deployment(c)
+            versions = {one.digest: one for one in read_models(c)}
         engine.dispose()
+        if bundle is None and holds is not None:
+            predictor = load_version(versions[holds.champion])
+        else:
+            predictor = Predictor.load(bundle or newest_bundle(runs_dir()))
         if keyless and not (anybody or is_loopback(s)):
             raise UsageError(
                 f"Whoever reaches {host} could ask, since no key exists. Make one with "
                 "`llmeco keys add NAME`, or say that this is meant: `--anybody`."
             )
         options: Any = dict(hosts=own_names(host, names), log=log_line if log else None)
+        options["follow"] = bundle is None
         config = uvicorn.Config(
             make_app(predictor, database, **options),
             log_level="warning",
@@ -318,6 +326,10 @@ def run_server(
             say(f"{name} answers at {at} (Ctrl-C stops it). Try:")
             key = "" if keyless else " -H 'Authorization: Bearer KEY'"
             say(f"curl -s {at}/v1/predict{key} -H 'Content-Type: application/json' -d '{body}'")
+            if holds is not None:
+                followed = f"Deployment {holds.revision} of the registry answers, and what follows."
+                apart = "The registry is not followed, since a bundle was named."
+                say(apart if bundle else followed)
             if keyless:
                 say("No key exists: whoever reaches this address may ask. llmeco keys add NAME")
             sys.stdout.flush()
