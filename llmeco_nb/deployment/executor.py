@@ -260,7 +260,6 @@ class LocalExecutor:
         answers = self.answers[ask] = Answers(ask, self._leave)
         self.queue.add(ask)
         self.chars += ask.chars
-        self.counts.requests += 1
         if self.worker is None or self.worker.done():
             self.worker = loop.create_task(self._work())
         return answers
@@ -351,7 +350,6 @@ class LocalExecutor:
             except Exception as e:  # the batch is lost, and with it whatever was in it
                 self.batch = self.predictor.open()
                 lost, self.slots = [*picked, *self.slots.values()], {}
-                self.counts.failed += len({ask for ask, _ in lost})
                 for ask, _ in lost:
                     if ask in self.answers:
                         self.answers[ask].fail(e)

@@ -229,12 +229,7 @@ class Follower:
     def _since(self, executor: LocalExecutor) -> ExecutorCounts:
         "What an executor has done since the deployment."
         now, then = executor.counts, self.before[self._digest(executor)]
-        return ExecutorCounts(
-            now.requests - then.requests,
-            now.failed - then.failed,
-            now.items - then.items,
-            now.seconds - then.seconds,
-        )
+        return ExecutorCounts(now.items - then.items, now.seconds - then.seconds)
 
     async def _stop(self, part: str, reason: str) -> None:
         "Append a deployment without the canary or the shadow, and follow it."

@@ -199,14 +199,10 @@ class ExecutorCounts:
     """What an executor has done.
 
     Attributes:
-        requests: That it took.
-        failed: Of these, by an error of the model.
         items: That it answered.
         seconds: That its batches took together.
     """
 
-    requests: int = 0
-    failed: int = 0
     items: int = 0
     seconds: float = 0.0
 

@@ -342,21 +342,37 @@ class Service:
         task.add_done_callback(self.shadowing.discard)
 
     async def predict(self, request: PredictRequest) -> PredictResult:
-        """Answer a request: admitted, predicted, stored, and only then told. Raises `UsageError`,
-        `Forbidden`, `QuotaExceeded`, `Busy`, `Expired`, `WriteError`.
+        """Answer a request: admitted, predicted, stored, and only then told. If a canary's model
+        fails, the champion answers. Raises `UsageError`, `Forbidden`, `QuotaExceeded`, `Busy`,
+        `Expired`, `WriteError`.
 
         Args:
             request: What is asked.
         """
         deadline = asyncio.get_running_loop().time() + self.options.deadline
+        chosen = self._choose(request)
+        name = cast(Predictor, chosen.predictor).manifest.name
+        request.who.check_model(name)
+        self.quotas.take_request(request.who)
+        # what cannot be stored need not be computed
+        if reasons := self.ledger.not_ready_reasons():
+            raise WriteError(" ".join(reasons))
+        try:
+            return await self._predict(chosen, request, deadline)
+        except LlmecoError:
+            raise
+        except Exception:
+            if chosen is self.executor:
+                raise
+            return await self._predict(self.executor, request, deadline)
+
+    async def _predict(
+        self, executor: LocalExecutor, request: PredictRequest, deadline: float
+    ) -> PredictResult:
+        "What a model answers, stored."
         who, texts = request.who, list(request.texts)
-        with self._using(self._choose(request)) as executor:
+        with self._using(executor):
             predictor = cast(Predictor, executor.predictor)
-            who.check_model(predictor.manifest.name)
-            self.quotas.take_request(who)
-            # what cannot be stored need not be computed
-            if reasons := self.ledger.not_ready_reasons():
-                raise WriteError(" ".join(reasons))
             works = await prepare_items(texts, request.names, executor, deadline)
             cost = sum(work.cost for work in works)
             with self.quotas.tokens_for(who, cost):
