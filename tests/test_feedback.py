@@ -399,12 +399,13 @@ def world(tmp_path_factory):
     return place, texts_of(600, 4)
 
 
-def snapshot(folder: Path, texts, labels) -> Path:
+def snapshot(folder: Path, texts, labels, authors=None) -> Path:
     ledger = Ledger(folder / "feedback.sqlite")
     waiting = []
-    for i, (t, label) in enumerate(zip(texts, labels)):
+    for i, (t, label, by) in enumerate(zip(texts, labels, authors or [""] * len(texts))):
         keep_predictions(ledger, f"{i:04}", "0" * 64, [t], [ANSWER])
-        waiting.append(keep_feedback(ledger, f"{i:04}", 0, ["negative", "positive"][label]))
+        given = ["negative", "positive"][label]
+        waiting.append(keep_feedback(ledger, f"{i:04}", 0, given, author=by))
     for w in waiting:
         w.result()
     ledger.close()
@@ -511,6 +512,23 @@ def test_what_is_not_learned(world, tmp_path):
     assert rows.text.tolist() == ["new one", "new two"] and counts == CorrectionCounts(
         rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2
     )
+
+
+def test_one_opponent_does_not_veto_and_one_author_has_one_vote(world, tmp_path):
+    place, _ = world
+    said = [("five to one", 1, f"a{i}") for i in range(5)] + [("five to one", 0, "opponent")]
+    said += [("one against two", 1, "a1"), ("one against two", 1, "a2")]
+    said += [("one against two", 0, "a3")] * 4  # asks again and again
+    said += [("all without a name", label, "") for label in (0, 0, 0, 1)]
+    said += [("even", 1, "a1"), ("even", 0, "a2")]
+    frozen = snapshot(tmp_path / "f", *zip(*said))
+    rows, counts = usable_corrections(frozen, place / "corpus")
+    found = dict(zip(rows.text, rows.label))
+    assert found == {"five to one": 1, "one against two": 1} and counts.contradicted == 2
+    rows, counts = usable_corrections(frozen, place / "corpus", agreement=0.8)
+    assert rows.text.tolist() == ["five to one"] and counts.contradicted == 3
+    rows, _ = usable_corrections(frozen, place / "corpus", agreement=1.0)
+    assert not len(rows)
 
 
 @pytest.mark.parametrize(

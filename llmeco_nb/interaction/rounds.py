@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['right_answers', 'GateResult', 'gate', 'CorrectionCounts', 'Verdict', 'Round', 'read_history', 'round_metrics',
-           'round_summary']
+           'round_summary', 'agreed_label']
 
 # %% ../../nbs/5_interaction/51a_rounds.ipynb #24cdcce9
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -241,3 +243,17 @@ def round_summary(one: Round) -> str:
         return said + " Not proven better, so the champion stays."
     name = one.promoted[0].upper() + one.promoted[1:]
     return f"{said} {name}: proven better, promoted."
+
+# %% ../../nbs/5_interaction/51a_rounds.ipynb #a51b2ed6
+def agreed_label(said: Sequence[set[int]], agreement: float) -> int | None:
+    """The label that enough authors chose; None: too few agree.
+
+    Args:
+        said: Of each author all labels that it gave the text; one with several abstains.
+        agreement: Share of the authors that must agree, 0.5 to 1; a half is not enough.
+    """
+    votes = Counter(label for labels in said if len(labels) == 1 for label in labels)
+    if not votes:
+        return None
+    [(label, most)] = votes.most_common(1)
+    return label if most >= agreement * len(said) and 2 * most > len(said) else None
