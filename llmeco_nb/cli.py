@@ -383,7 +383,11 @@ command(InspectOptions)(inspect)
 @app.command(cls=Command)
 def serve(
     bundle: Path | None = typer.Option(
-        None, help="A bundle's folder (default: the newest champion or bundle in runs)."
+        None,
+        help=(
+            "A bundle's folder (default: what `llmeco models` deployed, else the newest champion "
+            "or bundle in runs)."
+        ),
     ),
     host: str = typer.Option(
         "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
@@ -405,17 +409,25 @@ def serve(
     name: list[str] = typer.Option(
         [], "--name", help="A host name by which it is asked, too, such as a proxy's; repeatable."
     ),
+    keep_days: float = typer.Option(
+        0.0, help="Delete answers that nobody has judged after so many days; 0: never."
+    ),
+    max_gb: float = typer.Option(
+        10.0, help="Delete the oldest of them when the tables take more gigabytes; 0: never."
+    ),
 ):
-    """Answer over HTTP with the newest bundle, and take feedback.
+    """Answer over HTTP with the deployed model, else with the newest bundle, and take feedback.
 
     Args:
-        bundle: Its folder; None: the newest champion or bundle in runs.
+        bundle: Its folder; None: what `llmeco models` deployed, else the newest in runs.
         host: Address of the interface to listen at.
         port: 0 to 65535.
         database: None: what the newest run was told, else runs/feedback.sqlite.
         anybody: Listen at other addresses than this machine's own although no key exists.
         log: Write a line of JSON about each request to the standard error.
         name: Host names by which it is asked besides its address.
+        keep_days: After which answers that nobody has judged are deleted; 0: never.
+        max_gb: That the tables may take; 0: any number.
     """
     try:
         from llmeco_nb.deployment import serving
@@ -425,7 +437,9 @@ def serve(
         raise MissingError(
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    serving.run_server(bundle, host, port, database, anybody, log, name, say=typer.echo)
+    limits = dict(days=keep_days or None, max_bytes=round(1e9 * max_gb) or None)
+    retention = serving.Retention(**limits)
+    serving.run_server(bundle, host, port, database, anybody, log, name, retention, say=typer.echo)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)

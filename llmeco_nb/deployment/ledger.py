@@ -25,6 +25,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Float,
+    Index,
     Integer,
     MetaData,
     String,
@@ -38,7 +39,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError
 from .group_commit import GroupWriter
@@ -58,6 +59,7 @@ predictions = Table(
     Column("text", Text, nullable=False),
     Column("label", Text, nullable=False),  # class that was predicted, or a number as text
     Column("probabilities", Text, nullable=False),  # JSON: label -> probability; null for a number
+    Index("predictions_at", "at"),
 )
 feedback = Table(
     "feedback",
@@ -149,6 +151,8 @@ def connect(where: str | Path) -> Engine:
         with engine.connect() as c:
             for table in schema.sorted_tables:
                 c.execute(CreateTable(table, if_not_exists=True))
+                for index in table.indexes:
+                    c.execute(CreateIndex(index, if_not_exists=True))
             c.commit()
             _check_columns(c, where)
     except ModuleNotFoundError as e:

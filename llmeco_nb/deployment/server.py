@@ -53,6 +53,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
+from .retention import Retention, keep_tidy
 from .service import PredictRequest, Service, stored
 from ..tasks.contract import Task
 
@@ -189,6 +190,7 @@ def make_app(
     hosts: frozenset[str] | None = None,
     log: Callable[[str], None] | None = None,
     follow: bool = True,
+    retention: Retention = Retention(),
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
     when it starts. Raises `MissingError`, `DataError`, `UsageError`.
@@ -200,6 +202,7 @@ def make_app(
         hosts: Names and addresses by which it is asked, without ports; None: any.
         log: Told a line of JSON about each request; None: nobody is.
         follow: Answer as the registry in the database says, once something is deployed there.
+        retention: What is kept of the answers.
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
@@ -215,7 +218,10 @@ def make_app(
             follower = Follower(service, database, log=log and partial(log_event, log))
             app.state.follower = follower if follow else None
             add_state_gauges(metrics, service, app.state.follower)
-            tasks = [asyncio.create_task(keep_fresh(ledger, ring, quotas))]
+            tasks = [
+                asyncio.create_task(keep_fresh(ledger, ring, quotas)),
+                asyncio.create_task(keep_tidy(ledger, retention)),
+            ]
             if follow:
                 tasks.append(asyncio.create_task(follower.run()))
             yield

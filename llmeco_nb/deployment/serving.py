@@ -30,6 +30,7 @@ from .ledger import connect
 from .loading import newest_bundle
 from .predictor import Predictor
 from .refusals import error_response
+from .retention import Retention
 from .server import make_app
 from ..runner.store import feedback_database
 
@@ -270,6 +271,7 @@ def run_server(
     anybody: bool = False,
     log: bool = False,
     names: Sequence[str] = (),
+    retention: Retention = Retention(),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve until interrupted. Raises `MissingError`, `DataError`, `UsageError`, `WriteError`
@@ -283,6 +285,7 @@ def run_server(
         anybody: Listen at other addresses than this machine's own although no key exists.
         log: Write a line of JSON about each request to the standard error.
         names: By which it is asked besides its address, such as that of a proxy before it.
+        retention: What is kept of the answers.
         say: Told one line at a time.
     """
     s = listen(host, port)
@@ -308,7 +311,7 @@ def run_server(
                 "`llmeco keys add NAME`, or say that this is meant: `--anybody`."
             )
         options: Any = dict(hosts=own_names(host, names), log=log_line if log else None)
-        options["follow"] = bundle is None
+        options |= dict(follow=bundle is None, retention=retention)
         config = uvicorn.Config(
             make_app(predictor, database, **options),
             log_level="warning",
