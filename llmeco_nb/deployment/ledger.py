@@ -101,6 +101,8 @@ def database_url(where: str | Path) -> URL:
             f"{url.get_backend_name()} is no database we can write to. Give the path of an "
             "SQLite file, or a URL that begins with postgresql://."
         )
+    if url.drivername == "postgresql":  # one driver, whatever SQLAlchemy's default is
+        url = url.set(drivername="postgresql+psycopg")
     return url
 
 
@@ -342,8 +344,9 @@ def keep_feedback(
         ).scalar()
         at = max(time.time(), math.nextafter(said, math.inf) if said else 0.0)
         insert = ledger.insert(feedback).values(**names, at=at, **content)
-        done = c.execute(insert.on_conflict_do_nothing())
-        if not done.rowcount:
+        # not by rowcount: PostgreSQL's driver does not always know it
+        new = c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None
+        if not new:
             same = (f.request_id == request_id) & (f.item == item) & (f.key == names["key"])
             old = c.execute(select(feedback).where(same)).one()
             if any(getattr(old, k) != v for k, v in content.items()):
@@ -353,8 +356,8 @@ def keep_feedback(
                 )
         if known is None:  # a number, which stands there as text
             told = None if right is None else float(right)
-            return FeedbackReply(bool(done.rowcount), told, float(row.label), agrees)
-        return FeedbackReply(bool(done.rowcount), right, row.label, agrees)
+            return FeedbackReply(new, told, float(row.label), agrees)
+        return FeedbackReply(new, right, row.label, agrees)
 
     return ledger.write(job)
 

@@ -47,7 +47,8 @@ def used_bytes(c: Connection) -> int:
         facts = ("page_count", "freelist_count", "page_size")
         pages, free, size = (c.exec_driver_sql(f"PRAGMA {name}").scalar() or 0 for name in facts)
         return (pages - free) * size
-    sizes = "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(:t) AS name"
+    names = "unnest(CAST(:t AS text[])) AS name"
+    sizes = f"SELECT sum(pg_total_relation_size(to_regclass(name))) FROM {names}"
     return int(c.execute(text(sizes), dict(t=list(schema.tables))).scalar() or 0)
 
 

@@ -1,0 +1,292 @@
+"""The server on PostgreSQL: all that it stores, two servers of one database, and a database that
+goes away. Needs Debian's package `postgresql`, whose server is started on a free port."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("psycopg", reason="PostgreSQL needs the extra `postgresql`")
+pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+import httpx
+from smallbundle import make_bundle
+
+from llmeco_nb.deployment.key_admin import KeyAdmin
+from llmeco_nb.deployment.keys import KeyOptions
+from llmeco_nb.deployment.ledger import Conflict, connect, predictions, read_feedback, shown
+from llmeco_nb.deployment.manifest import verify, write_manifest
+from llmeco_nb.deployment.registry import Registry
+from llmeco_nb.deployment.retention import delete_answers, used_bytes
+from llmeco_nb.deployment.server import make_app
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the test client about its HTTP library
+    from fastapi.testclient import TestClient
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = [Path(p).parent for p in [shutil.which("initdb")] if p]
+BIN += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+pytestmark = [
+    pytest.mark.skipif(not BIN, reason="no PostgreSQL server: apt-get install postgresql"),
+    # the servers share one database server
+    pytest.mark.xdist_group("postgresql"),
+]
+
+
+class Cluster:
+    "A database server of our own, of the system's user `postgres` where we are root."
+
+    def __init__(self):
+        self.place = Path(tempfile.mkdtemp(prefix="llmeco-pg-"))
+        self.become = {}
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(self.place, user.pw_uid, user.pw_gid)
+            self.become = dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.tool("initdb", "-D", f"{self.place}/data", "-A", "trust", "-U", "postgres", "-N")
+        self.start()
+
+    def tool(self, name, *words):
+        done = subprocess.run(
+            [BIN[-1] / name, *words], cwd="/", capture_output=True, text=True, **self.become
+        )
+        assert done.returncode == 0, done.stderr
+
+    def start(self):
+        options = f"-p {self.port} -k {self.place} -c listen_addresses=127.0.0.1"
+        log = f"{self.place}/log"
+        subprocess.run(
+            [
+                BIN[-1] / "pg_ctl",
+                "-D",
+                f"{self.place}/data",
+                "-o",
+                options,
+                "-l",
+                log,
+                "-w",
+                "start",
+            ],
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            check=True,
+            **self.become,
+        )
+
+    def stop(self):
+        self.tool("pg_ctl", "-D", f"{self.place}/data", "-m", "immediate", "-w", "stop")
+
+    def database(self):
+        name = f"d{uuid.uuid4().hex}"
+        self.tool("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", name)
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    one = Cluster()
+    yield one
+    one.stop()
+    shutil.rmtree(one.place)
+
+
+@pytest.fixture
+def where(cluster, monkeypatch):
+    monkeypatch.setenv("LLMECO_AUDIT_SECRET", "a long secret that all servers share")
+    return cluster.database()
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bundles")
+    one = make_bundle(place / "one", name="one")
+    two = shutil.copytree(one, place / "two")
+    write_manifest(two, replace(verify(two), name="two"))
+    return dict(one=one, two=two)
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_all_that_a_server_stores(where, bundles):
+    registry, admin = Registry(where, "a test"), KeyAdmin(where, "a test")
+    registry.register(bundles["one"])
+    registry.promote("one")
+    key, _ = admin.add(KeyOptions(name="ann", tokens_per_day=1000))
+    with TestClient(make_app(bundles["one"], where)) as c:
+        told = [
+            c.post("/v1/predict", json={"text": "good"}, headers=bearer(key)) for _ in range(20)
+        ]
+        assert [one.status_code for one in told] == [200] * 20
+        asked = told[0].json()["request_id"]
+        for _ in range(2):  # the same twice is stored once
+            body = dict(request_id=asked, correct=False, key="k")
+            reply = c.post("/v1/feedback", json=body, headers=bearer(key))
+            assert reply.status_code == 200, reply.text
+        assert not reply.json()["stored"]
+        assert c.post("/v1/predict", json={"text": "good"}).status_code == 401
+    [row] = read_feedback(where)
+    assert (row.request_id, row.author, row.correct) == (asked, "ann", False)
+    engine = connect(where)
+    with engine.begin() as c:
+        assert used_bytes(c) > 8192 and delete_answers(c, time.time(), 100) == 19
+        [left] = c.execute(predictions.select()).all()
+        assert left.request_id == asked
+    engine.dispose()
+    assert admin.verify()[0] == 3 and "a test" not in shown(where)
+    with pytest.raises(Conflict):
+        registry.stop("canary", seen=0)
+    admin.close()
+    registry.close()
+
+
+def test_of_several_who_decide_on_one_revision_one_succeeds(where, bundles):
+    first = Registry(where, "a test")
+    for folder in bundles.values():
+        first.register(folder)
+    first.promote("one")
+    for _ in range(5):
+        seen, told = first.history()[-1].revision, []
+
+        def decide():
+            one = Registry(where, "a thread")
+            try:
+                told.append(one.canary("two", 0.5, seen=seen).revision)
+            except Conflict:
+                told.append(0)
+            finally:
+                one.close()
+
+        them = [threading.Thread(target=decide) for _ in range(6)]
+        for one in them:
+            one.start()
+        for one in them:
+            one.join()
+        assert sorted(told) == [0] * 5 + [seen + 1]
+        first.stop("canary")
+    assert first.verify()[0] == 2 + 1 + 10
+    first.close()
+
+
+class Served:
+    "A server in a process of its own."
+
+    def __init__(self, where, runs):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "LLMECO_RUNS": str(runs)}
+        words = ["serve", "--port", "0", "--database", where]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from llmeco_nb.cli import main; main()", *words],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        line = self.process.stdout.readline()
+        assert " answers at " in line, self.process.communicate()[1]
+        self.url = line.split(" answers at ")[1].split()[0]
+
+    def end(self, how=signal.SIGTERM):
+        self.process.send_signal(how)
+        self.process.communicate(timeout=30)
+
+
+def test_of_two_servers_one_is_killed_and_no_client_fails(where, bundles, tmp_path):
+    registry, admin = Registry(where, "a test"), KeyAdmin(where, "a test")
+    for folder in bundles.values():
+        registry.register(folder)
+    registry.promote("one")
+    key, _ = admin.add(KeyOptions(name="ann"))
+    both = [Served(where, tmp_path) for _ in range(2)]
+    told, failed, stop = [], [], threading.Event()
+
+    def client(number):
+        "Asks one server, and the other if that one is gone, as a proxy would."
+        order = [both[number % 2].url, both[1 - number % 2].url]
+        with httpx.Client(headers=bearer(key), timeout=10) as c:
+            while not stop.is_set():
+                for url in order:
+                    try:
+                        reply = c.post(f"{url}/v1/predict", json={"text": f"good {number}"})
+                    except httpx.TransportError:
+                        continue
+                    (told if reply.status_code == 200 else failed).append(reply.json())
+                    break
+                else:
+                    failed.append("no server")
+
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(6)]
+    for one in clients:
+        one.start()
+    try:
+        time.sleep(1.0)
+        registry.promote("two")  # both follow
+        deadline = time.monotonic() + 10
+        while any(
+            httpx.get(f"{one.url}/v1/model", headers=bearer(key)).json()["name"] != "two"
+            for one in both
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = len(told)
+        both[0].end(signal.SIGKILL)
+        time.sleep(1.0)
+        # what the dead one told is known to the other
+        asked = told[before // 2]["request_id"]
+        reply = httpx.post(
+            f"{both[1].url}/v1/feedback",
+            json=dict(request_id=asked, correct=True),
+            headers=bearer(key),
+        )
+        assert reply.status_code == 200
+    finally:
+        stop.set()
+        for one in clients:
+            one.join()
+        for one in both:
+            if one.process.poll() is None:
+                one.end()
+    assert not failed, failed[:3]
+    assert len(told) > before > 20 and {one["model"]["name"] for one in told} == {"one", "two"}
+    engine = connect(where)
+    with engine.connect() as c:
+        stored = [row.request_id for row in c.execute(predictions.select())]
+    engine.dispose()
+    assert len(stored) == len(set(stored)), "an answer is stored twice"
+    assert {one["request_id"] for one in told} <= set(stored), "what was told is lost"
+    admin.close()
+    registry.close()
+
+
+def test_a_database_that_goes_away_and_comes_back(where, cluster, bundles):
+    with TestClient(make_app(bundles["one"], where)) as c:
+        ask = lambda: c.post("/v1/predict", json={"text": "good"})
+        assert ask().status_code == 200
+        cluster.stop()
+        try:
+            reply = ask()
+            assert reply.status_code == 503 and reply.json()["error"]["message"]
+            assert c.get("/livez").status_code == 200
+        finally:
+            cluster.start()
+        deadline = time.monotonic() + 20
+        while ask().status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert c.get("/readyz").status_code == 200
