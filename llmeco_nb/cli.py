@@ -31,6 +31,7 @@ from llmeco_nb.core import (
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
+from .deployment.monitoring import MonitoringChoice, monitoring
 from .deployment.predict_command import PredictChoice, predict
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
@@ -447,6 +448,7 @@ command(PredictChoice)(predict)
 # %% ../nbs/0_ground/01c_cli.ipynb #db997804
 command(KeysChoice)(keys)
 command(ModelsChoice)(models)
+command(MonitoringChoice)(monitoring)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

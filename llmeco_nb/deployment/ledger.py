@@ -209,15 +209,20 @@ class Ledger(GroupWriter):
         dialect = self.engine.dialect.name
         self.insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
 
-    def full(self) -> str:
-        "A sentence that says that the disk is nearly full; empty where it is not."
+    def free_bytes(self) -> float:
+        "Bytes that are free on the disk of an SQLite file, as of a second ago; else infinity."
         now = time.monotonic()
         if self.file is not None and now - self.looked > 1.0:
             self.free, self.looked = shutil.disk_usage(self.file.parent).free, now
-        if self.free >= self.min_free:
+        return self.free
+
+    def full(self) -> str:
+        "A sentence that says that the disk is nearly full; empty where it is not."
+        free = self.free_bytes()
+        if free >= self.min_free:
             return ""
         return (
-            f"The disk of the database has {self.free / 1e6:.0f} MB left, and "
+            f"The disk of the database has {free / 1e6:.0f} MB left, and "
             f"{self.min_free / 1e6:.0f} MB must be."
         )
 

@@ -204,6 +204,14 @@ def add_state_gauges(
             "1 if a request would be answered now, else 0.",
             lambda: float(not service.not_ready_reasons()),
         ),
+        "llmeco_batch_age_seconds": (
+            "Seconds since the batch at hand was begun; 0: none is.",
+            lambda: service.executor.health().oldest_s,
+        ),
+        "llmeco_database_free_bytes": (
+            "Bytes that are free on the disk of an SQLite file.",
+            service.ledger.free_bytes,
+        ),
         "llmeco_canary_share": (
             "Share of the requests that a canary gets, 0 to 1; 0: there is none.",
             lambda: service.serving.canary_share if service.serving.canary else 0.0,
