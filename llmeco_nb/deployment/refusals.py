@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['limits', 'status_of', 'FORBIDDEN_CHARS', 'Limits', 'FieldError', 'Refusal', 'ErrorReply', 'ErrorResponse',
-           'documented', 'error_response', 'to_ascii', 'hint', 'field_error', 'refusal_of',
+           'documented', 'error_response', 'to_ascii', 'hint', 'field_error', 'refusal_of', 'methods_of',
            'install_exception_handlers', 'BodyLimit', 'check_plain', 'check_text']
 
 # %% ../../nbs/4_deployment/41b_refusals.ipynb #f57652d7
@@ -177,6 +177,17 @@ def refusal_of(e: LlmecoError, hint: str = "") -> JSONResponse:
     return error_response(status, code, message, headers=headers)
 
 
+def methods_of(app: FastAPI, path: str) -> set[str]:
+    """Methods that a path takes.
+
+    Args:
+        app: With routes.
+        path: As it was asked.
+    """
+    there = (route for route in app.routes if getattr(route, "path", None) == path)
+    return {method for route in there for method in getattr(route, "methods", None) or ()}
+
+
 def install_exception_handlers(app: FastAPI) -> None:
     "Give `app` the handlers that turn what goes wrong into refusals."
 
@@ -191,7 +202,10 @@ def install_exception_handlers(app: FastAPI) -> None:
     async def wrong_way(request: Request, e: StarletteHTTPException):
         more = " The routes are described at /docs." if e.status_code in (404, 405) else ""
         code = {404: "no_such_route", 405: "wrong_method"}.get(e.status_code, "wrong")
-        return error_response(e.status_code, code, f"{e.detail}.{more}", headers=e.headers)
+        headers = dict(e.headers or {})
+        if e.status_code == 405:  # the framework names the methods of one route, not of the path
+            headers["Allow"] = ", ".join(sorted(methods_of(app, request.url.path)))
+        return error_response(e.status_code, code, f"{e.detail}.{more}", headers=headers)
 
     @app.exception_handler(LlmecoError)
     async def foreseen(request: Request, e: LlmecoError):
