@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'prepare_run', 'run',
-           'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'serve', 'docs', 'outputs',
-           'main']
+           'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'docs', 'outputs', 'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
@@ -22,7 +21,6 @@ import typer
 from llmeco_nb.core import (
     ExportError,
     LlmecoError,
-    MissingError,
     UsageError,
     WriteError,
     format_duration,
@@ -33,6 +31,7 @@ from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring import MonitoringChoice, monitoring
 from .deployment.predict_command import PredictChoice, predict
+from .deployment.serve_command import ServeChoice, serve
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml
@@ -381,66 +380,7 @@ def report(o: ReportOptions):
 command(InspectOptions)(inspect)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #c8aee34f
-@app.command(cls=Command)
-def serve(
-    bundle: Path | None = typer.Option(
-        None,
-        help=(
-            "A bundle's folder (default: what `llmeco models` deployed, else the newest champion "
-            "or bundle in runs)."
-        ),
-    ),
-    host: str = typer.Option(
-        "127.0.0.1", help="Where to listen; 0.0.0.0 for everybody who can reach this machine."
-    ),
-    port: int = typer.Option(8000, help="The port; 0 takes a free one."),
-    database: str | None = typer.Option(
-        None,
-        help=(
-            "Where answers and feedback are stored: a file or a postgresql:// URL "
-            "(default: what the newest run was told, else runs/feedback.sqlite). A URL with a "
-            "password is better given in the environment, where no list of processes shows it."
-        ),
-        envvar="LLMECO_DATABASE",
-    ),
-    anybody: bool = typer.Option(
-        False, "--anybody", help="Listen to others than this machine although no key exists."
-    ),
-    log: bool = typer.Option(False, "--log", help="Write a line of JSON about each request."),
-    name: list[str] = typer.Option(
-        [], "--name", help="A host name by which it is asked, too, such as a proxy's; repeatable."
-    ),
-    keep_days: float = typer.Option(
-        0.0, help="Delete answers that nobody has judged after so many days; 0: never."
-    ),
-    max_gb: float = typer.Option(
-        10.0, help="Delete the oldest of them when the tables take more gigabytes; 0: never."
-    ),
-):
-    """Answer over HTTP with the deployed model, else with the newest bundle, and take feedback.
-
-    Args:
-        bundle: Its folder; None: what `llmeco models` deployed, else the newest in runs.
-        host: Address of the interface to listen at.
-        port: 0 to 65535.
-        database: None: what the newest run was told, else runs/feedback.sqlite.
-        anybody: Listen at other addresses than this machine's own although no key exists.
-        log: Write a line of JSON about each request to the standard error.
-        name: Host names by which it is asked besides its address.
-        keep_days: After which answers that nobody has judged are deleted; 0: never.
-        max_gb: That the tables may take; 0: any number.
-    """
-    try:
-        from llmeco_nb.deployment import serving
-    except ModuleNotFoundError as e:
-        if (e.name or "").startswith("llmeco_nb"):
-            raise
-        raise MissingError(
-            f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
-        ) from None
-    limits = dict(days=keep_days or None, max_bytes=round(1e9 * max_gb) or None)
-    retention = serving.Retention(**limits)
-    serving.run_server(bundle, host, port, database, anybody, log, name, retention, say=typer.echo)
+command(ServeChoice)(serve)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #2fc652d1
 command(PredictChoice)(predict)

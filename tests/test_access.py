@@ -29,7 +29,7 @@ from llmeco_nb.deployment.keys import KeyOptions, Principal, key_digest
 from llmeco_nb.deployment.ledger import connect, read_feedback
 from llmeco_nb.deployment.quotas import QuotaExceeded, Quotas
 from llmeco_nb.deployment.server import actions, make_app
-from llmeco_nb.deployment.serving import run_server
+from llmeco_nb.deployment.serving import ServerOptions, run_server
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
@@ -291,7 +291,9 @@ def test_sigkill_loses_no_key_and_breaks_no_seal(tmp_path):
 
 def test_a_server_for_everybody_needs_a_key_or_a_word(bundle, tmp_path):
     with pytest.raises(UsageError, match="llmeco keys add NAME"):
-        run_server(bundle, host="0.0.0.0", port=0, database=tmp_path / "f.sqlite")
+        run_server(
+            ServerOptions(bundle=bundle, host="0.0.0.0", port=0, database=tmp_path / "f.sqlite")
+        )
 
 
 def test_the_secret_is_not_in_the_database_and_for_its_owner_alone(admin, tmp_path):

@@ -1,5 +1,5 @@
-"""Requests made from the OpenAPI document, good and bad: nothing that the server replies breaks what
-the document promises. The requests are schemathesis' own."""
+"""Requests made from the OpenAPI document, good and bad: nothing that the server replies breaks
+what the document promises. The requests are schemathesis' own."""
 
 import json
 import re

@@ -292,7 +292,9 @@ class Hangs(Predictor):
         return super().predict(works)
 
 serving.Predictor = Hangs
-serving.run_server(sys.argv[1], port=0, database=sys.argv[2])
+serving.run_server(
+    serving.ServerOptions(bundle=sys.argv[1], port=0, database=sys.argv[2])
+)
 """
 
 

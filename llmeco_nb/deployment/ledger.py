@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError
+from ..data.personal_data import mask_pii
 from .group_commit import GroupWriter
 from ..tasks.contract import Prediction
 from ..tasks.regression import NumberPrediction
@@ -197,9 +199,21 @@ class Ledger(GroupWriter):
         max_batch: Jobs that share a commit, at most.
         min_free: Bytes that must be free on the disk of an SQLite file; below, no answer is stored
             any more, and so none is given.
+        mask: Mask personal data in texts and notes before they are stored, as `mask_pii` does.
+
+    Attributes:
+        masked: What was masked so far: kind -> how often.
     """
 
-    def __init__(self, where: str | Path, max_batch: int = 256, min_free: int = 100_000_000):
+    def __init__(
+        self,
+        where: str | Path,
+        max_batch: int = 256,
+        min_free: int = 100_000_000,
+        mask: bool = False,
+    ):
+        self.mask = mask
+        self.masked: Counter[str] = Counter()
         file = sqlite_file(database_url(where))
         self.file = None if file is None else file.resolve()
         self.min_free = min_free
@@ -225,6 +239,18 @@ class Ledger(GroupWriter):
             f"The disk of the database has {free / 1e6:.0f} MB left, and "
             f"{self.min_free / 1e6:.0f} MB must be."
         )
+
+    def as_stored(self, text: str) -> str:
+        """A text as it is stored: with personal data masked, if that is wanted.
+
+        Args:
+            text: As it was sent.
+        """
+        if not self.mask:
+            return text
+        text, counts = mask_pii(text)
+        self.masked.update(counts)
+        return text
 
     def not_ready_reasons(self, patience: float = 3.0) -> list[str]:
         """Sentences that say why an answer would not be stored now; none where it would.
@@ -292,8 +318,9 @@ def keep_predictions(
         row = dict(request_id=request_id, item=i, at=time.time(), model=model, text=text)
         rows.append({**row, "label": label, "probabilities": probabilities})
 
-    def job(c: Connection) -> None:
-        c.execute(predictions.insert(), rows)
+    def job(c: Connection) -> None:  # long texts take their time to mask: not in the event loop
+        stored = [{**row, "text": ledger.as_stored(row["text"])} for row in rows]
+        c.execute(predictions.insert(), stored)
         also(c)
 
     return ledger.write(job, durable=False)
@@ -341,13 +368,14 @@ def keep_feedback(
                 f"The answer was {row.label!r}: correct={str(correct).lower()} and {given!r} as "
                 "what is right contradict each other. Send one of them."
             )
-        content = dict(author=author, given=right, correct=agrees, note=note)
+        said = ledger.as_stored(note)
+        content = dict(author=author, given=right, correct=agrees, note=said)
         names = dict(request_id=request_id, item=item, key=key or author)
         # a clock may be set back; who speaks later about an answer is later all the same
-        said = c.execute(
+        last = c.execute(
             select(func.max(f.at)).where((f.request_id == request_id) & (f.item == item))
         ).scalar()
-        at = max(time.time(), math.nextafter(said, math.inf) if said else 0.0)
+        at = max(time.time(), math.nextafter(last, math.inf) if last else 0.0)
         insert = ledger.insert(feedback).values(**names, at=at, **content)
         # not by rowcount: PostgreSQL's driver does not always know it
         new = c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None

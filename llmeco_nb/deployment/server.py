@@ -191,6 +191,7 @@ def make_app(
     log: Callable[[str], None] | None = None,
     follow: bool = True,
     retention: Retention = Retention(),
+    mask: bool = True,
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
     when it starts. Raises `MissingError`, `DataError`, `UsageError`.
@@ -203,6 +204,7 @@ def make_app(
         log: Told a line of JSON about each request; None: nobody is.
         follow: Answer as the registry in the database says, once something is deployed there.
         retention: What is kept of the answers.
+        mask: Mask personal data in what is stored.
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
@@ -210,7 +212,7 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = app.state.ledger = Ledger(database)
+        ledger = app.state.ledger = Ledger(database, mask=mask)
         try:
             read_access(ledger, ring, quotas)
             loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)

@@ -163,10 +163,10 @@ def serve_bundle(parent: int, bundle: str, database: str) -> None:
     """
     die_with_parent(parent)
     # imported as a function, so that a stage that serves is stale when the server has changed
-    from llmeco_nb.deployment.serving import run_server
+    from llmeco_nb.deployment.serving import ServerOptions, run_server
 
     try:
-        run_server(bundle, port=0, database=database)
+        run_server(ServerOptions(bundle=bundle, port=0, database=database))
     except LlmecoError as e:
         sys.exit(str(e))
 
