@@ -116,7 +116,8 @@ def shown(where: str | Path) -> str:
     """
     if "://" not in str(where):
         return str(where)
-    return database_url(where).render_as_string(hide_password=True)
+    url = database_url(where)
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def sqlite_file(url: URL) -> Path | None:
