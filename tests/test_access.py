@@ -2,8 +2,11 @@
 opens nothing a moment later, and what was done to keys cannot be undone in silence."""
 
 import base64
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -29,7 +32,8 @@ from llmeco_nb.deployment.keys import KeyOptions, Principal, key_digest
 from llmeco_nb.deployment.ledger import connect, read_feedback
 from llmeco_nb.deployment.quotas import QuotaExceeded, Quotas
 from llmeco_nb.deployment.server import actions, make_app
-from llmeco_nb.deployment.serving import ServerOptions, run_server
+from llmeco_nb.deployment.server_options import ServerOptions
+from llmeco_nb.deployment.serving import run_server
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
@@ -369,3 +373,81 @@ def parser(text):
     from prometheus_client.parser import text_string_to_metric_families
 
     return list(text_string_to_metric_families(text))
+
+
+def test_browsers_and_caches_are_told_what_they_may_not_do(bundle, tmp_path):
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        replies = [c.get("/"), c.get("/docs"), c.get("/nowhere"), c.get("/v1/model")]
+        replies += [c.post("/v1/predict", json={"text": "good"}), c.post("/v1/predict", json={})]
+        for reply in replies:
+            assert reply.headers["x-content-type-options"] == "nosniff"
+            assert reply.headers["cache-control"] == "no-store"
+            policy = reply.headers["content-security-policy"]
+            assert "frame-ancestors 'none'" in policy and "unsafe-inline' " not in policy
+            assert "strict-transport-security" not in reply.headers
+        scripts = re.findall(r"<script>(.*?)</script>", replies[0].text, re.S)
+        assert len(scripts) == 1
+        digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy, "the page's own script may run"
+
+
+def started(*words):
+    "A server in a process, and its address."
+    line = [sys.executable, "-c", "from llmeco_nb.cli import main; main()", "serve", "--port", "0"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    one = subprocess.Popen(
+        [*line, *map(str, words)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = one.stdout.readline()
+    assert " answers at " in told, one.communicate()[1]
+    return one, told.split(" answers at ")[1].split()[0]
+
+
+def test_a_stated_address_is_believed_of_named_proxies_alone(bundle, admin, tmp_path):
+    "Else whoever tries keys gives each attempt another address."
+    import httpx
+
+    admin.add(KeyOptions(name="ann"))
+    for words, expected in (((), {401, 429}), (("--proxy", "127.0.0.1"), {401})):
+        server, at = started("--bundle", bundle, "--database", tmp_path / "f.sqlite", *words)
+        try:
+            got = set()
+            for i in range(40):
+                head = {"Authorization": "Bearer wrong", "X-Forwarded-For": f"10.0.0.{i}"}
+                got.add(httpx.get(f"{at}/v1/model", headers=head).status_code)
+            assert got == expected, words
+        finally:
+            server.terminate()
+            server.communicate(timeout=30)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
+def test_https(bundle, tmp_path):
+    import httpx
+
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    line += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*line, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    words = ("--bundle", bundle, "--database", tmp_path / "f.sqlite")
+    server, at = started(*words, "--tls-cert", cert, "--tls-key", key)
+    try:
+        assert at.startswith("https://")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reply = httpx.post(f"{at}/v1/predict", json={"text": "good"}, verify=str(cert))
+        assert reply.status_code == 200 and "strict-transport-security" in reply.headers
+        with pytest.raises(httpx.TransportError):
+            httpx.get(at.replace("https", "http") + "/livez")
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    (tmp_path / "other.pem").write_text("no key")
+    other = dict(tls_cert=str(cert), tls_key=str(tmp_path / "other.pem"))
+    for wrong in (dict(tls_cert=str(cert)), other):
+        with pytest.raises(UsageError, match="key"):
+            run_server(ServerOptions(bundle=bundle, port=0, **wrong))

@@ -117,7 +117,10 @@ def test_each_alert_rings_when_it_should(tmp_path):
     good = f'http_server_request_duration_seconds_count{{{route}, http_response_status_code="200"}}'
     bad = good.replace('"200"', '"503"')
     fast = good.replace("_count{", "_bucket{").replace('"200"}', '"200", le="1.0"}')
-    busy, quota = (f'llmeco_refusals_total{{code="{code}"}}' for code in ("busy", "quota"))
+    refusals = 'llmeco_refusals_total{{code="{}", http_route="/v1/predict"}}'
+    busy, quota = refusals.format("busy"), refusals.format("quota")
+    keys = 'llmeco_refusals_total{code="locked_out", http_route="/admin/keys"}'
+    none = dict.fromkeys([good, fast], "0+0x400")
     usual = {
         good: "0+600x400",
         fast: "0+600x400",
@@ -129,6 +132,7 @@ def test_each_alert_rings_when_it_should(tmp_path):
         'llmeco_refusals_total{code="unauthorized"}': "0+1x400",
     }
     refused = good.replace('"200"', '"429"')
+    burnt = {"LlmecoAvailabilityBurn14_4", "LlmecoAvailabilityBurn6"}
     cases = [
         ({}, "30m", set()),
         ({'up{job="llmeco"}': "1x20 0x400"}, "23m", {"LlmecoDown"}),
@@ -153,6 +157,10 @@ def test_each_alert_rings_when_it_should(tmp_path):
         ({bad: "0+19x400"}, "90m", {"LlmecoAvailabilityBurn6"}),
         # one in two thousand: within the budget
         ({bad: "0+0.3x400"}, "90m", set()),
+        # whoever tries keys elsewhere hides no outage
+        ({**none, bad: "0+600x400", keys: "0+900x400"}, "90m", {*burnt, "LlmecoWrongKeys"}),
+        # nothing is left that could be counted as good
+        ({good: "_x400", fast: "_x400", bad: "0+600x400"}, "90m", burnt),
         ({fast: "0+480x400"}, "90m", {"LlmecoLatencyBurn14_4", "LlmecoLatencyBurn6"}),
     ]
     rules = {rule["alert"]: rule for rule in alert_rules()["groups"][0]["rules"]}

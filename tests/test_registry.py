@@ -233,15 +233,19 @@ def test_a_canary_that_is_no_worse_is_seldom_stopped(share, rate, better, seed):
     assert stopped <= 200 * 0.05 + 4 * (200 * 0.05 * 0.95) ** 0.5
 
 
-def test_a_worse_canary_is_stopped_and_order_within_a_version_alone_counts():
-    outcomes = [(bool(i % 2), i % 2 == 1 and i % 4 == 1) for i in range(400)]  # half of it wrong
-    test, other = CanaryTest(0.5), CanaryTest(0.5)
-    for outcome in outcomes:
-        test.add(*outcome)
-    for outcome in sorted(outcomes, key=lambda one: one[0]):  # all of the champion's first
-        other.add(*outcome)
-    assert test.highest > 1e6 and test.highest == other.highest
-    assert test.wrong == [0, 100] and test.answers == [200, 200]
+@pytest.mark.parametrize("share", [0.01, 0.28, 0.5, 0.9])
+def test_a_canary_that_goes_bad_late_is_stopped_soon(share):
+    "Nothing of long ago is paired with what is new, whatever the share."
+    chance, test = np.random.default_rng(1), CanaryTest(share)
+    for _ in range(20_000):  # both as good
+        test.add(bool(chance.random() < share), bool(chance.random() < 0.05))
+    assert sum(map(len, test.waiting)) <= sum(test.block) and test.highest < 100
+    bad = 0
+    while test.highest < 100:
+        canary = bool(chance.random() < share)
+        bad += canary
+        test.add(canary, bool(chance.random() < (1.0 if canary else 0.05)))
+        assert bad < 1500
 
 
 # --- a server that follows --------------------------------------------------------------------
@@ -395,6 +399,93 @@ def test_a_hung_canary_is_stopped(registry, bundles, tmp_path):
     assert 1 <= len(answered) < 20, "the champion's clients, and not those of a model that hangs"
 
 
+def test_a_stop_that_cannot_be_written_is_kept_to_and_written_later(registry, bundles, tmp_path):
+    async def work(service, follower):
+        registry.canary("same", 0.5)
+        await follower.step()
+        broken(service.serving.canary)
+        for i in range(60):
+            await service.predict(question(f"good {i}"))
+        follower.where = tmp_path  # no database: a folder
+        await follower.step()
+        assert service.serving.canary is None, "out of the traffic, written or not"
+        assert "cannot be written" in follower.problem and follower.stopping
+        await follower.step()
+        assert service.serving.canary is None and registry.history()[-1].canary
+        follower.where = tmp_path / "f.sqlite"
+        await follower.step()
+        assert not follower.problem and not follower.stopping
+        assert registry.history()[-1].canary is None
+        await follower.step()
+        return follower.deployment
+
+    deployment, said = followed(bundles, tmp_path, work)
+    assert deployment == registry.history()[-1] and len(said) == 4
+
+
+def test_whatever_goes_wrong_a_rollback_is_followed(registry, bundles, tmp_path, monkeypatch):
+    from llmeco_nb.deployment import service as module
+
+    async def work(service, follower):
+        task = asyncio.create_task(follower.run(every=0.02))
+        await asyncio.sleep(0.1)
+        made = module.LocalExecutor
+        monkeypatch.setattr(module, "LocalExecutor", lambda *a: 1 / 0)
+        calls = []
+        monkeypatch.setattr(
+            "llmeco_nb.deployment.follower.load_version",
+            lambda version: calls.append(version) or Predictor.load(version.folder),
+        )
+        registry.promote("turned")
+        await asyncio.sleep(0.5)
+        assert "division" in follower.problem and not task.done() and len(calls) == 1
+        assert service.predictor.manifest.name == "one"
+        monkeypatch.setattr(module, "LocalExecutor", made)
+        registry.promote("same")
+        await asyncio.sleep(0.5)
+        assert service.predictor.manifest.name == "same" and not follower.problem
+        task.cancel()
+
+    followed(bundles, tmp_path, work)
+
+
+def test_a_model_that_hangs_while_it_is_opened_keeps_nobody(
+    registry, bundles, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "llmeco_nb.deployment.follower.load_version", lambda version: time.sleep(3600)
+    )
+
+    async def work(service, follower):
+        registry.canary("same", 0.5)
+        await follower.step()
+        assert "more than 0.3 s" in registry.history()[-1].reason
+        assert (await service.predict(question("good"))).model.name == "one"
+
+    options = ExecutorOptions(open_seconds=0.3)
+    followed(bundles, tmp_path, work, options=options)
+
+
+def test_a_text_that_is_repeated_is_no_further_evidence(registry, bundles, tmp_path):
+    async def work(service, follower):
+        registry.canary("turned", 0.5)
+        await follower.step()
+        for i in range(99):
+            if (await service.predict(question(f"good {i}"))).model.name == "turned":
+                hit = f"good {i}"
+                break
+        for i in range(60):
+            for text, correct in ((hit, False), (f"fine {i}", True)):
+                asked = question(text)
+                await service.predict(asked)
+                keep_feedback(service.ledger, asked.request_id, correct=correct).result()
+            await follower.step()
+        return service.serving.canary, follower.comparison.wrong
+
+    (canary, wrong), _ = followed(bundles, tmp_path, work)
+    assert canary is not None and sum(wrong.wrong) + wrong.waiting[1].count(True) <= 1
+
+
 def test_what_cannot_be_opened_changes_nothing(registry, bundles, tmp_path):
     spoiled = shutil.copytree(bundles["turned"], tmp_path / "spoiled")
     write_manifest(spoiled, replace(verify(spoiled), name="spoiled"))
@@ -412,7 +503,9 @@ def test_what_cannot_be_opened_changes_nothing(registry, bundles, tmp_path):
         registry.promote("spoiled")
         await follower.step()
         assert service.predictor.manifest.name == "one" and "model.onnx" in follower.problem
-        assert follower.facts()["problem"] == follower.problem
+        facts = follower.facts()
+        assert facts["problem"] and str(tmp_path) not in str(facts), "paths are for the log"
+        assert facts["champion"] == service.predictor.digest, "the one that is followed"
         assert (await service.predict(question("good"))).model.name == "one"
         (spoiled / "model.onnx").write_bytes(whole)
         await follower.step()

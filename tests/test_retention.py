@@ -69,7 +69,7 @@ def test_a_server_keeps_to_its_room_while_it_answers(tmp_path):
     with sqlite3.connect(where) as c:
         c.executemany(
             "INSERT INTO predictions VALUES (?, 0, ?, 'm', ?, 'positive', '{}')",
-            [(uuid.uuid4().hex, time.time() - 100 + i / 100, "x" * 2000) for i in range(6000)],
+            [(uuid.uuid4().hex, time.time() - 9000 + i / 100, "x" * 2000) for i in range(6000)],
         )
     room = 5_000_000
     with TestClient(make_app(bundle, where, retention=Retention(max_bytes=room))) as c:

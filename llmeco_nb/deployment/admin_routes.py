@@ -35,7 +35,9 @@ class DeploymentChange(BaseModel):
     share: float = Field(0.1, gt=0, lt=1, description="Of the requests that a canary gets")
     reason: str = Field("", max_length=limits.note, description="Why, for the history")
     revision: int | None = Field(
-        None, ge=0, description="On which this was decided; refused if there is a newer one"
+        None,
+        ge=0,
+        description="On which this was decided, 0 for none; refused if there is a newer one",
     )
 
 
@@ -82,7 +84,7 @@ class KeyName(BaseModel):
 
 
 class KeyReply(BaseModel):
-    "A key, without what opens anything."
+    "A key, without its secret part."
 
     id: str
     name: str

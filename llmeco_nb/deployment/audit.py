@@ -93,9 +93,9 @@ def audit_secret(where: str | Path) -> bytes:
             pass
         finally:
             beside.unlink()
+        return file.read_bytes()
     except OSError as e:
         raise WriteError(f"The secret of the audit log cannot be kept in {file}: {e}.") from None
-    return file.read_bytes()
 
 
 def write_audit(

@@ -26,7 +26,7 @@ from llmeco_nb.deployment.keys import (
 )
 from .ledger import Ledger
 from .model_batch import DaemonThreads
-from .quotas import QuotaExceeded, Quotas, day_of, read_usage
+from .quotas import LockedOut, Quotas, day_of, read_usage
 from .refusals import refusal_of
 
 # %% ../../nbs/4_deployment/44c_authentication.ipynb #55a09e4b
@@ -122,7 +122,7 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def _enter(self, scope: Scope, action: str) -> Principal:
-        "Who asks. Raises `Unauthorized`, `Forbidden`, `QuotaExceeded`."
+        "Who asks. Raises `Unauthorized`, `Forbidden`, `LockedOut`."
         now, address = time.monotonic(), (scope.get("client") or ("", 0))[0]
         key = sent_key(scope["headers"])
         try:
@@ -132,7 +132,7 @@ class AuthMiddleware:
                 raise
             if wait := self.attempts.wait(address, now):
                 message = "Too many wrong keys have come from this address."
-                raise QuotaExceeded(message, wait) from None
+                raise LockedOut(message, wait) from None
             self.attempts.failed(address, now)
             raise
         if not self.policy.allows(who.role, action):

@@ -115,7 +115,7 @@ def promote(now: Deployment | None, digest: str) -> Deployment:
     """The version answers all requests. Raises `UsageError` if it does already.
 
     Args:
-        now: The deployment that holds; None: there is none.
+        now: The current deployment; None: there is none.
         digest: Of the version.
     """
     if now is not None and now.champion == digest and now.canary is None:
@@ -128,7 +128,7 @@ def add_canary(now: Deployment, digest: str, share: float) -> Deployment:
     `UsageError`.
 
     Args:
-        now: The deployment that holds.
+        now: The current deployment.
         digest: Of the version.
         share: Of the requests, above 0 and below 1.
     """
@@ -143,11 +143,11 @@ def add_canary(now: Deployment, digest: str, share: float) -> Deployment:
 
 
 def add_shadow(now: Deployment, digest: str) -> Deployment:
-    """Answers of the version are compared with the champion's; it takes the place of another
+    """Answers of the version are compared with those that were given; it takes the place of another
     shadow. Raises `UsageError`.
 
     Args:
-        now: The deployment that holds.
+        now: The current deployment.
         digest: Of the version.
     """
     if digest == now.champion:
@@ -159,7 +159,7 @@ def remove(now: Deployment, part: str) -> Deployment:
     """The canary or the shadow gets no requests any more. Raises `UsageError` if there is none.
 
     Args:
-        now: The deployment that holds.
+        now: The current deployment.
         part: canary or shadow.
     """
     if part not in ("canary", "shadow"):
@@ -171,8 +171,9 @@ def remove(now: Deployment, part: str) -> Deployment:
 
 
 def roll_back(history: Sequence[Deployment]) -> Deployment:
-    """The champion before the one that holds is the champion again, without canary and shadow.
-    Raises `UsageError` if there was no other.
+    """The champion before the current one is the champion again, without canary and shadow. This is
+    a deployment, too, so a second rollback undoes the first; to go back further, promote a version
+    by its name. Raises `UsageError` if there was no other.
 
     Args:
         history: All deployments, the oldest first.
@@ -241,7 +242,7 @@ def find_model(found: Sequence[ModelVersion], which: str) -> ModelVersion:
 
 
 def read_deployments(c: Connection) -> list[Deployment]:
-    """All deployments there have been, the oldest first; the last one holds.
+    """All deployments there have been, the oldest first; the last is the current one.
 
     Args:
         c: A connection.
@@ -251,7 +252,7 @@ def read_deployments(c: Connection) -> list[Deployment]:
 
 
 def read_deployment(c: Connection) -> Deployment | None:
-    """The deployment that holds; None: there is none.
+    """The current deployment; None: there is none.
 
     Args:
         c: A connection.
@@ -268,11 +269,11 @@ stale = (
 
 
 def check_revision(holds: Deployment | None, seen: int | None) -> None:
-    """Raises `Conflict` if something was decided on another revision than the one that holds.
+    """Raises `Conflict` if something was decided on another revision than the current one.
 
     Args:
-        holds: The deployment that holds; None: there is none.
-        seen: Revision on which it was decided; None: the one that holds.
+        holds: The current deployment; None: there is none.
+        seen: Revision on which it was decided; None: the current one.
     """
     if seen is not None and seen != (holds.revision if holds else 0):
         raise Conflict(stale.format(seen=seen))
@@ -280,7 +281,7 @@ def check_revision(holds: Deployment | None, seen: int | None) -> None:
 
 def deploy(c: Connection, new: Deployment, seen: int, actor: str, reason: str = "") -> Deployment:
     """Store a deployment as the next revision. Raises `Conflict` if it was decided on another
-    revision than the one that holds, and `UsageError` for versions that are not registered or that
+    revision than the current one, and `UsageError` for versions that are not registered or that
     are of several tasks.
 
     Args:

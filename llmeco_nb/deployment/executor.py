@@ -112,6 +112,7 @@ class ExecutorOptions:
         prepare_threads: Threads that prepare long texts.
         inline_chars: Texts of up to so many characters are prepared without a change of thread.
         margin: Share by which an estimate may be too low.
+        open_seconds: Within which a model must be opened beside those that answer.
     """
 
     deadline: float = 10.0
@@ -121,6 +122,7 @@ class ExecutorOptions:
     prepare_threads: int = 2
     inline_chars: int = 2_000
     margin: float = 0.1
+    open_seconds: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,10 @@ class LocalExecutor:
         self.counts = ExecutorCounts()
         self.stopping = False
         self.worker: asyncio.Task | None = None
+        # before there are threads: a model may fail at it
+        self.cost_model = cost_model or CostModel.measure(partial(measure_batch, predictor))
         self.model_thread = DaemonThreads(1, "model")
         self.prepare_threads = DaemonThreads(options.prepare_threads, "prepare")
-        self.cost_model = cost_model or CostModel.measure(partial(measure_batch, predictor))
 
     async def __aenter__(self) -> Self:
         return self
@@ -359,7 +362,7 @@ class LocalExecutor:
             new, pieces, seconds = done
             if works:  # a step that only goes on with what it has says nothing of new items
                 self.cost_model.learn(cost, seconds)
-            self.counts.seconds += seconds
+            self.counts.cost += cost
             self.counts.items += len(works)
             self.slots.update(zip(new, picked))
             for piece in pieces:

@@ -125,7 +125,7 @@ class GroupWriter:
             if stop:
                 return
 
-    def _commit(self, work: list[Job]) -> None:
+    def _commit(self, work: list[Job], tries: int = 5) -> None:
         "One transaction for all of `work`; one for each, where a row of one spoils the others."
         self.begun = time.monotonic()
         try:
@@ -136,6 +136,13 @@ class GroupWriter:
                 self.failed = time.monotonic()
             reason = getattr(e, "orig", None) or e
             failed = WriteError(f"The ledger could not be written: {reason}.")
+            # of two servers that wait for each other's rows PostgreSQL ends one
+            deadlock = getattr(reason, "sqlstate", None) in ("40P01", "40001") and tries > 0
+            if deadlock:
+                self.failed = 0.0
+                for one in work:
+                    self._commit([one], tries - 1)
+                return
             if len(work) > 1 and not isinstance(e, OperationalError):
                 for one in work:
                     self._commit([one])

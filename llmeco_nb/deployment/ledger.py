@@ -75,6 +75,7 @@ feedback = Table(
     Column("given", Text),
     Column("correct", Boolean, nullable=False),
     Column("note", Text, nullable=False),
+    Index("feedback_at", "at"),
 )
 
 

@@ -61,7 +61,7 @@ class Metrics:
         self.refused = Counter(
             "llmeco_refusals",
             "Requests that were refused, by the code of the error.",
-            ["code"],
+            ["code", "http_route"],
             registry=registry,
         )
         self.items = Counter(
@@ -171,7 +171,7 @@ class MetricsMiddleware:
             method = scope["method"] if scope["method"] in methods else "other"
             self.metrics.duration.labels(method, route, str(status)).observe(seconds)
             if code := state.get("refusal"):
-                self.metrics.refused.labels(code).inc()
+                self.metrics.refused.labels(code, route).inc()
             if self.log is not None:
                 who = state.get("principal")
                 line = dict(

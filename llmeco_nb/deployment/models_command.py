@@ -28,7 +28,7 @@ class ModelsChoice:
         name: Of a version, the folder of a bundle, or what is to be stopped.
         share: Of the requests, for a canary.
         reason: Why, for the history.
-        revision: Of the deployment on which it was decided; 0: the one that holds.
+        revision: Of the deployment on which it was decided; 0: the current one.
         database: File or URL; empty: what `llmeco serve` takes.
     """
 
@@ -46,7 +46,9 @@ class ModelsChoice:
             )
         },
     )
-    share: float = option(0.1, "--share", "Share of the requests that a canary gets, 0 to 1.")
+    share: float = option(
+        0.1, "--share", "Share of the requests that a canary gets, above 0 and below 1."
+    )
     reason: str = option("", "--reason", "Why; stands in the history and in the audit log.")
     revision: int = option(
         0, "--revision", "Refuse if the deployment has another revision by now.", "NUMBER"
@@ -84,7 +86,7 @@ def model_table(found: Sequence[ModelVersion], holds: Deployment | None) -> str:
         holds: The deployment that holds; None: there is none.
     """
     if not found:
-        return "No model is registered. llmeco models promote"
+        return "No model is registered. Register one: llmeco models promote FOLDER."
     roles = {}
     if holds is not None:
         roles = {holds.shadow: "shadow", holds.champion: "champion"}
@@ -97,14 +99,14 @@ def model_table(found: Sequence[ModelVersion], holds: Deployment | None) -> str:
 
 
 def deployment_table(history: Sequence[Deployment], found: Sequence[ModelVersion]) -> str:
-    """What `llmeco models history` prints; the last line holds.
+    """What `llmeco models history` prints; the last line is the current one.
 
     Args:
         history: All deployments.
         found: All versions.
     """
     if not history:
-        return "Nothing has been deployed. llmeco models promote"
+        return "Nothing has been deployed. Deploy a model: llmeco models promote FOLDER."
     names = {one.digest: str(one) for one in found}
     heads = ("revision", "at", "by", "champion", "canary", "share", "shadow", "reason")
     lines: list[Sequence[str]] = [heads]
@@ -151,7 +153,8 @@ def models(o: ModelsChoice) -> None:
             new = registry.stop(o.name, **told) if stop else registry.roll_back(**told)
         else:
             name, names = o.name, [str(one) for one in registry.models()]
-            if not name or os.sep in name or (os.path.isdir(name) and name not in names):
+            folder = os.sep in name or (os.path.isdir(name) and name not in names)
+            if not name or folder or o.action == "add":
                 version = registry.register(name or newest_bundle(runs_dir()))
                 typer.echo(f"{version} is {version.digest[:12]} in {version.folder}.")
                 name = str(version)

@@ -26,7 +26,7 @@ from ..core import LlmecoError, UsageError, WriteError
 from .fair_queue import Busy, Expired
 from .keys import Forbidden, Unauthorized
 from .ledger import Conflict, UnknownRequest
-from .quotas import QuotaExceeded
+from .quotas import LockedOut, QuotaExceeded
 from llmeco_nb.tasks.limits import (
     max_body_bytes,
     max_label_chars,
@@ -135,6 +135,7 @@ status_of: dict[type[LlmecoError], tuple[int, str]] = {  # error -> HTTP status,
     Unauthorized: (401, "unauthorized"),
     Forbidden: (403, "forbidden"),
     QuotaExceeded: (429, "quota"),
+    LockedOut: (429, "locked_out"),
 }
 
 

@@ -31,6 +31,9 @@ class ServeChoice:
         keep_days: After which answers that nobody has judged are deleted; 0: never.
         max_gb: That the tables may take; 0: any number.
         mask: Mask personal data in what is stored.
+        proxies: Addresses of proxies whose word on the client's address is believed.
+        tls_cert: Certificate chain, PEM; empty: HTTP without encryption.
+        tls_key: Its private key, PEM.
     """
 
     bundle: str = option(
@@ -54,9 +57,7 @@ class ServeChoice:
         "with a password is better given in the environment, where no list of processes shows it.",
         "WHERE",
     )
-    anybody: bool = option(
-        False, "--anybody", "Listen to others than this machine although no key exists."
-    )
+    anybody: bool = option(False, "--anybody", "Allow other machines although no key exists.")
     log: bool = option(False, "--log", "Write a line of JSON about each request.")
     names: list[str] = option(
         [], "--name", "A host name by which it is asked, too, such as a proxy's; may be repeated."
@@ -73,6 +74,14 @@ class ServeChoice:
         "Mask e-mail addresses, IBANs, card numbers, IP addresses and telephone numbers in texts "
         "before they are stored; the model reads them as they were sent.",
     )
+    proxies: list[str] = option(
+        [],
+        "--proxy",
+        "Address of a proxy in front, whose header X-Forwarded-For is believed; may be repeated.",
+        "ADDRESS",
+    )
+    tls_cert: str = option("", "--tls-cert", "Certificate chain for HTTPS, as PEM.", "FILE")
+    tls_key: str = option("", "--tls-key", "Its private key, as PEM.", "FILE")
 
 
 def serve(o: ServeChoice) -> None:
@@ -82,7 +91,9 @@ def serve(o: ServeChoice) -> None:
         o: What was typed.
     """
     try:
-        from llmeco_nb.deployment import serving
+        from llmeco_nb.deployment.retention import Retention
+        from llmeco_nb.deployment.server_options import ServerOptions
+        from llmeco_nb.deployment.serving import run_server
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("llmeco_nb"):
             raise
@@ -90,7 +101,7 @@ def serve(o: ServeChoice) -> None:
             f"Serving needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
     days, room = o.keep_days or None, round(1e9 * o.max_gb) or None
-    options = serving.ServerOptions(
+    options = ServerOptions(
         bundle=o.bundle or None,
         host=o.host,
         port=o.port,
@@ -98,7 +109,10 @@ def serve(o: ServeChoice) -> None:
         anybody=o.anybody,
         log=o.log,
         names=tuple(o.names),
-        retention=serving.Retention(days=days, max_bytes=room),
+        retention=Retention(days=days, max_bytes=room),
         mask=o.mask,
+        proxies=tuple(o.proxies),
+        tls_cert=o.tls_cert or None,
+        tls_key=o.tls_key or None,
     )
-    serving.run_server(options, say=typer.echo)
+    run_server(options, say=typer.echo)

@@ -27,7 +27,7 @@ from .admin_routes import add_admin_routes, admin_actions
 from .authentication import AuthMiddleware, keep_fresh, read_access
 from .executor import ExecutorOptions
 from .follower import Follower
-from .http_requests import HeaderCheck, StrictRoute
+from .http_requests import HeaderCheck, StrictRoute, content_policy
 from .keys import KeyRing
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
@@ -244,7 +244,7 @@ def make_app(
     app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, limit=limits.body)
     app.add_middleware(AuthMiddleware, ring=ring, actions=actions)
-    app.add_middleware(HeaderCheck, hosts=hosts)
+    app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy(page_text))
     app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
     app.state.metrics = metrics
     install_exception_handlers(app)

@@ -10,18 +10,19 @@ __all__ = ['ResultT', 'model_not_ready_reasons', 'prepare_items', 'stored', 'Pre
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ..core import LlmecoError, UsageError, WriteError
 from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Expired, Work
 from .keys import Principal
 from .ledger import Ledger, keep_predictions
+from .model_batch import run_within
 from .predictor import ModelName, Predictor
 from .quotas import Quotas, count_usage
 from .refusals import check_text
@@ -142,8 +143,7 @@ class Serving:
     @property
     def executors(self) -> set[LocalExecutor]:
         "All that are open."
-        found = (self.champion, self.canary, self.shadow, self.previous)
-        return {one for one in found if one is not None}
+        return {self.champion, self.canary, self.shadow, self.previous} - {None}  # type: ignore
 
 
 class Service:
@@ -171,8 +171,9 @@ class Service:
         self.retiring: set[asyncio.Task] = set()
         self.shadowing: set[asyncio.Task] = set()
         self.shadow_counts = ShadowCounts()
-        # of each request while there is a canary: whether it answered, and whether the model failed
-        self.outcomes: deque[tuple[bool, bool]] = deque(maxlen=100_000)
+        # of each request that canary or champion could have answered, while there is a canary: its
+        # first text, whether the canary answered, and whether the model failed
+        self.outcomes: deque[tuple[str, bool, bool]] = deque(maxlen=10_000)
         self.swapping = asyncio.Lock()
 
     @property
@@ -242,15 +243,24 @@ class Service:
             old = self.serving
             there = {cast(Predictor, one.predictor).digest: one for one in old.executors}
 
+            fresh: list[LocalExecutor] = []
+
             async def opened(one: Predictor | None) -> LocalExecutor | None:
                 if one is None:
                     return None
                 if one.digest not in there:
-                    there[one.digest] = await asyncio.to_thread(LocalExecutor, one, self.options)
+                    make = partial(LocalExecutor, one, self.options)
+                    there[one.digest] = await run_within(make, self.options.open_seconds)
+                    fresh.append(there[one.digest])
                 return there[one.digest]
 
-            first = cast(LocalExecutor, await opened(champion))
-            second, third = await opened(canary), await opened(shadow)
+            try:
+                first = cast(LocalExecutor, await opened(champion))
+                second, third = await opened(canary), await opened(shadow)
+            except BaseException:
+                for executor in fresh:
+                    await executor.close(0)
+                raise
             before = old.previous if first is old.champion else old.champion
             new = Serving(first, second, canary_share, third, before)
             if second is not old.canary:
@@ -259,9 +269,7 @@ class Service:
                 self.shadow_counts = ShadowCounts()
             self.serving = new
             for gone in old.executors - new.executors:
-                task_ = asyncio.create_task(self._retire(gone))
-                self.retiring.add(task_)
-                task_.add_done_callback(self.retiring.discard)
+                self._keep(self.retiring, self._retire(gone))
 
     async def roll_back(self) -> Predictor:
         """Have the champion before this one answer all requests, at once: it is ready. Raises
@@ -271,6 +279,12 @@ class Service:
         await self.exchange(cast(Predictor, self.serving.previous.predictor))
         return self.predictor
 
+    def _keep(self, tasks: set[asyncio.Task], work: Coroutine[Any, Any, None]) -> None:
+        "Do something beside what is asked, and keep hold of it until it is done."
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
     async def _retire(self, executor: LocalExecutor) -> None:
         "Close an executor once nobody uses it any more."
         while self.users[executor]:
@@ -278,15 +292,18 @@ class Service:
         del self.users[executor]
         await executor.close(within=self.options.deadline)
 
+    def _may_ask_canary(self, request: PredictRequest) -> bool:
+        "Whether there is a canary that the key may ask."
+        one = self.serving.canary
+        return one is not None and request.who.may_ask(cast(Predictor, one.predictor).manifest.name)
+
     def _choose(self, request: PredictRequest) -> LocalExecutor:
-        "The canary or the champion; never a canary that the key may not ask."
+        "The canary or the champion."
         now = self.serving
-        if now.canary is None:
+        if now.canary is None or not self._may_ask_canary(request):
             return now.champion
-        one = cast(Predictor, now.canary.predictor)
-        if not request.who.may_ask(one.manifest.name):
-            return now.champion
-        drawn = canary_answers(one.digest, now.canary_share, request.texts[0])
+        digest = cast(Predictor, now.canary.predictor).digest
+        drawn = canary_answers(digest, now.canary_share, request.texts[0])
         return now.canary if drawn else now.champion
 
     @contextmanager
@@ -299,19 +316,21 @@ class Service:
             self.users[executor] -= 1
 
     async def _answer(
-        self, executor: LocalExecutor, works: list[Work], deadline: float, tenant: str
+        self, executor: LocalExecutor, works: list[Work], deadline: float, request: PredictRequest
     ) -> list[Prediction]:
         "What the executor answers; noted for the canary's sake."
-        failed, told = True, self.serving.canary is not None
+        then, failed = self.serving, True
+        # a key that may not ask the canary is no part of the comparison
+        told = executor in (then.champion, then.canary) and self._may_ask_canary(request)
         try:
-            found = await executor.answer(works, deadline, tenant)
+            found = await executor.answer(works, deadline, request.tenant)
             failed = False
         except (asyncio.CancelledError, LlmecoError):
             told = False  # gone, refused or late: that is not the model's doing
             raise
         finally:
-            if told:
-                self.outcomes.append((executor is self.serving.canary, failed))
+            if told and then is self.serving:
+                self.outcomes.append((request.texts[0], executor is then.canary, failed))
         return found
 
     def _ask_shadow(self, texts: list[str], found: Sequence[Prediction]) -> None:
@@ -337,9 +356,7 @@ class Service:
                 counts.agreed += same
                 counts.disagreed += not same
 
-        task = asyncio.create_task(compare())
-        self.shadowing.add(task)
-        task.add_done_callback(self.shadowing.discard)
+        self._keep(self.shadowing, compare())
 
     async def predict(self, request: PredictRequest) -> PredictResult:
         """Answer a request: admitted, predicted, stored, and only then told. If a canary's model
@@ -351,8 +368,7 @@ class Service:
         """
         deadline = asyncio.get_running_loop().time() + self.options.deadline
         chosen = self._choose(request)
-        name = cast(Predictor, chosen.predictor).manifest.name
-        request.who.check_model(name)
+        request.who.check_model(cast(Predictor, chosen.predictor).manifest.name)
         self.quotas.take_request(request.who)
         # what cannot be stored need not be computed
         if reasons := self.ledger.not_ready_reasons():
@@ -373,10 +389,11 @@ class Service:
         who, texts = request.who, list(request.texts)
         with self._using(executor):
             predictor = cast(Predictor, executor.predictor)
+            who.check_model(predictor.manifest.name)  # also of the champion in a canary's place
             works = await prepare_items(texts, request.names, executor, deadline)
             cost = sum(work.cost for work in works)
             with self.quotas.tokens_for(who, cost):
-                found = await self._answer(executor, works, deadline, request.tenant)
+                found = await self._answer(executor, works, deadline, request)
                 count: dict = dict(key_id=who.id, tokens=cost, at=time.time())
                 also = partial(count_usage, **count) if who.id else lambda c: None
                 told = (request.request_id, predictor.digest, texts, found, also)

@@ -163,7 +163,8 @@ def serve_bundle(parent: int, bundle: str, database: str) -> None:
     """
     die_with_parent(parent)
     # imported as a function, so that a stage that serves is stale when the server has changed
-    from llmeco_nb.deployment.serving import ServerOptions, run_server
+    from llmeco_nb.deployment.server_options import ServerOptions
+    from llmeco_nb.deployment.serving import run_server
 
     try:
         run_server(ServerOptions(bundle=bundle, port=0, database=database))

@@ -107,7 +107,9 @@ def usable_corrections(
             counts["in_train"] += 1
         else:
             one = said.setdefault(key, dict(text=text, authors={}))
-            one["authors"].setdefault(r.author, set()).add(names.index(r.given))
+            # behind a key's name stands what its client wrote: a key has one vote
+            voter = r.author.partition("/")[0]
+            one["authors"].setdefault(voter, set()).add(names.index(r.given))
     agreed = []
     for _, one in sorted(said.items()):
         label = agreed_label(list(one["authors"].values()), agreement)
