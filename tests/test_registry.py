@@ -430,7 +430,8 @@ def test_whatever_goes_wrong_a_rollback_is_followed(registry, bundles, tmp_path,
         task = asyncio.create_task(follower.run(every=0.02))
         await asyncio.sleep(0.1)
         made = module.LocalExecutor
-        monkeypatch.setattr(module, "LocalExecutor", lambda *a: 1 / 0)
+        wrong = type("Wrong", (made,), dict(__init__=lambda self, *a: 1 / 0))
+        monkeypatch.setattr(module, "LocalExecutor", wrong)
         calls = []
         monkeypatch.setattr(
             "llmeco_nb.deployment.follower.load_version",

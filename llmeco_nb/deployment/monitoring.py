@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hour', 'day', 'asked', 'answered', 'one_second', 'served', 'beyond_quota', 'levels', 'burns', 'states', 'burning',
            'seconds', 'panels', 'ServiceLevel', 'request_rate', 'Alert', 'level_alerts', 'alert_rules', 'Panel',
-           'dashboard', 'prometheus_config', 'write_monitoring', 'MonitoringChoice', 'monitoring']
+           'dashboard', 'prometheus_config', 'write_monitoring']
 
 # %% ../../nbs/4_deployment/47_monitoring.ipynb #d20211e1
 import json
@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import typer
 import yaml
 
 from ..core import UsageError, write_bytes
-from ..terminal import argument, option
 
 # %% ../../nbs/4_deployment/47_monitoring.ipynb #c46d44f4
 hour, day = 3600, 86_400
@@ -378,32 +376,3 @@ def write_monitoring(folder: str | Path, targets: Sequence[str], key_file: str =
     for name, written in texts.items():
         write_bytes(folder / name, written.encode())
     return [folder / name for name in texts]
-
-
-@dataclass(frozen=True)
-class MonitoringChoice:
-    """What `llmeco monitoring` is told.
-
-    Attributes:
-        folder: Where the files go.
-        targets: Of the servers.
-        key_file: File with a key of the role monitor.
-    """
-
-    folder: str = argument("DIR", "Where the files go; made if it is not there.")
-    targets: list[str] = option(
-        ["127.0.0.1:8000"], "--target", "A server as host:port; may be repeated."
-    )
-    key_file: str = option(
-        "", "--key-file", "File with a key of the role monitor, seen from DIR.", "FILE"
-    )
-
-
-def monitoring(o: MonitoringChoice) -> None:
-    """Write the alert rules and the configuration for Prometheus, and a dashboard for Grafana.
-
-    Args:
-        o: What was typed.
-    """
-    for path in write_monitoring(o.folder, o.targets, o.key_file):
-        typer.echo(str(path))
