@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from .deployment.monitoring_command import MonitoringChoice, monitoring
 
 from llmeco_nb.core import (
     ExportError,
@@ -30,6 +29,7 @@ from llmeco_nb.core import (
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
+from .deployment.monitoring_command import MonitoringChoice, monitoring
 from .deployment.predict_command import PredictChoice, predict
 from .deployment.serve_command import ServeChoice, serve
 from .runner.display import Display

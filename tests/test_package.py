@@ -617,3 +617,16 @@ def test_what_may_be_none_says_so():
     files = sorted((ROOT / "llmeco_nb").rglob("*.py"))
     found = {f.name: untrue_none(ast.parse(f.read_text(encoding="utf-8"))) for f in files}
     assert files and not {name: lines for name, lines in found.items() if lines}
+
+
+def test_the_command_line_needs_nothing_of_an_extra():
+    "`pip install llmeco` alone has a `--help`; what an extra brings is named where it is needed."
+    extra = (
+        "sqlalchemy fastapi uvicorn casbin onnxruntime prometheus_client psycopg httpx tokenizers"
+    )
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extra.split()}))\n"
+        "from llmeco_nb.cli import main; sys.argv = ['llmeco', 'models', '--help']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "canary" in done.stdout, done.stderr

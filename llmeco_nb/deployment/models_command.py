@@ -11,14 +11,18 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..core import UsageError, runs_dir
-from .deployments import Deployment, ModelVersion
 from ..terminal import argument, option
 
-# %% ../../nbs/4_deployment/46e_models_command.ipynb #cd6b7391
+# %% ../../nbs/4_deployment/46e_models_command.ipynb #e4001a76
+if TYPE_CHECKING:  # read by type checkers alone: every command imports this module
+    from llmeco_nb.deployment.deployments import Deployment, ModelVersion
+
+# %% ../../nbs/4_deployment/46e_models_command.ipynb #3787e05a
 @dataclass(frozen=True)
 class ModelsChoice:
     """What `llmeco models` is told.
@@ -78,7 +82,7 @@ def when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
 
 
-def model_table(found: Sequence[ModelVersion], holds: Deployment | None) -> str:
+def model_table(found: "Sequence[ModelVersion]", holds: "Deployment | None") -> str:
     """What `llmeco models list` prints.
 
     Args:
@@ -98,7 +102,7 @@ def model_table(found: Sequence[ModelVersion], holds: Deployment | None) -> str:
     return columns(lines)
 
 
-def deployment_table(history: Sequence[Deployment], found: Sequence[ModelVersion]) -> str:
+def deployment_table(history: "Sequence[Deployment]", found: "Sequence[ModelVersion]") -> str:
     """What `llmeco models history` prints; the last line is the current one.
 
     Args:
@@ -117,7 +121,7 @@ def deployment_table(history: Sequence[Deployment], found: Sequence[ModelVersion
         lines.append((*begin, parts[0], parts[1], share, parts[2], one.reason))
     return columns(lines)
 
-# %% ../../nbs/4_deployment/46e_models_command.ipynb #3787e05a
+# %% ../../nbs/4_deployment/46e_models_command.ipynb #94360272
 def models(o: ModelsChoice) -> None:
     """List, register, promote, try and roll back the models of a server.
 
