@@ -17,7 +17,7 @@ from llmeco_nb.core import DataError, MissingError, create_record, read_json, wr
 from llmeco_nb.data.corpus import read_split, write_corpus
 from llmeco_nb.deployment.bundle import build_bundle, packable
 from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
-from llmeco_nb.evaluation.comparison_table import ComparisonTable
+from llmeco_nb.evaluation.comparison_table import ComparisonTable, best_first
 from llmeco_nb.evaluation.stack_row import min_validation
 from llmeco_nb.evaluation.stacking import (
     Stack,
@@ -261,7 +261,7 @@ def test_the_row_of_a_stack_states_members_and_weights(compared):
         encoding="utf-8"
     )
     assert f"weight {linear.weight:.2f}" in table.stack_text()
-    assert table.best_row is max(table.rows, key=lambda r: r.preference())
+    assert table.best_row is best_first(table.rows)[0]
 
 
 def test_the_answers_of_a_stack_follow_from_those_of_its_members(compared, corpus):
@@ -320,20 +320,56 @@ def test_a_model_that_is_called_stack_is_refused(corpus, tmp_path):
         evaluate_models(create_record(tmp_path / "r", "evaluate"), str(corpus), given, asked)
 
 
-def test_between_equals_the_simpler_model_goes_first(compared, tmp_path):
-    "A linear model, then an encoder, then a stack, in the table as in what is bundled."
-    folder = Path(shutil.copytree(compared.artifact("table"), tmp_path / "table"))
+def told_otherwise(compared, folder: Path, **values) -> ComparisonTable:
+    "The table with other values in every row, in a new folder."
+    shutil.copytree(compared.artifact("table"), folder)
     told = read_json(folder / "table.json")
     for row in told["rows"]:
-        row["validation_accuracy"] = 0.5
+        row |= values
     (folder / "table.json").write_text(json.dumps(told))
-    table = ComparisonTable.load(folder)
-    ordered = sorted(table.rows, key=lambda r: r.preference(), reverse=True)
-    assert [r.model for r in ordered][-2:] == ["own", "stack"]
-    rows = packable(["some folder"], compared.artifact("baselines"), folder, CLASSES)
-    assert [r.kind for r in rows] == ["linear"] * (len(rows) - 2) + ["onnx", "stack"]
+    return ComparisonTable.load(folder)
+
+
+@pytest.mark.parametrize("error,first", [(None, "linear"), (0.0, "linear"), (0.01, "stack")])
+def test_between_equals_the_simpler_model_goes_first(compared, tmp_path, error, first):
+    """A linear model, then an encoder, in the table as in what is bundled. A stack is last where
+    equal means equal, and first where a standard error says that it may be otherwise.
+    """
+    values = dict(validation_accuracy=0.5, validation_standard_error=error)
+    table = told_otherwise(compared, tmp_path / "table", **values)
+    ordered = best_first(table.rows)
+    saved = compared.artifact("baselines")
+    rows = packable(["some folder"], saved, tmp_path / "table")
+    kinds = ["linear"] * (len(rows) - 2) + ["onnx"]
+    stack_at = 0 if first == "stack" else len(kinds)
+    kinds.insert(stack_at, "stack")
+    assert [r.kind for r in rows] == kinds
     assert rows[0].model == ordered[0].model
-    assert not [r for r in packable([], compared.artifact("baselines"), folder, CLASSES) if r.stack]
+    assert not [r for r in packable([], saved, tmp_path / "table") if r.kind == "stack"]
+
+
+@pytest.mark.parametrize("behind,first", [(0.9, "stack"), (1.1, "own")])
+def test_a_stack_is_served_where_it_is_less_than_a_standard_error_behind(compared, behind, first):
+    from dataclasses import replace
+
+    rows = ComparisonTable.load(compared.artifact("table")).rows
+    best = next(replace(r, validation_accuracy=0.9) for r in rows if r.model == "own")
+    error = best.validation_standard_error
+    [stack] = [replace(r, validation_accuracy=0.9 - behind * error) for r in rows if r.stack]
+    others = [replace(r, validation_accuracy=0.8) for r in rows if r.baseline]
+    assert best_first([*others, stack, best])[0].model == first
+
+
+def test_the_standard_error_of_a_row_is_that_of_its_answers(compared):
+    table = ComparisonTable.load(compared.artifact("table"))
+    answers = read_predictions_file(compared.artifact("table") / "predictions.parquet")
+    for r in table.rows:
+        own = answers[(answers.model == r.model) & (answers.num_labeled == r.labels)]
+        right = (own.target == own.prediction)[own.split == "validation"]
+        share = right.mean()
+        assert r.validation_accuracy == pytest.approx(share)
+        expected = np.sqrt(share * (1 - share) / len(right))
+        assert r.validation_standard_error == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from llmeco_nb.evaluation.comparison_table import (
 )
 from .split_shift import shift_text, split_shift
 from .stack_row import add_stack, stack_name
-from .verdicts import best_on_validation, judge_rows
+from .verdicts import chosen_row, judge_rows
 from ..finetuning.classifier import halves, labelled_subset
 from ..finetuning.linear import LinearText, RowSplit
 from ..finetuning.ngram_counts import count_ngrams
@@ -337,7 +337,7 @@ def evaluate_models(
     every, facts, no_stack = add_stack(every, facts, plan.compared, evaluated, schema)
     rows = table_rows(every, schema, facts, config.seed)
     rows, claims = judge_rows(rows, every, schema, plan.compared)
-    best = best_on_validation(rows, plan.compared)
+    best = chosen_row(rows, plan.compared)
     candidates = [r for r in rows if r.labels in plan.compared and r.on_validation is not None]
     chosen = every[(every.model == best.model) & (every.num_labeled == best.labels)]
     shift = split_shift(chosen, schema, len(candidates))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'ModelFacts', 'ReferenceComparison', 'ShownMetric',
-           'ModelRow', 'TableRow', 'NumberRow', 'test_intervals', 'score_model', 'table_rows', 'ModelKey',
+           'ModelRow', 'TableRow', 'NumberRow', 'best_first', 'test_intervals', 'score_model', 'table_rows', 'ModelKey',
            'ComparisonTable', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -189,6 +189,7 @@ class ModelRow:
         parameters: Weights and biases; None: nobody said.
         settings: Hyperparameters of a baseline.
         stack: Members and weights of a stack.
+        validation_standard_error: Of the main metric on validation; None: not known.
         against: None: it is the reference, or there is none.
     """
 
@@ -201,6 +202,7 @@ class ModelRow:
     parameters: int | None = None
     settings: dict | None = None
     stack: Stack | None = None
+    validation_standard_error: float | None = None
     against: ReferenceComparison | None = None
 
     @property
@@ -242,8 +244,8 @@ class ModelRow:
         return -np.inf if value is None else find_task(self.task).selection.key(value)
 
     def preference(self) -> tuple[float, int, int, int]:
-        """What is larger for the row to serve: the better one on validation; between equals a
-        linear model, an encoder, a stack; then more labels; then fewer parameters."""
+        """What is larger for the better row on validation; between equals a linear model, an
+        encoder, a stack; then more labels; then fewer parameters."""
         parts = 2 if self.stack else 0 if self.baseline else 1
         return self.quality("validation"), -parts, self.labels, -(self.parameters or 0)
 
@@ -350,6 +352,21 @@ class NumberRow(ModelRow):
         return regression_statistic(metric)
 
 
+def best_first(rows: Iterable[ModelRow]) -> list[ModelRow]:
+    """The rows in the order in which they would be served, chosen on validation: a stack less
+    than one standard error behind the best row, then by `preference`.
+
+    Args:
+        rows: Any of one table; those without answers on validation come last.
+    """
+    ordered = sorted(rows, key=lambda r: r.preference(), reverse=True)
+    if not ordered or ordered[0].on_validation is None:
+        return ordered
+    best = ordered[0]
+    least = best.quality("validation") - (best.validation_standard_error or 0.0)
+    return sorted(ordered, key=lambda r: not (r.stack and r.quality("validation") > least))
+
+
 row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
 
 
@@ -389,7 +406,10 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
     validation = part[part.split == "validation"]
     main = task.selection.metric
     columns = validation.target.to_numpy(), validation.prediction.to_numpy()
-    on_validation = float(task.report(*columns, schema)[main]) if len(validation) else None
+    on_validation = error = None
+    if len(validation):
+        on_validation = float(task.report(*columns, schema)[main])
+        error = float(task.item_scores(*columns).std() / np.sqrt(len(validation)))
     return row_types[schema.task](
         model=model,
         title=facts.title or (all_recipes[model].title if model in all_recipes else model),
@@ -398,6 +418,7 @@ def score_model(part: "pd.DataFrame", schema: Schema, facts: ModelFacts, seed: i
         parameters=facts.parameters,
         settings=facts.settings,
         stack=facts.stack,
+        validation_standard_error=error,
         **{f"validation_{main}": on_validation},
         **test_intervals(part[part.split == "test"], schema, seed),
     )
@@ -449,7 +470,7 @@ class ComparisonTable:
         curve: Further ones, for the learning curve.
         left_out: Numbers of labels that were too small to draw.
         least: Labels that a subset needs, one for each class.
-        best: The best row on validation.
+        best: The row chosen on validation.
         rows: One for each model and number of labels.
         task: Name of the task.
         shift: Validation against test of the best row, from `SplitShift`; None: not compared.
@@ -472,7 +493,7 @@ class ComparisonTable:
 
     @property
     def best_row(self) -> ModelRow:
-        "The row that is best on validation."
+        "The row that was chosen on validation."
         wanted = (self.best.model, self.best.labels)
         return next(r for r in self.rows if (r.model, r.labels) == wanted)
 
@@ -536,7 +557,7 @@ def summary_text(table: ComparisonTable) -> str:
     lines = [
         f"{name:{wide}}" + "".join(f"{cell(name, s):22}" for s in table.sizes) for name in names
     ]
-    legend = "* best on validation"
+    legend = "* chosen on validation"
     if any(not r.baseline for r in rows):
         verdicts = ", ".join(f"{mark} {verdict}" for verdict, mark in marks.items())
         legend += f"; beats the best baseline: {verdicts}"
