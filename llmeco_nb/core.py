@@ -137,18 +137,24 @@ def write_json(path: str | Path, obj: object):
     )
 
 
-def read_json(path: str | Path):
-    """Read a JSON file. Raises `MissingError` when it is not there, `DataError` when it is not
-    JSON.
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def read_json(path: str | Path, data: bytes | None = None):
+    """Read a JSON file in UTF-8. Raises `MissingError` if it is not there, `DataError` if it is not
+    JSON; NaN and endless nesting are not.
 
     Args:
-        path: The file to read, as UTF-8.
+        path: The file to read.
+        data: Its content, where it was read already.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = (Path(path).read_bytes() if data is None else data).decode("utf-8")
+        return json.loads(text, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise MissingError(f"{path} is not there.") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path} is not JSON: {e}. Remove it and run again.") from None
 
 # %% ../nbs/0_ground/00_core.ipynb #2d164e10
@@ -368,11 +374,9 @@ class Record:
 
     def log(self, **row):
         "Append one row to log.jsonl: step, tokens, seconds, loss, lr, ..."
+        plain = {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(
-                json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()})
-                + "\n"
-            )
+            f.write(f"{json.dumps(plain)}\n")
 
     def rows(self) -> list[dict]:
         "All rows of the log. A last line cut short by a kill is not a row."
@@ -390,9 +394,8 @@ class Record:
         was logged after it."""
         file = self.path / "log.jsonl"
         if file.exists():
-            write_bytes(
-                file, b"".join(line + b"\n" for line in file.read_bytes().split(b"\n")[:-1][:rows])
-            )
+            lines = file.read_bytes().split(b"\n")[:-1]
+            write_bytes(file, b"".join(line + b"\n" for line in lines[:rows]))
 
     def plan(self, make: Callable[[], dict]) -> dict:
         """The stage's plan: `make()` the first time, what was stored ever after.
@@ -403,10 +406,8 @@ class Record:
             plan = make()
             wrong = {k: v for k, v in plan.items() if isinstance(v, float)}
             if wrong:
-                raise DataError(
-                    "A plan holds whole numbers and names, "
-                    f"so that it means the same everywhere; found {wrong}."
-                )
+                wanted = "whole numbers and names, so that it means the same everywhere"
+                raise DataError(f"A plan holds {wanted}; found {wrong}.")
             write_json(file, plan)
         return read_json(file)
 
@@ -510,11 +511,9 @@ def format_duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 # %% ../nbs/0_ground/00_core.ipynb #9bc2785f
 def seed_everything(seed: int):

@@ -16,8 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..core import DataError, MissingError
-from .manifest import Manifest, verify
+from ..core import DataError, LlmecoError, MissingError
+from .manifest import BundleFiles, Manifest
+from .patterns import check_tokenizer
 from ..evaluation.stacking import Stack
 from ..finetuning.encoding import truncate_middle
 from ..finetuning.linear import LinearText
@@ -37,23 +38,24 @@ class TextModel(Protocol):
 
 
 class OnnxEncoder:
-    """A fine-tuned encoder in ONNX form. Raises `DataError` for a manifest without its fields.
+    """A fine-tuned encoder in ONNX form. Raises `DataError` for a manifest without its fields, and
+    for a tokenizer that brings a pattern of its own.
 
     Args:
-        folder: Bundle with model.onnx and tokenizer.json.
+        files: With model.onnx and tokenizer.json.
         manifest: States schema, max_length, head_fraction and pad_token_id.
         threads: Of one prediction.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int = 1):
+    def __init__(self, files: BundleFiles, manifest: Manifest, threads: int = 1):
         import onnxruntime as ort
         from tokenizers import Tokenizer
 
         length, head, pad = manifest.max_length, manifest.head_fraction, manifest.pad_token_id
         if length is None or head is None or pad is None:
             raise DataError(
-                f"{folder}/manifest.json lacks max_length, head_fraction or pad_token_id, and an "
-                "encoder needs all three. Make the bundle again with `llmeco run`."
+                f"{files.folder}/manifest.json lacks max_length, head_fraction or pad_token_id, "
+                "and an encoder needs all three. Make the bundle again with `llmeco run`."
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -62,14 +64,15 @@ class OnnxEncoder:
         # a thread that spins takes the core from the server beside it
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            files.read("model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         self.task = manifest.task
         self.schema = manifest.schema
         self.max_length = length
         self.head_fraction = head
         self.pad_token_id = pad
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        check_tokenizer(files.json("tokenizer.json"), f"{files.folder}/tokenizer.json")
+        self.tokenizer = Tokenizer.from_buffer(files.read("tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # asked for the cost first, for the answer a moment later
@@ -99,6 +102,8 @@ class OnnxEncoder:
             found = self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
             logits.update(zip(chosen, np.asarray(found)))
         outputs = np.stack([logits[i] for i in range(len(rows))]).astype(np.float32)
+        if not np.isfinite(outputs).all():
+            raise DataError("The model's output is no finite number: its weights are damaged.")
         return self.task.activate(outputs, self.schema)
 
 
@@ -106,11 +111,11 @@ class LinearModel:
     """A linear model in the form of `LinearText`.
 
     Args:
-        folder: Bundle with what `LinearText.save` wrote.
+        files: With what `LinearText.save` wrote.
     """
 
-    def __init__(self, folder: Path):
-        self.model = LinearText.load(folder)
+    def __init__(self, files: BundleFiles):
+        self.model = LinearText.from_files(files.read, f"{files.folder}")
 
     def cost(self, text: str) -> int:
         "Words of a text."
@@ -141,16 +146,19 @@ class StackModel:
     not of the kind, the task, the classes or the preparation that the stack states.
 
     Args:
-        folder: Bundle with stack.json, and a bundle of each member in a folder of its kind.
+        files: With stack.json, and a bundle of each member in a folder of its kind.
         manifest: Of the stack.
         threads: Of one prediction.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int = 1):
-        self.stack = Stack.load(folder)
+    def __init__(self, files: BundleFiles, manifest: Manifest, threads: int = 1):
+        try:
+            self.stack = Stack.from_json(files.json("stack.json"))
+        except DataError as e:
+            raise DataError(f"{files.folder}/stack.json: {e}") from None
         self.task = manifest.task
         self.linear, self.encoder = (
-            open_member(folder / m.kind, m.kind, manifest, threads) for m in self.stack.members
+            open_member(files.part(m.kind), m.kind, manifest, threads) for m in self.stack.members
         )
         text = "A text of ordinary length, to learn how fast both members are here today. " * 4
         slow = seconds_per_unit(self.encoder, text)
@@ -166,25 +174,26 @@ class StackModel:
         return self.stack.combine([m.scores(texts) for m in (self.linear, self.encoder)], self.task)
 
 
-def open_member(folder: Path, kind: str, manifest: Manifest, threads: int) -> TextModel:
+def open_member(files: BundleFiles, kind: str, manifest: Manifest, threads: int) -> TextModel:
     """The model of a stack's member, without preparation: the stack prepares for both. Raises
     `MissingError`, `DataError`.
 
     Args:
-        folder: Of the member's own bundle.
+        files: Of the member's own bundle.
         kind: linear or onnx.
         manifest: Of the stack.
         threads: Of one prediction.
     """
-    own = verify(folder)
+    own = files.manifest()
     stated = (kind, manifest.task.name, manifest.schema.cleaning, manifest.labels)
     found = (own.kind, own.task.name, own.schema.cleaning, own.labels)
     if found != stated:
         raise DataError(
-            f"{folder} does not belong to its stack: kind, task, preparation and classes are "
-            f"{found}, the stack states {stated}. Make the bundle again with `llmeco run`."
+            f"{files.folder}/{kind} does not belong to its stack: kind, task, preparation and "
+            f"classes are {found}, the stack states {stated}. Make the bundle again with "
+            "`llmeco run`."
         )
-    return loaders[kind](folder, own, threads)
+    return loaders[kind](files, own, threads)
 
 
 class PreparedModel:
@@ -210,31 +219,48 @@ class PreparedModel:
         return self.model.scores([self.prepare(text) for text in texts])
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #1b3f859d
-loaders: dict[str, Callable[[Path, Manifest, int], TextModel]] = {
+loaders: dict[str, Callable[[BundleFiles, Manifest, int], TextModel]] = {
     "onnx": OnnxEncoder,
-    "linear": lambda folder, manifest, threads: LinearModel(folder),
+    "linear": lambda files, manifest, threads: LinearModel(files),
     "stack": StackModel,
 }
 
 
 def open_model(folder: str | Path, manifest: Manifest, threads: int = 1) -> PreparedModel:
-    """What answers for this bundle. Raises `DataError` for a kind or files it cannot open.
+    """What answers for this bundle. Raises `DataError` for a kind or files it cannot open, and for
+    a model whose answers are not of the classes that its manifest states.
 
     Args:
         folder: Folder of a bundle.
-        manifest: What `verify` returned for it.
+        manifest: What `verify` returned for it; without files: it is being packed.
         threads: Of one prediction.
     """
     if manifest.kind not in loaders:
         raise DataError(
             f"{folder} holds a model of the kind {manifest.kind!r}; known are {', '.join(loaders)}."
         )
+    files = BundleFiles(Path(folder), manifest.files or None)
     try:
-        return PreparedModel(loaders[manifest.kind](Path(folder), manifest, threads), manifest)
+        model = PreparedModel(loaders[manifest.kind](files, manifest, threads), manifest)
+        wanted, found = (1, len(manifest.labels) or 1), model.scores(["A first text."]).shape
+        if found != wanted:
+            raise DataError(
+                f"{folder} is refused: an answer of the model has {found[-1]} scores, and the "
+                f"manifest states {wanted[-1]}. Make the bundle again with `llmeco run`."
+            )
+        return model
     except ModuleNotFoundError as e:
         raise MissingError(
             f"Answering from this bundle needs the package {e.name}. "
             "Run: pip install 'llmeco[serve]'"
+        ) from None
+    except LlmecoError:
+        raise
+    except Exception as e:  # whatever the libraries say of a file that they cannot read
+        said = str(e).splitlines()[0] if str(e) else repr(e)
+        raise DataError(
+            f"{folder} cannot be opened as a model of the kind {manifest.kind}: {said}. Make the "
+            "bundle again with `llmeco run`."
         ) from None
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #54c6e0fb

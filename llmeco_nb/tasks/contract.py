@@ -7,13 +7,21 @@ __all__ = ['SchemaT', 'Column', 'Cleaning', 'Rows', 'Schema', 'TextRequest', 'Pr
            'first_bad_line']
 
 # %% ../../nbs/2_finetuning/20a_task_contract.ipynb #14156aa1
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ..core import DataError
 from .cleaning import clean_text
@@ -82,6 +90,7 @@ class Schema:
         cleaning: None: texts are read as they come.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, allow_inf_nan=False)
     task: ClassVar[str] = ""  # Name of the task
     cleaning: Cleaning | None = None
 
@@ -106,14 +115,14 @@ class Schema:
         Args:
             raw: What `to_json` returned.
         """
-        known = {f.name for f in fields(cls)}
-        values = {name: value for name, value in raw.items() if name in known}
         try:
-            if values.get("cleaning") is not None:
-                values["cleaning"] = Cleaning(**values["cleaning"])
-            return cls(**values)
-        except TypeError as e:
-            raise DataError(f"A schema of {cls.task} is not as it is written here: {e}.") from None
+            return TypeAdapter(cls).validate_json(json.dumps(raw))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"A schema of {cls.task} is not as it is written here: {where}: {first['msg']}."
+            ) from None
 
 # %% ../../nbs/2_finetuning/20a_task_contract.ipynb #7ef63d64
 class TextRequest(BaseModel):

@@ -37,6 +37,10 @@ class ClassificationSchema(Schema):
     task: ClassVar[str] = "text-classification"
     labels: list[str]
 
+    def __post_init__(self) -> None:
+        if len({*self.labels}) < len(self.labels):
+            raise DataError(f"The classes name one twice: {', '.join(map(str, self.labels)):.300}.")
+
 
 class ClassPrediction(Prediction):
     "The likeliest class, and how likely each is."
