@@ -32,6 +32,7 @@ from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring
 from .deployment.predict_command import PredictChoice, predict
 from .deployment.serve_command import ServeChoice, serve
+from .deployment.sign_command import SignChoice, sign
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml
@@ -388,6 +389,7 @@ command(PredictChoice)(predict)
 # %% ../nbs/0_ground/01c_cli.ipynb #db997804
 command(KeysChoice)(keys)
 command(ModelsChoice)(models)
+command(SignChoice)(sign)
 command(MonitoringChoice)(monitoring)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7

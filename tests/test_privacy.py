@@ -16,6 +16,7 @@ from smallbundle import make_bundle
 from llmeco_nb.data.personal_data import iban_lengths
 from llmeco_nb.deployment.ledger import read_feedback
 from llmeco_nb.deployment.predictor import Predictor
+from llmeco_nb.deployment.retention import Retention
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.interaction.improve import stored_keys
 
@@ -111,7 +112,7 @@ def test_planted_data_are_in_no_log_no_metric_and_no_byte_of_the_database(tmp_pa
 
 def test_masking_can_be_left_out(tmp_path):
     bundle = make_bundle(tmp_path / "words")
-    with TestClient(make_app(bundle, tmp_path / "f.sqlite", mask=False)) as c:
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite", retention=Retention(mask=False))) as c:
         reply = c.post("/v1/predict", json={"text": "good, ann@example.org"}).json()
         c.post("/v1/feedback", json=dict(request_id=reply["request_id"], correct=True))
     assert read_feedback(tmp_path / "f.sqlite")[0].text == "good, ann@example.org"

@@ -37,16 +37,18 @@ from .model_batch import DaemonThreads, ExecutorCounts, run_within
 from .predictor import Predictor
 from .registry import Registry
 from .service import Service
+from .signing import TrustedKeys
 
 # %% ../../nbs/4_deployment/46d_follower.ipynb #2d86f03b
-def load_version(version: ModelVersion) -> Predictor:
+def load_version(version: ModelVersion, trusted: TrustedKeys | None = None) -> Predictor:
     """Open a version. Raises `MissingError`, and `DataError` where the folder holds another bundle
-    than was registered.
+    than was registered, or one that nobody has signed who is trusted.
 
     Args:
         version: From the registry.
+        trusted: One of these keys must have signed it; None: nobody need have.
     """
-    predictor = Predictor.load(version.folder)
+    predictor = Predictor.load(version.folder, trusted=trusted)
     if predictor.digest != version.digest:
         raise DataError(
             f"{version.folder} holds the bundle {predictor.digest[:12]}, and {version} was "
@@ -181,8 +183,10 @@ class Follower:
         where: str | Path,
         limits: CanaryLimits = CanaryLimits(),
         log: Callable[[str], None] | None = None,
+        trusted: TrustedKeys | None = None,
     ):
         self.service = service
+        self.trusted = trusted
         self.where = where
         self.limits = limits
         self.say = log or (lambda sentence: None)
@@ -272,7 +276,8 @@ class Follower:
         for digest in holds.digests:
             try:
                 opened[digest] = there.get(digest) or await run_within(
-                    partial(load_version, self.versions[digest]), self.service.options.open_seconds
+                    partial(load_version, self.versions[digest], self.trusted),
+                    self.service.options.open_seconds,
                 )
             except Exception as e:  # a file can be wrong in any way
                 failed[digest] = f"{self.versions.get(digest, digest[:12])} cannot be opened: {e}"

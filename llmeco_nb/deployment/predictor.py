@@ -8,7 +8,7 @@ __all__ = ['AnswerT', 'ModelName', 'PredictReply', 'Predictor', 'small_predictor
 # %% ../../nbs/4_deployment/41_predictor.ipynb #2aac1874
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,10 @@ from .loading import PreparedModel, open_model
 from .manifest import Manifest, verify
 from .model_batch import WholeAnswers
 from ..tasks.contract import ItemResponse, Prediction
+
+# %% ../../nbs/4_deployment/41_predictor.ipynb #5e1f40a1
+if TYPE_CHECKING:  # read by type checkers alone: opening an unsigned bundle needs no cryptography
+    from llmeco_nb.deployment.signing import TrustedKeys
 
 # %% ../../nbs/4_deployment/41_predictor.ipynb #06f9a095
 class ModelName(BaseModel):
@@ -65,15 +69,20 @@ class Predictor:
         self.digest = manifest.digest
 
     @classmethod
-    def load(cls, bundle: str | Path, threads: int = 1) -> Self:
+    def load(
+        cls, bundle: str | Path, threads: int = 1, trusted: "TrustedKeys | None" = None
+    ) -> Self:
         """Verify the bundle, open it, and warm it up. Raises `MissingError`, and `DataError` naming
-        the file that is not as it was packed.
+        the file that is not as it was packed, or the key that is not trusted.
 
         Args:
             bundle: A bundle's folder.
             threads: Of one prediction; beside a server more than one is slower.
+            trusted: One of these keys must have signed it; None: nobody need have.
         """
         manifest = verify(bundle)
+        if trusted is not None:
+            trusted.check(bundle, manifest.digest)
         one = cls(manifest, open_model(bundle, manifest, threads))
         one.predict_batch(["A first text is slower than others: memory is laid out for it."])
         return one

@@ -19,18 +19,20 @@ from .ledger import Ledger, feedback, predictions, schema
 # %% ../../nbs/4_deployment/41k_retention.ipynb #adf053ff
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What is kept of the answers that nobody has judged.
+    """What is kept of the answers, and for how long of those that nobody has judged.
 
     Attributes:
         days: After which they are deleted; None: never.
         max_bytes: Of all tables; the oldest answers are deleted beyond it. None: no limit.
         fresh_seconds: An answer stays for so long whatever the size: somebody may be about to judge
             it.
+        mask: Mask personal data before anything is stored.
     """
 
     days: float | None = None
     max_bytes: int | None = 10_000_000_000
     fresh_seconds: float = 3600.0
+    mask: bool = True
 
     def __post_init__(self) -> None:
         for name in ("days", "max_bytes"):

@@ -34,6 +34,7 @@ class ServeChoice:
         proxies: Addresses of proxies whose word on the client's address is believed.
         tls_cert: Certificate chain, PEM; empty: HTTP without encryption.
         tls_key: Its private key, PEM.
+        trust: Files of public keys, one of which must have signed a bundle.
     """
 
     bundle: str = option(
@@ -82,6 +83,13 @@ class ServeChoice:
     )
     tls_cert: str = option("", "--tls-cert", "Certificate chain for HTTPS, as PEM.", "FILE")
     tls_key: str = option("", "--tls-key", "Its private key, as PEM.", "FILE")
+    trust: list[str] = option(
+        [],
+        "--trust",
+        "A public key, as `llmeco sign --new-key` writes it; only bundles that such a key has "
+        "signed are opened. May be repeated.",
+        "FILE",
+    )
 
 
 def serve(o: ServeChoice) -> None:
@@ -109,8 +117,8 @@ def serve(o: ServeChoice) -> None:
         anybody=o.anybody,
         log=o.log,
         names=tuple(o.names),
-        retention=Retention(days=days, max_bytes=room),
-        mask=o.mask,
+        retention=Retention(days=days, max_bytes=room, mask=o.mask),
+        trust=tuple(o.trust),
         proxies=tuple(o.proxies),
         tls_cert=o.tls_cert or None,
         tls_key=o.tls_key or None,

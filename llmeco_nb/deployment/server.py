@@ -55,6 +55,7 @@ from llmeco_nb.deployment.refusals import (
 )
 from .retention import Retention, keep_tidy
 from .service import PredictRequest, Service, stored
+from .signing import TrustedKeys
 from ..tasks.contract import Task
 
 # %% ../../nbs/4_deployment/42_server.ipynb #26634108
@@ -191,7 +192,7 @@ def make_app(
     log: Callable[[str], None] | None = None,
     follow: bool = True,
     retention: Retention = Retention(),
-    mask: bool = True,
+    trusted: TrustedKeys | None = None,
 ) -> FastAPI:
     """The server as an ASGI application for the task of the bundle. Bundle and database are opened
     when it starts. Raises `MissingError`, `DataError`, `UsageError`.
@@ -204,7 +205,7 @@ def make_app(
         log: Told a line of JSON about each request; None: nobody is.
         follow: Answer as the registry in the database says, once something is deployed there.
         retention: What is kept of the answers.
-        mask: Mask personal data in what is stored.
+        trusted: One of these keys must have signed a bundle; None: nobody need have.
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
@@ -212,12 +213,16 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = app.state.ledger = Ledger(database, mask=mask)
+        ledger = app.state.ledger = Ledger(database, mask=retention.mask)
         try:
             read_access(ledger, ring, quotas)
-            loaded = bundle if isinstance(bundle, Predictor) else Predictor.load(bundle)
+            loaded = (
+                bundle if isinstance(bundle, Predictor) else Predictor.load(bundle, trusted=trusted)
+            )
             service = app.state.service = Service(loaded, ledger, quotas, options)
-            follower = Follower(service, database, log=log and partial(log_event, log))
+            follower = Follower(
+                service, database, log=log and partial(log_event, log), trusted=trusted
+            )
             app.state.follower = follower if follow else None
             add_state_gauges(metrics, service, app.state.follower)
             tasks = [

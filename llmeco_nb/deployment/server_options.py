@@ -28,7 +28,7 @@ class ServerOptions:
         log: Write a line of JSON about each request to the standard error.
         names: By which it is asked besides its address, such as that of a proxy before it.
         retention: What is kept of the answers.
-        mask: Mask personal data in what is stored.
+        trust: Files of public keys; one of them must have signed a bundle. None: nobody need have.
         proxies: Addresses of proxies whose word on the client's address is believed.
         tls_cert: Certificate chain, PEM; None: HTTP without encryption.
         tls_key: Its private key, PEM.
@@ -42,7 +42,7 @@ class ServerOptions:
     log: bool = False
     names: Sequence[str] = ()
     retention: Retention = Retention()
-    mask: bool = True
+    trust: Sequence[str] = ()
     proxies: Sequence[str] = ()
     tls_cert: str | None = None
     tls_key: str | None = None

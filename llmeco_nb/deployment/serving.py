@@ -31,6 +31,7 @@ from .predictor import Predictor
 from .refusals import error_response
 from .server import make_app
 from .server_options import ServerOptions, check_tls
+from .signing import TrustedKeys
 from ..runner.store import feedback_database
 
 # %% ../../nbs/4_deployment/42a_serving.ipynb #622d917d
@@ -261,6 +262,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
         say: Told one line at a time.
     """
     check_tls(o)
+    trusted = TrustedKeys.read(o.trust) if o.trust else None
     s = listen(o.host, o.port)
     try:
         limits = TimedProtocol.limits
@@ -275,16 +277,17 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             versions = {one.digest: one for one in read_models(c)}
         engine.dispose()
         if o.bundle is None and holds is not None:
-            predictor = load_version(versions[holds.champion])
+            predictor = load_version(versions[holds.champion], trusted)
         else:
-            predictor = Predictor.load(o.bundle or newest_bundle(runs_dir()))
+            bundle = o.bundle or newest_bundle(runs_dir())
+            predictor = Predictor.load(bundle, trusted=trusted)
         if keyless and not (o.anybody or is_loopback(s)):
             raise UsageError(
                 f"Whoever reaches {o.host} could ask, since no key exists. Make one with "
                 "`llmeco keys add NAME`, or say that this is meant: `--anybody`."
             )
         options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
-        options |= dict(follow=o.bundle is None, retention=o.retention, mask=o.mask)
+        options |= dict(follow=o.bundle is None, retention=o.retention, trusted=trusted)
         config = uvicorn.Config(
             make_app(predictor, database, **options),
             log_level="warning",
