@@ -309,7 +309,7 @@ def test_the_secret_is_not_in_the_database_and_for_its_owner_alone(admin, tmp_pa
         if file != secret:
             data = file.read_bytes()
             assert secret.read_bytes() not in data and key.encode() not in data
-            assert key.split("_")[2].encode() not in data
+            assert key.split("_", 2)[2].encode() not in data
 
 
 def test_the_command(tmp_path):

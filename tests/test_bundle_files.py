@@ -325,6 +325,27 @@ def test_an_encoder_whose_answers_are_no_numbers_is_refused(copy):
         Predictor.load(copy)
 
 
+def test_weights_that_lie_elsewhere_are_not_read(copy, tmp_path, monkeypatch):
+    "A model in ONNX may name another file for its weights; that one nobody has hashed."
+    import onnx
+
+    model = onnx.load(copy / "model.onnx")
+    for one in model.graph.initializer:
+        if one.name == "vectors":
+            raw = onnx.numpy_helper.to_array(one).tobytes()
+            one.ClearField("raw_data")
+            one.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", "w.bin"), ("offset", "0"), ("length", str(len(raw)))):
+                entry = one.external_data.add()
+                entry.key, entry.value = key, value
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "w.bin").write_bytes(raw)
+    monkeypatch.chdir(tmp_path)
+    repack(copy)
+    with pytest.raises(DataError, match="cannot be opened"):
+        Predictor.load(copy)
+
+
 @pytest.mark.parametrize("labels", [["negative", "fair", "positive"], ["negative"]])
 def test_classes_that_are_not_those_of_the_model_are_refused(copy, labels):
     write_manifest(

@@ -274,10 +274,11 @@ def test_a_number_is_learned_too(rated):
 def test_a_packed_bundle_answers_as_the_folder(task, done, corpus, rated, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from llmeco_nb.deployment.bundle import PackableModel, match_checkpoint
+    from llmeco_nb.deployment.bundle import match_checkpoint
     from llmeco_nb.deployment.loading import open_model
     from llmeco_nb.deployment.manifest import verify, write_manifest
     from llmeco_nb.deployment.packing import pack_encoder, parity, reference_scores
+    from llmeco_nb.evaluation.stacking import StackMember
 
     record, place = (done, corpus) if task == "classes" else rated
     folder = record.artifact("classifier")
@@ -296,7 +297,7 @@ def test_a_packed_bundle_answers_as_the_folder(task, done, corpus, rated, tmp_pa
     table = tmp_path / "table"
     table.mkdir()
     (table / "predictions.parquet").write_bytes(record.artifact("predictions").read_bytes())
-    row = PackableModel("frozen", "frozen", "onnx", record.metrics["labels"], 0.9, 0.9, None, None)
+    row = StackMember("onnx", "frozen", "frozen", record.metrics["labels"])
     some = rows.text.tolist()[:16], rows.id.tolist()[:16]
     found = match_checkpoint(row, [str(folder)], table, *some, load_schema(place))
     assert found == str(folder)

@@ -77,7 +77,7 @@ def test_a_version_or_kind_from_the_future_is_refused(bundle, tmp_path):
     (place / "manifest.json").write_text(json.dumps(m))
     with pytest.raises(
         DataError,
-        match="format version 99; 1 to 3 are read here. .*make a new one with `llmeco run`",
+        match="format version 99; 1 to 4 are read here. .*make a new one with `llmeco run`",
     ):
         verify(place)
     (place / "manifest.json").unlink()

@@ -435,7 +435,7 @@ def test_whatever_goes_wrong_a_rollback_is_followed(registry, bundles, tmp_path,
         calls = []
         monkeypatch.setattr(
             "llmeco_nb.deployment.follower.load_version",
-            lambda version: calls.append(version) or Predictor.load(version.folder),
+            lambda version, trusted=None: calls.append(version) or Predictor.load(version.folder),
         )
         registry.promote("turned")
         await asyncio.sleep(0.5)
@@ -454,7 +454,8 @@ def test_a_model_that_hangs_while_it_is_opened_keeps_nobody(
     registry, bundles, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "llmeco_nb.deployment.follower.load_version", lambda version: time.sleep(3600)
+        "llmeco_nb.deployment.follower.load_version",
+        lambda version, trusted=None: time.sleep(3600),
     )
 
     async def work(service, follower):

@@ -24,7 +24,6 @@ from test_gateway import fields, values
 from llmeco_nb.core import DataError, Record, UsageError, create_record, read_json
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, small_corpus
 from llmeco_nb.deployment.bundle import (
-    PackableModel,
     build_bundle,
     match_checkpoint,
     stored_scores,
@@ -41,6 +40,7 @@ from llmeco_nb.deployment.packing import (
 from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.server import make_app
 from llmeco_nb.evaluation.comparison import evaluate_models
+from llmeco_nb.evaluation.stacking import StackMember
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
 from llmeco_nb.finetuning.ngram_counts import count_ngrams
 from llmeco_nb.interaction.client import Client, running_server
@@ -367,7 +367,7 @@ def test_a_checkpoint_that_answers_otherwise_is_not_matched_however_many_classes
     texts = read_split(small_corpus(), "validation").text.tolist()[:8]
     ids = [str(i) for i in range(8)]
     rows = pd.DataFrame(dict(id=ids, label=range(8)))
-    row = PackableModel("own", "own", "onnx", 100, 0.9, 0.9, None, None)
+    row = StackMember("onnx", "own", "own", 100)
     own = reference_scores(tmp_path / "classifier", texts, schema)
     sure = np.full((8, 100), 0.1 / 99, np.float32)
     sure[np.arange(8), np.arange(8)] = 0.9
@@ -387,7 +387,7 @@ def test_a_table_of_another_corpus_is_refused_by_its_file(tmp_path):
     scores = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
     table = predictions_table(task, "validation", rows, scores, "own", 100)
     write_predictions(table, tmp_path / "predictions.parquet")
-    row = PackableModel("own", "own", "onnx", 100, 0.9, 0.9, None, None)
+    row = StackMember("onnx", "own", "own", 100)
     assert np.allclose(stored_scores(tmp_path, row, ["2", "1"]), scores[::-1])
     with pytest.raises(DataError, match=r"predictions\.parquet .* own .* text 3;"):
         stored_scores(tmp_path, row, ["1", "3"])

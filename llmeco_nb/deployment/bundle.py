@@ -31,6 +31,8 @@ from ..data.corpus import label_names, read_split, small_corpus
 from .loading import open_model
 from .manifest import Manifest, Origin, Parity, write_manifest
 from llmeco_nb.deployment.packing import (
+    check_engine,
+    engine_of,
     model_schema,
     pack_encoder,
     pack_linear,
@@ -229,7 +231,7 @@ def match_checkpoint(
     off = {}
     for folder in classifier:
         own = model_schema(folder, schema)
-        p = reference_scores(folder, texts, own)
+        p = reference_scores(folder, texts, own, engine_of(folder))
         scale = getattr(own, "scale", 1.0)  # of a regression's numbers
         # the score of a text that differs most: of many classes most are near 0 in any model
         same = p.shape == told.shape
@@ -279,10 +281,10 @@ def build_bundle(
         baselines, table = map(str, small_table(corpus))
     classifier = [folder for folder in classifier if not exclusion_of(folder)]
     rows = packable(classifier, baselines, table)
-    best = rows[0]
     validation = read_split(corpus, "validation").iloc[: config.parity_examples]
     texts, ids = validation.text.tolist(), validation.id.astype(str).tolist()
     some = texts[:16], ids[:16]
+    best = rows[0]
     folders = [
         best.folder
         if best.folder and one.kind == "linear"
@@ -290,6 +292,7 @@ def build_bundle(
         for one in best.members
     ]
     owns = [model_schema(folder, schema) for folder in folders]
+    shutil.rmtree(bundle, ignore_errors=True)  # of an attempt that was killed
     bundle.mkdir()
     try:
         if best.row.stack:
@@ -304,7 +307,13 @@ def build_bundle(
             for one, folder, own in zip(best.members, folders, owns)
         ]
         original = best.row.stack.combine(originals, task) if best.row.stack else originals[0]
-        same = parity(original, open_model(bundle, facts).scores(texts), config.atol, owns[0])
+        packed = open_model(bundle, facts, engine="onnx").scores(texts)
+        same = parity(original, packed, config.atol, owns[0])
+        engine = next(filter(None, map(engine_of, folders)), None)
+        if engine:
+            told = [stored_scores(table, one, ids) for one in best.members]
+            measured = best.row.stack.combine(told, task) if best.row.stack else told[0]
+            check_engine(measured, open_model(bundle, facts, engine=engine).scores(texts), owns[0])
     except BaseException:
         shutil.rmtree(bundle)
         raise

@@ -38,7 +38,7 @@ from ..tasks.contract import Schema, Task
 from ..tasks.registry import schema_from_json, task_of
 
 # %% ../../nbs/4_deployment/40a_manifest.ipynb #a4361f04
-format_version = 3  # of the folder; versions 1 to 3 are read, others are refused
+format_version = 4  # of the folder; versions 1 to 4 are read, others are refused
 beside_manifest = ("manifest.json", "signature.json")  # files that a manifest does not list
 strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -100,6 +100,8 @@ class Manifest:
         max_length: Encoder: tokens read of a text, special ones included.
         head_fraction: Encoder: share of these tokens from the beginning, 0 to 1.
         pad_token_id: Encoder: id that fills up shorter texts.
+        engine: Encoder: the engine that its scores were measured with, whose files lie in a folder
+            of this name; None: onnx.
         accuracy: Split -> accuracy, 0 to 1.
         metrics: Other tasks than classification: split -> metric -> value.
         parity: None: not compared with an original.
@@ -116,6 +118,7 @@ class Manifest:
     max_length: PositiveInt | None = None
     head_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     pad_token_id: NonNegativeInt | None = None
+    engine: Name | None = None
     accuracy: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     parity: Parity | None = None
@@ -145,7 +148,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Self:
-        """A manifest of format version 1 to 3. One of version 1 or 2 knows classes only, and was
+        """A manifest of format version 1 to 4. One of version 1 or 2 knows classes only, and was
         served without preparing texts. Raises `DataError` for a field that is missing, unknown, or
         not of its type.
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_classifier', 'class_names', 'padding_id', 'truncation_of', 'export_onnx', 'model_schema', 'check_outputs',
-           'pack_encoder', 'pack_linear', 'pack_stack', 'reference_scores', 'parity_tolerance', 'parity']
+           'pack_encoder', 'engine_of', 'add_engine', 'pack_linear', 'pack_stack', 'reference_scores',
+           'parity_tolerance', 'parity', 'check_engine']
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #7e2470c7
 import logging
@@ -20,6 +21,14 @@ import numpy as np
 from ..core import DataError, MissingError, sha256_of
 from .manifest import Manifest, Origin, Parity, write_manifest
 from ..evaluation.stacking import Stack
+from llmeco_nb.finetuning.engines import (
+    TorchEngine,
+    calibration_texts,
+    engine_outputs,
+    open_engines,
+    openvino_engine,
+    quantize_encoder,
+)
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema, task_of
@@ -187,7 +196,7 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
 
     Args:
         folder: A Hugging Face sequence classifier, or a frozen encoder with a layer on top; one
-            with a single output regresses.
+            with a single output regresses. The files of an engine in it are packed, too.
         bundle: Gets model.onnx and tokenizer.json.
         name: The model's name in the manifest.
         schema: Of the model.
@@ -200,6 +209,9 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
     export_onnx(model, bundle / "model.onnx")
     stock = Path(folder) / "encoder" if is_frozen(folder) else Path(folder)
     shutil.copy(stock / "tokenizer.json", bundle / "tokenizer.json")
+    engine = engine_of(folder)
+    if engine:
+        shutil.copytree(Path(folder) / engine, bundle / engine)
     return Manifest(
         name,
         kind="onnx",
@@ -207,7 +219,45 @@ def pack_encoder(folder: str | Path, bundle: Path, name: str, schema: Schema) ->
         max_length=max_length,
         head_fraction=head_fraction,
         pad_token_id=padding_id(tokenizer),
+        engine=engine,
     )
+
+
+def engine_of(folder: str | Path) -> str | None:
+    """The engine that a classifier's predictions were made with; None: torch made them.
+
+    Args:
+        folder: Of the classifier.
+    """
+    return openvino_engine if (Path(folder) / openvino_engine).is_dir() else None
+
+
+def add_engine(
+    folder: str | Path, texts: Sequence[str], look: Sequence[str], schema: Schema
+) -> bool:
+    """Quantize a saved classifier into a folder beside its weights, unless it is expected to lose
+    more than it may; returns whether it is there. Raises `DataError`, `MissingError`.
+
+    Args:
+        folder: What `open_classifier` opens.
+        texts: For the scales, as somebody would send them.
+        look: Other ones, to compare on; a hundred at most are read.
+        schema: Of the model.
+    """
+    from llmeco_nb.finetuning.encoding import tokenize_texts
+    from llmeco_nb.finetuning.engine_trial import EngineTrial
+
+    model, tokenizer = open_classifier(folder)
+    max_length, head_fraction = truncation_of(model.config)
+    prepared = [schema.prepare(text) for text in texts[:calibration_texts]]
+    rows, _ = tokenize_texts(tokenizer, prepared, max_length, round(100 * head_fraction))
+    quantize_encoder(model, rows, Path(folder) / openvino_engine)
+    few = list(look[:100])
+    exact, rounded = (reference_scores(folder, few, schema, e) for e in (None, openvino_engine))
+    accepted = EngineTrial.of(exact, rounded, schema, task_of(schema)).accepted
+    if not accepted:
+        shutil.rmtree(Path(folder) / openvino_engine)
+    return accepted
 
 
 def pack_linear(folder: str | Path, bundle: Path, name: str, schema: Schema) -> Manifest:
@@ -256,33 +306,31 @@ def pack_stack(
 
 
 def reference_scores(
-    folder: str | Path, texts: list[str], schema: Schema, batch_size: int = 32
+    folder: str | Path, texts: list[str], schema: Schema, engine: str | None = None
 ) -> np.ndarray:
-    """The task's scores as torch and transformers compute them from the original folder, float32 of
-    shape (texts, scores). Texts are prepared and shortened as in training. Raises `DataError`.
+    """The task's scores as torch and transformers compute them from the original folder, or an
+    engine in it; float32 of shape (texts, scores). Texts are prepared and shortened as in training.
+    Raises `DataError`.
 
     Args:
         folder: What `open_classifier` opens.
         texts: As somebody would send them.
         schema: Of the model.
-        batch_size: Texts of a forward pass.
+        engine: From `engine_of`; None: torch.
     """
-    import torch
-
-    from llmeco_nb.finetuning.encoding import collate, tokenize_texts
+    from llmeco_nb.finetuning.encoding import tokenize_texts
 
     model, tokenizer = open_classifier(folder)
     max_length, head_fraction = truncation_of(model.config)
     prepared = [schema.prepare(text) for text in texts]
     rows, _ = tokenize_texts(tokenizer, prepared, max_length, round(100 * head_fraction))
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    logits: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = collate([rows[i] for i in chosen], padding_id(tokenizer))
-            logits.update(zip(chosen, model(**inputs).logits.float().numpy()))
-    return task_of(schema).activate(np.stack([logits[i] for i in range(len(rows))]), schema)
+    pad = padding_id(tokenizer)
+    read = lambda name: (Path(folder) / name).read_bytes()
+    opened = open_engines(read, [engine] if engine else [])
+    if engine and not opened:
+        raise MissingError(f"{folder} answers with {engine}. Run: pip install openvino")
+    found = opened[engine] if engine else TorchEngine(model)
+    return task_of(schema).activate(engine_outputs(found, rows, pad), schema)
 
 # %% ../../nbs/4_deployment/40c_packing.ipynb #e615c82b
 def parity_tolerance(original: np.ndarray, atol: float, schema: Schema) -> float:
@@ -326,3 +374,25 @@ def parity(original: np.ndarray, packed: np.ndarray, atol: float, schema: Schema
             f"{found.items - found.equal} predictions differ. Nothing was written."
         )
     return found
+
+
+def check_engine(measured: np.ndarray, answered: np.ndarray, schema: Schema) -> None:
+    """Raises `DataError` if an engine does not answer as it did when it was measured. Of 8-bit
+    numbers the batch that a text is in moves a score by some thousandths.
+
+    Args:
+        measured: Scores in the table, shape (texts, scores).
+        answered: Of the packed model, the same shape.
+        schema: Of the model.
+    """
+    task, scale = task_of(schema), getattr(schema, "scale", 1.0)
+    off = np.abs(measured - answered).max(1) / scale
+    differ = int((task.predict(measured) != task.predict(answered)).sum())
+    many = task.stores_scores() and differ > 1 + len(measured) // 50
+    # written so that NaN is refused
+    if not off.mean() <= 0.02 or many:
+        raise DataError(
+            f"The engine of the packed model does not answer as it was measured: on "
+            f"{len(measured)} texts a score differs by {off.mean():.2g} on average, and {differ} "
+            "predictions differ. Run finetune and evaluate again, so that they belong together."
+        )

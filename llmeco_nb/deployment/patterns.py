@@ -23,6 +23,11 @@ known_patterns = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"\s+",
+    # SentencePiece models as transformers converts them: T5, BigBird, RemBERT, NLLB, DeBERTa
+    r" {2,}",
+    r"\s{2,}|[\n\r\t]",
+    r"[\n\r\t]",
+    r"\n",
 }
 _code = r"\\x\{[0-9a-f]{1,6}\}"
 _class = rf"\[(?:{_code}(?:-{_code})?)+\]"
@@ -31,7 +36,7 @@ known_form = re.compile(rf"(?:{_class}(?:{_class}\{{0,[0-9]{{1,3}}\}})?\|)?\[\\s
 
 def check_tokenizer(told: object, where: str) -> None:
     """Raises `DataError` for a regular expression that is neither one of `known_patterns` nor of
-    the `known_form`, and for a file that is nested too deeply.
+    the `known_form`.
 
     Args:
         told: Content of tokenizer.json.
@@ -49,7 +54,8 @@ def check_tokenizer(told: object, where: str) -> None:
                 raise DataError(
                     f"{where} brings the pattern {pattern!r:.80}, and no pattern is taken from a "
                     "file that is not known: a pattern can run for hours over a short text. Known "
-                    "are those of GPT-2, Llama 3, Qwen and llmeco."
+                    "are those of GPT-2, Llama 3, Qwen, SentencePiece models and llmeco. If you "
+                    "have read this one, add it to `known_patterns` in deployment.patterns."
                 )
             todo += [value for name, value in part.items() if name not in ("vocab", "Regex")]
 

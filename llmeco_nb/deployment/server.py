@@ -129,8 +129,8 @@ def check_served(task: Task) -> None:
 
 
 def model_facts(predictor: Predictor) -> dict[str, Any]:
-    """What `GET /v1/model` replies: what the manifest says of the model, without its files, and the
-    members of a stack.
+    """What `GET /v1/model` replies: what the manifest says of the model, without its files, the
+    engine that answers, and the members of a stack.
 
     Args:
         predictor: The one that answers.
@@ -141,6 +141,7 @@ def model_facts(predictor: Predictor) -> dict[str, Any]:
     known = {name: value for name, value in found.items() if value not in (None, [], {})}
     if manifest.task.name == "text-classification":
         known.setdefault("accuracy", {})
+    known["engine"] = predictor.model.model.engine
     if isinstance(predictor.model.model, StackModel):
         known["stack"] = predictor.model.model.stack.to_json()
     return {**known, "task": manifest.task.name, "schema": manifest.schema.to_json()}

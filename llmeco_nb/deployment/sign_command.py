@@ -37,7 +37,8 @@ class SignChoice:
 
 
 def sign(o: SignChoice) -> None:
-    """Sign a bundle, so that `llmeco serve --trust` opens it; or make a key to sign with.
+    """Sign a bundle, so that `llmeco serve --trust` opens it; or make a key to sign with. Raises
+    `UsageError`, `MissingError`, `DataError`.
 
     Args:
         o: What was typed.
@@ -61,16 +62,21 @@ def sign(o: SignChoice) -> None:
         read_key(o.key, private=True)  # a wrong key is said before anything is copied
         verify(o.bundle)
         folder = Path(o.to or o.bundle)
-        if o.to:
-            if folder.exists():
-                raise UsageError(f"{folder} exists. Name a new folder with --to.")
-            shutil.copytree(o.bundle, folder)
-        elif folder.resolve().is_relative_to(runs_dir().resolve()):
+        if o.to and folder.exists():
+            raise UsageError(f"{folder} exists. Name a new folder with --to.")
+        if folder.resolve().is_relative_to(runs_dir().resolve()):
             raise UsageError(
-                f"{folder} lies in a run, and what a run has made is not changed. Sign a copy: "
-                "--to FOLDER."
+                f"{folder} lies in a run, and what a run has made is not changed. Sign a copy "
+                "elsewhere: --to FOLDER."
             )
-        signed = sign_bundle(folder, o.key)
+        if o.to:
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(o.bundle, partial)
+            signed = sign_bundle(partial, o.key)
+            partial.rename(folder)
+        else:
+            signed = sign_bundle(folder, o.key)
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("llmeco_nb"):
             raise

@@ -7,13 +7,14 @@ __all__ = ['purpose', 'new_key', 'fingerprint', 'read_key', 'Signature', 'sign_b
 
 # %% ../../nbs/4_deployment/40e_signing.ipynb #f9f7abcf
 import base64
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ..core import DataError, MissingError, UsageError, read_json, sha256_text, write_json
+from ..core import DataError, MissingError, UsageError, read_json, write_json
 from .manifest import verify
 
 # %% ../../nbs/4_deployment/40e_signing.ipynb #9eb35693
@@ -38,6 +39,9 @@ def new_key(file: str | Path) -> str:
     public = file.with_name(file.name + ".pub")
     private_text = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
     public_text = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    for path in (file, public):
+        if path.exists():
+            raise UsageError(f"{path} exists, and a key is never replaced. Name another.")
     for path, text, mode in ((file, private_text, 0o600), (public, public_text, 0o644)):
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -56,7 +60,7 @@ def fingerprint(key: "Ed25519PublicKey") -> str:
     Args:
         key: A public key.
     """
-    return sha256_text(key.public_bytes_raw().hex())[:16]
+    return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16]
 
 
 def read_key(file: str | Path, private: bool) -> Any:
@@ -66,8 +70,13 @@ def read_key(file: str | Path, private: bool) -> Any:
         file: PEM, without a password.
         private: Whether it is to sign.
     """
-    from cryptography.hazmat.primitives import serialization as s
-    from cryptography.hazmat.primitives.asymmetric import ed25519
+    try:
+        from cryptography.hazmat.primitives import serialization as s
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ModuleNotFoundError as e:
+        raise MissingError(
+            f"Signatures need the package {e.name}. Run: pip install 'llmeco[serve]'"
+        ) from None
 
     kind = ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey
     try:

@@ -99,7 +99,7 @@ def judge_rows(
         served, baseline = first
         sentence = (
             f"the model chosen on validation, {served.title} with {served.labels:,} labels, beats "
-            f"the best baseline there, {baseline.title} with {baseline.labels:,}"
+            f"the baseline that is best there, {baseline.title} with {baseline.labels:,}"
         )
         claims.append(replace(beats(served, baseline, sentence), primary=True))
         pairs.append(first)

@@ -66,10 +66,11 @@ class Workload:
         batch_size: Texts a step.
         step_s: Seconds of a step.
         forward_s: Seconds to predict a text in the precision of training.
-        exact_s: The same in float32, in which the model is saved.
+        exact_s: The same in float32, in which the model is saved, or by the engine.
         encode_s: Seconds to tokenize a text.
         spent_s: Seconds of the stage so far.
         truncated: Share of the texts that are longer than `max_length`, 0 to 1.
+        engine: Whether an engine makes the predictions; `exact_s` is its time for a text.
     """
 
     labels: int
@@ -84,6 +85,7 @@ class Workload:
     encode_s: float = 0.0
     spent_s: float = 0.0
     truncated: float = 0.0
+    engine: bool = False
 
     def predicting(self, num_evals: int, exact: bool = False) -> float:
         """Seconds that evaluations and predictions take.
@@ -164,12 +166,12 @@ def finetune_plan(config: StageConfig, work: Workload) -> dict:
     steps = max(an_epoch * config.epochs, config.min_steps)
     exact = True
     if config.minutes:
-        exact = affordable_steps(config, work, True) >= steps
+        exact = work.engine or affordable_steps(config, work, True) >= steps
         affordable = affordable_steps(config, work, exact)
         least = math.ceil(min(work.least, labels) / work.batch_size)
         if affordable < least:
             needed = work.spent_s + work.encode_s * work.predicted
-            needed += work.predicting(config.num_evals)
+            needed += work.predicting(config.num_evals, exact)
             needed += least * (work.step_s + work.encode_s * work.batch_size) / SPARE
             raise TooFewMinutes(
                 f"minutes is {config.minutes}; starting, predicting {work.predicted} texts, saving "

@@ -38,6 +38,7 @@ from ..deployment.bundle import small_bundle
 from ..deployment.loading import open_model
 from ..deployment.manifest import Manifest, verify, write_manifest
 from llmeco_nb.deployment.packing import (
+    add_engine,
     open_classifier,
     pack_encoder,
     pack_linear,
@@ -49,6 +50,7 @@ from llmeco_nb.deployment.packing import (
 )
 from ..evaluation.stacking import Stack
 from ..finetuning.classifier import labelled_subset
+from ..finetuning.engines import has_openvino
 from ..finetuning.linear import LinearText
 from .feedback import freeze, read_frozen
 from llmeco_nb.interaction.rounds import (
@@ -409,12 +411,16 @@ def learn_corrections(
     schema = load_schema(corpus)
     stack = Stack.load(champion) if manifest.kind == "stack" else None
     kinds = [m.kind for m in stack.members] if stack else [manifest.kind]
-    at.mkdir()
-    refitted.mkdir()
+    for folder in (at, refitted):
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+        folder.mkdir()
     folders = [refitted / kind for kind in kinds]
     for folder in folders:
         part = champion / folder.name if stack else champion
         refit_part(record, part, corpus, classifier, corrections, folder, config)
+        if verify(part).engine and has_openvino(quantize=True):
+            texts = [read_split(corpus, s).text.tolist() for s in ("train", "validation")]
+            add_engine(folder, *texts, schema)
     if stack:
         facts = pack_stack(folders, at, stack, schema)
     else:
@@ -429,7 +435,7 @@ def learn_corrections(
             for folder in folders
         ]
         original = stack.combine(originals, task_of(schema)) if stack else originals[0]
-        same = parity(original, open_model(at, facts).scores(some), 1e-4, schema)
+        same = parity(original, open_model(at, facts, engine="onnx").scores(some), 1e-4, schema)
         facts = replace(facts, parity=same)
     shutil.rmtree(refitted)
     return Candidate("learned from feedback", at, facts, corrections)

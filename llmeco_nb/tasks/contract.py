@@ -52,6 +52,7 @@ class Cleaning:
         version: 1: `clean_text` of tasks.cleaning.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
     keep_newlines: bool = False
     version: int = 1
 
