@@ -183,7 +183,11 @@ def test_what_a_run_has_made_is_not_changed(bundle, keys, tmp_path, monkeypatch)
         sign(SignChoice(str(inside), key=str(keys / "team")))
     with pytest.raises(UsageError, match="exists. Name a new folder"):
         sign(SignChoice(str(inside), key=str(keys / "team"), to=str(bundle)))
-    assert not (Path(inside) / "signature.json").exists()
+    (tmp_path / "runs" / "linked").symlink_to(bundle)  # a store that lies elsewhere
+    with pytest.raises(UsageError, match="what a run has made is not changed"):
+        sign(SignChoice(str(tmp_path / "runs" / "linked"), key=str(keys / "team")))
+    for folder in (Path(inside), bundle):
+        assert not (folder / "signature.json").exists()
 
 
 # -- the server

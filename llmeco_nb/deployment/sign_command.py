@@ -64,7 +64,8 @@ def sign(o: SignChoice) -> None:
         folder = Path(o.to or o.bundle)
         if o.to and folder.exists():
             raise UsageError(f"{folder} exists. Name a new folder with --to.")
-        if folder.resolve().is_relative_to(runs_dir().resolve()):
+        pairs = (folder.absolute(), runs_dir().absolute()), (folder.resolve(), runs_dir().resolve())
+        if any(place.is_relative_to(runs) for place, runs in pairs):  # also through a link
             raise UsageError(
                 f"{folder} lies in a run, and what a run has made is not changed. Sign a copy "
                 "elsewhere: --to FOLDER."
