@@ -337,6 +337,10 @@ class LocalExecutor:
             cost = more
         return picked
 
+    def _step_cost(self, works: list[Work]) -> int:
+        "What the next step computes, in the model's units: whole items."
+        return sum(work.cost for work in works)
+
     async def _work(self) -> None:
         "Batch after batch, as long as there is anything to do."
         while self.queue or self.slots:
@@ -345,7 +349,7 @@ class LocalExecutor:
                 del self.slots[slot]
             picked = self._pick()
             works = [ask.works[item] for ask, item in picked]
-            cost = sum(work.cost for work in works)
+            cost = self._step_cost(works)
             self.expected = self.cost_model.seconds(cost)
             self.begun = asyncio.get_running_loop().time()
             try:
@@ -360,7 +364,7 @@ class LocalExecutor:
             finally:
                 self.begun = 0.0
             new, pieces, seconds = done
-            if works:  # a step that only goes on with what it has says nothing of new items
+            if cost:  # a step that only goes on with what it has says nothing of new items
                 self.cost_model.learn(cost, seconds)
             self.counts.cost += cost
             self.counts.items += len(works)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schema', 'predictions', 'feedback', 'database_url', 'shown', 'sqlite_file', 'connect', 'UnknownRequest', 'Conflict',
-           'Ledger', 'FeedbackReply', 'stored_answer', 'keep_predictions', 'keep_feedback', 'FeedbackRow',
-           'read_feedback']
+           'Ledger', 'FeedbackReply', 'stored_answer', 'keep_predictions', 'store_feedback', 'keep_feedback',
+           'FeedbackRow', 'read_feedback']
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #3fdd8d34
 import json
@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -328,6 +329,36 @@ def keep_predictions(
     return ledger.write(job, durable=False)
 
 
+def store_feedback(
+    c: Connection, ledger: Ledger, names: dict[str, Any], content: dict[str, Any]
+) -> bool:
+    """Store a piece of feedback once; whether it was new. Raises `Conflict` if there is other
+    feedback of this name.
+
+    Args:
+        c: A connection, in a transaction that writes.
+        ledger: Knows the database's language.
+        names: Values of request_id, item and key.
+        content: Values of author, given, correct and note.
+    """
+    f = feedback.c
+    answer = (f.request_id == names["request_id"]) & (f.item == names["item"])
+    # a clock may be set back; who speaks later about an answer is later all the same
+    last = c.execute(select(func.max(f.at)).where(answer)).scalar()
+    at = max(time.time(), math.nextafter(last, math.inf) if last else 0.0)
+    insert = ledger.insert(feedback).values(**names, at=at, **content)
+    # not by rowcount: PostgreSQL's driver does not always know it
+    if c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None:
+        return True
+    old = c.execute(select(feedback).where(answer & (f.key == names["key"]))).one()
+    if any(getattr(old, k) != v for k, v in content.items()):
+        raise Conflict(
+            f"There is other feedback on this answer already ({old.given!r}). To "
+            "replace it, send the new one with another `key`."
+        )
+    return False
+
+
 def keep_feedback(
     ledger: Ledger,
     request_id: str,
@@ -354,7 +385,7 @@ def keep_feedback(
     """
 
     def job(c: Connection) -> FeedbackReply:
-        p, f = predictions.c, feedback.c
+        p = predictions.c
         place = (p.request_id == request_id) & (p.item == item)
         row = c.execute(select(predictions).where(place)).first()
         if row is None:
@@ -370,25 +401,9 @@ def keep_feedback(
                 f"The answer was {row.label!r}: correct={str(correct).lower()} and {given!r} as "
                 "what is right contradict each other. Send one of them."
             )
-        said = ledger.as_stored(note)
-        content = dict(author=author, given=right, correct=agrees, note=said)
+        content = dict(author=author, given=right, correct=agrees, note=ledger.as_stored(note))
         names = dict(request_id=request_id, item=item, key=key or author)
-        # a clock may be set back; who speaks later about an answer is later all the same
-        last = c.execute(
-            select(func.max(f.at)).where((f.request_id == request_id) & (f.item == item))
-        ).scalar()
-        at = max(time.time(), math.nextafter(last, math.inf) if last else 0.0)
-        insert = ledger.insert(feedback).values(**names, at=at, **content)
-        # not by rowcount: PostgreSQL's driver does not always know it
-        new = c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None
-        if not new:
-            same = (f.request_id == request_id) & (f.item == item) & (f.key == names["key"])
-            old = c.execute(select(feedback).where(same)).one()
-            if any(getattr(old, k) != v for k, v in content.items()):
-                raise Conflict(
-                    f"There is other feedback on this answer already ({old.given!r}). To "
-                    "replace it, send the new one with another `key`."
-                )
+        new = store_feedback(c, ledger, names, content)
         if known is None:  # a number, which stands there as text
             told = None if right is None else float(right)
             return FeedbackReply(new, told, float(row.label), agrees)

@@ -14,6 +14,7 @@ from functools import partial
 from sqlalchemy import Connection, delete, exists, select, text, tuple_
 
 from ..core import UsageError, WriteError
+from .generation_log import generations
 from .ledger import Ledger, feedback, predictions, schema
 
 # %% ../../nbs/4_deployment/41k_retention.ipynb #adf053ff
@@ -73,11 +74,14 @@ def delete_answers(c: Connection, before: float, most: int) -> int:
         before: Only those given before this time, in seconds since 1970.
         most: At most so many.
     """
-    p, f = predictions.c, feedback.c
+    p, g, f = predictions.c, generations.c, feedback.c
     judged = exists().where((f.request_id == p.request_id) & (f.item == p.item))
     oldest = select(p.request_id, p.item).where(p.at < before, ~judged).order_by(p.at).limit(most)
     place = tuple_(p.request_id, p.item)
-    return c.execute(delete(predictions).where(place.in_(oldest))).rowcount
+    gone = c.execute(delete(predictions).where(place.in_(oldest))).rowcount
+    judged = exists().where(f.request_id == g.request_id)
+    first = select(g.request_id).where(g.at < before, ~judged).order_by(g.at).limit(most - gone)
+    return gone + c.execute(delete(generations).where(g.request_id.in_(first))).rowcount
 
 
 def tidy(c: Connection, retention: Retention, most: int = 1000) -> int:

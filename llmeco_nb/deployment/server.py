@@ -39,6 +39,7 @@ from .manifest import verify
 from llmeco_nb.deployment.metrics import (
     Metrics,
     MetricsMiddleware,
+    add_deployment_gauges,
     add_state_gauges,
     log_event,
 )
@@ -225,7 +226,8 @@ def make_app(
                 service, database, log=log and partial(log_event, log), trusted=trusted
             )
             app.state.follower = follower if follow else None
-            add_state_gauges(metrics, service, app.state.follower)
+            add_state_gauges(metrics, service)
+            add_deployment_gauges(metrics, service, app.state.follower)
             tasks = [
                 asyncio.create_task(keep_fresh(ledger, ring, quotas)),
                 asyncio.create_task(keep_tidy(ledger, retention)),
