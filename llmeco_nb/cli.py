@@ -27,9 +27,11 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from .data.inspect_command import InspectOptions, inspect
+from .deployment.chat_command import ChatChoice, chat
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring
+from .deployment.pack_command import PackChoice, pack
 from .deployment.predict_command import PredictChoice, predict
 from .deployment.serve_command import ServeChoice, serve
 from .deployment.sign_command import SignChoice, sign
@@ -390,6 +392,8 @@ command(PredictChoice)(predict)
 command(KeysChoice)(keys)
 command(ModelsChoice)(models)
 command(SignChoice)(sign)
+command(PackChoice)(pack)
+command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from ..core import MissingError, UsageError
+from ..core import UsageError
 from ..terminal import argument, option
 
 # %% ../../nbs/4_deployment/48i_chat_command.ipynb #e76a9e6d
 if TYPE_CHECKING:  # opening an engine is for when something was typed
     from llmeco_nb.deployment.generation import Generator, Sampling
-    from llmeco_nb.tasks.text_generation import ChatMessage
 
 # %% ../../nbs/4_deployment/48i_chat_command.ipynb #b8fe6df7
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ from llmeco_nb.deployment.decoder_manifest import (
 )
 from llmeco_nb.deployment.generation import (
     EngineOptions,
-    Sampling,
     import_genai,
     open_pipeline,
     read_prompts,
@@ -76,7 +75,9 @@ def known_chat(template: str) -> tuple[str, str]:
     def rendered(messages: Sequence[tuple[str, str]]) -> str:
         told = [dict(role=role, content=content) for role, content in messages]
         try:
-            return render_jinja_template([told], None, None, template, add_generation_prompt=True)[0][0]
+            return render_jinja_template([told], None, None, template, add_generation_prompt=True)[
+                0
+            ][0]
         except Exception as e:  # whatever a foreign program does
             raise DataError(f"The chat template cannot be carried out: {str(e)[:200]}.") from None
 
@@ -134,7 +135,9 @@ def greedy_tokens(
     return found
 
 
-def token_parity(original: Any, pipeline: Any, prompts: Sequence[list[int]], end: int) -> TokenParity:
+def token_parity(
+    original: Any, pipeline: Any, prompts: Sequence[list[int]], end: int
+) -> TokenParity:
     """How far an engine writes as the original does.
 
     Args:
@@ -234,7 +237,11 @@ def read_source(path: str | Path) -> DecoderSource:
     if path.is_file():
         facts = gguf_facts(path)
         return DecoderSource(
-            path, facts.context_length, facts.end_token_id, facts.chat_template, gguf_tokenizer(path)
+            path,
+            facts.context_length,
+            facts.end_token_id,
+            facts.chat_template,
+            gguf_tokenizer(path),
         )
     if not (path / "config.json").is_file():
         raise MissingError(
@@ -253,7 +260,7 @@ def read_source(path: str | Path) -> DecoderSource:
     end_token = Tokenizer.from_str(tokenizer).token_to_id(content) if content else None
     if end_token is None:
         raise DataError(
-            f"{path}/tokenizer_config.json names no eos_token, so nobody knows where an answer ends."
+            f"{path}/tokenizer_config.json names no eos_token: nobody knows where an answer ends."
         )
     length = config.get("max_position_embeddings", 0)
     return DecoderSource(path, length, end_token, str(template), tokenizer)
@@ -271,7 +278,10 @@ def decoder_schema(source: DecoderSource, chat: bool) -> GenerationSchema:
     chat_format, system = known_chat(source.chat_template if chat else "")
     tokenizer = Tokenizer.from_str(source.tokenizer)
     names = ("<|im_end|>", "<|endoftext|>")
-    ends = [source.end_token, *filter(None, map(tokenizer.token_to_id, names if chat_format else ()))]
+    ends = [
+        source.end_token,
+        *filter(None, map(tokenizer.token_to_id, names if chat_format else ())),
+    ]
     begin = tokenizer.token_to_id("<|endoftext|>")
     return GenerationSchema(
         context_length=source.context_length,
@@ -299,8 +309,8 @@ def parity_prompts(prompts: PromptTokenizer, most: int) -> list[list[int]]:
 def pack_decoder(
     path: str | Path, folder: str | Path, options: PackOptions = PackOptions()
 ) -> DecoderManifest:
-    """Make a bundle of a decoder; its manifest. The folder is there when it is whole, or not at all.
-    Raises `UsageError`, `MissingError`, `DataError`.
+    """Make a bundle of a decoder; its manifest. The folder is there when it is whole, or not at
+    all. Raises `UsageError`, `MissingError`, `DataError`.
 
     Args:
         path: Folder of transformers, or a GGUF file.
@@ -371,7 +381,9 @@ def small_decoder_bundle() -> Path:
     def make(folder: Path) -> None:
         import torch
 
-        said = [(f"What of film {i}?", f"Film {i} was long, and nobody left.") for i in range(10, 99)]
+        said = [
+            (f"What of film {i}?", f"Film {i} was long, and nobody left.") for i in range(10, 99)
+        ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the texts give few pieces
             tokenizer = train_bpe([" ".join(one) for one in said], vocab_size=330)
@@ -383,7 +395,9 @@ def small_decoder_bundle() -> Path:
         order = torch.Generator().manual_seed(0)
         for _ in range(120):
             batch = rows[torch.randperm(len(rows), generator=order)[:32]]
-            loss = causal_loss(own, batch[:, :-1], batch[:, 1:].masked_fill(batch[:, 1:] == 3, -100))
+            loss = causal_loss(
+                own, batch[:, :-1], batch[:, 1:].masked_fill(batch[:, 1:] == 3, -100)
+            )
             optimiser.zero_grad()
             (loss / batch.numel()).backward()
             optimiser.step()

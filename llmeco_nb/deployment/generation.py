@@ -360,7 +360,7 @@ class Generator:
 
         Args:
             ids: The prompt.
-            sampling: How it is answered; without max_tokens an answer may have 512, or what is left.
+            sampling: How it is answered; without max_tokens it may have 512, or what is left.
             text: The prompt as it was sent; its length counts as waiting.
         """
         left = self.context_length - len(ids)

@@ -45,6 +45,16 @@ class GenerationExecutor(LocalExecutor):
         self.unread = 0  # tokens of prompts at work that have not been read
         super().__init__(generator, options, generator.measure())
 
+    async def close(self, within: float = 10.0) -> None:
+        """Take no more requests, answer what was admitted, and stop.
+
+        Args:
+            within: Seconds; what is not answered by then is given up.
+        """
+        await super().close(within)
+        if not self.begun:  # else the engine is at work, for nobody
+            self.generator.open()
+
     def write_seconds(self, prompt: int, answer: int, beside: int = 1) -> float:
         """What so many tokens take.
 

@@ -183,8 +183,8 @@ class JudgedGeneration:
 
 
 def read_judged(where: str | Path) -> list[JudgedGeneration]:
-    """Every verdict with its answer, by time. Empty if there is no database. Raises `WriteError` for
-    one that cannot be opened.
+    """Every verdict with its answer, by time. Empty if there is no database. Raises `WriteError`
+    for one that cannot be opened.
 
     Args:
         where: Path of an SQLite file, or a database URL.

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..core import UsageError, WriteError
+from ..core import WriteError
 from .fair_queue import Expired, Work
 from .generation import Generator, Sampling, WrittenText
 from .generation_executor import GenerationExecutor, GenerationOptions
@@ -106,7 +106,7 @@ class GenerationService:
         """Pieces of an answer, as they are written; the last, which says why it ended, once the
         answer is stored. What is not asked for any more, as the iterator is closed, is not written,
         and what was written until then is stored. Raises `UsageError`, `Forbidden`,
-        `QuotaExceeded`, `Busy`, `Expired`, `WriteError`: all but the last two before the first piece.
+        `QuotaExceeded`, `Busy`, `Expired`, `WriteError`; the last two also later on.
 
         Args:
             request: What is asked.

@@ -134,7 +134,9 @@ def folder_config(folder: Path) -> dict[str, Any]:
         "hidden_act": config.get("hidden_act", "silu") != "silu",
     }
     if found := [name for name, wrong in odd.items() if wrong]:
-        raise DataError(f"{folder} holds a model with {', '.join(found)}, which is not packed here.")
+        raise DataError(
+            f"{folder} holds a model with {', '.join(found)}, which is not packed here."
+        )
     return config
 
 
@@ -208,8 +210,8 @@ def add_tokenizer(writer: Any, told: dict[str, Any], vocab_size: int) -> None:
 
 
 def write_gguf(folder: str | Path, file: str | Path, weights: str = "q8_0") -> Path:
-    """Write a decoder of transformers as a GGUF file; the file. Raises `MissingError`, `UsageError`,
-    `DataError` for a decoder or tokenizer that the format cannot hold.
+    """Write a decoder of transformers as a GGUF file; the file. Raises `MissingError`,
+    `UsageError`, `DataError` for a decoder or tokenizer that the format cannot hold.
 
     Args:
         folder: With config.json, tokenizer.json and *.safetensors.
@@ -398,7 +400,9 @@ def gguf_tokenizer(file: str | Path) -> str:
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=i, content=tokens[i], **flags) for i in special]
     signs = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
-    splitter = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+    splitter = (
+        fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+    )
     told = dict(
         version="1.0",
         truncation=None,

@@ -113,6 +113,10 @@ class ChatRequest(OpenAIRequest):
         "Tokens of the answer, at most; None: not said."
         return self.max_completion_tokens or self.max_tokens
 
+    def dialogue(self) -> list[ChatMessage]:
+        "The messages as the model reads them."
+        return [one.as_message() for one in self.messages]
+
 
 class CompletionRequest(OpenAIRequest):
     "What `POST /v1/completions` takes."
@@ -237,7 +241,7 @@ class Answering:
             request_id=state.request_id,
             who=who,
             sampling=body.sampling(),
-            messages=[one.as_message() for one in body.messages] if self.chat else (),  # type: ignore
+            messages=body.dialogue() if isinstance(body, ChatRequest) else (),
             text="" if self.chat else cast(CompletionRequest, body).prompt,
             tenant=who.id or host,
         )

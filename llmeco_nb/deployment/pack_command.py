@@ -31,7 +31,9 @@ class PackChoice:
     weights: str = option(
         "", "--weights", "q8_0 or f16 (default: the smaller one that changes little)."
     )
-    chat: bool = option(True, "--chat/--no-chat", "Whether it answers dialogues, if it has learned to.")
+    chat: bool = option(
+        True, "--chat/--no-chat", "Whether it answers dialogues, if it has learned to."
+    )
 
 
 def pack(o: PackChoice) -> None:
@@ -51,7 +53,9 @@ def pack(o: PackChoice) -> None:
     manifest = pack_decoder(o.model, o.to, PackOptions(name=name, weights=o.weights, chat=o.chat))
     found = manifest.parity
     size = sum(file.stat().st_size for file in Path(o.to).iterdir()) / 1e6
-    typer.echo(f"{name} ({manifest.digest[:12]}), {size:,.0f} MB, weights of the type {manifest.weights}")
+    typer.echo(
+        f"{name} ({manifest.digest[:12]}), {size:,.0f} MB, weights of the type {manifest.weights}"
+    )
     if found is not None:
         typer.echo(
             f"Of {found.tokens} tokens {found.equal} are the original's likeliest, too; their "

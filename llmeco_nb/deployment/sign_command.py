@@ -44,7 +44,7 @@ def sign(o: SignChoice) -> None:
         o: What was typed.
     """
     try:
-        from llmeco_nb.deployment.manifest import verify
+        from llmeco_nb.deployment.decoder_manifest import verified_digest
         from llmeco_nb.deployment.signing import new_key, read_key, sign_bundle
 
         if o.new_key:
@@ -60,7 +60,7 @@ def sign(o: SignChoice) -> None:
                 "made by: llmeco sign --new-key FILE."
             )
         read_key(o.key, private=True)  # a wrong key is said before anything is copied
-        verify(o.bundle)
+        verified_digest(o.bundle)
         folder = Path(o.to or o.bundle)
         if o.to and folder.exists():
             raise UsageError(f"{folder} exists. Name a new folder with --to.")
@@ -84,4 +84,4 @@ def sign(o: SignChoice) -> None:
         raise MissingError(
             f"Signing needs the package {e.name}. Run: pip install 'llmeco[serve]'"
         ) from None
-    typer.echo(f"{folder} ({verify(folder).digest[:12]}) is signed with the key {signed.key}.")
+    typer.echo(f"{folder} ({verified_digest(folder)[:12]}) is signed with the key {signed.key}.")

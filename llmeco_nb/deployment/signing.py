@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..core import DataError, MissingError, UsageError, read_json, write_json
-from .manifest import verify
+from .decoder_manifest import verified_digest
 
 # %% ../../nbs/4_deployment/40e_signing.ipynb #9eb35693
 if TYPE_CHECKING:  # read by type checkers alone: opening an unsigned bundle needs no cryptography
@@ -121,7 +121,7 @@ def sign_bundle(folder: str | Path, key_file: str | Path) -> Signature:
         key_file: Private key.
     """
     key: Ed25519PrivateKey = read_key(key_file, private=True)
-    digest = verify(folder).digest
+    digest = verified_digest(folder)
     raw = key.sign((purpose + digest).encode())
     signed = Signature(fingerprint(key.public_key()), base64.b64encode(raw).decode())
     write_json(Path(folder) / "signature.json", asdict(signed))

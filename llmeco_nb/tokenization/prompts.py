@@ -13,7 +13,9 @@ from ..core import DataError, UsageError
 from ..tasks.text_generation import ChatMessage, GenerationSchema
 
 # %% ../../nbs/1_pretraining/12e_prompts.ipynb #a2dc9577
-chat_marks = {"chatml": ("<|im_start|>", "<|im_end|>")}  # format -> tokens before and after a message
+chat_marks = {
+    "chatml": ("<|im_start|>", "<|im_end|>")
+}  # format -> tokens before and after a message
 
 
 class PromptTokenizer:
