@@ -207,7 +207,7 @@ class LocalExecutor:
         return found
 
     def _prepare(self, texts: Sequence[str]) -> list[Work]:
-        return [self.predictor.prepare(text) for text in texts]
+        return list(map(self.predictor.prepare, texts))
 
     def seconds(self, cost: float) -> float:
         """What work of a cost takes when it goes through batch by batch.
@@ -323,9 +323,8 @@ class LocalExecutor:
         picked: list[tuple[QueuedRequest, int]] = []
         cost, now = 0, asyncio.get_running_loop().time()
         whole = self._slice()
-        pressing = self.queue.most_urgent(
-            now, (1 + self.options.margin) * self._per_unit(), 2 * whole
-        )
+        per_unit = (1 + self.options.margin) * self._per_unit()
+        pressing = self.queue.most_urgent(now, per_unit, 2 * whole)
         while self.queue:
             ask = pressing if pressing in self.queue.asks else self.queue.next()
             if ask is None:
@@ -337,8 +336,7 @@ class LocalExecutor:
             cost = more
         return picked
 
-    def _step_cost(self, works: list[Work]) -> int:
-        "What the next step computes, in the model's units: whole items."
+    def _step_cost(self, works: list[Work]) -> int:  # whole items
         return sum(work.cost for work in works)
 
     async def _work(self) -> None:
@@ -353,7 +351,8 @@ class LocalExecutor:
             self.expected = self.cost_model.seconds(cost)
             self.begun = asyncio.get_running_loop().time()
             try:
-                done = await self.model_thread.run(partial(self._step, works, gone))
+                step = partial(self._step, works, gone)
+                new, pieces, seconds = await self.model_thread.run(step)
             except Exception as e:  # the batch is lost, and with it whatever was in it
                 self.batch = self.predictor.open()
                 lost, self.slots = [*picked, *self.slots.values()], {}
@@ -363,11 +362,9 @@ class LocalExecutor:
                 continue
             finally:
                 self.begun = 0.0
-            new, pieces, seconds = done
-            if cost:  # a step that only goes on with what it has says nothing of new items
+            if cost:
                 self.cost_model.learn(cost, seconds)
-            self.counts.cost += cost
-            self.counts.items += len(works)
+            self.counts = ExecutorCounts(self.counts.items + len(works), self.counts.cost + cost)
             self.slots.update(zip(new, picked))
             for piece in pieces:
                 ask, item = self.slots[piece.slot]
