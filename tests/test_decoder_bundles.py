@@ -16,6 +16,7 @@ pytest.importorskip("openvino_genai", reason="writing needs the extra `serve`")
 gguf = pytest.importorskip("gguf", reason="packing needs the extra `pack`")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmeco_nb.deployment.gguf_check import GgufHead, check_gguf
 from tokenizers import Tokenizer
 
 from llmeco_nb.core import DataError, MissingError, UsageError, read_json, write_json
@@ -34,7 +35,7 @@ from llmeco_nb.deployment.decoder_packing import (
 )
 from llmeco_nb.deployment.generation import EngineOptions, Generator
 from llmeco_nb.deployment.gguf_files import write_gguf
-from llmeco_nb.deployment.gguf_reading import GgufHead, check_gguf, gguf_tokenizer, rewrite_gguf
+from llmeco_nb.deployment.gguf_reading import gguf_tokenizer, rewrite_gguf
 from llmeco_nb.deployment.signing import TrustedKeys, new_key, sign_bundle
 from llmeco_nb.models.decoder import new_decoder
 from llmeco_nb.models.decoder_conversion import save_decoder
@@ -414,7 +415,8 @@ def test_what_the_check_lets_through_opens_or_is_refused(tmp_path):
         "import sys; from pathlib import Path; from llmeco_nb.core import DataError\n"
         "from llmeco_nb.deployment.generation import EngineOptions, open_pipeline\n"
         "for file in Path(sys.argv[1]).iterdir():\n"
-        "    try: open_pipeline(file.read_bytes(), EngineOptions(cached_tokens=64)); print('fine')\n"
+        "    options = EngineOptions(cached_tokens=64)\n"
+        "    try: open_pipeline(file.read_bytes(), options); print('opened')\n"
         "    except DataError as e: print(str(e)[:60])\n"
     )
     done = subprocess.run(
