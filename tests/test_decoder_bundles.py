@@ -16,7 +16,6 @@ pytest.importorskip("openvino_genai", reason="writing needs the extra `serve`")
 gguf = pytest.importorskip("gguf", reason="packing needs the extra `pack`")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmeco_nb.deployment.gguf_check import GgufHead, check_gguf
 from tokenizers import Tokenizer
 
 from llmeco_nb.core import DataError, MissingError, UsageError, read_json, write_json
@@ -34,6 +33,7 @@ from llmeco_nb.deployment.decoder_packing import (
     small_decoder_bundle,
 )
 from llmeco_nb.deployment.generation import EngineOptions, Generator
+from llmeco_nb.deployment.gguf_check import GgufHead, check_gguf
 from llmeco_nb.deployment.gguf_files import write_gguf
 from llmeco_nb.deployment.gguf_reading import gguf_tokenizer, rewrite_gguf
 from llmeco_nb.deployment.signing import TrustedKeys, new_key, sign_bundle

@@ -1,5 +1,5 @@
-"""A decoder behind HTTP and in the terminal: OpenAI's own client, doors, quotas, who leaves and who is
-killed."""
+"""A decoder behind HTTP and in the terminal: OpenAI's own client, doors, quotas, who leaves, and
+who is killed."""
 
 import asyncio
 import json
@@ -536,9 +536,9 @@ def test_what_cannot_be_talked_with_is_said(tmp_path):
     done = llmeco("chat", str(tmp_path))
     assert done.returncode == 3 and "is not a bundle" in done.stderr
     done = llmeco("chat", str(small_decoder_bundle()), "--temperature", "9")
-    assert done.returncode == 1 and "temperature is 9; give 0 to 2" in done.stderr
+    assert done.returncode == 2 and "temperature is 9; give 0 to 2" in done.stderr
     done = llmeco("pack", str(tmp_path))
-    assert done.returncode == 1 and "--to FOLDER" in done.stderr
+    assert done.returncode == 2 and "--to FOLDER" in done.stderr
     (tmp_path / "manifest.json").write_text('{"kind": "linear"}')
     done = llmeco("chat", str(tmp_path))
-    assert done.returncode == 1 and "holds no decoder" in done.stderr
+    assert done.returncode == 2 and "holds no decoder" in done.stderr

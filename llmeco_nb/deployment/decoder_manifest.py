@@ -29,13 +29,13 @@ from llmeco_nb.deployment.manifest import (
     Origin,
     beside_manifest,
     bundle_files,
-    format_version,
     is_relative,
     manifest_digest,
     not_as_packed,
     strict,
     verify,
 )
+from .manifest import format_version as newest_version
 from ..tasks.text_generation import GenerationSchema
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #5fcc0f0a
@@ -94,7 +94,7 @@ class DecoderManifest:
     origin: Origin = Origin()
     files: dict[str, Digest] = field(default_factory=dict)
     digest: Digest | Annotated[str, Field(max_length=0)] = ""
-    format_version: Annotated[int, Field(ge=format_version, le=format_version)] = format_version
+    format_version: Annotated[int, Field(ge=newest_version, le=newest_version)] = newest_version
     kind: Literal["decoder"] = "decoder"
 
     def as_json(self) -> dict[str, Any]:

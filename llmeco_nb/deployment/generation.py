@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from .gguf_check import check_gguf
 
 from ..core import DataError, MissingError, UsageError
 from .cost_model import CostModel
 from .decoder_manifest import DecoderManifest, verify_decoder
 from .fair_queue import Work
+from .gguf_check import check_gguf
 from .manifest import BundleFiles
 from .model_batch import Piece
 from .patterns import check_tokenizer

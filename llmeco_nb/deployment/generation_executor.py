@@ -6,6 +6,7 @@
 __all__ = ['GenerationOptions', 'GenerationExecutor', 'token_counts']
 
 # %% ../../nbs/4_deployment/48g_generation_executor.ipynb #b67fcfa6
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core import UsageError
@@ -117,7 +118,7 @@ class GenerationExecutor(LocalExecutor):
         return tokens
 
 
-def token_counts(works: list[Work] | tuple[Work, ...]) -> tuple[int, int]:
+def token_counts(works: Sequence[Work]) -> tuple[int, int]:
     """Tokens of prompts, and tokens that their answers may have.
 
     Args:

@@ -8,7 +8,7 @@ __all__ = ['GenerationRequest', 'GenerationService', 'check_model_name']
 # %% ../../nbs/4_deployment/48i_generation_service.ipynb #441d36fe
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,7 +102,7 @@ class GenerationService:
         except TimeoutError:
             raise Expired("The request could not be answered before its deadline.") from None
 
-    async def write(self, request: GenerationRequest) -> AsyncIterator[WrittenText]:
+    async def write(self, request: GenerationRequest) -> AsyncGenerator[WrittenText, None]:
         """Pieces of an answer, as they are written; the last, which says why it ended, once the
         answer is stored. What is not asked for any more, as the iterator is closed, is not written,
         and what was written until then is stored. Raises `UsageError`, `Forbidden`,

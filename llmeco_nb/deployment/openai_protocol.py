@@ -9,7 +9,7 @@ __all__ = ['error_types', 'openai_actions', 'openai_refusals', 'EventStream', 'A
 # %% ../../nbs/4_deployment/48k_openai_protocol.ipynb #6463db36
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -94,7 +94,7 @@ class Answering:
         read = self.prompt_tokens
         return dict(prompt_tokens=read, completion_tokens=tokens, total_tokens=read + tokens)
 
-    async def pieces(self) -> AsyncIterator[WrittenText]:
+    async def pieces(self) -> AsyncGenerator[WrittenText, None]:
         "Of the answer. Raises what the service raises."
         async with aclosing(self.service.write(self.asked)) as written:
             async for piece in written:
@@ -137,10 +137,10 @@ class Answering:
         return EventStream(self._events(begun, pieces), media_type="text/event-stream")
 
     async def _events(
-        self, begun: WrittenText, pieces: AsyncIterator[WrittenText]
+        self, begun: WrittenText, pieces: AsyncGenerator[WrittenText, None]
     ) -> AsyncIterator[bytes]:
         "Server-sent events, up to the word that nothing follows."
-        async with aclosing(cast(Any, pieces)):
+        async with aclosing(pieces):
             last = begun
             try:
                 if self.chat:
