@@ -41,7 +41,7 @@ from llmeco_nb.models.decoder import new_decoder
 from llmeco_nb.models.decoder_conversion import save_decoder
 from llmeco_nb.tasks.text_generation import ChatMessage, GenerationSchema, Sampling
 from llmeco_nb.tokenization.bpe import chat_template, save_subword_tokenizer, train_bpe
-from llmeco_nb.tokenization.prompts import PromptTokenizer, StopWords, TextStream
+from llmeco_nb.tokenization.prompts import PromptTokenizer, StopSequences, TextStream
 
 warnings.filterwarnings("ignore", message="The texts give")
 TEXTS = [
@@ -109,7 +109,7 @@ def ask(text: str = "What of film 12?") -> list[ChatMessage]:
 def said(generator: Generator, sampling: Sampling, text: str = "What of film 12?") -> str:
     "An answer, with nobody beside it."
     work = generator.prepare_dialogue(ask(text), sampling)
-    return "".join(piece.text for piece in generator.write(work))
+    return "".join(piece.text for piece in generator.generate(work))
 
 
 # -- prompts
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_the_marks_is_refused():
     st.lists(st.integers(1, 5), min_size=40, max_size=40),
 )
 def test_an_answer_ends_before_its_first_stop_word(text, stop, sizes):
-    held, shown, at = StopWords(stop), "", 0
+    held, shown, at = StopSequences(stop), "", 0
     for size in sizes:
         shown += held.add(text[at : at + size])
         at += size
@@ -415,7 +415,7 @@ def test_what_the_check_lets_through_opens_or_is_refused(tmp_path):
         "import sys; from pathlib import Path; from llmeco_nb.core import DataError\n"
         "from llmeco_nb.deployment.generation import EngineOptions, open_pipeline\n"
         "for file in Path(sys.argv[1]).iterdir():\n"
-        "    options = EngineOptions(cached_tokens=64)\n"
+        "    options = EngineOptions(kv_cache_tokens=64)\n"
         "    try: open_pipeline(file.read_bytes(), options); print('opened')\n"
         "    except DataError as e: print(str(e)[:60])\n"
     )
@@ -486,7 +486,7 @@ def test_it_writes_what_transformers_writes(family, request, tmp_path):
     same = 0
     for text in TEXTS[:8]:
         work = generator.prepare_text(text, Sampling(max_tokens=16, temperature=0))
-        found = "".join(piece.text for piece in generator.write(work))
+        found = "".join(piece.text for piece in generator.generate(work))
         ids = theirs(folder, work.inputs.ids, 16)
         stream = TextStream(generator.prompts)
         same += found == "".join(map(stream.add, ids))
@@ -517,13 +517,13 @@ def test_an_answer_ends_where_it_should(generator):
 
     def end(**more) -> tuple[str, str, int]:
         sampling = Sampling(**{"max_tokens": 40, **greedy, **more})
-        pieces = generator.write(generator.prepare_dialogue(ask(), sampling))
+        pieces = generator.generate(generator.prepare_dialogue(ask(), sampling))
         text = "".join(piece.text for piece in pieces)
-        return text, pieces[-1].ending, pieces[-1].tokens
+        return text, pieces[-1].finish_reason, pieces[-1].tokens
 
     assert end()[:2] == (whole, "stop")
-    text, ending, tokens = end(max_tokens=3)
-    assert (ending, tokens) == ("length", 3) and whole.startswith(text)
+    text, finish_reason, tokens = end(max_tokens=3)
+    assert (finish_reason, tokens) == ("length", 3) and whole.startswith(text)
     assert end(stop=("nobody",))[:2] == (whole.partition("nobody")[0], "stop")
     assert end(stop=(" was long",))[:2] == (whole.partition(" was long")[0], "stop")
 
@@ -537,7 +537,7 @@ def test_an_answer_ends_where_it_should(generator):
         (dict(top_p=0), "top_p is 0"),
         (dict(seed=-1), "seed is -1"),
         (dict(presence_penalty=-3), "presence_penalty is -3"),
-        (dict(stop=("",)), "A stop word is empty"),
+        (dict(stop=("",)), "A stop sequence is empty"),
     ],
 )
 def test_wrong_sampling_is_refused_by_name(values, about):
@@ -551,11 +551,11 @@ def test_what_finds_no_room_is_refused(generator):
     with pytest.raises(UsageError, match="max_tokens is 250; behind a prompt of"):
         generator.prepare_dialogue(ask(), Sampling(max_tokens=250))
     with pytest.raises(UsageError, match="A step has 8 tokens"):
-        EngineOptions(answers=16, step_tokens=8)
+        EngineOptions(max_num_seqs=16, max_num_batched_tokens=8)
 
 
 def test_a_long_prompt_is_read_in_several_steps(generator):
-    short = EngineOptions(step_tokens=16)
+    short = EngineOptions(max_num_batched_tokens=16)
     one = Generator.load(small_decoder_bundle(), short)
     text = "What of film 12? " * 10
     assert said(one, Sampling(max_tokens=9, temperature=0), text) == said(
@@ -572,7 +572,7 @@ def test_nothing_is_reported_to_anybody():
         "from llmeco_nb.deployment.generation import Generator\n"
         "from llmeco_nb.tasks.text_generation import Sampling\n"
         "g = Generator.load(sys.argv[1])\n"
-        "g.write(g.prepare_text('Film', Sampling(max_tokens=3)))\n"
+        "g.generate(g.prepare_text('Film', Sampling(max_tokens=3)))\n"
         "assert sys.modules['openvino_telemetry'] is None and 'torch' not in sys.modules\n"
     )
     words = [sys.executable, "-c", code, str(small_decoder_bundle())]

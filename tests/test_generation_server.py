@@ -35,11 +35,11 @@ from llmeco_nb.deployment.generation import EngineOptions, Generator
 from llmeco_nb.deployment.generation_executor import GenerationExecutor, GenerationOptions
 from llmeco_nb.deployment.generation_log import (
     Generation,
-    Verdict,
+    GenerationFeedback,
     generations,
     keep_generation,
-    keep_verdict,
-    read_judged,
+    keep_generation_feedback,
+    read_rated_generations,
 )
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions
@@ -76,11 +76,13 @@ class LiveServer:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **more)
 
     def rows(self) -> dict[str, tuple[str, str]]:
-        "Request -> text and ending, of all that is stored."
+        "Request -> text and finish_reason, of all that is stored."
         engine = connect(self.database)
-        columns = (generations.c.request_id, generations.c.text, generations.c.ending)
+        columns = (generations.c.request_id, generations.c.text, generations.c.finish_reason)
         with engine.connect() as c:
-            found = {i: (text, ending) for i, text, ending in c.execute(select(*columns))}
+            found = {
+                i: (text, finish_reason) for i, text, finish_reason in c.execute(select(*columns))
+            }
         engine.dispose()
         return found
 
@@ -198,7 +200,7 @@ def test_messages_of_parts_and_the_newer_names_are_read(server):
         (dict(n=2), openai.BadRequestError, "n", "should be 1"),
         (dict(tools=[]), openai.BadRequestError, "tools", "Extra inputs"),
         (dict(logprobs=True), openai.BadRequestError, "logprobs", "Extra inputs"),
-        (dict(stop=[""]), openai.BadRequestError, None, "A stop word is empty"),
+        (dict(stop=[""]), openai.BadRequestError, None, "A stop sequence is empty"),
         (dict(max_tokens=10**6), openai.BadRequestError, None, "max_tokens is 1,000,000"),
         (
             dict(messages=[{"role": "tool", "content": "x"}]),
@@ -268,8 +270,8 @@ def test_who_leaves_frees_a_place_within_a_step(server):
     until(lambda: len(server.rows()) >= before + 6)
     until(lambda: "http_server_active_requests 1.0" in server.metrics())  # this very question
     assert "llmeco_waiting_requests 0.0" in server.metrics()
-    endings = {ending for _, ending in list(server.rows().values())[before:]}
-    assert endings <= {"left", "stop", "length"} and "left" in endings
+    finish_reasons = {finish_reason for _, finish_reason in list(server.rows().values())[before:]}
+    assert finish_reasons <= {"cancelled", "stop", "length"} and "cancelled" in finish_reasons
     assert server.client().chat.completions.create(**ASKED).choices
 
 
@@ -295,20 +297,20 @@ def test_many_at_once_get_what_each_gets_alone(server):
     assert found == alone
 
 
-def test_a_verdict_is_stored_once_and_read_back(server):
+def test_feedback_is_stored_once_and_read_back(server):
     answer = server.client().chat.completions.create(**ASKED)
-    verdict = dict(request_id=answer.id, better="Film 12 was short.", author="ada", note="a@b.org")
-    first = post(server, "/v1/feedback", json.dumps(verdict).encode())
-    again = post(server, "/v1/feedback", json.dumps(verdict).encode())
+    said = dict(request_id=answer.id, better="Film 12 was short.", author="ada", note="a@b.org")
+    first = post(server, "/v1/feedback", json.dumps(said).encode())
+    again = post(server, "/v1/feedback", json.dumps(said).encode())
     assert first == (200, dict(request_id=answer.id, stored=True, correct=False))
     assert again[1]["stored"] is False
-    other = json.dumps({**verdict, "better": "Another."}).encode()
+    other = json.dumps({**said, "better": "Another."}).encode()
     assert post(server, "/v1/feedback", other)[0] == 409
     assert post(server, "/v1/feedback", b'{"request_id": "none", "correct": true}')[0] == 404
     nothing = json.dumps(dict(request_id=answer.id)).encode()
     assert post(server, "/v1/feedback", nothing)[0] == 422
-    judged = read_judged(server.database)[-1]
-    assert judged.text == answer.choices[0].message.content and judged.better == verdict["better"]
+    judged = read_rated_generations(server.database)[-1]
+    assert judged.text == answer.choices[0].message.content and judged.better == said["better"]
     assert judged.prompt == [("user", QUESTION[0]["content"])]
 
 
@@ -471,7 +473,7 @@ def shared(generator) -> Generator:
 
 
 def test_no_more_is_at_work_than_finds_room():
-    options = EngineOptions(answers=3, cached_tokens=256)
+    options = EngineOptions(max_num_seqs=3, kv_cache_tokens=256)
     generator = Generator.load(small_decoder_bundle(), options)
 
     async def check() -> None:
@@ -495,22 +497,26 @@ def test_no_more_is_at_work_than_finds_room():
 # -- rows
 
 
-def test_rows_hold_no_personal_data_and_one_verdict_of_a_name(tmp_path):
+def test_rows_hold_no_personal_data_and_one_opinion_of_a_name(tmp_path):
     ledger = Ledger(tmp_path / "answers.sqlite", mask=True)
     prompt = [("user", "Write to ada@example.org")]
     one = Generation("r", "0" * 64, prompt, "Dear ada@example.org", "stop", 5, 5)
     keep_generation(ledger, one).result()
-    right = Verdict(request_id="r", correct=True, author="a")
-    assert keep_verdict(ledger, right).result().correct
+    right = GenerationFeedback(request_id="r", correct=True, author="a")
+    assert keep_generation_feedback(ledger, right).result().correct
     with pytest.raises(Conflict):
-        keep_verdict(ledger, Verdict(request_id="r", correct=False, author="a")).result()
+        keep_generation_feedback(
+            ledger, GenerationFeedback(request_id="r", correct=False, author="a")
+        ).result()
     with pytest.raises(UnknownRequest):
-        keep_verdict(ledger, Verdict(request_id="s", correct=True)).result()
+        keep_generation_feedback(ledger, GenerationFeedback(request_id="s", correct=True)).result()
     with pytest.raises(UsageError, match="contradict each other"):
-        keep_verdict(ledger, Verdict(request_id="r", correct=True, better="x", key="2")).result()
+        keep_generation_feedback(
+            ledger, GenerationFeedback(request_id="r", correct=True, better="x", key="2")
+        ).result()
     ledger.close()
     assert b"ada@example" not in (tmp_path / "answers.sqlite").read_bytes()
-    [judged] = read_judged(tmp_path / "answers.sqlite")
+    [judged] = read_rated_generations(tmp_path / "answers.sqlite")
     assert judged.correct and judged.better is None
 
 

@@ -232,7 +232,7 @@ def pack_decoder(
         found = None
         for weights in [options.weights] if options.weights else weight_types:
             file = source.write(work / "model.gguf", weights)
-            pipeline = open_pipeline(file.read_bytes(), EngineOptions(cached_tokens=2048))
+            pipeline = open_pipeline(file.read_bytes(), EngineOptions(kv_cache_tokens=2048))
             found = token_parity(original, pipeline, asked, schema.end_token_ids[0])
             facts = replace(facts, weights=weights, parity=found)
             if found.mean_difference <= tolerated_difference:

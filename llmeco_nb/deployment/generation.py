@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -27,7 +27,13 @@ from .manifest import BundleFiles
 from .model_batch import Piece
 from .patterns import check_tokenizer
 from ..finetuning.engines import import_openvino
-from ..tasks.text_generation import ChatMessage, Prompt, Sampling, WrittenText
+from llmeco_nb.tasks.text_generation import (
+    ChatMessage,
+    FinishReason,
+    Prompt,
+    Sampling,
+    TextChunk,
+)
 from ..tokenization.prompts import PromptTokenizer, TextStream
 
 # %% ../../nbs/4_deployment/48d_generation.ipynb #29a1b217
@@ -40,21 +46,22 @@ class EngineOptions:
     """What an engine may take of a machine.
 
     Attributes:
-        answers: At work at a time, at most.
-        cached_tokens: Whose keys and values are kept, at most, of all answers together.
-        step_tokens: Computed in a step, at most; a longer prompt is read in several.
+        max_num_seqs: Answers at work at a time, at most.
+        kv_cache_tokens: Whose keys and values are kept, at most, of all answers together.
+        max_num_batched_tokens: Computed in a step, at most; a longer prompt is read in several.
         threads: Of one step; beside a server more than one is slower.
     """
 
-    answers: int = 8
-    cached_tokens: int = 16_384
-    step_tokens: int = 256
+    max_num_seqs: int = 8
+    kv_cache_tokens: int = 16_384
+    max_num_batched_tokens: int = 256
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.step_tokens < self.answers:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
-                f"A step has {self.step_tokens} tokens, and {self.answers} answers want one each."
+                f"A step has {self.max_num_batched_tokens} tokens, and {self.max_num_seqs} answers "
+                "want one each."
             )
 
 
@@ -84,9 +91,9 @@ def open_pipeline(model: bytes, options: EngineOptions) -> Any:
     genai = import_genai()
     scheduler = genai.SchedulerConfig()
     # a block more for each answer: the last of an answer may be begun
-    scheduler.num_kv_blocks = math.ceil(options.cached_tokens / block) + options.answers
-    scheduler.max_num_seqs = options.answers
-    scheduler.max_num_batched_tokens = options.step_tokens
+    scheduler.num_kv_blocks = math.ceil(options.kv_cache_tokens / block) + options.max_num_seqs
+    scheduler.max_num_seqs = options.max_num_seqs
+    scheduler.max_num_batched_tokens = options.max_num_batched_tokens
     scheduler.enable_prefix_caching = False
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": options.threads}
     # it opens files only; a copy that nobody else can write is what has been checked
@@ -125,29 +132,31 @@ class RunningAnswer:
         "Tokens that may follow."
         return max(0, self.most - self.tokens)
 
-    def read(self) -> WrittenText | None:
+    def read(self) -> TextChunk | None:
         """What the last step has added; None: nothing. Raises `UsageError` for a prompt that finds
         no room."""
         genai = import_genai()
-        text, ending = "", ""
+        text, finish_reason = "", ""
         while self.handle.can_read():
             for output in self.handle.read().values():
                 for token_id in output.generated_ids:
                     self.tokens += not self.stream.ended
                     text += self.stream.add(token_id)
                 if output.finish_reason == genai.GenerationFinishReason.LENGTH:
-                    ending = "length"
+                    finish_reason = "length"
         if self.stream.ended:
-            ending = "stop"
+            finish_reason = "stop"
         elif self.handle.get_status() == genai.GenerationStatus.FINISHED:
-            ending = ending or "stop"
+            finish_reason = finish_reason or "stop"
         elif self.handle.get_status() == genai.GenerationStatus.IGNORED:
             raise UsageError("The prompt and its answer find no room here. Send a shorter one.")
-        if ending == "length":
+        if finish_reason == "length":
             text += self.stream.stop.end()
-        if not (text or ending):
+        if not (text or finish_reason):
             return None
-        return WrittenText(text, self.tokens, ending, self.prompt_tokens)  # type: ignore[arg-type]
+        # the two words are those of `FinishReason`
+        reason = cast(FinishReason, finish_reason)
+        return TextChunk(text, self.tokens, reason, self.prompt_tokens)
 
 
 class GenerationBatch:
@@ -203,10 +212,10 @@ class GenerationBatch:
                 continue
             if written is None:
                 continue
-            last = bool(written.ending)
+            last = bool(written.finish_reason)
             pieces.append(Piece(slot, written, last))
             if last:
-                self.drop(slot)  # a stop word ends an answer that the engine would go on with
+                self.drop(slot)  # a stop sequence ends an answer that the engine would go on with
         return pieces
 
 
@@ -266,7 +275,7 @@ class Generator:
     @property
     def context_length(self) -> int:
         "Tokens of prompt and answer together that can be served."
-        return min(self.schema.context_length, self.options.cached_tokens)
+        return min(self.schema.context_length, self.options.kv_cache_tokens)
 
     def engine_config(self, sampling: Sampling) -> Any:
         """How the engine is to write an answer.
@@ -353,7 +362,7 @@ class Generator:
 
     def measure(self) -> CostModel:
         "How long a step takes: one with a single token, and one that is full of a prompt's."
-        full = min(self.options.step_tokens, self.context_length - 4)
+        full = min(self.options.max_num_batched_tokens, self.context_length - 4)
         points = []
         for _ in range(2):
             batch = self.open()
@@ -368,7 +377,7 @@ class Generator:
         single, whole = (min(column) for column in zip(*points))
         return CostModel(((1, single), (full, max(whole, single))))
 
-    def write(self, work: Work) -> list[WrittenText]:
+    def generate(self, work: Work) -> list[TextChunk]:
         """All pieces of one answer, with nobody beside it.
 
         Args:

@@ -56,7 +56,7 @@ class GenerationExecutor(LocalExecutor):
         if not self.begun:  # else the engine is at work, for nobody
             self.generator.open()
 
-    def write_seconds(self, prompt: int, answer: int, beside: int = 1) -> float:
+    def generation_seconds(self, prompt: int, answer: int, beside: int = 1) -> float:
         """What so many tokens take.
 
         Args:
@@ -89,8 +89,8 @@ class GenerationExecutor(LocalExecutor):
         prompts = prompt + self.unread + sum(one for one, _ in waiting)
         answers = answer + sum(one for _, one in waiting) + sum(one.left for one in running)
         count = 1 + len(waiting) + len(running)
-        beside = min(count, self.generator.options.answers)
-        excess = margin * self.write_seconds(prompts, answers, beside) - left
+        beside = min(count, self.generator.options.max_num_seqs)
+        excess = margin * self.generation_seconds(prompts, answers, beside) - left
         if len(self.queue) >= options.max_waiting:
             excess = max(excess, 1.0)
         if self.chars + ask.chars > options.max_waiting_chars:
@@ -102,9 +102,9 @@ class GenerationExecutor(LocalExecutor):
         "Prompts for the next step: as many as find room with all that their answers may have."
         options, picked = self.generator.options, []
         held = sum(one.cost for one in self.batch.running.values())
-        while self.queue and len(self.slots) + len(picked) < options.answers:
+        while self.queue and len(self.slots) + len(picked) < options.max_num_seqs:
             ask = self.queue.next()
-            if ask is None or held + ask.next_cost > options.cached_tokens:
+            if ask is None or held + ask.next_cost > options.kv_cache_tokens:
                 break  # whose turn it is waits for room, and nobody overtakes
             held += ask.next_cost
             picked.append((ask, self.queue.take(ask)))
@@ -113,7 +113,7 @@ class GenerationExecutor(LocalExecutor):
     def _step_cost(self, works: list[Work]) -> int:
         "Tokens that the next step computes: one of each answer, and what fits of the prompts."
         self.unread = token_counts(works)[0] + (self.unread if self.slots else 0)
-        tokens = min(self.generator.options.step_tokens, len(self.slots) + self.unread)
+        tokens = min(self.generator.options.max_num_batched_tokens, len(self.slots) + self.unread)
         self.unread = max(0, self.unread - (tokens - min(tokens, len(self.slots))))
         return tokens
 

@@ -22,7 +22,7 @@ from .ledger import Ledger
 from .quotas import Quotas, count_usage
 from .refusals import check_plain
 from .service import model_not_ready_reasons, stored
-from ..tasks.text_generation import ChatMessage, Sampling, WrittenText
+from ..tasks.text_generation import ChatMessage, Sampling, TextChunk
 
 # %% ../../nbs/4_deployment/48i_generation_service.ipynb #30760f66
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class GenerationService:
         except TimeoutError:
             raise Expired("The request could not be answered before its deadline.") from None
 
-    async def write(self, request: GenerationRequest) -> AsyncGenerator[WrittenText, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextChunk, None]:
         """Pieces of an answer, as they are written; the last, which says why it ended, once the
         answer is stored. What is not asked for any more, as the iterator is closed, is not written,
         and what was written until then is stored. Raises `UsageError`, `Forbidden`,
@@ -121,13 +121,13 @@ class GenerationService:
         work = await self._prepare(request, deadline)
         prompt_tokens = len(work.inputs.ids)
         with self.quotas.tokens_for(who, work.cost) as held:
-            pieces: list[WrittenText] = []
+            pieces: list[TextChunk] = []
             kept = False
             try:
                 with self.executor.submit([work], deadline, request.tenant) as answers:
                     async for _, piece in answers:
                         pieces.append(piece)
-                        if not piece.ending and piece.text:
+                        if not piece.finish_reason and piece.text:
                             yield piece
                 kept = True
                 await stored(self._keep(request, prompt_tokens, pieces), deadline)
@@ -138,7 +138,7 @@ class GenerationService:
                     held.used = prompt_tokens + pieces[-1].tokens
         yield pieces[-1]
 
-    def _keep(self, request: GenerationRequest, prompt_tokens: int, pieces: list[WrittenText]):
+    def _keep(self, request: GenerationRequest, prompt_tokens: int, pieces: list[TextChunk]):
         "Have an answer stored, with what the key has used; a future."
         last, who = pieces[-1], request.who
         count = dict(key_id=who.id, tokens=prompt_tokens + last.tokens, at=time.time())
@@ -147,7 +147,7 @@ class GenerationService:
             model=self.generator.digest,
             prompt=request.prompt,
             text="".join(piece.text for piece in pieces),
-            ending=last.ending or "left",
+            finish_reason=last.finish_reason or "cancelled",
             prompt_tokens=prompt_tokens,
             tokens=last.tokens,
         )
