@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_files', 'TokenParity', 'DecoderManifest', 'write_decoder_manifest', 'bundle_kind', 'verify_decoder',
-           'verified_digest']
+           'verified_digest', 'read_prompts']
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #432a8a1e
 import json
@@ -24,6 +24,7 @@ from pydantic import (
 
 from ..core import DataError, MissingError, read_json, sha256_of, write_json
 from llmeco_nb.deployment.manifest import (
+    BundleFiles,
     Digest,
     Name,
     Origin,
@@ -36,7 +37,9 @@ from llmeco_nb.deployment.manifest import (
     verify,
 )
 from .manifest import format_version as newest_version
+from .patterns import check_tokenizer
 from ..tasks.text_generation import GenerationSchema
+from ..tokenization.prompts import PromptTokenizer
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #5fcc0f0a
 decoder_files = ("model.gguf", "tokenizer.json")
@@ -194,3 +197,17 @@ def verified_digest(folder: str | Path) -> str:
     """
     check = verify_decoder if bundle_kind(folder) == "decoder" else verify
     return check(folder).digest
+
+
+def read_prompts(files: BundleFiles, manifest: DecoderManifest) -> PromptTokenizer:
+    """The tokenizer of a decoder's bundle. Raises `DataError`, `MissingError`.
+
+    Args:
+        files: Of the bundle.
+        manifest: Of the bundle.
+    """
+    from tokenizers import Tokenizer
+
+    check_tokenizer(files.json("tokenizer.json"), f"{files.folder}/tokenizer.json")
+    tokenizer = Tokenizer.from_buffer(files.read("tokenizer.json"))
+    return PromptTokenizer(tokenizer, manifest.schema)

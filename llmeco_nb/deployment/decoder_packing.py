@@ -24,8 +24,12 @@ from llmeco_nb.core import (
     sha256_of,
     write_bytes,
 )
-from .decoder_manifest import DecoderManifest, write_decoder_manifest
-from .generation import EngineOptions, open_pipeline, read_prompts
+from llmeco_nb.deployment.decoder_manifest import (
+    DecoderManifest,
+    read_prompts,
+    write_decoder_manifest,
+)
+from .generation import EngineOptions, open_pipeline
 from .gguf_files import weight_types, write_gguf
 from .gguf_reading import gguf_facts, gguf_tokenizer, rewrite_gguf
 from .manifest import BundleFiles, Origin
