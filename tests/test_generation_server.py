@@ -322,6 +322,37 @@ def test_the_document_describes_every_route(server):
         assert "chat/completions" in reply.read().decode()
 
 
+def test_no_reply_breaks_the_document(tmp_path):
+    "Requests of schemathesis, good and bad, made from the OpenAPI document."
+    pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    admin = KeyAdmin(tmp_path / "answers.sqlite", "a test")
+    key, _ = admin.add(KeyOptions(name="root", role="admin"))
+    admin.close()
+    with live(tmp_path / "answers.sqlite") as server:
+        line = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"]
+        line += ["-H", f"Authorization: Bearer {key}", "--seed", "1", "--max-examples", "60"]
+        # which name of a model and which words make sense is more than a schema says
+        line += ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]
+        line += ["--phases", "coverage,fuzzing"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    generated, passed = map(int, re.findall(r"(\d+) generated, (\d+) passed", done.stdout)[0])
+    assert generated == passed > 200
+
+
+def test_tokens_and_the_wait_for_the_first_are_counted(server):
+    def counted() -> tuple[float, float, float]:
+        names = ("llmeco_items_total", "llmeco_tokens_total", "first_token_seconds_count")
+        lines = [line for line in server.metrics().splitlines() if not line.startswith("#")]
+        found = [sum(float(x.split()[-1]) for x in lines if name in x) for name in names]
+        return found[0], found[1], found[2]
+
+    before = counted()
+    usage = server.client().chat.completions.create(**ASKED).usage
+    more = [b - a for a, b in zip(before, counted())]
+    assert more == [1, usage.total_tokens, 1]
+
+
 # -- doors
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.responses import HTMLResponse
+from prometheus_client import Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
 from .authentication import AuthMiddleware, keep_fresh, read_access
@@ -136,6 +137,12 @@ def make_generation_app(
     app.add_middleware(OpenAIErrors)
     app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
     app.state.metrics = metrics
+    app.state.first_token = Histogram(
+        "llmeco_time_to_first_token_seconds",
+        "Seconds from a complete request to the first piece of its answer.",
+        registry=metrics.registry,
+        buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    )
     install_exception_handlers(app)
     add_health_routes(app)
     add_openai_routes(app)

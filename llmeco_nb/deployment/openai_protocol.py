@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core import LlmecoError
@@ -23,6 +24,7 @@ from llmeco_nb.deployment.generation_service import (
     GenerationService,
     check_model_name,
 )
+from .metrics import Metrics
 from llmeco_nb.deployment.openai_models import (
     AnswerMessage,
     ChatChoice,
@@ -65,7 +67,10 @@ class CompletionCall:
         self.service = service
         self.body = body
         self.chat = isinstance(body, ChatRequest)
-        self.prompt_tokens = 0
+        self.metrics: Metrics = request.app.state.metrics
+        self.first_token: Histogram = request.app.state.first_token
+        self.begun = time.perf_counter()
+        self.prompt_tokens = self.tokens = 0
         state, host = request.state, request.client.host if request.client else ""
         state.model = service.generator.digest
         who = state.principal
@@ -97,9 +102,17 @@ class CompletionCall:
     async def pieces(self) -> AsyncGenerator[TextChunk, None]:
         "Of the answer. Raises what the service raises."
         async with aclosing(self.service.generate(self.asked)) as written:
-            async for piece in written:
-                self.prompt_tokens = piece.prompt_tokens
-                yield piece
+            try:
+                async for piece in written:
+                    if not self.tokens:
+                        self.first_token.observe(time.perf_counter() - self.begun)
+                    self.prompt_tokens, self.tokens = piece.prompt_tokens, piece.tokens
+                    yield piece
+            finally:
+                if self.tokens:
+                    version = self.facts["model"], self.service.generator.digest[:12]
+                    self.metrics.items.labels(*version).inc()
+                    self.metrics.tokens.labels(*version).inc(self.prompt_tokens + self.tokens)
 
     async def whole(self) -> JSONResponse:
         "The answer, once it is complete."
@@ -270,7 +283,7 @@ def add_openai_routes(app: FastAPI) -> None:
     """The routes of the protocol.
 
     Args:
-        app: Its state holds `service` and `started` when it is asked.
+        app: Its state holds `service`, `started`, `metrics` and `first_token` when it is asked.
     """
 
     def unknown_model(body: OpenAIRequest) -> JSONResponse | None:
