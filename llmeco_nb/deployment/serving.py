@@ -28,7 +28,7 @@ from ..core import UsageError, runs_dir
 from .decoder_manifest import bundle_kind
 from .deployments import read_deployment, read_models
 from .follower import load_version
-from .generation import Generator
+from .generation import TextGenerator
 from .generation_server import make_generation_app
 from .http_requests import own_names
 from .keys import KeyRing, read_keys
@@ -292,7 +292,7 @@ def serve_predictor(predictor: Predictor, database: str | Path, options: Any) ->
     return ServedModel(name, "/v1/predict", body, app)
 
 
-def serve_decoder(generator: Generator, database: str | Path, options: Any) -> ServedModel:
+def serve_decoder(generator: TextGenerator, database: str | Path, options: Any) -> ServedModel:
     """A decoder.
 
     Args:
@@ -335,7 +335,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
         options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
         options["retention"] = o.retention
         if o.bundle is not None and bundle_kind(o.bundle) == "decoder":
-            served = serve_decoder(Generator.load(o.bundle, trusted=trusted), database, options)
+            served = serve_decoder(TextGenerator.load(o.bundle, trusted=trusted), database, options)
         else:
             if o.bundle is None and holds is not None:
                 predictor = load_version(versions[holds.champion], trusted)
