@@ -208,6 +208,10 @@ def load_tokenizer(files: BundleFiles, manifest: DecoderManifest) -> PromptToken
     """
     from tokenizers import Tokenizer
 
-    check_tokenizer(files.json("tokenizer.json"), f"{files.folder}/tokenizer.json")
-    tokenizer = Tokenizer.from_buffer(files.read("tokenizer.json"))
+    where = f"{files.folder}/tokenizer.json"
+    check_tokenizer(files.json("tokenizer.json"), where)
+    try:
+        tokenizer = Tokenizer.from_buffer(files.read("tokenizer.json"))
+    except ValueError as e:
+        raise DataError(f"{where} cannot be read: {str(e)[:200]}.") from None
     return PromptTokenizer(tokenizer, manifest.schema)

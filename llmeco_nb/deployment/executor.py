@@ -354,11 +354,11 @@ class LocalExecutor:
                 step = partial(self._step, works, gone)
                 new, pieces, seconds = await self.model_thread.run(step)
             except Exception as e:  # the batch is lost, and with it whatever was in it
-                self.batch = self.predictor.open()
                 lost, self.slots = [*picked, *self.slots.values()], {}
                 for ask, _ in lost:
                     if ask in self.answers:
                         self.answers[ask].fail(e)
+                self.batch = await self.model_thread.run(self.predictor.open)
                 continue
             finally:
                 self.begun = 0.0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weight_types', 'families', 'top_level_names', 'layer_names', 'pre_tokenizer_names', 'gguf_library', 'stored_matrix',
            'Family', 'gguf_tensor_name', 'interleave', 'folder_config', 'folder_weights', 'pre_tokenizer_name',
-           'add_tokenizer', 'write_gguf', 'check_weights', 'write_tensors']
+           'add_tokenizer', 'add_ends', 'write_gguf', 'check_weights', 'write_tensors']
 
 # %% ../../nbs/4_deployment/48_gguf_files.ipynb #b6365aa2
 import json
@@ -208,6 +208,23 @@ def add_tokenizer(writer: Any, told: dict[str, Any], vocab_size: int) -> None:
     writer.add_token_merges(merges)
 
 
+def add_ends(writer: Any, told: dict[str, Any], ids: dict[str, int]) -> None:
+    """Write into the head of a file where texts begin and end, and how dialogues are written.
+
+    Args:
+        writer: Of the package gguf.
+        told: The content of tokenizer_config.json.
+        ids: Token -> id.
+    """
+    for name, add in (("eos_token", "add_eos_token_id"), ("bos_token", "add_bos_token_id")):
+        token = told.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            getattr(writer, add)(ids[content])
+    if template := told.get("chat_template"):
+        writer.add_chat_template(template)
+
+
 def write_gguf(folder: str | Path, file: str | Path, weights: str = "q8_0") -> Path:
     """Write a decoder of transformers as a GGUF file; the file. Raises `MissingError`,
     `UsageError`, `DataError` for a decoder or tokenizer that the format cannot hold.
@@ -240,6 +257,10 @@ def write_gguf(folder: str | Path, file: str | Path, weights: str = "q8_0") -> P
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(7 if weights == "q8_0" else 1)
     add_tokenizer(writer, told, config["vocab_size"])
+    beside = folder / "tokenizer_config.json"
+    if beside.is_file():
+        added = {one["content"]: one["id"] for one in told.get("added_tokens", [])}
+        add_ends(writer, read_json(beside), {**told["model"]["vocab"], **added})
     tied = config.get("tie_word_embeddings", False)
     for name, values in folder_weights(folder):
         if name == "lm_head.weight" and tied:

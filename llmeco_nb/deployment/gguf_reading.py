@@ -29,11 +29,13 @@ class GgufFacts(NamedTuple):
     Attributes:
         context_length: Tokens of prompt and answer together.
         end_token_id: After which nothing follows.
+        begin_token_id: In front of every text; None: nothing.
         chat_template: Jinja; empty: none.
     """
 
     context_length: int
     end_token_id: int
+    begin_token_id: int | None
     chat_template: str
 
 
@@ -69,10 +71,14 @@ def gguf_facts(file: str | Path) -> GgufFacts:
     def found(name: str, default: Any) -> Any:
         return fields[name].contents() if name in fields else default
 
-    kind = found("general.architecture", "")
+    kind, end = found("general.architecture", ""), found("tokenizer.ggml.eos_token_id", None)
+    if end is None:
+        raise DataError(f"{file} names no eos_token_id: nobody knows where an answer ends.")
+    begins = found("tokenizer.ggml.add_bos_token", False)
     return GgufFacts(
         context_length=int(found(f"{kind}.context_length", 0)),
-        end_token_id=int(found("tokenizer.ggml.eos_token_id", 0)),
+        end_token_id=int(end),
+        begin_token_id=found("tokenizer.ggml.bos_token_id", None) if begins else None,
         chat_template=str(found("tokenizer.chat_template", "")),
     )
 
@@ -142,6 +148,9 @@ def gguf_tokenizer(file: str | Path) -> str:
     kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else None
     if kind != "gpt2":
         raise DataError(f"{file} has a tokenizer of the kind {kind!r}; byte-level BPE is gpt2.")
+    parts = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    if lacking := [name for name in parts if name not in fields]:
+        raise DataError(f"{file} has no {lacking[0]}, and so no tokenizer that can be packed.")
     tokens = fields["tokenizer.ggml.tokens"].contents()
     kinds = fields["tokenizer.ggml.token_type"].contents()
     special = [i for i, one in enumerate(kinds) if one in (3, 4)]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core import UsageError
+from .decoder_manifest import bundle_kind
 from .fair_queue import Work
 from .loading import PreparedModel, open_model
 from .manifest import Manifest, verify
@@ -80,6 +82,11 @@ class Predictor:
             threads: Of one prediction; beside a server more than one is slower.
             trusted: One of these keys must have signed it; None: nobody need have.
         """
+        if bundle_kind(bundle) == "decoder":
+            raise UsageError(
+                f"{bundle} holds a decoder, which writes: llmeco chat {bundle}, or "
+                f"llmeco serve --bundle {bundle}."
+            )
         manifest = verify(bundle)
         if trusted is not None:
             trusted.check(bundle, manifest.digest)

@@ -353,7 +353,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             served.app,
             log_level="warning",
             server_header=False,
-            timeout_graceful_shutdown=12,  # a little more than the deadline of a request
+            timeout_graceful_shutdown=12,  # a little more than a classifier's deadline
             lifespan="on",
             http=TimedProtocol,
             # an address that a proxy states is believed of the proxies that are named alone

@@ -44,6 +44,12 @@ class PromptTokenizer:
                     f"{schema.chat_format} needs."
                 )
             self.special_tokens = ids[0], ids[1]
+            for name, token_id in zip(names, ids):
+                if token_id in self.encode(name):
+                    raise DataError(
+                        f"The tokenizer reads {name} in a text as the special token, since its "
+                        "file does not call it special. Everybody could then speak as the system."
+                    )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which nothing is a special token.
@@ -83,6 +89,11 @@ class PromptTokenizer:
         ids: list[int] = []
         for role, content in said:
             ids += [begin, *self.encode(f"{role}\n{content}"), end, *self.encode("\n")]
+            if len(ids) > self.schema.context_length:  # the rest need not be read to know
+                raise UsageError(
+                    f"The prompt has more than {len(ids):,} tokens, and the model reads "
+                    f"{self.schema.context_length:,} with its answer. Send a shorter one."
+                )
         return [*ids, begin, *self.encode("assistant\n")]
 
 # %% ../../nbs/1_pretraining/12e_prompts.ipynb #20da259c
@@ -142,6 +153,8 @@ class TextStream:
         self.prompts = prompts
         self.stream = DecodeStream(skip_special_tokens=True)
         self.stop = StopSequences(stop_sequences)
+        self.ids: list[int] = []
+        self.decoded = 0  # characters that the stream has given
         self.ended = False
 
     def add(self, token_id: int) -> str:
@@ -153,8 +166,18 @@ class TextStream:
         if self.ended:
             return ""
         if token_id in self.prompts.schema.end_token_ids:
-            self.ended = True
-            return self.stop.end()
-        text = self.stop.add(self.stream.step(self.prompts.tokenizer, token_id) or "")
+            return self.end()
+        self.ids.append(token_id)
+        decoded = self.stream.step(self.prompts.tokenizer, token_id) or ""
+        self.decoded += len(decoded)
+        text = self.stop.add(decoded)
         self.ended = self.stop.stopped
         return text
+
+    def end(self) -> str:
+        "What was held back, once nothing follows: part of a character, or of a stop sequence."
+        if self.ended:
+            return ""
+        self.ended = True
+        rest = self.prompts.tokenizer.decode(self.ids)[self.decoded :]
+        return self.stop.add(rest) + self.stop.end()
