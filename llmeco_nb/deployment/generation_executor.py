@@ -87,8 +87,7 @@ class GenerationExecutor(LocalExecutor):
             )
         if alone > left:
             raise Expired(late)
-        others = [one.works[one.taken :] for one in self.queue.asks]
-        waiting = [token_counts(works) for works in others]
+        waiting = [token_counts(one.works[one.taken :]) for one in self.queue.asks]
         running = list(self.batch.running.values())
         prompts = prompt + sum(one for one, _ in waiting) + sum(one.unread for one in running)
         answers = answer + sum(one for _, one in waiting) + sum(one.left for one in running)
