@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import symtable
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -454,13 +455,21 @@ def bound(statement: ast.stmt) -> set[str]:
     } - loops_inside(statement)
 
 
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    "A node and what stands in it, but for the bodies of functions, whose names are their own."
+    yield node
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        for child in ast.iter_child_nodes(node):
+            yield from outside_functions(child)
+
+
 def read(statement: ast.stmt) -> tuple[set[str], set[str]]:
     "Notebook-level names a statement reads: (at once, later when a function in it is called)."
     table = symtable.symtable(ast.unparse(ast.Module([statement], [])), "cell", "exec")
     at_once, later = {s.get_name() for s in table.get_symbols() if s.is_referenced()}, set()
     at_once |= {
         n.target.id
-        for n in ast.walk(statement)
+        for n in outside_functions(statement)
         if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
     }
     todo = [(inner, at_once) for inner in table.get_children()]
