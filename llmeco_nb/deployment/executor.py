@@ -44,7 +44,7 @@ class Answers:
         self.error: Exception | None = None
         self.wake: asyncio.Future | None = None
         self.loop = asyncio.get_running_loop()
-        self.timer = self.loop.call_at(ask.deadline, self.fail, Expired(late))
+        self.timer = self.loop.call_at(ask.deadline, self._expire)
 
     def put(self, item: int, piece: Piece) -> None:
         """Hand out a piece.
@@ -64,6 +64,9 @@ class Answers:
         """
         self.error = error
         self._call()
+
+    def _expire(self) -> None:
+        self.fail(Expired(late))
 
     def _call(self) -> None:
         if self.wake is not None and not self.wake.done():

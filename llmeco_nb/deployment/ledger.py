@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
@@ -45,7 +45,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError
 from ..data.personal_data import mask_pii
-from .group_commit import GroupWriter
+from .group_commit import GroupWriter, NewRows
 from ..tasks.contract import Prediction
 from ..tasks.regression import NumberPrediction
 from ..tasks.text_classification import ClassPrediction
@@ -224,7 +224,7 @@ class Ledger(GroupWriter):
         super().__init__(connect(where), self.file, max_batch)
         # only the dialect we speak is imported; a server should start quickly
         dialect = self.engine.dialect.name
-        self.insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
+        self.new = import_module(f"sqlalchemy.dialects.{dialect}").insert
 
     def free_bytes(self) -> float:
         "Bytes that are free on the disk of an SQLite file, as of a second ago; else infinity."
@@ -293,13 +293,16 @@ def stored_answer(answer: Prediction) -> tuple[str, str]:
     )
 
 
+_new_predictions = predictions.insert()
+
+
 def keep_predictions(
     ledger: Ledger,
     request_id: str,
     model: str,
     texts: list[str],
     answers: Sequence[Prediction],
-    also: Callable[[Connection], None] = lambda c: None,
+    further: Sequence[NewRows] = (),
 ) -> Future:
     """Store the answers to a request; the future holds None once they are committed. Raises
     `UsageError` for answers of a task whose feedback cannot be stored, and `WriteError` where the
@@ -311,7 +314,7 @@ def keep_predictions(
         model: Digest of the bundle that answered.
         texts: Those of the request, in their order.
         answers: One for every text.
-        also: Done in the same transaction.
+        further: Rows to store in the same transaction.
     """
     if full := ledger.full():
         raise WriteError(full)
@@ -321,12 +324,11 @@ def keep_predictions(
         row = dict(request_id=request_id, item=i, at=time.time(), model=model, text=text)
         rows.append({**row, "label": label, "probabilities": probabilities})
 
-    def job(c: Connection) -> None:  # long texts take their time to mask: not in the event loop
+    def new() -> list[NewRows]:  # long texts take their time to mask: not in the event loop
         stored = [{**row, "text": ledger.as_stored(row["text"])} for row in rows]
-        c.execute(predictions.insert(), stored)
-        also(c)
+        return [NewRows(_new_predictions, stored), *further]
 
-    return ledger.write(job, durable=False)
+    return ledger.insert(new)
 
 
 def store_feedback(
@@ -346,7 +348,7 @@ def store_feedback(
     # a clock may be set back; who speaks later about an answer is later all the same
     last = c.execute(select(func.max(f.at)).where(answer)).scalar()
     at = max(time.time(), math.nextafter(last, math.inf) if last else 0.0)
-    insert = ledger.insert(feedback).values(**names, at=at, **content)
+    insert = ledger.new(feedback).values(**names, at=at, **content)
     # not by rowcount: PostgreSQL's driver does not always know it
     if c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None:
         return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from starlette.datastructures import State
@@ -160,19 +160,25 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) 
         work: What is done for the client.
     """
 
-    async def hung_up() -> None:
+    task, gone = asyncio.current_task(), False
+    assert task is not None  # a coroutine is always in one
+
+    async def watch() -> None:
+        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
-    try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect()
-        return task.result()
-    finally:
+        gone = True
         task.cancel()
-        gone.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise ClientDisconnect() from None
+        raise
+    finally:
+        watcher.cancel()
 
 
 # path -> what a key must be allowed to; empty: nothing. What is not listed needs the right to see.
@@ -300,7 +306,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         facts = model_facts(app.state.service.predictor)
         return {**facts, "deployment": deployment} if deployment else facts
 
-    async def answer(state: State, tenant: str, body: Any) -> JSONResponse:
+    async def answer(state: State, tenant: str, body: Any) -> Response:
         texts = body.items()
         names = ["text"] if body.texts is None else [f"texts.{i}" for i in range(len(texts))]
         who, request_id = state.principal, state.request_id
@@ -312,7 +318,8 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         metrics.tokens.labels(*version).inc(found.cost)
         said = [task.respond(i, prediction) for i, prediction in enumerate(found.predictions)]
         told = dict(request_id=request_id, model=found.model, answers=said)
-        return JSONResponse(replies.model_validate(told).model_dump())
+        reply = replies.model_validate(told).model_dump_json()
+        return Response(reply, media_type="application/json")
 
     async def predict(request: Request, body: Any):
         host = request.client.host if request.client else ""

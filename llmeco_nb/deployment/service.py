@@ -19,11 +19,12 @@ from typing import Any, TypeVar, cast
 from ..core import LlmecoError, UsageError, WriteError
 from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Expired, Work
+from .group_commit import in_loop
 from .keys import Principal
 from .ledger import Ledger, keep_predictions
 from .model_batch import run_within
 from .predictor import ModelName, Predictor
-from .quotas import Quotas, count_usage
+from .quotas import Quotas, new_usage
 from .refusals import check_text
 from .traffic import Serving, ShadowCounts, canary_answers, same_answer
 from ..tasks.contract import Prediction
@@ -82,7 +83,7 @@ async def stored(kept: "Future[ResultT]", deadline: float) -> ResultT:
     """
     try:
         async with asyncio.timeout_at(deadline):
-            return await asyncio.wrap_future(kept)
+            return await in_loop(kept)
     except TimeoutError:
         raise Expired("The database was slower than the deadline allows.") from None
 
@@ -369,10 +370,10 @@ class Service:
             cost = sum(work.cost for work in works)
             with self.quotas.tokens_for(who, cost):
                 found = await self._answer(executor, works, deadline, request)
-                count: dict = dict(key_id=who.id, tokens=cost, at=time.time())
-                also = partial(count_usage, **count) if who.id else lambda c: None
-                told = (request.request_id, predictor.digest, texts, found, also)
-                await stored(keep_predictions(self.ledger, *told), deadline)
+                used = new_usage(self.ledger.engine.dialect.name, who.id, cost, time.time())
+                told = (request.request_id, predictor.digest, texts, found)
+                kept = keep_predictions(self.ledger, *told, [used] if who.id else [])
+                await stored(kept, deadline)
         self._ask_shadow(texts, found)
         name = predictor.manifest.name
         model = ModelName(name=name, digest=predictor.digest, task=predictor.task.name)
