@@ -22,7 +22,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..core import UsageError, runs_dir
 from .decoder_manifest import bundle_kind
@@ -87,8 +87,10 @@ class ConnectionLimits:
         header_seconds: From the first moment, or the first byte of a further request, until it is
             known what is asked; also for which an answer may wait to be read.
         header_bytes: Of what is asked, at most.
+        pipelined: Requests that may be sent ahead of an answer.
     """
 
+    pipelined: int = 16
     connections: int = 800
     header_seconds: float = 10.0
     header_bytes: int = 65_536
@@ -136,7 +138,7 @@ class GatheringTransport:
         self.transport.abort()
 
 
-class TimedProtocol(H11Protocol):
+class TimedProtocol(HttpToolsProtocol):
     """A connection that knows for how long its client has kept a server waiting: for a request, or
     for an answer to be read."""
 
@@ -181,8 +183,12 @@ class TimedProtocol(H11Protocol):
         # a header without end; pieces of a few bytes; requests that nobody waits for the answers of
         if self.received > limit or self.wire > 2 * limit + 2 * self.payload:
             self.transport.abort()
-        elif len(self.conn._receive_buffer) > 8 * limit:  # the public property copies it
-            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        "Called by the parser."
+        if len(self.pipeline) >= self.limits.pipelined:
+            raise ValueError(f"more than {self.limits.pipelined} requests ahead of their answers")
+        super().on_headers_complete()
 
     def pause_writing(self) -> None:
         "Called by asyncio when the client does not read."
