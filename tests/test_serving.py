@@ -20,10 +20,11 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import uvicorn
 from smallbundle import make_bundle
 
+from llmeco_nb.deployment.connections import ConnectionLimits, TimedProtocol
 from llmeco_nb.deployment.executor import ExecutorOptions
 from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.server import make_app
-from llmeco_nb.deployment.serving import ConnectionLimits, Server, TimedProtocol, listen
+from llmeco_nb.deployment.serving import Server, listen
 
 ROOT = Path(__file__).resolve().parent.parent
 

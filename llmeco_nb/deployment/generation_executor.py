@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..core import UsageError
 from .executor import ExecutorOptions, LocalExecutor
-from .fair_queue import Busy, Expired, QueuedRequest, Work, late
+from .fair_queue import Expired, QueuedRequest, Work, late
 from .generation import TextGenerator
 from .generation_engine import GenerationBatch
 from ..tasks.text_generation import Prompt
@@ -106,8 +106,9 @@ class GenerationExecutor(LocalExecutor):
             excess = max(excess, 1.0)
         if self.chars + ask.chars > options.max_waiting_chars:
             excess = max(excess, 1.0)
-        if excess > 0 and count > 1:
-            raise Busy(excess)
+        if count > 1:
+            alone = self.generation_seconds(prompt, answer, beside)
+            self._await_turn(ask, now, alone, excess + left, excess)
 
     def _pick(self) -> list[tuple[QueuedRequest, int]]:
         "Prompts for the next step: as many as find room with all that their answers may have."

@@ -8,10 +8,10 @@ __all__ = ['methods', 'Metrics', 'log_line', 'failure_line', 'MetricsMiddleware'
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #659299ea
 import json
+import os
 import sys
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,7 +147,7 @@ class MetricsMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id = uuid.uuid4().hex
+        state["request_id"] = request_id = os.urandom(16).hex()
         status, begun = 499, time.perf_counter()
 
         async def told(message: Message) -> None:

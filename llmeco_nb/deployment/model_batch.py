@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ResultT', 'Piece', 'ModelBatch', 'ItemPredictor', 'WholeAnswers', 'DaemonThreads', 'ExecutorCounts', 'measure_batch',
-           'run_within']
+           'run_within', 'Answers']
 
 # %% ../../nbs/4_deployment/41h_model_batch.ipynb #0da42281
 import asyncio
@@ -12,11 +12,12 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from .fair_queue import Work
+from .fair_queue import Expired, QueuedRequest, Work, late
 
 # %% ../../nbs/4_deployment/41h_model_batch.ipynb #c954ee12
 @dataclass(frozen=True)
@@ -242,3 +243,79 @@ async def run_within(work: Callable[[], ResultT], seconds: float) -> ResultT:
         raise TimeoutError(f"It took more than {seconds:g} s.") from None
     finally:
         thread.close()
+
+# %% ../../nbs/4_deployment/41h_model_batch.ipynb #f2cd3e9e
+class Answers:
+    """The answers to a request, as they come: an asynchronous iterator of (item number, value).
+    It raises the error of the first item that fails, or `Expired` when the deadline passes.
+    Leaving its `with` block, or `close`, gives up what is missing.
+
+    Args:
+        ask: The request.
+        leave: Called once, when nothing of it is wanted any more.
+    """
+
+    def __init__(self, ask: QueuedRequest, leave: Callable[[QueuedRequest], None]):
+        self.ask = ask
+        self.leave = leave
+        self.pieces: deque[tuple[int, Piece]] = deque()
+        self.missing = len(ask.works)
+        self.error: Exception | None = None
+        self.wake: asyncio.Future | None = None
+        self.loop = asyncio.get_running_loop()
+        self.timer = self.loop.call_at(ask.deadline, self._expire)
+
+    def put(self, item: int, piece: Piece) -> None:
+        """Hand out a piece.
+
+        Args:
+            item: Number of the item in the request, from 0.
+            piece: Of its answer.
+        """
+        self.pieces.append((item, piece))
+        self._call()
+
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits that nothing follows.
+
+        Args:
+            error: Why.
+        """
+        self.error = error
+        self._call()
+
+    def _expire(self) -> None:
+        self.fail(Expired(late))
+
+    def _call(self) -> None:
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
+
+    def close(self) -> None:
+        "Give up what is missing."
+        if not self.ask.closed:
+            self.timer.cancel()
+            self.leave(self.ask)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Any]:
+        while not self.pieces:
+            if not self.missing:
+                raise StopAsyncIteration
+            if self.error is not None:
+                raise self.error
+            self.wake = self.loop.create_future()
+            await self.wake
+        item, piece = self.pieces.popleft()
+        if piece.error is not None:
+            raise piece.error
+        self.missing -= piece.last
+        return item, piece.value

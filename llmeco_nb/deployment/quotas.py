@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 
 from sqlalchemy import Column, Connection, Executable, Integer, String, Table, select
@@ -50,7 +50,12 @@ def day_of(seconds: float) -> str:
     Args:
         seconds: Since 1970.
     """
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+    return _name_of_day(int(seconds // 86_400))
+
+
+@lru_cache(4)  # asked for at every request
+def _name_of_day(day: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(day * 86_400))
 
 
 @dataclass

@@ -27,7 +27,12 @@ from .admin_routes import add_admin_routes, admin_actions
 from .authentication import AuthMiddleware, keep_fresh, read_access
 from .executor import ExecutorOptions
 from .follower import Follower
-from .http_requests import HeaderCheck, StrictRoute, content_policy
+from llmeco_nb.deployment.http_requests import (
+    BodyRoute,
+    HeaderCheck,
+    StrictRoute,
+    content_policy,
+)
 from .keys import KeyRing
 from llmeco_nb.deployment.ledger import (
     FeedbackReply,
@@ -262,8 +267,8 @@ def make_app(
     app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
     app.state.metrics = metrics
     install_exception_handlers(app)
+    add_model_routes(app, task)  # the routes that are asked most often are looked at first
     add_health_routes(app)
-    add_model_routes(app, task)
     add_admin_routes(app, database)
     return app
 
@@ -328,12 +333,15 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     # the models are the task's: known now, and not when this was written
     replies: Any = PredictReply.__class_getitem__(task.Response)
     predict.__annotations__["body"] = task.Request
-    app.post(
+    app.router.add_api_route(
         "/v1/predict",
+        predict,
+        methods=["POST"],
         summary="Ask about one text or several",
         response_model=replies,
         responses=documented(400, 401, 403, 408, 413, 422, 429, 503),
-    )(predict)
+        route_class_override=BodyRoute,
+    )
 
     field, request_model, result_model = corrections[task.name]
 
