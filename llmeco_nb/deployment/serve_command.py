@@ -58,6 +58,11 @@ class ServeChoice:
         "with a password is better given in the environment, where no list of processes shows it.",
         "WHERE",
     )
+    deadline: float = option(
+        0.0,
+        "--deadline",
+        "Seconds within which a request is answered, or else refused; 0: 10, for a decoder 120.",
+    )
     anybody: bool = option(False, "--anybody", "Allow other machines although no key exists.")
     log: bool = option(False, "--log", "Write a line of JSON about each request.")
     names: list[str] = option(
@@ -122,5 +127,6 @@ def serve(o: ServeChoice) -> None:
         proxies=tuple(o.proxies),
         tls_cert=o.tls_cert or None,
         tls_key=o.tls_key or None,
+        deadline=o.deadline or None,
     )
     run_server(options, say=typer.echo)

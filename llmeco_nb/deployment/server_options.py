@@ -32,6 +32,8 @@ class ServerOptions:
         proxies: Addresses of proxies whose word on the client's address is believed.
         tls_cert: Certificate chain, PEM; None: HTTP without encryption.
         tls_key: Its private key, PEM.
+        deadline: Seconds within which a request is answered or refused; None: 10, for a decoder
+            120.
     """
 
     bundle: str | Path | None = None
@@ -46,6 +48,7 @@ class ServerOptions:
     proxies: Sequence[str] = ()
     tls_cert: str | None = None
     tls_key: str | None = None
+    deadline: float | None = None
 
 
 def check_tls(o: ServerOptions) -> None:
