@@ -91,7 +91,7 @@ class EncoderModel:
             )
         if openvino_engine in known and multiplies_int8() and has_openvino():
             known = [openvino_engine]  # the faster one here: nothing is timed
-        engines = open_engines(files.read, [engine] if engine else known, threads)
+        engines = open_engines(files.read, [engine] if engine else known, threads, length)
         if not engines:
             raise MissingError(f"The engine {engine} needs openvino. Run: pip install openvino")
         self.task = manifest.task

@@ -326,7 +326,7 @@ def reference_scores(
     rows, _ = tokenize_texts(tokenizer, prepared, max_length, round(100 * head_fraction))
     pad = padding_id(tokenizer)
     read = lambda name: (Path(folder) / name).read_bytes()
-    opened = open_engines(read, [engine] if engine else [])
+    opened = open_engines(read, [engine] if engine else [], longest=max_length)
     if engine and not opened:
         raise MissingError(f"{folder} answers with {engine}. Run: pip install openvino")
     found = opened[engine] if engine else TorchEngine(model)

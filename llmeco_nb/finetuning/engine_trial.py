@@ -103,7 +103,7 @@ def build_engine(
     shutil.rmtree(folder, ignore_errors=True)
     quantize_encoder(model, rows, folder)
     content = [(folder / name).read_bytes() for name in engine_files]
-    return OpenVinoEngine(*content, threads=threads)
+    return OpenVinoEngine(*content, threads, longest=max(map(len, rows), default=0))
 
 
 def try_engine(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['external_weights', 'openvino_engine', 'engine_files', 'calibration_texts', 'has_openvino', 'import_openvino',
-           'Engine', 'OnnxEngine', 'OpenVinoEngine', 'TorchEngine', 'quiet_nncf', 'quantize_encoder', 'open_engines',
-           'multiplies_int8', 'fastest_engine', 'engine_outputs']
+           'Engine', 'OnnxEngine', 'padded_length', 'batch_sizes', 'OpenVinoEngine', 'TorchEngine', 'quiet_nncf',
+           'quantize_encoder', 'open_engines', 'multiplies_int8', 'fastest_engine', 'engine_outputs']
 
 # %% ../../nbs/2_finetuning/20m_engines.ipynb #948ef4d5
 import importlib.util
@@ -94,16 +94,42 @@ class OnnxEngine:
         return np.asarray(self.session.run(None, given)[0])
 
 
+def padded_length(tokens: int) -> int:
+    """The length to which a text is padded: a multiple of 16, above 64 tokens of 32.
+
+    Args:
+        tokens: Of the text.
+    """
+    step = 16 if tokens <= 64 else 32
+    return -(-tokens // step) * step
+
+
+def batch_sizes(texts: int, most: int = 16) -> Iterator[int]:
+    """Powers of two that make up a number of texts, the largest first.
+
+    Args:
+        texts: How many.
+        most: Of one batch; a power of two.
+    """
+    while texts:
+        one = min(most, 1 << (texts.bit_length() - 1))
+        yield one
+        texts -= one
+
+
 class OpenVinoEngine:
-    """OpenVINO.
+    """OpenVINO. It prepares code for each shape that it meets, and keeps it; so it is given few
+    shapes, by padding texts and dividing batches.
 
     Args:
         model: Content of model.xml.
         weights: Content of model.bin.
         threads: Of one prediction.
+        longest: Tokens that the model reads, at most; 0: unknown, and then texts are not padded.
     """
 
-    def __init__(self, model: bytes, weights: bytes, threads: int = 1):
+    def __init__(self, model: bytes, weights: bytes, threads: int = 1, longest: int = 0):
+        self.longest = longest
         ov = import_openvino()
         core = ov.Core()
         told = {
@@ -122,10 +148,19 @@ class OpenVinoEngine:
             input_ids: Token ids.
             attention_mask: 1 for a token, 0 for padding.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        with self.lock:
-            # the memory of an output belongs to the next batch
-            return next(iter(self.request.infer(given).values())).copy()
+        tokens = input_ids.shape[1]
+        more = max(tokens, min(padded_length(tokens), self.longest)) - tokens
+        padded = [np.pad(one, ((0, 0), (0, more))) for one in (input_ids, attention_mask)]
+        found: list[np.ndarray] = []
+        done = 0
+        for texts in batch_sizes(len(input_ids)):
+            ids, mask = (one[done : done + texts] for one in padded)
+            done += texts
+            with self.lock:
+                answer = self.request.infer({"input_ids": ids, "attention_mask": mask})
+                # the memory of an output belongs to the next batch
+                found.append(next(iter(answer.values())).copy())
+        return np.concatenate(found)
 
 
 class TorchEngine:
@@ -222,7 +257,7 @@ def quantize_encoder(model: Any, rows: Sequence[Sequence[int]], folder: Path) ->
 
 
 def open_engines(
-    read: Callable[[str], bytes], names: Sequence[str], threads: int = 1
+    read: Callable[[str], bytes], names: Sequence[str], threads: int = 1, longest: int = 0
 ) -> dict[str, Engine]:
     """The engines of these names for which the packages are there. Raises what `read` raises.
 
@@ -230,6 +265,7 @@ def open_engines(
         read: Gives the content of a file of the bundle.
         names: onnx, and whatever the bundle has besides.
         threads: Of one prediction.
+        longest: Tokens that the model reads, at most; 0: unknown.
     """
     found: dict[str, Engine] = {}
     for name in names:
@@ -237,7 +273,7 @@ def open_engines(
             found[name] = OnnxEngine(read("model.onnx"), threads)
         elif name == openvino_engine and has_openvino():
             model, weights = (read(f"{name}/{file}") for file in engine_files)
-            found[name] = OpenVinoEngine(model, weights, threads)
+            found[name] = OpenVinoEngine(model, weights, threads, longest)
     return found
 
 
