@@ -1,5 +1,5 @@
-"""A database of an earlier program is brought to today's tables: all rows are there, it is done once
-whoever comes, and who is killed leaves the old one or the new one."""
+"""A database of an earlier program is brought to today's tables: all rows are there, it is done
+once whoever comes, and who is killed leaves the old one or the new one."""
 
 import importlib
 import json
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-for library in ("sqlalchemy", "alembic"):
-    pytest.importorskip(library, reason="the database needs the extra `serve`")
+pytest.importorskip("alembic", reason="the database needs the extra `serve`")
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
@@ -438,7 +437,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 numbers = st.floats(allow_nan=False)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     classes=st.lists(st.dictionaries(words, st.floats(0, 1), min_size=1), max_size=6),
     values=st.lists(st.tuples(numbers, st.none() | numbers), max_size=6),
