@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, event, inspect, text
+from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from llmeco_nb.core import UsageError, WriteError
 from llmeco_nb.deployment.generation_log import read_rated_generations
@@ -429,6 +431,46 @@ def test_who_comes_at_once_does_it_once(kind, tmp_path):
             check_upgraded(file)
         assert len(copies(file)) == (kind == "old"), "one of them made one copy"
         assert dump(file)["alembic_version"] == [f"('{head}',)"]
+
+
+def told_meanwhile(engine: Engine, where: str | Path) -> tuple[set[str], set[str], list[str]]:
+    """What a server of the earlier program was told to be stored while the database was changed,
+    what is there afterwards, and what the server said in the end."""
+    told, said, begun = set(), [], threading.Event()
+    insert = text(
+        "INSERT INTO predictions (request_id, item, at, model, text, label, probabilities)"
+        " VALUES (:name, 0, 1.0, 'm', 't', '1.5', 'null')"
+    )
+
+    def serve():
+        while not said:
+            name = f"w{len(told)}"
+            try:
+                with engine.begin() as c:
+                    c.execute(insert, dict(name=name))
+                told.add(name)
+                if len(told) == 20:
+                    begun.set()
+            except DBAPIError as e:
+                said.append(str(e.orig))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    assert begun.wait(30)
+    connect(where).dispose()
+    server.join(30)
+    with engine.connect() as c:
+        names = "SELECT request_id FROM predictions WHERE request_id LIKE 'w%'"
+        there = {*c.execute(text(names)).scalars()}
+    engine.dispose()
+    return told, there, said
+
+
+def test_a_server_of_the_earlier_program_loses_nothing_that_it_told(tmp_path):
+    file = make_old(tmp_path / "old.sqlite")
+    engine = create_engine(f"sqlite:///{file}", connect_args=dict(timeout=30))
+    told, there, said = told_meanwhile(engine, file)
+    assert told == there and len(told) >= 20 and "label" in said[0]
 
 
 # -- whatever an old row held

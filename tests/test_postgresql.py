@@ -24,7 +24,7 @@ pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
 from smallbundle import make_bundle
 from sqlalchemy import create_engine, text
-from test_migrations import OLD_ROWS, OLD_TABLES, RACE, check_upgraded, forked
+from test_migrations import OLD_ROWS, OLD_TABLES, RACE, check_upgraded, forked, told_meanwhile
 
 from llmeco_nb.core import WriteError
 from llmeco_nb.deployment.key_admin import KeyAdmin
@@ -387,3 +387,17 @@ for number in range(5, 71, 5):
 def test_a_database_without_tables_is_made_once(where):
     assert forked(RACE, where) == "[0, 0, 0, 0]\n"
     assert read_feedback(where) == []
+
+
+def test_a_server_of_the_earlier_program_loses_nothing_that_it_told(where, old):
+    many = """
+    INSERT INTO predictions
+    SELECT 'm' || n, 0, 1.0, 'm', repeat('text ', 20), '1.5', 'null'
+    FROM generate_series(1, 60000) n
+    """
+    with old.begin() as c:  # so that the change takes its time
+        c.exec_driver_sql(many)
+        # of the first revision already: that one locks the tables by looking at their indexes
+        c.exec_driver_sql("CREATE TABLE alembic_version AS SELECT '0001' AS version_num")
+    told, there, said = told_meanwhile(old, where)
+    assert told == there and len(told) >= 20 and "label" in said[0]

@@ -51,6 +51,9 @@ class Correction:
     correct: bool
 
 # %% ../../nbs/2_finetuning/20p_corrections.ipynb #8677b964
+_FeedbackResult = FeedbackResult  # inside Correctable the name means the attribute
+
+
 class Correctable:
     "What a task knows of the corrections of its answers."
 
@@ -59,7 +62,7 @@ class Correctable:
     answer_field: ClassVar[str] = ""
     # How an answer is corrected, and what is replied to it; None: answers cannot be corrected
     Feedback: ClassVar[type[FeedbackRequest] | None] = None
-    FeedbackResult: ClassVar[type[FeedbackResult] | None] = None
+    FeedbackResult: ClassVar[type[_FeedbackResult] | None] = None
 
     def answered(self, prediction: BaseModel) -> Any:
         """What people correct of an answer, such as its class; a JSON value.

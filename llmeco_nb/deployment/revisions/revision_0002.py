@@ -41,6 +41,10 @@ FROM predictions
 def upgrade() -> None:
     "Write both tables anew, with an answer or a correction as JSON in each row."
     c = op.get_bind()
+    if (
+        c.dialect.name == "postgresql"
+    ):  # nobody adds a row to a table that is being read for the new
+        c.exec_driver_sql("LOCK TABLE feedback, predictions IN ACCESS EXCLUSIVE MODE")
     string = "json_quote({})" if c.dialect.name == "sqlite" else "CAST(to_json({}) AS text)"
     op.create_table(
         "feedback_typed",
