@@ -23,10 +23,20 @@ pytest.importorskip("psycopg", reason="PostgreSQL needs the extra `postgresql`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
 from smallbundle import make_bundle
+from sqlalchemy import create_engine, text
+from test_migrations import OLD_ROWS, OLD_TABLES, RACE, check_upgraded, forked, told_meanwhile
 
+from llmeco_nb.core import WriteError
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions
-from llmeco_nb.deployment.ledger import Conflict, connect, predictions, read_feedback, shown
+from llmeco_nb.deployment.ledger import (
+    Conflict,
+    connect,
+    database_url,
+    predictions,
+    read_feedback,
+    shown,
+)
 from llmeco_nb.deployment.manifest import verify, write_manifest
 from llmeco_nb.deployment.registry import Registry
 from llmeco_nb.deployment.retention import Retention, delete_answers, tidy, used_bytes
@@ -194,7 +204,7 @@ def test_the_room_is_that_of_the_rows_that_are_left(where):
             c.exec_driver_sql("ANALYZE")
             return used_bytes(c)
 
-    row = dict(item=0, at=time.time() - 9000, model="m", label="a", probabilities="{}")
+    row = dict(item=0, at=time.time() - 9000, model="m", task="none", answer="{}")
     with engine.begin() as c:
         rows = [dict(row, request_id=f"{i}", text=f"{i:09} " * 50) for i in range(4000)]
         c.execute(predictions.insert(), rows)
@@ -318,3 +328,76 @@ def test_a_database_that_goes_away_and_comes_back(where, cluster, bundles):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         assert c.get("/readyz").status_code == 200
+
+
+# -- a database of an earlier program
+
+
+@pytest.fixture
+def old(where):
+    "The tables as they were before revisions were numbered, with rows."
+    engine = create_engine(database_url(where))
+    with engine.begin() as c:
+        for line in OLD_TABLES.split(";"):
+            c.exec_driver_sql(line)
+        for name, rows in OLD_ROWS.items():
+            marks = ", ".join(["%s"] * len(rows[0]))
+            c.exec_driver_sql(f"INSERT INTO {name} VALUES ({marks})", rows)
+    yield engine
+    engine.dispose()
+
+
+def old_rows(engine) -> dict[str, list]:
+    with engine.connect() as c:
+        every = {name: c.execute(text(f"SELECT * FROM {name}")).all() for name in OLD_ROWS}
+    return {name: [tuple(row) for row in rows] for name, rows in every.items()}
+
+
+def test_an_old_database_is_read_in_full(where, old):
+    before = old_rows(old)
+    check_upgraded(where)
+    after = old_rows(old)
+    assert {name: len(rows) for name, rows in after.items()} == {
+        name: len(rows) for name, rows in OLD_ROWS.items()
+    }
+    for name in before.keys() - {"predictions", "feedback"}:
+        assert after[name] == before[name]
+    with old.begin() as c:
+        c.execute(text("UPDATE alembic_version SET version_num = '0977'"))
+    with pytest.raises(WriteError, match="revision 0977"):
+        connect(where)
+
+
+def test_who_comes_at_once_changes_it_once(where, old):
+    assert forked(RACE, where) == "[0, 0, 0, 0]\n"
+    check_upgraded(where)
+
+
+def test_who_is_killed_leaves_the_old_database(where, old):
+    code = """
+for number in range(5, 71, 5):
+    print(wait(fork(killed_at, sys.argv[1], number)))
+"""
+    assert forked(code, where).split() == ["-9"] * 14
+    assert old_rows(old) == OLD_ROWS
+    old.dispose()
+    check_upgraded(where)
+
+
+def test_a_database_without_tables_is_made_once(where):
+    assert forked(RACE, where) == "[0, 0, 0, 0]\n"
+    assert read_feedback(where) == []
+
+
+def test_a_server_of_the_earlier_program_loses_nothing_that_it_told(where, old):
+    many = """
+    INSERT INTO predictions
+    SELECT 'm' || n, 0, 1.0, 'm', repeat('text ', 20), '1.5', 'null'
+    FROM generate_series(1, 60000) n
+    """
+    with old.begin() as c:  # so that the change takes its time
+        c.exec_driver_sql(many)
+        # of the first revision already: that one locks the tables by looking at their indexes
+        c.exec_driver_sql("CREATE TABLE alembic_version AS SELECT '0001' AS version_num")
+    told, there, said = told_meanwhile(old, where)
+    assert told == there and len(told) >= 20 and "label" in said[0]

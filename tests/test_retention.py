@@ -1,10 +1,12 @@
 """Old answers go, what people said stays, and nobody waits for it."""
 
 import asyncio
+import shutil
 import sqlite3
 import time
 import uuid
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -114,9 +116,8 @@ def test_what_is_too_old_goes_and_a_failing_database_does_not_end_it(tmp_path):
 
 
 def test_a_database_of_before_gets_the_index_and_limits_are_above_zero(tmp_path):
-    Ledger(tmp_path / "l.sqlite").close()
-    with sqlite3.connect(tmp_path / "l.sqlite") as c:
-        c.execute("DROP INDEX predictions_at")
+    old = Path(__file__).parent / "fixtures" / "feedback_e8ccf91.sqlite"
+    shutil.copy(old, tmp_path / "l.sqlite")
     Ledger(tmp_path / "l.sqlite").close()
     with sqlite3.connect(tmp_path / "l.sqlite") as c:
         plan = c.execute("EXPLAIN QUERY PLAN SELECT item FROM predictions WHERE at < 5").fetchall()

@@ -1,6 +1,7 @@
 """The service: models are exchanged under load without a failed or a mixed answer."""
 
 import asyncio
+import json
 import shutil
 import time
 import uuid
@@ -87,7 +88,7 @@ def exchange(models, place, swaps):
     with ledger.engine.connect() as c:
         rows = c.execute(predictions.select()).all()
     assert len(rows) == 3 * len(answers)
-    assert all(row.label == labels[row.model][row.item] for row in rows)
+    assert all(json.loads(row.answer)["label"] == labels[row.model][row.item] for row in rows)
     ledger.close()
 
 

@@ -168,23 +168,51 @@ def test_a_task_is_listed_wherever_tasks_are(name):
 def test_a_task_can_be_served_and_corrected(name):
     for library in ("fastapi", "uvicorn", "sqlalchemy"):
         pytest.importorskip(library, reason="serving needs the extra `serve`")
-    from llmeco_nb.deployment.ledger import stored_answer
     from llmeco_nb.deployment.packing import check_outputs
-    from llmeco_nb.deployment.server import corrections
+    from llmeco_nb.deployment.server import check_served
 
     task = find_task(name)
     schema = task.check(sample(name))
-    field, asked, told = corrections[name]
-    assert {field, "correct"} <= asked.model_fields.keys()
-    assert {field, "predicted"} <= told.model_fields.keys()
+    check_served(task)
+    field, told = task.answer_field, {task.answer_field, "predicted"}
+    assert {field, "correct"} <= task.Feedback.model_fields.keys()
+    assert told <= task.FeedbackResult.model_fields.keys()
+    assert field in task.Response.model_fields and task.Prediction.task == name
     names = getattr(schema, "labels", ["0"])  # of a model's outputs
     check_outputs("model", names, schema)
     with pytest.raises(DataError, match="The model model"):
         check_outputs("model", [*names, "one more"], schema)
-    outputs = np.ones((1, len(names)))
-    [answer] = task.decode(task.activate(outputs, schema), schema)
-    assert field in type(answer).model_fields
-    assert all(isinstance(text, str) for text in stored_answer(answer))
+    outputs = np.eye(2, len(names))
+    one, other = task.decode(task.activate(outputs, schema), schema)
+    assert task_of(one) is task and task.same_answer(one, one, schema)
+    assert not task.same_answer(one, other, schema)
+    # what is right can be told by the field of the same name, and comes back as it was told
+    right = task.correct(one, task.answered(other), None)
+    assert (right.given, right.correct) == (task.answered(other), False)
+    sent = task.Feedback.model_validate_json(json.dumps({"request_id": "r", field: right.given}))
+    assert getattr(sent, field) == right.given == json.loads(json.dumps(right.given))
+    assert task.correct(one, task.answered(one), None).correct
+    assert task.correct(one, None, True).given == task.answered(one)
+    for wrong in ((None, None), (task.answered(other), True), ([], None), ({}, False)):
+        with pytest.raises(UsageError):
+            task.correct(one, *wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("name", tasks)
+def test_a_stored_answer_is_read_as_it_was(name, data):
+    task = find_task(name)
+    answer = data.draw(st.builds(task.Prediction))
+    again = task.from_stored(task.to_stored(answer))
+    assert type(again) is task.Prediction and repr(again) == repr(answer)
+
+
+@pytest.mark.parametrize("name", tasks)
+@pytest.mark.parametrize("stored", ["", "[]", "{}", '{"label": 7}', '{"value": "x"}'])
+def test_a_stored_answer_that_is_none_is_refused(name, stored):
+    with pytest.raises(DataError, match=f"stored answer of {name}"):
+        find_task(name).from_stored(stored)
 
 
 def test_a_target_that_is_no_number_is_refused_with_its_row():

@@ -27,6 +27,7 @@ from llmeco_nb.deployment.ledger import (
     sqlite_file,
     store_feedback,
 )
+from ..tasks.text_generation import GenerationSchema
 
 # %% ../../nbs/4_deployment/48i_generation_log.ipynb #afb54439
 generations = Table(
@@ -154,7 +155,8 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
             )
         given = answer if agrees else better
         note = ledger.as_stored(one.note)
-        content = dict(author=one.author, given=given, correct=agrees, note=note)
+        task = GenerationSchema.task
+        content = dict(author=one.author, task=task, given=given, correct=agrees, note=note)
         names = dict(request_id=one.request_id, item=0, key=one.key or one.author)
         return GenerationFeedbackReply(store_feedback(c, ledger, names, content), agrees)
 
@@ -195,7 +197,7 @@ def read_rated_generations(where: str | Path) -> list[RatedGeneration]:
     if file and not file.exists():
         return []
     f, g = feedback.c, generations.c
-    columns = [g.prompt, g.text, f.correct, f.given, f.author, f.at, g.model]
+    columns = [g.prompt, g.text, f.correct, f.correction, f.author, f.at, g.model]
     joined = select(*columns).join(feedback, f.request_id == g.request_id)
     engine = connect(where)
     try:
@@ -208,7 +210,7 @@ def read_rated_generations(where: str | Path) -> list[RatedGeneration]:
             prompt=[(role, content) for role, content in json.loads(row.prompt)],
             text=row.text,
             correct=row.correct,
-            better=None if row.correct else row.given,
+            better=None if row.correct or row.correction is None else json.loads(row.correction),
             author=row.author,
             at=row.at,
             model=row.model,

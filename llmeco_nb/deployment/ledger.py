@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['schema', 'predictions', 'feedback', 'database_url', 'shown', 'sqlite_file', 'connect', 'UnknownRequest', 'Conflict',
-           'Ledger', 'FeedbackReply', 'stored_answer', 'keep_predictions', 'store_feedback', 'keep_feedback',
-           'FeedbackRow', 'read_feedback']
+           'Ledger', 'FeedbackReply', 'keep_predictions', 'store_feedback', 'keep_feedback', 'FeedbackRow',
+           'read_feedback']
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #3fdd8d34
 import json
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,17 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
-    inspect,
     make_url,
     select,
 )
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from ..core import LlmecoError, MissingError, UsageError, WriteError
 from ..data.personal_data import mask_pii
 from .group_commit import GroupWriter, NewRows
+from .schema_versions import upgrade
 from ..tasks.contract import Prediction
-from ..tasks.regression import NumberPrediction
-from ..tasks.text_classification import ClassPrediction
+from ..tasks.registry import find_task, task_of
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #fa1fd69e
 schema = MetaData()
@@ -60,8 +58,8 @@ predictions = Table(
     Column("at", Float, nullable=False),  # seconds since 1970
     Column("model", String(64), nullable=False),  # digest of the bundle
     Column("text", Text, nullable=False),
-    Column("label", Text, nullable=False),  # class that was predicted, or a number as text
-    Column("probabilities", Text, nullable=False),  # JSON: label -> probability; null for a number
+    Column("task", String(64), nullable=False),  # name of the task
+    Column("answer", Text, nullable=False),  # JSON, as the task stores it
     Index("predictions_at", "at"),
 )
 feedback = Table(
@@ -72,8 +70,9 @@ feedback = Table(
     Column("key", String(200), primary_key=True),
     Column("at", Float, nullable=False),  # seconds since 1970
     Column("author", Text, nullable=False),
-    # class or number; empty when the answer was wrong and what is right is not known
-    Column("given", Text),
+    Column("task", String(64), nullable=False),  # name of the answer's task
+    # JSON of the task's type; empty when the answer was wrong and what is right is not known
+    Column("correction", Text),
     Column("correct", Boolean, nullable=False),
     Column("note", Text, nullable=False),
     Index("feedback_at", "at"),
@@ -134,8 +133,9 @@ def sqlite_file(url: URL) -> Path | None:
 
 
 def connect(where: str | Path) -> Engine:
-    """An SQLAlchemy engine on the database, tables made if they are not there. Raises `WriteError`
-    for one that cannot be opened or has other columns, `MissingError` for an absent driver.
+    """An SQLAlchemy engine on the database, whose tables are made or brought to the newest revision
+    if need be. Raises `WriteError` for one that cannot be opened, is of a newer revision or has
+    other tables; `MissingError` for an absent driver.
 
     Args:
         where: Path of an SQLite file, or a database URL.
@@ -155,13 +155,7 @@ def connect(where: str | Path) -> Engine:
                 for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"):
                     connection.execute(line)
 
-        with engine.connect() as c:
-            for table in schema.sorted_tables:
-                c.execute(CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    c.execute(CreateIndex(index, if_not_exists=True))
-            c.commit()
-            _check_columns(c, where)
+        upgrade(engine, shown(where), file)
     except ModuleNotFoundError as e:
         raise MissingError(
             f"The database {shown(where)} needs the package {e.name}: install it with pip."
@@ -172,18 +166,6 @@ def connect(where: str | Path) -> Engine:
             reason = reason.replace(str(url.password), "***")
         raise WriteError(f"The database {shown(where)} cannot be opened: {reason}.") from None
     return engine
-
-
-def _check_columns(c: Connection, where: str | Path) -> None:
-    "Raises `WriteError` if a table has not the columns that are read and written here."
-    for table in schema.sorted_tables:
-        there = {column["name"] for column in inspect(c).get_columns(table.name)}
-        if lacking := [column.name for column in table.columns if column.name not in there]:
-            raise WriteError(
-                f"The database {shown(where)} is of another version: its table {table.name} has no "
-                f"column {', '.join(lacking)}. Serve into a new one: `llmeco serve --database "
-                "FILE`."
-            )
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #71be1e33
 class UnknownRequest(LlmecoError):
@@ -267,30 +249,13 @@ class Ledger(GroupWriter):
 @dataclass(frozen=True)
 class FeedbackReply:
     """What became of a piece of feedback: whether it was `stored` (False for a repetition), what is
-    right (`given`, a class or a number; None if that is not known), what the answer said
-    (`predicted`), and whether the answer was right (`correct`)."""
+    right (`given`, such as a class or a number; None if that is not known), what the answer said
+    (`predicted`, of the same type), and whether the answer was right (`correct`)."""
 
     stored: bool
-    given: str | float | None
-    predicted: str | float
+    given: Any | None
+    predicted: Any
     correct: bool
-
-
-def stored_answer(answer: Prediction) -> tuple[str, str]:
-    """What the columns label and probabilities hold of an answer. Raises `UsageError` for an answer
-    of a task whose feedback cannot be stored.
-
-    Args:
-        answer: Of a task.
-    """
-    if isinstance(answer, ClassPrediction):
-        return answer.label, json.dumps(answer.probabilities)
-    if isinstance(answer, NumberPrediction):
-        return repr(answer.value), "null"
-    raise UsageError(
-        f"An answer of the kind {type(answer).__name__} cannot be stored yet; classes and numbers "
-        "can."
-    )
 
 
 _new_predictions = predictions.insert()
@@ -305,8 +270,8 @@ def keep_predictions(
     further: Sequence[NewRows] = (),
 ) -> Future:
     """Store the answers to a request; the future holds None once they are committed. Raises
-    `UsageError` for answers of a task whose feedback cannot be stored, and `WriteError` where the
-    disk is nearly full; feedback is stored even then.
+    `UsageError` for answers of a task that is not known, and `WriteError` where the disk is nearly
+    full; feedback is stored even then.
 
     Args:
         ledger: Where to; its thread writes.
@@ -320,9 +285,9 @@ def keep_predictions(
         raise WriteError(full)
     rows = []
     for i, (text, answer) in enumerate(zip(texts, answers)):
-        label, probabilities = stored_answer(answer)
+        task = task_of(answer)
         row = dict(request_id=request_id, item=i, at=time.time(), model=model, text=text)
-        rows.append({**row, "label": label, "probabilities": probabilities})
+        rows.append({**row, "task": task.name, "answer": task.to_stored(answer)})
 
     def new() -> list[NewRows]:  # long texts take their time to mask: not in the event loop
         stored = [{**row, "text": ledger.as_stored(row["text"])} for row in rows]
@@ -341,21 +306,26 @@ def store_feedback(
         c: A connection, in a transaction that writes.
         ledger: Knows the database's language.
         names: Values of request_id, item and key.
-        content: Values of author, given, correct and note.
+        content: Values of author, task, correct and note; and `given`, a JSON value: what is
+            right, or None.
     """
+    given, rest = content["given"], {k: v for k, v in content.items() if k != "given"}
+    correction = None if given is None else json.dumps(given, ensure_ascii=False)
     f = feedback.c
     answer = (f.request_id == names["request_id"]) & (f.item == names["item"])
     # a clock may be set back; who speaks later about an answer is later all the same
     last = c.execute(select(func.max(f.at)).where(answer)).scalar()
     at = max(time.time(), math.nextafter(last, math.inf) if last else 0.0)
-    insert = ledger.new(feedback).values(**names, at=at, **content)
+    row = {**names, **rest, "at": at, "correction": correction}
+    insert = ledger.new(feedback).values(row)
     # not by rowcount: PostgreSQL's driver does not always know it
     if c.execute(insert.on_conflict_do_nothing().returning(f.at)).first() is not None:
         return True
     old = c.execute(select(feedback).where(answer & (f.key == names["key"]))).one()
-    if any(getattr(old, k) != v for k, v in content.items()):
+    told = None if old.correction is None else json.loads(old.correction)
+    if told != given or any(getattr(old, k) != v for k, v in rest.items()):
         raise Conflict(
-            f"There is other feedback on this answer already ({old.given!r}). To "
+            f"There is other feedback on this answer already ({told!r}). To "
             "replace it, send the new one with another `key`."
         )
     return False
@@ -365,7 +335,7 @@ def keep_feedback(
     ledger: Ledger,
     request_id: str,
     item: int = 0,
-    given: str | float | None = None,
+    given: Any | None = None,
     correct: bool | None = None,
     author: str = "",
     note: str = "",
@@ -378,7 +348,7 @@ def keep_feedback(
         ledger: Where to; it must hold the answer.
         request_id: The one that came with the answer.
         item: Which of the request's answers.
-        given: What is right: a class, or a number where the answer is one.
+        given: What is right, of the type of the answer's task: a class, or a number.
         correct: Whether the answer was right; one of the two is enough.
         author: Who says so.
         note: Anything else.
@@ -395,56 +365,15 @@ def keep_feedback(
                 f"There is no answer {item} of a request {request_id}. Send the request_id and "
                 "the item that came with the answer."
             )
-        known = json.loads(row.probabilities)
-        right = _right_answer(row.label, known, given, correct)
-        agrees = right == row.label
-        if given is not None and correct is not None and correct != agrees:
-            raise UsageError(
-                f"The answer was {row.label!r}: correct={str(correct).lower()} and {given!r} as "
-                "what is right contradict each other. Send one of them."
-            )
-        content = dict(author=author, given=right, correct=agrees, note=ledger.as_stored(note))
+        task = find_task(row.task)
+        answer = task.from_stored(row.answer)
+        said = task.correct(answer, given, correct)
+        content = dict(author=author, task=task.name, **asdict(said), note=ledger.as_stored(note))
         names = dict(request_id=request_id, item=item, key=key or author)
         new = store_feedback(c, ledger, names, content)
-        if known is None:  # a number, which stands there as text
-            told = None if right is None else float(right)
-            return FeedbackReply(new, told, float(row.label), agrees)
-        return FeedbackReply(new, right, row.label, agrees)
+        return FeedbackReply(new, said.given, task.answered(answer), said.correct)
 
     return ledger.write(job)
-
-
-def _right_answer(
-    predicted: str,
-    known: dict[str, float] | None,
-    given: str | float | None,
-    correct: bool | None,
-) -> str | None:
-    """What is right, as the column `given` has it; None if that is not known. `known`: the classes
-    of the answer; None for a number. Raises `UsageError` for what the answer could not have been.
-    """
-    if given is None and correct is None:
-        raise UsageError(
-            "Feedback says what is right (`given`) or whether the answer was (`correct`); here it "
-            "says neither. Send one of them."
-        )
-    if given is None:
-        if correct:
-            return predicted
-        others = [name for name in known or () if name != predicted]
-        return others[0] if len(others) == 1 else None
-    if known is None:
-        if isinstance(given, str) or not math.isfinite(given):
-            raise UsageError(
-                f"The answer was the number {predicted}, and {given!r} is no finite number. Send "
-                "what is right as `value`."
-            )
-        return repr(float(given))
-    if not isinstance(given, str) or given not in known:
-        raise UsageError(
-            f"{given!r} is not a label of this model. Its labels are: {', '.join(known)}."
-        )
-    return given
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #ad95b718
 @dataclass(frozen=True)
@@ -452,8 +381,8 @@ class FeedbackRow:
     """A piece of feedback with its `author` and `note`, and the `text` it is about: `item`, from 0,
     of the request `request_id`. `key` makes a repetition recognisable; `at` is in seconds since
     1970. The answer said `predicted`; right is `given` (None if that is not known); `correct`:
-    whether the answer was right; `model`: digest of the bundle that answered. If the answer was a
-    number, `predicted` and `given` hold it as text."""
+    whether the answer was right; `model`: digest of the bundle that answered. `predicted` and
+    `given` are of the type of the `task`, such as a class or a number."""
 
     request_id: str
     item: int
@@ -461,16 +390,26 @@ class FeedbackRow:
     at: float
     author: str
     text: str
-    predicted: str
-    given: str | None
+    predicted: Any
+    given: Any | None
     correct: bool
     note: str
     model: str
+    task: str
+
+
+def _feedback_row(answer: str, correction: str | None, task: str, **rest: Any) -> FeedbackRow:
+    "A row as it stands in the database, with answer and correction as the task reads them."
+    of = find_task(task)
+    predicted = of.answered(of.from_stored(answer))
+    given = None if correction is None else json.loads(correction)
+    return FeedbackRow(predicted=predicted, given=given, task=task, **rest)
 
 
 def read_feedback(where: str | Path) -> list[FeedbackRow]:
     """Every piece of feedback, sorted by time, request, item and key. Empty if there is no
-    database. Raises `WriteError` for one that cannot be opened.
+    database. Raises `WriteError` for one that cannot be opened, `DataError` for an answer that
+    cannot be read.
 
     Args:
         where: Path of an SQLite file, or a database URL.
@@ -479,14 +418,14 @@ def read_feedback(where: str | Path) -> list[FeedbackRow]:
     if file and not file.exists():
         return []
     f, p = feedback.c, predictions.c
-    columns = [f.request_id, f.item, f.key, f.at, f.author, f.given, f.correct, f.note]
-    columns += [p.text, p.label.label("predicted"), p.model]
+    columns = [f.request_id, f.item, f.key, f.at, f.author, f.correction, f.correct, f.note]
+    columns += [p.text, p.answer, p.model, p.task]
     same = (f.request_id == p.request_id) & (f.item == p.item)
     joined = select(*columns).join(predictions, same)
     joined = joined.order_by(f.at, f.request_id, f.item, f.key)
     engine = connect(where)
     try:
         with engine.connect() as c:
-            return [FeedbackRow(**r) for r in c.execute(joined).mappings()]
+            return [_feedback_row(**r) for r in c.execute(joined).mappings()]
     finally:
         engine.dispose()

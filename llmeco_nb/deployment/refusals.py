@@ -30,6 +30,7 @@ from .quotas import LockedOut, QuotaExceeded
 from llmeco_nb.tasks.limits import (
     max_body_bytes,
     max_label_chars,
+    max_note_chars,
     max_request_texts,
     max_text_chars,
 )
@@ -41,7 +42,7 @@ class Limits(NamedTuple):
     body: int = max_body_bytes  # bytes of a body
     text: int = max_text_chars  # characters of a text
     texts: int = max_request_texts  # texts of a request
-    note: int = 2_000  # characters of a note
+    note: int = max_note_chars  # characters of a note
     name: int = max_label_chars  # characters of a request id, label, author or key
 
 

@@ -10,9 +10,8 @@ import hashlib
 from dataclasses import dataclass
 
 from .executor import LocalExecutor
-from .ledger import stored_answer
 from ..tasks.contract import Prediction, Schema
-from ..tasks.regression import NumberPrediction, RegressionSchema
+from ..tasks.registry import task_of
 
 # %% ../../nbs/4_deployment/46b_traffic.ipynb #94c752b5
 def canary_answers(canary: str, share: float, text: str) -> bool:
@@ -77,7 +76,4 @@ def same_answer(one: Prediction, other: Prediction, schema: Schema) -> bool:
         other: Of the same task.
         schema: Of the first model.
     """
-    if isinstance(one, NumberPrediction) and isinstance(other, NumberPrediction):
-        scale = schema.high - schema.low if isinstance(schema, RegressionSchema) else 0.0
-        return abs(one.value - other.value) <= 0.01 * scale
-    return stored_answer(one)[0] == stored_answer(other)[0]
+    return task_of(one).same_answer(one, other, schema)

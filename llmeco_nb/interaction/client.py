@@ -109,7 +109,7 @@ class Client:
     def feedback(
         self,
         answer: PredictReply | str,
-        given: str | float | None = None,
+        given: Any | None = None,
         correct: bool | None = None,
         item: int = 0,
         note: str = "",
@@ -118,8 +118,9 @@ class Client:
         """Feedback on an answer. Repeating it changes nothing; `stored` says whether it was new.
 
         Args:
-            answer: What `predict` returned, or its request id.
-            given: What is right: a class, or a number.
+            answer: What `predict` returned, or its request id; the server is then asked for its
+                task.
+            given: What is right, of the task's type: a class, or a number.
             correct: Whether the answer was right; one of the two is enough.
             item: Which of the request's answers.
             note: Anything else.
@@ -133,11 +134,12 @@ class Client:
             author=self.author,
             key=key,
         )
+        name = self.model()["task"] if isinstance(answer, str) else answer.model.task
+        field = find_task(name).answer_field
         if given is not None:
-            told["label" if isinstance(given, str) else "value"] = given
+            told[field] = given
         r = self.ask("POST", "/v1/feedback", told)
-        right = r["label"] if "label" in r else r["value"]
-        return FeedbackReply(r["stored"], right, r["predicted"], r["correct"])
+        return FeedbackReply(r["stored"], r[field], r["predicted"], r["correct"])
 
 
 def predict_reply(body: dict) -> PredictReply:

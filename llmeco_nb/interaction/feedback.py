@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic import NonNegativeInt, PositiveInt
@@ -48,18 +48,21 @@ class FrozenRow:
         item: Which answer of the request.
         author: Who gave it.
         text: The text that was answered.
-        given: What is right.
+        given: What is right, of the type of the task: a class, or a number.
         predicted: What the answer said.
         model: Digest of the bundle that answered.
+        task: Of the answer; rows that were frozen without one are of classes, or have numbers as
+            text.
     """
 
     request_id: str
     item: int
     author: str
     text: str
-    given: str
-    predicted: str
+    given: Any
+    predicted: Any
     model: str
+    task: str = "text-classification"
 
 
 columns = tuple(FrozenRow.__dataclass_fields__)

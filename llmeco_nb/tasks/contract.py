@@ -25,6 +25,7 @@ from pydantic import (
 
 from ..core import DataError
 from .cleaning import clean_text
+from .corrections import Correctable
 from .limits import max_request_texts, max_text_chars
 
 # %% ../../nbs/2_finetuning/20a_task_contract.ipynb #6c030b32
@@ -151,9 +152,11 @@ class TextRequest(BaseModel):
 
 
 class Prediction(BaseModel):
-    "What a model says of one item; each task has a subclass."
+    "What a model says of one item; each task has a subclass, which names it as `task`."
 
-    model_config = ConfigDict(frozen=True)
+    # JSON has no word for infinity; what was answered is stored all the same
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    task: ClassVar[str] = ""  # Name of the task
 
 
 class ItemResponse(BaseModel):
@@ -192,7 +195,7 @@ class Selection:
 _Prediction = Prediction  # inside Task the name means the attribute
 
 
-class Task(ABC, Generic[SchemaT]):
+class Task(Correctable, ABC, Generic[SchemaT]):
     "The light half of a task. An instance holds no state."
 
     name: ClassVar[str]  # As the hub names the task, such as "text-classification"
@@ -277,6 +280,40 @@ class Task(ABC, Generic[SchemaT]):
             prediction: What `decode` said of it.
         """
         return self.Response(item=item, **prediction.model_dump())
+
+    def to_stored(self, prediction: _Prediction) -> str:
+        """An answer as a database holds it: JSON with the fields of `Prediction`.
+
+        Args:
+            prediction: What `decode` said of an item.
+        """
+        return prediction.model_dump_json()
+
+    def from_stored(self, stored: str) -> _Prediction:
+        """The answer that `to_stored` wrote. Raises `DataError`.
+
+        Args:
+            stored: JSON.
+        """
+        try:
+            return self.Prediction.model_validate_json(stored)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "JSON"
+            raise DataError(
+                f"A stored answer of {self.name} is not as it is written here: {where}: "
+                f"{first['msg']}."
+            ) from None
+
+    def same_answer(self, one: _Prediction, other: _Prediction, schema: SchemaT) -> bool:
+        """Whether two models' answers to an item agree.
+
+        Args:
+            one: Of the first model.
+            other: Of the second.
+            schema: Of the first.
+        """
+        return self.answered(one) == self.answered(other)
 
     def cost(self, item: str, count: Callable[[str], int]) -> int:
         """What answering this item costs, at least 1: the model reads each text once.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import DataError, MissingError, UsageError, read_json, write_json
-from .contract import Cleaning, Schema, Task
+from .contract import Cleaning, Prediction, Schema, Task
 from .regression import Regression
 from .text_classification import ClassificationSchema, TextClassification
 
@@ -29,13 +29,13 @@ def find_task(name: str) -> Task:
     return tasks[name]
 
 
-def task_of(schema: Schema) -> Task:
-    """The task that a schema belongs to.
+def task_of(one: Schema | Prediction) -> Task:
+    """The task that a schema or an answer belongs to.
 
     Args:
-        schema: Of any task.
+        one: Of any task.
     """
-    return find_task(schema.task)
+    return find_task(one.task)
 
 
 def schema_from_json(raw: dict[str, Any]) -> Schema:
