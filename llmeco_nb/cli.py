@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Optional
 
 import typer
+from .deployment.export_command import ExportChoice, export
 
 from llmeco_nb.core import (
     ExportError,
@@ -392,6 +393,7 @@ command(PredictChoice)(predict)
 command(KeysChoice)(keys)
 command(ModelsChoice)(models)
 command(SignChoice)(sign)
+command(ExportChoice)(export)
 command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)

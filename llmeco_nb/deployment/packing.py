@@ -25,6 +25,7 @@ from llmeco_nb.finetuning.engines import (
     TorchEngine,
     calibration_texts,
     engine_outputs,
+    logits_module,
     open_engines,
     openvino_engine,
     quantize_encoder,
@@ -117,14 +118,6 @@ def export_onnx(model: "PreTrainedModel", at: Path) -> None:
     """
     import torch
 
-    class Logits(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-
     # two tensors: one object given twice becomes one input
     example = tuple(torch.ones(2, 16, dtype=torch.long) for _ in range(2))
     limit = model.config.max_position_embeddings
@@ -138,7 +131,7 @@ def export_onnx(model: "PreTrainedModel", at: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about its own libraries
             torch.onnx.export(
-                Logits(model),
+                logits_module(model),
                 example,
                 str(at),
                 dynamo=True,
