@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from .deployment.export_command import ExportChoice, export
 
 from llmeco_nb.core import (
     ExportError,
@@ -29,6 +28,7 @@ from llmeco_nb.core import (
 )
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.chat_command import ChatChoice, chat
+from .deployment.export_command import ExportChoice, export
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring

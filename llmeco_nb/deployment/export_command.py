@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExportChoice', 'export']
 
-# %% ../../nbs/4_deployment/40j_export_command.ipynb #b8d4925d
+# %% ../../nbs/4_deployment/40j_export_command.ipynb #a160630d
 from dataclasses import dataclass
 
 import typer
@@ -13,7 +13,7 @@ import typer
 from ..core import DataError, LlmecoError, MissingError, UsageError
 from ..terminal import argument, option
 
-# %% ../../nbs/4_deployment/40j_export_command.ipynb #769af339
+# %% ../../nbs/4_deployment/40j_export_command.ipynb #aea35488
 @dataclass(frozen=True)
 class ExportChoice:
     """What `llmeco export` is told.
@@ -61,7 +61,6 @@ def export(o: ExportChoice) -> None:
         export_model,
         file_texts,
     )
-
     from llmeco_nb.deployment.exports import export_formats, find_format, open_source
     from llmeco_nb.deployment.packing import reference_scores
 

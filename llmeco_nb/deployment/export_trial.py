@@ -6,7 +6,7 @@
 __all__ = ['tried_shapes', 'rounding', 'TrialTexts', 'corpus_of_run', 'corpus_texts', 'file_texts', 'check_shapes',
            'measure_export', 'refusal', 'export_model']
 
-# %% ../../nbs/4_deployment/40i_export_trial.ipynb #b7942ab0
+# %% ../../nbs/4_deployment/40i_export_trial.ipynb #e10cd532
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from .exported_model import ExportedModel, ExportManifest, write_export
 
 from ..core import DataError, MissingError, UsageError, read_json, sha256_of
 from ..data.corpus import read_split
 from ..data.readers import read_frame
-from ..data.tables import class_numbers, column_values, is_blank
+from ..data.tables import as_text, class_numbers, column_values, is_blank
+from .exported_model import ExportedModel, ExportManifest, write_export
 from .exports import ExportSource, find_format, noted_warnings
 from .packing import padding_id, parity_tolerance, reference_scores
 from ..finetuning.engine_trial import EngineTrial, tolerated_loss
@@ -29,7 +29,7 @@ from ..runner.store import fsync_tree
 from ..tasks.contract import Schema
 from ..tasks.registry import task_of
 
-# %% ../../nbs/4_deployment/40i_export_trial.ipynb #e98ff878
+# %% ../../nbs/4_deployment/40i_export_trial.ipynb #3b84a61e
 @dataclass(frozen=True)
 class TrialTexts:
     """Texts to try an export on.
@@ -38,7 +38,7 @@ class TrialTexts:
         texts: As somebody would send them.
         targets: Index of each one's class, or its number; None: not known.
         calibration: Other texts, for the scales of 8-bit numbers; may be empty.
-        named: For people: where they are from.
+        named: For people: what they are; it goes into the manifest, and names no place.
     """
 
     texts: Sequence[str]
@@ -84,7 +84,7 @@ def corpus_texts(corpus: str | Path, schema: Schema, most: int) -> TrialTexts:
     train = read_split(corpus, "train").text.iloc[:calibration_texts].tolist()
     target = task_of(schema).target
     known = rows[target].to_numpy() if target in rows else None
-    return TrialTexts(rows.text.tolist(), known, train, f"validation texts of {corpus}")
+    return TrialTexts(rows.text.tolist(), known, train, "validation texts")
 
 
 def file_texts(file: str, schema: Schema, most: int) -> TrialTexts:
@@ -97,9 +97,8 @@ def file_texts(file: str, schema: Schema, most: int) -> TrialTexts:
         most: Texts to compare on, at most.
     """
     frame, _, _ = read_frame(file)
-    rows = [i for i, text in enumerate(column_values(frame, file, "text", "text")) if text]
-    texts = {i: str(column_values(frame, file, "text", "text")[i]) for i in rows}
-    rows = [i for i in rows if not is_blank(texts[i])][: 2 * most]
+    texts = column_values(frame, file, "text", "text")
+    rows = [i for i, text in enumerate(texts) if not is_blank(text)][: 2 * most]
     if len(rows) < 2:
         raise DataError(f"{file} holds {len(rows)} texts; an export is compared on two or more.")
     chosen, target = rows[::2], task_of(schema).target
@@ -114,10 +113,11 @@ def file_texts(file: str, schema: Schema, most: int) -> TrialTexts:
             known = np.array(found, np.int64 if labels else np.float64)
         except ValueError as e:
             raise DataError(f"{file}: the column {target} holds no numbers: {e}.") from None
-    others = [texts[i] for i in rows[1::2]][:calibration_texts]
-    return TrialTexts([texts[i] for i in chosen], known, others, file)
+    others = [as_text(texts[i]) for i in rows[1::2]][:calibration_texts]
+    compared = [as_text(texts[i]) for i in chosen]
+    return TrialTexts(compared, known, others, f"texts of {Path(file).name}")
 
-# %% ../../nbs/4_deployment/40i_export_trial.ipynb #75a2e8bd
+# %% ../../nbs/4_deployment/40i_export_trial.ipynb #c79a0f63
 tried_shapes = ((1, 2), (1, 0), (3, 7), (5, 33))  # texts, tokens; 0 tokens: as many as are read
 
 
@@ -152,7 +152,7 @@ def check_shapes(source: ExportSource, engine: Engine, exact: bool) -> None:
         if exact and off > 1e-3 * max(1.0, float(np.abs(wanted).max())):
             raise DataError(f"its logits of {shape} differ by {off:.2g} from those of torch")
 
-# %% ../../nbs/4_deployment/40i_export_trial.ipynb #d000253e
+# %% ../../nbs/4_deployment/40i_export_trial.ipynb #1bf4c0ee
 rounding = 1e-4  # largest difference of a probability between two libraries in float32
 
 

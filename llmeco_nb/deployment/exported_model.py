@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_version', 'ExportManifest', 'installed_versions', 'write_export', 'ExportedModel']
 
-# %% ../../nbs/4_deployment/40h_exported_model.ipynb #74dc180d
+# %% ../../nbs/4_deployment/40h_exported_model.ipynb #f913633b
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from ..finetuning.engines import engine_outputs
 from ..tasks.contract import Schema
 from ..tasks.registry import save_schema, schema_from_json, task_of
 
-# %% ../../nbs/4_deployment/40h_exported_model.ipynb #cbbc7c54
+# %% ../../nbs/4_deployment/40h_exported_model.ipynb #b120d734
 export_version = 1  # of the manifest of an export
 
 

@@ -7,7 +7,7 @@ __all__ = ['most_texts', 'export_formats', 'ExportSource', 'open_source', 'noted
            'write_openvino', 'write_int8', 'example_inputs', 'write_torch_export', 'write_torchscript', 'TorchGraph',
            'open_torch_export', 'open_torchscript', 'open_openvino', 'ExportFormat', 'find_format']
 
-# %% ../../nbs/4_deployment/40g_exports.ipynb #8052d6ab
+# %% ../../nbs/4_deployment/40g_exports.ipynb #673e7428
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ from llmeco_nb.finetuning.engines import (
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema
 
-# %% ../../nbs/4_deployment/40g_exports.ipynb #5d8eaf5a
+# %% ../../nbs/4_deployment/40g_exports.ipynb #a7a0cf36
 @dataclass(frozen=True)
 class ExportSource:
     """A fine-tuned encoder, opened to be exported.
@@ -66,7 +66,10 @@ class ExportSource:
     @property
     def positions(self) -> int:
         "Tokens that the model can read at most."
-        return int(self.model.config.max_position_embeddings)
+        base = getattr(self.model, "base_model", self.model)
+        table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+        taken = getattr(table, "padding_idx", None)  # in RoBERTa positions begin behind the padding
+        return int(self.model.config.max_position_embeddings) - (0 if taken is None else taken + 1)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as training read them.
@@ -109,7 +112,7 @@ def open_source(folder: str | Path, calibration: Sequence[str] = ()) -> ExportSo
     schema = load_schema(folder)
     return ExportSource(folder, model, tokenizer, schema, max_length, head_fraction, calibration)
 
-# %% ../../nbs/4_deployment/40g_exports.ipynb #a418a77d
+# %% ../../nbs/4_deployment/40g_exports.ipynb #f62a857c
 @contextmanager
 def noted_warnings() -> Iterator[list[str]]:
     """A context manager that gives a list, which holds afterwards, once each, the kinds and first
@@ -237,7 +240,7 @@ def write_torchscript(source: ExportSource, at: Path) -> dict[str, Any]:
 
 most_texts = 4096  # of a batch, as the graphs are told
 
-# %% ../../nbs/4_deployment/40g_exports.ipynb #3073e35f
+# %% ../../nbs/4_deployment/40g_exports.ipynb #8957e029
 class TorchGraph:
     """Carries out a program that torch has exported.
 
