@@ -108,13 +108,14 @@ def truncation_of(config: "PretrainedConfig") -> tuple[int, float]:
     return told["max_length"], told["head_fraction"]
 
 
-def export_onnx(model: "PreTrainedModel", at: Path) -> None:
+def export_onnx(model: "PreTrainedModel", at: Path, output: str = "logits") -> None:
     """Write a classifier as ONNX: input_ids, attention_mask (texts, tokens) -> logits (texts,
     classes). Raises `MissingError` naming the package to install.
 
     Args:
-        model: A sequence classifier.
+        model: A sequence classifier, or whatever returns one row of numbers a text.
         at: File to write.
+        output: Name of what it computes.
     """
     import torch
 
@@ -138,7 +139,7 @@ def export_onnx(model: "PreTrainedModel", at: Path) -> None:
                 verbose=False,
                 external_data=False,
                 input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=(open_ended, open_ended),
             )
     except ModuleNotFoundError as e:
