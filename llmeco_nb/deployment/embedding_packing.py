@@ -218,8 +218,9 @@ def open_encoder_source(folder: str | Path) -> EncoderSource:
     length = steps.max_length or min(512, longest)
     if length > longest:
         raise DataError(f"{folder} states {length} tokens, and its encoder reads {longest}.")
+    config: Any = opened.model.config
     schema = EmbeddingSchema(
-        size=int(opened.model.config.hidden_size),
+        size=config.hidden_size,
         max_length=length,
         pooling=steps.pooling,
         normalise=steps.normalise,

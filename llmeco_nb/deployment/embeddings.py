@@ -33,11 +33,11 @@ from llmeco_nb.deployment.manifest import (
     Origin,
     beside_manifest,
     bundle_files,
-    format_version,
     manifest_digest,
     not_as_packed,
     strict,
 )
+from .manifest import format_version as newest_version
 from .model_batch import WholeAnswers
 from .patterns import check_tokenizer
 from ..finetuning.engines import engine_files, engine_outputs, open_engines, openvino_engine
@@ -107,7 +107,7 @@ class EncoderManifest:
     origin: Origin = Origin()
     files: dict[str, Digest] = field(default_factory=dict)
     digest: Digest | Annotated[str, Field(max_length=0)] = ""
-    format_version: Annotated[int, Field(ge=format_version, le=format_version)] = format_version
+    format_version: Annotated[int, Field(ge=newest_version, le=newest_version)] = newest_version
     kind: Literal["sentence-encoder"] = encoder_kind
 
     def as_json(self) -> dict[str, Any]:

@@ -293,7 +293,8 @@ def open_openvino(at: Path) -> Engine:
     Args:
         at: The folder.
     """
-    return OpenVinoEngine(*((at / name).read_bytes() for name in engine_files))
+    model, weights = ((at / name).read_bytes() for name in engine_files)
+    return OpenVinoEngine(model, weights)
 
 
 @dataclass(frozen=True)

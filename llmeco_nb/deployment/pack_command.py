@@ -62,7 +62,7 @@ def pack_encoder(o: PackChoice) -> None:
     size = sum(file.stat().st_size for file in Path(o.to).rglob("*") if file.is_file()) / 1e6
     typer.echo(
         f"{manifest.name} ({manifest.digest[:12]}), {size:,.0f} MB, {options.weights}: vectors of "
-        f"{schema.size} numbers, texts of up to {schema.max_length} tokens, pooling {schema.pooling}"
+        f"{schema.size} numbers, of texts of up to {schema.max_length} tokens ({schema.pooling})"
     )
     if found is not None:
         typer.echo(
