@@ -349,7 +349,7 @@ def test_eight_bits_are_near_or_refused(folder, tmp_path):
 
 
 def test_the_packaged_encoder_is_read_as_sentence_transformers_reads_it():
-    "MiniLM: length, pooling and vectors that a bundle is held against are those of its own library."
+    "MiniLM: length, pooling, and the vectors that a bundle is held against."
     library = pytest.importorskip("sentence_transformers", reason="pip install it")
     try:
         own = packaged_minilm()

@@ -93,8 +93,9 @@ def export(o: ExportChoice) -> None:
             continue
         size = sum(file.stat().st_size for file in (Path(o.to) / name).iterdir()) / 1e6
         told = facts.parity
-        said = f"{name}: {size:,.1f} MB, largest difference {told['largest_difference']:.1g}, "
-        said += f"{100 * told['same_predictions']:.1f} % the same"
+        said = f"{name}: {size:,.1f} MB, largest difference {told['largest_difference']:.1g}"
+        if "same_predictions" in told:
+            said += f", {100 * told['same_predictions']:.1f} % the same"
         measured = [f"{k.replace('_', ' ')} {v:.4g}" for k, v in told.items() if "_float32" in k]
         measured += [f"{k.replace('_', ' ')} {v:.4g}" for k, v in told.items() if "_exported" in k]
         typer.echo(", ".join([said, *measured]) + ".")

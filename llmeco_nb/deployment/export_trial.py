@@ -172,9 +172,10 @@ def measure_export(
     told: dict[str, Any] = dict(
         texts=trial.items,
         largest_difference=float(np.abs(exact - found).max()),
-        same_predictions=trial.agreement,
         expected_loss=trial.loss,
     )
+    if task.stores_scores():  # numbers are hardly ever the same
+        told["same_predictions"] = trial.agreement
     if targets is not None:
         metric = task.selection.metric
         for name, scores in dict(float32=exact, exported=found).items():
@@ -195,11 +196,11 @@ def refusal(parity: dict[str, Any], exact: np.ndarray, schema: Schema, in_float3
     on = f"on {parity['texts']} texts a score differs by up to {off:.2g}"
     if not loss <= tolerated_loss:  # written so that NaN is refused
         if task_of(schema).stores_scores():
+            same = f"{100 * parity['same_predictions']:.1f} % of the predictions are the same"
             said = f"{100 * loss:.1f} points of accuracy; {100 * tolerated_loss:g} are tolerated"
-        else:
-            said = f"{loss:.3f} standard deviations; {tolerated_loss:g} are tolerated"
-        same = f"{100 * parity['same_predictions']:.1f} % of the predictions are the same"
-        return f"{on}, {same}, and it is expected to lose {said}"
+            return f"{on}, {same}, and it is expected to lose {said}"
+        said = f"{loss:.3f} standard deviations; {tolerated_loss:g} are tolerated"
+        return f"{on}, and its numbers differ on average by {said}"
     tolerance = parity_tolerance(exact, rounding, schema)
     if in_float32 and not off <= tolerance:
         return f"{on}, and in float32 {tolerance:.2g} would be rounding"
