@@ -28,6 +28,7 @@ from llmeco_nb.core import (
 )
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.chat_command import ChatChoice, chat
+from .deployment.export_command import ExportChoice, export
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring
@@ -392,6 +393,7 @@ command(PredictChoice)(predict)
 command(KeysChoice)(keys)
 command(ModelsChoice)(models)
 command(SignChoice)(sign)
+command(ExportChoice)(export)
 command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)

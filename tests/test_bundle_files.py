@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 from smallbundle import make_bundle
 
-from llmeco_nb.core import DataError, LlmecoError, MissingError, read_json, write_json
+from llmeco_nb.core import DataError, LlmecoError, MissingError, read_json, sha256_of, write_json
 from llmeco_nb.deployment.bundle import small_bundle
 from llmeco_nb.deployment.loading import open_model
 from llmeco_nb.deployment.manifest import (
@@ -196,6 +196,19 @@ def test_a_link_or_a_pipe_is_refused(copy, tmp_path, what):
         (copy / "linear" / "weights").symlink_to(outside / "x")
     for look in (verify, lambda at: write_manifest(at, verify_nothing(at))):
         with pytest.raises(DataError, match="is a link or a device"):
+            look(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.pt", "model.pt2", "a/MODEL.PT", "weights.pth", "x.pkl", "m.joblib", "c.ckpt"]
+)
+def test_a_file_that_can_start_a_program_is_refused(copy, name):
+    "Even where the manifest lists it: no bundle holds one, and the server opens none."
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"PK")
+    rewrite(copy, lambda m: m["files"].update({name: sha256_of(copy / name)}))
+    for look in (verify, lambda at: write_manifest(at, verify_nothing(at)), Predictor.load):
+        with pytest.raises(DataError, match="may carry a program"):
             look(copy)
 
 

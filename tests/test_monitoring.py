@@ -38,11 +38,11 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-class Live:
-    "A server in a thread, and what a test changes of it."
+class LiveApp:
+    "An application that answers from a thread."
 
-    def __init__(self, bundle, where, **options):
-        self.app = make_app(Predictor.load(bundle), where, **options)
+    def __init__(self, app):
+        self.app = app
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -53,14 +53,21 @@ class Live:
         while not self.server.started:
             time.sleep(0.02)
 
+    def end(self):
+        self.server.should_exit = True
+        self.thread.join(20)
+
+
+class Live(LiveApp):
+    "A server in a thread, and what a test changes of it."
+
+    def __init__(self, bundle, where, **options):
+        super().__init__(make_app(Predictor.load(bundle), where, **options))
+
     def ask(self, key="", timeout=30.0, text="good"):
         head = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"http://127.0.0.1:{self.port}/v1/predict"
         return httpx.post(url, json={"text": text}, headers=head, timeout=timeout)
-
-    def end(self):
-        self.server.should_exit = True
-        self.thread.join(20)
 
 
 def test_whatever_is_asked_for_exists(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,20 +13,40 @@ pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("schemathesis", reason="pip install schemathesis")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 from smallbundle import make_bundle
-from test_monitoring import Live
+from test_monitoring import Live, LiveApp
 
+from llmeco_nb.deployment.embedding_packing import small_embedding_bundle
+from llmeco_nb.deployment.embedding_server import make_embedding_app
+from llmeco_nb.deployment.embeddings import SentenceEncoder
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions
 from llmeco_nb.tasks.regression import RegressionSchema
 
 
-@pytest.mark.parametrize("task", ["text-classification", "regression"])
-def test_no_reply_breaks_the_document(task, tmp_path):
+def live_server(task: str, folder: Path) -> LiveApp:
+    "Of a bundle that is made by hand, or of a tiny sentence encoder."
+    if task == "feature-extraction":
+        pytest.importorskip("torch", reason="an encoder is packed from torch")
+        pytest.importorskip("onnxscript", reason="an encoder is packed with onnxscript")
+        encoder = SentenceEncoder.load(small_embedding_bundle())
+        return LiveApp(make_embedding_app(encoder, folder / "f.sqlite"))
     schema = RegressionSchema(low=0, high=5) if task == "regression" else None
+    return Live(make_bundle(folder / "words", schema=schema), folder / "f.sqlite")
+
+
+tasks = {  # and a model that stands in the document of its server
+    "text-classification": "LabelFeedback",
+    "regression": "NumberFeedback",
+    "feature-extraction": "EmbeddingsReply",
+}
+
+
+@pytest.mark.parametrize("task", tasks)
+def test_no_reply_breaks_the_document(task, tmp_path):
     admin = KeyAdmin(tmp_path / "f.sqlite", "a test")
     key, _ = admin.add(KeyOptions(name="root", role="admin"))
     admin.close()
-    live = Live(make_bundle(tmp_path / "words", schema=schema), tmp_path / "f.sqlite")
+    live = live_server(task, tmp_path)
     try:
         line = [sys.executable, "-m", "schemathesis.cli", "run"]
         line += [f"http://127.0.0.1:{live.port}/openapi.json"]
@@ -40,6 +61,5 @@ def test_no_reply_breaks_the_document(task, tmp_path):
         live.end()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     generated, passed = map(int, re.findall(r"(\d+) generated, (\d+) passed", done.stdout)[0])
-    assert generated == passed > 300
-    wanted = "LabelFeedback" if task == "text-classification" else "NumberFeedback"
-    assert wanted in json.dumps(told), "the task's own models stand in the document"
+    assert generated == passed > (300 if task != "feature-extraction" else 100)
+    assert tasks[task] in json.dumps(told), "the task's own models stand in the document"

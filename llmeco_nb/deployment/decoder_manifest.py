@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ..core import DataError, MissingError, read_json, sha256_of, write_json
+from .embeddings import encoder_kind, verify_encoder
 from llmeco_nb.deployment.manifest import (
     BundleFiles,
     Digest,
@@ -139,7 +140,8 @@ def write_decoder_manifest(folder: Path, facts: DecoderManifest) -> DecoderManif
 
 
 def bundle_kind(folder: str | Path) -> str:
-    """What opens a bundle, by its own word and unchecked: decoder, linear, onnx or stack; empty
+    """What opens a bundle, by its own word and unchecked: decoder, linear, onnx,
+    sentence-encoder or stack; empty
     where nothing says so.
 
     Args:
@@ -195,8 +197,10 @@ def verified_digest(folder: str | Path) -> str:
     Args:
         folder: Of a bundle.
     """
-    check = verify_decoder if bundle_kind(folder) == "decoder" else verify
-    return check(folder).digest
+    kind = bundle_kind(folder)
+    if kind == encoder_kind:
+        return verify_encoder(folder).digest
+    return (verify_decoder if kind == "decoder" else verify)(folder).digest
 
 
 def load_tokenizer(files: BundleFiles, manifest: DecoderManifest) -> PromptTokenizer:

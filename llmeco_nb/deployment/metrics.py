@@ -31,7 +31,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .refusals import error_response
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #45c0ffee
-if TYPE_CHECKING:  # read by type checkers alone: both import this module
+if TYPE_CHECKING:  # read by type checkers alone: they import this module
+    from llmeco_nb.deployment.embedding_service import EmbeddingService
     from llmeco_nb.deployment.follower import Follower
     from llmeco_nb.deployment.generation_service import GenerationService
     from llmeco_nb.deployment.service import Service
@@ -204,7 +205,9 @@ def log_event(log: Callable[[str], None], message: str) -> None:
     log(json.dumps(dict(time=at, event="deployment", message=message)))
 
 
-def add_state_gauges(metrics: Metrics, service: "Service | GenerationService") -> None:
+def add_state_gauges(
+    metrics: Metrics, service: "Service | GenerationService | EmbeddingService"
+) -> None:
     """Have the state of model and database read when somebody asks for the figures.
 
     Args:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['error_types', 'openai_actions', 'openai_refusals', 'EventStream', 'CompletionCall', 'failed_response', 'event',
-           'openai_error', 'is_openai', 'OpenAIErrors', 'add_openai_routes']
+           'openai_error', 'is_openai', 'OpenAIErrors', 'add_openai_routes', 'add_openai_models']
 
 # %% ../../nbs/4_deployment/48l_openai_protocol.ipynb #6463db36
 import json
@@ -229,7 +229,8 @@ def is_openai(path: str) -> bool:
     Args:
         path: As it was asked.
     """
-    return path in ("/v1/chat/completions", "/v1/completions") or path.startswith("/v1/models")
+    own = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+    return path in own or path.startswith("/v1/models")
 
 
 class OpenAIErrors:
@@ -325,9 +326,18 @@ def add_openai_routes(app: FastAPI) -> None:
     async def completions(request: Request, body: CompletionRequest):
         return await reply(request, body)
 
+    add_openai_models(app)
+
+
+def add_openai_models(app: FastAPI) -> None:
+    """The routes that name the model that answers.
+
+    Args:
+        app: Its state holds `service`, with a `model_name`, and `started` when it is asked.
+    """
+
     def served_model() -> OpenAIModel:
-        name = app.state.service.generator.manifest.name
-        return OpenAIModel(id=name, created=int(app.state.started))
+        return OpenAIModel(id=app.state.service.model_name, created=int(app.state.started))
 
     seen: Any = dict(
         responses={k: v for k, v in openai_refusals.items() if k in (401, 403, 404)},

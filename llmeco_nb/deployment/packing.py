@@ -25,6 +25,7 @@ from llmeco_nb.finetuning.engines import (
     TorchEngine,
     calibration_texts,
     engine_outputs,
+    logits_module,
     open_engines,
     openvino_engine,
     quantize_encoder,
@@ -107,23 +108,16 @@ def truncation_of(config: "PretrainedConfig") -> tuple[int, float]:
     return told["max_length"], told["head_fraction"]
 
 
-def export_onnx(model: "PreTrainedModel", at: Path) -> None:
+def export_onnx(model: "PreTrainedModel", at: Path, output: str = "logits") -> None:
     """Write a classifier as ONNX: input_ids, attention_mask (texts, tokens) -> logits (texts,
     classes). Raises `MissingError` naming the package to install.
 
     Args:
-        model: A sequence classifier.
+        model: A sequence classifier, or whatever returns one row of numbers a text.
         at: File to write.
+        output: Name of what it computes.
     """
     import torch
-
-    class Logits(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
 
     # two tensors: one object given twice becomes one input
     example = tuple(torch.ones(2, 16, dtype=torch.long) for _ in range(2))
@@ -138,14 +132,14 @@ def export_onnx(model: "PreTrainedModel", at: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about its own libraries
             torch.onnx.export(
-                Logits(model),
+                logits_module(model),
                 example,
                 str(at),
                 dynamo=True,
                 verbose=False,
                 external_data=False,
                 input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=(open_ended, open_ended),
             )
     except ModuleNotFoundError as e:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core import UsageError
 from .decoder_manifest import bundle_kind
+from .embeddings import encoder_kind
 from .fair_queue import Work
 from .loading import PreparedModel, open_model
 from .manifest import Manifest, verify
@@ -86,6 +87,11 @@ class Predictor:
             raise UsageError(
                 f"{bundle} holds a decoder, which writes: llmeco chat {bundle}, or "
                 f"llmeco serve --bundle {bundle}."
+            )
+        if bundle_kind(bundle) == encoder_kind:
+            raise UsageError(
+                f"{bundle} holds a sentence encoder, which gives vectors: llmeco serve --bundle "
+                f"{bundle}."
             )
         manifest = verify(bundle)
         if trusted is not None:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['external_weights', 'openvino_engine', 'engine_files', 'calibration_texts', 'has_openvino', 'import_openvino',
            'Engine', 'OnnxEngine', 'padded_length', 'batch_sizes', 'OpenVinoEngine', 'TorchEngine', 'quiet_nncf',
-           'quantize_encoder', 'open_engines', 'multiplies_int8', 'fastest_engine', 'engine_outputs']
+           'logits_module', 'convert_encoder', 'quantize_encoder', 'open_engines', 'multiplies_int8', 'fastest_engine',
+           'engine_outputs']
 
 # %% ../../nbs/2_finetuning/20m_engines.ipynb #948ef4d5
 import importlib.util
@@ -214,14 +215,12 @@ def quiet_nncf() -> Iterator[Any]:
         told.setLevel(level)
 
 
-def quantize_encoder(model: Any, rows: Sequence[Sequence[int]], folder: Path) -> None:
-    """Write model.xml and model.bin into a new folder. Raises `MissingError` naming the package to
-    install.
+def logits_module(model: Any) -> Any:
+    """A module of torch that takes token ids and a mask and returns a single tensor: what exporters
+    can read.
 
     Args:
-        model: A sequence classifier of transformers, on the CPU in float32.
-        rows: Token ids of some texts, without padding; at most `calibration_texts` are read.
-        folder: Made here.
+        model: A sequence classifier of transformers, or whatever returns its tensor first.
     """
     import torch
 
@@ -233,18 +232,48 @@ def quantize_encoder(model: Any, rows: Sequence[Sequence[int]], folder: Path) ->
         def forward(self, input_ids, attention_mask):
             return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
 
+    return Logits(model).eval()
+
+
+def convert_encoder(model: Any) -> Any:
+    """A model of OpenVINO that computes what the torch model does, for any number of texts and
+    tokens. Raises `ModuleNotFoundError`.
+
+    Args:
+        model: As `logits_module` takes it, on the CPU in float32.
+    """
+    import torch
+
+    ov = import_openvino()
+    names = ("input_ids", "attention_mask")
+    example = {name: torch.ones(2, 16, dtype=torch.long) for name in names}
+    with torch.inference_mode():
+        found = ov.convert_model(logits_module(model), example_input=example)
+    for tensor, name in zip(found.inputs, names):
+        tensor.get_tensor().set_names({name})
+        tensor.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
+    found.validate_nodes_and_infer_types()
+    return found
+
+
+def quantize_encoder(model: Any, rows: Sequence[Sequence[int]], folder: Path) -> None:
+    """Write model.xml and model.bin into a new folder. Raises `MissingError` naming the package to
+    install.
+
+    Args:
+        model: A sequence classifier of transformers, on the CPU in float32.
+        rows: Token ids of some texts, without padding; at most `calibration_texts` are read.
+        folder: Made here.
+    """
+    import torch
+
     def given(ids: Sequence[int]) -> dict[str, np.ndarray]:
         found = np.array([ids], np.int64)
         return {"input_ids": found, "attention_mask": np.ones_like(found)}
 
     with quiet_nncf() as nncf, torch.inference_mode():
         ov = import_openvino()
-        example = {name: torch.ones(2, 16, dtype=torch.long) for name in given([1])}
-        found = ov.convert_model(Logits(model).eval(), example_input=example)
-        for tensor, name in zip(found.inputs, example):
-            tensor.get_tensor().set_names({name})
-            tensor.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
-        found.validate_nodes_and_infer_types()
+        found = convert_encoder(model)
         chosen = [given(ids) for ids in rows[:calibration_texts]]
         quantized = nncf.quantize(
             found,
