@@ -91,6 +91,7 @@ class LocalExecutor:
         self.queue = FairQueue()
         self.retries = RetryQueue()
         self.chars = 0  # of the texts that wait
+        self.per_char, self.largest = 0.0, 1  # cost of a character, and of the costliest text
         self.answers: dict[QueuedRequest, Answers] = {}
         self.batch = predictor.open()
         self.slots: dict[int, tuple[QueuedRequest, int]] = {}  # request and item at work
@@ -136,7 +137,28 @@ class LocalExecutor:
         return found
 
     def _prepare(self, texts: Sequence[str]) -> list[Work]:
-        return list(map(self.predictor.prepare, texts))
+        works = list(map(self.predictor.prepare, texts))
+        chars, cost = sum(map(len, texts)), sum(work.cost for work in works)
+        self.largest = max(self.largest, *(work.cost for work in works))
+        seen = cost / max(chars, 1)
+        self.per_char += (0.02 if self.per_char else 1.0) * (seen - self.per_char)
+        return works
+
+    def refuse_early(self, texts: Sequence[str], deadline: float, tenant: str = "") -> None:
+        """Raises `Busy` or `Expired` for texts that would be refused once they are prepared, as far
+        as their lengths say. To prepare a text costs more than to refuse it, and under an overload
+        most are refused.
+
+        Args:
+            texts: Of a request.
+            deadline: On the event loop's clock.
+            tenant: On whose behalf.
+        """
+        if not self.queue:
+            return
+        cost = (min(0.8 * self.per_char * len(text), self.largest) for text in texts)
+        works = [Work(text, None, max(1, int(one))) for text, one in zip(texts, cost)]
+        self._admit(QueuedRequest(works, deadline, tenant), asyncio.get_running_loop().time())
 
     def seconds(self, cost: float) -> float:
         """What work of a cost takes when it goes through batch by batch.

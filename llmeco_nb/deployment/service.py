@@ -366,6 +366,7 @@ class Service:
         with self._using(executor):
             predictor = cast(Predictor, executor.predictor)
             who.check_model(predictor.manifest.name)  # also of the champion in a canary's place
+            executor.refuse_early(texts, deadline, request.tenant)
             works = await prepare_items(texts, request.names, executor, deadline)
             cost = sum(work.cost for work in works)
             with self.quotas.tokens_for(who, cost):
