@@ -27,6 +27,7 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from .data.inspect_command import InspectOptions, inspect
+from .deployment.assess_command import AssessChoice, assess
 from .deployment.chat_command import ChatChoice, chat
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
@@ -395,6 +396,7 @@ command(SignChoice)(sign)
 command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
+command(AssessChoice)(assess)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
