@@ -29,8 +29,8 @@ from llmeco_nb.deployment.manifest import read_manifest, write_manifest
 from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.refusals import BodyLimit
 from llmeco_nb.deployment.retention import Retention
-from llmeco_nb.deployment.risk import assess, probes
-from llmeco_nb.deployment.risk_body_probes import bad_inputs, explains, is_openai
+from llmeco_nb.deployment.risk import assess, probes, run_probe
+from llmeco_nb.deployment.risk_body_probes import BadInput, bad_inputs, explains, is_openai
 from llmeco_nb.deployment.risk_contract import AssessOptions, owasp_items
 from llmeco_nb.deployment.risk_report import Assessment, write_report
 from llmeco_nb.deployment.risk_target import Target
@@ -595,7 +595,9 @@ def check_bad_inputs(options: AssessOptions, least: int) -> None:
     target = Target(options)
     seen = bad_inputs(target)
     assert len(seen) >= least
-    for bad in seen:
+    path, _ = target.question("")
+    large = BadInput("too large", path, b" " * 2**23, (413,))
+    for bad in [*seen, large]:
         headers = {"Content-Type": bad.content_type}
         one = target.send(bad.method, bad.path, bad.body, headers=headers)
         assert one.status in bad.statuses, (bad.kind, one.came)
@@ -604,7 +606,7 @@ def check_bad_inputs(options: AssessOptions, least: int) -> None:
 
 def test_bad_input_of_every_kind_is_explained_natively(house):
     with serving(classifier(house)) as url:
-        check_bad_inputs(house.options(url), 20)
+        check_bad_inputs(house.options(url), 19)
 
 
 def test_bad_input_of_every_kind_is_explained_in_openais_form(writing_house, generator):
@@ -614,9 +616,9 @@ def test_bad_input_of_every_kind_is_explained_in_openais_form(writing_house, gen
 
 def test_a_corpus_of_prompts_is_asked_too(writing_house, generator):
     with serving(writer(writing_house, generator)) as url:
-        plain = assess(given_to(writing_house, url))
         prompts = ("An own prompt: {demand}", "Another without it.")
-        more = assess(replace(given_to(writing_house, url), prompts=prompts))
-    by_id = {one.id: one.said for one in plain.checks}, {one.id: one.said for one in more.checks}
-    assert by_id[0]["injection.override"] == "Of 12 prompts none was followed."
-    assert by_id[1]["injection.override"] == "Of 14 prompts none was followed."
+        target = Target(replace(given_to(writing_house, url), prompts=prompts))
+        [override] = [one for one in probes if one.id == "injection.override"]
+        assert run_probe(override, target).said == "Of 14 prompts none was followed."
+    asked = [one.sent for one in target.exchanges if "own prompt" in one.sent]
+    assert len(asked) == 1 and "as one word" in asked[0] and "{demand}" not in asked[0]

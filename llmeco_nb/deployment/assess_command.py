@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AssessChoice', 'read_secret', 'read_lines', 'existing', 'assess', 'tell']
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #a53fa382
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #6b25f7fe
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ import typer
 from ..core import MissingError
 from ..terminal import argument, option
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #01120af6
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #f4938162
 if TYPE_CHECKING:  # the pages that a report is made with are for when something was typed
     from llmeco_nb.deployment.risk_report import Check
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #12978bdf
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #d73096e7
 @dataclass(frozen=True)
 class AssessChoice:
     """What `llmeco assess` is told.

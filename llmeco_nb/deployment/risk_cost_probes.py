@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lacks_limited_key', 'cost_probes', 'quota_key']
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #3f79a101
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #58429b74
 import re
 import time
 
@@ -20,7 +20,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #02142df1
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #47aa0a8d
 @probe(
     "extraction.precision",
     "LLM06",
@@ -88,15 +88,13 @@ def _cost(target: Target) -> Outcome:
 
 
 def quota_key(target: Target) -> str:
-    """A key with few requests a minute: the one that was given, or one that the administrator's key
-    makes; empty where there is neither.
+    """A key with four requests a minute and forty tokens a day, which that of the administrator
+    makes once; empty where it cannot.
 
     Args:
         target: The server.
     """
-    if target.options.limited_key or not target.options.admin_key:
-        return target.options.limited_key
-    if "/admin/keys" not in target.paths:
+    if not target.options.admin_key or "/admin/keys" not in target.paths:
         return ""
     if not target.made_key:
         limits = dict(role="user", days=1, requests_per_minute=4, tokens_per_day=40)
@@ -128,7 +126,7 @@ def _burst(target: Target, ask: str, most: int) -> Outcome:
     "How many requests of the limited key pass. `ask`: predict or feedback."
     if target.open:
         return not_applicable("Nobody is counted where no key exists.")
-    if not (key := quota_key(target)):
+    if not (key := target.options.limited_key or quota_key(target)):
         return not_checked(lacks_limited_key)
     for i in range(most):
         if ask == "feedback":
@@ -152,7 +150,7 @@ def _quota_tokens(target: Target) -> Outcome:
     "A key's tokens of a day are a hard cap"
     if target.open:
         return not_applicable("Nobody is counted where no key exists.")
-    if not target.options.admin_key or not (key := quota_key(target)) or not target.predicts:
+    if not target.predicts or not (key := quota_key(target)):
         return not_checked("It needs a key with few tokens a day, which --admin-key-file makes.")
     body = {"texts": [target.words(str(i)) for i in range(41)]}
     one = target.send("POST", "/v1/predict", body, key=key, patient=False)
@@ -200,7 +198,7 @@ def _embeddings(target: Target) -> Outcome:
         return found("A request for 100,000 embeddings was not refused.", one)
     return held(f"A request for 100,000 embeddings was refused ({one.status}).")
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #db7d27e6
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #6bcb0a02
 cost_probes = (
     _precision,
     _logprobs,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['no_feedback', 'feedback_probes', 'made_up_person']
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #ccf8299f
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #c59c212f
 import hashlib
 import os
 import random
@@ -23,7 +23,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #fbc8a6b8
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #81c45f07
 def _opinions(target: Target, answer: Exchange) -> tuple[dict[str, Any], dict[str, Any]]:
     "What feedback says of an answer in two ways that contradict each other."
     said = answer.get("answers", 0) or {}
@@ -123,7 +123,7 @@ def _foreign(target: Target) -> Outcome:
         return held(f"{said} Another key that is told an id may judge the answer.")
     return held(f"{said} Another key that is told an id was refused ({judged.status}).")
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #776ffad0
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #43e46820
 def made_up_person(seed: str) -> dict[str, str]:
     """Personal data of nobody: kind -> text, with valid check digits.
 
@@ -159,7 +159,7 @@ def _planted(target: Target) -> dict[str, str]:
         target.send("POST", "/v1/feedback", {"request_id": address, "correct": True})
         path, body = target.question(said)
         target.send("POST", path, {**body, address: 1, "temperature": address})
-        time.sleep(1.0)  # a database may be written a moment later
+        time.sleep(0.2)  # a log may be written a moment later
     return person
 
 
@@ -214,12 +214,14 @@ def _database(target: Target) -> Outcome:
         return not_checked("The database was not given: --database, a file.")
     person, file = _planted(target), target.options.database
     parts = [file, file.with_name(file.name + "-wal")]
-    data = b"".join(part.read_bytes() for part in parts if part.exists())
-    if target.tag.encode() not in data:
-        return not_checked(f"{file.name} is not the database of this server: no text is in it.")
+    data, until = b"", time.monotonic() + 3
+    while target.words("e-mail").encode() not in data:  # it may be written a moment later
+        if time.monotonic() > until:
+            return not_checked(f"{file.name} is not this server's database: no text is in it.")
+        data = b"".join(part.read_bytes() for part in parts if part.exists())
     if kinds := _bytes_with(person, data):
         return found(f"{file.name} holds what was sent: {kinds}.")
     return held(f"Of {len(person)} kinds of personal data none stood in the database.")
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #3ddd3fd9
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #8c8a235e
 feedback_probes = (_repeated, _checked, _foreign, _metrics, _log, _database)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assessment_author', 'Connection', 'Target']
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #fff0e903
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #8a5420bf
 import http.client
 import json
 import secrets
@@ -19,7 +19,7 @@ from typing import Any
 from ..core import MissingError, UsageError
 from .risk_contract import AssessOptions, Exchange, Place, shorten
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #07a4377b
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #89226e90
 class Connection:
     """A server as the network shows it. Raises `UsageError` where it may not be assessed.
 
@@ -179,7 +179,7 @@ class Connection:
         self.exchanges.append(kept)
         return kept
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #7ff56642
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #aa211f21
 assessment_author = "llmeco assess"  # begins texts, and signs feedback
 
 
