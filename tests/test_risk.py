@@ -1,17 +1,20 @@
 """The assessment finds each hole that is planted in a real server, and nothing in one that is
 whole; bad input of every kind gets its status and an explanation in the protocol's own form."""
 
+import gzip
 import json
 import re
 import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -22,7 +25,7 @@ import uvicorn
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError, read_json
-from llmeco_nb.deployment.http_requests import own_names
+from llmeco_nb.deployment.http_requests import content_policy, own_names
 from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions
 from llmeco_nb.deployment.manifest import read_manifest, write_manifest
@@ -235,10 +238,6 @@ class Reflecting(Hole):
     async def harm(self, scope, receive, send):
         if scope["path"] != "/" or not scope["query_string"]:
             return await self.app(scope, receive, send)
-        from urllib.parse import unquote
-
-        from llmeco_nb.deployment.http_requests import content_policy
-
         text = unquote(scope["query_string"].decode())
         data = f"<!doctype html><title>llmeco</title><p>You asked: {text}".encode()
         headers = {
@@ -622,3 +621,117 @@ def test_a_corpus_of_prompts_is_asked_too(writing_house, generator):
         assert run_probe(override, target).said == "Of 14 prompts none was followed."
     asked = [one.sent for one in target.exchanges if "own prompt" in one.sent]
     assert len(asked) == 1 and "as one word" in asked[0] and "{demand}" not in asked[0]
+
+
+# -- a server that takes no care at all: every probe can fail
+
+
+class Careless:
+    "Answers everybody everything, at once, at length, and with what others have sent."
+
+    def __init__(self, kind: str):
+        self.kind, self.count, self.seen = kind, 0, ""
+
+    def paths(self) -> dict:
+        ask = ["/v1/predict"] if self.kind == "classifier" else ["/v1/chat/completions"]
+        more = ["/v1/feedback", "/v1/embeddings", "/admin/keys"]
+        return {path: {"post": {}} for path in [*ask, *more]}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] != "lifespan.shutdown":
+                await send({"type": "lifespan.startup.complete"})
+            return await send({"type": "lifespan.shutdown.complete"})
+        body, more = b"", True
+        while more:
+            part = await receive()
+            body, more = body + part.get("body", b""), part.get("more_body", False)
+        if dict(scope["headers"]).get(b"content-encoding") == b"gzip":
+            body = gzip.decompress(body)
+        if len(body) < 10_000:
+            self.seen += body.decode("utf-8", "replace")
+        try:
+            status, kind, data = self.answer(scope, body)
+        except Exception:
+            status, kind, data = 500, "text/plain", traceback.format_exc().encode()
+        pairs = {"content-type": kind, "access-control-allow-origin": "*", "server": "careless/1.0"}
+        headers = [(k.encode(), v.encode()) for k, v in pairs.items()]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+
+    def answer(self, scope, body: bytes) -> tuple[int, str, bytes]:
+        "Status, type and content."
+        path, query = scope["path"], unquote(scope["query_string"].decode())
+        if path in ("/", "/docs"):
+            page = f"<script src='https://cdn.example/a.js'></script>{query}{self.seen}"
+            return 200, "text/html", page.encode()
+        if path == "/livez":
+            return 503, "text/plain", b""
+        said = self.json(path, json.loads(body) if body.strip() else {})
+        return 200, "application/json", json.dumps(said).encode()
+
+    def json(self, path: str, asked: Any) -> Any:
+        "What is told as JSON."
+        self.count += 1
+        if path == "/openapi.json":
+            return dict(paths=self.paths())
+        if path == "/v1/model":
+            return dict(name="careless", labels=["a", "b"], file="/home/ada/weights.bin")
+        if path == "/v1/predict":
+            texts = asked.get("texts") or [asked.get("text")]
+            answers = [dict(label=str(t), probabilities={"a": 1 / 3}) for t in texts]
+            return dict(request_id=f"{self.count:016}", answers=answers)
+        if path == "/v1/chat/completions":
+            said = " ".join(str(m["content"]) for m in asked["messages"])
+            told = re.search(r"halves (\w+) and (\w+)", said)
+            tokens = len(re.sub(r"<[^>]*>", " x ", said).split())
+            message: dict[str, Any] = dict(content=said + (told[1] + told[2] if told else ""))
+            if "tools" in asked:
+                message["tool_calls"] = [dict(function=dict(name="delete_all"))]
+            top = [dict(token="a", logprob=-1.0)] * 20
+            one = dict(message=message, logprobs=dict(content=[dict(top_logprobs=top)]))
+            usage = dict(prompt_tokens=tokens)
+            return dict(id=f"chatcmpl-{self.count:016}", choices=[one], usage=usage)
+        if path == "/v1/feedback":
+            return dict(stored=True)
+        if path == "/admin/keys":
+            return dict(key="k" * 40)
+        return dict(data=[dict(id="careless")], seen=self.seen)
+
+
+def fails(kind: str, house: House, tmp_path: Path) -> set[str]:
+    "The probes that find something in a careless server."
+    new_key(tmp_path / "key")
+    trust = (tmp_path / "key.pub",)  # the bundle is not signed
+    with serving(Careless(kind)) as url:
+        given = dict(trust=trust, database=None, log=None, timeout=3.0)
+        return ids(assess(house.options(url, **given)))
+
+
+def test_a_careless_server_fails_every_probe(house, tmp_path):
+    "But those that look into files, and those that wait; each has a hole of its own elsewhere."
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    found = fails("classifier", house, tmp_path / "a") | fails("decoder", house, tmp_path / "b")
+    elsewhere = {"supply.files", "supply.pickle", "audit.chain", "privacy.log", "privacy.database"}
+    elsewhere |= {"body.slow", "connections.silent"}
+    spared = {one.id for one in probes} - found - elsewhere
+    assert not spared, spared
+
+
+def test_who_waits_for_ever_is_found(house):
+    "The two probes that wait, on a server that does, and with less patience."
+    by_id = {one.id: one for one in probes}
+    config = uvicorn.Config(Careless("classifier"), log_level="critical")
+    listening, ready = listen("127.0.0.1", 0), threading.Event()
+    server = Server(config, ready.set)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    target = Target(house.options(f"http://127.0.0.1:{listening.getsockname()[1]}"))
+    for name in ("body.slow", "connections.silent"):
+        outcome = by_id[name].run(target, most=1.5)  # type: ignore[call-arg]
+        assert outcome.state == "found" and "waited for" in outcome.said, outcome
+    server.should_exit = server.force_exit = True
+    thread.join(20)
+    listening.close()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AssessChoice', 'read_secret', 'read_lines', 'existing', 'assess', 'tell']
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #6b25f7fe
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #c8bcfb3f
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ import typer
 from ..core import MissingError
 from ..terminal import argument, option
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #f4938162
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #043cd1b5
 if TYPE_CHECKING:  # the pages that a report is made with are for when something was typed
     from llmeco_nb.deployment.risk_report import Check
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #d73096e7
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #ead3862f
 @dataclass(frozen=True)
 class AssessChoice:
     """What `llmeco assess` is told.

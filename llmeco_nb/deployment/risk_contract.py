@@ -6,7 +6,7 @@
 __all__ = ['owasp_items', 'severities', 'states', 'Exchange', 'shorten', 'Outcome', 'found', 'held', 'not_applicable',
            'not_checked', 'Probe', 'probe', 'AssessOptions', 'Place']
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #be043dcf
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #fa451e6e
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from ..core import UsageError
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #44be0ae3
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #b6cc2638
 if TYPE_CHECKING:  # read by type checkers alone: it imports this
     from llmeco_nb.deployment.risk_target import Target
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #633e6d70
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #7764c8f8
 owasp_items = {
     "LLM01": "Prompt Injection",
     "LLM02": "Sensitive Information Disclosure",
@@ -203,7 +203,7 @@ def probe(
 
     return made
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #37a64730
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #e9f3386a
 @dataclass(frozen=True, kw_only=True)
 class AssessOptions:
     """Which server is assessed, and what its owner gives for it.

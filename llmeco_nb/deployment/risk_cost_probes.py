@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lacks_limited_key', 'cost_probes', 'quota_key']
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #58429b74
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #89d239ef
 import re
 import time
 
@@ -20,7 +20,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #47aa0a8d
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #db3c1e09
 @probe(
     "extraction.precision",
     "LLM06",
@@ -124,7 +124,7 @@ def _says_when(one: Exchange) -> bool:
 
 def _burst(target: Target, ask: str, most: int) -> Outcome:
     "How many requests of the limited key pass. `ask`: predict or feedback."
-    if target.open:
+    if not target.options.key:
         return not_applicable("Nobody is counted where no key exists.")
     if not (key := target.options.limited_key or quota_key(target)):
         return not_checked(lacks_limited_key)
@@ -148,7 +148,7 @@ def _burst(target: Target, ask: str, most: int) -> Outcome:
 )
 def _quota_tokens(target: Target) -> Outcome:
     "A key's tokens of a day are a hard cap"
-    if target.open:
+    if not target.options.key:
         return not_applicable("Nobody is counted where no key exists.")
     if not target.predicts or not (key := quota_key(target)):
         return not_checked("It needs a key with few tokens a day, which --admin-key-file makes.")
@@ -198,7 +198,7 @@ def _embeddings(target: Target) -> Outcome:
         return found("A request for 100,000 embeddings was not refused.", one)
     return held(f"A request for 100,000 embeddings was refused ({one.status}).")
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #6bcb0a02
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #f161ed54
 cost_probes = (
     _precision,
     _logprobs,

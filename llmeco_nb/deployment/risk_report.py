@@ -6,7 +6,7 @@
 __all__ = ['signs', 'tones', 'beyond', 'Check', 'check_of', 'Assessment', 'grid_svg', 'items_table', 'finding_html',
            'report_body', 'write_report']
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #2905aa35
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #ff298f35
 import html
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ from .risk_contract import Outcome, Probe, owasp_items, severities, states
 from ..site.markup import PageRenderer
 from ..site.template import Page, html_table, replaced_folder, write_pages
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #08bd09fc
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #c1c4a99e
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """What a probe has seen, as it is reported.
@@ -124,7 +124,7 @@ class Assessment:
         checks = [asdict(one) for one in self.checks]
         return {**facts, "items": items, "findings": found, "checks": checks, "left": [*self.left]}
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #5dcc89f9
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #9d872736
 signs = {"found": "✗", "held": "✓", "not applicable": "–", "not checked": "?"}
 tones = {
     "found": ("var(--bad,#ad3b5e)", "#fff", ""),
@@ -185,7 +185,7 @@ def _anchor(check: Check) -> str:
     "The id of the place on the page that tells of a check."
     return f"check-{check.id.replace('.', '-')}"
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #53187c56
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #0cd029cb
 beyond = {  # what no request shows
     "LLM01": "A dozen prompts of each kind were tried; others may be followed.",
     "LLM02": "Whether the model has learned personal data by heart is tested before it is packed.",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assessment_author', 'Connection', 'Target']
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #8a5420bf
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #b5e9f98f
 import http.client
 import json
 import secrets
@@ -19,7 +19,7 @@ from typing import Any
 from ..core import MissingError, UsageError
 from .risk_contract import AssessOptions, Exchange, Place, shorten
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #89226e90
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #f93c833f
 class Connection:
     """A server as the network shows it. Raises `UsageError` where it may not be assessed.
 
@@ -179,7 +179,7 @@ class Connection:
         self.exchanges.append(kept)
         return kept
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #aa211f21
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #35fa17b9
 assessment_author = "llmeco assess"  # begins texts, and signs feedback
 
 
@@ -222,7 +222,6 @@ class Target(Connection):
                 f"{options.url} answers neither at /v1/predict nor at /v1/completions, and nothing "
                 "else is assessed."
             )
-        self.open = self.ask(self.words(), key="").status == 200
 
     @property
     def kind(self) -> str:
