@@ -458,6 +458,19 @@ def test_an_open_server_on_this_machine_is_none(house, tmp_path):
     assert found.verdict("LLM09") == "not applicable"
 
 
+def test_a_whole_regression_has_no_hole(house, tmp_path):
+    from llmeco_nb.tasks.contract import Cleaning
+    from llmeco_nb.tasks.regression import RegressionSchema
+
+    schema = RegressionSchema(low=0, high=9, cleaning=Cleaning())
+    numbers = replace(house, bundle=make_bundle(tmp_path / "numbers", "numbers", schema))
+    with serving(classifier(numbers)) as url:
+        found = assess(numbers.options(url))
+    assert not found.findings, said(found)
+    states = {one.id: one.state for one in found.checks}
+    assert states["feedback.repeated"] == states["extraction.precision"] == "held", states
+
+
 def test_what_cannot_be_assessed_is_said(house):
     with pytest.raises(UsageError, match="is another machine"):
         Target(AssessOptions(url="http://models.example:8000"))

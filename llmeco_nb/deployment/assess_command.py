@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AssessChoice', 'read_secret', 'read_lines', 'existing', 'assess', 'tell']
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #c8bcfb3f
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #5953a8f3
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..core import MissingError
+from ..core import MissingError, UsageError
 from ..terminal import argument, option
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #043cd1b5
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #f553eabb
 if TYPE_CHECKING:  # the pages that a report is made with are for when something was typed
     from llmeco_nb.deployment.risk_report import Check
 
-# %% ../../nbs/4_deployment/49j_assess_command.ipynb #ead3862f
+# %% ../../nbs/4_deployment/49j_assess_command.ipynb #77f2852e
 @dataclass(frozen=True)
 class AssessChoice:
     """What `llmeco assess` is told.
@@ -109,11 +109,13 @@ def read_lines(file: str) -> list[str]:
 
 
 def existing(path: str) -> Path | None:
-    """A path that was typed. Raises `MissingError` where nothing is.
+    """A path that was typed. Raises `MissingError` where nothing is, and `UsageError` for a URL.
 
     Args:
         path: Empty: none was.
     """
+    if "://" in path:  # which is not repeated: it may hold a password
+        raise UsageError("Files are looked at, not servers: give the path of an SQLite file.")
     if path and not Path(path).exists():
         raise MissingError(f"{path} is not there.")
     return Path(path) if path else None

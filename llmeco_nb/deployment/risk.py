@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['probes', 'quick_reason', 'run_probe', 'assess', 'rows_left']
 
-# %% ../../nbs/4_deployment/49_risk.ipynb #7bb6d25f
+# %% ../../nbs/4_deployment/49_risk.ipynb #f0a26a1c
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from .risk_model_probes import model_probes
 from .risk_report import Assessment, Check, check_of
 from .risk_target import Target, assessment_author
 
-# %% ../../nbs/4_deployment/49_risk.ipynb #548e9dda
+# %% ../../nbs/4_deployment/49_risk.ipynb #027692c6
 probes: tuple[Probe, ...] = (
     *access_probes,
     *body_probes,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['known_paths', 'refused', 'no_keys', 'leaks', 'access_probes', 'last_probes', 'routes', 'leaked']
 
-# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #00b86381
+# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #8c43307f
 import json
 import re
 
 from .risk_contract import Exchange, Outcome, found, held, not_applicable, probe
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #ba0479a8
+# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #c551c861
 known_paths = {
     "/": "get",
     "/docs": "get",
@@ -134,7 +134,7 @@ def _admin(target: Target) -> Outcome:
             return found(f"An ordinary user got as far as {method} {path}.", one)
     return held(f"{len(paths)} routes of administrators refused an ordinary user.")
 
-# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #4b32bd74
+# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #febc09da
 @probe(
     "headers.host",
     "LLM02",
@@ -243,7 +243,7 @@ def _length(target: Target) -> Outcome:
         return found("A body whose length is given in two ways was read.", one)
     return held(f"A body whose length is given in two ways was refused ({one.status}).")
 
-# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #b123d777
+# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #94595630
 leaks = {
     "a traceback": r"Traceback \(most recent call last\)|File \"[^\"]+\", line \d+",
     "a path": r"(?<![\w./])/(?:home|root|usr|opt|var|tmp|srv|etc|mnt)/[\w.-]+|site-packages",
@@ -290,6 +290,6 @@ def _crash(target: Target) -> Outcome:
         return found(f"{len(wrong)} requests ended as a mistake of the server.", wrong[0])
     return held(f"Of {len(target.exchanges)} requests none ended with a status of 500.")
 
-# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #9503d1f9
+# %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #fce51972
 access_probes = (_no_key, _wrong_key, _admin, _host, _cors, _browser, _third_party, _length)
 last_probes = (_guessing, _leak, _crash)  # when all exchanges are there

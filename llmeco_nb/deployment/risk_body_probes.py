@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['body_probes', 'BadInput', 'bad_inputs', 'explains', 'is_openai']
 
-# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #65097526
+# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #b3aa3dc1
 import gzip
 import json
 import time
@@ -17,7 +17,7 @@ from typing import Any
 from .risk_contract import Exchange, Outcome, found, held, probe
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #7fcbd8c0
+# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #4fdcaad9
 @probe(
     "body.size",
     "LLM06",
@@ -147,7 +147,7 @@ def _silent(target: Target, most: float = 25.0) -> Outcome:
             pass
     return held(f"Half a header was given up after {time.monotonic() - begun:.0f} s.")
 
-# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #6f6e4a39
+# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #8880bedc
 @dataclass(frozen=True)
 class BadInput:
     """A request that no server should answer.
@@ -270,5 +270,5 @@ def _bad_input(target: Target) -> Outcome:
             return found("A wrong method: the refusal does not say which are right.", one)
     return held(f"{len(inputs)} kinds of bad input were refused with a reason.")
 
-# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #1827b41d
+# %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #3fb28657
 body_probes = (_size, _depth, _compression, _slow, _many, _silent, _bad_input)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['beside_manifest', 'no_bundle', 'bundle_probes', 'is_pickle']
 
-# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #bbbec895
+# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #2f50d054
 import base64
 import hashlib
 import hmac
@@ -27,7 +27,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #e8d4cc67
+# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #3d2d43d1
 beside_manifest = ("manifest.json", "signature.json")
 no_bundle = "The bundle was not given: --bundle."
 
@@ -152,7 +152,7 @@ def _signature(target: Target) -> Outcome:
             continue
     return found("The bundle is served, and nobody who is trusted has signed it.")
 
-# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #6997c990
+# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #b57093be
 @probe(
     "audit.chain",
     "LLM04",
@@ -188,5 +188,5 @@ def _audit(target: Target) -> Outcome:
         before = mac
     return held(f"{len(rows)} rows of the audit log are as they were written.")
 
-# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #e3599871
+# %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #c51c5c7f
 bundle_probes = (_files, _served, _pickle, _signature, _audit)

@@ -6,7 +6,7 @@
 __all__ = ['owasp_items', 'severities', 'states', 'Exchange', 'shorten', 'Outcome', 'found', 'held', 'not_applicable',
            'not_checked', 'Probe', 'probe', 'AssessOptions', 'Place']
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #fa451e6e
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #bd9bb0b8
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from ..core import UsageError
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #b6cc2638
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #1cfa26dc
 if TYPE_CHECKING:  # read by type checkers alone: it imports this
     from llmeco_nb.deployment.risk_target import Target
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #7764c8f8
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #deb62e68
 owasp_items = {
     "LLM01": "Prompt Injection",
     "LLM02": "Sensitive Information Disclosure",
@@ -203,7 +203,7 @@ def probe(
 
     return made
 
-# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #e9f3386a
+# %% ../../nbs/4_deployment/49a_risk_contract.ipynb #f952aa96
 @dataclass(frozen=True, kw_only=True)
 class AssessOptions:
     """Which server is assessed, and what its owner gives for it.
@@ -268,7 +268,8 @@ class Place:
         except ValueError:
             parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no address of a server. Write http://127.0.0.1:8000.")
+            told = "The address" if "@" in url else repr(url)  # it may hold a password
+            raise UsageError(f"{told} is none of a server. Write http://127.0.0.1:8000.")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise UsageError(
                 "The address of the server holds more than a place. A key comes from a file: "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lacks_limited_key', 'cost_probes', 'quota_key']
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #89d239ef
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #d0e70247
 import re
 import time
 
@@ -20,7 +20,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #db3c1e09
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #9363632b
 @probe(
     "extraction.precision",
     "LLM06",
@@ -34,7 +34,7 @@ def _precision(target: Target, most: int = 7) -> Outcome:
     one = target.ask(target.words())
     answer = one.get("answers", 0) or {}
     probabilities = answer.get("probabilities") or {}
-    numbers = [*probabilities.values(), *filter(None, [answer.get("value")])]
+    numbers = [*probabilities.values(), *([answer["value"]] if "value" in answer else [])]
     if not numbers:
         return not_checked(f"The answer holds no numbers: {one.came}")
     digits = max(len(re.sub(r"e.*|\D", "", str(n)).lstrip("0")) for n in numbers)
@@ -198,7 +198,7 @@ def _embeddings(target: Target) -> Outcome:
         return found("A request for 100,000 embeddings was not refused.", one)
     return held(f"A request for 100,000 embeddings was refused ({one.status}).")
 
-# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #f161ed54
+# %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #240ae219
 cost_probes = (
     _precision,
     _logprobs,

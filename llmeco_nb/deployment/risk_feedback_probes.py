@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['no_feedback', 'feedback_probes', 'made_up_person']
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #8f0d7b20
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #6695a584
 import hashlib
 import os
 import random
@@ -23,7 +23,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #8a6c376c
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #ab6646c3
 def _opinions(target: Target, answer: Exchange) -> tuple[dict[str, Any], dict[str, Any]]:
     "What feedback says of an answer in two ways that contradict each other."
     said = answer.get("answers", 0) or {}
@@ -123,7 +123,7 @@ def _foreign(target: Target) -> Outcome:
         return held(f"{said} Another key that is told an id may judge the answer.")
     return held(f"{said} Another key that is told an id was refused ({judged.status}).")
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #58639735
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #a9773dc4
 def made_up_person(seed: str) -> dict[str, str]:
     """Personal data of nobody: kind -> text, with valid check digits.
 
@@ -223,5 +223,5 @@ def _database(target: Target) -> Outcome:
         return found(f"{file.name} holds what was sent: {kinds}.")
     return held(f"Of {len(person)} kinds of personal data none stood in the database.")
 
-# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #54cc311e
+# %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #fd49043f
 feedback_probes = (_repeated, _checked, _foreign, _metrics, _log, _database)

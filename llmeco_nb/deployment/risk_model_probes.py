@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reserved_markers', 'demand', 'override_prompts', 'recall_prompts', 'model_probes']
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #42026c35
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #0ffbd075
 import re
 
 from .risk_access_probes import leaked
@@ -19,7 +19,7 @@ from llmeco_nb.deployment.risk_contract import (
 )
 from .risk_target import Target
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #b001988b
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #560f23a8
 reserved_markers = (  # of common chat formats; each has so many characters that it is no usual word
     "<|im_start|>",
     "<|im_end|>",
@@ -152,7 +152,7 @@ def _form(target: Target) -> Outcome:
             return found("A text had the server answer with a class that the model has not.", one)
     return held(f"{len(prompts)} injected texts were answered in the form of any other.")
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #05530991
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #96f037f8
 @probe(
     "hidden.system-prompt",
     "LLM08",
@@ -212,7 +212,7 @@ def _facts(target: Target) -> Outcome:
             return found(f"{path} tells {what}.", one)
     return held("Facts, pages and the OpenAPI document tell no path and no password.")
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #76b67de6
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #38a06e6b
 @probe(
     "output.reflected",
     "LLM10",
@@ -243,7 +243,7 @@ def _reflected(target: Target) -> Outcome:
             return found("Markup came back in a reply whose type a browser may guess.", one)
     return held(f"{len(replies)} replies held no markup of the request that a browser would run.")
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #9e992763
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #3ff006c0
 @probe(
     "agency.tools",
     "LLM03",
@@ -276,7 +276,7 @@ def _origin(target: Target) -> Outcome:
         return found("A wrong answer cannot be reported.", one)
     return held("An answer names its model by digest, and an id by which it can be corrected.")
 
-# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #8ca42e99
+# %% ../../nbs/4_deployment/49e_risk_model_probes.ipynb #ef5cc406
 model_probes = (
     _control_tokens,
     _override,

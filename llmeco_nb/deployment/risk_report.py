@@ -6,7 +6,7 @@
 __all__ = ['signs', 'tones', 'beyond', 'Check', 'check_of', 'Assessment', 'grid_svg', 'items_table', 'finding_html',
            'report_body', 'write_report']
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #ff298f35
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #ca0c602c
 import html
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ from .risk_contract import Outcome, Probe, owasp_items, severities, states
 from ..site.markup import PageRenderer
 from ..site.template import Page, html_table, replaced_folder, write_pages
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #c1c4a99e
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #6940a8aa
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """What a probe has seen, as it is reported.
@@ -124,11 +124,11 @@ class Assessment:
         checks = [asdict(one) for one in self.checks]
         return {**facts, "items": items, "findings": found, "checks": checks, "left": [*self.left]}
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #9d872736
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #33318732
 signs = {"found": "✗", "held": "✓", "not applicable": "–", "not checked": "?"}
 tones = {
-    "found": ("var(--bad,#ad3b5e)", "#fff", ""),
-    "held": ("var(--good,#2f7446)", "#fff", ""),
+    "found": ("var(--bad,#ad3b5e)", "var(--paper,#fff)", ""),
+    "held": ("var(--good,#2f7446)", "var(--paper,#fff)", ""),
     "not applicable": ("none", "var(--soft,#5a6068)", ""),
     "not checked": ("none", "var(--soft,#5a6068)", ' stroke-dasharray="4 3"'),
 }
@@ -142,7 +142,7 @@ def grid_svg(assessment: Assessment, columns: int = 5) -> str:
         assessment: What the probes have seen.
         columns: Tiles beside each other, at most.
     """
-    left, wide, high, gap = 292, 176, 30, 6
+    left, wide, high, gap = 324, 176, 30, 6
     parts, y = [], 44
     ink = "var(--ink,#1d1f22)"
     for x, (state, sign) in enumerate(signs.items()):
@@ -185,15 +185,15 @@ def _anchor(check: Check) -> str:
     "The id of the place on the page that tells of a check."
     return f"check-{check.id.replace('.', '-')}"
 
-# %% ../../nbs/4_deployment/49i_risk_report.ipynb #0cd029cb
+# %% ../../nbs/4_deployment/49i_risk_report.ipynb #1839e76a
 beyond = {  # what no request shows
     "LLM01": "A dozen prompts of each kind were tried; others may be followed.",
-    "LLM02": "Whether the model has learned personal data by heart is tested before it is packed.",
+    "LLM02": "What the model has learned by heart is not tried; texts are masked before it learns.",
     "LLM03": "Largely not applicable: a model here answers, and starts nothing.",
     "LLM04": "The libraries that the server is built on are not looked at.",
     "LLM05": "Whether corrections are poisoned is judged where they are learned from: by "
     "agreement, and by a gate on held-out texts.",
-    "LLM06": "A burst of one client; many at once are measured by the benchmarks of the server.",
+    "LLM06": "A burst of one client is tried; many clients at once are another matter.",
     "LLM07": "Largely not applicable to a classifier. Whether answers are true is measured before "
     "a model is served; here only whether a wrong one can be traced and corrected.",
     "LLM08": "A canary that was not told once may be told to another question.",

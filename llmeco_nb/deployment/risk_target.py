@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assessment_author', 'Connection', 'Target']
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #b5e9f98f
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #e1b190ca
 import http.client
 import json
 import secrets
@@ -19,7 +19,7 @@ from typing import Any
 from ..core import MissingError, UsageError
 from .risk_contract import AssessOptions, Exchange, Place, shorten
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #f93c833f
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #c60627cc
 class Connection:
     """A server as the network shows it. Raises `UsageError` where it may not be assessed.
 
@@ -179,7 +179,7 @@ class Connection:
         self.exchanges.append(kept)
         return kept
 
-# %% ../../nbs/4_deployment/49b_risk_target.ipynb #35fa17b9
+# %% ../../nbs/4_deployment/49b_risk_target.ipynb #84dac99d
 assessment_author = "llmeco assess"  # begins texts, and signs feedback
 
 
