@@ -27,6 +27,7 @@ from llmeco_nb.core import (
     runs_dir,
 )
 from .data.inspect_command import InspectOptions, inspect
+from .deployment.assess_command import AssessChoice, assess
 from .deployment.chat_command import ChatChoice, chat
 from .deployment.export_command import ExportChoice, export
 from .deployment.keys_command import KeysChoice, keys
@@ -397,6 +398,7 @@ command(ExportChoice)(export)
 command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
+command(AssessChoice)(assess)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

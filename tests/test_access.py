@@ -168,6 +168,20 @@ def test_quotas_are_kept_also_by_the_next_server(bundle, admin, tmp_path):
         assert (row.id, 2, 15) in found and len(found) == 2
 
 
+def test_feedback_counts_among_the_requests_of_a_key(bundle, admin, tmp_path):
+    "A key with a quota cannot flood what is learned from; also what is refused counts."
+    hasty, _ = admin.add(KeyOptions(name="ann", requests_per_minute=4))
+    with TestClient(make_app(bundle, tmp_path / "f.sqlite")) as c:
+        asked = c.post("/v1/predict", json={"text": "good"}, headers=bearer(hasty)).json()
+        statuses = []
+        for i, request_id in enumerate([asked["request_id"], "nobody", asked["request_id"], "x"]):
+            said = dict(request_id=request_id, label="negative", key=str(i))
+            r = c.post("/v1/feedback", json=said, headers=bearer(hasty))
+            statuses.append(r.status_code)
+        assert statuses == [200, 404, 200, 429]
+        assert r.json()["error"]["code"] == "quota" and 1 <= int(r.headers["Retry-After"]) <= 15
+
+
 def test_feedback_is_that_of_the_key(bundle, admin, tmp_path):
     "Whoever has a key can name for whom he speaks, and cannot speak as somebody else."
     key, _ = admin.add(KeyOptions(name="ann"))

@@ -178,6 +178,7 @@ def add_feedback_route(app: FastAPI) -> None:
         for name, value in body.model_dump().items():
             check_plain(value if isinstance(value, str) else None, name)
         service, who = app.state.service, request.state.principal
+        service.quotas.take_request(who)  # else a key could flood what is learned from
         author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
         told = GenerationFeedback(
             request_id=body.request_id.rpartition("-")[2],  # behind chatcmpl- or cmpl-

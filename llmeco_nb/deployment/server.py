@@ -301,6 +301,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         for name, value in body.model_dump().items():
             check_plain(value if isinstance(value, str) else None, name)
         service, who = app.state.service, request.state.principal
+        service.quotas.take_request(who)  # else a key could flood what is learned from
         # a key speaks for itself, and may name for whom it does
         author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
         kept = keep_feedback(
