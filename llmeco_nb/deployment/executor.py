@@ -16,6 +16,7 @@ from typing import Any, Self
 from ..core import UsageError
 from .cost_model import CostModel
 from .fair_queue import Busy, Expired, FairQueue, QueuedRequest, Work, late
+from .guard import GuardOptions
 from llmeco_nb.deployment.model_batch import (
     Answers,
     DaemonThreads,
@@ -33,14 +34,14 @@ class ExecutorOptions:
 
     Attributes:
         deadline: Seconds within which a request is answered, unless it says otherwise.
-        slice_seconds: Seconds that a batch should take at most, or three times the fixed cost of
-            a batch if that is longer; an item that takes longer goes alone.
+        slice_seconds: Of a batch at most, or three times its fixed cost; a longer item goes alone.
         max_waiting: Requests that may wait, however small.
         max_waiting_chars: Characters of the texts that wait, at most.
         prepare_threads: Threads that prepare long texts.
         inline_chars: Texts of up to so many characters are prepared without a change of thread.
         margin: Share by which an estimate may be too low.
         open_seconds: Within which a model must be opened beside those that answer.
+        guard: What is done with texts that look like attacks on the model.
     """
 
     deadline: float = 10.0
@@ -51,6 +52,7 @@ class ExecutorOptions:
     inline_chars: int = 2_000
     margin: float = 0.1
     open_seconds: float = 120.0
+    guard: GuardOptions = GuardOptions()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class LocalExecutor:
             deadline: On the event loop's clock.
         """
         if sum(map(len, texts)) <= self.options.inline_chars:
-            return self._prepare(texts)
+            return list(map(self.predictor.prepare, texts))
         found: list[Work] = []
         while len(found) < len(texts):
             part, size = [], 0
@@ -130,13 +132,11 @@ class LocalExecutor:
                 size += len(text)
             try:
                 async with asyncio.timeout_at(deadline):
-                    found += await self.prepare_threads.run(partial(self._prepare, part))
+                    job = partial(list, map(self.predictor.prepare, part))
+                    found += await self.prepare_threads.run(job)
             except TimeoutError:
                 raise Expired(late) from None
         return found
-
-    def _prepare(self, texts: Sequence[str]) -> list[Work]:
-        return list(map(self.predictor.prepare, texts))
 
     def seconds(self, cost: float) -> float:
         """What work of a cost takes when it goes through batch by batch.

@@ -6,39 +6,45 @@
 __all__ = ['word_groups', 'group_numbers', 'plain_words', 'group_span', 'group_features', 'phrase_words', 'group_pattern', 'has',
            'sets_aside', 'asks_for_prompt', 'lifts_limits', 'phrase_rules']
 
-# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #3ce1adf0
+# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #c14de8e8
 import re
 from collections.abc import Sequence
 
-# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #b7693fd6
+# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #8b860e5c
 word_groups: dict[str, frozenset[str]] = {
     name: frozenset(words.split())
     for name, words in dict(
-        override="ignore ignores ignoring disregard forget override overrides bypass neglect discard "
-        "cancel dismiss nevermind skip abandon overwrite reset stop suspend disable remove supersede "
-        "supersedes replace",
+        override="ignore ignores ignoring disregard forget override overrides bypass neglect "
+        "discard cancel dismiss nevermind skip abandon overwrite reset stop suspend "
+        "disable remove supersede supersedes replace",
         instruction="instruction instructions direction directions rule rules guideline guidelines "
-        "prompt prompts policy policies restriction restrictions command commands constraint "
-        "constraints programming limitation limitations filter filters safeguards protocol protocols "
-        "message messages order orders directive directives configuration",
+        "prompt prompts policy policies restriction restrictions command commands "
+        "constraint constraints programming limitation limitations filter filters "
+        "safeguards protocol protocols message messages order orders directive "
+        "directives configuration",
         prior="previous above prior earlier initial original first preceding before past all "
         "existing any beginning former far",
-        disclose="reveal show print repeat output display tell give write share translate summarize "
-        "encode recite list quote paraphrase expose disclose dump leak return say reproduce copy what",
-        persona="pretend act roleplay imagine simulate character persona role become portray play "
-        "playing impersonate acting named called fictional hypothetical story scenario novel",
+        disclose="reveal show print repeat output display tell give write share translate "
+        "summarize encode recite list quote paraphrase expose disclose dump leak return "
+        "say reproduce copy what",
+        persona="pretend act roleplay imagine simulate character persona role become portray "
+        "play playing impersonate acting named called fictional hypothetical story "
+        "scenario novel",
         unbound="unrestricted uncensored unfiltered jailbreak jailbroken dan amoral unethical "
-        "immoral illegal anything freely limitless unlimited freedom evil harmful dangerous without "
-        "free censorship ethical moral legal ethics morals laws offensive explicit",
-        authority="system developer admin administrator root maintenance debug sudo mode authorized "
-        "authorization official owner operator engineer security audit access",
-        urgent="must immediately urgent critical important now always never only exactly strictly "
-        "mandatory required emergency warning absolutely cannot not",
+        "immoral illegal anything freely limitless unlimited freedom evil harmful "
+        "dangerous without free censorship ethical moral legal ethics morals laws "
+        "offensive explicit",
+        authority="system developer admin administrator root maintenance debug sudo mode "
+        "authorized authorization official owner operator engineer security audit "
+        "access",
+        urgent="must immediately urgent critical important now always never only exactly "
+        "strictly mandatory required emergency warning absolutely cannot not",
         you="you your yourself yours",
-        machine="ai assistant model chatbot chatgpt gpt bot llm openai machine language agent user "
-        "human",
-        refusal="refuse refusal refusing sorry apologize apologies disclaimer disclaimers warnings "
-        "decline reject comply compliance unable obey answer respond response responses reply",
+        machine="ai assistant model chatbot chatgpt gpt bot llm openai machine language agent "
+        "user human",
+        refusal="refuse refusal refusing sorry apologize apologies disclaimer disclaimers "
+        "warnings decline reject comply compliance unable obey answer respond response "
+        "responses reply",
         secret="password secret hidden confidential key credentials token internal private "
         "sensitive api data",
     ).items()
@@ -73,36 +79,38 @@ def group_pattern(view: str) -> set[int]:
                     pattern.add(a + 16 * b + 256 * c)
     return pattern
 
-# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #ed3a3110
+# %% ../../nbs/4_deployment/44g_guard_phrases.ipynb #2c1be917
 phrase_words: dict[str, frozenset[str]] = {
     name: frozenset(words.split())
     for name, words in dict(
-        aside="ignore ignores ignoring disregard disregarding forget forgetting override overrides "
-        "overriding bypass bypassing neglect discard nevermind overwrite supersede supersedes abandon "
-        "delete erase drop",
-        rule="instruction instructions direction directions rule rules guideline guidelines prompt "
-        "prompts restriction restrictions constraint constraints programming safeguards directive "
-        "directives training order orders command commands",
-        earlier="previous previously above prior earlier initial original preceding past existing "
-        "old given your all any everything other these following",
-        hand_out="reveal show print repeat output display tell give write share translate summarize "
-        "summarise encode recite list quote paraphrase disclose dump leak return reproduce copy spell "
-        "convert provide describe explain expose what read rewrite state include put",
-        hidden="system initial original hidden secret internal first full exact entire complete "
-        "starting base underlying core developer previous above current existing given own",
-        prompt="prompt prompts instruction instructions rules guidelines configuration directives "
-        "message messages preprompt context",
+        aside="ignore ignores ignoring disregard disregarding forget forgetting override "
+        "overrides overriding bypass bypassing neglect discard nevermind overwrite "
+        "supersede supersedes abandon delete erase drop",
+        rule="instruction instructions direction directions rule rules guideline guidelines "
+        "prompt prompts restriction restrictions constraint constraints programming "
+        "safeguards directive directives training order orders command commands",
+        earlier="previous previously above prior earlier initial original preceding past "
+        "existing old given your all any everything other these following",
+        hand_out="reveal show print repeat output display tell give write share translate "
+        "summarize summarise encode recite list quote paraphrase disclose dump leak "
+        "return reproduce copy spell convert provide describe explain expose what read "
+        "rewrite state include put",
+        hidden="system initial original hidden secret internal first full exact entire "
+        "complete starting base underlying core developer previous above current "
+        "existing given own",
+        prompt="prompt prompts instruction instructions rules guidelines configuration "
+        "directives message messages preprompt context",
         passage="text words everything message messages lines sentence paragraph all content "
         "conversation",
         limitless="unrestricted uncensored unfiltered jailbreak jailbroken jailbreaking amoral "
-        "unethical immoral illegal unlawful censorship restrictionless limitless unbound untethered "
-        "offensive explicit nsfw profanity swear",
+        "unethical immoral illegal unlawful censorship restrictionless limitless "
+        "unbound untethered offensive explicit nsfw profanity swear",
         without="no without any never not free from bypass ignore disregard zero",
-        limit="restrictions restriction limits limitations limitation filters filter censorship "
-        "guidelines guardrails safeguards ethics morals rules boundaries moderation policies policy "
-        "refusals disclaimers warnings",
-        role="act pretend roleplay simulate imagine persona character become named called play "
-        "playing immerse impersonate portray developer mode dan",
+        limit="restrictions restriction limits limitations limitation filters filter "
+        "censorship guidelines guardrails safeguards ethics morals rules boundaries "
+        "moderation policies policy refusals disclaimers warnings",
+        role="act pretend roleplay simulate imagine persona character become named called "
+        "play playing immerse impersonate portray developer mode dan",
     ).items()
 }
 

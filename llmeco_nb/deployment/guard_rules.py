@@ -8,16 +8,17 @@ __all__ = ['look_alikes', 'unseen', 'common_words', 'digit_letters', 'word_patte
            'english_share', 'readable', 'decoded', 'encoded_runs', 'morse_run', 'with_letters', 'ciphers',
            'GuardReading', 'hidden_characters', 'mixes_scripts', 'repeats', 'read_text']
 
-# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #ab65406a
+# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #16339a5f
 import base64
 import binascii
 import codecs
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #6c682dce
+# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #4f81c23a
 look_alikes = str.maketrans(
     "асеһіјӏорѕԁԛԝхуАВСЕНІЈКМОРЅТХУαβεικνορτυχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
     "acehijlopsdqwxyABCEHIJKMOPSTXYabeiknoptuxABEZHIKMNOPTYX",
@@ -38,7 +39,7 @@ def plain(text: str) -> str:
         text = unicodedata.normalize("NFC", "".join(seen)).translate(look_alikes)
     return " ".join(text.lower().split())
 
-# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #abd984c7
+# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #b62fd0e2
 common_words = frozenset(
     "the and but for from with about are was were been does did has had have not this that these "
     "those its they she you our their his her what which who how when where why can could will "
@@ -180,7 +181,7 @@ def ciphers(text: str) -> Iterator[str]:
         if changed := with_letters(piece):
             yield changed
 
-# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #04ae2ae3
+# %% ../../nbs/4_deployment/44f_guard_rules.ipynb #b251d279
 control_tokens = re.compile(
     r"<\|[a-z_]{2,24}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|\[/?SYSTEM\]", re.IGNORECASE
 )

@@ -32,6 +32,7 @@ from .follower import load_version
 from .generation import TextGenerator
 from .generation_executor import GenerationOptions
 from .generation_server import make_generation_app
+from .guard import GuardOptions
 from .http_requests import own_names
 from .keys import KeyRing, read_keys
 from .ledger import connect
@@ -212,11 +213,12 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
         engine.dispose()
         options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
         options["retention"] = o.retention
+        told: Any = {} if o.deadline is None else dict(deadline=o.deadline)
         if o.deadline is not None and not 0.01 <= o.deadline <= 3600:
             raise UsageError(f"A deadline of {o.deadline:g} s cannot be kept; give 0.01 to 3600.")
         if o.bundle is not None and bundle_kind(o.bundle) == "decoder":
-            if o.deadline is not None:
-                options["options"] = GenerationOptions(deadline=o.deadline)
+            guard = GuardOptions(mode=o.guard or "log", model=o.guard_model)
+            options["options"] = GenerationOptions(guard=guard, **told)
             served = serve_decoder(TextGenerator.load(o.bundle, trusted=trusted), database, options)
         else:
             if o.bundle is None and holds is not None:
@@ -225,8 +227,8 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
                 bundle = o.bundle or newest_bundle(runs_dir())
                 predictor = Predictor.load(bundle, trusted=trusted)
             options |= dict(follow=o.bundle is None, trusted=trusted)
-            if o.deadline is not None:
-                options["options"] = ExecutorOptions(deadline=o.deadline)
+            guard = GuardOptions(mode=o.guard or "off", model=o.guard_model)
+            options["options"] = ExecutorOptions(guard=guard, **told)
             served = serve_predictor(predictor, database, options)
         if keyless and not (o.anybody or is_loopback(s)):
             raise UsageError(
