@@ -28,6 +28,7 @@ from llmeco_nb.core import (
 )
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.chat_command import ChatChoice, chat
+from .deployment.guard_command import GuardChoice, guard
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring
@@ -395,6 +396,7 @@ command(SignChoice)(sign)
 command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
+command(GuardChoice)(guard)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
