@@ -82,7 +82,7 @@ def latent_injections(sources: Sources, chance: random.Random) -> tuple[list[str
         classes.setdefault(owner, {})[rest] = value
     found, clean = [], []
     for name, one in classes.items():
-        # registrations of domains name people; that of a sentence on a group of people is no injection
+        # registrations of domains name people; slurs in a sentence are no injection
         if "Whois" in name or "LatentJailbreak" in name or "injection_instructions" not in one:
             continue
         triggers = one.get("payload_triggers") or sources.payloads["domains_latentinjection"]

@@ -41,14 +41,15 @@ def plain(text: str) -> str:
 
 # %% ../../nbs/4_deployment/44f_guard_rules.ipynb #55fe2b01
 common_trigrams = frozenset(
-    "the and ing ion tio ent ati for her ter hat tha ere ate his con res ver all ons nce men ith ted "
-    "ers pro thi wit are ess not ive was ect rea com eve per int est sta cti ica ist ear ain one our "
+    "the and ing ion tio ent ati for her ter hat tha ere ate his con res ver all ons nce men "
+    "ith ted ers pro thi wit are ess not ive was ect rea com eve per int est sta cti ica ist "
+    "ear ain one our"
     "iti rat you ine ide ran tra str ons out nte ome use ure ble ill any ell".split()
 )
 digit_letters = str.maketrans("01345789@$!", "oieastbgasi")
 word_pattern = re.compile(r"[^\W\d_]+")
 spelt_out = re.compile(r"(?:[A-Za-z][ .\-_*|]{1,3}){10,}[A-Za-z]")
-morse = dict(
+morse: dict[str, str] = dict(
     zip(
         ".- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- "
         ".-- -..- -.-- --.. ----- .---- ..--- ...-- ....- ..... -.... --... ---.. ----.".split(),
@@ -143,12 +144,9 @@ def morse_run(text: str) -> str:
     Args:
         text: As it was sent.
     """
-    best: list[str] = []
-    run: list[str] = []
-    for word in text.split():
-        code = morse.get(word, " " if word == "/" else "")
-        run = [*run, code] if code and len(run) < longest_tried else []
-        best = run if len(run) > len(best) else best
+    known = [morse.get(word, " " if word == "/" else "") for word in text.split()]
+    runs = (list(run) for letter, run in groupby(known, bool) if letter)
+    best = max(runs, key=len, default=[])[:longest_tried]
     return "".join(best) if len(best) >= 10 and len(set(best)) >= 4 else ""
 
 
