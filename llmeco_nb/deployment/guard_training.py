@@ -9,7 +9,7 @@ __all__ = ['PassageTable', 'passage_table', 'without_near_copies', 'GuardFit', '
 # %% ../../nbs/4_deployment/44j_guard_training.ipynb #21a144f3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def fit_weights(
         value = weight @ np.logaddexp(0, -margin) + p[:-1] @ p[:-1] / (2 * fit.C)
         return value, np.append(transposed @ slope + p[:-1] / fit.C, slope.sum())
 
-    start = np.zeros(x.shape[1] + 1)
+    start = np.zeros(x.get_shape()[1] + 1)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options=dict(maxiter=fit.steps))
     return found.x[:-1], float(found.x[-1])
 
@@ -227,7 +227,8 @@ def fit_guard(
         attack = np.arange(len(weight)) < count
         for side in (attack, ~attack):  # both sides weigh the same
             weight[side] *= 3000 / weight[side].sum()
-        model = fit_weights(vstack(parts).tocsr(), attack, weight, fit)
+        stacked = cast("csr_matrix", vstack(parts).tocsr())
+        model = fit_weights(stacked, attack, weight, fit)
     assert model is not None
     scale = float(np.abs(model[0]).max()) / 127 or 1.0
     rounded = np.round(model[0] / scale).astype(np.int8)
@@ -252,5 +253,6 @@ def flag_scores(model: GuardModel, table: PassageTable, rules: int = 1) -> np.nd
         table: Of texts.
         rules: Which rules count: 1: all, 2: those on what a text hides, 3: none.
     """
-    scores = model.scale * (table.features @ model.weights.astype(np.float32)) + model.bias
+    summed = np.asarray(table.features @ model.weights.astype(np.float32))
+    scores = np.asarray(model.scale * summed + model.bias)
     return np.where(table.rules >= rules, np.inf, table.worst(scores))

@@ -221,7 +221,7 @@ def openai_error(refusal: dict[str, Any], status: int) -> dict[str, Any]:
         message=refusal["message"],
         type=error_types.get(status, "server_error" if status >= 500 else error_types[400]),
         param=fields[0] if fields else None,
-        code=openai_codes.get(refusal["code"], refusal["code"]),
+        code=str(openai_codes.get(refusal["code"]) or refusal["code"]),
     )
     return OpenAIError(error=facts).model_dump()
 
