@@ -19,7 +19,7 @@ from .fair_queue import Expired, Work
 from .generation import TextGenerator
 from .generation_executor import GenerationExecutor, GenerationOptions
 from .generation_log import Generation, keep_generation
-from .guard import Guard
+from .guard import Guard, unnoted
 from .keys import Principal
 from .ledger import Ledger
 from .quotas import Quotas, count_usage
@@ -48,7 +48,7 @@ class GenerationRequest:
     messages: Sequence[ChatMessage] = ()
     text: str = ""
     tenant: str = ""
-    noted: Callable[[str], None] = lambda rules: None
+    noted: Callable[[str], None] = unnoted
 
     @property
     def prompt(self) -> list[tuple[str, str]]:
