@@ -150,7 +150,8 @@ def test_the_packaged_model_says_what_it_is():
         assert guard.judge([text]).flagged, text
     for text in ("Why does it rain?", "How do I undo a commit?", "Write a poem about bees."):
         assert not guard.judge([text]).flagged, text
-    document = "The price is paid within thirty days of the delivery. " * 60
+    clauses = (f"Clause {i}: goods of kind {i * 7} are paid within {i} days. " for i in range(60))
+    document = "".join(clauses)
     assert not guard.judge([document]).flagged
     assert guard.judge([document[:1500] + ATTACK + document[1500:]]).flagged
 
