@@ -34,7 +34,8 @@ class ExecutorOptions:
 
     Attributes:
         deadline: Seconds within which a request is answered, unless it says otherwise.
-        slice_seconds: Of a batch at most, or three times its fixed cost; a longer item goes alone.
+        slice_seconds: Seconds that a batch should take at most, or three times the fixed cost of
+            a batch if that is longer; an item that takes longer goes alone.
         max_waiting: Requests that may wait, however small.
         max_waiting_chars: Characters of the texts that wait, at most.
         prepare_threads: Threads that prepare long texts.
@@ -121,7 +122,7 @@ class LocalExecutor:
             deadline: On the event loop's clock.
         """
         if sum(map(len, texts)) <= self.options.inline_chars:
-            return list(map(self.predictor.prepare, texts))
+            return self._prepare(texts)
         found: list[Work] = []
         while len(found) < len(texts):
             part, size = [], 0
@@ -132,11 +133,13 @@ class LocalExecutor:
                 size += len(text)
             try:
                 async with asyncio.timeout_at(deadline):
-                    job = partial(list, map(self.predictor.prepare, part))
-                    found += await self.prepare_threads.run(job)
+                    found += await self.prepare_threads.run(partial(self._prepare, part))
             except TimeoutError:
                 raise Expired(late) from None
         return found
+
+    def _prepare(self, texts: Sequence[str]) -> list[Work]:
+        return list(map(self.predictor.prepare, texts))
 
     def seconds(self, cost: float) -> float:
         """What work of a cost takes when it goes through batch by batch.
