@@ -17,6 +17,6 @@ setup(name=cfg["lib_name"], version=cfg["version"], description=cfg["description
       keywords=cfg["keywords"].split(), python_requires=f">={cfg['min_python']}",
       long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
       packages=[*find_packages(include=["llmeco_nb", "llmeco_nb.*"]), "llmeco_nb.nbs"], package_dir={"llmeco_nb.nbs": "nbs"},
-      package_data={"llmeco_nb": ["py.typed"], "llmeco_nb.nbs": ["*.ipynb", "[0-9]*_*/*.ipynb", "profiles/*/*.yaml", "records/*.json", "renamed*.tsv"]}, cmdclass={"sdist": Sdist},
+      package_data={"llmeco_nb": ["py.typed", "deployment/guard.npz"], "llmeco_nb.nbs": ["*.ipynb", "[0-9]*_*/*.ipynb", "profiles/*/*.yaml", "records/*.json", "renamed*.tsv"]}, cmdclass={"sdist": Sdist},
       install_requires=lines("requirements"), entry_points={"console_scripts": lines("console_scripts")},
       extras_require={k.removesuffix("_requirements"): lines(k) for k in cfg if k.endswith("_requirements")})

@@ -30,6 +30,7 @@ from .data.inspect_command import InspectOptions, inspect
 from .deployment.assess_command import AssessChoice, assess
 from .deployment.chat_command import ChatChoice, chat
 from .deployment.export_command import ExportChoice, export
+from .deployment.guard_command import GuardChoice, guard
 from .deployment.keys_command import KeysChoice, keys
 from .deployment.models_command import ModelsChoice, models
 from .deployment.monitoring_command import MonitoringChoice, monitoring
@@ -399,6 +400,7 @@ command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
 command(AssessChoice)(assess)
+command(GuardChoice)(guard)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

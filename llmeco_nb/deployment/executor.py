@@ -16,6 +16,7 @@ from typing import Any, Self
 from ..core import UsageError
 from .cost_model import CostModel
 from .fair_queue import Busy, Expired, FairQueue, QueuedRequest, Work, late
+from .guard import GuardOptions
 from llmeco_nb.deployment.model_batch import (
     Answers,
     DaemonThreads,
@@ -41,6 +42,7 @@ class ExecutorOptions:
         inline_chars: Texts of up to so many characters are prepared without a change of thread.
         margin: Share by which an estimate may be too low.
         open_seconds: Within which a model must be opened beside those that answer.
+        guard: What is done with texts that look like attacks on the model.
     """
 
     deadline: float = 10.0
@@ -51,6 +53,7 @@ class ExecutorOptions:
     inline_chars: int = 2_000
     margin: float = 0.1
     open_seconds: float = 120.0
+    guard: GuardOptions = GuardOptions()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Expired, QueuedRequest, Work, late
 from .generation import TextGenerator
 from .generation_engine import GenerationBatch
+from .guard import GuardOptions
 from ..tasks.text_generation import Prompt
 
 # %% ../../nbs/4_deployment/48h_generation_executor.ipynb #3cd77004
@@ -25,10 +26,12 @@ class GenerationOptions(ExecutorOptions):
         deadline: Seconds within which an answer is complete, unless the request says otherwise.
         max_waiting: Requests that may wait, however small.
         max_waiting_chars: Characters of the prompts that wait, at most.
+        guard: What is done with prompts that look like attacks on the model.
     """
 
     deadline: float = 120.0
     max_waiting: int = 256
+    guard: GuardOptions = GuardOptions(mode="log")
 
 
 class GenerationExecutor(LocalExecutor):

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,7 @@ def make_generation_app(
         try:
             read_access(ledger, ring, quotas)
             service = app.state.service = GenerationService(generator, ledger, quotas, options)
+            service.guard.count = metrics.count_guard
             app.state.started = time.time()
             add_state_gauges(metrics, service)
             tasks = [
@@ -189,6 +191,8 @@ def add_feedback_route(app: FastAPI) -> None:
             key=body.key or idempotency_key,
         )
         deadline = asyncio.get_running_loop().time() + 10.0
+        run, noted = service.executor.prepare_threads.run, partial(setattr, request.state, "guard")
+        await service.guard.check([body.note, body.better or ""], deadline, run, noted)
         kept = keep_generation_feedback(service.ledger, told)
         reply: GenerationFeedbackReply = await stored(kept, deadline)
         found: dict[str, Any] = dict(stored=reply.stored, correct=reply.correct)

@@ -8,7 +8,7 @@ __all__ = ['GenerationRequest', 'GenerationService', 'shielded', 'NamedModel', '
 # %% ../../nbs/4_deployment/48j_generation_service.ipynb #441d36fe
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from .fair_queue import Expired, Work
 from .generation import TextGenerator
 from .generation_executor import GenerationExecutor, GenerationOptions
 from .generation_log import Generation, keep_generation
+from .guard import Guard, unnoted
 from .keys import Principal
 from .ledger import Ledger
 from .quotas import Quotas, count_usage
@@ -39,6 +40,7 @@ class GenerationRequest:
         messages: A dialogue to be answered; empty: `text` is continued.
         text: The beginning of a text.
         tenant: On whose behalf; tenants get equal shares of the model.
+        noted: Told the guard's rules that the request breaks.
     """
 
     request_id: str
@@ -47,11 +49,17 @@ class GenerationRequest:
     messages: Sequence[ChatMessage] = ()
     text: str = ""
     tenant: str = ""
+    noted: Callable[[str], None] = unnoted
 
     @property
     def prompt(self) -> list[tuple[str, str]]:
         "Roles and contents as they are stored."
         return [(one.role, one.content) for one in self.messages] or [("", self.text)]
+
+    @property
+    def judged(self) -> list[str]:
+        "What the guard looks at: all that neither the application nor the model has written."
+        return [content for role, content in self.prompt if role not in ("system", "assistant")]
 
 
 class GenerationService:
@@ -76,6 +84,7 @@ class GenerationService:
         self.quotas = quotas or Quotas()
         self.options = options
         self.executor = GenerationExecutor(generator, options)
+        self.guard = Guard(options.guard)
 
     @property
     def model_name(self) -> str:
@@ -114,7 +123,8 @@ class GenerationService:
         """Pieces of an answer, as they are written; the last, which says why it ended, once the
         answer is stored. What is not asked for any more, as the iterator is closed, is not written,
         and what was written until then is stored. Raises `UsageError`, `Forbidden`,
-        `QuotaExceeded`, `Busy`, `Expired`, `WriteError`; the last two also later on.
+        `QuotaExceeded`, `RefusedByGuard`, `Busy`, `Expired`, `WriteError`; the last two also later
+        on.
 
         Args:
             request: What is asked.
@@ -126,6 +136,8 @@ class GenerationService:
         if reasons := self.ledger.not_ready_reasons():
             raise WriteError(" ".join(reasons))
         deadline = asyncio.get_running_loop().time() + self.options.deadline
+        run = self.executor.prepare_threads.run
+        await self.guard.check(request.judged, deadline, run, request.noted)
         work = await self._prepare(request, deadline)
         prompt_tokens = len(work.inputs.ids)
         with self.quotas.tokens_for(who, work.cost) as held:

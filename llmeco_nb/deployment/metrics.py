@@ -79,6 +79,13 @@ class Metrics:
             ["model", "digest"],
             registry=registry,
         )
+        self.guarded = Counter(
+            "llmeco_guard_decisions",
+            "Requests and feedback that the guard has judged: passed, flagged or refused.",
+            ["decision", "rule"],
+            registry=registry,
+        )
+        self.guarded.labels("passed", "none")  # a share needs a count that is there from the start
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
@@ -91,6 +98,15 @@ class Metrics:
             value: Gives it.
         """
         Gauge(name, about, registry=self.registry).set_function(value)
+
+    def count_guard(self, decision: str, rule: str) -> None:
+        """Count what the guard has decided.
+
+        Args:
+            decision: passed, flagged or refused.
+            rule: Behind it; none where it passed.
+        """
+        self.guarded.labels(decision, rule).inc()
 
     def text(self) -> bytes:
         "What Prometheus reads."
@@ -188,6 +204,8 @@ class MetricsMiddleware:
                     model=state.get("model", ""),
                     refusal=code or "",
                 )
+                if rules := state.get("guard"):
+                    line["guard"] = rules
                 self.log(json.dumps(line))
 
 

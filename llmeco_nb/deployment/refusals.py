@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core import LlmecoError, UsageError, WriteError
 from .fair_queue import Busy, Expired
+from .guard import RefusedByGuard
 from .keys import Forbidden, Unauthorized
 from .ledger import Conflict, UnknownRequest
 from .quotas import LockedOut, QuotaExceeded
@@ -128,6 +129,7 @@ def to_ascii(text: str) -> str:
 
 status_of: dict[type[LlmecoError], tuple[int, str]] = {  # error -> HTTP status, code
     UsageError: (422, "wrong"),
+    RefusedByGuard: (422, "refused_by_guard"),
     UnknownRequest: (404, "unknown_request"),
     Conflict: (409, "conflict"),
     Busy: (429, "busy"),

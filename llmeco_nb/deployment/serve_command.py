@@ -8,6 +8,7 @@ __all__ = ['ServeChoice', 'serve']
 # %% ../../nbs/4_deployment/42b_serve_command.ipynb #2520be26
 import os
 from dataclasses import dataclass
+from typing import Any, cast
 
 import typer
 
@@ -35,6 +36,8 @@ class ServeChoice:
         tls_cert: Certificate chain, PEM; empty: HTTP without encryption.
         tls_key: Its private key, PEM.
         trust: Files of public keys, one of which must have signed a bundle.
+        guard: off, log or refuse; empty: log for a decoder, off for others.
+        guard_model: File of the guard's classifier; empty: the one of the package.
     """
 
     bundle: str = option(
@@ -95,6 +98,16 @@ class ServeChoice:
         "signed are opened. May be repeated.",
         "FILE",
     )
+    guard: str = option(
+        "",
+        "--guard",
+        "What is done with texts that look like attacks on the model: off; log: they are counted "
+        "and noted; refuse (default: log for a decoder, else off).",
+        "MODE",
+    )
+    guard_model: str = option(
+        "", "--guard-model", "The guard's classifier, as `llmeco guard` writes it.", "FILE"
+    )
 
 
 def serve(o: ServeChoice) -> None:
@@ -128,5 +141,7 @@ def serve(o: ServeChoice) -> None:
         tls_cert=o.tls_cert or None,
         tls_key=o.tls_key or None,
         deadline=o.deadline or None,
+        guard=cast(Any, o.guard or None),  # GuardOptions says what is wrong with it
+        guard_model=o.guard_model or None,
     )
     run_server(options, say=typer.echo)

@@ -178,6 +178,7 @@ def make_app(
                 bundle if isinstance(bundle, Predictor) else Predictor.load(bundle, trusted=trusted)
             )
             service = app.state.service = Service(loaded, ledger, quotas, options)
+            service.guard.count = metrics.count_guard
             follower = Follower(
                 service, database, log=log and partial(log_event, log), trusted=trusted
             )
@@ -260,7 +261,8 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         texts = body.items()
         names = ["text"] if body.texts is None else [f"texts.{i}" for i in range(len(texts))]
         who, request_id = state.principal, state.request_id
-        asked = PredictRequest(texts, names, request_id, who, who.id or tenant)
+        noted = partial(setattr, state, "guard")
+        asked = PredictRequest(texts, names, request_id, who, who.id or tenant, noted)
         found = await app.state.service.predict(asked)
         state.model, metrics = found.model.digest, app.state.metrics
         version = found.model.name, found.model.digest[:12]
@@ -304,6 +306,9 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         service.quotas.take_request(who)  # else a key could flood what is learned from
         # a key speaks for itself, and may name for whom it does
         author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
+        deadline = asyncio.get_running_loop().time() + service.options.deadline
+        noted = partial(setattr, request.state, "guard")
+        await service.guard.check([body.note], deadline, noted=noted)
         kept = keep_feedback(
             service.ledger,
             body.request_id,
@@ -314,7 +319,6 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
             note=body.note,
             key=body.key or idempotency_key,
         )
-        deadline = asyncio.get_running_loop().time() + service.options.deadline
         reply: FeedbackReply = await stored(kept, deadline)
         told = dict(request_id=body.request_id, item=body.item, stored=reply.stored)
         told |= {field: reply.given, "predicted": reply.predicted, "correct": reply.correct}

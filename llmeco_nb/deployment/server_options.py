@@ -14,6 +14,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from ..core import UsageError
+from .guard import GuardMode
 from .retention import Retention
 
 # %% ../../nbs/4_deployment/41l_server_options.ipynb #2435d7a1
@@ -53,6 +54,9 @@ class ServerOptions:
         tls_key: Its private key, PEM.
         deadline: Seconds within which a request is answered or refused; None: 10, for a decoder
             120.
+        guard: What is done with texts that look like attacks on the model: off, log or refuse;
+            None: log for a decoder, off for others.
+        guard_model: File of the guard's classifier; None: the one of the package.
     """
 
     bundle: str | Path | None = None
@@ -68,6 +72,8 @@ class ServerOptions:
     tls_cert: str | None = None
     tls_key: str | None = None
     deadline: float | None = None
+    guard: GuardMode | None = None
+    guard_model: str | None = None
 
 
 def check_tls(o: ServerOptions) -> None:

@@ -9,7 +9,7 @@ __all__ = ['ResultT', 'model_not_ready_reasons', 'prepare_items', 'stored', 'Pre
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..core import LlmecoError, UsageError, WriteError
 from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Expired, Work
 from .group_commit import in_loop
+from .guard import Guard, unnoted
 from .keys import Principal
 from .ledger import Ledger, keep_predictions
 from .model_batch import run_within
@@ -98,6 +99,7 @@ class PredictRequest:
         request_id: Feedback names it.
         who: Asks.
         tenant: On whose behalf; tenants get equal shares of the model.
+        noted: Told the guard's rules that the request breaks.
     """
 
     texts: Sequence[str]
@@ -105,6 +107,7 @@ class PredictRequest:
     request_id: str
     who: Principal
     tenant: str = ""
+    noted: Callable[[str], None] = unnoted
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Service:
         self.quotas = quotas or Quotas()
         self.options = options
         self.serving = Serving(LocalExecutor(predictor, options))
+        self.guard = Guard(options.guard)
         self.users: Counter[LocalExecutor] = Counter()  # requests at work with each
         self.retiring: set[asyncio.Task] = set()
         self.shadowing: set[asyncio.Task] = set()
@@ -336,8 +340,8 @@ class Service:
 
     async def predict(self, request: PredictRequest) -> PredictResult:
         """Answer a request: admitted, predicted, stored, and only then told. If a canary's model
-        fails, the champion answers. Raises `UsageError`, `Forbidden`, `QuotaExceeded`, `Busy`,
-        `Expired`, `WriteError`.
+        fails, the champion answers. Raises `UsageError`, `Forbidden`, `QuotaExceeded`,
+        `RefusedByGuard`, `Busy`, `Expired`, `WriteError`.
 
         Args:
             request: What is asked.
@@ -349,6 +353,8 @@ class Service:
         # what cannot be stored need not be computed
         if reasons := self.ledger.not_ready_reasons():
             raise WriteError(" ".join(reasons))
+        run = self.executor.prepare_threads.run
+        await self.guard.check(request.texts, deadline, run, request.noted)
         try:
             return await self._predict(chosen, request, deadline)
         except LlmecoError:
