@@ -95,7 +95,8 @@ class TimedProtocol(HttpToolsProtocol):
         self.received = self.wire = self.payload = (
             0  # bytes: of a header; of a request; of its body
         )
-        super().connection_made(GatheringTransport(transport))  # type: ignore[arg-type]
+        self.gathering = GatheringTransport(transport)
+        super().connection_made(self.gathering)  # type: ignore[arg-type]
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
@@ -141,7 +142,7 @@ class TimedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         "Called by uvicorn."
         self.answered = asyncio.get_running_loop().time()
-        self.transport.flush()
+        self.gathering.flush()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -133,8 +133,8 @@ class LoadClient:
             one = self.idle.pop()
         else:
             loop = asyncio.get_running_loop()
-            where = dict(host=self.host, port=self.port, ssl=self.context)
-            _, one = await loop.create_connection(_Connection, **where)
+            where = (self.host, self.port)
+            _, one = await loop.create_connection(_Connection, *where, ssl=self.context)
         one.reply = asyncio.get_running_loop().create_future()
         verb = "GET" if body is None else "POST"
         head = f"{verb} {path} HTTP/1.1\r\n{self.lines}Content-Length: {len(body or b'')}\r\n\r\n"

@@ -48,7 +48,7 @@ class NoModel:
         Args:
             texts: Are not looked at.
         """
-        return np.tile(np.float32([0.25, 0.75]), (len(texts), 1))
+        return np.tile(np.array([0.25, 0.75], np.float32), (len(texts), 1))
 
 
 def untrained_minilm(texts: Sequence[str], max_length: int = 256) -> Path:
@@ -87,8 +87,8 @@ def key_with_quotas(database: str | Path, name: str = "bench") -> dict[str, str]
         name: Of the key; none that is in use.
     """
     admin = KeyAdmin(database, "benchmark")
-    quotas = dict(requests_per_minute=10**8, tokens_per_day=10**12)
-    key, _ = admin.add(KeyOptions(name=name, **quotas))
+    options = KeyOptions(name, requests_per_minute=10**8, tokens_per_day=10**12)
+    key, _ = admin.add(options)
     admin.close()
     return {"Authorization": f"Bearer {key}"}
 
