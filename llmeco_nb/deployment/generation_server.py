@@ -110,7 +110,7 @@ def make_generation_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = Ledger(database, mask=retention.mask)
+        ledger = Ledger(database, min_free=retention.min_free, mask=retention.mask)
         try:
             read_access(ledger, ring, quotas)
             service = app.state.service = GenerationService(generator, ledger, quotas, options)

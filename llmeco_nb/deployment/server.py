@@ -215,7 +215,9 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = app.state.ledger = Ledger(database, mask=retention.mask)
+        ledger = app.state.ledger = Ledger(
+            database, min_free=retention.min_free, mask=retention.mask
+        )
         try:
             read_access(ledger, ring, quotas)
             loaded = (
