@@ -23,9 +23,11 @@ from llmeco_nb.deployment.ledger import (
     connect,
     database_url,
     feedback,
+    is_lost,
     schema,
     sqlite_file,
     store_feedback,
+    unmatched_feedback,
 )
 
 # %% ../../nbs/4_deployment/48i_generation_log.ipynb #afb54439
@@ -119,10 +121,10 @@ class GenerationFeedback:
 @dataclass(frozen=True)
 class GenerationFeedbackReply:
     """What became of feedback: whether it was `stored` (False for a repetition), and whether the
-    answer was right (`correct`)."""
+    answer was right (`correct`; None if no row of the answer is left and that was not said)."""
 
     stored: bool
-    correct: bool
+    correct: bool | None
 
 
 def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
@@ -137,7 +139,8 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
     def job(c: Connection) -> GenerationFeedbackReply:
         g = generations.c
         answer = c.execute(select(g.text).where(g.request_id == one.request_id)).scalar()
-        if answer is None:
+        lost = answer is None and is_lost(c, ledger, one.request_id)
+        if answer is None and not lost:
             raise UnknownRequest(
                 f"There is no answer of a request {one.request_id}. Send the id that came with it."
             )
@@ -146,6 +149,12 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
                 'Send "correct" (true or false), or "better" (what would have been right).'
             )
         better = None if one.better is None else ledger.as_stored(one.better)
+        names = dict(request_id=one.request_id, item=0, key=one.key or one.author)
+        if lost:  # a power cut has taken the answer
+            sent = dict(author=one.author, given=better, correct=one.correct)
+            sent["note"] = ledger.as_stored(one.note)
+            new = store_feedback(c, ledger, names, sent, unmatched_feedback)
+            return GenerationFeedbackReply(new, one.correct)
         agrees = bool(one.correct) if better is None else better == answer
         if better is not None and one.correct is not None and one.correct != agrees:
             raise UsageError(
@@ -155,7 +164,6 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
         given = answer if agrees else better
         note = ledger.as_stored(one.note)
         content = dict(author=one.author, given=given, correct=agrees, note=note)
-        names = dict(request_id=one.request_id, item=0, key=one.key or one.author)
         return GenerationFeedbackReply(store_feedback(c, ledger, names, content), agrees)
 
     return ledger.write(job)

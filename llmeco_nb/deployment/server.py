@@ -54,6 +54,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
+from .request_ids import RequestIds
 from .retention import Retention, keep_tidy
 from .service import PredictRequest, Service, stored
 from .signing import TrustedKeys
@@ -92,21 +93,23 @@ class FeedbackResult(BaseModel):
     request_id: str
     item: int
     stored: bool = Field(description="False for a repetition")
-    correct: bool = Field(description="Whether the answer was right")
+    correct: bool | None = Field(
+        description="Whether the answer was right; null if it is lost and that was not said"
+    )
 
 
 class LabelFeedbackResult(FeedbackResult):
     "What became of feedback on a class."
 
     label: str | None = Field(description="What is right; null if that is not known")
-    predicted: str = Field(description="What the answer said")
+    predicted: str | None = Field(description="What the answer said; null if it is lost")
 
 
 class NumberFeedbackResult(FeedbackResult):
     "What became of feedback on a number."
 
     value: float | None = Field(description="What is right; null if that is not known")
-    predicted: float = Field(description="What the answer said")
+    predicted: float | None = Field(description="What the answer said; null if it is lost")
 
 
 # task -> the field that says what is right, and the models of `POST /v1/feedback`
@@ -211,7 +214,7 @@ def make_app(
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
-    ring, quotas, metrics = KeyRing(), Quotas(), Metrics(served_routes)
+    ring, quotas, metrics, ids = KeyRing(), Quotas(), Metrics(served_routes), RequestIds()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -219,6 +222,7 @@ def make_app(
             database, min_free=retention.min_free, mask=retention.mask
         )
         try:
+            ids.secret = ledger.request_ids.secret
             read_access(ledger, ring, quotas)
             loaded = (
                 bundle if isinstance(bundle, Predictor) else Predictor.load(bundle, trusted=trusted)
@@ -255,7 +259,7 @@ def make_app(
     app.add_middleware(BodyLimit, limit=limits.body)
     app.add_middleware(AuthMiddleware, ring=ring, actions=actions)
     app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy(page_text))
-    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log, ids=ids)
     app.state.metrics = metrics
     install_exception_handlers(app)
     add_health_routes(app)
