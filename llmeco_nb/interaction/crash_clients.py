@@ -257,8 +257,9 @@ def kept_rows(told: Told, where: str | Path, people: Sequence[str]) -> KeptRows:
     finally:
         engine.dispose()
     verify_audit(rows, audit_secret(where))
-    done = Counter((row.action, row.target) for row in rows)
-    for action, ids in (("add key", set(told.keys)), ("revoke key", told.revoked)):
+    once = ("add key", "revoke key")  # nothing else can be done but once
+    done = Counter((row.action, row.target) for row in rows if row.action in once)
+    for action, ids in zip(once, (set(told.keys), told.revoked)):
         for one in ids:
             found.lost["audit"] += not done[action, f"{told.keys[one]} ({one})"]
     found.doubled["audit"] = sum(n - 1 for n in done.values())
