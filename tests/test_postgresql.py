@@ -104,6 +104,22 @@ def test_all_that_a_server_stores(where, bundles):
     registry.close()
 
 
+def test_who_opens_a_database_locks_nothing_that_others_write(where):
+    "A second server starts, and each request of an admin opens the database, while others write."
+    engine = connect(where)
+    opened = []
+    with engine.begin() as c:
+        row = dict(request_id="r", item=0, at=0.0, model="m", text="t")
+        c.execute(predictions.insert(), dict(row, label="a", probabilities="{}"))
+        one = threading.Thread(target=lambda: opened.append(connect(where)))
+        one.start()
+        one.join(20)
+        assert opened, "it waits for a lock"
+    one.join()
+    opened[0].dispose()
+    engine.dispose()
+
+
 def test_of_several_who_decide_on_one_revision_one_succeeds(where, bundles):
     first = Registry(where, "a test")
     for folder in bundles.values():

@@ -175,11 +175,7 @@ def connect(where: str | Path) -> Engine:
                     connection.execute(line)
 
         with engine.connect() as c:
-            for table in schema.sorted_tables:
-                c.execute(CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    c.execute(CreateIndex(index, if_not_exists=True))
-            c.commit()
+            _make_tables(c)
             _check_columns(c, where)
             _make_secret(c)
     except ModuleNotFoundError as e:
@@ -192,6 +188,21 @@ def connect(where: str | Path) -> Engine:
             reason = reason.replace(str(url.password), "***")
         raise WriteError(f"The database {shown(where)} cannot be opened: {reason}.") from None
     return engine
+
+
+def _make_tables(c: Connection) -> None:
+    """Make the tables and indexes that are not there. Nothing is said of those that are: to make an
+    index "if it does not exist", PostgreSQL locks the table, against servers that write it."""
+    there = inspect(c)
+    names = set(there.get_table_names())
+    names |= {one["name"] for found in there.get_multi_indexes().values() for one in found}
+    for table in schema.sorted_tables:
+        if table.name not in names:
+            c.execute(CreateTable(table, if_not_exists=True))
+        for index in table.indexes:
+            if index.name not in names:
+                c.execute(CreateIndex(index, if_not_exists=True))
+    c.commit()
 
 
 def _make_secret(c: Connection) -> None:

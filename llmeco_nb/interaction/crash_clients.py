@@ -49,7 +49,8 @@ class Told:
         refused: Replies that no client should get, as texts.
         unclear: Requests whose connection ended before the answer.
         statuses: Status of a reply -> how many there were.
-        nobody: How often no server was there, or would answer.
+        nobody: How often a client asked all servers twice in a row, and none was there that would
+            answer. Once may happen if one is killed just after another came back.
     """
 
     answers: dict[str, ToldAnswer] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class CrashClients:
         self.told = Told()
         self.quiet = threading.Event()
         self.seconds = seconds
+        self.fruitless: Counter[int] = Counter()  # client -> rounds without an answer, in a row
         self.stopped = threading.Event()
         jobs: list[tuple[Callable[..., None], tuple]] = []
         jobs += [(self._person, (i, key)) for i, key in enumerate(people)]
@@ -143,8 +145,10 @@ class CrashClients:
                     continue
                 self.told.statuses[reply.status_code] += 1
                 if reply.status_code not in (429, 503):
+                    self.fruitless[id(http)] = 0
                     return reply
-            self.told.nobody += 1
+            self.told.nobody += self.fruitless[id(http)] > 0
+            self.fruitless[id(http)] += 1
             if time.monotonic() > until:
                 self.told.refused.append(f"{route}: nobody answered for {self.seconds:.0f} s")
                 return None
