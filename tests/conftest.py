@@ -78,6 +78,8 @@ MARKERS = dict(
 def pytest_addoption(parser):
     text = "write to tests/slow.tsv which of the tests that run are slow; on an idle machine"
     parser.addoption("--note-slow", action="store_true", help=text)
+    text = "minutes for which tests/test_soak.py keeps a server under load; 0: it is skipped"
+    parser.addoption("--soak", type=float, default=0, metavar="MINUTES", help=text)
 
 
 def pytest_configure(config):

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("alembic", reason="the database needs the extra `serve`")
 from alembic.autogenerate import compare_metadata
+from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 from llmeco_nb.core import UsageError, WriteError
 from llmeco_nb.deployment.generation_log import read_rated_generations
 from llmeco_nb.deployment.ledger import Ledger, connect, keep_feedback, read_feedback, schema
-from llmeco_nb.deployment.schema_versions import head, read_revision
+from llmeco_nb.deployment.schema_versions import head, read_revision, revision_scripts
 from llmeco_nb.tasks.registry import find_task
 from llmeco_nb.tasks.regression import NumberPrediction
 from llmeco_nb.tasks.text_classification import ClassPrediction
@@ -161,7 +162,7 @@ def every_table():
     for file in sorted((ROOT / "llmeco_nb" / "deployment").glob("*.py")):
         if " = Table(\n" in file.read_text(encoding="utf-8"):
             importlib.import_module(f"llmeco_nb.deployment.{file.stem}")
-    assert len(schema.tables) >= 8
+    assert len(schema.tables) >= 10
     return schema
 
 
@@ -188,8 +189,9 @@ def test_an_old_database_is_read_in_full_and_a_copy_of_it_is_kept(tmp_path, capl
     same = set(before) - {"predictions", "feedback"}
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
     assert {name: len(rows) for name, rows in before.items()} == {
-        name: len(rows) for name, rows in after.items() if name != "alembic_version"
+        name: len(rows) for name, rows in after.items() if name in OLD_ROWS
     }
+    assert after.keys() - before.keys() == {"alembic_version", "unmatched_feedback", "secrets"}
     [judged] = read_rated_generations(file)
     assert (judged.better, judged.text, judged.correct) == ('Rain "falls".', "Rains.", False)
     [copy] = copies(file)
@@ -236,7 +238,7 @@ def test_a_database_of_a_newer_program_is_refused_and_left_alone(tmp_path):
         c.execute("ALTER TABLE feedback ADD COLUMN stars INTEGER")
     c.close()
     before = dump(file)
-    with pytest.raises(WriteError, match="revision 0977.*up to 0002.*newer llmeco"):
+    with pytest.raises(WriteError, match="revision 0977.*up to 0003.*newer llmeco"):
         read_feedback(file)
     assert dump(file) == before and not copies(file)
 
@@ -250,6 +252,31 @@ def test_tables_of_something_else_are_refused_and_left_alone(tmp_path):
     with pytest.raises(WriteError, match="table predictions has no column label"):
         connect(file)
     assert dump(file) == before and not copies(file)
+
+
+def test_a_database_of_any_revision_gets_what_it_lacks(tmp_path):
+    "As it is left by a program that knew the revisions up to there."
+    scripts = revision_scripts()
+    numbers = [one.revision for one in scripts.walk_revisions()][::-1]
+    for number in numbers[:-1]:
+        file = make_old(tmp_path / f"{number}.sqlite")
+        options = dict(isolation_level=None)
+        engine = create_engine(f"sqlite:///{file}", connect_args=options)
+        with engine.begin() as c:
+            context = MigrationContext.configure(c)
+            with Operations.context(context):
+                for one in [*scripts.walk_revisions()][::-1][: int(number)]:
+                    one.module.upgrade()
+                    context.stamp(scripts, one.revision)
+        engine.dispose()
+        before = dump(file)
+        check_upgraded(file)
+        after = dump(file)
+        [copy] = copies(file)
+        assert copy.name.endswith(f".revision-{number}") and dump(copy) == before
+        assert len(after["secrets"]) == 1 and after["unmatched_feedback"] == []
+        check_upgraded(file)
+        assert dump(file)["secrets"] == after["secrets"], "ids told before are known"
 
 
 NO_ROOM = """

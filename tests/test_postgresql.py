@@ -2,16 +2,12 @@
 goes away. Needs Debian's package `postgresql`, whose server is started on a free port."""
 
 import os
-import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -31,89 +27,41 @@ from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions
 from llmeco_nb.deployment.ledger import (
     Conflict,
+    Ledger,
     connect,
     database_url,
     predictions,
     read_feedback,
     shown,
 )
+from llmeco_nb.deployment.local_postgresql import LocalPostgresql, postgresql_programs
 from llmeco_nb.deployment.manifest import verify, write_manifest
+from llmeco_nb.deployment.quotas import count_usage, usage
 from llmeco_nb.deployment.registry import Registry
 from llmeco_nb.deployment.retention import Retention, delete_answers, tidy, used_bytes
 from llmeco_nb.deployment.server import make_app
+from llmeco_nb.interaction.crash_clients import CrashClients, kept_rows
+from llmeco_nb.interaction.server_process import ServerProcess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library
     from fastapi.testclient import TestClient
 
 ROOT = Path(__file__).resolve().parent.parent
-BIN = [Path(p).parent for p in [shutil.which("initdb")] if p]
-BIN += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [
-    pytest.mark.skipif(not BIN, reason="no PostgreSQL server: apt-get install postgresql"),
+    pytest.mark.skipif(
+        postgresql_programs() is None, reason="no PostgreSQL server: apt-get install postgresql"
+    ),
     # the servers share one database server
     pytest.mark.xdist_group("postgresql"),
 ]
 
 
-class Cluster:
-    "A database server of our own, of the system's user `postgres` where we are root."
-
-    def __init__(self):
-        self.place = Path(tempfile.mkdtemp(prefix="llmeco-pg-"))
-        self.become = {}
-        if os.geteuid() == 0:
-            user = pwd.getpwnam("postgres")
-            os.chown(self.place, user.pw_uid, user.pw_gid)
-            self.become = dict(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.tool("initdb", "-D", f"{self.place}/data", "-A", "trust", "-U", "postgres", "-N")
-        self.start()
-
-    def tool(self, name, *words):
-        done = subprocess.run(
-            [BIN[-1] / name, *words], cwd="/", capture_output=True, text=True, **self.become
-        )
-        assert done.returncode == 0, done.stderr
-
-    def start(self):
-        options = f"-p {self.port} -k {self.place} -c listen_addresses=127.0.0.1"
-        log = f"{self.place}/log"
-        subprocess.run(
-            [
-                BIN[-1] / "pg_ctl",
-                "-D",
-                f"{self.place}/data",
-                "-o",
-                options,
-                "-l",
-                log,
-                "-w",
-                "start",
-            ],
-            cwd="/",
-            stdout=subprocess.DEVNULL,
-            check=True,
-            **self.become,
-        )
-
-    def stop(self):
-        self.tool("pg_ctl", "-D", f"{self.place}/data", "-m", "immediate", "-w", "stop")
-
-    def database(self):
-        name = f"d{uuid.uuid4().hex}"
-        self.tool("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", name)
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    one = Cluster()
+    one = LocalPostgresql()
     yield one
-    one.stop()
-    shutil.rmtree(one.place)
+    one.close()
 
 
 @pytest.fixture
@@ -165,6 +113,22 @@ def test_all_that_a_server_stores(where, bundles):
         registry.stop("canary", seen=0)
     admin.close()
     registry.close()
+
+
+def test_who_opens_a_database_locks_nothing_that_others_write(where):
+    "A second server starts, and each request of an admin opens the database, while others write."
+    engine = connect(where)
+    opened = []
+    with engine.begin() as c:
+        row = dict(request_id="r", item=0, at=0.0, model="m", text="t")
+        c.execute(predictions.insert(), dict(row, task="none", answer="{}"))
+        one = threading.Thread(target=lambda: opened.append(connect(where)))
+        one.start()
+        one.join(20)
+        assert opened, "it waits for a lock"
+    one.join()
+    opened[0].dispose()
+    engine.dispose()
 
 
 def test_of_several_who_decide_on_one_revision_one_succeeds(where, bundles):
@@ -308,6 +272,70 @@ def test_of_two_servers_one_is_killed_and_no_client_fails(where, bundles, tmp_pa
     engine.dispose()
     assert len(stored) == len(set(stored)), "an answer is stored twice"
     assert {one["request_id"] for one in told} <= set(stored), "what was told is lost"
+    admin.close()
+    registry.close()
+
+
+def test_two_servers_that_wait_for_each_others_rows_both_write(where):
+    """PostgreSQL ends one of two transactions that wait for each other. Its jobs are done again one
+    by one: each is done, none twice, and no client is told of it."""
+    both, meet, calls = [Ledger(where) for _ in range(2)], threading.Barrier(2), []
+
+    def count(key, together):
+        def job(c):
+            calls.append(key)
+            if together and len(calls) <= 4:  # both hold a row before either asks for the other
+                meet.wait(10)
+            count_usage(c, key, 7, 0.0)
+            return key
+
+        return job
+
+    told = []
+    for ledger, order in zip(both, (("a", "b"), ("b", "a"))):
+        # while the first job sleeps the others gather, for one transaction
+        ledger.write(lambda c: time.sleep(0.3))
+        told += [ledger.write(count(key, i == 1)) for i, key in enumerate(order)]
+    assert [one.result(timeout=30) for one in told] == ["a", "b", "b", "a"]
+    assert len(calls) > 4, "there was no deadlock"
+    assert all(ledger.not_ready_reasons() == [] for ledger in both)
+    for ledger in both:
+        ledger.close()
+    engine = connect(where)
+    with engine.connect() as c:
+        rows = c.execute(usage.select().order_by(usage.c.key_id)).all()
+    engine.dispose()
+    assert [(row.key_id, row.requests, row.tokens) for row in rows] == [("a", 2, 14), ("b", 2, 14)]
+
+
+def test_a_crash_of_the_database_takes_no_feedback_and_no_key(where, cluster, bundles):
+    """Answers do not wait for the disk here either, and a crash of the database may take the last.
+    Feedback does, and so what was written before it is there, too."""
+    admin, registry = KeyAdmin(where, "a test"), Registry(where, "a test")
+    registry.promote(str(registry.register(bundles["one"])))
+    root, _ = admin.add(KeyOptions(name="root", role="admin"))
+    made = [admin.add(KeyOptions(name=f"person-{i}")) for i in range(3)]
+    server = ServerProcess(where)
+    clients = CrashClients([server.address], [key for key, _ in made], root)
+    told = clients.told
+    with clients:
+        deadline = time.monotonic() + 60
+        while len(told.feedback) < 20 or len(told.keys) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        clients.quiet.set()
+        time.sleep(0.3)
+        cluster.stop()
+        clients.quiet.clear()
+        cluster.start()
+        asked = told.statuses[200]
+        while told.statuses[200] < asked + 30:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    server.end()
+    found = kept_rows(told, where, [row.id for _, row in made])
+    assert found.lost.total() == found.lost["request"] and not found.doubled.total(), found
+    assert not told.refused
     admin.close()
     registry.close()
 

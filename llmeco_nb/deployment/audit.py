@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..core import DataError, UsageError, WriteError
+from ..core import DataError, UsageError, WriteError, fsync_folder
 from .ledger import connect, database_url, schema, sqlite_file
 
 # %% ../../nbs/4_deployment/44b_audit.ipynb #beb93ceb
@@ -89,6 +89,7 @@ def audit_secret(where: str | Path) -> bytes:
             os.fsync(f.fileno())
         try:
             os.link(beside, file)  # in one step, and never over one that is there
+            fsync_folder(file.parent)  # without it no row of the log could be verified
         except FileExistsError:
             pass
         finally:

@@ -218,7 +218,7 @@ def make_embedding_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = Ledger(database, mask=retention.mask)
+        ledger = Ledger(database, min_free=retention.min_free, mask=retention.mask)
         try:
             read_access(ledger, ring, quotas)
             service = app.state.service = EmbeddingService(encoder, ledger, quotas, options)

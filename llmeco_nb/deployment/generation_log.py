@@ -23,9 +23,11 @@ from llmeco_nb.deployment.ledger import (
     connect,
     database_url,
     feedback,
+    is_lost,
     schema,
     sqlite_file,
     store_feedback,
+    unmatched_feedback,
 )
 from ..tasks.text_generation import GenerationSchema
 
@@ -120,10 +122,10 @@ class GenerationFeedback:
 @dataclass(frozen=True)
 class GenerationFeedbackReply:
     """What became of feedback: whether it was `stored` (False for a repetition), and whether the
-    answer was right (`correct`)."""
+    answer was right (`correct`; None if no row of the answer is left and that was not said)."""
 
     stored: bool
-    correct: bool
+    correct: bool | None
 
 
 def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
@@ -138,7 +140,8 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
     def job(c: Connection) -> GenerationFeedbackReply:
         g = generations.c
         answer = c.execute(select(g.text).where(g.request_id == one.request_id)).scalar()
-        if answer is None:
+        lost = answer is None and is_lost(c, ledger, one.request_id)
+        if answer is None and not lost:
             raise UnknownRequest(
                 f"There is no answer of a request {one.request_id}. Send the id that came with it."
             )
@@ -147,6 +150,13 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
                 'Send "correct" (true or false), or "better" (what would have been right).'
             )
         better = None if one.better is None else ledger.as_stored(one.better)
+        names = dict(request_id=one.request_id, item=0, key=one.key or one.author)
+        task = GenerationSchema.task
+        if lost:  # a power cut has taken the answer
+            sent = dict(author=one.author, task=task, given=better, correct=one.correct)
+            sent["note"] = ledger.as_stored(one.note)
+            new = store_feedback(c, ledger, names, sent, unmatched_feedback)
+            return GenerationFeedbackReply(new, one.correct)
         agrees = bool(one.correct) if better is None else better == answer
         if better is not None and one.correct is not None and one.correct != agrees:
             raise UsageError(
@@ -155,9 +165,7 @@ def keep_generation_feedback(ledger: Ledger, one: GenerationFeedback) -> Future:
             )
         given = answer if agrees else better
         note = ledger.as_stored(one.note)
-        task = GenerationSchema.task
         content = dict(author=one.author, task=task, given=given, correct=agrees, note=note)
-        names = dict(request_id=one.request_id, item=0, key=one.key or one.author)
         return GenerationFeedbackReply(store_feedback(c, ledger, names, content), agrees)
 
     return ledger.write(job)

@@ -48,6 +48,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
+from .request_ids import RequestIds
 from .retention import Retention, keep_tidy
 from .server import add_health_routes
 from .service import stored
@@ -85,7 +86,9 @@ class TextFeedbackResult(BaseModel):
 
     request_id: str
     stored: bool = Field(description="False for a repetition")
-    correct: bool = Field(description="Whether the answer was right")
+    correct: bool | None = Field(
+        description="Whether the answer was right; null if it is lost and that was not said"
+    )
 
 
 def make_generation_app(
@@ -107,12 +110,13 @@ def make_generation_app(
         log: Told a line of JSON about each request; None: nobody is.
         retention: What is kept of the answers.
     """
-    ring, quotas, metrics = KeyRing(), Quotas(), Metrics(generation_routes)
+    ring, quotas, metrics, ids = KeyRing(), Quotas(), Metrics(generation_routes), RequestIds()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = Ledger(database, mask=retention.mask)
+        ledger = Ledger(database, min_free=retention.min_free, mask=retention.mask)
         try:
+            ids.secret = ledger.request_ids.secret
             read_access(ledger, ring, quotas)
             service = app.state.service = GenerationService(generator, ledger, quotas, options)
             service.guard.count = metrics.count_guard
@@ -142,7 +146,7 @@ def make_generation_app(
     app.add_middleware(AuthMiddleware, ring=ring, actions=generation_actions)
     app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy())
     app.add_middleware(OpenAIErrors)
-    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log, ids=ids)
     app.state.metrics, app.state.log = metrics, log or log_line
     app.state.first_token = Histogram(
         "llmeco_time_to_first_token_seconds",

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
 from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, select
@@ -286,7 +286,7 @@ def revoke_key(c: Connection, name: str) -> list[KeyRow]:
     found, now = find_key(c, name), time.time()
     for row in found:
         c.execute(keys.update().where(keys.c.id == row.id).values(revoked=now))
-    return found
+    return [replace(row, revoked=now) for row in found]
 
 
 def rotate_key(c: Connection, name: str, grace_hours: float = 24.0) -> tuple[str, KeyRow]:

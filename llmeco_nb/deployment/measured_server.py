@@ -87,7 +87,7 @@ def key_with_quotas(database: str | Path, name: str = "bench") -> dict[str, str]
         name: Of the key; none that is in use.
     """
     admin = KeyAdmin(database, "benchmark")
-    options = KeyOptions(name, requests_per_minute=10**8, tokens_per_day=10**12)
+    options = KeyOptions(name=name, requests_per_minute=10**8, tokens_per_day=10**12)
     key, _ = admin.add(options)
     admin.close()
     return {"Authorization": f"Bearer {key}"}

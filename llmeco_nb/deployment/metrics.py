@@ -8,7 +8,6 @@ __all__ = ['methods', 'Metrics', 'log_line', 'failure_line', 'MetricsMiddleware'
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #659299ea
 import json
-import os
 import sys
 import time
 import traceback
@@ -29,6 +28,7 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .refusals import error_response
+from .request_ids import RequestIds
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #45c0ffee
 if TYPE_CHECKING:  # read by type checkers alone: they import this module
@@ -153,18 +153,26 @@ class MetricsMiddleware:
         app: What answers.
         metrics: Gets the figures.
         log: Told a line of JSON about each request; None: nobody is.
+        ids: Makes ids of requests; None: with a secret of its own.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        log: Callable[[str], None] | None = None,
+        ids: RequestIds | None = None,
+    ):
         self.app = app
         self.metrics = metrics
         self.log = log
+        self.ids = ids or RequestIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id = os.urandom(16).hex()
+        state["request_id"] = request_id = self.ids.new()
         status, begun = 499, time.perf_counter()
 
         async def told(message: Message) -> None:

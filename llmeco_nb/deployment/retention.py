@@ -28,12 +28,14 @@ class Retention:
         fresh_seconds: An answer stays for so long whatever the size: somebody may be about to judge
             it.
         mask: Mask personal data before anything is stored.
+        min_free: Bytes that must be free on the disk of an SQLite file; below, no answer is given.
     """
 
     days: float | None = None
     max_bytes: int | None = 10_000_000_000
     fresh_seconds: float = 3600.0
     mask: bool = True
+    min_free: int = 100_000_000
 
     def __post_init__(self) -> None:
         for name in ("days", "max_bytes"):

@@ -57,6 +57,7 @@ from llmeco_nb.deployment.refusals import (
     install_exception_handlers,
     limits,
 )
+from .request_ids import RequestIds
 from .retention import Retention, keep_tidy
 from .service import PredictRequest, Service, stored
 from .signing import TrustedKeys
@@ -167,12 +168,15 @@ def make_app(
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
-    ring, quotas, metrics = KeyRing(), Quotas(), Metrics(served_routes)
+    ring, quotas, metrics, ids = KeyRing(), Quotas(), Metrics(served_routes), RequestIds()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        ledger = app.state.ledger = Ledger(database, mask=retention.mask)
+        ledger = app.state.ledger = Ledger(
+            database, min_free=retention.min_free, mask=retention.mask, task=task.name
+        )
         try:
+            ids.secret = ledger.request_ids.secret
             read_access(ledger, ring, quotas)
             loaded = (
                 bundle if isinstance(bundle, Predictor) else Predictor.load(bundle, trusted=trusted)
@@ -210,7 +214,7 @@ def make_app(
     app.add_middleware(BodyLimit, limit=limits.body)
     app.add_middleware(AuthMiddleware, ring=ring, actions=actions)
     app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy(page_text))
-    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log)
+    app.add_middleware(MetricsMiddleware, metrics=metrics, log=log, ids=ids)
     app.state.metrics = metrics
     install_exception_handlers(app)
     add_model_routes(app, task)  # the routes that are asked most often are looked at first

@@ -87,7 +87,7 @@ class NumberFeedbackResult(FeedbackResult):
     "What became of feedback on a number."
 
     value: float | None = Field(description="What is right; null if that is not known")
-    predicted: float = Field(description="What the answer said")
+    predicted: float | None = Field(description="What the answer said; null if it is lost")
 
 # %% ../../nbs/2_finetuning/20c_regression.ipynb #424ee75f
 def as_number(value: Any) -> float | None:

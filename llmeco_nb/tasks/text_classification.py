@@ -66,7 +66,7 @@ class LabelFeedbackResult(FeedbackResult):
     "What became of feedback on a class."
 
     label: str | None = Field(description="What is right; null if that is not known")
-    predicted: str = Field(description="What the answer said")
+    predicted: str | None = Field(description="What the answer said; null if it is lost")
 
 # %% ../../nbs/2_finetuning/20b_text_classification.ipynb #8b2e758d
 class TextClassification(Task[ClassificationSchema]):
