@@ -119,6 +119,8 @@ NOT_IMPORTED = {
     "datasketch": "a test takes it by importorskip",
     "openai": "a test takes it by importorskip",
     "openvino-tokenizers": "openvino-genai loads it; named for who installs without dependencies",
+    "httptools": "uvicorn's parser of requests, on which the connections are built",
+    "uvloop": "uvicorn takes it as its event loop where it is there",
     "psycopg": "SQLAlchemy imports the driver by its name",
     "schemathesis": "a test starts it as a command",
     "grafana-foundation-sdk": "a test takes it by importorskip",

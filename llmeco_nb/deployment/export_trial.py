@@ -22,7 +22,7 @@ from ..data.readers import read_frame
 from ..data.tables import as_text, class_numbers, column_values, is_blank
 from .exported_model import ExportedModel, ExportManifest, write_export
 from .exports import ExportSource, find_format, noted_warnings
-from .packing import padding_id, parity_tolerance, reference_scores
+from .packing import padding_id, parity_tolerance
 from ..finetuning.engine_trial import EngineTrial, tolerated_loss
 from ..finetuning.engines import Engine, TorchEngine, calibration_texts
 from ..runner.store import fsync_tree

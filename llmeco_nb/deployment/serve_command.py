@@ -26,6 +26,7 @@ class ServeChoice:
         port: 0 to 65535.
         database: File or URL; empty: `$LLMECO_DATABASE`, else what the newest run was told, else
             runs/feedback.sqlite.
+        deadline: Seconds within which a request is answered, or else refused; 0: the default.
         anybody: Listen at other addresses than this machine's own although no key exists.
         log: Write a line of JSON about each request to the standard error.
         names: Host names by which it is asked besides its address.
