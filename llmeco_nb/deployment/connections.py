@@ -36,7 +36,7 @@ class ConnectionLimits:
 
 class GatheringTransport:
     """A transport that sends together what is written together. uvicorn writes the head of a reply
-    and its body one after the other; two calls of the system cost twice as much as one.
+    and its body one after the other, each with a call of the system.
 
     Args:
         transport: Of asyncio.
