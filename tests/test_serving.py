@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -216,6 +217,55 @@ def test_requests_ahead_of_their_answers_are_bounded(bundle, tmp_path):
                 one.sendall(part)
                 sent += len(part)
         assert sent < 8e6
+
+
+def test_who_sends_ahead_and_hangs_up_is_no_failure_of_ours(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    with serving(app) as address:
+        with connected(address) as first:
+            first.sendall(request(b'{"text": "good"}'))
+            assert read_reply(first)[0] == 200
+        for _ in range(10):
+            one = connected(address)
+            one.sendall(request(b'{"text": "good"}') * 12)
+            # closed without a farewell, so that what is written then fails
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            one.close()
+        time.sleep(0.5)
+        asked = connected(address)
+        asked.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        told = b"".join(iter(lambda: asked.recv(65536), b"")).decode()
+    assert 'status_code="200"' in told and 'status_code="500"' not in told
+
+
+def test_of_requests_sent_ahead_the_one_at_work_is_given_up(bundle, tmp_path):
+    predictor = Slow.load(bundle)
+    predictor.pause, predictor.asked = 0.2, []
+    app = make_app(predictor, tmp_path / "f.sqlite")
+    with serving(app) as address:
+        predictor.asked.clear()
+        one = connected(address)
+        texts = json.dumps({"texts": [f"no. {i}" for i in range(20)]}).encode()
+        one.sendall(request(texts) * 2)
+        time.sleep(0.3)
+        one.close()
+        time.sleep(1.0)
+        asked = len(predictor.asked)
+    assert 0 < asked < 20
+
+
+def test_a_body_beside_an_upgrade_is_not_taken_for_a_request(bundle, tmp_path):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    inner = b"GET /v1/model HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(app) as address:
+        for more in (
+            ("Connection: Upgrade", "Upgrade: x"),
+            ("Connection: Upgrade", "Upgrade: h2c"),
+        ):
+            one = connected(address)
+            one.sendall(request(inner, "/v1/predict", *more))
+            told = b"".join(iter(lambda: one.recv(65536), b""))
+            assert told.startswith(b"HTTP/1.1 400") and b"digest" not in told
 
 
 def test_pieces_of_a_byte_are_not_read_for_long(bundle, tmp_path):

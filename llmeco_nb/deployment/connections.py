@@ -61,8 +61,8 @@ class GatheringTransport:
 
     def flush(self) -> None:
         "Send now."
-        if self.held:
-            held, self.held = self.held, []
+        held, self.held = self.held, []
+        if held and not self.transport.is_closing():
             self.transport.write(b"".join(held))
 
     def close(self) -> None:
@@ -92,6 +92,7 @@ class TimedProtocol(HttpToolsProtocol):
         self.since: float | None = now  # since when a header is awaited; None: none is
         self.unread: float | None = None  # since when an answer waits to be read; None: none does
         self.answered = now  # when the last answer was complete
+        self.running: Any = None  # the request that is being answered
         self.received = self.wire = self.payload = (
             0  # bytes: of a header; of a request; of its body
         )
@@ -127,7 +128,27 @@ class TimedProtocol(HttpToolsProtocol):
         "Called by the parser."
         if len(self.pipeline) >= self.limits.pipelined:
             raise ValueError(f"more than {self.limits.pipelined} requests ahead of their answers")
+        names = {name for name, _ in self.headers}
+        assert self.parser is not None  # it has called this
+        if self.parser.should_upgrade() and names & {b"content-length", b"transfer-encoding"}:
+            # the parser would take the body for what follows in another protocol
+            raise ValueError("a body beside Upgrade")
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio.
+
+        Args:
+            exc: Why; None: it was closed.
+        """
+        super().connection_lost(exc)
+        if self.running is not None:  # uvicorn tells the last request that came, which may wait
+            self.running.disconnected = True
+            self.running.message_event.set()
 
     def pause_writing(self) -> None:
         "Called by asyncio when the client does not read."

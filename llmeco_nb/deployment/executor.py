@@ -141,15 +141,17 @@ class LocalExecutor:
 
     def _prepare(self, texts: Sequence[str]) -> list[Work]:
         works = list(map(self.predictor.prepare, texts))
-        chars, cost = sum(map(len, texts)), sum(work.cost for work in works)
-        self.largest = max(self.largest, *(work.cost for work in works))
-        seen = cost / max(chars, 1)
-        self.per_char += (0.02 if self.per_char else 1.0) * (seen - self.per_char)
+        self.largest = max([self.largest, *(work.cost for work in works)])
+        for work in works:
+            # of a short text much of the cost is that of any text
+            if len(work.text) >= 200:
+                seen = work.cost / len(work.text)
+                self.per_char += (0.02 if self.per_char else 1.0) * (seen - self.per_char)
         return works
 
     def refuse_early(self, texts: Sequence[str], deadline: float, tenant: str = "") -> None:
-        """Raises `Busy` or `Expired` for texts that would be refused once they are prepared, as far
-        as their lengths say. To prepare a text costs more than to refuse it, and under an overload
+        """Raises `Busy` for texts that would be refused so once they are prepared, as far as their
+        lengths say. To prepare a text costs more than to refuse it, and under an overload
         most are refused.
 
         Args:
@@ -161,7 +163,10 @@ class LocalExecutor:
             return
         cost = (min(0.8 * self.per_char * len(text), self.largest) for text in texts)
         works = [Work(text, None, max(1, int(one))) for text, one in zip(texts, cost)]
-        self._admit(QueuedRequest(works, deadline, tenant), asyncio.get_running_loop().time())
+        try:
+            self._admit(QueuedRequest(works, deadline, tenant), asyncio.get_running_loop().time())
+        except (UsageError, Expired):
+            pass  # an estimate is no reason to send somebody away for good
 
     def seconds(self, cost: float) -> float:
         """What work of a cost takes when it goes through batch by batch.

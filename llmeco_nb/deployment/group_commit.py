@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine, Executable
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from ..core import LlmecoError, WriteError
 
@@ -52,6 +52,16 @@ class Insertion:
 
 
 Job = tuple[Callable[[Connection], Any] | Insertion, bool, Future]
+
+
+def _rows_of(job: Insertion) -> Sequence[NewRows]:
+    "The rows of a job. Raises `LlmecoError`, so that no other job suffers from it."
+    try:
+        return job.rows()
+    except LlmecoError:
+        raise
+    except Exception as e:
+        raise WriteError(f"The ledger could not be written: {e}.") from e
 
 
 class GroupWriter:
@@ -219,14 +229,24 @@ class GroupWriter:
 
     def _begin(self, durable: bool) -> Connection:
         "The connection, in a transaction. It is kept: opening one costs more than most jobs."
+        kept = self.connection is not None
+        try:
+            return self._start(durable)
+        except DBAPIError as e:
+            if not (kept and e.connection_invalidated):
+                raise
+            self._disconnect()  # it ended while nothing was written
+            return self._start(durable)
+
+    def _start(self, durable: bool) -> Connection:
         c = self.connection = self.connection or self.engine.connect()
         if self.engine.dialect.name == "sqlite":
             if (mode := "FULL" if durable else "NORMAL") != self.synchronous:
                 c.exec_driver_sql(f"PRAGMA synchronous={mode}")
                 self.synchronous = mode
             c.exec_driver_sql("BEGIN IMMEDIATE")
-        elif not durable:
-            c.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+        else:
+            c.exec_driver_sql(f"SET LOCAL synchronous_commit TO {'ON' if durable else 'OFF'}")
         return c
 
     def _run(self, c: Connection, work: list[Job]) -> list[tuple[Any, Exception | None]]:
@@ -236,13 +256,14 @@ class GroupWriter:
 
         def insert() -> None:
             for statement, rows in waiting.items():
-                c.execute(statement, rows)
+                if rows:
+                    c.execute(statement, rows)
             waiting.clear()
 
         for job, _, _ in work:
             try:
                 if isinstance(job, Insertion):
-                    for new in job.rows():
+                    for new in _rows_of(job):
                         waiting.setdefault(new.statement, []).extend(new.rows)
                     outcomes.append((None, None))
                 else:
@@ -288,7 +309,7 @@ class _Handover:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.call = loop.call_soon_threadsafe
+        self.loop = ref(loop)  # a loop that has ended may go
         self.done: deque[tuple[Future, asyncio.Future]] = deque()
         self.called = False
 
@@ -297,10 +318,15 @@ class _Handover:
         self.done.append((kept, waiting))
         if not self.called:
             self.called = True
-            try:
-                self.call(self._settle)
-            except RuntimeError:
-                pass  # the loop has been closed, and nobody waits any more
+            self.wake()
+
+    def wake(self) -> None:
+        "Have the loop take what is there."
+        try:
+            if (loop := self.loop()) is not None:
+                loop.call_soon_threadsafe(self._settle)
+        except RuntimeError:
+            pass  # the loop has been closed, and nobody waits any more
 
     def _settle(self) -> None:
         self.called = False  # before the queue is looked at: what comes from now on calls again

@@ -38,6 +38,8 @@ def strict_json(body: bytes) -> Any:
         raise HTTPException(400, f"The body is not UTF-8, from byte {e.start} on") from None
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > 1000:
+            raise HTTPException(400, "The body has an object with more than 1,000 keys")
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
@@ -52,6 +54,10 @@ def strict_json(body: bytes) -> Any:
         return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
     except RecursionError:
         raise HTTPException(400, "The body is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise HTTPException(400, "The body holds a number with too many digits") from None
 
 
 class StrictRequest(Request):
@@ -144,6 +150,13 @@ class HeaderCheck:
         names = [name for name, _ in headers]
         if names.count(b"content-length") + names.count(b"transfer-encoding") > 1:
             return "The length of the body is given in more than one way. Send one Content-Length."
+        coding = next(
+            (value for name, value in headers if name == b"transfer-encoding"), b"chunked"
+        )
+        if coding.strip().lower() != b"chunked":
+            return "The only Transfer-Encoding that is read is chunked."
+        if names.count(b"host") > 1:
+            return "The request has more than one Host. Send one."
         if self.hosts is None:
             return ""
         if b"host" not in names:

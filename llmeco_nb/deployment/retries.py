@@ -28,6 +28,8 @@ class _Line:
 
     refused: float = 0.0  # ever
     gone: float = 0.0  # of that: admitted, or not expected any more
+    places: int = 0
+    share: float = 1.0  # of them that come back, as seen of late
 
     @property
     def rest(self) -> float:
@@ -38,18 +40,16 @@ class RetryQueue:
     """The requests that were refused and are expected back.
 
     Args:
-        most: Requests that are remembered, at most.
+        most: Requests that are remembered, at most; of one tenant as many as are left for others.
+        tenants: Of whom requests are remembered, at most.
         patience: Seconds that a request may come too late, at least; as a rule half of what it was
             told.
-
-    Attributes:
-        share: Of the refused that come back, as seen of late; 0 to 1.
     """
 
-    def __init__(self, most: int = 10_000, patience: float = 2.0):
+    def __init__(self, most: int = 20_000, tenants: int = 100, patience: float = 2.0):
         self.most = most
+        self.tenants = tenants
         self.patience = patience
-        self.share = 1.0
         self.places: dict[int, _Place] = {}
         self.lines: dict[str, _Line] = {}
         self.expiries: list[tuple[float, int]] = []
@@ -80,8 +80,8 @@ class RetryQueue:
             return 0.0
         place, line = self.places.get(key), self.lines.get(tenant, _Line())
         own = line.rest if place is None else max(0.0, place.before - line.gone)
-        others = (one.rest for name, one in self.lines.items() if name != tenant)
-        return self.share * (own + sum(min(rest, own) for rest in others))
+        others = (one for name, one in self.lines.items() if name != tenant)
+        return line.share * own + sum(one.share * min(one.rest, own) for one in others)
 
     def refuse(self, key: int, tenant: str, seconds: float, now: float, retry_after: float) -> None:
         """Note that a request is refused, or once more; then it keeps its place.
@@ -95,14 +95,19 @@ class RetryQueue:
         """
         expires = now + retry_after + max(self.patience, retry_after / 2)
         if (place := self.places.get(key)) is not None:
-            self._seen(True)
+            self._seen(self.lines[place.tenant], True)
             place.expires = expires
-        elif len(self.places) < self.most:
-            line = self.lines.setdefault(tenant, _Line())
-            self.places[key] = _Place(tenant, seconds, line.refused, expires)
-            line.refused += seconds
-        else:
             return
+        line = self.lines.get(tenant)
+        if line is None:
+            if len(self.lines) >= self.tenants:
+                return
+            line = self.lines[tenant] = _Line()
+        if line.places >= self.most - len(self.places):
+            return
+        self.places[key] = _Place(tenant, seconds, line.refused, expires)
+        line.refused += seconds
+        line.places += 1
         heapq.heappush(self.expiries, (expires, key))
 
     def admit(self, key: int) -> None:
@@ -111,28 +116,32 @@ class RetryQueue:
         Args:
             key: Of the request; it need not have been refused before.
         """
-        if key in self.places:
-            self._seen(True)
+        if (place := self.places.get(key)) is not None:
+            self._seen(self.lines[place.tenant], True)
             self._leave(key)
 
-    def _seen(self, back: bool, memory: float = 50.0) -> None:
+    def _seen(self, line: _Line, back: bool, memory: float = 50.0) -> None:
         "Learn from a request that came back, or did not."
-        self.share += (back - self.share) / memory
+        line.share += (back - line.share) / memory
 
     def _leave(self, key: int) -> None:
         place = self.places.pop(key)
         line = self.lines[place.tenant]
         line.gone += place.seconds
-        if line.rest < 1e-9:
+        line.places -= 1
+        if not line.places:
             del self.lines[place.tenant]
 
     def _expire(self, now: float) -> None:
         "Forget those who are late."
         while self.expiries and self.expiries[0][0] <= now:
-            expires, key = heapq.heappop(self.expiries)
-            place = self.places.get(key)
-            if place is not None and place.expires == expires:  # else it has been back meanwhile
-                self._seen(False)
+            _, key = heapq.heappop(self.expiries)
+            if (place := self.places.get(key)) is None:
+                continue
+            if place.expires > now:  # it has been back meanwhile
+                heapq.heappush(self.expiries, (place.expires, key))
+            else:
+                self._seen(self.lines[place.tenant], False)
                 self._leave(key)
 
 
