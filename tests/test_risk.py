@@ -45,12 +45,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def serving(app):
+def serving(app, http=TimedProtocol):
     "Have an application answer in a thread, as `llmeco serve` has it; its address."
     listening, ready = listen("127.0.0.1", 0), threading.Event()
-    config = uvicorn.Config(
-        app, log_level="critical", server_header=False, http=TimedProtocol, ws="none"
-    )
+    config = uvicorn.Config(app, log_level="critical", server_header=False, http=http, ws="none")
     server = Server(config, ready.set)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
@@ -689,7 +687,7 @@ class Careless:
         if path == "/openapi.json":
             return dict(paths=self.paths())
         if path == "/v1/model":
-            return dict(name="careless", labels=["a", "b"], file="/home/ada/weights.bin")
+            return dict(name="careless", labels=["a", "b"], file="/srv/ada/weights.bin")
         if path == "/v1/predict":
             texts = asked.get("texts") or [asked.get("text")]
             answers = [dict(label=str(t), probabilities={"a": 1 / 3}) for t in texts]
@@ -716,7 +714,7 @@ def fails(kind: str, house: House, tmp_path: Path) -> set[str]:
     "The probes that find something in a careless server."
     new_key(tmp_path / "key")
     trust = (tmp_path / "key.pub",)  # the bundle is not signed
-    with serving(Careless(kind)) as url:
+    with serving(Careless(kind), "h11") as url:
         given = dict(trust=trust, database=None, log=None, timeout=3.0)
         return ids(assess(house.options(url, **given)))
 

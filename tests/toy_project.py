@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -188,6 +189,7 @@ def cell(kind, source, name):
     )
 
 
+@cache  # also since `ast.parse` in several threads at once fails now and then in Python 3.11
 def imported_with(module: str) -> set[str]:
     "Modules of the package that are imported as soon as this one is."
     found, todo = set(), [module]
