@@ -161,7 +161,7 @@ class LocalExecutor:
         """
         if not self.queue:
             return
-        cost = (min(0.8 * self.per_char * len(text), self.largest) for text in texts)
+        cost = (min(self.per_char * len(text), self.largest) for text in texts)
         works = [Work(text, None, max(1, int(one))) for text, one in zip(texts, cost)]
         try:
             self._admit(QueuedRequest(works, deadline, tenant), asyncio.get_running_loop().time())
