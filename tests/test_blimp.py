@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, MissingError  # noqa: E402
-from llmeco_nb.evaluation.blimp import (  # noqa: E402
+from llmeco_nb.core import DataError, MissingError
+from llmeco_nb.evaluation.blimp import (
     accuracy_by_set,
     blimp_figure,
     data_folder,
@@ -20,11 +20,11 @@ from llmeco_nb.evaluation.blimp import (  # noqa: E402
     score_pairs,
     sentence_scores,
 )
-from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.decoder_conversion import save_decoder  # noqa: E402
-from llmeco_nb.models.ngram import Ngram  # noqa: E402
-from llmeco_nb.pretraining.packing import eos_token_id  # noqa: E402
-from llmeco_nb.tokenization.bpe import (  # noqa: E402
+from llmeco_nb.models.decoder import new_decoder
+from llmeco_nb.models.decoder_conversion import save_decoder
+from llmeco_nb.models.ngram import Ngram
+from llmeco_nb.pretraining.packing import eos_token_id
+from llmeco_nb.tokenization.bpe import (
     encode_subwords,
     open_subword_tokenizer,
     save_subword_tokenizer,

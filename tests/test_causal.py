@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import (  # noqa: E402
+from llmeco_nb.core import (
     DataError,
     MissingError,
     UsageError,
@@ -20,30 +20,30 @@ from llmeco_nb.core import (  # noqa: E402
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
-from llmeco_nb.models.decoder_conversion import load_decoder  # noqa: E402
-from llmeco_nb.pretraining.causal import (  # noqa: E402
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.models.decoder import causal_loss, new_decoder
+from llmeco_nb.models.decoder_conversion import load_decoder
+from llmeco_nb.pretraining.causal import (
     CausalConfig,
     fast_causal_loss,
     generate,
     pretrain_causal,
     validation_nats,
 )
-from llmeco_nb.pretraining.packing import (  # noqa: E402
+from llmeco_nb.pretraining.packing import (
     best_fit_packing,
     eos_token_id,
     pack_documents,
     read_texts,
     select_rows,
 )
-from llmeco_nb.tokenization.bpe import (  # noqa: E402
+from llmeco_nb.tokenization.bpe import (
     encode_subwords,
     open_subword_tokenizer,
     save_subword_tokenizer,
     train_bpe,
 )
-from llmeco_nb.training.task import added_callbacks  # noqa: E402
+from llmeco_nb.training.task import added_callbacks
 
 QUICK = dict(
     size="1x32",

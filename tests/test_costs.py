@@ -6,18 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.conversion import (  # noqa: E402
+from llmeco_nb.core import UsageError
+from llmeco_nb.models.conversion import (
     architectures,
     config_from_stock,
     stock_class,
     stock_config,
 )
-from llmeco_nb.models.costs import (  # noqa: E402
+from llmeco_nb.models.costs import (
     activation_bytes,
     cost_row,
     extra_parameters,
@@ -27,15 +27,15 @@ from llmeco_nb.models.costs import (  # noqa: E402
     published_config,
     training_bytes,
 )
-from llmeco_nb.models.transformer import (  # noqa: E402
+from llmeco_nb.models.transformer import (
     Bert,
     Gpt,
     Seq2Seq,
     TransformerConfig,
     bert_loss,
 )
-from llmeco_nb.training.forecast import peak_step_bytes, saved_bytes  # noqa: E402
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
+from llmeco_nb.training.forecast import peak_step_bytes, saved_bytes
+from llmeco_nb.training.optim import Optimiser
 
 shapes = st.builds(
     lambda heads, part, **more: TransformerConfig(

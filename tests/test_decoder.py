@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmeco_nb.core import DataError, MissingError, UsageError  # noqa: E402
-from llmeco_nb.models.decoder import (  # noqa: E402
+from llmeco_nb.core import DataError, MissingError, UsageError
+from llmeco_nb.models.decoder import (
     cache_bytes,
     causal_loss,
     decoder_config,
@@ -18,13 +18,13 @@ from llmeco_nb.models.decoder import (  # noqa: E402
     decoder_parameters,
     new_decoder,
 )
-from llmeco_nb.models.decoder_conversion import (  # noqa: E402
+from llmeco_nb.models.decoder_conversion import (
     load_decoder,
     qwen3,
     qwen3_config,
     save_decoder,
 )
-from llmeco_nb.models.decoder_parts import causal_attention, document_positions  # noqa: E402
+from llmeco_nb.models.decoder_parts import causal_attention, document_positions
 
 VOCABULARY = 120
 FULL = dict(

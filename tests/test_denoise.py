@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretraining.span_corruption  # noqa: E402
-import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import (  # noqa: E402
+import llmeco_nb.pretraining.span_corruption
+import llmeco_nb.training.plan
+from llmeco_nb.core import (
     DataError,
     UsageError,
     create_record,
@@ -20,17 +20,17 @@ from llmeco_nb.core import (  # noqa: E402
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.models.conversion import from_stock  # noqa: E402
-from llmeco_nb.models.ngram import Ngram  # noqa: E402
-from llmeco_nb.models.transformer import Seq2Seq, TransformerConfig  # noqa: E402
-from llmeco_nb.pretraining.denoising import (  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus
+from llmeco_nb.models.conversion import from_stock
+from llmeco_nb.models.ngram import Ngram
+from llmeco_nb.models.transformer import Seq2Seq, TransformerConfig
+from llmeco_nb.pretraining.denoising import (
     DenoisingConfig,
     denoise,
     masks_to_sentinels,
     save_seq2seq,
 )
-from llmeco_nb.pretraining.denoising_eval import (  # noqa: E402
+from llmeco_nb.pretraining.denoising_eval import (
     apply_baseline,
     best_baseline,
     bigram_baselines,
@@ -43,13 +43,13 @@ from llmeco_nb.pretraining.denoising_eval import (  # noqa: E402
     ngram_nats,
     validation_scores,
 )
-from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
+from llmeco_nb.pretraining.embedding_init import (
     document_ppmi_embeddings,
     unigram_log_probs,
     window_ppmi_embeddings,
 )
-from llmeco_nb.pretraining.masking import SEP, group_texts  # noqa: E402
-from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
+from llmeco_nb.pretraining.masking import SEP, group_texts
+from llmeco_nb.pretraining.seq2seq import (
     denoise_loss,
     denoise_loss_step,
     fit_bigram_embeddings,
@@ -58,7 +58,7 @@ from llmeco_nb.pretraining.seq2seq import (  # noqa: E402
     target_log_probs,
     token_log_probs,
 )
-from llmeco_nb.pretraining.span_corruption import (  # noqa: E402
+from llmeco_nb.pretraining.span_corruption import (
     SpanCorruption,
     corrupt_spans,
     denoise_batch,
@@ -67,13 +67,13 @@ from llmeco_nb.pretraining.span_corruption import (  # noqa: E402
     sample_spans,
     span_counts,
 )
-from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import (
     TokenizerConfig,
     build_tokenizer,
     encode_texts,
     open_tokenizer,
 )
-from llmeco_nb.training.plan import LR_CANDIDATES  # noqa: E402
+from llmeco_nb.training.plan import LR_CANDIDATES
 
 QUICK = dict(
     size="1x32",

@@ -6,8 +6,8 @@ import json
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, UsageError  # noqa: E402
-from llmeco_nb.models.conversion import (  # noqa: E402
+from llmeco_nb.core import DataError, UsageError
+from llmeco_nb.models.conversion import (
     architecture_of,
     architectures,
     attribute_map,
@@ -20,8 +20,8 @@ from llmeco_nb.models.conversion import (  # noqa: E402
     to_stock,
     weight_map,
 )
-from llmeco_nb.models.costs import extra_parameters  # noqa: E402
-from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, TransformerConfig  # noqa: E402
+from llmeco_nb.models.costs import extra_parameters
+from llmeco_nb.models.transformer import Bert, Gpt, Seq2Seq, TransformerConfig
 
 EIGHT = [name for name in architectures if name != "BertForMaskedLM"]
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-import torch.nn.functional as F  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import llmeco_nb.models.speedups as fast  # noqa: E402
-from llmeco_nb.models.encoder import mlm_loss, new_encoder  # noqa: E402
-from llmeco_nb.models.speedups import (  # noqa: E402
+import llmeco_nb.models.speedups as fast
+from llmeco_nb.models.encoder import mlm_loss, new_encoder
+from llmeco_nb.models.speedups import (
     EagerAttention,
     FusedLinearCrossEntropy,
     fast_mlm_loss,

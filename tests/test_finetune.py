@@ -12,27 +12,27 @@ from live import reads_back_the_same
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("transformers")
-import numpy as np  # noqa: E402
+import numpy as np
 
-from llmeco_nb.core import DataError, MissingError, UsageError, create_record  # noqa: E402
-from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.finetuning import checkpoints, training_half  # noqa: E402
-from llmeco_nb.finetuning import classifier as finetune  # noqa: E402
-from llmeco_nb.finetuning.checkpoints import packaged_minilm  # noqa: E402
-from llmeco_nb.finetuning.classifier import (  # noqa: E402
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.finetuning import checkpoints, training_half
+from llmeco_nb.finetuning import classifier as finetune
+from llmeco_nb.finetuning.checkpoints import packaged_minilm
+from llmeco_nb.finetuning.classifier import (
     ClassifierConfig,
     enough_labels,
     fine_tune,
     labelled_subset,
     layerwise_lr_scales,
 )
-from llmeco_nb.finetuning.encoding import (  # noqa: E402
+from llmeco_nb.finetuning.encoding import (
     collate,
     tokenize_texts,
     truncate_middle,
 )
-from llmeco_nb.finetuning.text_classification import predict_proba  # noqa: E402
-from llmeco_nb.tasks.predictions import exclusion_of, scores_of  # noqa: E402
+from llmeco_nb.finetuning.text_classification import predict_proba
+from llmeco_nb.tasks.predictions import exclusion_of, scores_of
 
 CLASSES = ["refund", "delivery", "praise"]
 WORDS = {

@@ -6,9 +6,9 @@ import re
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.training.compilation import compile_choice  # noqa: E402
-from llmeco_nb.training.forecast import (  # noqa: E402
+from llmeco_nb.core import UsageError
+from llmeco_nb.training.compilation import compile_choice
+from llmeco_nb.training.forecast import (
     ForecastConfig,
     cgroup_memory,
     check_fits_memory,
@@ -20,9 +20,9 @@ from llmeco_nb.training.forecast import (  # noqa: E402
     predict_peak_bytes,
     saved_bytes,
 )
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.state import TrainPlan  # noqa: E402
-from llmeco_nb.training.task import TrainTask  # noqa: E402
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.state import TrainPlan
+from llmeco_nb.training.task import TrainTask
 
 
 class Net(torch.nn.Module):

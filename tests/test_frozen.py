@@ -14,12 +14,12 @@ import pytest
 pd = pytest.importorskip("pandas")
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from test_finetune import CLASSES, made  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from test_finetune import CLASSES, made
 
-from llmeco_nb.core import (  # noqa: E402
+from llmeco_nb.core import (
     DataError,
     MissingError,
     UsageError,
@@ -27,31 +27,31 @@ from llmeco_nb.core import (  # noqa: E402
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.finetuning import embeddings, frozen  # noqa: E402
-from llmeco_nb.finetuning.budget import TooFewMinutes, round_down  # noqa: E402
-from llmeco_nb.finetuning.checkpoints import small_random_encoder  # noqa: E402
-from llmeco_nb.finetuning.embeddings import (  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus
+from llmeco_nb.finetuning import embeddings, frozen
+from llmeco_nb.finetuning.budget import TooFewMinutes, round_down
+from llmeco_nb.finetuning.checkpoints import small_random_encoder
+from llmeco_nb.finetuning.embeddings import (
     embed_tokens,
     open_encoder,
     token_batches,
 )
-from llmeco_nb.finetuning.frozen import FrozenConfig, fit_frozen  # noqa: E402
-from llmeco_nb.finetuning.frozen_classifier import open_frozen  # noqa: E402
-from llmeco_nb.finetuning.linear import softmax  # noqa: E402
-from llmeco_nb.finetuning.linear_probe import spread_of  # noqa: E402
-from llmeco_nb.finetuning.reading_plan import (  # noqa: E402
+from llmeco_nb.finetuning.frozen import FrozenConfig, fit_frozen
+from llmeco_nb.finetuning.frozen_classifier import open_frozen
+from llmeco_nb.finetuning.linear import softmax
+from llmeco_nb.finetuning.linear_probe import spread_of
+from llmeco_nb.finetuning.reading_plan import (
     ReadingSpeed,
     fewest_tokens,
     frozen_plan,
 )
-from llmeco_nb.tasks.predictions import (  # noqa: E402
+from llmeco_nb.tasks.predictions import (
     exclusion_of,
     read_predictions_file,
     scores_of,
 )
-from llmeco_nb.tasks.registry import load_schema  # noqa: E402
-from llmeco_nb.tasks.regression import RegressionSchema  # noqa: E402
+from llmeco_nb.tasks.registry import load_schema
+from llmeco_nb.tasks.regression import RegressionSchema
 
 SMALL = FrozenConfig(max_length=24, device="cpu")
 

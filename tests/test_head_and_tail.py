@@ -9,27 +9,27 @@ import pytest
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("transformers")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmeco_nb.core import create_record, read_json, write_json  # noqa: E402
-from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.finetuning import head_and_tail  # noqa: E402
-from llmeco_nb.finetuning import race as race_chapter  # noqa: E402
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune  # noqa: E402
-from llmeco_nb.finetuning.frozen import FrozenConfig, fit_frozen  # noqa: E402
-from llmeco_nb.finetuning.head_and_tail import (  # noqa: E402
+from llmeco_nb.core import create_record, read_json, write_json
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.finetuning import head_and_tail
+from llmeco_nb.finetuning import race as race_chapter
+from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.frozen import FrozenConfig, fit_frozen
+from llmeco_nb.finetuning.head_and_tail import (
     HeadChoice,
     choice_text,
     choose_head,
     item_quality,
 )
-from llmeco_nb.finetuning.race import RaceConfig, race  # noqa: E402
-from llmeco_nb.finetuning.regression import RegressionTraining  # noqa: E402
-from llmeco_nb.finetuning.text_classification import ClassificationTraining  # noqa: E402
-from llmeco_nb.tasks.regression import RegressionSchema  # noqa: E402
-from llmeco_nb.tasks.text_classification import ClassificationSchema  # noqa: E402
-from llmeco_nb.training.loop import plan_file  # noqa: E402
+from llmeco_nb.finetuning.race import RaceConfig, race
+from llmeco_nb.finetuning.regression import RegressionTraining
+from llmeco_nb.finetuning.text_classification import ClassificationTraining
+from llmeco_nb.tasks.regression import RegressionSchema
+from llmeco_nb.tasks.text_classification import ClassificationSchema
+from llmeco_nb.training.loop import plan_file
 
 
 @pytest.fixture(autouse=True)

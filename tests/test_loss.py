@@ -5,12 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-from llmeco_nb.core import create_record  # noqa: E402
-from llmeco_nb.models.encoder import new_encoder  # noqa: E402
-from llmeco_nb.training.loop import train_task  # noqa: E402
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.state import TrainPlan  # noqa: E402
-from llmeco_nb.training.task import TrainTask  # noqa: E402
+from llmeco_nb.core import create_record
+from llmeco_nb.models.encoder import new_encoder
+from llmeco_nb.training.loop import train_task
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.state import TrainPlan
+from llmeco_nb.training.task import TrainTask
 
 WORDS, IGNORED = 60, -100
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import UsageError, create_record, open_record, sha256_of  # noqa: E402
-from llmeco_nb.models.decoder import causal_loss, new_decoder  # noqa: E402
-from llmeco_nb.training.activation_checkpointing import (  # noqa: E402
+from llmeco_nb.core import UsageError, create_record, open_record, sha256_of
+from llmeco_nb.models.decoder import causal_loss, new_decoder
+from llmeco_nb.training.activation_checkpointing import (
     MemoryTracker,
     checkpointed_layer_class,
     enable_activation_checkpointing,

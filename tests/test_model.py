@@ -4,8 +4,8 @@ that equals transformers' own."""
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.encoder import (  # noqa: E402
+from llmeco_nb.core import UsageError
+from llmeco_nb.models.encoder import (
     count_parameters,
     encoder_config,
     flops_per_token,

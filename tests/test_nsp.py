@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import (  # noqa: E402
+from llmeco_nb.core import (
     DataError,
     MissingError,
     UsageError,
@@ -20,9 +20,9 @@ from llmeco_nb.core import (  # noqa: E402
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
-from llmeco_nb.pretraining.nsp import (  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain
+from llmeco_nb.pretraining.nsp import (
     NSPConfig,
     load_nsp_model,
     nsp_loss_step,
@@ -31,7 +31,7 @@ from llmeco_nb.pretraining.nsp import (  # noqa: E402
     pretrain_nsp,
     token_overlap_baseline,
 )
-from llmeco_nb.pretraining.sentence_pairs import (  # noqa: E402
+from llmeco_nb.pretraining.sentence_pairs import (
     SentencePairs,
     nsp_batch,
     nsp_batches,
@@ -41,7 +41,7 @@ from llmeco_nb.pretraining.sentence_pairs import (  # noqa: E402
     split_sentences,
     tokenize_documents,
 )
-from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+from llmeco_nb.tokenization.wordpiece import (
     TokenizerConfig,
     build_tokenizer,
     open_tokenizer,

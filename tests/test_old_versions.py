@@ -13,15 +13,15 @@ import pytest
 
 for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
-from llmeco_nb.core import DataError, UsageError, read_json  # noqa: E402
-from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback  # noqa: E402
-from llmeco_nb.deployment.loading import open_model  # noqa: E402
-from llmeco_nb.deployment.manifest import verify  # noqa: E402
-from llmeco_nb.deployment.predictor import Predictor  # noqa: E402
-from llmeco_nb.interaction.client import Client, running_server  # noqa: E402
-from llmeco_nb.interaction.feedback import freeze, read_frozen  # noqa: E402
-from llmeco_nb.interaction.rounds import read_history  # noqa: E402
-from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name  # noqa: E402
+from llmeco_nb.core import DataError, UsageError, read_json
+from llmeco_nb.deployment.ledger import Conflict, Ledger, keep_feedback, read_feedback
+from llmeco_nb.deployment.loading import open_model
+from llmeco_nb.deployment.manifest import verify
+from llmeco_nb.deployment.predictor import Predictor
+from llmeco_nb.interaction.client import Client, running_server
+from llmeco_nb.interaction.feedback import freeze, read_frozen
+from llmeco_nb.interaction.rounds import read_history
+from llmeco_nb.runner.stages import StageRegistry, current_overrides, import_by_name
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 TAG = "e8ccf91"

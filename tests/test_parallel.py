@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 torch = pytest.importorskip("torch")
-import parallel_cases as cases  # noqa: E402
+import parallel_cases as cases
 
-from llmeco_nb.core import (  # noqa: E402
+from llmeco_nb.core import (
     CellError,
     DataError,
     MissingError,
@@ -25,9 +25,9 @@ from llmeco_nb.core import (  # noqa: E402
     create_record,
     open_record,
 )
-from llmeco_nb.runner.identity import read_parameters  # noqa: E402
-from llmeco_nb.runner.stages import StageRegistry  # noqa: E402
-from llmeco_nb.training.parallel import (  # noqa: E402
+from llmeco_nb.runner.identity import read_parameters
+from llmeco_nb.runner.stages import StageRegistry
+from llmeco_nb.training.parallel import (
     current_world,
     init_process_group,
     launch,

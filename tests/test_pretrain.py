@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import (  # noqa: E402
+from llmeco_nb.core import (
     DataError,
     UsageError,
     create_record,
@@ -19,37 +19,37 @@ from llmeco_nb.core import (  # noqa: E402
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import read_split, write_corpus  # noqa: E402
-from llmeco_nb.pretraining.budget import pretrain_plan  # noqa: E402
-from llmeco_nb.pretraining.embedding_init import (  # noqa: E402
+from llmeco_nb.data.corpus import read_split, write_corpus
+from llmeco_nb.pretraining.budget import pretrain_plan
+from llmeco_nb.pretraining.embedding_init import (
     document_ppmi_embeddings,
     init_mlm_model,
     unigram_log_probs,
     window_ppmi_embeddings,
 )
-from llmeco_nb.pretraining.masking import (  # noqa: E402
+from llmeco_nb.pretraining.masking import (
     MASK,
     group_texts,
     mask_row,
     masked_batch,
     mlm_batches,
 )
-from llmeco_nb.pretraining.mlm import (  # noqa: E402
+from llmeco_nb.pretraining.mlm import (
     MLMConfig,
     fill_mask,
     pretrain,
     tile_position_embeddings,
     validation_losses,
 )
-from llmeco_nb.runner.machine import gflops  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+from llmeco_nb.runner.machine import gflops
+from llmeco_nb.tokenization.wordpiece import (
     TokenizerConfig,
     build_tokenizer,
     encode_texts,
     open_tokenizer,
 )
-from llmeco_nb.training.plan import Measured  # noqa: E402
-from llmeco_nb.training.task import added_callbacks  # noqa: E402
+from llmeco_nb.training.plan import Measured
+from llmeco_nb.training.task import added_callbacks
 
 QUICK = dict(
     size="1x32",

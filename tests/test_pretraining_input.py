@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.pretraining.masking  # noqa: E402
-import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import (  # noqa: E402
+import llmeco_nb.pretraining.masking
+import llmeco_nb.training.plan
+from llmeco_nb.core import (
     DataError,
     LlmecoError,
     MissingError,
@@ -20,28 +20,28 @@ from llmeco_nb.core import (  # noqa: E402
     create_record,
     read_json,
 )
-from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus  # noqa: E402
-from llmeco_nb.data.mixture import MixtureConfig, build_mixture  # noqa: E402
-from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.decoder_conversion import load_decoder, save_decoder  # noqa: E402
-from llmeco_nb.models.encoder import new_encoder  # noqa: E402
-from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal  # noqa: E402
-from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
-from llmeco_nb.pretraining.nsp import NSPConfig, pretrain_nsp  # noqa: E402
-from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
-from llmeco_nb.tokenization.unigram import train_tokenizer  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import (  # noqa: E402
+from llmeco_nb.data.corpus import CorpusConfig, build_corpus, write_corpus
+from llmeco_nb.data.mixture import MixtureConfig, build_mixture
+from llmeco_nb.models.decoder import new_decoder
+from llmeco_nb.models.decoder_conversion import load_decoder, save_decoder
+from llmeco_nb.models.encoder import new_encoder
+from llmeco_nb.pretraining.causal import CausalConfig, pretrain_causal
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain
+from llmeco_nb.pretraining.nsp import NSPConfig, pretrain_nsp
+from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe
+from llmeco_nb.tokenization.unigram import train_tokenizer
+from llmeco_nb.tokenization.wordpiece import (
     TokenizerConfig,
     build_tokenizer,
     train_wordpiece,
 )
-from llmeco_nb.training.checkpoint import (  # noqa: E402
+from llmeco_nb.training.checkpoint import (
     identity_of,
     load_checkpoint,
     save_checkpoint,
 )
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.state import TrainPlan, TrainState  # noqa: E402
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.state import TrainPlan, TrainState
 
 QUICK = dict(size="1x32", steps=6, lr=3e-3, eval_examples=6, num_evals=1)
 

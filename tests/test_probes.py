@@ -7,15 +7,15 @@ import math
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, UsageError  # noqa: E402
-from llmeco_nb.training.lr_finder import (  # noqa: E402
+from llmeco_nb.core import DataError, UsageError
+from llmeco_nb.training.lr_finder import (
     fastest_batch_size,
     lr_range_test,
     smallest_near_best,
     successive_halving,
 )
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.task import TrainTask  # noqa: E402
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.task import TrainTask
 
 
 def make(rows, index, *share):

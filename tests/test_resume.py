@@ -9,11 +9,11 @@ import signal
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, UsageError, create_record  # noqa: E402
-from llmeco_nb.training.loop import batch_indices, train_task  # noqa: E402
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.state import TrainPlan  # noqa: E402
-from llmeco_nb.training.task import TrainTask  # noqa: E402
+from llmeco_nb.core import DataError, UsageError, create_record
+from llmeco_nb.training.loop import batch_indices, train_task
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.state import TrainPlan
+from llmeco_nb.training.task import TrainTask
 
 WORDS, ROWS, STEPS, ACCUMULATION, BATCH = (
     30,

@@ -9,36 +9,36 @@ import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
-import llmeco_nb.training.plan  # noqa: E402
-from llmeco_nb.core import (  # noqa: E402
+import llmeco_nb.training.plan
+from llmeco_nb.core import (
     UsageError,
     create_record,
     read_json,
     sha256_of,
 )
-from llmeco_nb.data.corpus import write_corpus  # noqa: E402
-from llmeco_nb.models.decoder import new_decoder  # noqa: E402
-from llmeco_nb.models.speedups import has_bf16, num_loss_chunks  # noqa: E402
-from llmeco_nb.pretraining.causal import (  # noqa: E402
+from llmeco_nb.data.corpus import write_corpus
+from llmeco_nb.models.decoder import new_decoder
+from llmeco_nb.models.speedups import has_bf16, num_loss_chunks
+from llmeco_nb.pretraining.causal import (
     CausalConfig,
     causal_loss_step,
     pretrain_causal,
 )
-from llmeco_nb.pretraining.mlm import MLMConfig, pretrain  # noqa: E402
-from llmeco_nb.pretraining.packing import pack_documents, select_rows  # noqa: E402
-from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe  # noqa: E402
-from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer  # noqa: E402
-from llmeco_nb.training.forecast import (  # noqa: E402
+from llmeco_nb.pretraining.mlm import MLMConfig, pretrain
+from llmeco_nb.pretraining.packing import pack_documents, select_rows
+from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe
+from llmeco_nb.tokenization.wordpiece import TokenizerConfig, build_tokenizer
+from llmeco_nb.training.forecast import (
     chunked_memory_model,
     fit_memory_model,
     largest_batch,
     peak_step_bytes,
     predict_peak_bytes,
 )
-from llmeco_nb.training.loop import resolve_train_plan  # noqa: E402
-from llmeco_nb.training.lr_finder import set_lr  # noqa: E402
-from llmeco_nb.training.optim import Optimiser  # noqa: E402
-from llmeco_nb.training.plan import (  # noqa: E402
+from llmeco_nb.training.loop import resolve_train_plan
+from llmeco_nb.training.lr_finder import set_lr
+from llmeco_nb.training.optim import Optimiser
+from llmeco_nb.training.plan import (
     BATCH_SIZE_CANDIDATES,
     LR_CANDIDATES,
     Measured,
@@ -46,8 +46,8 @@ from llmeco_nb.training.plan import (  # noqa: E402
     forecast_vs_actual,
     run_training,
 )
-from llmeco_nb.training.state import TrainPlan  # noqa: E402
-from llmeco_nb.training.task import TrainTask  # noqa: E402
+from llmeco_nb.training.state import TrainPlan
+from llmeco_nb.training.task import TrainTask
 
 QUICK = dict(size="1x32", steps=8, batch_size=16, lr=3e-3, eval_examples=6, num_evals=2)
 KINDS = ("encoder", "decoder")

@@ -12,22 +12,22 @@ from contextlib import contextmanager
 import pytest
 
 torch = pytest.importorskip("torch")
-from llmeco_nb.core import DataError, Record, UsageError, create_record, open_record  # noqa: E402
-from llmeco_nb.training.checkpoint import (  # noqa: E402
+from llmeco_nb.core import DataError, Record, UsageError, create_record, open_record
+from llmeco_nb.training.checkpoint import (
     identity_of,
     load_checkpoint,
     save_checkpoint,
 )
-from llmeco_nb.training.loop import (  # noqa: E402
+from llmeco_nb.training.loop import (
     batch_indices,
     length_bucketed_batches,
     measure_step_time,
     resolve_train_plan,
     train_task,
 )
-from llmeco_nb.training.optim import Optimiser, schedule_of  # noqa: E402
-from llmeco_nb.training.state import TrainPlan, TrainState  # noqa: E402
-from llmeco_nb.training.task import Callback, TrainTask  # noqa: E402
+from llmeco_nb.training.optim import Optimiser, schedule_of
+from llmeco_nb.training.state import TrainPlan, TrainState
+from llmeco_nb.training.task import Callback, TrainTask
 
 IGNORED, PAD, WORDS = -100, 0, 40
 

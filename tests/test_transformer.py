@@ -6,13 +6,13 @@ import math
 import pytest
 
 torch = pytest.importorskip("torch")
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import nn  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
-from llmeco_nb.core import UsageError  # noqa: E402
-from llmeco_nb.models.decoder_parts import apply_rotary, rotary_cos_sin  # noqa: E402
-from llmeco_nb.models.transformer import (  # noqa: E402
+from llmeco_nb.core import UsageError
+from llmeco_nb.models.decoder_parts import apply_rotary, rotary_cos_sin
+from llmeco_nb.models.transformer import (
     Bert,
     Block,
     Embeddings,

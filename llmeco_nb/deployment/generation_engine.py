@@ -79,6 +79,7 @@ def open_pipeline(model: bytes, options: EngineOptions) -> Any:
     scheduler.max_num_batched_tokens = options.max_num_batched_tokens
     scheduler.enable_prefix_caching = False
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": options.threads}
+    properties["ENABLE_CPU_PINNING"] = False  # processes pinned by themselves share the same core
     # it opens files only; a copy that nobody else can write is what has been checked
     with tempfile.TemporaryDirectory(prefix="llmeco-decoder-") as place:
         file = Path(place) / "model.gguf"

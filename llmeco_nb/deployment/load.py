@@ -329,6 +329,12 @@ class ServerProcess:
         "Of processor time that it has used, with its children."
         return sum(sum(one.cpu_times()[:2]) for one in self._all())
 
+    def busiest_cores(self) -> set[int]:
+        "Cores on which that thread may run which has used most processor time, its children's too."
+        threads = [thread for one in self._all() for thread in one.threads()]
+        busiest = max(threads, key=lambda thread: thread.user_time + thread.system_time)
+        return os.sched_getaffinity(busiest.id)
+
     def resident_mb(self) -> float:
         "Megabytes of memory that it holds, with its children; what they share counts for each."
         return sum(one.memory_info().rss for one in self._all()) / 1e6

@@ -145,12 +145,16 @@ def serve_measured(
         manifest = verify(folder)
         return Predictor(manifest, PreparedModel(NoModel(), manifest))
 
+    rest = os.sched_getaffinity(0)
+    model = {int(model_core)} if model_core else rest
+    # after each batch OpenVINO puts a thread back on the cores that were allowed when it was opened
+    os.sched_setaffinity(0, model)
+
     def pin(line: str) -> None:  # called when it answers: by then all threads are there
         names = {one.native_id: one.name for one in threading.enumerate()}
         for one in map(int, os.listdir("/proc/self/task")):
             # threads that are not Python's are the engine's
-            if model_core and names.get(one, "model") == "model":
-                os.sched_setaffinity(one, {int(model_core)})
+            os.sched_setaffinity(one, model if names.get(one, "model") == "model" else rest)
 
     if no_model == "1":
         Predictor.load = load  # type: ignore[method-assign, assignment]

@@ -137,6 +137,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "f32",  # of what is not int8
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # processes pinned by themselves share the same core
         }
         compiled = core.compile_model(core.read_model(model, weights), "CPU", told)
         self.request = compiled.create_infer_request()
@@ -149,19 +150,31 @@ class OpenVinoEngine:
             input_ids: Token ids.
             attention_mask: 1 for a token, 0 for padding.
         """
-        tokens = input_ids.shape[1]
-        more = max(tokens, min(padded_length(tokens), self.longest)) - tokens
-        padded = [np.pad(one, ((0, 0), (0, more))) for one in (input_ids, attention_mask)]
-        found: list[np.ndarray] = []
-        done = 0
-        for texts in batch_sizes(len(input_ids)):
-            ids, mask = (one[done : done + texts] for one in padded)
-            done += texts
-            with self.lock:
-                answer = self.request.infer({"input_ids": ids, "attention_mask": mask})
-                # the memory of an output belongs to the next batch
-                found.append(next(iter(answer.values())).copy())
-        return np.concatenate(found)
+        lengths = self._padded_lengths(attention_mask)
+        found: dict[int, np.ndarray] = {}
+        for tokens in np.unique(lengths):
+            rows = np.flatnonzero(lengths == tokens)
+            more = max(0, tokens - input_ids.shape[1])
+            for texts in batch_sizes(len(rows)):
+                taken, rows = rows[:texts], rows[texts:]
+                ids, mask = (
+                    np.pad(one[taken, :tokens], ((0, 0), (0, more)))
+                    for one in (input_ids, attention_mask)
+                )
+                with self.lock:
+                    answer = self.request.infer({"input_ids": ids, "attention_mask": mask})
+                    # the memory of an output belongs to the next batch
+                    found.update(zip(map(int, taken), next(iter(answer.values())).copy()))
+        return np.stack([found[row] for row in range(len(found))])
+
+    def _padded_lengths(self, attention_mask: np.ndarray) -> np.ndarray:
+        "Tokens of each text with its padding, which stands behind the text."
+        given = attention_mask.shape[1]
+        if not self.longest:
+            return np.full(len(attention_mask), given)
+        tokens = np.maximum(1, attention_mask.sum(1))
+        # cut by whoever knows a longer limit than ours: as it is
+        return np.array([min(padded_length(int(n)), max(self.longest, int(n))) for n in tokens])
 
 
 class TorchEngine:
