@@ -72,6 +72,7 @@ class GroupWriter:
         file: Of an SQLite database; None for one in memory, and for others.
         max_batch: Jobs that share a commit, at most.
         sync_seconds: After so long what was written without waiting for the disk is on it.
+        gather_seconds: For which a commit waits for more jobs, if the one before had several.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class GroupWriter:
         file: Path | None = None,
         max_batch: int = 256,
         sync_seconds: float = 1.0,
+        gather_seconds: float = 0.001,
     ):
         self.engine = engine
         self.max_batch = max_batch
         self.sync_seconds = sync_seconds
+        self.gather_seconds = gather_seconds
         # beside the file itself, not beside a link to it
         self.log = None if file is None else Path(f"{file.resolve()}-wal")
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
@@ -170,14 +173,18 @@ class GroupWriter:
 
     def _write_all(self) -> None:
         "Take everything that waits, commit it, until told to stop."
+        several = False
         while True:
             batch = [self.jobs.get()]
+            if several:
+                time.sleep(self.gather_seconds)
             while len(batch) < self.max_batch and not self.jobs.empty():
                 batch.append(self.jobs.get())
             work = [one for one in batch if one and one[2].set_running_or_notify_cancel()]
             if work:
                 self._commit(work)
                 self.begun = 0.0
+            several = len(work) > 1
             stop = None in batch
             del batch, work  # an idle thread holds nothing
             if stop:

@@ -82,11 +82,18 @@ async def stored(kept: "Future[ResultT]", deadline: float) -> ResultT:
         kept: From the ledger.
         deadline: On the event loop's clock.
     """
+    waiting = in_loop(kept)
+
+    def expire() -> None:
+        if not waiting.done():
+            kept.cancel()
+            waiting.set_exception(Expired("The database was slower than the deadline allows."))
+
+    timer = waiting.get_loop().call_at(deadline, expire)
     try:
-        async with asyncio.timeout_at(deadline):
-            return await in_loop(kept)
-    except TimeoutError:
-        raise Expired("The database was slower than the deadline allows.") from None
+        return await waiting
+    finally:
+        timer.cancel()
 
 
 @dataclass(frozen=True)
