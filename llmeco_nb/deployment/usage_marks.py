@@ -108,7 +108,7 @@ class UsageMarks:
                 mark.safe = mark.asked
             mark.asked, mark.writing = mark.safe, None
         block = max(1, quota // 100)
-        if tokens > mark.asked or (mark.writing is None and tokens > mark.asked - block // 2):
+        if tokens > mark.asked - block // 2:
             ahead = max(tokens, min(tokens + block, quota - others))
             if ahead > mark.asked:
                 mark.asked, mark.writing = ahead, self._write({key_id: ahead})
