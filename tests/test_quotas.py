@@ -1,5 +1,5 @@
-"""What a key has used, and what of it the disk has: never less than was told, whatever happens; exact
-after an orderly end; and hardly a request waits."""
+"""What a key has used, and what of it the disk has: never less than was told, whatever happens;
+exact after an orderly end; and hardly a request waits."""
 
 import time
 from concurrent.futures import Future
