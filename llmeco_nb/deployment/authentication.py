@@ -28,6 +28,7 @@ from .ledger import Ledger
 from .model_batch import DaemonThreads
 from .quotas import LockedOut, Quotas, day_of, read_usage
 from .refusals import refusal_of
+from .usage_marks import read_marks
 
 # %% ../../nbs/4_deployment/44c_authentication.ipynb #55a09e4b
 def sent_key(headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -155,7 +156,8 @@ def read_access(ledger: Ledger, ring: KeyRing, quotas: Quotas) -> None:
     """
     with ledger.engine.connect() as c:
         ring.load(read_keys(c))
-        quotas.load(read_usage(c, day_of(time.time())))
+        day, mine = day_of(time.time()), quotas.marks.server if quotas.marks else ""
+        quotas.load(read_usage(c, day), read_marks(c, day, mine))
 
 
 async def keep_fresh(ledger: Ledger, ring: KeyRing, quotas: Quotas, every: float = 1.0) -> None:

@@ -48,6 +48,7 @@ from .retention import Retention, keep_tidy
 from .server import add_health_routes, while_connected
 from .server_options import ServedModel
 from .service import PredictRequest
+from .usage_marks import UsageMarks
 from ..tasks.feature_extraction import vector_to_base64
 
 # %% ../../nbs/4_deployment/48s_embedding_server.ipynb #448e6402
@@ -214,12 +215,13 @@ def make_embedding_app(
         log: Told a line of JSON about each request; None: nobody is.
         retention: What is kept of the answers of other servers in this database.
     """
-    ring, quotas, metrics = KeyRing(), Quotas(), Metrics(embedding_routes)
+    ring, metrics = KeyRing(), Metrics(embedding_routes)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         ledger = Ledger(database, min_free=retention.min_free, mask=retention.mask)
         try:
+            quotas = Quotas(marks=UsageMarks(ledger))
             read_access(ledger, ring, quotas)
             service = app.state.service = EmbeddingService(encoder, ledger, quotas, options)
             app.state.started = time.time()
@@ -232,6 +234,7 @@ def make_embedding_app(
             for one in tasks:
                 one.cancel()
             await service.close()
+            quotas.settle()
         finally:
             ledger.close()
 

@@ -7,7 +7,6 @@ __all__ = ['EmbeddingResult', 'EmbeddingService']
 
 # %% ../../nbs/4_deployment/48r_embedding_service.ipynb #4fd6ebe5
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,10 +106,10 @@ class EmbeddingService:
             raise WriteError(" ".join(reasons))
         works = await self._prepare(request, deadline)
         cost = sum(work.cost for work in works)
-        with self.quotas.tokens_for(who, cost):
+        with self.quotas.tokens_for(who, cost) as held:
             found: Sequence[np.ndarray]
             found = await self.executor.answer(works, deadline, request.tenant)
             if who.id:
-                count = partial(count_usage, key_id=who.id, tokens=cost, at=time.time())
+                count = partial(count_usage, key_id=who.id, tokens=cost, at=held.at)
                 await stored(self.ledger.write(count, durable=False), deadline)
         return EmbeddingResult(np.stack(found), cost)

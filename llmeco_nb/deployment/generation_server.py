@@ -52,6 +52,7 @@ from .request_ids import RequestIds
 from .retention import Retention, keep_tidy
 from .server import add_health_routes
 from .service import stored
+from .usage_marks import UsageMarks
 
 # %% ../../nbs/4_deployment/48m_generation_server.ipynb #aba229b8
 generation_actions = {
@@ -110,13 +111,14 @@ def make_generation_app(
         log: Told a line of JSON about each request; None: nobody is.
         retention: What is kept of the answers.
     """
-    ring, quotas, metrics, ids = KeyRing(), Quotas(), Metrics(generation_routes), RequestIds()
+    ring, metrics, ids = KeyRing(), Metrics(generation_routes), RequestIds()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         ledger = Ledger(database, min_free=retention.min_free, mask=retention.mask)
         try:
             ids.secret = ledger.request_ids.secret
+            quotas = Quotas(marks=UsageMarks(ledger))
             read_access(ledger, ring, quotas)
             service = app.state.service = GenerationService(generator, ledger, quotas, options)
             service.guard.count = metrics.count_guard
@@ -130,6 +132,7 @@ def make_generation_app(
             for one in tasks:
                 one.cancel()
             await service.close()
+            quotas.settle()
         finally:
             ledger.close()
 

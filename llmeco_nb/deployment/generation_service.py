@@ -7,7 +7,6 @@ __all__ = ['GenerationRequest', 'GenerationService', 'shielded', 'NamedModel', '
 
 # %% ../../nbs/4_deployment/48j_generation_service.ipynb #441d36fe
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -143,32 +142,38 @@ class GenerationService:
         with self.quotas.tokens_for(who, work.cost) as held:
             pieces: list[TextChunk] = []
             taken = kept = False
+            backed = held.backed
             try:
                 with self.executor.submit([work], deadline, request.tenant) as answers:
                     try:
                         async for _, piece in answers:
                             pieces.append(piece)
                             if not piece.finish_reason and piece.text:
+                                if backed is not None:  # the first that is told
+                                    await stored(shielded(backed), deadline)
+                                    backed = None
                                 yield piece
                     finally:
                         taken = answers.ask.taken > 0  # else it was refused, and has used nothing
                 kept = True
                 # who leaves now gives up waiting, and not the row: most of the answer was told
-                await stored(shielded(self._keep(request, prompt_tokens, pieces)), deadline)
+                await stored(
+                    shielded(self._keep(request, prompt_tokens, pieces, held.at)), deadline
+                )
             finally:
                 if taken:
                     held.used = prompt_tokens + (pieces[-1].tokens if pieces else 0)
                 if taken and not kept:  # broken off; it may have been told in part
                     with suppress(WriteError):
-                        self._keep(request, prompt_tokens, pieces)
+                        self._keep(request, prompt_tokens, pieces, held.at)
         yield pieces[-1]
 
     def _keep(
-        self, request: GenerationRequest, prompt_tokens: int, pieces: list[TextChunk]
+        self, request: GenerationRequest, prompt_tokens: int, pieces: list[TextChunk], at: float
     ) -> Future:
         "Have an answer stored, with what the key has used; a future."
         last, who = pieces[-1] if pieces else TextChunk("", 0), request.who
-        count = dict(key_id=who.id, tokens=prompt_tokens + last.tokens, at=time.time())
+        count = dict(key_id=who.id, tokens=prompt_tokens + last.tokens, at=at)
         told = Generation(
             request_id=request.request_id,
             model=self.generator.digest,

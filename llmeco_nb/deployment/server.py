@@ -61,6 +61,7 @@ from .request_ids import RequestIds
 from .retention import Retention, keep_tidy
 from .service import PredictRequest, Service, stored
 from .signing import TrustedKeys
+from .usage_marks import UsageMarks
 from ..tasks.contract import Task
 from ..tasks.corrections import FeedbackResult
 from ..tasks.registry import tasks
@@ -168,7 +169,7 @@ def make_app(
     """
     task = (bundle.manifest if isinstance(bundle, Predictor) else verify(bundle)).task
     check_served(task)
-    ring, quotas, metrics, ids = KeyRing(), Quotas(), Metrics(served_routes), RequestIds()
+    ring, metrics, ids = KeyRing(), Metrics(served_routes), RequestIds()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -177,6 +178,7 @@ def make_app(
         )
         try:
             ids.secret = ledger.request_ids.secret
+            quotas = Quotas(marks=UsageMarks(ledger))
             read_access(ledger, ring, quotas)
             loaded = (
                 bundle if isinstance(bundle, Predictor) else Predictor.load(bundle, trusted=trusted)
@@ -199,6 +201,7 @@ def make_app(
             for one in tasks:
                 one.cancel()
             await service.close()  # who was still waiting has been answered, or the model hangs
+            quotas.settle()
         finally:
             ledger.close()
 

@@ -7,7 +7,6 @@ __all__ = ['ResultT', 'model_not_ready_reasons', 'prepare_items', 'stored', 'Pre
 
 # %% ../../nbs/4_deployment/41j_service.ipynb #6ae04032
 import asyncio
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -382,9 +381,9 @@ class Service:
             executor.refuse_early(texts, deadline, request.tenant)
             works = await prepare_items(texts, request.names, executor, deadline)
             cost = sum(work.cost for work in works)
-            with self.quotas.tokens_for(who, cost):
+            with self.quotas.tokens_for(who, cost) as held:
                 found = await self._answer(executor, works, deadline, request)
-                used = new_usage(self.ledger.engine.dialect.name, who.id, cost, time.time())
+                used = new_usage(self.ledger.engine.dialect.name, who.id, cost, held.at)
                 told = (request.request_id, predictor.digest, texts, found)
                 kept = keep_predictions(self.ledger, *told, [used] if who.id else [])
                 await stored(kept, deadline)
