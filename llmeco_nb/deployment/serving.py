@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from .tls_handshakes import over_tls
 
 from ..core import UsageError, runs_dir
-from .connections import TimedProtocol, timed
+from .connections import TimedConnection, TimedProtocol, timed
 from .decoder_manifest import bundle_kind
 from .deployments import read_deployment, read_models
 from .embedding_server import serve_encoder
@@ -43,7 +44,7 @@ from .loading import newest_bundle
 from .metrics import log_line
 from .predictor import Predictor
 from .server import make_app
-from .server_options import ServedModel, ServerOptions, check_tls
+from .server_options import ServedModel, ServerOptions, tls_context
 from .signing import TrustedKeys
 from ..runner.store import feedback_database
 
@@ -115,7 +116,7 @@ class Server(uvicorn.Server):
             now = asyncio.get_running_loop().time()
             for one in timed(self.server_state.connections):
                 if one.overdue(now):
-                    one.transport.abort()
+                    one.drop()
         return await super().on_tick(counter)
 
 
@@ -142,7 +143,7 @@ def room_for_connections(wanted: int, spare: int = 100) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - spare))
 
-# %% ../../nbs/4_deployment/42a_serving.ipynb #3de7eed7
+# %% ../../nbs/4_deployment/42a_serving.ipynb #36b79b49
 @contextmanager
 def seldom_collected() -> Iterator[None]:
     """For the length of a `with` block the garbage collector runs less often, and leaves out what
@@ -215,13 +216,13 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
         o: What is served, where, and to whom.
         say: Told one line at a time.
     """
-    check_tls(o)
+    tls = tls_context(o)
     trusted = TrustedKeys.read(o.trust) if o.trust else None
     s = listen(o.host, o.port)
     try:
-        limits = TimedProtocol.limits
+        limits = TimedConnection.limits
         room = room_for_connections(limits.connections)
-        TimedProtocol.limits = replace(limits, connections=room)
+        TimedConnection.limits = replace(limits, connections=room)
         database = o.database or feedback_database(runs_dir())
         # what can be wrong is said here, in a sentence, and not by the web server
         engine = connect(database)
@@ -258,15 +259,13 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             server_header=False,
             timeout_graceful_shutdown=12,  # a little more than a classifier's deadline
             lifespan="on",
-            http=TimedProtocol,
+            http=TimedProtocol if tls is None else over_tls(tls),
             # an address that a proxy states is believed of the proxies that are named alone
             proxy_headers=bool(o.proxies),
             forwarded_allow_ips=list(o.proxies),
-            ssl_certfile=o.tls_cert,
-            ssl_keyfile=o.tls_key,
             ws="none",  # an installed library would put connections of another kind among ours
         )
-        scheme = "https" if o.tls_cert else "http"
+        scheme = "http" if tls is None else "https"
         at = f"{scheme}://{f'[{o.host}]' if ':' in o.host else o.host}:{s.getsockname()[1]}"
 
         def ready():
