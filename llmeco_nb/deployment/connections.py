@@ -42,12 +42,10 @@ class GatheringTransport:
 
     Args:
         transport: Of asyncio.
-        below: The transport that carries it, where it is one of TLS.
     """
 
-    def __init__(self, transport: asyncio.Transport, below: asyncio.Transport | None = None):
+    def __init__(self, transport: asyncio.Transport):
         self.transport = transport
-        self.below = below
         self.held: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -69,22 +67,10 @@ class GatheringTransport:
         if held and not self.transport.is_closing():
             self.transport.write(b"".join(held))
 
-    def unsent(self) -> int:
-        "How many bytes are not yet in the hands of the system."
-        waiting = sum(map(len, self.held)) + self.transport.get_write_buffer_size()
-        return waiting + (0 if self.below is None else self.below.get_write_buffer_size())
-
     def close(self) -> None:
         "Close when all is sent."
         self.flush()
         self.transport.close()
-        if self.below is not None:
-            asyncio.get_running_loop().call_later(1.0, self._hang_up)
-
-    def _hang_up(self) -> None:
-        "Wait no longer for a client to say that it closes, too."
-        if not self.unsent():
-            self.abort()
 
     def abort(self) -> None:
         "Close at once."
@@ -132,15 +118,19 @@ class TimedConnection:
     def rank(self) -> tuple[int, float]:
         "How soon it makes room for another, the lowest first, and since when it is like that."
         since = self.since or self.answered
-        if not (self.transport.is_closing() or self.is_idle()):
+        if not (self.is_closing() or self.is_idle()):
             return at_work, since
-        if self.unsent():
+        if self.has_unsent():
             return 2, since
-        return (0 if self.transport.is_closing() else 1), since
+        return (0 if self.is_closing() else 1), since
 
-    def unsent(self) -> int:
-        "How many bytes wait to be sent."
-        return 0
+    def is_closing(self) -> bool:
+        "Whether it is to be closed as soon as all is sent."
+        return self.transport.is_closing()
+
+    def has_unsent(self) -> bool:
+        "Whether something of an answer waits to be sent."
+        return False
 
     def is_idle(self) -> bool:
         "Whether nothing has been asked that is not answered."
@@ -157,7 +147,7 @@ class TimedConnection:
         Args:
             now: On the event loop's clock.
         """
-        if self.transport.is_closing() and self.unread is None:
+        if self.is_closing() and self.unread is None:
             self.unread = now  # a connection is closed when all is read, which may be never
         times = (self.since, self.unread)
         return any(one is not None and now - one > self.limits.header_seconds for one in times)
@@ -213,7 +203,7 @@ class TimedProtocol(TimedConnection, HttpToolsProtocol):
     """A connection that knows for how long its client has kept a server waiting: for a request, or
     for an answer to be read."""
 
-    below: asyncio.Transport | None = None  # what carries its transport, where that is one of TLS
+    handshake: TimedConnection | None = None  # what it was before, over TLS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio.
@@ -226,8 +216,9 @@ class TimedProtocol(TimedConnection, HttpToolsProtocol):
         self.received = self.wire = self.payload = (
             0  # bytes: of a header; of a request; of its body
         )
-        self.gathering = GatheringTransport(transport, self.below)
+        self.gathering = GatheringTransport(transport)
         super().connection_made(self.gathering)  # type: ignore[arg-type]
+        self.connections.discard(self.handshake)  # type: ignore[arg-type]
         self.begin()
 
     def data_received(self, data: bytes) -> None:
@@ -329,9 +320,16 @@ class TimedProtocol(TimedConnection, HttpToolsProtocol):
         self.transport.write(head + bytes(reply.body))
         self.transport.close()
 
-    def unsent(self) -> int:
-        "How many bytes wait to be sent."
-        return self.gathering.unsent()
+    def has_unsent(self) -> bool:
+        "Whether something of an answer waits to be sent."
+        return self.unread is not None or self.gathering.get_write_buffer_size() > 0
+
+    def shutdown(self) -> None:
+        "Called by uvicorn when the server ends."
+        super().shutdown()
+        if self.handshake is not None and self.is_closing():
+            # over TLS the client is to say that it closes, too, and need not be awake
+            self.loop.call_later(1.0, self.drop)
 
     def is_idle(self) -> bool:
         "Whether nothing has been asked that is not answered."

@@ -14,16 +14,17 @@ import json
 import resource
 import shlex
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from .tls_handshakes import over_tls
 
 from ..core import UsageError, runs_dir
 from .connections import TimedConnection, TimedProtocol, timed
@@ -46,6 +47,7 @@ from .predictor import Predictor
 from .server import make_app
 from .server_options import ServedModel, ServerOptions, tls_context
 from .signing import TrustedKeys
+from .tls_handshakes import TlsListener
 from ..runner.store import feedback_database
 
 # %% ../../nbs/4_deployment/42a_serving.ipynb #622d917d
@@ -90,21 +92,37 @@ class Server(uvicorn.Server):
     Args:
         config: Of uvicorn.
         ready: Called when it answers.
+        tls: Certificate and key; None: it speaks HTTP without TLS.
     """
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        tls: ssl.SSLContext | None = None,
+    ):
         super().__init__(config)
         self.ready = ready
+        self.tls = tls
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and call `ready` if that went well.
 
         Args:
-            sockets: That listen; None: uvicorn opens its own.
+            sockets: That listen; None: uvicorn opens its own, without TLS.
         """
-        await super().startup(sockets)
+        encrypted = [] if self.tls is None else sockets or []
+        await super().startup([] if encrypted else sockets)
         if self.started:
+            self.servers += [self._listen(one) for one in encrypted]  # type: ignore[misc]
             self.ready()
+
+    def _listen(self, listening: socket.socket) -> TlsListener:
+        "Take the connections of a socket, each after a handshake."
+        assert self.tls is not None
+        made = dict(config=self.config, server_state=self.server_state)
+        connect = partial(self.config.http_protocol_class, app_state=self.lifespan.state, **made)
+        return TlsListener(listening, self.tls, connect)  # type: ignore[arg-type]
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; whether it is time to stop.
@@ -259,7 +277,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             server_header=False,
             timeout_graceful_shutdown=12,  # a little more than a classifier's deadline
             lifespan="on",
-            http=TimedProtocol if tls is None else over_tls(tls),
+            http=TimedProtocol,
             # an address that a proxy states is believed of the proxies that are named alone
             proxy_headers=bool(o.proxies),
             forwarded_allow_ips=list(o.proxies),
@@ -284,7 +302,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
 
         with ExitStack() as lasting:
             try:
-                Server(config, ready).run(sockets=[s])
+                Server(config, ready, tls).run(sockets=[s])
             except KeyboardInterrupt:
                 pass  # the web server raises it again after its graceful end, but not always
         say("Stopped.")
