@@ -3,9 +3,11 @@ nobody out, and a model that hangs does not keep the process from ending."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -47,8 +49,8 @@ class Slow(Predictor):
 
 
 @contextmanager
-def serving(app, **limits):
-    "The address of a server in a thread."
+def serving(app, *, tls=None, loop="auto", **limits):
+    "The address of a server in a thread; with a context of TLS it speaks HTTPS."
 
     class Protocol(TimedProtocol):
         pass
@@ -61,9 +63,10 @@ def serving(app, **limits):
         lifespan="on",
         http=Protocol,
         ws="none",
+        loop=loop,
         timeout_graceful_shutdown=3,
     )
-    server = Server(config, ready.set)
+    server = Server(config, ready.set, tls)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]), daemon=True)
     thread.start()
     assert ready.wait(20)
@@ -254,18 +257,264 @@ def test_of_requests_sent_ahead_the_one_at_work_is_given_up(bundle, tmp_path):
     assert 0 < asked < 20
 
 
-def test_a_body_beside_an_upgrade_is_not_taken_for_a_request(bundle, tmp_path):
-    app = make_app(bundle, tmp_path / "f.sqlite")
+UPGRADES = (
+    ("Connection: Upgrade", "Upgrade: x"),
+    ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIA"),
+    ("upgrade: WebSocket", "connection: keep-alive, UPGRADE"),
+    ("Connection: keep-alive", "Connection: Upgrade", "Upgrade: TLS/1.3, h2c"),
+)
+
+
+@pytest.mark.parametrize("more", UPGRADES, ids=str)
+def test_a_protocol_that_is_not_spoken_is_passed_over(bundle, tmp_path, more):
+    "Bodies with a length and in chunks, of one byte at a time too; and what is sent behind them."
+    text = b'{"text": "good"}'
+    chunked = b"".join(b"1\r\n%c\r\n" % one for one in text) + b"0\r\n\r\n"
     inner = b"GET /v1/model HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-    with serving(app) as address:
-        for more in (
-            ("Connection: Upgrade", "Upgrade: x"),
-            ("Connection: Upgrade", "Upgrade: h2c"),
+    plain = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    upgrade = plain + "\r\n".join(more).encode() + b"\r\n\r\n"
+    with serving(make_app(bundle, tmp_path / "f.sqlite")) as address, connected(address) as one:
+        for sent in (
+            request(text, "/v1/predict", *more),
+            request(chunked, "/v1/predict", *more, "Transfer-Encoding: chunked"),
         ):
-            one = connected(address)
-            one.sendall(request(inner, "/v1/predict", *more))
-            told = b"".join(iter(lambda: one.recv(65536), b""))
-            assert told.startswith(b"HTTP/1.1 400") and b"digest" not in told
+            one.sendall(sent)
+            status, told = read_reply(one)
+            assert status == 200 and told["answers"][0]["label"] == "positive", told
+        one.sendall(request(inner, "/v1/predict", *more))  # a body that looks like a request
+        assert read_reply(one)[0] == 422
+        for byte in request(text, "/v1/predict", *more):
+            one.sendall(bytes([byte]))
+        assert read_reply(one)[0] == 200
+        one.sendall((upgrade + plain + b"\r\n") * 3 + plain + b"Connection: close\r\n\r\n")
+        told = b"".join(iter(lambda: one.recv(65536), b""))
+    assert told.count(b"HTTP/1.1 200") == 7 and told.count(b"HTTP/1.1") == 7, told
+
+
+def test_a_protocol_that_is_not_spoken_keeps_the_order_of_answers(bundle, tmp_path):
+    "The requests before and behind it are each answered once, in turn."
+    texts = [f"film number {i}" for i in range(9)]
+    more = UPGRADES[1]
+    asked = [json.dumps({"text": text}).encode() for text in texts]
+    sent = b"".join(
+        request(body, "/v1/predict", *(more if i % 3 == 1 else ())) for i, body in enumerate(asked)
+    )
+    predictor = Slow.load(bundle)
+    predictor.pause, predictor.asked = 0.01, []
+    with serving(make_app(predictor, tmp_path / "f.sqlite")) as address, connected(address) as one:
+        predictor.asked.clear()
+        one.sendall(sent + b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        told = b"".join(iter(lambda: one.recv(65536), b""))
+    assert told.count(b"HTTP/1.1 200") == 10 and predictor.asked == texts
+
+
+def test_a_request_that_would_close_is_the_last_although_it_asks_for_another_protocol(
+    bundle, tmp_path
+):
+    with serving(make_app(bundle, tmp_path / "f.sqlite")) as address, connected(address) as one:
+        body = b'{"text": "good"}'
+        last = request(body, "/v1/predict", "Connection: Upgrade, close", "Upgrade: h2c")
+        one.sendall(last + request(body))
+        told = b"".join(iter(lambda: one.recv(65536), b""))
+    assert told.count(b"HTTP/1.1 200") == 1 and told.count(b"HTTP/1.1") == 1
+
+
+def test_what_would_be_read_in_two_ways_is_refused_beside_an_upgrade(bundle, tmp_path):
+    body = b"0\r\n\r\n"
+    more = ("Connection: Upgrade", "Upgrade: h2c")
+    with serving(make_app(bundle, tmp_path / "f.sqlite")) as address:
+        for sent in (
+            request(body, "/v1/predict", *more, "Transfer-Encoding: chunked", "Content-Length: 9"),
+            request(body, "/v1/predict", *more, "Content-Length: 9"),
+            request(body, "/v1/predict", *more, "X: a\r\n folded"),
+            b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        ):
+            with connected(address) as one:
+                one.sendall(sent + b"GET /v1/model HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                told = b"".join(iter(lambda: one.recv(65536), b""))
+            assert told.startswith(b"HTTP/1.1 400") and told.count(b"HTTP/1.1") == 1, sent
+            assert b"digest" not in told
+
+
+def test_requests_for_another_protocol_are_bounded_like_others(bundle, tmp_path):
+    predictor = Slow.load(bundle)
+    predictor.pause = 0.02
+    with serving(make_app(predictor, tmp_path / "f.sqlite")) as address, connected(address) as one:
+        sent, part = 0, request(b'{"text": "good"}', "/v1/predict", *UPGRADES[1]) * 500
+        one.settimeout(5)
+        with pytest.raises(OSError):
+            for _ in range(300):
+                one.sendall(part)
+                sent += len(part)
+        assert sent < 8e6
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl to ask for HTTP/2 with")
+def test_curl_that_would_rather_speak_http2_is_answered(bundle, tmp_path):
+    with serving(make_app(bundle, tmp_path / "f.sqlite")) as (host, port):
+        line = ["curl", "-s", "--http2", "-H", "Content-Type: application/json"]
+        line += ["-d", '{"text": "good"}', f"http://{host}:{port}/v1/predict"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert json.loads(done.stdout)["answers"][0]["label"] == "positive", done.stdout + done.stderr
+
+
+# -- over TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    "Certificate and key, made with the openssl of the system."
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    line += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*line, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.fixture
+def tls(certificate):
+    "What a server speaks TLS with."
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+def encrypted(address, certificate):
+    "A connection whose handshake is complete."
+    context = ssl.create_default_context(cafile=certificate[0])
+    return context.wrap_socket(connected(address), server_hostname="127.0.0.1")
+
+
+both_loops = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+
+
+@both_loops
+def test_https_answers_on_either_event_loop(bundle, tmp_path, tls, certificate, loop):
+    "Also what is sent in one packet with the end of the handshake, and much at once."
+    body = json.dumps({"texts": ["good film " * 400] * 60}).encode()
+    with serving(make_app(bundle, tmp_path / "f.sqlite"), tls=tls, loop=loop) as address:
+        with encrypted(address, certificate) as one:
+            for _ in range(3):
+                one.sendall(request(body))
+                status, told = read_reply(one)
+                assert status == 200 and len(told["answers"]) == 60
+        context = ssl.create_default_context(cafile=certificate[0])
+        for _ in range(10):
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            talk = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+            with connected(address) as raw:
+                while True:
+                    try:
+                        talk.do_handshake()
+                        break
+                    except ssl.SSLWantReadError:
+                        raw.sendall(outgoing.read())
+                        more = raw.recv(65536)
+                        assert more, "closed amid the handshake"
+                        incoming.write(more)
+                talk.write(request(b'{"text": "good"}'))
+                raw.sendall(outgoing.read())  # the handshake's last message and the request
+                told = b""
+                while b"positive" not in told:
+                    try:
+                        told += talk.read(65536)
+                    except ssl.SSLWantReadError:
+                        more = raw.recv(65536)
+                        assert more, "closed without an answer"
+                        incoming.write(more)
+                assert told.startswith(b"HTTP/1.1 200")
+
+
+@both_loops
+def test_connections_without_a_handshake_make_room(bundle, tmp_path, tls, certificate, loop):
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    hello = b"\x16\x03\x01\x02\x00\x01"  # of a first message that does not go on
+    with serving(app, tls=tls, loop=loop, connections=20, header_seconds=1.0) as address:
+        with encrypted(address, certificate) as working:
+            working.sendall(request(b'{"text": "good"}'))
+            assert read_reply(working)[0] == 200
+            silent = [connected(address) for _ in range(60)]
+            for one in silent[::2]:
+                try:
+                    one.sendall(hello)
+                except OSError:
+                    pass  # closed already
+            begun = time.monotonic()
+            assert count_open(silent) <= 20
+            with encrypted(address, certificate) as asked:
+                asked.sendall(request(b'{"text": "good"}'))
+                assert read_reply(asked)[0] == 200
+            closed = 0
+            for one in silent:
+                try:
+                    closed += one.recv(10) == b""
+                except ConnectionResetError:
+                    closed += 1
+            assert closed == 60 and time.monotonic() - begun < 6
+
+
+@both_loops
+def test_who_does_not_say_farewell_over_tls_is_not_waited_for(
+    bundle, tmp_path, tls, certificate, loop
+):
+    "Closed connections hold no place, and the server ends without their word."
+    app = make_app(bundle, tmp_path / "f.sqlite")
+    last = b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    with serving(app, tls=tls, loop=loop, connections=5, header_seconds=1.0) as address:
+        kept = []
+        for _ in range(12):
+            one = encrypted(address, certificate)
+            one.sendall(last)
+            assert one.recv(4096).startswith(b"HTTP/1.1 200")
+            kept.append(one)
+        with encrypted(address, certificate) as one:
+            one.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert one.recv(4096).startswith(b"HTTP/1.1 200")
+            gone = 0
+            for other in kept:
+                raw = socket.socket(fileno=other.detach())
+                raw.settimeout(5)
+                while raw.recv(65536):  # until the server has closed it
+                    pass
+                gone += 1
+                raw.close()
+            assert gone == 12
+        idle = encrypted(address, certificate)
+        idle.sendall(request(b'{"text": "good"}'))
+        assert read_reply(idle)[0] == 200
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 2.5
+    idle.close()
+
+
+@pytest.mark.slow
+def test_a_thousand_silent_clients_keep_nobody_out_of_https(bundle, tmp_path, certificate):
+    "The command as it ships, which may open fewer files than there are clients."
+    words = ["--bundle", bundle, "--database", tmp_path / "f.sqlite", "--port", "0"]
+    words += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (900, 900)); "
+    code = limit + "from llmeco_nb.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", *map(str, words)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = ("127.0.0.1", int(process.stdout.readline().split(":")[2].split()[0]))
+            silent = [connected(address) for _ in range(1000)]
+            begun = time.monotonic()
+            for _ in range(5):
+                with encrypted(address, certificate) as one:
+                    one.sendall(request(b'{"text": "good"}'))
+                    assert read_reply(one)[0] == 200
+            assert time.monotonic() - begun < 5
+            process.terminate()
+            assert process.wait(20) == 0
+            for one in silent:
+                one.close()
+        finally:
+            process.kill()
 
 
 def test_pieces_of_a_byte_are_not_read_for_long(bundle, tmp_path):

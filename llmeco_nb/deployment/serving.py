@@ -14,10 +14,12 @@ import json
 import resource
 import shlex
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import uvicorn
 
 from ..core import UsageError, runs_dir
-from .connections import TimedProtocol, timed
+from .connections import TimedConnection, TimedProtocol, timed
 from .decoder_manifest import bundle_kind
 from .deployments import read_deployment, read_models
 from .embedding_server import serve_encoder
@@ -43,8 +45,9 @@ from .loading import newest_bundle
 from .metrics import log_line
 from .predictor import Predictor
 from .server import make_app
-from .server_options import ServedModel, ServerOptions, check_tls
+from .server_options import ServedModel, ServerOptions, tls_context
 from .signing import TrustedKeys
+from .tls_handshakes import TlsListener
 from ..runner.store import feedback_database
 
 # %% ../../nbs/4_deployment/42a_serving.ipynb #622d917d
@@ -89,21 +92,37 @@ class Server(uvicorn.Server):
     Args:
         config: Of uvicorn.
         ready: Called when it answers.
+        tls: Certificate and key; None: it speaks HTTP without TLS.
     """
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        tls: ssl.SSLContext | None = None,
+    ):
         super().__init__(config)
         self.ready = ready
+        self.tls = tls
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and call `ready` if that went well.
 
         Args:
-            sockets: That listen; None: uvicorn opens its own.
+            sockets: That listen; None: uvicorn opens its own, without TLS.
         """
-        await super().startup(sockets)
+        encrypted = [] if self.tls is None else sockets or []
+        await super().startup([] if encrypted else sockets)
         if self.started:
+            self.servers += [self._listen(one) for one in encrypted]  # type: ignore[misc]
             self.ready()
+
+    def _listen(self, listening: socket.socket) -> TlsListener:
+        "Take the connections of a socket, each after a handshake."
+        assert self.tls is not None
+        made = dict(config=self.config, server_state=self.server_state)
+        connect = partial(self.config.http_protocol_class, app_state=self.lifespan.state, **made)
+        return TlsListener(listening, self.tls, connect)  # type: ignore[arg-type]
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; whether it is time to stop.
@@ -115,7 +134,7 @@ class Server(uvicorn.Server):
             now = asyncio.get_running_loop().time()
             for one in timed(self.server_state.connections):
                 if one.overdue(now):
-                    one.transport.abort()
+                    one.drop()
         return await super().on_tick(counter)
 
 
@@ -215,13 +234,13 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
         o: What is served, where, and to whom.
         say: Told one line at a time.
     """
-    check_tls(o)
+    tls = tls_context(o)
     trusted = TrustedKeys.read(o.trust) if o.trust else None
     s = listen(o.host, o.port)
     try:
-        limits = TimedProtocol.limits
+        limits = TimedConnection.limits
         room = room_for_connections(limits.connections)
-        TimedProtocol.limits = replace(limits, connections=room)
+        TimedConnection.limits = replace(limits, connections=room)
         database = o.database or feedback_database(runs_dir())
         # what can be wrong is said here, in a sentence, and not by the web server
         engine = connect(database)
@@ -262,11 +281,9 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             # an address that a proxy states is believed of the proxies that are named alone
             proxy_headers=bool(o.proxies),
             forwarded_allow_ips=list(o.proxies),
-            ssl_certfile=o.tls_cert,
-            ssl_keyfile=o.tls_key,
             ws="none",  # an installed library would put connections of another kind among ours
         )
-        scheme = "https" if o.tls_cert else "http"
+        scheme = "http" if tls is None else "https"
         at = f"{scheme}://{f'[{o.host}]' if ':' in o.host else o.host}:{s.getsockname()[1]}"
 
         def ready():
@@ -285,7 +302,7 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
 
         with ExitStack() as lasting:
             try:
-                Server(config, ready).run(sockets=[s])
+                Server(config, ready, tls).run(sockets=[s])
             except KeyboardInterrupt:
                 pass  # the web server raises it again after its graceful end, but not always
         say("Stopped.")
