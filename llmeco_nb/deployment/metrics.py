@@ -32,9 +32,8 @@ from .request_ids import RequestIds
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #45c0ffee
 if TYPE_CHECKING:  # read by type checkers alone: they import this module
-    from llmeco_nb.deployment.embedding_service import EmbeddingService
+    from llmeco_nb.deployment.application import ServedModels
     from llmeco_nb.deployment.follower import Follower
-    from llmeco_nb.deployment.generation_service import GenerationService
     from llmeco_nb.deployment.service import Service
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #d9ed7b72
@@ -231,9 +230,7 @@ def log_event(log: Callable[[str], None], message: str) -> None:
     log(json.dumps(dict(time=at, event="deployment", message=message)))
 
 
-def add_state_gauges(
-    metrics: Metrics, service: "Service | GenerationService | EmbeddingService"
-) -> None:
+def add_state_gauges(metrics: Metrics, service: "ServedModels") -> None:
     """Have the state of model and database read when somebody asks for the figures.
 
     Args:

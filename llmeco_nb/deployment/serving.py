@@ -142,7 +142,7 @@ def room_for_connections(wanted: int, spare: int = 100) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - spare))
 
-# %% ../../nbs/4_deployment/42a_serving.ipynb #3de7eed7
+# %% ../../nbs/4_deployment/42a_serving.ipynb #36b79b49
 @contextmanager
 def seldom_collected() -> Iterator[None]:
     """For the length of a `with` block the garbage collector runs less often, and leaves out what
