@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['most_inputs', 'InputText', 'inline_numbers', 'embedding_actions', 'EmbeddingsRequest', 'EmbeddingItem',
-           'EmbeddingUsage', 'EmbeddingsReply', 'reply_body', 'add_embeddings_route', 'make_embedding_app',
-           'serve_encoder']
+           'EmbeddingUsage', 'EmbeddingsReply', 'reply_body', 'add_embeddings_route', 'embedding_facts',
+           'make_embedding_app', 'serve_encoder']
 
 # %% ../../nbs/4_deployment/48s_embedding_server.ipynb #ca96cf8f
 import json
@@ -19,13 +19,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core import UsageError
-from .application import ApplicationPlan, health_actions, make_application
+from .application import ApplicationPlan, common_actions, make_application
 from .embedding_service import EmbeddingResult, EmbeddingService
 from .embeddings import SentenceEncoder
+from .exchange import ModelFollower
 from .executor import ExecutorOptions
 from .generation_service import check_model_name
 from .ledger import Ledger
-from .metrics import Metrics
+from .metrics import Metrics, log_event
 from llmeco_nb.deployment.openai_protocol import (
     OpenAIErrors,
     add_openai_models,
@@ -37,6 +38,7 @@ from .retention import Retention
 from .server import while_connected
 from .server_options import ServedModel
 from .service import PredictRequest
+from .signing import TrustedKeys
 from ..tasks.feature_extraction import vector_to_base64
 
 # %% ../../nbs/4_deployment/48s_embedding_server.ipynb #448e6402
@@ -138,25 +140,26 @@ def add_embeddings_route(app: FastAPI) -> None:
 
     async def answer(request: Request, body: EmbeddingsRequest) -> Response:
         service: EmbeddingService = app.state.service
-        encoder, state = service.encoder, request.state
+        state = request.state
         texts, who = body.texts(), state.principal
         names = ["input"] if isinstance(body.input, str) else []
         names = names or [f"input.{i}" for i in range(len(texts))]
         host = request.client.host if request.client else ""
-        state.model = encoder.digest
+        state.model = service.encoder.digest
         asked = PredictRequest(texts, names, state.request_id, who, who.id or host)
         try:
             found = await service.embed(asked)
         except UsageError as e:
             return wrong("input", str(e))
-        version = service.model_name, encoder.digest[:12]
+        version = found.model, found.digest[:12]
         metrics: Metrics = app.state.metrics
         metrics.items.labels(*version).inc(len(texts))
         metrics.tokens.labels(*version).inc(found.tokens)
-        facts = dict(model=service.model_name, system_fingerprint=encoder.digest)
+        facts = dict(model=found.model, system_fingerprint=found.digest)
         write = partial(reply_body, found, body.encoding_format == "base64", facts)
         large = found.vectors.size > inline_numbers
-        content = await service.executor.prepare_threads.run(write) if large else write()
+        with service.using() as executor:  # whose threads would end with an exchange
+            content = await executor.prepare_threads.run(write) if large else write()
         return Response(content, media_type="application/json")
 
     @app.post(
@@ -180,7 +183,18 @@ def add_embeddings_route(app: FastAPI) -> None:
         return await while_connected(request, answer(request, body))
 
 
-embedding_actions = {**health_actions, "/v1/embeddings": "predict"}
+embedding_actions = {**common_actions, "/v1/embeddings": "predict"}
+
+
+def embedding_facts(service: EmbeddingService) -> dict[str, Any]:
+    """What `GET /v1/model` says of the encoder that answers.
+
+    Args:
+        service: That answers.
+    """
+    manifest = service.encoder.manifest
+    facts = dict(name=manifest.name, kind=manifest.kind, digest=manifest.digest)
+    return {**facts, "task": service.task_name, "size": manifest.schema.size}
 
 
 def make_embedding_app(
@@ -189,7 +203,9 @@ def make_embedding_app(
     options: ExecutorOptions = ExecutorOptions(),
     hosts: frozenset[str] | None = None,
     log: Callable[[str], None] | None = None,
+    follow: bool = True,
     retention: Retention = Retention(),
+    trusted: TrustedKeys | None = None,
 ) -> FastAPI:
     """The server of a sentence encoder as an ASGI application. The database is opened when it
     starts. Raises `MissingError`, `UsageError`.
@@ -200,11 +216,17 @@ def make_embedding_app(
         options: How requests are answered.
         hosts: Names and addresses by which it is asked, without ports; None: any.
         log: Told a line of JSON about each request; None: nobody is.
+        follow: Answer as the registry in the database says, once something is deployed there.
         retention: What is kept of the answers of other servers in this database.
+        trusted: One of these keys must have signed a bundle; None: nobody need have.
     """
 
     def start(app: FastAPI, ledger: Ledger, quotas: Quotas) -> EmbeddingService:
-        return EmbeddingService(encoder, ledger, quotas, options)
+        service = EmbeddingService(encoder, ledger, quotas, options)
+        if follow:
+            load = partial(SentenceEncoder.load, trusted=trusted)
+            app.state.follower = ModelFollower(service, load, log and partial(log_event, log))
+        return service
 
     def add_routes(app: FastAPI) -> None:
         add_embeddings_route(app)
@@ -213,6 +235,7 @@ def make_embedding_app(
     plan = ApplicationPlan(
         about="Vectors of texts, by a sentence encoder.",
         start=start,
+        facts=embedding_facts,
         add_routes=add_routes,
         actions=embedding_actions,
         seen=("/v1/models",),

@@ -18,8 +18,7 @@ from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from ..core import UsageError
-from .admin_routes import add_admin_routes, admin_actions
-from .application import ApplicationPlan, health_actions, make_application
+from .application import ApplicationPlan, common_actions, make_application
 from .executor import ExecutorOptions
 from .follower import Follower
 from .http_requests import BodyRoute
@@ -30,7 +29,7 @@ from llmeco_nb.deployment.ledger import (
 )
 from .loading import StackModel
 from .manifest import verify
-from .metrics import add_deployment_gauges, log_event
+from .metrics import add_comparison_gauges, log_event
 from .page import page_text
 from .predictor import Predictor, PredictReply
 from .quotas import Quotas
@@ -111,10 +110,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) 
 
 # path -> what a key must be allowed to; empty: nothing. What is not listed needs the right to see.
 actions = {
-    **health_actions,
+    **common_actions,
     "/v1/predict": "predict",
     "/v1/feedback": "feedback",
-    **admin_actions,
 }
 
 
@@ -153,19 +151,16 @@ def make_app(
         if follow:
             told = log and partial(log_event, log)
             app.state.follower = Follower(service, database, log=told, trusted=trusted)
-        add_deployment_gauges(metrics, service, app.state.follower)
+        add_comparison_gauges(metrics, service)
         return service
-
-    def add_routes(app: FastAPI) -> None:
-        add_model_routes(app, task)
-        add_admin_routes(app, database)
 
     plan = ApplicationPlan(
         about="Answers from a bundle, with feedback.",
         start=start,
-        add_routes=add_routes,
+        facts=lambda service: model_facts(service.predictor),
+        add_routes=lambda app: add_model_routes(app, task),
         actions=actions,
-        seen=("/", "/v1/model"),
+        seen=("/",),
         page=page_text,
         task=task.name,
     )
@@ -173,19 +168,12 @@ def make_app(
 
 
 def add_model_routes(app: FastAPI, task: Task) -> None:
-    """The routes that people ask: the page, `/v1/model`, `/v1/predict`, `/v1/feedback`.
+    """The routes that people ask: the page, `/v1/predict`, `/v1/feedback`.
 
     Args:
         app: Its state holds `service` when it is asked.
         task: Of the bundle; its models describe requests and answers.
     """
-
-    @app.get("/v1/model", summary="What answers here")
-    async def model():
-        follower = app.state.follower
-        deployment = follower.facts() if follower is not None else {}
-        facts = model_facts(app.state.service.predictor)
-        return {**facts, "deployment": deployment} if deployment else facts
 
     async def answer(state: State, tenant: str, body: Any) -> Response:
         texts = body.items()
