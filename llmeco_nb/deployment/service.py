@@ -172,6 +172,11 @@ class Service:
         "Of the champion."
         return cast(Predictor, self.executor.predictor)
 
+    @property
+    def task_name(self) -> str:
+        "Of the task that is answered."
+        return self.predictor.task.name
+
     def predictors(self) -> dict[str, Predictor]:
         "Digest -> predictor, of all models that are open."
         found = (cast(Predictor, one.predictor) for one in self.serving.executors)
@@ -218,7 +223,7 @@ class Service:
             canary_share: Of the requests, 0 to 1.
             shadow: Gets copies of requests.
         """
-        task = self.predictor.task.name
+        task = self.task_name
         for one in (champion, canary, shadow):
             if one is not None and one.task.name != task:
                 raise UsageError(
