@@ -173,7 +173,7 @@ def make_application(
     add_health_routes(app)
     add_admin_routes(app, database)
 
-    @app.get("/v1/model", summary="What answers here")
+    @app.get("/v1/model", summary="What answers here", responses=documented(401, 403, 429))
     async def model():
         facts, follower = plan.facts(app.state.service), app.state.follower
         deployment = follower.facts() if follower is not None else {}
@@ -201,7 +201,7 @@ def add_health_routes(app: FastAPI) -> None:
     async def livez():
         return {"alive": True}
 
-    @app.get("/readyz", summary="Would it answer now", responses=documented(401, 503))
+    @app.get("/readyz", summary="Would it answer now", responses=documented(401, 403, 429, 503))
     async def readyz():
         if not (reasons := app.state.service.not_ready_reasons()):
             return {"ready": True}

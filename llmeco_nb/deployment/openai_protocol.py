@@ -346,7 +346,7 @@ def add_openai_models(app: FastAPI) -> None:
         return OpenAIModel(id=app.state.service.model_name, created=int(app.state.started))
 
     seen: Any = dict(
-        responses={k: v for k, v in openai_refusals.items() if k in (401, 403, 404)},
+        responses={k: v for k, v in openai_refusals.items() if k in (401, 403, 404, 429)},
         tags=["OpenAI"],
     )
 

@@ -94,7 +94,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         409: "contradicts what was sent before",
         413: "too large",
         422: "wrong, with the fields that are",
-        429: "too many requests wait; Retry-After says when to ask again",
+        429: "too many requests, or wrong keys; Retry-After says when to ask again",
         499: "the client hung up",
         500: "the server made a mistake",
         503: "not now; Retry-After says when to ask again",
