@@ -21,6 +21,7 @@ from prometheus_client import Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
 from .authentication import AuthMiddleware, keep_fresh, read_access
+from .chat_page import chat_page
 from .generation import TextGenerator
 from .generation_executor import GenerationOptions
 from llmeco_nb.deployment.generation_log import (
@@ -60,7 +61,7 @@ generation_actions = {
     "/v1/feedback": "feedback",
     **openai_actions,
 }
-generation_routes = (*generation_actions, "/docs", "/openapi.json", "/readyz", "/v1/models")
+generation_routes = (*generation_actions, "/", "/docs", "/openapi.json", "/readyz", "/v1/models")
 
 
 class TextFeedback(BaseModel):
@@ -133,6 +134,7 @@ def make_generation_app(
         finally:
             ledger.close()
 
+    page = chat_page(generator.manifest.name, bool(generator.schema.chat_format))
     app = FastAPI(
         title="llmeco",
         description="Answers that a decoder writes, with feedback.",
@@ -144,7 +146,7 @@ def make_generation_app(
     app.router.route_class = StrictRoute
     app.add_middleware(BodyLimit, limit=limits.body)
     app.add_middleware(AuthMiddleware, ring=ring, actions=generation_actions)
-    app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy())
+    app.add_middleware(HeaderCheck, hosts=hosts, policy=content_policy(page))
     app.add_middleware(OpenAIErrors)
     app.add_middleware(MetricsMiddleware, metrics=metrics, log=log, ids=ids)
     app.state.metrics, app.state.log = metrics, log or log_line
@@ -158,6 +160,10 @@ def make_generation_app(
     add_health_routes(app)
     add_openai_routes(app)
     add_feedback_route(app)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def to_chat():
+        return page
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs():
