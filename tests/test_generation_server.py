@@ -422,7 +422,8 @@ def test_once_a_key_exists_every_route_needs_one_and_tokens_are_counted(tmp_path
     admin.revoke("old")
     admin.close()
     with live(database) as server:
-        routes = ["/v1/models", "/v1/models/small", "/metrics", "/docs", "/openapi.json", "/readyz"]
+        routes = ["/", "/docs", "/metrics", "/openapi.json", "/readyz"]
+        routes += ["/v1/models", "/v1/models/small"]
         for path in routes:
             request = urllib.request.Request(f"{server.address}{path}")
             with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -119,8 +119,17 @@ class AuthMiddleware:
             try:
                 scope.setdefault("state", {})["principal"] = self._enter(scope, action)
             except LlmecoError as e:
-                return await refusal_of(e)(scope, receive, send)
+                return await self._refuse(e, scope, receive, send)
         await self.app(scope, receive, send)
+
+    async def _refuse(self, e: LlmecoError, scope: Scope, receive: Receive, send: Send) -> None:
+        "Say why not; and have a browser that opens a page ask for the key."
+        reply = refusal_of(e)
+        # not where a page's script asks: the page has a sentence of its own, and maybe a field
+        if isinstance(e, Unauthorized) and not scope["path"].startswith("/v1/"):
+            # a line of its own: Chromium asks for nothing where it stands in one with Bearer
+            reply.headers.append("WWW-Authenticate", 'Basic realm="llmeco"')
+        await reply(scope, receive, send)
 
     def _enter(self, scope: Scope, action: str) -> Principal:
         "Who asks. Raises `Unauthorized`, `Forbidden`, `LockedOut`."

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
+from fastapi.responses import HTMLResponse
 from prometheus_client import Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
 from .application import ApplicationPlan, common_actions, make_application
+from .chat_page import chat_page
 from .exchange import ModelFollower
 from .generation import TextGenerator
 from .generation_engine import EngineOptions
@@ -131,13 +133,19 @@ def make_generation_app(
         add_openai_routes(app)
         add_feedback_route(app)
 
+        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+        async def to_chat():
+            now: TextGenerator = app.state.service.generator
+            return chat_page(now.manifest.name, bool(now.schema.chat_format))
+
     plan = ApplicationPlan(
         about="Answers that a decoder writes, with feedback.",
         start=start,
         facts=generation_facts,
         add_routes=add_routes,
         actions=generation_actions,
-        seen=("/v1/models",),
+        seen=("/v1/models", "/"),
+        page=chat_page(""),  # its scripts are the same whatever the model is called
         refusals=OpenAIErrors,
     )
     app = make_application(plan, database, hosts, log, retention)

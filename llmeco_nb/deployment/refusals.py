@@ -176,7 +176,7 @@ def refusal_of(e: LlmecoError, hint: str = "") -> JSONResponse:
     wait = getattr(e, "retry_after", None)
     headers = {} if wait is None else {"Retry-After": str(wait)}
     if status == 401:
-        headers["WWW-Authenticate"] = 'Basic realm="llmeco", Bearer'
+        headers["WWW-Authenticate"] = "Bearer"
     message = str(e) + (hint if status == 422 else "")
     return error_response(status, code, message, headers=headers)
 
