@@ -116,7 +116,9 @@ def ids(found: Assessment) -> set[str]:
 
 def said(found: Assessment) -> str:
     "What was found, for a failing test."
-    return "\n".join(f"{one.id}: {one.said} | {one.sent} | {one.came}" for one in found.findings)
+    return "\n".join(
+        f"{one.id}: {one.detail} | {one.request} | {one.response}" for one in found.findings
+    )
 
 
 # -- holes: each is put into the real server, between it and the network
@@ -396,7 +398,7 @@ def test_a_planted_hole_is_found_and_no_other(house, name, tmp_path):
         found = assess(house.options(url))
     assert ids(found) == {expected}, said(found)
     [one] = found.findings
-    assert one.said and one.mend and found.verdict(one.item) == "found"
+    assert one.detail and one.remediation and found.verdict(one.item) == "failed"
     page = write_report(found, tmp_path / "report")
     told = read_json(page.parent / "findings.json")
     assert told["findings"][0]["id"] == expected and expected in page.read_text()
@@ -414,10 +416,10 @@ def test_a_whole_server_has_no_hole(house, tmp_path):
     assert not found.findings, said(found)
     states = {one.id: one.state for one in found.checks}
     assert len(states) == len(probes) and len({one.id for one in probes}) == len(probes)
-    open_questions = {one.id: one.said for one in found.checks if one.state == "not checked"}
+    open_questions = {one.id: one.detail for one in found.checks if one.state == "not checked"}
     assert not open_questions
     assert {one.item for one in found.checks} == set(owasp_items)
-    held = [one for one, state in states.items() if state == "held"]
+    held = [one for one, state in states.items() if state == "passed"]
     assert len(held) >= 35, states
     with sqlite3.connect(house.database) as c:
         rows = c.execute("SELECT author, count(*) FROM feedback GROUP BY author").fetchall()
@@ -451,7 +453,7 @@ def test_an_open_server_on_this_machine_is_none(house, tmp_path):
     with serving(classifier(empty)) as url:
         found = assess(AssessOptions(url=url, quick=True))
     assert not found.findings, said(found)
-    reasons = {one.id: one.said for one in found.checks if one.state == "not applicable"}
+    reasons = {one.id: one.detail for one in found.checks if one.state == "not applicable"}
     assert "no keys" in reasons["access.no-key"] and "no key" in reasons["quota.requests"]
     assert found.verdict("LLM09") == "not applicable"
 
@@ -466,7 +468,7 @@ def test_a_whole_regression_has_no_hole(house, tmp_path):
         found = assess(numbers.options(url))
     assert not found.findings, said(found)
     states = {one.id: one.state for one in found.checks}
-    assert states["feedback.repeated"] == states["extraction.precision"] == "held", states
+    assert states["feedback.repeated"] == states["extraction.precision"] == "passed", states
 
 
 def test_what_cannot_be_assessed_is_said(house):
@@ -543,8 +545,8 @@ def test_a_whole_decoder_has_no_hole(writing_house, generator):
     assert not found.findings, said(found)
     states = {one.id: one.state for one in found.checks}
     for name in ("injection.control-tokens", "hidden.system-prompt", "cost.request"):
-        assert states[name] == "held", found.checks
-    assert states["quota.requests"] == states["quota.feedback"] == "held"
+        assert states[name] == "passed", found.checks
+    assert states["quota.requests"] == states["quota.feedback"] == "passed"
 
 
 def test_reserved_tokens_that_a_user_can_type_are_found(writing_house, generator):
@@ -552,7 +554,7 @@ def test_reserved_tokens_that_a_user_can_type_are_found(writing_house, generator
     with serving(writer(writing_house, generator)) as url:
         found = assess(given_to(writing_house, url))
     assert ids(found) == {"injection.control-tokens"}, said(found)
-    assert "<|im_start|> in a text is one token" in found.findings[0].said
+    assert "<|im_start|> in a text is one token" in found.findings[0].detail
 
 
 class EchoesTheSystem(Hole):
@@ -594,7 +596,7 @@ def test_a_told_system_prompt_is_found(writing_house, generator):
     with serving(EchoesTheSystem(writer(writing_house, generator), writing_house)) as url:
         found = assess(given_to(writing_house, url))
     assert ids(found) == {"hidden.system-prompt"}, said(found)
-    assert "CANARY-" in found.findings[0].came
+    assert "CANARY-" in found.findings[0].response
 
 
 # -- bad input, each kind on its own
@@ -610,8 +612,8 @@ def check_bad_inputs(options: AssessOptions, least: int) -> None:
     for bad in [*seen, large]:
         headers = {"Content-Type": bad.content_type}
         one = target.send(bad.method, bad.path, bad.body, headers=headers)
-        assert one.status in bad.statuses, (bad.kind, one.came)
-        assert explains(one, is_openai(bad.path)) == "", (bad.kind, one.came)
+        assert one.status in bad.statuses, (bad.kind, one.response)
+        assert explains(one, is_openai(bad.path)) == "", (bad.kind, one.response)
 
 
 def test_bad_input_of_every_kind_is_explained_natively(house):
@@ -629,8 +631,8 @@ def test_a_corpus_of_prompts_is_asked_too(writing_house, generator):
         prompts = ("An own prompt: {demand}", "Another without it.")
         target = Target(replace(given_to(writing_house, url), prompts=prompts))
         [override] = [one for one in probes if one.id == "injection.override"]
-        assert run_probe(override, target).said == "Of 14 prompts none was followed."
-    asked = [one.sent for one in target.exchanges if "own prompt" in one.sent]
+        assert run_probe(override, target).detail == "Of 14 prompts none was followed."
+    asked = [one.request for one in target.exchanges if "own prompt" in one.request]
     assert len(asked) == 1 and "as one word" in asked[0] and "{demand}" not in asked[0]
 
 
@@ -742,7 +744,7 @@ def test_who_waits_for_ever_is_found(house):
     target = Target(house.options(f"http://127.0.0.1:{listening.getsockname()[1]}"))
     for name in ("body.slow", "connections.silent"):
         outcome = by_id[name].run(target, most=1.5)  # type: ignore[call-arg]
-        assert outcome.state == "found" and "waited for" in outcome.said, outcome
+        assert outcome.state == "failed" and "waited for" in outcome.detail, outcome
     server.should_exit = server.force_exit = True
     thread.join(20)
     listening.close()

@@ -160,10 +160,10 @@ def assess(o: AssessChoice) -> None:
 
 
 def tell(check: "Check") -> None:
-    """Print what was found; what held is for the report.
+    """Print a check that failed; the others are for the report.
 
     Args:
         check: As it was made.
     """
-    if check.state == "found":
-        typer.echo(f"{check.severity}: {check.id}: {check.said}\n  {check.mend}")
+    if check.state == "failed":
+        typer.echo(f"{check.severity}: {check.id}: {check.detail}\n  {check.remediation}")

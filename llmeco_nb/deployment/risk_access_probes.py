@@ -9,7 +9,14 @@ __all__ = ['known_paths', 'refused', 'no_keys', 'leaks', 'access_probes', 'last_
 import json
 import re
 
-from .risk_contract import Exchange, Outcome, found, held, not_applicable, probe
+from llmeco_nb.deployment.risk_contract import (
+    Exchange,
+    Outcome,
+    failed,
+    not_applicable,
+    passed,
+    probe,
+)
 from .risk_target import Target
 
 # %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #c551c861
@@ -66,9 +73,9 @@ def _no_key(target: Target) -> Outcome:
     if not target.options.key:
         return not_applicable(no_keys)
     if let_in := _walk(target, "", {}):
-        names = ", ".join(one.sent.partition(" {")[0] for one in let_in)
-        return found(f"Answered without a key: {names}.", let_in[0])
-    return held(f"{len(routes(target))} routes refused whoever has no key.")
+        names = ", ".join(one.request.partition(" {")[0] for one in let_in)
+        return failed(f"Answered without a key: {names}.", let_in[0])
+    return passed(f"{len(routes(target))} routes refused whoever has no key.")
 
 
 @probe(
@@ -86,17 +93,17 @@ def _wrong_key(target: Target) -> Outcome:
     for wrong in (key[:-1], key + "x", key.swapcase(), "null", "admin"):
         one = target.send("POST", path, body, key=wrong, patient=False)
         if one.status not in refused:
-            return found("A key that was changed by a letter or made up was taken.", one)
+            return failed("A key that was changed by a letter or made up was taken.", one)
     for told in ("Bearer", "Basic YWRtaW46YWRtaW4=", f"Token {key[:8]}"):
         headers = {"Authorization": told}
         one = target.send("POST", path, body, key="", headers=headers, patient=False)
         if one.status not in refused:
-            return found("A header without a key was taken for one.", one)
-    open_to_all = {one.sent for one in _walk(target, "", {})}  # see access.no-key
-    let_in = [one for one in _walk(target, "not-a-key", {}) if one.sent not in open_to_all]
+            return failed("A header without a key was taken for one.", one)
+    open_to_all = {one.request for one in _walk(target, "", {})}  # see access.no-key
+    let_in = [one for one in _walk(target, "not-a-key", {}) if one.request not in open_to_all]
     if let_in:
-        return found("A route took a key that was made up.", let_in[0])
-    return held("Keys that were cut, lengthened, in other case or made up were refused.")
+        return failed("A route took a key that was made up.", let_in[0])
+    return passed("Keys that were cut, lengthened, in other case or made up were refused.")
 
 
 @probe(
@@ -112,8 +119,8 @@ def _guessing(target: Target) -> Outcome:
     for i in range(60):
         one = target.send("GET", "/readyz", key=f"guess-{target.tag}-{i}", patient=False)
         if one.status == 429 and one.headers.get("retry-after", "").isdigit():
-            return held("An address that came with many wrong keys had to wait.")
-    return found("Sixty wrong keys in a row were each looked at.", one)
+            return passed("An address that came with many wrong keys had to wait.")
+    return failed("Sixty wrong keys in a row were each looked at.", one)
 
 
 @probe(
@@ -131,8 +138,8 @@ def _admin(target: Target) -> Outcome:
         body = None if method == "GET" else {"nothing": target.tag}
         one = target.send(method, path, body, patient=False)
         if one.status not in refused:
-            return found(f"An ordinary user got as far as {method} {path}.", one)
-    return held(f"{len(paths)} routes of administrators refused an ordinary user.")
+            return failed(f"An ordinary user got as far as {method} {path}.", one)
+    return passed(f"{len(paths)} routes of administrators refused an ordinary user.")
 
 # %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #febc09da
 @probe(
@@ -150,8 +157,8 @@ def _host(target: Target) -> Outcome:
     ):
         one = target.send("GET", "/openapi.json", headers={"Host": name}, patient=False)
         if one.status < 400 and one.status:
-            return found("A request to a name that is not the server's was answered.", one)
-    return held("Names that are not the server's were refused.")
+            return failed("A request to a name that is not the server's was answered.", one)
+    return passed("Names that are not the server's were refused.")
 
 
 @probe(
@@ -171,8 +178,8 @@ def _cors(target: Target) -> Outcome:
     ):
         allowed = one.headers.get("access-control-allow-origin", "")
         if allowed in ("*", origin["Origin"]):
-            return found(f"Replies are shared with any page: {allowed}.", one)
-    return held("No reply was shared with another origin.")
+            return failed(f"Replies are shared with any page: {allowed}.", one)
+    return passed("No reply was shared with another origin.")
 
 
 def _pages(target: Target) -> list[Exchange]:
@@ -191,19 +198,19 @@ def _browser(target: Target) -> Outcome:
     "Headers say what a browser may not do"
     answer = target.ask(target.words())
     if answer.headers.get("x-content-type-options", "").lower() != "nosniff":
-        return found("A browser may guess another type for an answer (no nosniff).", answer)
+        return failed("A browser may guess another type for an answer (no nosniff).", answer)
     if "no-store" not in answer.headers.get("cache-control", ""):
-        return found("A cache may keep an answer for somebody else (no no-store).", answer)
+        return failed("A cache may keep an answer for somebody else (no no-store).", answer)
     if re.search(r"/\d", answer.headers.get("server", "")):
-        return found("The header Server tells a version.", answer)
+        return failed("The header Server tells a version.", answer)
     for page in _pages(target):
         policy = page.headers.get("content-security-policy", "")
         scripts = re.search(r"(?:script-src|default-src) ([^;]*)", policy)
         if not scripts or "'unsafe-inline'" in scripts[1] or "*" in scripts[1].split():
-            return found("A page may run any script that gets into it.", page)
+            return failed("A page may run any script that gets into it.", page)
         if "frame-ancestors" not in policy and "x-frame-options" not in page.headers:
-            return found("A page may be shown in a frame of another one.", page)
-    return held("Answers are not guessed at or cached; pages run their own scripts alone.")
+            return failed("A page may be shown in a frame of another one.", page)
+    return passed("Answers are not guessed at or cached; pages run their own scripts alone.")
 
 
 @probe(
@@ -220,10 +227,10 @@ def _third_party(target: Target) -> Outcome:
             r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^\"'>]+", page.text
         )
         if loads:
-            return found(f"A page loads from elsewhere: {loads[0]}.", page)
+            return failed(f"A page loads from elsewhere: {loads[0]}.", page)
     if not pages:
         return not_applicable("The server shows no pages.")
-    return held(f"{len(pages)} pages load nothing from elsewhere.")
+    return passed(f"{len(pages)} pages load nothing from elsewhere.")
 
 
 @probe(
@@ -240,8 +247,8 @@ def _length(target: Target) -> Outcome:
     both = target.head("POST", path, f"Content-Length: {len(data)}", "Transfer-Encoding: chunked")
     one = target.raw([both + chunk], f"POST {path}, Content-Length beside chunks")
     if one.status == 200:
-        return found("A body whose length is given in two ways was read.", one)
-    return held(f"A body whose length is given in two ways was refused ({one.status}).")
+        return failed("A body whose length is given in two ways was read.", one)
+    return passed(f"A body whose length is given in two ways was refused ({one.status}).")
 
 # %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #94595630
 leaks = {
@@ -273,8 +280,8 @@ def _leak(target: Target) -> Outcome:
     errors = [one for one in target.exchanges if one.status >= 400]
     for one in errors:
         if what := leaked(one.text):
-            return found(f"An error tells {what}.", one)
-    return held(f"{len(errors)} errors told no path, traceback, SQL or password.")
+            return failed(f"An error tells {what}.", one)
+    return passed(f"{len(errors)} errors told no path, traceback, SQL or password.")
 
 
 @probe(
@@ -287,8 +294,8 @@ def _crash(target: Target) -> Outcome:
     "No request is a mistake of the server"
     wrong = [one for one in target.exchanges if one.status >= 500 and one.status != 503]
     if wrong:
-        return found(f"{len(wrong)} requests ended as a mistake of the server.", wrong[0])
-    return held(f"Of {len(target.exchanges)} requests none ended with a status of 500.")
+        return failed(f"{len(wrong)} requests ended as a mistake of the server.", wrong[0])
+    return passed(f"Of {len(target.exchanges)} requests none ended with a status of 500.")
 
 # %% ../../nbs/4_deployment/49c_risk_access_probes.ipynb #fce51972
 access_probes = (_no_key, _wrong_key, _admin, _host, _cors, _browser, _third_party, _length)

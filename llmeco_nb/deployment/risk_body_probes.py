@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from .risk_contract import Exchange, Outcome, found, held, probe
+from .risk_contract import Exchange, Outcome, failed, passed, probe
 from .risk_target import Target
 
 # %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #4fdcaad9
@@ -30,9 +30,9 @@ def _size(target: Target, sent: int = 2**24) -> Outcome:
     head = target.head("POST", path, f"Content-Length: {2**32}")
     one = target.raw([head], f"POST {path}, a body of 4 GiB is announced")
     if one.status != 413:
-        return found("A body of 4 GiB was announced and waited for.", one)
+        return failed("A body of 4 GiB was announced and waited for.", one)
     if lacking := explains(one, is_openai(path)):
-        return found(f"The refusal of a large body does not explain, {lacking}.", one)
+        return failed(f"The refusal of a large body does not explain, {lacking}.", one)
     piece = b"%x\r\n%s\r\n" % (2**16, b" " * 2**16)
 
     def chunks() -> Iterator[bytes]:
@@ -43,8 +43,8 @@ def _size(target: Target, sent: int = 2**24) -> Outcome:
 
     one = target.raw(chunks(), f"POST {path}, {sent:,} bytes in chunks")
     if one.status not in (413, 0):
-        return found(f"{sent:,} bytes in chunks were read to the end.", one)
-    return held("4 GiB announced and 16 MiB in chunks were refused.")
+        return failed(f"{sent:,} bytes in chunks were read to the end.", one)
+    return passed("4 GiB announced and 16 MiB in chunks were refused.")
 
 
 @probe(
@@ -59,8 +59,8 @@ def _depth(target: Target) -> Outcome:
     for data in (b"[" * 200_000, b'{"text":' * 100_000 + b"1" + b"}" * 100_000):
         one = target.send("POST", path, data)
         if one.status not in (400, 413, 422) or one.seconds > 5:
-            return found(f"It took {one.seconds:.1f} s and was not refused as bad input.", one)
-    return held("JSON of 100,000 levels was refused.")
+            return failed(f"It took {one.seconds:.1f} s and was not refused as bad input.", one)
+    return passed("JSON of 100,000 levels was refused.")
 
 
 @probe(
@@ -76,12 +76,12 @@ def _compression(target: Target) -> Outcome:
     headers = {"Content-Encoding": "gzip"}
     one = target.send("POST", path, small, headers=headers)
     if one.status >= 400:
-        return held(f"A compressed body was refused ({one.status}).")
+        return passed(f"A compressed body was refused ({one.status}).")
     large = gzip.compress(json.dumps({**body, "text": " " * 2**26}).encode())
     one = target.send("POST", path, large, headers=headers)
     if one.status != 413:
-        return found(f"{len(large):,} bytes became 64 MiB and were read.", one)
-    return held("A compressed body is limited by what it holds.")
+        return failed(f"{len(large):,} bytes became 64 MiB and were read.", one)
+    return passed("A compressed body is limited by what it holds.")
 
 
 @probe(
@@ -102,12 +102,12 @@ def _slow(target: Target, most: float = 25.0) -> Outcome:
                 s.sendall(b" ")
                 if s.recv(1000) is not None:
                     seconds = time.monotonic() - begun
-                    return held(f"A body of a byte a second was given up after {seconds:.0f} s.")
+                    return passed(f"A body of a byte a second was given up after {seconds:.0f} s.")
             except TimeoutError:
                 continue
             except OSError:
-                return held("The connection of a slow body was closed.")
-    return found(f"A body of a byte a second was waited for, {most:.0f} s and longer.")
+                return passed("The connection of a slow body was closed.")
+    return failed(f"A body of a byte a second was waited for, {most:.0f} s and longer.")
 
 
 @probe(
@@ -123,8 +123,10 @@ def _many(target: Target, count: int = 100) -> Outcome:
             silent.enter_context(target.connect())
         one = target.send("GET", "/livez", key="")
     if one.status != 200 or one.seconds > 2:
-        return found(f"Beside {count} silent connections /livez took {one.seconds:.1f} s.", one)
-    return held(f"Beside {count} silent connections /livez answered in {one.seconds * 1e3:.0f} ms.")
+        return failed(f"Beside {count} silent connections /livez took {one.seconds:.1f} s.", one)
+    return passed(
+        f"Beside {count} silent connections /livez answered in {one.seconds * 1e3:.0f} ms."
+    )
 
 
 @probe(
@@ -142,10 +144,10 @@ def _silent(target: Target, most: float = 25.0) -> Outcome:
         try:
             s.recv(1)
         except TimeoutError:
-            return found(f"Half a header was waited for, {most:.0f} s and longer.")
+            return failed(f"Half a header was waited for, {most:.0f} s and longer.")
         except OSError:
             pass
-    return held(f"Half a header was given up after {time.monotonic() - begun:.0f} s.")
+    return passed(f"Half a header was given up after {time.monotonic() - begun:.0f} s.")
 
 # %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #8880bedc
 @dataclass(frozen=True)
@@ -263,12 +265,12 @@ def _bad_input(target: Target) -> Outcome:
         one = target.send(bad.method, bad.path, bad.body, headers=headers)
         if one.status not in bad.statuses:
             wanted = " or ".join(map(str, bad.statuses))
-            return found(f"{bad.kind.capitalize()}: {one.status} instead of {wanted}.", one)
+            return failed(f"{bad.kind.capitalize()}: {one.status} instead of {wanted}.", one)
         if lacking := explains(one, is_openai(bad.path)):
-            return found(f"{bad.kind.capitalize()}: the refusal does not explain, {lacking}.", one)
+            return failed(f"{bad.kind.capitalize()}: the refusal does not explain, {lacking}.", one)
         if one.status == 405 and "allow" not in one.headers:
-            return found("A wrong method: the refusal does not say which are right.", one)
-    return held(f"{len(inputs)} kinds of bad input were refused with a reason.")
+            return failed("A wrong method: the refusal does not say which are right.", one)
+    return passed(f"{len(inputs)} kinds of bad input were refused with a reason.")
 
 # %% ../../nbs/4_deployment/49d_risk_body_probes.ipynb #3fb28657
 body_probes = (_size, _depth, _compression, _slow, _many, _silent, _bad_input)

@@ -19,10 +19,10 @@ from typing import Any
 
 from llmeco_nb.deployment.risk_contract import (
     Outcome,
-    found,
-    held,
+    failed,
     not_applicable,
     not_checked,
+    passed,
     probe,
 )
 from .risk_target import Target
@@ -73,18 +73,18 @@ def _files(target: Target) -> Outcome:
     listed: dict[str, Any] = files if isinstance(files, dict) else {}
     rest = {k: v for k, v in told.items() if k != "digest"}
     if hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest() != told.get("digest"):
-        return found("manifest.json is not as it was written: its digest is of other content.")
+        return failed("manifest.json is not as it was written: its digest is of other content.")
     there = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if not p.is_dir()}
     for name in sorted({*there, *listed} - {*beside_manifest}):
         file = there.get(name)
         if file is None or name not in listed:
-            return found(f"{name} is {'missing' if file is None else 'not in the manifest'}.")
+            return failed(f"{name} is {'missing' if file is None else 'not in the manifest'}.")
         if file.is_symlink():
-            return found(f"{name} is a link; what it leads to may change.")
+            return failed(f"{name} is a link; what it leads to may change.")
         with open(file, "rb") as f:
             if hashlib.file_digest(f, "sha256").hexdigest() != listed[name]:
-                return found(f"{name} is not the file that was packed.")
-    return held(f"{len(listed)} files have the hashes that the manifest states.")
+                return failed(f"{name} is not the file that was packed.")
+    return passed(f"{len(listed)} files have the hashes that the manifest states.")
 
 
 @probe(
@@ -99,8 +99,8 @@ def _served(target: Target) -> Outcome:
         return not_checked(no_bundle)
     one = target.ask(target.words())
     if target.digest(one) != _manifest(target.options.bundle).get("digest"):
-        return found("The answer came from another model than the bundle.", one)
-    return held("The digest in an answer is that of the bundle.")
+        return failed("The answer came from another model than the bundle.", one)
+    return passed("The digest in an answer is that of the bundle.")
 
 
 @probe(
@@ -116,8 +116,8 @@ def _pickle(target: Target) -> Outcome:
         return not_checked(no_bundle)
     files = [p for p in folder.rglob("*") if p.is_file()]
     if pickles := [p.name for p in files if is_pickle(p)]:
-        return found(f"A pickle lies in the bundle: {', '.join(pickles)}.")
-    return held(f"None of {len(files)} files is a pickle.")
+        return failed(f"A pickle lies in the bundle: {', '.join(pickles)}.")
+    return passed(f"None of {len(files)} files is a pickle.")
 
 
 @probe(
@@ -141,16 +141,16 @@ def _signature(target: Target) -> Outcome:
         told = json.loads((folder / "signature.json").read_bytes())
         raw = base64.b64decode(told["signature"], validate=True)
     except (OSError, ValueError, KeyError, TypeError):
-        return found("The bundle is served, and nobody has signed it.")
+        return failed("The bundle is served, and nobody has signed it.")
     signed = f"llmeco bundle 1\n{_manifest(folder).get('digest')}".encode()
     for file in target.options.trust:
         key: Any = load_pem_public_key(file.read_bytes())
         try:
             key.verify(raw, signed)
-            return held(f"The key {file.name} has signed the bundle.")
+            return passed(f"The key {file.name} has signed the bundle.")
         except InvalidSignature:
             continue
-    return found("The bundle is served, and nobody who is trusted has signed it.")
+    return failed("The bundle is served, and nobody who is trusted has signed it.")
 
 # %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #b57093be
 @probe(
@@ -184,9 +184,9 @@ def _audit(target: Target) -> Outcome:
         if number != expected or not hmac.compare_digest(
             mac, hmac.new(secret, content, hashlib.sha256).hexdigest()
         ):
-            return found(f"Row {expected} of the audit log is missing or not as it was written.")
+            return failed(f"Row {expected} of the audit log is missing or not as it was written.")
         before = mac
-    return held(f"{len(rows)} rows of the audit log are as they were written.")
+    return passed(f"{len(rows)} rows of the audit log are as they were written.")
 
 # %% ../../nbs/4_deployment/49h_risk_bundle_probes.ipynb #c51c5c7f
 bundle_probes = (_files, _served, _pickle, _signature, _audit)

@@ -12,10 +12,10 @@ import time
 from llmeco_nb.deployment.risk_contract import (
     Exchange,
     Outcome,
-    found,
-    held,
+    failed,
     not_applicable,
     not_checked,
+    passed,
     probe,
 )
 from .risk_target import Target
@@ -36,11 +36,11 @@ def _precision(target: Target, most: int = 7) -> Outcome:
     probabilities = answer.get("probabilities") or {}
     numbers = [*probabilities.values(), *([answer["value"]] if "value" in answer else [])]
     if not numbers:
-        return not_checked(f"The answer holds no numbers: {one.came}")
+        return not_checked(f"The answer holds no numbers: {one.response}")
     digits = max(len(re.sub(r"e.*|\D", "", str(n)).lstrip("0")) for n in numbers)
     if digits > most:
-        return found(f"A number of an answer has {digits} digits.", one)
-    return held(f"Numbers of an answer have {digits} digits at most.")
+        return failed(f"A number of an answer has {digits} digits.", one)
+    return passed(f"Numbers of an answer have {digits} digits at most.")
 
 
 @probe(
@@ -60,8 +60,8 @@ def _logprobs(target: Target) -> Outcome:
     top = one.get("choices", 0, "logprobs", "content", 0, "top_logprobs") or []
     old = one.get("choices", 0, "logprobs", "top_logprobs", 0) or []
     if max(len(top), len(old)) > 5:
-        return found("The log-probabilities of many tokens were told.", one)
-    return held(f"Log-probabilities of twenty tokens were not told ({one.status}).")
+        return failed("The log-probabilities of many tokens were told.", one)
+    return passed(f"Log-probabilities of twenty tokens were not told ({one.status}).")
 
 
 @probe(
@@ -81,10 +81,10 @@ def _cost(target: Target) -> Outcome:
     for one_body in asked:
         one = target.send("POST", path, one_body)
         if one.status == 200:
-            return found("A request of any cost was answered.", one)
+            return failed("A request of any cost was answered.", one)
         if one.status >= 500 or not one.status or one.seconds > 5:
-            return found(f"A request of any cost took {one.seconds:.1f} s to refuse.", one)
-    return held(f"{len(asked)} requests that would cost too much were refused at once.")
+            return failed(f"A request of any cost took {one.seconds:.1f} s to refuse.", one)
+    return passed(f"{len(asked)} requests that would cost too much were refused at once.")
 
 
 def quota_key(target: Target) -> str:
@@ -134,10 +134,10 @@ def _burst(target: Target, ask: str, most: int) -> Outcome:
         else:
             one = target.ask(target.words(), key=key, patient=False)
         if _says_when(one):
-            return held(f"Request {i + 1} of a burst was refused until a time that was told.")
+            return passed(f"Request {i + 1} of a burst was refused until a time that was told.")
         if one.status == 429:
-            return found("A key over its quota is not told when to come back.", one)
-    return found(f"All {most} requests of a burst were taken of a key with a quota.", one)
+            return failed("A key over its quota is not told when to come back.", one)
+    return failed(f"All {most} requests of a burst were taken of a key with a quota.", one)
 
 
 @probe(
@@ -156,8 +156,8 @@ def _quota_tokens(target: Target) -> Outcome:
     one = target.send("POST", "/v1/predict", body, key=key, patient=False)
     if not _says_when(one):
         target.answers += 41 * (one.status == 200)
-        return found("More than the tokens of a day were used in one request.", one)
-    return held("A request over the tokens of the day was refused before it was answered.")
+        return failed("More than the tokens of a day were used in one request.", one)
+    return passed("A request over the tokens of the day was refused before it was answered.")
 
 
 @probe(
@@ -195,8 +195,8 @@ def _embeddings(target: Target) -> Outcome:
     body = dict(model=target.model, input=["x"] * 100_000)
     one = target.send("POST", "/v1/embeddings", body)
     if one.status < 400 or one.status >= 500:
-        return found("A request for 100,000 embeddings was not refused.", one)
-    return held(f"A request for 100,000 embeddings was refused ({one.status}).")
+        return failed("A request for 100,000 embeddings was not refused.", one)
+    return passed(f"A request for 100,000 embeddings was refused ({one.status}).")
 
 # %% ../../nbs/4_deployment/49f_risk_cost_probes.ipynb #240ae219
 cost_probes = (

@@ -15,10 +15,10 @@ from typing import Any
 from llmeco_nb.deployment.risk_contract import (
     Exchange,
     Outcome,
-    found,
-    held,
+    failed,
     not_applicable,
     not_checked,
+    passed,
     probe,
 )
 from .risk_target import Target
@@ -63,15 +63,15 @@ def _repeated(target: Target) -> Outcome:
     if new.status in (401, 403):
         return not_checked("The key may not give feedback.")
     if new.get("stored") is not True:
-        return not_checked(f"Feedback was not stored: {new.came}")
+        return not_checked(f"Feedback was not stored: {new.response}")
     one, other = _opinions(target, first)
     again = target.rate(target.request_id(first), message=target.tag, **one)
     changed = target.rate(target.request_id(first), message=target.tag, **other)
     if again.get("stored") is not False:
-        return found("The same message was stored twice.", again)
+        return failed("The same message was stored twice.", again)
     if changed.status != 409:
-        return found("A message was given other content under the same key.", changed)
-    return held("A repeated message was stored once; other content under its key was refused.")
+        return failed("A message was given other content under the same key.", changed)
+    return passed("A repeated message was stored once; other content under its key was refused.")
 
 
 @probe(
@@ -87,13 +87,13 @@ def _checked(target: Target) -> Outcome:
     unknown = hashlib.sha256(target.tag.encode()).hexdigest()[:32]
     one = target.rate(unknown, correct=True)
     if one.status < 400:
-        return found("Feedback on an answer that was never given was taken.", one)
+        return failed("Feedback on an answer that was never given was taken.", one)
     if target.labels:
         answer = target.ask(target.words("label"))
         one = target.rate(target.request_id(answer), label=f"label {target.tag}")
         if one.status < 400:
-            return found("Feedback with a class that the model has not was taken.", one)
-    return held("Feedback on an answer that was never given was refused.")
+            return failed("Feedback with a class that the model has not was taken.", one)
+    return passed("Feedback on an answer that was never given was refused.")
 
 
 @probe(
@@ -114,14 +114,14 @@ def _foreign(target: Target) -> Outcome:
     varies = [len({one[i] for one in bare}) > 1 for i in range(shortest)]
     # of sixteen random hexadecimal digits in four ids, twelve or more are not all the same
     if sum(varies) < 12 or len(os.path.commonprefix(bare)) > 4:
-        return found(f"Ids of answers can be guessed: {', '.join(bare)}.", answers[-1])
+        return failed(f"Ids of answers can be guessed: {', '.join(bare)}.", answers[-1])
     said = f"Ids of answers are random ({shortest} characters)."
     if not other:
-        return held(said)
+        return passed(said)
     judged = _contradict(target, text, "of another key", other)[-1]
     if judged.status == 200:
-        return held(f"{said} Another key that is told an id may judge the answer.")
-    return held(f"{said} Another key that is told an id was refused ({judged.status}).")
+        return passed(f"{said} Another key that is told an id may judge the answer.")
+    return passed(f"{said} Another key that is told an id was refused ({judged.status}).")
 
 # %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #a9773dc4
 def made_up_person(seed: str) -> dict[str, str]:
@@ -181,8 +181,8 @@ def _metrics(target: Target) -> Outcome:
         one = target.send("GET", "/metrics", key=key)
         if one.status == 200:
             if kinds := _bytes_with(person, one.body):
-                return found(f"The metrics hold what was sent: {kinds}.", one)
-            return held(f"Of {len(person)} kinds of personal data none stood in the metrics.")
+                return failed(f"The metrics hold what was sent: {kinds}.", one)
+            return passed(f"Of {len(person)} kinds of personal data none stood in the metrics.")
     return not_checked("No key that was given may read the metrics.")
 
 
@@ -198,8 +198,8 @@ def _log(target: Target) -> Outcome:
         return not_checked("The log was not given: --log.")
     person = _planted(target)
     if kinds := _bytes_with(person, target.options.log.read_bytes()):
-        return found(f"{target.options.log.name} holds what was sent: {kinds}.")
-    return held(f"Of {len(person)} kinds of personal data none stood in the log.")
+        return failed(f"{target.options.log.name} holds what was sent: {kinds}.")
+    return passed(f"Of {len(person)} kinds of personal data none stood in the log.")
 
 
 @probe(
@@ -220,8 +220,8 @@ def _database(target: Target) -> Outcome:
             return not_checked(f"{file.name} is not this server's database: no text is in it.")
         data = b"".join(part.read_bytes() for part in parts if part.exists())
     if kinds := _bytes_with(person, data):
-        return found(f"{file.name} holds what was sent: {kinds}.")
-    return held(f"Of {len(person)} kinds of personal data none stood in the database.")
+        return failed(f"{file.name} holds what was sent: {kinds}.")
+    return passed(f"Of {len(person)} kinds of personal data none stood in the database.")
 
 # %% ../../nbs/4_deployment/49g_risk_feedback_probes.ipynb #fd49043f
 feedback_probes = (_repeated, _checked, _foreign, _metrics, _log, _database)

@@ -98,10 +98,12 @@ class Connection:
             body = reply.read()
             told = {k.lower(): v for k, v in reply.getheaders()}
             spent = time.perf_counter() - begun
-            return Exchange(sent=line, status=reply.status, headers=told, body=body, seconds=spent)
+            return Exchange(
+                request=line, status=reply.status, headers=told, body=body, seconds=spent
+            )
         except (OSError, http.client.HTTPException) as e:
             why = str(e) or type(e).__name__
-            return Exchange(sent=line, status=0, error=why, seconds=time.perf_counter() - begun)
+            return Exchange(request=line, status=0, error=why, seconds=time.perf_counter() - begun)
         finally:
             connection.close()
 
@@ -133,7 +135,7 @@ class Connection:
         headers = {k.strip().lower(): v.strip() for k, _, v in pairs}
         spent = time.perf_counter() - begun
         one = Exchange(
-            sent=said, status=status, headers=headers, body=body, seconds=spent, error=error
+            request=said, status=status, headers=headers, body=body, seconds=spent, error=error
         )
         return self.keep(one)
 
@@ -172,10 +174,10 @@ class Connection:
         Args:
             one: What was sent and came.
         """
-        sent, body = one.sent, one.body
+        sent, body = one.request, one.body
         for secret in self.secrets:
             sent, body = sent.replace(secret, "***"), body.replace(secret.encode(), b"***")
-        kept = replace(one, sent=sent, body=body)
+        kept = replace(one, request=sent, body=body)
         self.exchanges.append(kept)
         return kept
 
@@ -207,7 +209,7 @@ class Target(Connection):
             )
         if told.status != 200 or not isinstance(told.get("paths"), dict):
             raise MissingError(
-                f"{options.url} has no OpenAPI document at /openapi.json: {told.came}. Is it a "
+                f"{options.url} has no OpenAPI document at /openapi.json: {told.response}. Is it a "
                 "server of llmeco?"
             )
         self.paths: dict[str, Any] = told.get("paths")
