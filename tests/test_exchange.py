@@ -14,7 +14,7 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +50,15 @@ from llmeco_nb.deployment.key_admin import KeyAdmin
 from llmeco_nb.deployment.keys import KeyOptions, anybody
 from llmeco_nb.deployment.ledger import Conflict, Ledger
 from llmeco_nb.deployment.registry import Registry
+from llmeco_nb.deployment.serve_command import ServeChoice, serve
 from llmeco_nb.deployment.server import make_app
+from llmeco_nb.deployment.server_options import ServerOptions
+from llmeco_nb.deployment.serving import open_served
 from llmeco_nb.tasks.text_generation import ChatMessage, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = [{"role": "user", "content": "What of film 12?"}]
 ASKED = dict(model="small", messages=QUESTION, temperature=0, max_tokens=24)
-LONG = dict(prompt="Film 12 was", max_tokens=200)
 
 
 def turned_decoder(folder: Path, name: str = "small") -> Path:
@@ -580,7 +582,57 @@ def test_encoders_are_exchanged_under_load(tmp_path):
     registry.close()
 
 
-# --- the terminal
+# --- options of the engine, and the terminal
+
+
+def test_an_engine_has_the_options_that_were_typed_also_after_an_exchange(
+    registry, decoders, tmp_path
+):
+    engine = dict(max_num_seqs=2, kv_cache_tokens=64, max_num_batched_tokens=32, threads=1)
+    holds = {one.digest: one for one in registry.models()}[registry.history()[-1].champion]
+    served = open_served(ServerOptions(engine=engine), holds, tmp_path / "f.sqlite", None)
+    app = served.app
+
+    async def check() -> None:
+        async with asking(app) as client:
+            client.headers["host"] = "127.0.0.1:8000"
+            for revision in (1, 2):
+                await until(follows(app, revision))
+                assert asdict(app.state.service.generator.options) == engine
+                told = {**ASKED, "max_tokens": 63}
+                reply = await client.post("/v1/chat/completions", json=told)
+                assert reply.status_code == 400
+                assert "the model reads 64 in all" in reply.json()["error"]["message"]
+                if revision == 1:
+                    registry.promote("small@2")
+                    app.state.follower.wake.set()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "about"),
+    [
+        ("decoder", dict(threads=-1), "threads is -1; give 1 or more"),
+        ("decoder", dict(max_num_seqs=9, max_num_batched_tokens=8), "max_num_seqs is 9"),
+        ("classifier", dict(threads=2), r"--threads: .*words holds a bundle of the kind onnx"),
+        (
+            "encoder",
+            dict(max_num_seqs=2, kv_cache_tokens=9),
+            "--max-num-seqs, --kv-cache-tokens: .* sentence-encoder. Leave it out",
+        ),
+    ],
+)
+def test_options_that_no_engine_can_keep_to_are_refused(decoders, tmp_path, kind, typed, about):
+    if kind == "decoder":
+        bundle = decoders["one"]
+    elif kind == "encoder":
+        bundle = small_embedding_bundle()
+    else:
+        bundle = make_bundle(tmp_path / "words")
+    choice = ServeChoice(bundle=str(bundle), port=0, database=str(tmp_path / "f.sqlite"), **typed)
+    with pytest.raises(UsageError, match=about):
+        serve(choice)
 
 
 def test_the_command_line_deploys_a_decoder_and_the_server_follows(decoders, answers, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['listen', 'Server', 'is_loopback', 'room_for_connections', 'seldom_collected', 'serve_predictor', 'serve_decoder',
-           'answer_options', 'open_served', 'run_server']
+           'answer_options', 'engine_options', 'open_served', 'run_server']
 
 # %% ../../nbs/4_deployment/42a_serving.ipynb #14a57813
 import asyncio
@@ -35,6 +35,7 @@ from .embeddings import SentenceEncoder, encoder_kind
 from .executor import ExecutorOptions
 from .following import ModelT, open_version
 from .generation import TextGenerator
+from .generation_engine import EngineOptions
 from .generation_executor import GenerationOptions
 from .generation_server import make_generation_app
 from .guard import GuardOptions
@@ -226,6 +227,24 @@ def answer_options(o: ServerOptions, kind: str) -> ExecutorOptions:
     return ExecutorOptions(guard=GuardOptions(mode=o.guard or "off", model=o.guard_model), **told)
 
 
+def engine_options(o: ServerOptions, kind: str, folder: str) -> EngineOptions:
+    """What a decoder's engine may take. Raises `UsageError` for what no engine can keep to, and for
+    a bundle of another kind.
+
+    Args:
+        o: What was asked for.
+        kind: Of the bundle.
+        folder: Of the bundle.
+    """
+    if o.engine and kind != "decoder":
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in o.engine)
+        raise UsageError(
+            f"{flags}: that is for a decoder's engine, and {folder} holds a bundle of the kind "
+            f"{kind or 'unknown'}. Leave it out."
+        )
+    return EngineOptions(**o.engine)
+
+
 def open_served(
     o: ServerOptions,
     version: ModelVersion | None,
@@ -246,13 +265,14 @@ def open_served(
     options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
     options |= dict(retention=o.retention, follow=o.bundle is None, trusted=trusted)
     options["options"] = answer_options(o, kind)
+    engine = engine_options(o, kind, folder)
 
     def opened(load: Callable[..., ModelT]) -> ModelT:
         whole = partial(load, trusted=trusted)
         return open_version(version, whole) if version else whole(folder)
 
     if kind == "decoder":
-        return serve_decoder(opened(TextGenerator.load), database, options)
+        return serve_decoder(opened(partial(TextGenerator.load, options=engine)), database, options)
     if kind == encoder_kind:
         return serve_encoder(opened(SentenceEncoder.load), database, options)
     return serve_predictor(opened(Predictor.load), database, options)
