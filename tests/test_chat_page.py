@@ -1,4 +1,4 @@
-"""The page to chat in: what it is over plain HTTP, and what it does in a browser if there is one."""
+"""The page to chat in: what it is over plain HTTP, and what it does in a browser if one is here."""
 
 import asyncio
 import base64
@@ -347,6 +347,25 @@ def test_events_are_read_wherever_the_network_cuts_them(page):
       return found
     }})()"""
     assert page.run(code) == told
+
+
+def test_the_end_stays_in_sight_unless_somebody_scrolls_up(page, server, monkeypatch):
+    async def lines(request):
+        for i in range(200):
+            yield TextChunk(f"line {i}\n", i + 1)
+            await asyncio.sleep(0.002)
+        yield TextChunk("", 200, "stop")
+
+    monkeypatch.setattr(server.service, "generate", lines)
+    below = "(t => t.scrollHeight - t.clientHeight - t.scrollTop)(document.getElementById('talk'))"
+    page.ask("x")
+    page.wait("complete")
+    until(lambda: page.run(below) < 40)
+    page.ask("y")
+    until(lambda: "line 9" in page.said()[-1])
+    page.run("document.getElementById('talk').scrollTop -= 300")
+    page.wait("complete")
+    assert page.run(below) > 200
 
 
 def test_stop_cancels_at_the_server(page, server, monkeypatch):

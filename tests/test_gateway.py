@@ -425,7 +425,11 @@ def test_the_newest_champion_is_served(tmp_path):
         for place in places:
             made[name, place] = make_bundle(runs / name / place, name=f"{name} {place}").resolve()
 
+    run("decoder-1", 0, "pack_decoder/bundle")
+    with pytest.raises(MissingError, match="serve --bundle .*/decoder-1/pack_decoder/bundle"):
+        newest_bundle(runs)
     run("laptop-1", 1, "bundle/bundle")
+    run("decoder-2", 2, "pack_decoder/bundle")
     run("laptop-2", 2)
     assert newest_bundle(runs) == made["laptop-1", "bundle/bundle"]  # the newest run that has one
     run("laptop-10", 4, "improve/champion", "bundle/bundle")

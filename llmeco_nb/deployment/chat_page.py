@@ -41,7 +41,7 @@ chat_script = r"""
 const $ = id => document.getElementById(id)
 const {model, way} = document.body.dataset
 const base = location.origin + location.pathname  // without a password that stands in the address
-let said = [], key = "", running = null, follows = true
+let said = [], key = "", running = null, follows = true, place = 0
 
 const element = (tag, text, at) => {
   const one = document.createElement(tag)
@@ -95,8 +95,10 @@ async function* events(reply) {
 const follow = () => requestAnimationFrame(() => {  // one layout a frame, and not one a piece
   if (follows) $("talk").scrollTop = $("talk").scrollHeight
 })
-$("talk").onscroll = () => {
-  follows = $("talk").scrollTop + $("talk").clientHeight > $("talk").scrollHeight - 40
+$("talk").onscroll = () => {  // only who scrolls up wants to stay: the text may have grown since
+  const {scrollTop, clientHeight, scrollHeight} = $("talk")
+  follows = scrollTop >= place && (follows || scrollTop + clientHeight > scrollHeight - 40)
+  place = scrollTop
 }
 const show = (who, text, kind) => {
   const one = document.createElement("section")

@@ -309,10 +309,14 @@ def newest_bundle(runs: Path) -> Path:
     Args:
         runs: Folder of runs.
     """
+    decoders: list[Path] = []  # named, and never taken for a classifier
     for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
         for place in ("improve/champion", "bundle/bundle"):
             if (run / place / "manifest.json").is_file():
                 return (run / place).resolve()
+        decoders += sorted(run.glob("pack_decoder*/bundle"))
+    more = f" A decoder's is there: llmeco serve --bundle {decoders[0]}" if decoders else ""
     raise MissingError(
-        f"There is no bundle in {runs}. Make one with `llmeco run`, or name one with --bundle."
+        f"There is no bundle of a classifier in {runs}. Make one with `llmeco run`, or name one "
+        f"with --bundle.{more}"
     )
