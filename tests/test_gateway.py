@@ -142,10 +142,11 @@ def test_a_long_text_is_tokenized_beside_the_event_loop(bundle, tmp_path):
     "A body of a megabyte takes half a second to tokenize, and others ask meanwhile."
     predictor = Predictor.load(bundle)
     encoder, seen = predictor.model.model, []
+    encode = encoder.input_ids.__wrapped__
 
     def input_ids(text):
         seen.append(threading.current_thread().name)
-        return encoder._input_ids(text)
+        return encode(text)
 
     encoder.input_ids = lru_cache(256)(input_ids)
     with TestClient(make_app(predictor, tmp_path / "f.sqlite")) as c:
@@ -386,7 +387,11 @@ def test_the_newest_champion_is_served(tmp_path):
         for place in places:
             made[name, place] = make_bundle(runs / name / place, name=f"{name} {place}").resolve()
 
+    run("decoder-1", 0, "pack_decoder/bundle")
+    with pytest.raises(MissingError, match="serve --bundle .*/decoder-1/pack_decoder/bundle"):
+        newest_bundle(runs)
     run("laptop-1", 1, "bundle/bundle")
+    run("decoder-2", 2, "pack_decoder/bundle")
     run("laptop-2", 2)
     assert newest_bundle(runs) == made["laptop-1", "bundle/bundle"]  # the newest run that has one
     run("laptop-10", 4, "improve/champion", "bundle/bundle")

@@ -34,10 +34,11 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.deployment.local_postgresql import LocalPostgresql, postgresql_programs
 from llmeco_nb.deployment.manifest import verify, write_manifest
-from llmeco_nb.deployment.quotas import count_usage, usage
+from llmeco_nb.deployment.quotas import count_usage, day_of, read_usage, usage
 from llmeco_nb.deployment.registry import Registry
 from llmeco_nb.deployment.retention import Retention, delete_answers, tidy, used_bytes
 from llmeco_nb.deployment.server import make_app
+from llmeco_nb.deployment.usage_marks import read_marks
 from llmeco_nb.interaction.crash_clients import CrashClients, kept_rows
 from llmeco_nb.interaction.server_process import ServerProcess
 
@@ -315,6 +316,31 @@ def test_a_crash_of_the_database_takes_no_feedback_and_no_key(where, cluster, bu
     assert not told.refused
     admin.close()
     registry.close()
+
+
+def test_a_key_may_use_billions_and_a_crash_of_the_database_takes_none_of_them(
+    where, cluster, bundles
+):
+    admin, day = KeyAdmin(where, "a test"), day_of(time.time())
+    key, row = admin.add(KeyOptions(name="ann", tokens_per_day=5 * 10**9))
+    engine = connect(where)
+    with engine.begin() as c:  # by another server
+        count_usage(c, row.id, 3 * 10**9, time.time())
+    ask = lambda c: c.post("/v1/predict", json={"text": "good"}, headers=bearer(key)).status_code
+    with TestClient(make_app(bundles["one"], where)) as c:
+        assert [ask(c) for _ in range(20)] == [200] * 20
+        cluster.stop()
+        cluster.start()
+        engine.dispose()
+        with engine.connect() as other:
+            [(_, _, counted)] = read_marks(other, day)
+        # in the log of the database, and 20 answers of 3 tokens were told
+        assert 60 <= counted <= 60 + 5 * 10**7
+    with engine.connect() as c:
+        assert read_marks(c, day) == [(row.id, day, 60)], "exact after an orderly end"
+        assert read_usage(c, day)[0][2] > 3 * 10**9 > 2**31
+    engine.dispose()
+    admin.close()
 
 
 def test_a_database_that_goes_away_and_comes_back(where, cluster, bundles):

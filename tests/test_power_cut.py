@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("casbin", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+import httpx
 from smallbundle import make_bundle
 from sqlalchemy import select
 
@@ -41,8 +42,10 @@ from llmeco_nb.deployment.power_cut import (
     read_notes,
     watched_environment,
 )
+from llmeco_nb.deployment.quotas import day_of, usage
 from llmeco_nb.deployment.registry import Registry
 from llmeco_nb.deployment.server import make_app
+from llmeco_nb.deployment.usage_marks import read_marks
 from llmeco_nb.interaction.crash_clients import CrashClients, kept_rows
 from llmeco_nb.interaction.server_process import ServerProcess
 from llmeco_nb.tasks.regression import RegressionSchema
@@ -242,6 +245,63 @@ def test_a_power_cut_takes_the_last_answers_and_nothing_that_was_judged(library,
     assert not (found.lost - found.lost.__class__(request=len(gone))).total()
     assert not found.doubled.total() and not told.refused
     assert {row.request_id for row in read_feedback(site.where)} >= {k for k, _ in told.feedback}
+
+
+def tokens_used(where, key_id):
+    "What counts as used today, and what is stored with the answers."
+    engine, day = connect(where), day_of(time.time())
+    with engine.connect() as c:
+        marked = {key: tokens for key, _, tokens in read_marks(c, day)}
+        rows = c.execute(select(usage).where(usage.c.day == day))
+        stored = {row.key_id: row.tokens for row in rows}
+    engine.dispose()
+    return marked.get(key_id, 0), stored.get(key_id, 0)
+
+
+@compiled
+def test_a_power_cut_gives_no_key_its_quota_again(library, bundle, tmp_path):
+    where, notes, quota = tmp_path / "f.sqlite", tmp_path / "notes", 1200
+    Site(where, bundle, count=0)
+    admin = KeyAdmin(where, "a test")
+    key, row = admin.add(KeyOptions(name="ann", tokens_per_day=quota))
+    admin.close()
+    environment, told = watched_environment(library, where, notes), 0
+
+    def ask(http, texts=1):
+        "A reply; what is told is counted: three tokens a text."
+        nonlocal told
+        reply = http.post("/v1/predict", json={"texts": ["good"] * texts})
+        told += 3 * texts * (reply.status_code == 200)
+        return reply
+
+    def opened(address):
+        return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"})
+
+    server = ServerProcess(where, environment)
+    with opened(server.address) as http:
+        assert [ask(http).status_code for _ in range(9)] == [200] * 9
+    server.end(signal.SIGTERM)
+    assert tokens_used(where, row.id) == (told, told), "exact"
+    lost, block = 0, quota // 100
+    for life in range(2):
+        server = ServerProcess(where, environment)
+        with opened(server.address) as http:
+            # a mark is written with the seventh and all before it; what follows waits for nobody
+            assert [ask(http).status_code for _ in range(9)] == [200] * 9
+        server.end()
+        assert cut_power(where, notes, kept=life / 2) > 0
+        counted, stored = tokens_used(where, row.id)
+        assert told <= counted <= told + (life + 1) * block
+        lost = max(lost, told - stored)
+    assert lost > 0, "the cuts took nothing, and so showed nothing"
+    server, before = ServerProcess(where, environment), told
+    with opened(server.address) as http:
+        while (reply := ask(http, 50)).status_code == 200:
+            pass
+        assert f"{counted + told - before:,} are used" in reply.text
+    server.end(signal.SIGTERM)
+    assert quota - 2 * block - 150 < told <= quota
+    assert tokens_used(where, row.id)[0] == counted + told - before, "exact, from there on"
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from live import live
 
-from llmeco_nb.core import MissingError, read_json
+from llmeco_nb.core import MissingError, read_json, sha256_of
 from llmeco_nb.data.corpus import read_split
 from llmeco_nb.data.tables import read_table
+from llmeco_nb.deployment.decoder_manifest import verify_decoder
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.evaluation.blimp import blimp_revision, needed_files
 from llmeco_nb.interaction.client import Client, running_server
@@ -71,7 +72,8 @@ def blimp_folder(request, tmp_path) -> Path:
 @packaged
 @quiet
 def test_decoder(tmp_path, monkeypatch, blimp_folder):
-    "From packaged text to a decoder that takes the exam, or says that there is none."
+    "From packaged text to a decoder that takes the exam, or says that there is none, and a bundle."
+    pytest.importorskip("gguf", reason="packing needs the extra `pack`")
     monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
     monkeypatch.setenv("LLMECO_DATA", str(blimp_folder))
     given = dict(
@@ -80,11 +82,18 @@ def test_decoder(tmp_path, monkeypatch, blimp_folder):
         pieces=dict(vocab_size=1000, max_texts=None),
         causal=FEW_STEPS | dict(size="1x32", baseline_tokens=2000, max_new_tokens=4),
         blimp=dict(pairs_per_set=1),
+        pack_decoder=dict(max_new_tokens=4),
     )
     made = live("decoder", tmp_path / "store", given)
     metrics = {name: read_json(folder / "metrics.json") for name, folder in made.items()}
     assert metrics["causal"]["vocabulary"] == metrics["pieces"]["vocabulary"] == 1000
     assert metrics["causal"]["steps"] == 6
+    bundle, packed = made["pack_decoder"] / "bundle", metrics["pack_decoder"]
+    assert verify_decoder(bundle).digest == packed["digest"]
+    assert verify_decoder(bundle).origin.artifact == sha256_of(made["causal"] / "decoder")
+    assert not verify_decoder(bundle).schema.chat_format, "it has read texts alone"
+    assert packed["parity_agreement"] == packed["parity_equal"] / packed["parity_tokens"] > 0.5
+    assert packed["parity_mean_difference"] < 0.1 and packed["size_mib"] < packed["original_mib"]
     found = read_json(made["blimp"] / "blimp.json")
     if list(blimp_folder.iterdir()):
         assert metrics["blimp"]["pairs"] == 67 == found["pairs"]

@@ -28,6 +28,7 @@ from .ledger import Ledger
 from .model_batch import DaemonThreads
 from .quotas import LockedOut, Quotas, day_of, read_usage
 from .refusals import refusal_of
+from .usage_marks import read_marks
 
 # %% ../../nbs/4_deployment/44c_authentication.ipynb #55a09e4b
 def sent_key(headers: Iterable[tuple[bytes, bytes]]) -> str:
@@ -118,8 +119,17 @@ class AuthMiddleware:
             try:
                 scope.setdefault("state", {})["principal"] = self._enter(scope, action)
             except LlmecoError as e:
-                return await refusal_of(e)(scope, receive, send)
+                return await self._refuse(e, scope, receive, send)
         await self.app(scope, receive, send)
+
+    async def _refuse(self, e: LlmecoError, scope: Scope, receive: Receive, send: Send) -> None:
+        "Say why not; and have a browser that opens a page ask for the key."
+        reply = refusal_of(e)
+        # not where a page's script asks: the page has a sentence of its own, and maybe a field
+        if isinstance(e, Unauthorized) and not scope["path"].startswith("/v1/"):
+            # a line of its own: Chromium asks for nothing where it stands in one with Bearer
+            reply.headers.append("WWW-Authenticate", 'Basic realm="llmeco"')
+        await reply(scope, receive, send)
 
     def _enter(self, scope: Scope, action: str) -> Principal:
         "Who asks. Raises `Unauthorized`, `Forbidden`, `LockedOut`."
@@ -155,7 +165,8 @@ def read_access(ledger: Ledger, ring: KeyRing, quotas: Quotas) -> None:
     """
     with ledger.engine.connect() as c:
         ring.load(read_keys(c))
-        quotas.load(read_usage(c, day_of(time.time())))
+        day, mine = day_of(time.time()), quotas.marks.server if quotas.marks else ""
+        quotas.load(read_usage(c, day), read_marks(c, day, mine))
 
 
 async def keep_fresh(ledger: Ledger, ring: KeyRing, quotas: Quotas, every: float = 1.0) -> None:

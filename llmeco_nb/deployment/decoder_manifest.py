@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_files', 'TokenParity', 'DecoderManifest', 'write_decoder_manifest', 'bundle_kind', 'verify_decoder',
-           'verified_digest', 'load_tokenizer']
+           'verify_bundle', 'verified_digest', 'load_tokenizer']
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #432a8a1e
 import json
@@ -23,10 +23,11 @@ from pydantic import (
 )
 
 from ..core import DataError, MissingError, read_json, sha256_of, write_json
-from .embeddings import encoder_kind, verify_encoder
+from .embeddings import EncoderManifest, encoder_kind, verify_encoder
 from llmeco_nb.deployment.manifest import (
     BundleFiles,
     Digest,
+    Manifest,
     Name,
     Origin,
     beside_manifest,
@@ -141,8 +142,7 @@ def write_decoder_manifest(folder: Path, facts: DecoderManifest) -> DecoderManif
 
 def bundle_kind(folder: str | Path) -> str:
     """What opens a bundle, by its own word and unchecked: decoder, linear, onnx,
-    sentence-encoder or stack; empty
-    where nothing says so.
+    sentence-encoder or stack; empty where nothing says so.
 
     Args:
         folder: Of a bundle.
@@ -191,16 +191,25 @@ def verify_decoder(folder: str | Path) -> DecoderManifest:
     return found
 
 # %% ../../nbs/4_deployment/48c_decoder_manifest.ipynb #24649ca7
-def verified_digest(folder: str | Path) -> str:
-    """The digest of an unharmed bundle of any kind. Raises `MissingError`, `DataError`.
+def verify_bundle(folder: str | Path) -> Manifest | DecoderManifest | EncoderManifest:
+    """The manifest of an unharmed bundle of any kind. Raises `MissingError`, `DataError`.
 
     Args:
         folder: Of a bundle.
     """
     kind = bundle_kind(folder)
     if kind == encoder_kind:
-        return verify_encoder(folder).digest
-    return (verify_decoder if kind == "decoder" else verify)(folder).digest
+        return verify_encoder(folder)
+    return verify_decoder(folder) if kind == "decoder" else verify(folder)
+
+
+def verified_digest(folder: str | Path) -> str:
+    """The digest of an unharmed bundle of any kind. Raises `MissingError`, `DataError`.
+
+    Args:
+        folder: Of a bundle.
+    """
+    return verify_bundle(folder).digest
 
 
 def load_tokenizer(files: BundleFiles, manifest: DecoderManifest) -> PromptTokenizer:

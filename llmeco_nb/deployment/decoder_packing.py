@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chatml', 'detect_chat_format', 'PackOptions', 'DecoderSource', 'read_source', 'end_tokens', 'decoder_schema',
-           'pack_decoder', 'small_dialogues', 'small_decoder_bundle']
+           'pack_decoder', 'small_dialogues', 'small_decoder', 'small_decoder_bundle']
 
 # %% ../../nbs/4_deployment/48g_decoder_packing.ipynb #f26ca302
 import tempfile
@@ -317,8 +317,8 @@ def small_dialogues(tokenizer: Any, said: Sequence[tuple[str, str]]) -> Any:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=3)
 
 
-def small_decoder_bundle() -> Path:
-    "The folder of a bundle with a small decoder that has learned one answer, under runs/scratch."
+def small_decoder() -> Path:
+    "The folder of a small decoder that has learned one answer, under runs/scratch."
     from llmeco_nb.models.decoder import causal_loss, new_decoder
     from llmeco_nb.models.decoder_conversion import save_decoder
     from llmeco_nb.tokenization.bpe import save_subword_tokenizer, train_bpe
@@ -346,11 +346,19 @@ def small_decoder_bundle() -> Path:
             optimiser.zero_grad()
             (loss / batch.numel()).backward()
             optimiser.step()
-        with tempfile.TemporaryDirectory() as place:
-            pieces, decoder = Path(place) / "pieces", Path(place) / "decoder"
+        with tempfile.TemporaryDirectory() as pieces:
             save_subword_tokenizer(tokenizer, pieces)
-            save_decoder(own, pieces, decoder)
-            pack_decoder(decoder, folder / "bundle", PackOptions(name="small"))
+            save_decoder(own, pieces, folder)
 
-    code = (small_decoder_bundle, pack_decoder, write_gguf, new_decoder, train_bpe)
+    return cached_fixture("decoder-small", make, small_decoder, new_decoder, train_bpe)
+
+
+def small_decoder_bundle() -> Path:
+    "The folder of a bundle with `small_decoder`, under runs/scratch."
+    source = small_decoder()
+
+    def make(folder: Path) -> None:
+        pack_decoder(source, folder / "bundle", PackOptions(name="small"))
+
+    code = (small_decoder_bundle, pack_decoder, write_gguf, source)
     return cached_fixture("decoder-bundle-small", make, *code) / "bundle"

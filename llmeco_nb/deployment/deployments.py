@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['models', 'deployments', 'stale', 'ModelVersion', 'Deployment', 'promote', 'add_canary', 'add_shadow', 'remove',
            'roll_back', 'read_models', 'register_model', 'find_model', 'read_deployments', 'read_deployment',
-           'check_revision', 'deploy']
+           'check_compared', 'check_revision', 'deploy']
 
 # %% ../../nbs/4_deployment/46_deployments.ipynb #7de22513
 import time
@@ -28,8 +28,9 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from ..core import UsageError
+from .decoder_manifest import verify_bundle
 from .ledger import Conflict, schema
-from .manifest import verify
+from ..tasks.registry import tasks as compared_tasks
 
 # %% ../../nbs/4_deployment/46_deployments.ipynb #ff7d5212
 models = Table(
@@ -203,7 +204,7 @@ def register_model(c: Connection, folder: str | Path) -> ModelVersion:
         folder: Of the bundle.
     """
     folder = Path(folder).resolve()
-    manifest = verify(folder)
+    manifest = verify_bundle(folder)
     known = c.execute(select(models).where(models.c.digest == manifest.digest)).mappings().first()
     if known is not None:
         place = models.c.digest == manifest.digest
@@ -211,7 +212,7 @@ def register_model(c: Connection, folder: str | Path) -> ModelVersion:
         return ModelVersion(**{**known, "folder": str(folder)})
     named = models.c.name == manifest.name
     highest = c.execute(select(func.max(models.c.version)).where(named)).scalar() or 0
-    task, now = manifest.task.name, time.time()
+    task, now = manifest.schema.task, time.time()
     row = ModelVersion(manifest.digest, manifest.name, highest + 1, task, str(folder), now)
     c.execute(models.insert(), asdict(row))
     return row
@@ -262,6 +263,22 @@ def read_deployment(c: Connection) -> Deployment | None:
     return None if row is None else Deployment(**row)
 
 
+def check_compared(version: ModelVersion, part: str) -> None:
+    """Raises `UsageError` for a version that cannot be a canary or a shadow, since nothing compares
+    its answers.
+
+    Args:
+        version: From the registry.
+        part: canary or shadow.
+    """
+    if version.task not in compared_tasks:
+        raise UsageError(
+            f"{version} is for {version.task} and cannot be a {part}: answers are compared for "
+            f"{' and '.join(compared_tasks)} only. Promote it (llmeco models promote {version}); "
+            "llmeco models rollback takes that back."
+        )
+
+
 stale = (
     "This was decided on revision {seen} of the deployment, and meanwhile there is a newer one. "
     "Look at it and decide again."
@@ -281,8 +298,8 @@ def check_revision(holds: Deployment | None, seen: int | None) -> None:
 
 def deploy(c: Connection, new: Deployment, seen: int, actor: str, reason: str = "") -> Deployment:
     """Store a deployment as the next revision. Raises `Conflict` if it was decided on another
-    revision than the current one, and `UsageError` for versions that are not registered or that
-    are of several tasks.
+    revision than the current one, and `UsageError` for versions that are not registered, that are
+    of several tasks, or that cannot be a canary or a shadow.
 
     Args:
         c: A connection, in a transaction that writes.
@@ -297,6 +314,9 @@ def deploy(c: Connection, new: Deployment, seen: int, actor: str, reason: str = 
     for digest in new.digests:
         if digest not in known:
             raise UsageError(f"No registered model has the digest {digest[:12]}.")
+    for part in ("canary", "shadow"):
+        if digest := getattr(new, part):
+            check_compared(known[digest], part)
     tasks = {known[digest].task for digest in (*new.digests, *(holds.digests if holds else ()))}
     if len(tasks) > 1:
         raise UsageError(

@@ -7,21 +7,23 @@ __all__ = ['EmbeddingResult', 'EmbeddingService']
 
 # %% ../../nbs/4_deployment/48r_embedding_service.ipynb #4fd6ebe5
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 
 from ..core import UsageError, WriteError
 from .embeddings import SentenceEncoder
+from .exchange import ExchangeableService
 from .executor import ExecutorOptions, LocalExecutor
 from .fair_queue import Work
 from .ledger import Ledger
 from .quotas import Quotas, count_usage
 from .refusals import check_text
-from .service import PredictRequest, model_not_ready_reasons, stored
+from .service import PredictRequest, stored
+from ..tasks.feature_extraction import EmbeddingSchema
 
 # %% ../../nbs/4_deployment/48r_embedding_service.ipynb #b1c26fd7
 @dataclass(frozen=True)
@@ -31,14 +33,18 @@ class EmbeddingResult:
     Attributes:
         vectors: Float32, shape (texts, size), in the order of the texts.
         tokens: That were read, of all texts, special ones included.
+        model: Name of the encoder that gave them.
+        digest: Of its bundle.
     """
 
     vectors: np.ndarray
     tokens: int
+    model: str = ""
+    digest: str = ""
 
 
-class EmbeddingService:
-    """Gives vectors of texts with one encoder.
+class EmbeddingService(ExchangeableService[LocalExecutor]):
+    """Gives vectors of texts with one encoder, which can be exchanged while it does.
 
     Args:
         encoder: Has been opened.
@@ -47,6 +53,8 @@ class EmbeddingService:
         options: How requests are answered.
     """
 
+    task_name = EmbeddingSchema.task
+
     def __init__(
         self,
         encoder: SentenceEncoder,
@@ -54,40 +62,49 @@ class EmbeddingService:
         quotas: Quotas | None = None,
         options: ExecutorOptions = ExecutorOptions(),
     ):
-        self.encoder = encoder
-        self.ledger = ledger
-        self.quotas = quotas or Quotas()
-        self.options = options
-        self.executor = LocalExecutor(encoder, options, encoder.measure())
+        first = LocalExecutor(encoder, options, encoder.measure())
+        super().__init__(first, ledger, quotas, options)
+
+    @property
+    def encoder(self) -> SentenceEncoder:
+        "That answers what comes now."
+        return cast(SentenceEncoder, self.executor.predictor)
 
     @property
     def model_name(self) -> str:
         "By which it is asked."
         return self.encoder.manifest.name
 
-    def not_ready_reasons(self) -> list[str]:
-        "Sentences that say why a request would not be answered now; none where it would."
-        return [*model_not_ready_reasons(self.executor), *self.ledger.not_ready_reasons()]
-
-    async def close(self, within: float = 2.0) -> None:
-        """Stop.
+    def make_executor(self, predictor: SentenceEncoder) -> LocalExecutor:
+        """An executor that is ready to answer; called in a thread. Raises whatever is wrong.
 
         Args:
-            within: Seconds for those who still wait.
+            predictor: An encoder that has been opened.
         """
-        await self.executor.close(within)
+        return LocalExecutor(predictor, self.options, predictor.measure())
 
-    async def _prepare(self, request: PredictRequest, deadline: float) -> list[Work]:
+    def release(self, executor: LocalExecutor) -> None:
+        """Give back what an encoder held; it answers nothing any more.
+
+        Args:
+            executor: Has been closed.
+        """
+        cast(SentenceEncoder, executor.predictor).close()
+
+    async def _prepare(
+        self, executor: LocalExecutor, request: PredictRequest, deadline: float
+    ) -> list[Work]:
         "The texts as they can be submitted. Raises `UsageError`, `Expired`."
+        encoder = cast(SentenceEncoder, executor.predictor)
         for name, text in zip(request.names, request.texts):
             check_text(text, name)
-        works = await self.executor.prepare(request.texts, deadline)
-        most = self.encoder.schema.max_length
+        works = await executor.prepare(request.texts, deadline)
+        most = encoder.schema.max_length
         for name, work in zip(request.names, works):
             if work.cost > most:
                 raise UsageError(
-                    f"{name} has {work.cost:,} tokens, and {self.model_name} reads {most:,}. Send "
-                    "it in shorter parts; nothing is cut here."
+                    f"{name} has {work.cost:,} tokens, and {encoder.manifest.name} reads {most:,}. "
+                    "Send it in shorter parts; nothing is cut here."
                 )
         return works
 
@@ -98,19 +115,24 @@ class EmbeddingService:
         Args:
             request: What is asked.
         """
+        with self.using() as executor:
+            return await self._embed(executor, request)
+
+    async def _embed(self, executor: LocalExecutor, request: PredictRequest) -> EmbeddingResult:
+        "The same, by one encoder from the first text to the last."
         deadline = asyncio.get_running_loop().time() + self.options.deadline
-        who = request.who
-        who.check_model(self.model_name)
+        who, encoder = request.who, cast(SentenceEncoder, executor.predictor)
+        who.check_model(encoder.manifest.name)
         self.quotas.take_request(who)
         # what cannot be counted need not be computed
         if who.id and (reasons := self.ledger.not_ready_reasons()):
             raise WriteError(" ".join(reasons))
-        works = await self._prepare(request, deadline)
+        works = await self._prepare(executor, request, deadline)
         cost = sum(work.cost for work in works)
-        with self.quotas.tokens_for(who, cost):
+        with self.quotas.tokens_for(who, cost) as held:
             found: Sequence[np.ndarray]
-            found = await self.executor.answer(works, deadline, request.tenant)
+            found = await executor.answer(works, deadline, request.tenant)
             if who.id:
-                count = partial(count_usage, key_id=who.id, tokens=cost, at=time.time())
+                count = partial(count_usage, key_id=who.id, tokens=cost, at=held.at)
                 await stored(self.ledger.write(count, durable=False), deadline)
-        return EmbeddingResult(np.stack(found), cost)
+        return EmbeddingResult(np.stack(found), cost, encoder.manifest.name, encoder.digest)

@@ -249,6 +249,10 @@ class SentenceEncoder:
             trusted.check(bundle, manifest.digest)
         return cls(BundleFiles(Path(bundle), manifest.files), manifest, threads)
 
+    def close(self) -> None:
+        "Give back what the weights take of the memory; nothing can be computed any more."
+        del self.engine
+
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text, special ones included, however many they are.
 

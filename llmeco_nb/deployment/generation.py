@@ -168,6 +168,19 @@ class TextGenerator:
         said = "\n".join(one.content for one in messages)
         return self.make_work(self.prompts.dialogue(messages), sampling, said)
 
+    def check_answers(self) -> None:
+        """Write a few tokens, whatever they say. Raises `DataError` where that does not come to an
+        end, and whatever the engine raises."""
+        first = self.schema.begin_token_id or self.schema.end_token_ids[0]
+        pieces = self.generate(self.make_work([first], SamplingParams(max_tokens=4, temperature=0)))
+        if not pieces or not pieces[-1].finish_reason:
+            raise DataError(f"{self.manifest.name} writes nothing.")
+
+    def close(self) -> None:
+        "Give back what weights and KV cache take of the memory; nothing can be written any more."
+        self.batch = None
+        self.engine.pipeline = None
+
     def cancel_all(self) -> None:
         "Give up every answer that is at work."
         if self.batch is not None:

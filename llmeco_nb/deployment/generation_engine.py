@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,10 +42,14 @@ class EngineOptions:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise UsageError(f"{name} is {value}; give 1 or more.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
-                f"A step has {self.max_num_batched_tokens} tokens, and {self.max_num_seqs} answers "
-                "want one each."
+                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_num_seqs is "
+                f"{self.max_num_seqs}, but in a step {self.max_num_seqs} answers want one token "
+                "each. Raise the first, or lower the second."
             )
 
 

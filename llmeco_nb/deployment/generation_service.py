@@ -7,15 +7,15 @@ __all__ = ['GenerationRequest', 'GenerationService', 'shielded', 'NamedModel', '
 
 # %% ../../nbs/4_deployment/48j_generation_service.ipynb #441d36fe
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from ..core import WriteError
+from .exchange import ExchangeableService
 from .fair_queue import Expired, Work
 from .generation import TextGenerator
 from .generation_executor import GenerationExecutor, GenerationOptions
@@ -25,8 +25,13 @@ from .keys import Principal
 from .ledger import Ledger
 from .quotas import Quotas, count_usage
 from .refusals import check_plain
-from .service import model_not_ready_reasons, stored
-from ..tasks.text_generation import ChatMessage, SamplingParams, TextChunk
+from .service import stored
+from llmeco_nb.tasks.text_generation import (
+    ChatMessage,
+    GenerationSchema,
+    SamplingParams,
+    TextChunk,
+)
 
 # %% ../../nbs/4_deployment/48j_generation_service.ipynb #30760f66
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class GenerationRequest:
         messages: A dialogue to be answered; empty: `text` is continued.
         text: The beginning of a text.
         tenant: On whose behalf; tenants get equal shares of the model.
+        by: Executor of the model that is to answer, as it was the current one when the request
+            came; None: the current one.
         noted: Told the guard's rules that the request breaks.
     """
 
@@ -49,6 +56,7 @@ class GenerationRequest:
     messages: Sequence[ChatMessage] = ()
     text: str = ""
     tenant: str = ""
+    by: GenerationExecutor | None = None
     noted: Callable[[str], None] = unnoted
 
     @property
@@ -62,8 +70,8 @@ class GenerationRequest:
         return [content for role, content in self.prompt if role not in ("system", "assistant")]
 
 
-class GenerationService:
-    """Writes answers with one decoder.
+class GenerationService(ExchangeableService[GenerationExecutor]):
+    """Writes answers with one decoder, which can be exchanged while it does.
 
     Args:
         generator: With the engine, which nobody else uses.
@@ -72,6 +80,8 @@ class GenerationService:
         options: How requests are answered.
     """
 
+    task_name = GenerationSchema.task
+
     def __init__(
         self,
         generator: TextGenerator,
@@ -79,43 +89,53 @@ class GenerationService:
         quotas: Quotas | None = None,
         options: GenerationOptions = GenerationOptions(),
     ):
-        self.generator = generator
-        self.ledger = ledger
-        self.quotas = quotas or Quotas()
-        self.options = options
-        self.executor = GenerationExecutor(generator, options)
+        super().__init__(GenerationExecutor(generator, options), ledger, quotas, options)
+        self.engine_options = generator.options
         self.guard = Guard(options.guard)
+
+    @property
+    def generator(self) -> TextGenerator:
+        "That answers what comes now."
+        return self.executor.generator
 
     @property
     def model_name(self) -> str:
         "By which it is asked."
         return self.generator.manifest.name
 
-    def not_ready_reasons(self) -> list[str]:
-        "Sentences that say why a request would not be answered now; none where it would."
-        return [*model_not_ready_reasons(self.executor), *self.ledger.not_ready_reasons()]
-
-    async def close(self, within: float = 2.0) -> None:
-        """Stop.
+    def make_executor(self, predictor: TextGenerator) -> GenerationExecutor:
+        """An executor that is ready to answer; called in a thread. Raises whatever is wrong.
 
         Args:
-            within: Seconds for those who still wait.
+            predictor: A decoder that has been opened.
         """
-        await self.executor.close(within)
+        assert isinstance(self.options, GenerationOptions)
+        return GenerationExecutor(predictor, self.options)
 
-    async def _prepare(self, request: GenerationRequest, deadline: float) -> Work:
+    def release(self, executor: GenerationExecutor) -> None:
+        """Give back what a decoder held; it answers nothing any more.
+
+        Args:
+            executor: Has been closed.
+        """
+        executor.generator.close()
+
+    async def _prepare(
+        self, executor: GenerationExecutor, request: GenerationRequest, deadline: float
+    ) -> Work:
         "The prompt as it can be submitted. Raises `UsageError`, `Expired`."
+        generator = executor.generator
         for i, (_, content) in enumerate(request.prompt):
             check_plain(content, f"messages.{i}.content" if request.messages else "prompt")
         if request.messages:
-            job = partial(self.generator.prepare_dialogue, request.messages, request.sampling)
+            job = partial(generator.prepare_dialogue, request.messages, request.sampling)
         else:
-            job = partial(self.generator.prepare_text, request.text, request.sampling)
+            job = partial(generator.prepare_text, request.text, request.sampling)
         if sum(len(content) for _, content in request.prompt) <= self.options.inline_chars:
             return job()
         try:
             async with asyncio.timeout_at(deadline):
-                return await self.executor.prepare_threads.run(job)
+                return await executor.prepare_threads.run(job)
         except TimeoutError:
             raise Expired("The request could not be answered before its deadline.") from None
 
@@ -129,49 +149,68 @@ class GenerationService:
         Args:
             request: What is asked.
         """
-        who, name = request.who, self.generator.manifest.name
-        who.check_model(name)
+        with self.using(request.by) as executor:
+            async with aclosing(self._generate(executor, request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _generate(
+        self, executor: GenerationExecutor, request: GenerationRequest
+    ) -> AsyncGenerator[TextChunk, None]:
+        "The same, by one model from its beginning to its end."
+        who = request.who
+        who.check_model(executor.generator.manifest.name)
         self.quotas.take_request(who)
         # what cannot be stored need not be written
         if reasons := self.ledger.not_ready_reasons():
             raise WriteError(" ".join(reasons))
         deadline = asyncio.get_running_loop().time() + self.options.deadline
-        run = self.executor.prepare_threads.run
+        run = executor.prepare_threads.run
         await self.guard.check(request.judged, deadline, run, request.noted)
-        work = await self._prepare(request, deadline)
-        prompt_tokens = len(work.inputs.ids)
+        work = await self._prepare(executor, request, deadline)
+        prompt_tokens, digest = len(work.inputs.ids), executor.generator.digest
         with self.quotas.tokens_for(who, work.cost) as held:
+            keep = partial(self._keep, request, digest, prompt_tokens, held.at)
             pieces: list[TextChunk] = []
             taken = kept = False
+            backed = held.backed
             try:
-                with self.executor.submit([work], deadline, request.tenant) as answers:
+                with executor.submit([work], deadline, request.tenant) as answers:
                     try:
                         async for _, piece in answers:
                             pieces.append(piece)
                             if not piece.finish_reason and piece.text:
+                                if backed is not None:  # the first that is told
+                                    await stored(shielded(backed), deadline)
+                                    backed = None
                                 yield piece
                     finally:
                         taken = answers.ask.taken > 0  # else it was refused, and has used nothing
                 kept = True
                 # who leaves now gives up waiting, and not the row: most of the answer was told
-                await stored(shielded(self._keep(request, prompt_tokens, pieces)), deadline)
+                await stored(shielded(keep(pieces)), deadline)
             finally:
                 if taken:
                     held.used = prompt_tokens + (pieces[-1].tokens if pieces else 0)
                 if taken and not kept:  # broken off; it may have been told in part
                     with suppress(WriteError):
-                        self._keep(request, prompt_tokens, pieces)
+                        keep(pieces)
         yield pieces[-1]
 
     def _keep(
-        self, request: GenerationRequest, prompt_tokens: int, pieces: list[TextChunk]
+        self,
+        request: GenerationRequest,
+        digest: str,
+        prompt_tokens: int,
+        at: float,
+        pieces: list[TextChunk],
     ) -> Future:
-        "Have an answer stored, with what the key has used; a future."
+        "Have an answer of the model with a digest stored, with what the key has used; a future."
         last, who = pieces[-1] if pieces else TextChunk("", 0), request.who
-        count = dict(key_id=who.id, tokens=prompt_tokens + last.tokens, at=time.time())
+        count = dict(key_id=who.id, tokens=prompt_tokens + last.tokens, at=at)
         told = Generation(
             request_id=request.request_id,
-            model=self.generator.digest,
+            model=digest,
             prompt=request.prompt,
             text="".join(piece.text for piece in pieces),
             finish_reason=last.finish_reason or "cancelled",

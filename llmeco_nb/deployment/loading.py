@@ -96,15 +96,19 @@ class EncoderModel:
             raise MissingError(f"The engine {engine} needs openvino. Run: pip install openvino")
         self.task = manifest.task
         self.schema = manifest.schema
-        self.max_length = length
-        self.head_fraction = head
         self.pad_token_id = pad
         check_tokenizer(files.json("tokenizer.json"), f"{files.folder}/tokenizer.json")
         self.tokenizer = Tokenizer.from_buffer(files.read("tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        # asked for the cost first, for the answer a moment later
-        self.input_ids = lru_cache(256)(self._input_ids)
+        encode = self.tokenizer.encode
+
+        @lru_cache(256)  # asked for the cost first, for the answer a moment later
+        def input_ids(text: str) -> list[int]:
+            # names no `self`: a model in a cycle would keep its memory after it is exchanged
+            return truncate_middle(encode(text).ids, length, round(100 * head))
+
+        self.input_ids = input_ids
         self.engine = next(iter(engines)) if len(engines) == 1 else self._choose(engines)
         self.carried_out_by = engines[self.engine]
 
@@ -118,10 +122,6 @@ class EncoderModel:
         ]
         off = np.ptp(np.stack(scores), axis=0).max() / getattr(self.schema, "scale", 1.0)
         return fastest_engine(engines) if off <= 0.25 else "onnx"
-
-    def _input_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text).ids
-        return truncate_middle(ids, self.max_length, round(100 * self.head_fraction))
 
     def cost(self, text: str) -> int:
         "Tokens the encoder reads of a text, at most `max_length`."
@@ -309,10 +309,14 @@ def newest_bundle(runs: Path) -> Path:
     Args:
         runs: Folder of runs.
     """
+    decoders: list[Path] = []  # named, and never taken for a classifier
     for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
         for place in ("improve/champion", "bundle/bundle"):
             if (run / place / "manifest.json").is_file():
                 return (run / place).resolve()
+        decoders += sorted(run.glob("pack_decoder*/bundle"))
+    more = f" A decoder's is there: llmeco serve --bundle {decoders[0]}" if decoders else ""
     raise MissingError(
-        f"There is no bundle in {runs}. Make one with `llmeco run`, or name one with --bundle."
+        f"There is no bundle of a classifier in {runs}. Make one with `llmeco run`, or name one "
+        f"with --bundle.{more}"
     )

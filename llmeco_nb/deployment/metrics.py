@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['methods', 'Metrics', 'log_line', 'failure_line', 'MetricsMiddleware', 'log_event', 'add_state_gauges',
-           'add_deployment_gauges']
+           'add_deployment_gauges', 'add_comparison_gauges']
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #659299ea
 import json
@@ -32,9 +32,8 @@ from .request_ids import RequestIds
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #45c0ffee
 if TYPE_CHECKING:  # read by type checkers alone: they import this module
-    from llmeco_nb.deployment.embedding_service import EmbeddingService
-    from llmeco_nb.deployment.follower import Follower
-    from llmeco_nb.deployment.generation_service import GenerationService
+    from llmeco_nb.deployment.application import ServedModels
+    from llmeco_nb.deployment.following import RegistryFollower
     from llmeco_nb.deployment.service import Service
 
 # %% ../../nbs/4_deployment/45_metrics.ipynb #d9ed7b72
@@ -231,9 +230,7 @@ def log_event(log: Callable[[str], None], message: str) -> None:
     log(json.dumps(dict(time=at, event="deployment", message=message)))
 
 
-def add_state_gauges(
-    metrics: Metrics, service: "Service | GenerationService | EmbeddingService"
-) -> None:
+def add_state_gauges(metrics: Metrics, service: "ServedModels") -> None:
     """Have the state of model and database read when somebody asks for the figures.
 
     Args:
@@ -282,15 +279,31 @@ def add_state_gauges(
         metrics.add_gauge(name, about, value)
 
 
-def add_deployment_gauges(
-    metrics: Metrics, service: "Service", follower: "Follower | None" = None
-) -> None:
+def add_deployment_gauges(metrics: Metrics, follower: "RegistryFollower | None" = None) -> None:
     """Have the state of the deployment read when somebody asks for the figures.
 
     Args:
         metrics: Get the figures.
-        service: With the models.
         follower: Of the registry; None: it is not followed.
+    """
+    metrics.add_gauge(
+        "llmeco_deployment_revision",
+        "Revision of the deployment that is followed; 0: none is.",
+        lambda: (follower and follower.deployment and follower.deployment.revision) or 0,
+    )
+    metrics.add_gauge(
+        "llmeco_deployment_followed",
+        "0 if the newest deployment cannot be followed, else 1.",
+        lambda: float(follower is None or not follower.problem),
+    )
+
+
+def add_comparison_gauges(metrics: Metrics, service: "Service") -> None:
+    """Have the state of canary and shadow read when somebody asks for the figures.
+
+    Args:
+        metrics: Get the figures.
+        service: With the models.
     """
     state: dict[str, tuple[str, Callable[[], float]]] = {
         "llmeco_canary_share": (
@@ -304,14 +317,6 @@ def add_deployment_gauges(
         "llmeco_shadow_disagreed_items": (
             "Items to which the shadow gave another answer.",
             lambda: service.shadow_counts.disagreed,
-        ),
-        "llmeco_deployment_revision": (
-            "Revision of the deployment that is followed; 0: none is.",
-            lambda: (follower and follower.deployment and follower.deployment.revision) or 0,
-        ),
-        "llmeco_deployment_followed": (
-            "0 if the newest deployment cannot be followed, else 1.",
-            lambda: float(follower is None or not follower.problem),
         ),
     }
     for name, (about, value) in state.items():

@@ -28,7 +28,8 @@ class ModelsChoice:
     """What `llmeco models` is told.
 
     Attributes:
-        action: list, add, promote, canary, shadow, stop, rollback or history.
+        action: list, add (or register, the same), promote, canary, shadow, stop, rollback or
+            history.
         name: Of a version, the folder of a bundle, or what is to be stopped.
         share: Of the requests, for a canary.
         reason: Why, for the history.
@@ -37,7 +38,8 @@ class ModelsChoice:
     """
 
     action: str = argument(
-        "ACTION", "list, add, promote, canary, shadow, stop, rollback, or history."
+        "ACTION",
+        "list, add (or register), promote, canary, shadow, stop, rollback, or history.",
     )
     name: str = field(
         default="",
@@ -126,8 +128,9 @@ def models(o: ModelsChoice) -> None:
     """List, register, promote, try and roll back the models of a server.
 
     A running server follows within about a second. A canary answers a share of the requests, and is
-    stopped if it is worse; a shadow's answers are only compared. rollback makes the champion before
-    this one the champion again.
+    stopped if it is worse; a shadow's answers are only compared. Both are for classifiers and
+    regressions, not for decoders and sentence encoders. rollback makes the champion before this one
+    the champion again.
 
     Args:
         o: What was typed.
@@ -137,37 +140,38 @@ def models(o: ModelsChoice) -> None:
     from llmeco_nb.runner.store import feedback_database
 
     known = ("list", "add", "promote", "canary", "shadow", "stop", "rollback", "history")
-    if o.action not in known:
+    action = "add" if o.action == "register" else o.action
+    if action not in known:
         raise UsageError(
             f"There is no action {o.action!r}; choose {', '.join(known[:-1])} or {known[-1]}."
         )
     where = o.database or os.environ.get("LLMECO_DATABASE") or feedback_database(runs_dir())
     registry = Registry(where, actor=f"command line ({getpass.getuser()})")
     try:
-        if o.action in ("list", "history"):
+        if action in ("list", "history"):
             history, found = registry.history(), registry.models()
-            if o.action == "history":
+            if action == "history":
                 return typer.echo(deployment_table(history, found))
             return typer.echo(model_table(found, history[-1] if history else None))
         told: dict = dict(reason=o.reason, seen=o.revision or None)
-        if o.action in ("stop", "rollback"):
-            if o.action == "stop" and not o.name:
+        if action in ("stop", "rollback"):
+            if action == "stop" and not o.name:
                 raise UsageError("Say what to stop: llmeco models stop canary, or shadow.")
-            stop = o.action == "stop"
+            stop = action == "stop"
             new = registry.stop(o.name, **told) if stop else registry.roll_back(**told)
         else:
             name, names = o.name, [str(one) for one in registry.models()]
             folder = os.sep in name or (os.path.isdir(name) and name not in names)
-            if not name or folder or o.action == "add":
+            if not name or folder or action == "add":
                 version = registry.register(name or newest_bundle(runs_dir()))
                 typer.echo(f"{version} is {version.digest[:12]} in {version.folder}.")
                 name = str(version)
-            if o.action == "add":
+            if action == "add":
                 return
-            if o.action == "canary":
+            if action == "canary":
                 new = registry.canary(name, o.share, **told)
             else:
-                new = (registry.promote if o.action == "promote" else registry.shadow)(name, **told)
+                new = (registry.promote if action == "promote" else registry.shadow)(name, **told)
         typer.echo(deployment_table([new], registry.models()))
     finally:
         registry.close()

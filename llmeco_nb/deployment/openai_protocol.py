@@ -74,7 +74,9 @@ class CompletionCall:
         self.prompt_tokens = self.tokens = 0
         state, host = request.state, request.client.host if request.client else ""
         self.state, self.log = state, request.app.state.log
-        state.model = service.generator.digest
+        executor = service.executor  # of the model that answers, whatever is exchanged meanwhile
+        self.generator = executor.generator
+        state.model = self.generator.digest
         who = state.principal
         self.asked = GenerationRequest(
             request_id=state.request_id,
@@ -83,14 +85,15 @@ class CompletionCall:
             messages=body.dialogue() if isinstance(body, ChatRequest) else (),
             text="" if self.chat else cast(CompletionRequest, body).prompt,
             tenant=who.id or host,
+            by=executor,
             noted=partial(setattr, state, "guard"),
         )
         kind = "chatcmpl" if self.chat else "cmpl"
         self.facts: dict[str, Any] = dict(
             id=f"{kind}-{state.request_id}",
             created=int(time.time()),
-            model=service.generator.manifest.name,
-            system_fingerprint=service.generator.digest,
+            model=self.generator.manifest.name,
+            system_fingerprint=self.generator.digest,
         )
 
     def usage(self, tokens: int) -> dict[str, int]:
@@ -113,7 +116,7 @@ class CompletionCall:
                     yield piece
             finally:
                 if self.tokens:
-                    version = self.facts["model"], self.service.generator.digest[:12]
+                    version = self.facts["model"], self.generator.digest[:12]
                     self.metrics.items.labels(*version).inc()
                     self.metrics.tokens.labels(*version).inc(self.prompt_tokens + self.tokens)
 
@@ -343,7 +346,7 @@ def add_openai_models(app: FastAPI) -> None:
         return OpenAIModel(id=app.state.service.model_name, created=int(app.state.started))
 
     seen: Any = dict(
-        responses={k: v for k, v in openai_refusals.items() if k in (401, 403, 404)},
+        responses={k: v for k, v in openai_refusals.items() if k in (401, 403, 404, 429)},
         tags=["OpenAI"],
     )
 

@@ -9,6 +9,7 @@ __all__ = ['usage', 'QuotaExceeded', 'LockedOut', 'day_of', 'Reservation', 'Quot
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -18,8 +19,9 @@ from sqlalchemy import Column, Connection, Executable, Integer, String, Table, s
 
 from ..core import LlmecoError
 from .group_commit import NewRows
-from .keys import Principal
+from .keys import Principal, wide_integer
 from .ledger import schema
+from .usage_marks import UsageMarks
 
 # %% ../../nbs/4_deployment/44a_quotas.ipynb #ba9d72fb
 class QuotaExceeded(LlmecoError):
@@ -40,7 +42,7 @@ usage = Table(
     Column("key_id", String(16), primary_key=True),
     Column("day", String(10), primary_key=True),  # such as 2026-11-29, UTC
     Column("requests", Integer, nullable=False),
-    Column("tokens", Integer, nullable=False),
+    Column("tokens", wide_integer, nullable=False),
 )
 
 
@@ -63,9 +65,14 @@ class Reservation:
     """Tokens that are held while a request is answered.
 
     Attributes:
-        used: Of them; None: not told, and then all or none.
+        at: When the request came, in seconds since 1970; it counts on that day.
+        backed: Must be done before anything is told; it is once a row has been stored that the same
+            writer was given later. None: nothing is waited for.
+        used: Of the tokens; None: not told, and then all or none.
     """
 
+    at: float
+    backed: Future | None = None
     used: int | None = None
 
 
@@ -76,31 +83,50 @@ class Quotas:
 
     Args:
         clock: Seconds since 1970.
+        marks: Keep what was used through a power cut; None: nothing does.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time):
+    def __init__(self, clock: Callable[[], float] = time.time, marks: UsageMarks | None = None):
         self.clock = clock
+        self.marks = marks
         self.buckets: dict[str, tuple[float, float]] = {}  # key -> requests left, and when
         self.day = day_of(clock())
-        self.tokens: dict[str, int] = {}  # key -> used today
+        self.tokens: dict[str, int] = {}  # key -> used here today
         self.reserved: dict[str, int] = {}  # key -> by requests that are being answered
+        self.others: dict[str, int] = {}  # key -> used today at other servers, or before a start
 
-    def load(self, rows: Iterable[tuple[str, str, int]]) -> None:
-        """Take what the database knows.
+    def load(
+        self, rows: Iterable[tuple[str, str, int]], marks: Iterable[tuple[str, str, int]] = ()
+    ) -> None:
+        """Take what the database knows of today.
 
         Args:
-            rows: Key, day and tokens.
+            rows: Key, day and tokens of all stored answers.
+            marks: The same of other servers, as `read_marks` gives it.
         """
         self._today()
+        others = {key: tokens for key, day, tokens in marks if day == self.day}
         for key, day, tokens in rows:
             if day == self.day:  # what was answered a moment ago may not stand there yet
-                self.tokens[key] = max(tokens, self.tokens.get(key, 0))
+                others[key] = max(tokens - self._own(key), others.get(key, 0))
+        self.others = others
+
+    def settle(self) -> None:
+        """Have written down exactly what was used, once nothing is answered any more. What is being
+        answered all the same counts as used."""
+        self._today()
+        if self.marks is not None:
+            self.marks.settle(self.day, {key: self._own(key) for key in self.tokens})
+
+    def _own(self, key: str) -> int:
+        "Tokens of a key used here today, with those of requests that are being answered."
+        return self.tokens.get(key, 0) + self.reserved.get(key, 0)
 
     def _today(self) -> float:
         "Now; on a new day nothing has been used."
         now = self.clock()
         if (day := day_of(now)) != self.day:
-            self.day, self.tokens = day, {}
+            self.day, self.tokens, self.others = day, {}, {}
         return now
 
     def take_request(self, who: Principal) -> None:
@@ -124,14 +150,17 @@ class Quotas:
     @contextmanager
     def tokens_for(self, who: Principal, cost: int) -> Iterator[Reservation]:
         """A context manager in which tokens are used: counted if it ends well, else given back;
-        or as many as its reservation is told. Raises `QuotaExceeded` where they are not left.
+        or as many as its reservation is told. Before it ends, what they are used for must have been
+        stored. Raises `QuotaExceeded` where they are not left, and `WriteError` in the end where a
+        power cut could take what was counted.
 
         Args:
             who: Asks.
             cost: Tokens.
         """
         now = self._today()
-        used = self.tokens.get(who.id, 0) + self.reserved.get(who.id, 0)
+        others, own = self.others.get(who.id, 0), self._own(who.id)
+        used = others + own
         most = who.tokens_per_day
         if most is not None and used + cost > most:
             tomorrow = 86_400 - now % 86_400
@@ -140,14 +169,19 @@ class Quotas:
                 f"request needs {cost:,}.",
                 tomorrow,
             )
+        held = Reservation(now)
+        if most is not None and self.marks is not None:
+            held.backed = self.marks.cover(who.id, self.day, own + cost, most, others)
         self.reserved[who.id] = self.reserved.get(who.id, 0) + cost
-        held = Reservation()
         try:
             yield held
+            if held.backed is not None:
+                held.backed.result(0)
             held.used = cost if held.used is None else held.used
         finally:
             self._today()
-            self.tokens[who.id] = self.tokens.get(who.id, 0) + (held.used or 0)
+            if day_of(now) == self.day:
+                self.tokens[who.id] = self.tokens.get(who.id, 0) + (held.used or 0)
             self.reserved[who.id] -= cost
             if not self.reserved[who.id]:
                 del self.reserved[who.id]

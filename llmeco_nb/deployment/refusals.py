@@ -94,7 +94,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         409: "contradicts what was sent before",
         413: "too large",
         422: "wrong, with the fields that are",
-        429: "too many requests wait; Retry-After says when to ask again",
+        429: "too many requests, or wrong keys; Retry-After says when to ask again",
         499: "the client hung up",
         500: "the server made a mistake",
         503: "not now; Retry-After says when to ask again",
@@ -176,7 +176,7 @@ def refusal_of(e: LlmecoError, hint: str = "") -> JSONResponse:
     wait = getattr(e, "retry_after", None)
     headers = {} if wait is None else {"Retry-After": str(wait)}
     if status == 401:
-        headers["WWW-Authenticate"] = 'Basic realm="llmeco", Bearer'
+        headers["WWW-Authenticate"] = "Bearer"
     message = str(e) + (hint if status == 422 else "")
     return error_response(status, code, message, headers=headers)
 

@@ -18,6 +18,7 @@ from llmeco_nb.deployment.deployments import (
     ModelVersion,
     add_canary,
     add_shadow,
+    check_compared,
     check_revision,
     deploy,
     find_model,
@@ -45,8 +46,8 @@ class Registry(AuditedDatabase):
             return read_deployments(c)
 
     def register(self, folder: str | Path) -> ModelVersion:
-        """Verify a bundle, and give it a number if it has none. Raises `MissingError`, `DataError`,
-        `WriteError`.
+        """Verify a bundle of any kind, and give it a number if it has none. Raises `MissingError`,
+        `DataError`, `WriteError`.
 
         Args:
             folder: Of the bundle.
@@ -82,9 +83,10 @@ class Registry(AuditedDatabase):
             seen: Revision on which it was decided; None: the current one.
         """
         with self.writing() as c:
-            digest = find_model(read_models(c), which).digest
+            version = find_model(read_models(c), which)
+            check_compared(version, "canary")
             holds = self._champion(c, seen)
-            new = add_canary(holds, digest, share)
+            new = add_canary(holds, version.digest, share)
             return self._deploy(c, "start canary", new, holds, reason)
 
     def shadow(self, which: str, reason: str = "", seen: int | None = None) -> Deployment:
@@ -97,9 +99,11 @@ class Registry(AuditedDatabase):
             seen: Revision on which it was decided; None: the current one.
         """
         with self.writing() as c:
-            digest = find_model(read_models(c), which).digest
+            version = find_model(read_models(c), which)
+            check_compared(version, "shadow")
             holds = self._champion(c, seen)
-            return self._deploy(c, "start shadow", add_shadow(holds, digest), holds, reason)
+            new = add_shadow(holds, version.digest)
+            return self._deploy(c, "start shadow", new, holds, reason)
 
     def stop(self, part: str, reason: str = "", seen: int | None = None) -> Deployment:
         """The canary or the shadow gets no requests any more. Raises `UsageError`, `Conflict`,

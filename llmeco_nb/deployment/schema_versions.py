@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # read by type checkers alone: a server that has nothing to c
     from alembic.script import ScriptDirectory
 
 # %% ../../nbs/4_deployment/41p_schema_versions.ipynb #4cc74490
-head = "0003"  # the newest revision
+head = "0004"  # the newest revision
 
 
 def read_revision(c: Connection) -> str | None:

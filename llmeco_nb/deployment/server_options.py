@@ -7,8 +7,8 @@ __all__ = ['ServedModel', 'ServerOptions', 'tls_context']
 
 # %% ../../nbs/4_deployment/41l_server_options.ipynb #a7ffedfb
 import ssl
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -57,6 +57,7 @@ class ServerOptions:
         guard: What is done with texts that look like attacks on the model: off, log or refuse;
             None: log for a decoder, off for others.
         guard_model: File of the guard's classifier; None: the one of the package.
+        engine: Fields of a decoder's `EngineOptions` that are not to be the defaults.
     """
 
     bundle: str | Path | None = None
@@ -74,6 +75,7 @@ class ServerOptions:
     deadline: float | None = None
     guard: GuardMode | None = None
     guard_model: str | None = None
+    engine: Mapping[str, int] = field(default_factory=dict)
 
 
 def tls_context(o: ServerOptions) -> ssl.SSLContext | None:

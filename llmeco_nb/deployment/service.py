@@ -7,7 +7,6 @@ __all__ = ['ResultT', 'model_not_ready_reasons', 'prepare_items', 'stored', 'Pre
 
 # %% ../../nbs/4_deployment/41j_service.ipynb #6ae04032
 import asyncio
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -173,6 +172,11 @@ class Service:
         "Of the champion."
         return cast(Predictor, self.executor.predictor)
 
+    @property
+    def task_name(self) -> str:
+        "Of the task that is answered."
+        return self.predictor.task.name
+
     def predictors(self) -> dict[str, Predictor]:
         "Digest -> predictor, of all models that are open."
         found = (cast(Predictor, one.predictor) for one in self.serving.executors)
@@ -219,7 +223,7 @@ class Service:
             canary_share: Of the requests, 0 to 1.
             shadow: Gets copies of requests.
         """
-        task = self.predictor.task.name
+        task = self.task_name
         for one in (champion, canary, shadow):
             if one is not None and one.task.name != task:
                 raise UsageError(
@@ -382,9 +386,9 @@ class Service:
             executor.refuse_early(texts, deadline, request.tenant)
             works = await prepare_items(texts, request.names, executor, deadline)
             cost = sum(work.cost for work in works)
-            with self.quotas.tokens_for(who, cost):
+            with self.quotas.tokens_for(who, cost) as held:
                 found = await self._answer(executor, works, deadline, request)
-                used = new_usage(self.ledger.engine.dialect.name, who.id, cost, time.time())
+                used = new_usage(self.ledger.engine.dialect.name, who.id, cost, held.at)
                 told = (request.request_id, predictor.digest, texts, found)
                 kept = keep_predictions(self.ledger, *told, [used] if who.id else [])
                 await stored(kept, deadline)

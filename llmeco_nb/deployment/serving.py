@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['listen', 'Server', 'is_loopback', 'room_for_connections', 'seldom_collected', 'serve_predictor', 'serve_decoder',
-           'answer_options', 'run_server']
+           'answer_options', 'engine_options', 'open_served', 'run_server']
 
 # %% ../../nbs/4_deployment/42a_serving.ipynb #14a57813
 import asyncio
@@ -29,12 +29,13 @@ import uvicorn
 from ..core import UsageError, runs_dir
 from .connections import TimedConnection, TimedProtocol, timed
 from .decoder_manifest import bundle_kind
-from .deployments import read_deployment, read_models
+from .deployments import ModelVersion, read_deployment, read_models
 from .embedding_server import serve_encoder
 from .embeddings import SentenceEncoder, encoder_kind
 from .executor import ExecutorOptions
-from .follower import load_version
+from .following import ModelT, open_version
 from .generation import TextGenerator
+from .generation_engine import EngineOptions
 from .generation_executor import GenerationOptions
 from .generation_server import make_generation_app
 from .guard import GuardOptions
@@ -213,7 +214,7 @@ def answer_options(o: ServerOptions, kind: str) -> ExecutorOptions:
 
     Args:
         o: What was asked for.
-        kind: Of the bundle that was named; empty: none was.
+        kind: Of the bundle.
     """
     if o.deadline is not None and not 0.01 <= o.deadline <= 3600:
         raise UsageError(f"A deadline of {o.deadline:g} s cannot be kept; give 0.01 to 3600.")
@@ -224,6 +225,57 @@ def answer_options(o: ServerOptions, kind: str) -> ExecutorOptions:
         guard = GuardOptions(mode=o.guard or "log", model=o.guard_model)
         return GenerationOptions(guard=guard, **told)
     return ExecutorOptions(guard=GuardOptions(mode=o.guard or "off", model=o.guard_model), **told)
+
+
+def engine_options(o: ServerOptions, kind: str, folder: str) -> EngineOptions:
+    """What a decoder's engine may take. Raises `UsageError` for what no engine can keep to, and for
+    a bundle of another kind.
+
+    Args:
+        o: What was asked for.
+        kind: Of the bundle.
+        folder: Of the bundle.
+    """
+    if o.engine and kind != "decoder":
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in o.engine)
+        raise UsageError(
+            f"{flags}: that is for a decoder's engine, and {folder} holds a bundle of the kind "
+            f"{kind or 'unknown'}. Leave it out."
+        )
+    return EngineOptions(**o.engine)
+
+
+def open_served(
+    o: ServerOptions,
+    version: ModelVersion | None,
+    database: str | Path,
+    trusted: TrustedKeys | None,
+) -> ServedModel:
+    """What is asked for, opened: the bundle that was named, else the deployed version, else the
+    newest bundle in runs. Raises `MissingError`, `DataError`, `UsageError`.
+
+    Args:
+        o: What is served, where, and to whom.
+        version: The registry's champion; None: there is none, or a bundle was named.
+        database: Path of an SQLite file, or a database URL.
+        trusted: One of these keys must have signed it; None: nobody need have.
+    """
+    folder = str(version.folder if version else o.bundle or newest_bundle(runs_dir()))
+    kind = bundle_kind(folder)
+    options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
+    options |= dict(retention=o.retention, follow=o.bundle is None, trusted=trusted)
+    options["options"] = answer_options(o, kind)
+    engine = engine_options(o, kind, folder)
+
+    def opened(load: Callable[..., ModelT]) -> ModelT:
+        whole = partial(load, trusted=trusted)
+        return open_version(version, whole) if version else whole(folder)
+
+    if kind == "decoder":
+        return serve_decoder(opened(partial(TextGenerator.load, options=engine)), database, options)
+    if kind == encoder_kind:
+        return serve_encoder(opened(SentenceEncoder.load), database, options)
+    return serve_predictor(opened(Predictor.load), database, options)
 
 
 def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = print) -> None:
@@ -249,23 +301,8 @@ def run_server(o: ServerOptions = ServerOptions(), say: Callable[[str], None] = 
             holds = read_deployment(c)
             versions = {one.digest: one for one in read_models(c)}
         engine.dispose()
-        options: Any = dict(hosts=own_names(o.host, o.names), log=log_line if o.log else None)
-        options["retention"] = o.retention
-        kind = "" if o.bundle is None else bundle_kind(o.bundle)
-        options["options"] = answer_options(o, kind)
-        if o.bundle is not None and kind == "decoder":
-            served = serve_decoder(TextGenerator.load(o.bundle, trusted=trusted), database, options)
-        elif o.bundle is not None and kind == encoder_kind:
-            encoder = SentenceEncoder.load(o.bundle, trusted=trusted)
-            served = serve_encoder(encoder, database, options)
-        else:
-            if o.bundle is None and holds is not None:
-                predictor = load_version(versions[holds.champion], trusted)
-            else:
-                bundle = o.bundle or newest_bundle(runs_dir())
-                predictor = Predictor.load(bundle, trusted=trusted)
-            options |= dict(follow=o.bundle is None, trusted=trusted)
-            served = serve_predictor(predictor, database, options)
+        deployed = None if o.bundle or holds is None else versions[holds.champion]
+        served = open_served(o, deployed, database, trusted)
         if keyless and not (o.anybody or is_loopback(s)):
             raise UsageError(
                 f"Whoever reaches {o.host} could ask, since no key exists. Make one with "
