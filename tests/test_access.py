@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("casbin", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+from served import ServeCommand
 from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, UsageError
@@ -405,38 +406,21 @@ def test_browsers_and_caches_are_told_what_they_may_not_do(bundle, tmp_path):
         assert f"'sha256-{digest}'" in policy, "the page's own script may run"
 
 
-def started(*words):
-    "A server in a process, and its address."
-    line = [sys.executable, "-c", "from llmeco_nb.cli import main; main()", "serve", "--port", "0"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    one = subprocess.Popen(
-        [*line, *map(str, words)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    told = one.stdout.readline()
-    assert " answers at " in told, one.communicate()[1]
-    return one, told.split(" answers at ")[1].split()[0]
-
-
 def test_a_stated_address_is_believed_of_named_proxies_alone(bundle, admin, tmp_path):
     "Else whoever tries keys gives each attempt another address."
     import httpx
 
     admin.add(KeyOptions(name="ann"))
     for words, expected in (((), {401, 429}), (("--proxy", "127.0.0.1"), {401})):
-        server, at = started("--bundle", bundle, "--database", tmp_path / "f.sqlite", *words)
+        server = ServeCommand("--bundle", bundle, "--database", tmp_path / "f.sqlite", *words)
         try:
             got = set()
             for i in range(40):
                 head = {"Authorization": "Bearer wrong", "X-Forwarded-For": f"10.0.0.{i}"}
-                got.add(httpx.get(f"{at}/v1/model", headers=head).status_code)
+                got.add(httpx.get(f"{server.address}/v1/model", headers=head).status_code)
             assert got == expected, words
         finally:
-            server.terminate()
-            server.communicate(timeout=30)
+            server.end()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
@@ -448,7 +432,8 @@ def test_https(bundle, tmp_path):
     line += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run([*line, "-keyout", key, "-out", cert], check=True, capture_output=True)
     words = ("--bundle", bundle, "--database", tmp_path / "f.sqlite")
-    server, at = started(*words, "--tls-cert", cert, "--tls-key", key)
+    server = ServeCommand(*words, "--tls-cert", cert, "--tls-key", key)
+    at = server.address
     try:
         assert at.startswith("https://")
         with warnings.catch_warnings():
@@ -458,8 +443,7 @@ def test_https(bundle, tmp_path):
         with pytest.raises(httpx.TransportError):
             httpx.get(at.replace("https", "http") + "/livez")
     finally:
-        server.terminate()
-        server.communicate(timeout=30)
+        server.end()
     (tmp_path / "other.pem").write_text("no key")
     other = dict(tls_cert=str(cert), tls_key=str(tmp_path / "other.pem"))
     for wrong in (dict(tls_cert=str(cert)), other):

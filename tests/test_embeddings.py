@@ -2,10 +2,7 @@
 the batch; and what is refused, counted and not stored."""
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +16,7 @@ torch = pytest.importorskip("torch", reason="an encoder is packed from torch")
 pytest.importorskip("onnxscript", reason="an encoder is packed with onnxscript")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import ServeCommand
 from transformers import AutoModel, AutoTokenizer
 
 from llmeco_nb.core import DataError, MissingError, UsageError, read_json, write_json
@@ -75,38 +73,22 @@ def encoder(bundle) -> SentenceEncoder:
     return SentenceEncoder.load(bundle)
 
 
-class LiveServer:
-    "`llmeco serve` with a sentence encoder, as a process of its own."
+class LiveServer(ServeCommand):
+    "`llmeco serve` with a sentence encoder."
 
     def __init__(self, bundle: Path, database: Path):
-        code = "import sys; from llmeco_nb.cli import main; sys.exit(main())"
-        words = ["serve", "--port", "0", "--bundle", str(bundle), "--database", str(database)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *words, "--log"],
-            stdout=subprocess.PIPE,
-            stderr=open(database.with_suffix(".log"), "w"),
-            text=True,
-        )
-        assert self.process.stdout is not None
-        found = (re.search(r"http://[\w.:]+", line) for line in self.process.stdout)
-        self.address = next((m[0] for m in found if m), "")
-        assert self.address, database.with_suffix(".log").read_text()[-800:]
-        self.database = database
+        super().__init__("--bundle", bundle, "--database", database, "--log")
 
     def client(self, key: str = "none") -> "openai.OpenAI":
         "OpenAI's own."
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.communicate(timeout=20)
 
 
 @pytest.fixture(scope="module")
 def server(bundle, tmp_path_factory):
     one = LiveServer(bundle, tmp_path_factory.mktemp("server") / "usage.sqlite")
     yield one
-    one.stop()
+    one.end()
 
 
 # -- OpenAI's own client, unchanged
@@ -221,13 +203,12 @@ def test_keys_are_counted_and_no_text_is_kept(bundle, tmp_path):
         with pytest.raises(openai.PermissionDeniedError, match="tiny"):
             server.client(other).embeddings.create(model="tiny", input="ok")
     finally:
-        server.stop()
+        _, _, log = server.end()
     engine = connect(database)
     with engine.connect() as c:
         rows = [dict(r._mapping) for r in c.exec_driver_sql("SELECT * FROM usage")]
     engine.dispose()
     assert [(row["requests"], row["tokens"]) for row in rows] == [(1, used)]
-    log = database.with_suffix(".log").read_text()
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert [line["status"] for line in lines] == [200, 429, 401, 403]
     assert lines[0]["model"] == verified_digest(bundle) and lines[0]["route"] == "/v1/embeddings"

@@ -1,9 +1,7 @@
 """The server: no body it cannot answer, nothing acknowledged that is not stored."""
 
 import json
-import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +20,7 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "onnxruntime"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
+from served import ServeCommand
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError
@@ -321,49 +320,12 @@ def test_an_overloaded_server_says_when(bundle, tmp_path):
 # -- as a process
 
 
-# the command, in a process that ends when the test does
-SERVE = (
-    "import sys; from llmeco_nb.runner.kernel import die_with_parent; "
-    "die_with_parent(int(sys.argv.pop(1))); from llmeco_nb.cli import main; main()"
-)
-
-
-class Process:
-    "`llmeco serve` in a process; `address` once it answers."
-
-    def __init__(self, bundle, database, *words, port=0):
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                SERVE,
-                str(os.getpid()),
-                "serve",
-                "--bundle",
-                str(bundle),
-                "--database",
-                str(database),
-                "--port",
-                str(port),
-                *words,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.said = [self.process.stdout.readline(), self.process.stdout.readline()]
-        found = re.search(r"http://[\w.:]+", self.said[0])
-        self.address = found and found[0]
-
-    def end(self, how=signal.SIGTERM):
-        self.process.send_signal(how)
-        out, err = self.process.communicate(timeout=30)
-        return self.process.returncode, "".join(self.said) + out, err
+def process(bundle, database) -> ServeCommand:
+    return ServeCommand("--bundle", bundle, "--database", database)
 
 
 def test_the_printed_line_works_and_ctrl_c_ends_politely(bundle, tmp_path):
-    p = Process(bundle, tmp_path / "f.sqlite")
+    p = process(bundle, tmp_path / "f.sqlite")
     line = next(s for s in p.said if s.startswith("curl "))
     done = (
         subprocess.run(line, shell=True, capture_output=True, text=True, timeout=30)
@@ -379,7 +341,7 @@ def test_the_printed_line_works_and_ctrl_c_ends_politely(bundle, tmp_path):
 
 
 def test_sigterm_ends_politely(bundle, tmp_path):
-    code, out, err = Process(bundle, tmp_path / "f.sqlite").end(signal.SIGTERM)
+    code, out, err = process(bundle, tmp_path / "f.sqlite").end(signal.SIGTERM)
     assert code == 0 and out.rstrip().endswith("Stopped.") and "Traceback" not in err
 
 
@@ -444,7 +406,7 @@ def test_the_newest_champion_is_served(tmp_path):
 def test_sigkill_loses_nothing_that_was_acknowledged(bundle, tmp_path):
     database, acknowledged, sent = tmp_path / "feedback.sqlite", set(), set()
     for life in range(2):
-        p, dead = Process(bundle, database), threading.Event()
+        p, dead = process(bundle, database), threading.Event()
 
         def person(n):
             with httpx.Client(base_url=p.address, timeout=20) as http:
@@ -475,14 +437,14 @@ def test_sigkill_loses_nothing_that_was_acknowledged(bundle, tmp_path):
             dead.set()
             for w in work:
                 w.result()
-        p.process.communicate()
+        p.end()
     stored = [(r.request_id, r.author) for r in read_feedback(database)]
     assert (
         len(stored) == len(set(stored))
         and acknowledged <= set(stored) <= sent
         and len(acknowledged) >= 15
     )
-    p = Process(bundle, database)  # who got no answer asks again, and nothing is there twice
+    p = process(bundle, database)  # who got no answer asks again, and nothing is there twice
     for request, author in sorted(sent):
         r = httpx.post(
             f"{p.address}/v1/feedback",

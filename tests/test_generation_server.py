@@ -27,6 +27,7 @@ pytest.importorskip("gguf", reason="packing needs the extra `pack`")
 import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import ServeCommand
 from sqlalchemy import select
 
 from llmeco_nb.core import UsageError
@@ -57,24 +58,12 @@ QUESTION = [{"role": "user", "content": "What of film 12?"}]
 ASKED = dict(model="small", messages=QUESTION, temperature=0, max_tokens=24)
 
 
-class LiveServer:
-    "`llmeco serve` with a decoder, as a process of its own."
+class LiveServer(ServeCommand):
+    "`llmeco serve` with a decoder."
 
     def __init__(self, database: Path, *options: str):
         self.database = database
-        words = ["serve", "--port", "0", "--bundle", str(small_decoder_bundle())]
-        code = "import sys; from llmeco_nb.cli import main; sys.exit(main())"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *words, "--database", str(database), *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        found = (re.search(r"http://[\w.:]+", line) for line in self.process.stdout)
-        address = next((m[0] for m in found if m), None)
-        assert address, self.process.stderr.read()[-800:]  # type: ignore[union-attr]
-        self.address = address
+        super().__init__("--bundle", small_decoder_bundle(), "--database", database, *options)
 
     def client(self, key: str = "none", **more) -> "openai.OpenAI":
         "OpenAI's own."
@@ -96,11 +85,6 @@ class LiveServer:
         with urllib.request.urlopen(f"{self.address}/metrics") as reply:
             return reply.read().decode()
 
-    def stop(self) -> int:
-        "Have it end; its exit status."
-        self.process.terminate()
-        return self.process.wait(20)
-
 
 @contextmanager
 def live(database: Path, *options: str) -> Iterator[LiveServer]:
@@ -109,8 +93,7 @@ def live(database: Path, *options: str) -> Iterator[LiveServer]:
     try:
         yield one
     finally:
-        one.process.kill()
-        one.process.communicate()
+        one.end(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -488,7 +471,7 @@ def test_sigterm_ends_it_within_its_limit_also_while_it_writes(tmp_path):
         stream = server.client().chat.completions.create(**drawn)
         next(iter(stream))
         begun = time.monotonic()
-        assert server.stop() in (0, -signal.SIGTERM, 143)
+        assert server.end()[0] in (0, -signal.SIGTERM, 143)
         assert time.monotonic() - begun < 15
 
 

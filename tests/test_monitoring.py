@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ import yaml
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
-import uvicorn
+from served import serving
 from smallbundle import make_bundle
 
 from llmeco_nb.core import UsageError
@@ -39,31 +40,16 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-class LiveApp:
-    "An application that answers from a thread."
-
-    def __init__(self, app):
-        self.app = app
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        config = uvicorn.Config(self.app, port=self.port, log_level="error")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
-
-    def end(self):
-        self.server.should_exit = True
-        self.thread.join(20)
-
-
-class Live(LiveApp):
+class Live:
     "A server in a thread, and what a test changes of it."
 
     def __init__(self, bundle, where, **options):
-        super().__init__(make_app(Predictor.load(bundle), where, **options))
+        self.app = make_app(Predictor.load(bundle), where, **options)
+        self.open = ExitStack()
+        _, self.port = self.open.enter_context(serving(self.app))
+
+    def end(self):
+        self.open.close()
 
     def ask(self, key="", timeout=30.0, text="good"):
         head = {"Authorization": f"Bearer {key}"} if key else {}

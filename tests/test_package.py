@@ -360,6 +360,19 @@ def test_the_list_of_slow_tests_names_tests_that_exist():
     assert listed <= notebooks, listed - notebooks
 
 
+def test_every_chapter_is_linked_from_another():
+    "A chapter that no other names is found by whoever knows its number alone."
+    linked = set()
+    paths = [p for p in (ROOT / "nbs").rglob("*.ipynb") if "runs" not in p.parts]
+    for path in paths:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                named = re.findall(r"\]\(([^)#\s]+\.ipynb)", "".join(cell["source"]))
+                linked |= {(path.parent / one).resolve() for one in named} - {path.resolve()}
+    alone = {p.name for p in paths if p.resolve() not in linked} - {"index.ipynb"}
+    assert not alone, alone
+
+
 def test_workflows_are_valid():
     assert {"test.yaml", "docs.yaml", "smoke.yaml"} <= {p.name for p in workflows}
     done = subprocess.run(

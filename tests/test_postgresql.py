@@ -1,11 +1,8 @@
 """The server on PostgreSQL: all that it stores, two servers of one database, and a database that
 goes away. Needs Debian's package `postgresql`, whose server is started on a free port."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -18,6 +15,7 @@ pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("psycopg", reason="PostgreSQL needs the extra `postgresql`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
+from served import ServeCommand
 from smallbundle import make_bundle
 from sqlalchemy import create_engine, text
 from test_migrations import OLD_ROWS, OLD_TABLES, RACE, check_upgraded, forked, told_meanwhile
@@ -188,40 +186,19 @@ def test_the_room_is_that_of_the_rows_that_are_left(where):
     assert 1000 <= left <= 2000
 
 
-class Served:
-    "A server in a process of its own."
-
-    def __init__(self, where, runs):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "LLMECO_RUNS": str(runs)}
-        words = ["serve", "--port", "0", "--database", where]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from llmeco_nb.cli import main; main()", *words],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        line = self.process.stdout.readline()
-        assert " answers at " in line, self.process.communicate()[1]
-        self.url = line.split(" answers at ")[1].split()[0]
-
-    def end(self, how=signal.SIGTERM):
-        self.process.send_signal(how)
-        self.process.communicate(timeout=30)
-
-
 def test_of_two_servers_one_is_killed_and_no_client_fails(where, bundles, tmp_path):
     registry, admin = Registry(where, "a test"), KeyAdmin(where, "a test")
     for folder in bundles.values():
         registry.register(folder)
     registry.promote("one")
     key, _ = admin.add(KeyOptions(name="ann"))
-    both = [Served(where, tmp_path) for _ in range(2)]
+    env = {"LLMECO_RUNS": str(tmp_path)}
+    both = [ServeCommand("--database", where, env=env) for _ in range(2)]
     told, failed, stop = [], [], threading.Event()
 
     def client(number):
         "Asks one server, and the other if that one is gone, as a proxy would."
-        order = [both[number % 2].url, both[1 - number % 2].url]
+        order = [both[number % 2].address, both[1 - number % 2].address]
         with httpx.Client(headers=bearer(key), timeout=10) as c:
             while not stop.is_set():
                 for url in order:
@@ -242,7 +219,7 @@ def test_of_two_servers_one_is_killed_and_no_client_fails(where, bundles, tmp_pa
         registry.promote("two")  # both follow
         deadline = time.monotonic() + 10
         while any(
-            httpx.get(f"{one.url}/v1/model", headers=bearer(key)).json()["name"] != "two"
+            httpx.get(f"{one.address}/v1/model", headers=bearer(key)).json()["name"] != "two"
             for one in both
         ):
             assert time.monotonic() < deadline
@@ -253,7 +230,7 @@ def test_of_two_servers_one_is_killed_and_no_client_fails(where, bundles, tmp_pa
         # what the dead one told is known to the other
         asked = told[before // 2]["request_id"]
         reply = httpx.post(
-            f"{both[1].url}/v1/feedback",
+            f"{both[1].address}/v1/feedback",
             json=dict(request_id=asked, correct=True),
             headers=bearer(key),
         )

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("casbin", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+from served import ServeCommand
 from smallbundle import make_bundle
 
 from llmeco_nb.core import DataError, LlmecoError, UsageError
@@ -652,16 +653,11 @@ def test_the_command_line_deploys_and_the_server_follows(bundles, tmp_path):
     where, runs = tmp_path / "f.sqlite", tmp_path / "runs"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LLMECO_RUNS": str(runs)}
 
-    def llmeco(*words, **more):
-        line = [sys.executable, "-c", "from llmeco_nb.cli import main; main()", *words]
-        return subprocess.Popen(
-            line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
-        )
-
     def models(*words):
-        done = llmeco("models", *words, "--database", str(where))
-        out, error = done.communicate(timeout=60)
-        return done.returncode, out + error
+        line = [sys.executable, "-c", "from llmeco_nb.cli import main; main()", "models", *words]
+        line += ["--database", str(where)]
+        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
 
     assert "No model is registered" in models("list")[1]
     for name in ("one", "turned"):
@@ -669,9 +665,9 @@ def test_the_command_line_deploys_and_the_server_follows(bundles, tmp_path):
         assert code == 0 and f"{name}@1 is" in out
     code, out = models("promote", "one@1", "--reason", "the first")
     assert code == 0 and "the first" in out
-    server = llmeco("serve", "--port", "0", "--database", str(where))
+    server = ServeCommand("--database", where, env={"LLMECO_RUNS": str(runs)})
     try:
-        at = server.stdout.readline().split(" answers at ")[1].split()[0]
+        at = server.address
         answer = lambda: httpx.post(f"{at}/v1/predict", json={"text": "good"}).json()["model"]
         assert answer()["name"] == "one"
         assert models("promote", "turned", "--revision", "7")[0] != 0, "another revision holds"
@@ -690,8 +686,7 @@ def test_the_command_line_deploys_and_the_server_follows(bundles, tmp_path):
         code, out = models("history")
         assert code == 0 and len(out.splitlines()) == 4
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=30)
+        server.end()
     for words in (("paint",), ("promote", "nobody"), ("stop",), ("add", str(tmp_path / "none"))):
         code, out = models(*words)
         assert code != 0 and "Traceback" not in out, words

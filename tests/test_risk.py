@@ -7,7 +7,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import pytest
 for library in ("fastapi", "uvicorn", "sqlalchemy", "casbin"):
     pytest.importorskip(library, reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
-import uvicorn
+import served
 from smallbundle import make_bundle
 
 from llmeco_nb.core import MissingError, UsageError, read_json
@@ -38,7 +37,7 @@ from llmeco_nb.deployment.risk_contract import AssessOptions, owasp_items
 from llmeco_nb.deployment.risk_report import Assessment, write_report
 from llmeco_nb.deployment.risk_target import Target
 from llmeco_nb.deployment.server import make_app
-from llmeco_nb.deployment.serving import Server, TimedProtocol, listen
+from llmeco_nb.deployment.serving import TimedProtocol
 from llmeco_nb.deployment.signing import new_key, sign_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,19 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def serving(app, http=TimedProtocol):
-    "Have an application answer in a thread, as `llmeco serve` has it; its address."
-    listening, ready = listen("127.0.0.1", 0), threading.Event()
-    config = uvicorn.Config(app, log_level="critical", server_header=False, http=http, ws="none")
-    server = Server(config, ready.set)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
+    "The URL of an application that answers in a thread."
+    with served.serving(app, http=http) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @dataclass
@@ -735,16 +724,8 @@ def test_a_careless_server_fails_every_probe(house, tmp_path):
 def test_who_waits_for_ever_is_found(house):
     "The two probes that wait, on a server that does, and with less patience."
     by_id = {one.id: one for one in probes}
-    config = uvicorn.Config(Careless("classifier"), log_level="critical")
-    listening, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(config, ready.set)
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    target = Target(house.options(f"http://127.0.0.1:{listening.getsockname()[1]}"))
-    for name in ("body.slow", "connections.silent"):
-        outcome = by_id[name].run(target, most=1.5)  # type: ignore[call-arg]
-        assert outcome.state == "failed" and "waited for" in outcome.detail, outcome
-    server.should_exit = server.force_exit = True
-    thread.join(20)
-    listening.close()
+    with serving(Careless("classifier"), http="auto") as url:
+        target = Target(house.options(url))
+        for name in ("body.slow", "connections.silent"):
+            outcome = by_id[name].run(target, most=1.5)  # type: ignore[call-arg]
+            assert outcome.state == "failed" and "waited for" in outcome.detail, outcome

@@ -2,32 +2,25 @@
 nobody out, and a model that hangs does not keep the process from ending."""
 
 import json
-import os
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
 import struct
 import subprocess
-import sys
-import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
-import uvicorn
+from served import COMMAND, ServeCommand, serving
 from smallbundle import make_bundle
 
-from llmeco_nb.deployment.connections import ConnectionLimits, TimedProtocol
 from llmeco_nb.deployment.executor import ExecutorOptions
 from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.server import make_app
-from llmeco_nb.deployment.serving import Server, listen
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,36 +39,6 @@ class Slow(Predictor):
         self.asked = getattr(self, "asked", []) + [work.text for work in works]
         time.sleep(self.pause * len(works))
         return super().predict(works)
-
-
-@contextmanager
-def serving(app, *, tls=None, loop="auto", **limits):
-    "The address of a server in a thread; with a context of TLS it speaks HTTPS."
-
-    class Protocol(TimedProtocol):
-        pass
-
-    Protocol.limits = ConnectionLimits(**limits)
-    listening, ready = listen("127.0.0.1", 0), threading.Event()
-    config = uvicorn.Config(
-        app,
-        log_level="error",
-        lifespan="on",
-        http=Protocol,
-        ws="none",
-        loop=loop,
-        timeout_graceful_shutdown=3,
-    )
-    server = Server(config, ready.set, tls)
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]), daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield listening.getsockname()
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def request(body, path="/v1/predict", *headers):
@@ -494,27 +457,24 @@ def test_who_does_not_say_farewell_over_tls_is_not_waited_for(
 @pytest.mark.slow
 def test_a_thousand_silent_clients_keep_nobody_out_of_https(bundle, tmp_path, certificate):
     "The command as it ships, which may open fewer files than there are clients."
-    words = ["--bundle", bundle, "--database", tmp_path / "f.sqlite", "--port", "0"]
-    words += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
+    words = ("--bundle", bundle, "--database", tmp_path / "f.sqlite")
+    words += ("--tls-cert", certificate[0], "--tls-key", certificate[1])
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (900, 900)); "
-    code = limit + "from llmeco_nb.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", *map(str, words)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            address = ("127.0.0.1", int(process.stdout.readline().split(":")[2].split()[0]))
-            silent = [connected(address) for _ in range(1000)]
-            begun = time.monotonic()
-            for _ in range(5):
-                with encrypted(address, certificate) as one:
-                    one.sendall(request(b'{"text": "good"}'))
-                    assert read_reply(one)[0] == 200
-            assert time.monotonic() - begun < 5
-            process.terminate()
-            assert process.wait(20) == 0
-            for one in silent:
-                one.close()
-        finally:
-            process.kill()
+    server = ServeCommand(*words, code=limit + COMMAND)
+    try:
+        address = ("127.0.0.1", int(server.address.rpartition(":")[2]))
+        silent = [connected(address) for _ in range(1000)]
+        begun = time.monotonic()
+        for _ in range(5):
+            with encrypted(address, certificate) as one:
+                one.sendall(request(b'{"text": "good"}'))
+                assert read_reply(one)[0] == 200
+        assert time.monotonic() - begun < 5
+    finally:
+        status, _, _ = server.end()
+    assert status == 0
+    for one in silent:
+        one.close()
 
 
 def test_pieces_of_a_byte_are_not_read_for_long(bundle, tmp_path):
@@ -581,7 +541,7 @@ def test_a_body_is_read_in_one_way(bundle, tmp_path):
 
 
 HANGS = """
-import sys, time
+import time
 from llmeco_nb.deployment import serving
 from llmeco_nb.deployment.predictor import Predictor
 
@@ -592,18 +552,15 @@ class Hangs(Predictor):
         return super().predict(works)
 
 serving.Predictor = Hangs
-serving.run_server(
-    serving.ServerOptions(bundle=sys.argv[1], port=0, database=sys.argv[2])
-)
 """
 
 
 @pytest.mark.slow
 def test_a_model_that_hangs_is_seen_and_does_not_keep_the_process(bundle, tmp_path):
-    command = [sys.executable, "-c", HANGS, str(bundle), str(tmp_path / "f.sqlite")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        port = int(process.stdout.readline().split(":")[2].split()[0])
-        address = ("127.0.0.1", port)
+    words = ("--bundle", bundle, "--database", tmp_path / "f.sqlite")
+    server = ServeCommand(*words, code=HANGS + COMMAND)
+    try:
+        address = ("127.0.0.1", int(server.address.rpartition(":")[2]))
         hanging = connected(address)
         hanging.sendall(request(b'{"text": "hang"}'))
         begun = time.monotonic()
@@ -620,7 +577,8 @@ def test_a_model_that_hangs_is_seen_and_does_not_keep_the_process(bundle, tmp_pa
         assert read_reply(hanging)[0] == 503 and time.monotonic() - begun < 12
         hanging.sendall(request(b'{"text": "more"}'))
         assert read_reply(hanging)[0] == 429
-        os.kill(process.pid, signal.SIGTERM)
         begun = time.monotonic()
-        process.wait(30)
+        server.end()
         assert time.monotonic() - begun < 15
+    finally:
+        server.end()

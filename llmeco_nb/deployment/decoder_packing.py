@@ -196,13 +196,13 @@ def read_source(path: str | Path) -> DecoderSource:
     return DecoderSource(path, length, end, begin, str(template), text)
 
 
-def end_tokens(tokenizer: str, told: dict[str, Any]) -> tuple[int | None, int | None]:
+def end_tokens(tokenizer: str, config: dict[str, Any]) -> tuple[int | None, int | None]:
     """Ids of the token in front of a text that is to be continued and of the one behind an answer;
     None: there is none.
 
     Args:
         tokenizer: The content of tokenizer.json.
-        told: The content of tokenizer_config.json.
+        config: The content of tokenizer_config.json.
     """
     from tokenizers import Tokenizer
 
@@ -212,14 +212,14 @@ def end_tokens(tokenizer: str, told: dict[str, Any]) -> tuple[int | None, int | 
         raise DataError(f"tokenizer.json cannot be read: {str(e)[:200]}.") from None
 
     def token_id(name: str) -> int | None:
-        token = told.get(name)
+        token = config.get(name)
         content = token.get("content") if isinstance(token, dict) else token
         return one.token_to_id(content) if content else None
 
     begin, end = token_id("bos_token"), token_id("eos_token")
     # it is put there by the tokenizer itself, or by a setting; or one token stands between texts
     by_itself = begin is not None and one.encode("a").ids[:1] == [begin]
-    wanted = by_itself or told.get("add_bos_token") or begin == end
+    wanted = by_itself or config.get("add_bos_token") or begin == end
     return begin if wanted else None, end
 
 

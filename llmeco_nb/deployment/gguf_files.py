@@ -125,14 +125,14 @@ def folder_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds a model of the type {kind!r}; {' and '.join(families)} can be packed."
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    odd = {
+    unsupported = {
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "use_sliding_window": config.get("use_sliding_window"),
         "rope_type": rope.get("rope_type", "default") != "default",
         "hidden_act": config.get("hidden_act", "silu") != "silu",
     }
-    if found := [name for name, wrong in odd.items() if wrong]:
+    if found := [name for name, wrong in unsupported.items() if wrong]:
         raise DataError(
             f"{folder} holds a model with {', '.join(found)}, which is not packed here."
         )
@@ -172,27 +172,27 @@ def pre_tokenizer_name(pre_tokenizer: object) -> str:
     Args:
         pre_tokenizer: Of tokenizer.json.
     """
-    told = json.dumps(pre_tokenizer)
-    return next((name for part, name in pre_tokenizer_names.items() if part in told), "gpt-2")
+    stated = json.dumps(pre_tokenizer)
+    return next((name for part, name in pre_tokenizer_names.items() if part in stated), "gpt-2")
 
 
-def add_tokenizer(writer: Any, told: dict[str, Any], vocab_size: int) -> None:
+def add_tokenizer(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
     """Write a byte-level BPE tokenizer into the head of a file. Raises `DataError` for another.
 
     Args:
         writer: Of the package gguf.
-        told: The content of tokenizer.json.
+        tokenizer: The content of tokenizer.json.
         vocab_size: Rows of the embedding; ids beyond the tokenizer's are filled up.
     """
-    model = told.get("model", {})
-    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(told.get("decoder")):
+    model = tokenizer.get("model", {})
+    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(tokenizer.get("decoder")):
         raise DataError(
             f"The tokenizer is of the type {model.get('type')!r}; a decoder is packed with a "
             "byte-level BPE tokenizer."
         )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [5] * vocab_size  # unused
-    added = {one["id"]: one for one in told.get("added_tokens", [])}
+    added = {one["id"]: one for one in tokenizer.get("added_tokens", [])}
     ids = {**model["vocab"], **{one["content"]: i for i, one in added.items()}}
     if max(ids.values()) >= vocab_size:
         raise DataError(
@@ -201,27 +201,27 @@ def add_tokenizer(writer: Any, told: dict[str, Any], vocab_size: int) -> None:
     for token, i in ids.items():
         tokens[i], kinds[i] = token, 3 if added.get(i, {}).get("special") else 1
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(told.get("pre_tokenizer")))
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer.get("pre_tokenizer")))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
     writer.add_token_merges(merges)
 
 
-def add_ends(writer: Any, told: dict[str, Any], ids: dict[str, int]) -> None:
+def add_ends(writer: Any, config: dict[str, Any], ids: dict[str, int]) -> None:
     """Write into the head of a file where texts begin and end, and how dialogues are written.
 
     Args:
         writer: Of the package gguf.
-        told: The content of tokenizer_config.json.
+        config: The content of tokenizer_config.json.
         ids: Token -> id.
     """
     for name, add in (("eos_token", "add_eos_token_id"), ("bos_token", "add_bos_token_id")):
-        token = told.get(name)
+        token = config.get(name)
         content = token.get("content") if isinstance(token, dict) else token
         if content in ids:
             getattr(writer, add)(ids[content])
-    if template := told.get("chat_template"):
+    if template := config.get("chat_template"):
         writer.add_chat_template(template)
 
 
@@ -236,7 +236,7 @@ def write_gguf(folder: str | Path, file: str | Path, weights: str = "q8_0") -> P
     """
     check_weights(weights)
     folder, gguf = Path(folder), gguf_library()
-    config, told = folder_config(folder), read_json(folder / "tokenizer.json")
+    config, tokenizer = folder_config(folder), read_json(folder / "tokenizer.json")
     family = families[config["model_type"]]
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -256,11 +256,11 @@ def write_gguf(folder: str | Path, file: str | Path, weights: str = "q8_0") -> P
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(7 if weights == "q8_0" else 1)
-    add_tokenizer(writer, told, config["vocab_size"])
+    add_tokenizer(writer, tokenizer, config["vocab_size"])
     beside = folder / "tokenizer_config.json"
     if beside.is_file():
-        added = {one["content"]: one["id"] for one in told.get("added_tokens", [])}
-        add_ends(writer, read_json(beside), {**told["model"]["vocab"], **added})
+        added = {one["content"]: one["id"] for one in tokenizer.get("added_tokens", [])}
+        add_ends(writer, read_json(beside), {**tokenizer["model"]["vocab"], **added})
     tied = config.get("tie_word_embeddings", False)
     for name, values in folder_weights(folder):
         if name == "lm_head.weight" and tied:

@@ -154,7 +154,8 @@ main>p,main>ul,main>ol,main>blockquote,main>.lede{max-width:44rem}
   border-radius:6px;color:var(--soft)}
 .side a:hover,.toc a:hover{color:var(--ink);background:var(--wash);text-decoration:none}
 .side a[aria-current]{color:var(--ink);font-weight:600;background:var(--wash)}
-.side a .n{display:inline-block;min-width:2.1em;color:var(--soft);font-variant-numeric:tabular-nums}
+.side a{display:flex;gap:.35em}
+.side a .n{flex:none;min-width:2.1em;color:var(--soft);font-variant-numeric:tabular-nums}
 .toc .deep{padding-left:1.4rem}
 main{min-width:0;grid-column:2;grid-row:1}
 .side{grid-column:1;grid-row:1}
@@ -293,6 +294,7 @@ figure figcaption i{display:inline-block;width:.95em;height:3px;border-radius:2p
   padding-left:1.5em;text-indent:-1.5em}
 .api h3 .sig{font-weight:400;color:var(--soft)}
 .api p{margin-bottom:.5em}
+.api td:nth-child(2){min-width:9em}
 .ringed{display:flex;justify-content:center;margin:1.2rem 0 1.6rem}
 .decade h3{margin:1.6em 0 .35em}
 .chapters{list-style:none;padding:0;margin:0;font:.88rem/1.45 var(--sans)}
