@@ -621,7 +621,7 @@ def test_what_finds_no_room_is_refused(generator):
         generator.prepare_dialogue(ask("film " * 400), SamplingParams())
     with pytest.raises(UsageError, match="max_tokens is 250; behind a prompt of"):
         generator.prepare_dialogue(ask(), SamplingParams(max_tokens=250))
-    with pytest.raises(UsageError, match="A step has 8 tokens"):
+    with pytest.raises(UsageError, match="max_num_batched_tokens is 8 and max_num_seqs is 16"):
         EngineOptions(max_num_seqs=16, max_num_batched_tokens=8)
 
 

@@ -241,7 +241,9 @@ def test_a_request_keeps_the_model_to_which_it_came(registry, decoders, answers,
         judged = service.guard.check
 
         async def slow(*args):
-            await service.exchange(TextGenerator.load(decoders["two"]))
+            other = TextGenerator.load(decoders["two"])
+            other.prepare_dialogue = lambda *args: 1 / 0  # the prompt is the first model's, too
+            await service.exchange(other)
             return await judged(*args)
 
         service.guard.check = slow
