@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +119,17 @@ def serving(
         thread.join(20)
         listening.close()
         assert not thread.is_alive()
+
+
+class LiveApp:
+    "An application that answers from a thread, so that a test can reach into it; `address`, `port`."
+
+    def __init__(self, app: Any):
+        self.app = app
+        self.open = ExitStack()
+        _, self.port = self.open.enter_context(serving(app))
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def end(self) -> None:
+        "End it, and wait until it is gone."
+        self.open.close()

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ for library in ("fastapi", "uvicorn", "sqlalchemy", "openvino_genai"):
 pytest.importorskip("torch", reason="a decoder is packed from torch")
 pytest.importorskip("gguf", reason="packing needs the extra `pack`")
 import httpx
-import uvicorn
+from served import LiveApp
 from sqlalchemy import select
 
 from llmeco_nb.deployment.chat_page import chat_page, chat_script
@@ -41,19 +40,12 @@ from llmeco_nb.tasks.text_generation import TextChunk
 MARKUP = '<script>window.ran = 1</script><img src="x" onerror="window.ran = 2"> & <b>bold</b>'
 
 
-class LiveApp:
-    "A served decoder in a thread of this process, so that a test can reach into its service."
+class ServedDecoder(LiveApp):
+    "A decoder whose server is a thread of this process, so that a test can reach into its service."
 
     def __init__(self, generator: TextGenerator, database: Path):
         self.database = database
-        self.app = make_generation_app(generator, database, log=lambda line: None)
-        config = uvicorn.Config(self.app, port=0, log_level="error", ws="none")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        until(lambda: self.server.started)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
+        super().__init__(make_generation_app(generator, database, log=lambda line: None))
 
     @property
     def service(self):
@@ -70,18 +62,17 @@ class LiveApp:
 
 
 @contextmanager
-def live_app(database: Path, generator: TextGenerator | None = None) -> Iterator[LiveApp]:
+def live_app(database: Path, generator: TextGenerator | None = None) -> Iterator[ServedDecoder]:
     "One for the length of a `with` block."
-    one = LiveApp(generator or TextGenerator.load(small_decoder_bundle()), database)
+    one = ServedDecoder(generator or TextGenerator.load(small_decoder_bundle()), database)
     try:
         yield one
     finally:
-        one.server.should_exit = True
-        one.thread.join(20)
+        one.end()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[LiveApp]:
+def server(tmp_path_factory) -> Iterator[ServedDecoder]:
     "One without keys."
     with live_app(tmp_path_factory.mktemp("chat") / "answers.sqlite") as one:
         yield one

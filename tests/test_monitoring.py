@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import ExitStack
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ import yaml
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
 import httpx
-from served import serving
+from served import LiveApp
 from smallbundle import make_bundle
 
 from llmeco_nb.core import UsageError
@@ -40,16 +39,11 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-class Live:
+class Live(LiveApp):
     "A server in a thread, and what a test changes of it."
 
     def __init__(self, bundle, where, **options):
-        self.app = make_app(Predictor.load(bundle), where, **options)
-        self.open = ExitStack()
-        _, self.port = self.open.enter_context(serving(self.app))
-
-    def end(self):
-        self.open.close()
+        super().__init__(make_app(Predictor.load(bundle), where, **options))
 
     def ask(self, key="", timeout=30.0, text="good"):
         head = {"Authorization": f"Bearer {key}"} if key else {}

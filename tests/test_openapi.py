@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
 pytest.importorskip("schemathesis", reason="pip install schemathesis")
 pytest.importorskip("onnx", reason="the hand-made bundle is written with onnx")
+from served import LiveApp
 from smallbundle import make_bundle
-from test_monitoring import Live, LiveApp
+from test_monitoring import Live
 
 from llmeco_nb.deployment.embedding_packing import small_embedding_bundle
 from llmeco_nb.deployment.embedding_server import make_embedding_app

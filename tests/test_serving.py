@@ -575,6 +575,7 @@ def test_a_model_that_hangs_is_seen_and_does_not_keep_the_process(bundle, tmp_pa
             one.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             assert read_reply(one)[0] == 200
         assert read_reply(hanging)[0] == 503 and time.monotonic() - begun < 12
+        time.sleep(1.5)  # until the batch is expected to take longer than a deadline
         hanging.sendall(request(b'{"text": "more"}'))
         assert read_reply(hanging)[0] == 429
         begun = time.monotonic()
