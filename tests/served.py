@@ -122,7 +122,7 @@ def serving(
 
 
 class LiveApp:
-    "An application that answers from a thread, so that a test can reach into it; `address`, `port`."
+    "An application that answers from a thread, so that a test can reach into it."
 
     def __init__(self, app: Any):
         self.app = app

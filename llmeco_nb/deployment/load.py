@@ -296,6 +296,7 @@ class ServerProcess:
         told = {name: value for name, value in {**os.environ, **(env or {})}.items() if value}
         self.said = tempfile.TemporaryFile("w+")
         self.begun = time.perf_counter()
+        self.at_first: dict[int, float] = {}  # seconds of each thread until the first reply
         self.process = subprocess.Popen(
             list(command),
             env=told,
@@ -330,10 +331,16 @@ class ServerProcess:
         return sum(sum(one.cpu_times()[:2]) for one in self._all())
 
     def busiest_cores(self) -> set[int]:
-        "Cores on which that thread may run which has used most processor time, its children's too."
+        """Cores on which that thread may run which has used most processor time since the first
+        reply, its children's too."""
+        used = self._thread_seconds()
+        busiest = max(used, key=lambda thread: used[thread] - self.at_first.get(thread, 0.0))
+        return os.sched_getaffinity(busiest)
+
+    def _thread_seconds(self) -> dict[int, float]:
+        "Thread -> processor time that it has used."
         threads = [thread for one in self._all() for thread in one.threads()]
-        busiest = max(threads, key=lambda thread: thread.user_time + thread.system_time)
-        return os.sched_getaffinity(busiest.id)
+        return {thread.id: thread.user_time + thread.system_time for thread in threads}
 
     def resident_mb(self) -> float:
         "Megabytes of memory that it holds, with its children; what they share counts for each."
@@ -355,6 +362,7 @@ class ServerProcess:
             try:
                 async with asyncio.timeout(5):
                     if (await client.ask(path, body)).status == 200:
+                        self.at_first = self._thread_seconds()
                         return time.perf_counter() - self.begun
             except (OSError, TimeoutError):
                 pass
