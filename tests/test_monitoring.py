@@ -214,7 +214,8 @@ class Prometheus:
         )
 
     def query(self, expr):
-        reply = httpx.get(f"{self.url}/api/v1/query", params=dict(query=expr)).json()
+        got = httpx.get(f"{self.url}/api/v1/query", params=dict(query=expr))
+        reply = got.raise_for_status().json()
         assert reply["status"] == "success", reply
         return reply["data"]["result"]
 
@@ -228,8 +229,8 @@ class Prometheus:
             try:
                 if condition():
                     return
-            except httpx.TransportError:
-                pass  # it is starting
+            except httpx.HTTPError:
+                pass  # it is starting: nobody listens, or it says 503
             assert time.monotonic() < deadline, self.ringing()
             time.sleep(0.25)
 
