@@ -27,7 +27,6 @@ from llmeco_nb.finetuning.classifier import (
     enough_labels,
     halves,
     labelled_subset,
-    layerwise_lr_scales,
 )
 from .encoding import classifier_batches
 from llmeco_nb.finetuning.head_and_tail import (
@@ -37,6 +36,7 @@ from llmeco_nb.finetuning.head_and_tail import (
     given_head,
 )
 from .race_plan import DividedMinutes, divide_minutes, pick_winner, race_plan
+from .trainable import layerwise_lr_scales
 from .training_half import TrainingHalf, Truncation
 from ..stats.significance import wilson
 from ..tasks.contract import Schema

@@ -137,10 +137,12 @@ def measure_step_time(
         [],
     )
     model.train()
+    device = next(model.parameters()).device
     for t in range(tries + 1):
         start = time.perf_counter()
         for a in range(accumulation):
-            step(model, batches(t * accumulation + a), lambda loss: loss.backward())
+            batch = to_device(batches(t * accumulation + a), device)
+            step(model, batch, lambda loss: loss.backward())
             optimiser.collect()
         optimiser.step(factor=1e-6)
         taken.append(time.perf_counter() - start)
