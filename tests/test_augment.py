@@ -21,8 +21,6 @@ from llmeco_nb.core import (
 from llmeco_nb.data import augment
 from llmeco_nb.data.augment import (
     AugmentConfig,
-    MaskedLMScorer,
-    WordNet,
     apertium,
     available_engines,
     back_translate,
@@ -33,11 +31,10 @@ from llmeco_nb.data.augment import (
     marian,
     mix_augmented,
     pivot_revision,
-    replace_words,
     translator,
-    wordnet_folder,
 )
 from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split, write_corpus
+from llmeco_nb.data.synonyms import MaskedLMScorer, WordNet, replace_words, wordnet_folder
 from llmeco_nb.data.text_spool import normalized_key
 from llmeco_nb.runner.identity import key_of, work_parts
 from llmeco_nb.runner.pipeline import Pipeline

@@ -358,7 +358,8 @@ def test_naming_one_class_is_always_chance(n, share, classes, seed):
 pytest.importorskip("transformers")
 from llmeco_nb.finetuning import classifier
 from llmeco_nb.finetuning.checkpoints import small_random_encoder
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.classifier import fine_tune
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.finetuning.race import RaceConfig, race
 from llmeco_nb.finetuning.race_plan import divide_minutes, race_plan
 

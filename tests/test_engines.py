@@ -35,7 +35,8 @@ from llmeco_nb.evaluation.stacking import Stack, StackMember
 from llmeco_nb.finetuning import engine_trial
 from llmeco_nb.finetuning import engines as module
 from llmeco_nb.finetuning.budget import Workload, finetune_plan
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.classifier import fine_tune
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.finetuning.encoding import tokenize_texts
 from llmeco_nb.finetuning.engine_trial import EngineTrial, build_engine, engine_speed
 from llmeco_nb.finetuning.engines import (

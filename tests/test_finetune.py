@@ -20,18 +20,18 @@ from llmeco_nb.finetuning import checkpoints, training_half
 from llmeco_nb.finetuning import classifier as finetune
 from llmeco_nb.finetuning.checkpoints import packaged_minilm
 from llmeco_nb.finetuning.classifier import (
-    ClassifierConfig,
     enough_labels,
     fine_tune,
     labelled_subset,
-    layerwise_lr_scales,
 )
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.finetuning.encoding import (
     collate,
     tokenize_texts,
     truncate_middle,
 )
 from llmeco_nb.finetuning.text_classification import predict_proba
+from llmeco_nb.finetuning.trainable import layerwise_lr_scales
 from llmeco_nb.tasks.predictions import exclusion_of, scores_of
 
 CLASSES = ["refund", "delivery", "praise"]

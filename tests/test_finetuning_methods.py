@@ -16,7 +16,8 @@ from llmeco_nb.core import UsageError, create_record, read_json
 from llmeco_nb.finetuning import classifier as finetune
 from llmeco_nb.finetuning import training_half
 from llmeco_nb.finetuning.checkpoints import small_random_encoder
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.classifier import fine_tune
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.finetuning.trainable import is_embedding, layer_number
 from llmeco_nb.tasks.predictions import scores_of
 

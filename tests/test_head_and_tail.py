@@ -16,7 +16,8 @@ from llmeco_nb.core import create_record, read_json, write_json
 from llmeco_nb.data.corpus import write_corpus
 from llmeco_nb.finetuning import head_and_tail
 from llmeco_nb.finetuning import race as race_chapter
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.classifier import fine_tune
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.finetuning.frozen import FrozenConfig, fit_frozen
 from llmeco_nb.finetuning.head_and_tail import (
     HeadChoice,

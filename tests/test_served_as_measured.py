@@ -16,7 +16,8 @@ from llmeco_nb.data.corpus import CorpusConfig, build_corpus, read_split
 from llmeco_nb.deployment.bundle import BundleConfig, build_bundle
 from llmeco_nb.deployment.manifest import verify
 from llmeco_nb.evaluation.comparison import EvaluationConfig, evaluate_models
-from llmeco_nb.finetuning.classifier import ClassifierConfig, fine_tune
+from llmeco_nb.finetuning.classifier import fine_tune
+from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 from llmeco_nb.tasks.limits import max_request_texts
 from llmeco_nb.tasks.predictions import read_predictions_file
 from llmeco_nb.tasks.registry import load_schema

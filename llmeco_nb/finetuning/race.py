@@ -23,10 +23,14 @@ from ..data.corpus import read_split, small_corpus, sort_by_split_hash
 from .budget import average_rows, forward_seconds, step_seconds
 from .checkpoints import centre_mean_layer, encoder_folder, weights_revision
 from llmeco_nb.finetuning.classifier import (
-    ClassifierConfig,
     enough_labels,
     halves,
     labelled_subset,
+)
+from llmeco_nb.finetuning.classifier_config import (
+    ClassifierConfig,
+    prepare_model,
+    training_step,
 )
 from .encoding import classifier_batches
 from llmeco_nb.finetuning.head_and_tail import (
@@ -129,6 +133,7 @@ class Entrant:
         tokenizer: Of its encoder.
         max_length: Tokens it reads of a text, at most.
         left_out: Why it may not take part; empty: it may.
+        classes: How many there are; 0: targets are numbers.
     """
 
     config: ClassifierConfig
@@ -141,6 +146,7 @@ class Entrant:
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
     left_out: str = ""
+    classes: int = 0
 
 
 def enter(
@@ -172,6 +178,7 @@ def enter(
     train, validation = (half.encode(splits[s], tokenizer, schema, cut) for s in splits)
     if config.pooling == "mean":
         centre_mean_layer(model, train.input_ids[:256], tokenizer.pad_token_id)
+    prepare_model(model, config)
     layers = getattr(model.config, "num_hidden_layers", 0)
     scales = layerwise_lr_scales(layers, config.layerwise_lr_decay)
     return Entrant(
@@ -185,6 +192,7 @@ def enter(
         tokenizer,
         cut.max_length,
         unreadable(unknown_share(tokenizer, splits["train"].text), config.max_unknown_share),
+        len(getattr(schema, "labels", [])),
     )
 
 
@@ -197,7 +205,7 @@ def entrant_speed(half: TrainingHalf, one: Entrant) -> tuple[float, float]:
     """
     chosen = average_rows(one.train, one.config.batch_size)
     rows, targets = [one.train[i] for i in chosen], [one.targets[i] for i in chosen]
-    step = half.loss_step(one.config.label_smoothing)
+    step = training_step(half, one.config, one.targets, one.classes)
     taken = step_seconds(one.model, one.optimiser, step, rows, targets, one.pad)
     return taken, forward_seconds(one.model, rows, one.pad)
 
@@ -225,7 +233,7 @@ def run_entrant(
     task = TrainTask(
         model=one.model,
         optimizer=one.optimiser,
-        loss_step=half.loss_step(config.label_smoothing),
+        loss_step=training_step(half, config, one.targets, one.classes),
         make_batch=lambda batch_size, index, *share: batches(index),
         count_tokens=lambda batch: batch["input_ids"].numel(),
         name=f"race-{config.name}",

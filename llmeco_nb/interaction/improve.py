@@ -224,7 +224,8 @@ def refit_encoder(
 
     from llmeco_nb.finetuning.classifier import save_classifier
     from llmeco_nb.finetuning.encoding import classifier_batches, tokenize_texts
-    from llmeco_nb.finetuning.text_classification import classification_loss_step
+    from llmeco_nb.finetuning.robust_training import RobustTraining
+    from llmeco_nb.finetuning.text_classification import ClassificationTraining
     from llmeco_nb.models.speedups import decided_precision
     from llmeco_nb.training.loop import resolve_train_plan, train_task
     from llmeco_nb.training.optim import Optimiser
@@ -264,7 +265,7 @@ def refit_encoder(
     task = TrainTask(
         model=model,
         optimizer=optimiser,
-        loss_step=classification_loss_step(),
+        loss_step=RobustTraining().step(ClassificationTraining()),
         make_batch=lambda batch_size, index, *share: batches(index),
         count_tokens=lambda b: b["input_ids"].numel(),
         name="improve",

@@ -356,11 +356,11 @@ class Optimiser:
             n: p.detach().clone() if self.precision == "bf16" else p
             for n, p in self.weights.items()
         }
-        self.frozen = rounded_away(model, set(self.weights))
+        self.frozen = {}
         if self.precision == "bf16":
+            self.frozen = rounded_away(model, set(self.weights))
             cast_parameters(model, torch.bfloat16)
-        # for the masters' gradients: fresh memory each step would cost more than the copy
-        self.room = {}
+        self.room = {}  # for masters' gradients: fresh memory each step costs more than the copy
         self.muon = config.muon
         options = MuonConfig.of(config.muon_options or {})
         rounds = torch.bfloat16 if self.precision == "bf16" else torch.float32
