@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
 from ..core import UsageError
+from .adversarial import AdversaryName
 from .lora import AdapterConfig, add_adapter
 from .robust_training import RobustTraining, set_dropout
 from .trainable import Trainable, freeze
@@ -49,9 +50,7 @@ class ClassifierConfig(StageConfig):
     unfreezing: Fraction = 0.0  # share of the steps over which layers thaw from the top; 0: none
     adapter_rank: PositiveInt = 8  # of the matrices of lora and dora
     adapter_alpha: PositiveFloat = 16.0  # what they add is multiplied by alpha / rank
-    adversary: Literal["none", "fgm", "pgd", "freelb"] = (
-        "none"  # looks for the worst point near a text
-    )
+    adversary: AdversaryName = "none"  # looks for the worst point near a text
     perturbation: PositiveFloat = 0.02  # how far it looks, as a share of the embedded text's length
     ascents: PositiveInt = 3  # steps of its search; fgm takes one
     neftune: NonNegativeFloat = 0.0  # alpha of the noise on embedded words; 0: none
