@@ -7,7 +7,7 @@ __all__ = ['ChatDecoder', 'decoder_place', 'decoder_revision', 'open_chat_decode
            'tuning_optimiser', 'finish_tuning', 'bucketed_rows', 'collate_dialogues', 'answer_log_probs', 'end_tokens',
            'save_chat_decoder', 'write_answer']
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #6ccace67
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #a461ae31
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ from llmeco_nb.finetuning.dialogues import (
 from .lora import AdapterConfig, add_adapter, merge_adapter
 from ..tasks.text_generation import ChatMessage
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #e628d735
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #b1ae3938
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import torch
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.plan import Measured, PlanConfig
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #bb921938
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #2643d099
 @dataclass(frozen=True)
 class ChatDecoder:
     """A decoder, and how it reads dialogues.
@@ -125,8 +125,8 @@ def open_chat_decoder(decoder: str | Path, device: str = "cpu") -> ChatDecoder:
 
 
 def small_random_decoder(source: str | Path = "", seed: int = 0) -> Path:
-    """The folder of a tiny Qwen3 with random weights and a tokenizer learned from dialogues, made at
-    the first call under runs/scratch.
+    """The folder of a tiny Qwen3 with random weights and a tokenizer learned from dialogues, made
+    at the first call under runs/scratch.
 
     Args:
         source: File that `read_dialogues` reads; empty: the small dialogues.
@@ -145,7 +145,7 @@ def small_random_decoder(source: str | Path = "", seed: int = 0) -> Path:
 
     return cached_fixture("chat-decoder", make, seed, new_decoder, save_decoder, words)
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #16bb184f
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #e4d43df6
 @stage_config
 class TuningConfig(StageConfig):
     "What a stage that tunes a decoder may be told."
@@ -159,7 +159,7 @@ class TuningConfig(StageConfig):
     adapter_rank: PositiveInt = 8  # of the matrices of lora
     adapter_alpha: PositiveFloat = 16.0  # what they add is multiplied by alpha / rank
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
-    steps: PositiveInt = 80  # optimiser steps, where minutes is 0
+    steps: PositiveInt = 200  # optimiser steps, where minutes is 0
     batch_size: PositiveInt | None = 16  # rows a batch; none: by probes of their speed
     grad_accum_steps: PositiveInt = 1  # batches a step
     lr: PositiveFloat | None = 3e-3  # learning rate at its peak; none: by probes
@@ -209,7 +209,7 @@ class TuningConfig(StageConfig):
         found = stage_plan(self, {}, spent)
         return replace(found, fingerprint=dict(found.fingerprint) | hashes)
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #1f9c38de
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #3f0b5906
 def tuning_optimiser(record: Record, model: "PreTrainedModel", config: TuningConfig) -> "Optimiser":
     """The optimizer of all weights, or of an adapter that is added to the model.
 
@@ -246,7 +246,7 @@ def finish_tuning(optimiser: "Optimiser") -> "PreTrainedModel":
     merge_adapter(model)
     return model.eval().cpu()
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #bd24ba5e
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #970ee77a
 def bucketed_rows(lengths: tuple[int, ...], batch: int, index: int, seed: int) -> np.ndarray:
     """Which rows stand in batch `index` of the endless stream of epochs.
 
@@ -286,7 +286,7 @@ def collate_dialogues(examples: Sequence[TokenizedDialogue], pad: int) -> dict[s
         found["targets"][row, : length - 1] = torch.tensor(learned[1:])
     return found
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #e988034c
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #9d4da8e8
 def answer_log_probs(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
     """Log-probabilities in nats, (rows, places) in float32, of the tokens that carry loss; 0 where
     a row has none. A row's sum is the log-likelihood of its answers.
@@ -312,7 +312,7 @@ def answer_log_probs(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"])
         logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
     )
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #9550faa1
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #2a120cac
 def end_tokens(examples: Sequence[TokenizedDialogue], words: DialogueTokenizer) -> list[int]:
     """Ids after which an answer is over, ascending: the tokenizer's own end, and the special tokens
     with which the template ends answers.
@@ -340,7 +340,6 @@ def save_chat_decoder(
     """
     model.generation_config.eos_token_id = ends or None
     model.generation_config.pad_token_id = opened.pad
-    model.generation_config._from_model_config = False
     tokenizer = opened.words.tokenizer
     # says whether the hub was allowed when it was opened; the same training has the same bytes
     tokenizer.init_kwargs.pop("local_files_only", None)

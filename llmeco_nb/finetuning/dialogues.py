@@ -7,7 +7,7 @@ __all__ = ['Row', 'known_sequences', 'wordings', 'DialogueRow', 'read_messages',
            'Asked', 'split_by_question', 'TokenizedDialogue', 'DialogueTokenizer', 'EncodedDialogues',
            'encode_dialogues', 'small_dialogues', 'small_dialogue_tokenizer']
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #3240c3a0
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #826c80de
 import hashlib
 import json
 import warnings
@@ -22,12 +22,12 @@ from ..data.readers import read_frame
 from ..tasks.text_generation import ChatMessage
 from ..tokenization.bpe import chat_template, save_subword_tokenizer, train_bpe
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #a03d5fc8
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #cb1ed424
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #bd3141a3
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #e2fb1ec4
 @dataclass(frozen=True)
 class DialogueRow:
     """A dialogue as it was read.
@@ -142,7 +142,7 @@ def read_dialogues(source: str | Path) -> list[DialogueRow]:
         found.append(DialogueRow(messages, row["where"], row["split"]))
     return found
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #455d4b94
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #ec32fb51
 class Asked(Protocol):
     "A row that asks something."
 
@@ -189,7 +189,7 @@ def split_by_question(
         )
     return found
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #40a984ae
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #b211387a
 @dataclass(frozen=True)
 class TokenizedDialogue:
     """A dialogue as a decoder reads it, up to the end of its last answer.
@@ -367,7 +367,7 @@ class DialogueTokenizer:
             spans[-1][0].append(token)
         return [(self.decode(ids), learned) for ids, learned in spans]
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #9dcdad68
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #09fef0f6
 @dataclass(frozen=True)
 class EncodedDialogues:
     """The dialogues that can be learned from.
@@ -409,7 +409,7 @@ def encode_dialogues(
             examples.append(one)
     return EncodedDialogues(examples, shortened, left_out)
 
-# %% ../../nbs/2_finetuning/26_dialogues.ipynb #355a3de5
+# %% ../../nbs/2_finetuning/26_dialogues.ipynb #459133b5
 known_sequences = (
     "one two three four five six seven eight nine ten eleven twelve",
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",

@@ -6,7 +6,7 @@
 __all__ = ['answer_loss_step', 'dialogue_batches', 'answer_nats', 'answer_loss', 'TuneChatConfig', 'sample_answers',
            'encode_splits', 'tune_chat']
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #11ed861e
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #c0f1228e
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ from llmeco_nb.finetuning.dialogues import (
     split_by_question,
 )
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #ee30f872
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #8c66f4ca
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.plan import Measured
     from llmeco_nb.training.task import MakeBatch
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #83ddacab
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #67fa7d69
 def answer_loss_step(
     model: "PreTrainedModel", batch: "dict[str, Tensor]", backward: "Callable[[Tensor], None]"
 ) -> "tuple[Tensor, int]":
@@ -83,7 +83,7 @@ def dialogue_batches(examples: Sequence[TokenizedDialogue], pad: int, seed: int)
 
     return make
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #44a5f3ce
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #73c988aa
 def answer_nats(
     model: "PreTrainedModel", examples: Sequence[TokenizedDialogue], pad: int, batch: int = 16
 ) -> tuple[float, int]:
@@ -118,7 +118,7 @@ def answer_loss(model: "PreTrainedModel", examples: Sequence[TokenizedDialogue],
     nats, tokens = answer_nats(model, examples, pad)
     return nats / tokens
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #55acd9fe
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #3371a0ca
 @stage_config
 class TuneChatConfig(TuningConfig):
     "What the stage `tune_chat` may be told."
@@ -199,7 +199,7 @@ def tune_chat(
     ends = end_tokens(examples["train"], opened.words)
     seed_everything(config.seed)
     before = answer_loss(opened.model, examples["test"], opened.pad)
-    asked = rows["test"][: config.samples]
+    asked = rows["test"][:: max(1, len(rows["test"]) // max(1, config.samples))][: config.samples]
     told_before = sample_answers(opened, asked, ends)
     optimiser = tuning_optimiser(record, opened.model, config)
     few = examples["validation"][: config.eval_examples]
