@@ -6,12 +6,17 @@
 __all__ = ['answer_loss_step', 'dialogue_batches', 'answer_nats', 'answer_loss', 'TuneChatConfig', 'sample_answers',
            'encode_splits', 'tune_chat']
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #c0f1228e
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #55f03a51
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmeco_nb.finetuning.answer_mask import (
+    EncodedDialogues,
+    TokenizedDialogue,
+    encode_dialogues,
+)
 from pydantic import NonNegativeInt
 
 from ..config import stage_config
@@ -30,15 +35,12 @@ from llmeco_nb.finetuning.chat_decoder import (
 )
 from llmeco_nb.finetuning.dialogues import (
     DialogueRow,
-    EncodedDialogues,
-    TokenizedDialogue,
-    encode_dialogues,
     read_dialogues,
     small_dialogues,
     split_by_question,
 )
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #8c66f4ca
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #d7a13e04
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -46,7 +48,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.plan import Measured
     from llmeco_nb.training.task import MakeBatch
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #67fa7d69
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #c46687d7
 def answer_loss_step(
     model: "PreTrainedModel", batch: "dict[str, Tensor]", backward: "Callable[[Tensor], None]"
 ) -> "tuple[Tensor, int]":
@@ -83,7 +85,7 @@ def dialogue_batches(examples: Sequence[TokenizedDialogue], pad: int, seed: int)
 
     return make
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #73c988aa
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #8bc0f75c
 def answer_nats(
     model: "PreTrainedModel", examples: Sequence[TokenizedDialogue], pad: int, batch: int = 16
 ) -> tuple[float, int]:
@@ -118,7 +120,7 @@ def answer_loss(model: "PreTrainedModel", examples: Sequence[TokenizedDialogue],
     nats, tokens = answer_nats(model, examples, pad)
     return nats / tokens
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #3371a0ca
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #12a988aa
 @stage_config
 class TuneChatConfig(TuningConfig):
     "What the stage `tune_chat` may be told."
