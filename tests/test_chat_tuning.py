@@ -74,7 +74,9 @@ def served(opened):
 # -- masks
 
 plain = st.text(
-    st.one_of(st.sampled_from(" \n\tab.?<|>"), st.characters(codec="utf-8")), min_size=1, max_size=12
+    st.one_of(st.sampled_from(" \n\tab.?<|>"), st.characters(codec="utf-8")),
+    min_size=1,
+    max_size=12,
 ).filter(str.strip)
 
 
@@ -351,6 +353,8 @@ def test_weights_beyond_the_bound_lose(tmp_path):
     assert any(r["chosen_change"] < 0 for r in held), held
     for r in held:
         beyond = -r["chosen_change"] > 1e-9
-        assert (r["validation_loss"] > np.log(2)) if beyond else (
-            r["validation_loss"] == r["preference_loss"]
+        assert (
+            (r["validation_loss"] > np.log(2))
+            if beyond
+            else (r["validation_loss"] == r["preference_loss"])
         )

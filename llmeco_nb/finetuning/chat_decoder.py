@@ -7,7 +7,7 @@ __all__ = ['ChatDecoder', 'decoder_place', 'decoder_revision', 'open_chat_decode
            'tuning_optimiser', 'finish_tuning', 'bucketed_rows', 'collate_dialogues', 'answer_log_probs', 'end_tokens',
            'save_chat_decoder', 'write_answer']
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #5be7afb2
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #810f4af6
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from .answer_mask import DialogueTokenizer, TokenizedDialogue
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
@@ -29,12 +28,13 @@ from llmeco_nb.core import (
     sha256_of,
     write_json,
 )
+from .answer_mask import DialogueTokenizer, TokenizedDialogue
 from .checkpoints import quiet_transformers
 from .dialogues import small_dialogue_tokenizer, small_dialogues
 from .lora import AdapterConfig, add_adapter, merge_adapter
 from ..tasks.text_generation import ChatMessage
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #56f3b88a
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #24818f4a
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import torch
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.plan import Measured, PlanConfig
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #6133a946
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #7c26c6f4
 @dataclass(frozen=True)
 class ChatDecoder:
     """A decoder, and how it reads dialogues.
@@ -141,7 +141,7 @@ def small_random_decoder(source: str | Path = "", seed: int = 0) -> Path:
 
     return cached_fixture("chat-decoder", make, seed, new_decoder, save_decoder, words)
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #1b7d315b
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #e4294be2
 @stage_config
 class TuningConfig(StageConfig):
     "What a stage that tunes a decoder may be told."
@@ -205,7 +205,7 @@ class TuningConfig(StageConfig):
         found = stage_plan(self, {}, spent)
         return replace(found, fingerprint=dict(found.fingerprint) | hashes)
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #26341a2a
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #e160c7c9
 def tuning_optimiser(record: Record, model: "PreTrainedModel", config: TuningConfig) -> "Optimiser":
     """The optimizer of all weights, or of an adapter that is added to the model.
 
@@ -242,7 +242,7 @@ def finish_tuning(optimiser: "Optimiser") -> "PreTrainedModel":
     merge_adapter(model)
     return model.eval().cpu()
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #be54e9ad
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #342f5a49
 def bucketed_rows(lengths: tuple[int, ...], batch: int, index: int, seed: int) -> np.ndarray:
     """Which rows stand in batch `index` of the endless stream of epochs.
 
@@ -282,7 +282,7 @@ def collate_dialogues(examples: Sequence[TokenizedDialogue], pad: int) -> dict[s
         found["targets"][row, : length - 1] = torch.tensor(learned[1:])
     return found
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #5ee11a5e
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #1cecab8f
 def answer_log_probs(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"]) -> "torch.Tensor":
     """Log-probabilities in nats, (rows, places) in float32, of the tokens that carry loss; 0 where
     a row has none. A row's sum is the log-likelihood of its answers.
@@ -308,7 +308,7 @@ def answer_log_probs(model: "PreTrainedModel", batch: dict[str, "torch.Tensor"])
         logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
     )
 
-# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #20334098
+# %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #fc4d7fe3
 def end_tokens(examples: Sequence[TokenizedDialogue], words: DialogueTokenizer) -> list[int]:
     """Ids after which an answer is over, ascending: the tokenizer's own end, and the special tokens
     with which the template ends answers.

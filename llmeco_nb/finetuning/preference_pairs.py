@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .answer_mask import DialogueTokenizer, TokenizedDialogue
 
 from ..core import DataError, cached_fixture, write_bytes
+from .answer_mask import DialogueTokenizer, TokenizedDialogue
 from .chat_decoder import collate_dialogues
 from .dialogues import known_sequences, read_messages, read_rows, wordings
 from ..tasks.text_generation import ChatMessage

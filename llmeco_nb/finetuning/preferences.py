@@ -6,24 +6,17 @@
 __all__ = ['reward_margins', 'dpo_losses', 'preference_step', 'log_likelihoods', 'stored_reference', 'pair_batches',
            'preference_report', 'bounded_loss', 'PreferenceConfig', 'tune_preferences']
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #66dd5a4f
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #46a7396e
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from llmeco_nb.finetuning.preference_pairs import (
-    TokenizedPair,
-    collate_pairs,
-    encode_pairs,
-    read_preferences,
-    small_preferences,
-)
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ..config import stage_config
+from ..config import ExecutionOnly, Fraction, stage_config
 from llmeco_nb.core import (
     DataError,
     Record,
@@ -43,8 +36,15 @@ from llmeco_nb.finetuning.chat_decoder import (
     tuning_optimiser,
 )
 from .dialogues import split_by_question
+from llmeco_nb.finetuning.preference_pairs import (
+    TokenizedPair,
+    collate_pairs,
+    encode_pairs,
+    read_preferences,
+    small_preferences,
+)
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #6d453798
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #9db61ba1
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.plan import Measured
     from llmeco_nb.training.task import LossStep, MakeBatch
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #a6ca3ba3
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #c683f34b
 def reward_margins(policy: "Tensor", reference: "Tensor", beta: float) -> "Tensor":
     """beta * ((policy - reference) of the chosen - the same of the rejected answer), (pairs,).
 
@@ -95,7 +95,7 @@ def preference_step(beta: float) -> "LossStep":
 
     return step
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #af66cf8d
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #05c31093
 def log_likelihoods(
     model: "PreTrainedModel", pairs: Sequence[TokenizedPair], pad: int, batch: int = 8
 ) -> np.ndarray:
@@ -160,7 +160,7 @@ def pair_batches(
 
     return make
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #b77dc841
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #1af0abb7
 def preference_report(
     policy: np.ndarray, reference: np.ndarray, lengths: np.ndarray, beta: float
 ) -> dict[str, float | None]:
@@ -208,14 +208,34 @@ def bounded_loss(loss: float, chosen_change: float, max_drop: float) -> float:
     """
     return loss if -chosen_change <= max_drop else max(loss, math.log(2)) - chosen_change
 
-# %% ../../nbs/2_finetuning/26b_preferences.ipynb #6244f73c
+# %% ../../nbs/2_finetuning/26b_preferences.ipynb #42ae8391
 @stage_config
 class PreferenceConfig(TuningConfig):
     "What the stage `tune_preferences` may be told."
 
+    source: str = ""  # file, folder or dataset; empty: a small one made under runs/scratch
+    weights: str = ""  # instead of `decoder`: a folder of transformers, or a GGUF file
+    max_length: NonNegativeInt = 0  # tokens of a dialogue at most; 0: what the decoder can read
+    validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of questions; choose weights
+    test_size: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of questions; looked at twice
+    trainable: Literal["all", "lora"] = "all"  # weights that move; an adapter is merged at the end
+    adapter_rank: PositiveInt = 8  # of the matrices of lora
+    adapter_alpha: PositiveFloat = 16.0  # what they add is multiplied by alpha / rank
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
     steps: PositiveInt = 60  # optimiser steps, where minutes is 0
     batch_size: PositiveInt | None = 16  # pairs a batch; none: by probes of their speed
+    grad_accum_steps: PositiveInt = 1  # batches a step
     lr: PositiveFloat | None = 5e-4  # learning rate at its peak; none: by probes
+    weight_decay: NonNegativeFloat = 0.0  # of the matrices
+    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
+    decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
+    eval_examples: PositiveInt = 200  # validation rows that choose the weights
+    num_evals: PositiveInt = 4  # how often they are asked
+    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
+    device: ExecutionOnly[Literal["auto", "cpu", "cuda"]] = "cpu"  # cpu, cuda or auto
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides held-out rows, their order, and the adapter
     beta: PositiveFloat = 0.1  # how dear it is to leave the decoder as it came; small: cheap
     max_chosen_drop: PositiveFloat = 0.5  # nats a token that chosen answers may lose
 

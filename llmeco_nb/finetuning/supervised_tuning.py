@@ -6,21 +6,21 @@
 __all__ = ['answer_loss_step', 'dialogue_batches', 'answer_nats', 'answer_loss', 'TuneChatConfig', 'sample_answers',
            'encode_splits', 'tune_chat']
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #55f03a51
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #1ed26876
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..config import ExecutionOnly, Fraction, stage_config
+from ..core import DataError, Record, seed_everything, sha256_of, sha256_text, write_json
 from llmeco_nb.finetuning.answer_mask import (
     EncodedDialogues,
     TokenizedDialogue,
     encode_dialogues,
 )
-from pydantic import NonNegativeInt
-
-from ..config import stage_config
-from ..core import DataError, Record, seed_everything, sha256_of, sha256_text, write_json
 from llmeco_nb.finetuning.chat_decoder import (
     ChatDecoder,
     TuningConfig,
@@ -40,7 +40,7 @@ from llmeco_nb.finetuning.dialogues import (
     split_by_question,
 )
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #d7a13e04
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #f00a6d36
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from llmeco_nb.training.plan import Measured
     from llmeco_nb.training.task import MakeBatch
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #c46687d7
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #aa3dd8d0
 def answer_loss_step(
     model: "PreTrainedModel", batch: "dict[str, Tensor]", backward: "Callable[[Tensor], None]"
 ) -> "tuple[Tensor, int]":
@@ -85,7 +85,7 @@ def dialogue_batches(examples: Sequence[TokenizedDialogue], pad: int, seed: int)
 
     return make
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #8bc0f75c
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #126feeee
 def answer_nats(
     model: "PreTrainedModel", examples: Sequence[TokenizedDialogue], pad: int, batch: int = 16
 ) -> tuple[float, int]:
@@ -120,11 +120,34 @@ def answer_loss(model: "PreTrainedModel", examples: Sequence[TokenizedDialogue],
     nats, tokens = answer_nats(model, examples, pad)
     return nats / tokens
 
-# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #12a988aa
+# %% ../../nbs/2_finetuning/26a_supervised_tuning.ipynb #7a5aba61
 @stage_config
 class TuneChatConfig(TuningConfig):
     "What the stage `tune_chat` may be told."
 
+    source: str = ""  # file, folder or dataset; empty: a small one made under runs/scratch
+    weights: str = ""  # instead of `decoder`: a folder of transformers, or a GGUF file
+    max_length: NonNegativeInt = 0  # tokens of a dialogue at most; 0: what the decoder can read
+    validation_size: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of questions; choose weights
+    test_size: Annotated[float, Field(gt=0, lt=1)] = 0.1  # share of questions; looked at twice
+    trainable: Literal["all", "lora"] = "all"  # weights that move; an adapter is merged at the end
+    adapter_rank: PositiveInt = 8  # of the matrices of lora
+    adapter_alpha: PositiveFloat = 16.0  # what they add is multiplied by alpha / rank
+    minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
+    steps: PositiveInt = 200  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = 16  # rows a batch; none: by probes of their speed
+    grad_accum_steps: PositiveInt = 1  # batches a step
+    lr: PositiveFloat | None = 3e-3  # learning rate at its peak; none: by probes
+    weight_decay: NonNegativeFloat = 0.0  # of the matrices
+    warmup_ratio: Fraction = 0.1  # share of the steps until the peak
+    decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
+    eval_examples: PositiveInt = 200  # validation rows that choose the weights
+    num_evals: PositiveInt = 4  # how often they are asked
+    patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
+    device: ExecutionOnly[Literal["auto", "cpu", "cuda"]] = "cpu"  # cpu, cuda or auto
+    previous_runs: list[str] = Field(default_factory=list)  # finished runs, to expect a loss from
+    seed: NonNegativeInt = 0  # decides held-out rows, their order, and the adapter
     samples: NonNegativeInt = 4  # held-out questions that are answered before and after
 
 
