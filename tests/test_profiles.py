@@ -103,6 +103,24 @@ def test_decoder(tmp_path, monkeypatch, blimp_folder):
         assert needed_files[0] in found["reason"] and str(blimp_folder) in found["reason"]
 
 
+@packaged
+@quiet
+def test_chat(tmp_path, monkeypatch):
+    "From dialogues and pairs of answers to a bundle that answers dialogues."
+    pytest.importorskip("gguf", reason="packing needs the extra `pack`")
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    few = dict(steps=4, num_evals=2)
+    given = dict(
+        tune_chat=few, tune_preferences=few | dict(lr=1e-5), pack_decoder=dict(max_new_tokens=4)
+    )
+    made = live("chat", tmp_path / "store", given)
+    metrics = {name: read_json(folder / "metrics.json") for name, folder in made.items()}
+    assert metrics["tune_chat"]["loss_test"] < metrics["tune_chat"]["loss_test_before"]
+    facts = verify_decoder(made["pack_decoder"] / "bundle")
+    assert facts.origin.artifact == sha256_of(made["tune_preferences"] / "decoder")
+    assert facts.schema.chat_format == "chatml"
+
+
 def test_blimp_arriving_makes_another_key(tmp_path, monkeypatch):
     "A stage that scored nothing runs again when the data is there; a named folder must be there."
     monkeypatch.setenv("LLMECO_DATA", str(tmp_path))
