@@ -140,7 +140,18 @@ class EvaluationConfig(StageConfig):
         default_factory=lambda: [25, 50]
     )  # further numbers of labels, for the learning curve alone
     models: list[
-        Literal["majority", "tfidf_lr", "nbsvm", "wordchar_svc", "mean", "median", "tfidf_ridge"]
+        Literal[
+            "majority",
+            "tfidf_lr",
+            "nbsvm",
+            "wordchar_svc",
+            "mean",
+            "median",
+            "tfidf_ridge",
+            "frequent_set",
+            "ovr_tfidf_lr",
+            "ovr_nbsvm",
+        ]
     ] = Field(default_factory=list)  # baselines to fit; empty: all of the task
     seed: int = 0  # decides the labelled subset and the solvers' order
 

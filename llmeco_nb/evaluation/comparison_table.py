@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['all_recipes', 'row_types', 'read_predictions', 'checked_scores', 'ModelFacts', 'ReferenceComparison', 'ShownMetric',
-           'ModelRow', 'TableRow', 'NumberRow', 'best_first', 'test_intervals', 'score_model', 'table_rows', 'ModelKey',
-           'ComparisonTable', 'summary_text']
+           'ModelRow', 'TableRow', 'NumberRow', 'LabelSetRow', 'best_first', 'test_intervals', 'score_model',
+           'table_rows', 'ModelKey', 'ComparisonTable', 'summary_text']
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #4c56f52f
 from collections.abc import Callable, Iterable
@@ -19,6 +19,7 @@ from ..core import DataError, read_json, write_json
 from .stacking import Stack
 from ..finetuning.classifier import halves
 from ..stats.claims import marks
+from ..stats.multi_label import multi_label_statistic
 from ..stats.regression import regression_statistic
 from ..stats.significance import bootstrap, confusion_statistic, wilson
 from ..tasks.contract import Schema
@@ -89,10 +90,10 @@ def checked_scores(who: str, part: "pd.DataFrame", schema: Schema) -> np.ndarray
         return scores
     wanted = len(schema.labels)
     if part.scores.isna().any() or set(map(len, part.scores)) != {wanted}:
-        raise DataError(f"{who}: each row of `scores` needs {wanted} numbers, one for each class.")
+        raise DataError(f"{who}: each row of `scores` needs {wanted} numbers, one for each label.")
     scores = scores_of(part)
     if not np.isfinite(scores).all() or (task.predict(scores) != part.prediction.to_numpy()).any():
-        raise DataError(f"{who}: `prediction` is not the class of the highest score.")
+        raise DataError(f"{who}: `prediction` is not what its scores say.")
     return scores
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #3ef0e7a6
@@ -352,6 +353,53 @@ class NumberRow(ModelRow):
         return regression_statistic(metric)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelSetRow(ModelRow):
+    """One model of label sets at one number of labelled texts; all metrics are in [0, 1]. The 95 %
+    intervals, by the bootstrap, are `micro_f1_low` to `micro_f1_high`, `macro_f1_low` to
+    `macro_f1_high`, `exact_match_low` to `exact_match_high`, and `hamming_loss_low` to
+    `hamming_loss_high`.
+
+    Attributes:
+        validation_micro_f1: None: it has no answers on validation.
+        micro_f1: F1 of all decisions on the test texts.
+        macro_f1: Mean F1 of the labels.
+        exact_match: Share of texts whose whole set is right.
+        hamming_loss: Share of wrong decisions.
+    """
+
+    metrics = {
+        "micro_f1": ShownMetric("micro F1", "%"),
+        "macro_f1": ShownMetric("macro F1", "%"),
+        "exact_match": ShownMetric("exact match", "%"),
+        "hamming_loss": ShownMetric("Hamming loss", "%"),
+    }
+    task = "multi-label-classification"
+    validation_micro_f1: float | None
+    micro_f1: float
+    micro_f1_low: float
+    micro_f1_high: float
+    macro_f1: float
+    macro_f1_low: float
+    macro_f1_high: float
+    exact_match: float
+    exact_match_low: float
+    exact_match_high: float
+    hamming_loss: float
+    hamming_loss_low: float
+    hamming_loss_high: float
+
+    @classmethod
+    def statistic(cls, metric: str, schema: Schema) -> Callable[..., np.ndarray]:
+        """A metric of label sets.
+
+        Args:
+            metric: A key of `metrics`.
+            schema: Of the corpus.
+        """
+        return multi_label_statistic(metric, len(schema.labels))
+
+
 def best_first(rows: Iterable[ModelRow]) -> list[ModelRow]:
     """The rows in the order in which they would be served, chosen on validation: a stack less
     than one standard error behind the best row, then by `preference`.
@@ -367,7 +415,9 @@ def best_first(rows: Iterable[ModelRow]) -> list[ModelRow]:
     return sorted(ordered, key=lambda r: not (r.stack and r.quality("validation") > least))
 
 
-row_types: dict[str, type[ModelRow]] = {kind.task: kind for kind in (TableRow, NumberRow)}
+row_types: dict[str, type[ModelRow]] = {
+    kind.task: kind for kind in (TableRow, NumberRow, LabelSetRow)
+}
 
 
 def test_intervals(test: "pd.DataFrame", schema: Schema, seed: int) -> dict[str, float]:

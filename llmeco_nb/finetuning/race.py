@@ -267,6 +267,11 @@ def race(
             "texts to score on. Build it with a label column and validation_size=0.1."
         )
     half = halves[schema.task]
+    if half.task.stores_scores() and not half.task.single_label():
+        raise UsageError(
+            f"{corpus} is for {schema.task}, and a race compares classifiers of one class a text, "
+            "or models of numbers. Leave the race out, and give each finetune its minutes."
+        )
     asked = config.fingerprint() | dict(corpus=sha256_of(corpus), encoder="")
     if encoder:
         asked["encoder"] = sha256_of(encoder)

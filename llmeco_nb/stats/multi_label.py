@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['most_labels', 'multi_label_metrics', 'membership', 'as_sets', 'check_sets', 'multi_label_statistic',
-           'multi_label_report', 'example_f1']
+           'multi_label_report', 'example_f1', 'label_f1', 'label_figure']
 
 # %% ../../nbs/0_ground/02b_multi_label_metrics.ipynb #10faa097
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..core import DataError, UsageError
+from ..core import DataError, UsageError, plain_text
+
+# %% ../../nbs/0_ground/02b_multi_label_metrics.ipynb #516088c6
+if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/0_ground/02b_multi_label_metrics.ipynb #6ec64130
 most_labels = 62  # of a set that is one signed number of 64 bits, with a bit to spare
@@ -156,3 +161,43 @@ def example_f1(targets: ArrayLike, predicted: ArrayLike) -> np.ndarray:
     both = 2.0 * np.bitwise_count(y & p)
     either = np.bitwise_count(y).astype(float) + np.bitwise_count(p)
     return np.where(either == 0, 1.0, _ratio(both, either))
+
+# %% ../../nbs/0_ground/02b_multi_label_metrics.ipynb #ba45aa35
+def label_f1(targets: ArrayLike, predicted: ArrayLike, labels: int) -> np.ndarray:
+    """The F1 of each label, in [0, 1], shape (labels,); 0 where it is neither true nor predicted.
+
+    Args:
+        targets: True sets, shape (items,).
+        predicted: Predicted sets, shape (items,).
+        labels: How many there are, 1 to 62.
+    """
+    y, p = (membership(one, labels) for one in (targets, predicted))
+    return _ratio(2.0 * (y & p).sum(0), (y.sum(0) + p.sum(0)).astype(float))
+
+
+def label_figure(targets: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> "Figure":
+    """A matplotlib figure: for each label how often it is true and predicted, and its F1.
+
+    Args:
+        targets: True sets, shape (items,).
+        predicted: Predicted sets, shape (items,).
+        names: Of the labels.
+    """
+    import matplotlib.pyplot as plt
+
+    count, at = len(names), np.arange(len(names))
+    y, p = (membership(one, count).mean(0) for one in (targets, predicted))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 1.4 + 0.32 * count), sharey=True)
+    left.barh(at - 0.18, y, 0.34, label="true")
+    left.barh(at + 0.18, p, 0.34, label="predicted")
+    right.barh(at, label_f1(targets, predicted, count), 0.5, color="#888888")
+    left.set(
+        yticks=at,
+        yticklabels=[plain_text(name) for name in names],
+        xlabel="share of texts",
+        title="Labels",
+    )
+    right.set(xlim=(0, 1), xlabel="F1", title="F1 of each label")
+    left.invert_yaxis()
+    left.legend()
+    return fig

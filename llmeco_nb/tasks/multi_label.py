@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
+
+from ..core import DataError, UsageError
 from llmeco_nb.stats.multi_label import (
     as_sets,
     example_f1,
@@ -19,9 +22,6 @@ from llmeco_nb.stats.multi_label import (
     most_labels,
     multi_label_report,
 )
-from pydantic import Field
-
-from ..core import DataError, UsageError
 from llmeco_nb.tasks.contract import (
     Column,
     ItemResponse,
