@@ -30,7 +30,8 @@ from llmeco_nb.evaluation.comparison import (
     evaluate_models,
     label_sizes,
 )
-from llmeco_nb.evaluation.comparison_table import ComparisonTable, ShownMetric
+from llmeco_nb.evaluation.comparison_table import ComparisonTable
+from llmeco_nb.evaluation.model_rows import ShownMetric
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     LinearText,

@@ -39,14 +39,14 @@ def cell_labels(cell: Any, separator: str, declared: Sequence[str] = ()) -> list
     Args:
         cell: A list or an array of labels, or a string with a sign between them.
         separator: That sign.
-        declared: What the integers 0, 1, … of a list mean, where the source says so.
+        declared: What the integers 0, 1, … mean, where the source says so.
     """
-    if isinstance(cell, str) or not hasattr(cell, "__iter__"):
-        parts = [] if is_blank(cell) else as_text(cell).split(separator)
+    number = dict(enumerate(declared))
+    if isinstance(cell, str):
+        parts = cell.split(separator)
     else:
-        parts = [one for one in cell if not is_blank(one)]
-        number = {i: name for i, name in enumerate(declared)}
-        parts = [one if isinstance(one, str) else number.get(one, one) for one in parts]
+        several = cell if hasattr(cell, "__iter__") else [cell]
+        parts = [number.get(one, one) for one in several if not is_blank(one)]
     return [name for name in map(class_name, parts) if name]
 
 
@@ -142,6 +142,12 @@ def read_label_sets(
     except DataError as e:
         raise DataError(f"{e}{separator_hint(cells, separator)}") from None
     targets = task.encode(given, schema)
+    single = sum(map(len, given)) and max(map(len, given)) < 2
+    if single and not known and (hint := separator_hint(cells, separator)):
+        raise DataError(
+            f"{where} never has two labels in a cell.{hint} Name the sign between labels as "
+            "label_separator; if it belongs to the names, give lists in JSONL."
+        )
     if not known and len(set(targets.tolist())) < 2:
         raise DataError(
             f"{where} has the same labels in all of {len(used)} rows: "

@@ -46,8 +46,10 @@ class PredictOptions:
     Attributes:
         text_column: Column that holds the texts.
         prediction_column: Column that gets the predictions; for classes a second one with
-            `_probability` behind gets how likely they are, in [0, 1].
-        all_scores: Whether every class gets a column with its probability.
+            `_probability` behind gets how likely they are, in [0, 1]. Of several labels it
+            gets those that apply in one cell.
+        all_scores: Whether every class gets a column with its probability, every label one with its
+            score.
         chunk: Rows that are answered and kept together, at least 1.
         replace: Whether an output that is there already is written over.
         reading: What the table does not say of itself.
@@ -212,7 +214,9 @@ def answers_of(
         there = [t for t in part if t is not None]
         said = iter(predictor.predict_batch(there) if there else [])
         rows = [
-            answer_columns(None if t is None else next(said), predictor.labels, options, sets)
+            answer_columns(
+                None if t is None else next(said), predictor.labels, options, has_sets(predictor)
+            )
             for t in part
         ]
         write_json(folder / f"{number}.json", rows)

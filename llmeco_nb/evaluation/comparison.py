@@ -24,12 +24,12 @@ from llmeco_nb.evaluation.comparison_table import (
     ComparisonTable,
     ModelFacts,
     ModelKey,
-    ModelRow,
     all_recipes,
     read_predictions,
     summary_text,
     table_rows,
 )
+from .model_rows import ModelRow
 from .split_shift import shift_text, split_shift
 from .stack_row import add_stack, stack_name
 from .verdicts import chosen_row, judge_rows

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from .multi_label import MultiLabelTraining
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
@@ -66,6 +65,7 @@ from .engine_trial import engine_speed, try_engine
 from .engines import calibration_texts, engine_outputs, has_openvino
 from .head_and_tail import HeadChoice, choose_head, given_head
 from .lora import AdapterConfig, add_adapter, merge_adapter, save_adapter
+from .multi_label import MultiLabelTraining
 from .regression import RegressionTraining
 from .robust_training import RobustTraining, set_dropout
 from .text_classification import ClassificationTraining

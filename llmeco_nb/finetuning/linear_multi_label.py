@@ -20,10 +20,9 @@ from llmeco_nb.finetuning.linear import (
     interpolate,
     log_count_ratio,
     recipes,
-    sigmoid,
 )
 from .ngram_counts import NgramCounts
-from ..stats.multi_label import as_sets, membership, multi_label_report
+from ..stats.multi_label import as_sets, membership, multi_label_report, sigmoid
 from ..tasks.multi_label import MultiLabelSchema
 
 # %% ../../nbs/2_finetuning/29c_linear_multi_label.ipynb #a92f962a

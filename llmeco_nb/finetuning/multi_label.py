@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .linear_multi_label import fit_label_sets, label_set_recipes
 
 from .checkpoints import build_classifier
 from .linear import LinearText, RowSplit
+from .linear_multi_label import fit_label_sets, label_set_recipes
 from .ngram_counts import NgramCounts
 from .training_half import LossOptions, TrainingHalf
 from ..stats.multi_label import membership, multi_label_report

@@ -21,6 +21,7 @@ from llmeco_nb.stats.multi_label import (
     membership,
     most_labels,
     multi_label_report,
+    sigmoid,
 )
 from llmeco_nb.tasks.contract import (
     Column,
@@ -200,8 +201,7 @@ class MultiLabel(Task[MultiLabelSchema]):
             outputs: Logits of a model, shape (items, labels).
             schema: What `check` returned.
         """
-        z = np.asarray(outputs, dtype=np.float64) - schema.shift()
-        return (0.5 * (1 + np.tanh(z / 2))).astype(np.float32)  # overflows nowhere
+        return sigmoid(np.asarray(outputs, dtype=float) - schema.shift()).astype(np.float32)
 
     def predict(self, scores: np.ndarray) -> np.ndarray:
         """The set of labels of each text, int64 of shape (texts,).
