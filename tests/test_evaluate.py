@@ -506,7 +506,7 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
     spoiled = {
         "lacks": sharp.iloc[5:],
         "other targets": sharp.assign(label=(sharp.label + 1) % 5),
-        "highest score": sharp.assign(predicted=(sharp.predicted + 1) % 5),
+        "what its scores say": sharp.assign(predicted=(sharp.predicted + 1) % 5),
         "needs 5 numbers": sharp.drop(columns="score_4"),
         "no predictions for the test": sharp[sharp.split == "validation"],
         "already in the table": sharp.assign(model="nbsvm"),
