@@ -30,7 +30,8 @@ from llmeco_nb.evaluation.comparison import (
     evaluate_models,
     label_sizes,
 )
-from llmeco_nb.evaluation.comparison_table import ComparisonTable, ShownMetric
+from llmeco_nb.evaluation.comparison_table import ComparisonTable
+from llmeco_nb.evaluation.model_rows import ShownMetric
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import (
     LinearText,
@@ -505,7 +506,7 @@ def test_unusable_predictions_are_refused(stars, outside, tmp_path):
     spoiled = {
         "lacks": sharp.iloc[5:],
         "other targets": sharp.assign(label=(sharp.label + 1) % 5),
-        "highest score": sharp.assign(predicted=(sharp.predicted + 1) % 5),
+        "what its scores say": sharp.assign(predicted=(sharp.predicted + 1) % 5),
         "needs 5 numbers": sharp.drop(columns="score_4"),
         "no predictions for the test": sharp[sharp.split == "validation"],
         "already in the table": sharp.assign(model="nbsvm"),

@@ -85,6 +85,10 @@ def sample(name: str) -> Rows:
     values = {
         "text-classification": {"text": ["a", "b", "c"], "label": [0, 1, 1]},
         "regression": {"text": ["a", "b", "c"], "target": ["1", 2.5, 4]},
+        "multi-label-classification": {
+            "text": ["a", "b", "c"],
+            "target": [["no"], [], ["yes", "no"]],
+        },
     }
     return Rows("t.csv", values[name], [2, 3, 5], ["no", "yes"], Cleaning(keep_newlines=True))
 
@@ -115,6 +119,9 @@ def test_answers_are_json_and_say_what_was_predicted(name):
     assert [a["item"] for a in told] == [0, 1]
     if name == "regression":
         assert [a["value"] for a in told] == task.predict(scores).tolist() == [0.5, 3.0]
+    elif name == "multi-label-classification":
+        assert [a["labels"] for a in told] == [["no", "yes"], ["no"]]
+        assert task.predict(scores).tolist() == [3, 1]
     else:
         assert [a["label"] for a in told] == ["yes", "no"]
         assert [schema.labels[i] for i in task.predict(scores)] == ["yes", "no"]
@@ -138,7 +145,7 @@ def test_a_task_is_listed_wherever_tasks_are(name):
     "What CONTRIBUTING says of adding a task, as far as it can be counted."
     from llmeco_nb.data.corpus import CorpusConfig
     from llmeco_nb.evaluation.comparison import EvaluationConfig
-    from llmeco_nb.evaluation.comparison_table import row_types
+    from llmeco_nb.evaluation.model_rows import row_types
     from llmeco_nb.finetuning.classifier import halves
 
     task, half, row = find_task(name), halves[name], row_types[name]
@@ -193,7 +200,12 @@ def test_a_task_can_be_served_and_corrected(name):
     assert getattr(sent, field) == right.given == json.loads(json.dumps(right.given))
     assert task.correct(one, task.answered(one), None).correct
     assert task.correct(one, None, True).given == task.answered(one)
-    for wrong in ((None, None), (task.answered(other), True), ([], None), ({}, False)):
+    if field == "labels":  # of several labels none may be right
+        assert task.correct(one, [], None).given == []
+    else:
+        with pytest.raises(UsageError):
+            task.correct(one, [], None)
+    for wrong in ((None, None), (task.answered(other), True), ([[]], None), ({}, False)):
         with pytest.raises(UsageError):
             task.correct(one, *wrong)
 

@@ -26,6 +26,7 @@ from llmeco_nb.core import (
 from .corpus_rows import CorpusConfig, Material, public_name, read_material
 from .corpus_splits import leave_official, merge_rare, split_material, target_summary
 from .corpus_stream import is_streamed, stream_material
+from .label_sets import target_name
 from .sources import citations, revision
 from .splits import sort_by_split_hash, split_names
 from .tables import is_blank, read_table
@@ -42,6 +43,7 @@ from llmeco_nb.data.text_spool import (
 )
 from .unpacking import parquet_batches
 from ..tasks.contract import Schema
+from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import save_schema
 from ..tasks.words import split_words
 
@@ -80,7 +82,7 @@ def write_corpus(
 ) -> None:
     """Write the splits, the class names, the schema and the datasheet into `folder`.
 
-    Numbers are written as a column `target`, in place of `label`.
+    Numbers and sets of labels are written as a column `target`, in place of `label`.
 
     Args:
         folder: Made if it is not there.
@@ -93,8 +95,8 @@ def write_corpus(
     import pyarrow as pa
 
     folder.mkdir(parents=True, exist_ok=True)
-    number = any("target" in p for p in parts.values())
-    target = {"target": pa.float64()} if number else {"label": pa.int64()}
+    kinds = {p.target.dtype.kind for p in parts.values() if "target" in p}
+    target = {"target" if kinds else "label": pa.float64() if "f" in kinds else pa.int64()}
     columns = pa.schema({"id": pa.string(), "text": pa.string(), **target})
     for split, p in parts.items():
         write_rows(folder / f"{split}.parquet", p, texts(p) if texts else p.text, columns)
@@ -293,7 +295,7 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
         read = found.reports["train"]
         found.train, copies = drop_duplicates(found.train, found.texts)
         for one in copies["contradictions"]:
-            name = lambda c: found.labels[c] if found.labels else str(c)
+            name = lambda c: target_name(c, found.schema)
             one["labels"] = {name(c): int(n) for c, n in one["labels"].items()}
         leaks = 0
         for s, rows in found.official.items():
@@ -362,8 +364,9 @@ def build_corpus(record: Record, config: CorpusConfig = CorpusConfig()) -> Path:
             "notes": found.notes,
         }
         del datasheet["max_labels"]  # it refuses a table, and changes none
-        if config.task != "regression":
-            del datasheet["target_column"]
+        for name, task in (("target_column", "regression"), ("label_separator", MultiLabel.name)):
+            if config.task != task:
+                del datasheet[name]
         folder = record.artifact("corpus")
         write_corpus(folder, parts, found.labels, datasheet, found.schema, found.texts)
         if found.unlabelled is not None:

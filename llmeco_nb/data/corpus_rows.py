@@ -19,6 +19,7 @@ from ..core import DataError, UsageError
 from .class_names import Found, count_names, joined_names, match_names
 from .delimited import ReadOptions
 from .folders import skipped_text
+from .label_sets import read_label_sets
 from .named_groups import name_groups
 from .readers import read_frame
 from .sources import local_path, source_kind
@@ -33,6 +34,7 @@ from llmeco_nb.data.tables import (
 from .text_spool import SpooledTexts, TextSpool
 from ..tasks.cleaning import clean_text
 from ..tasks.contract import Cleaning, Rows, Schema
+from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import find_task
 from ..tasks.regression import as_number
 
@@ -47,7 +49,7 @@ def public_name(source: str) -> str:
     return local_path(source).name if local else source
 
 
-TaskName = Literal["text-classification", "regression"]
+TaskName = Literal["text-classification", "regression", "multi-label-classification"]
 
 
 @stage_config
@@ -56,9 +58,10 @@ class CorpusConfig(StageConfig):
 
     source: str = "imdb"  # short name, hf:org/name, path, URL or folder
     text_column: str = "text"  # column that holds the text
-    label_column: str = "label"  # column that holds the class; empty for text without labels
-    task: TaskName = "text-classification"  # or regression: a number for each text, no class
+    label_column: str = "label"  # column that holds the class or the labels; empty: texts without
+    task: TaskName = "text-classification"  # or regression, or multi-label-classification
     target_column: str = "target"  # for regression: column that holds the number
+    label_separator: Literal["|", ";", ","] = "|"  # of several labels in one cell
     max_rows: PositiveInt | None = 400  # rows in all three splits together; none for all there are
     validation_size: NonNegativeFloat = 0.1  # validation set: a share below 1, or a number of rows
     test_size: NonNegativeFloat = 0.2  # test set: likewise
@@ -189,6 +192,10 @@ def read_rows(
     keep = {"group": config.group_column} if wanted else {}
     if config.task == "regression":
         return read_numbers(found, source, config, keep)
+    if config.task == MultiLabel.name:
+        columns, sign = (config.text_column, config.label_column), config.label_separator
+        cleaning = Cleaning(config.keep_newlines)
+        return read_label_sets(found, source, columns, sign, known, keep, cleaning)
     label = config.label_column if known is None or known else ""
     strict = config.rare == "stop"
     table = table_of(

@@ -20,6 +20,7 @@ from .minhash import near_sets
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
 from .tables import listed, read_within
+from ..stats.multi_label import membership, most_labels
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -91,16 +92,21 @@ def thin_classes(parts: dict[str, "pd.DataFrame"], classes: int, least: int = 5)
 
 
 def target_summary(rows: "pd.DataFrame") -> dict[str, float]:
-    """Rows of each class by its number; for numbers their mean, deviation, least and largest.
+    """Rows of each class or label by its number; for numbers their mean, deviation, least and
+    largest.
 
     Args:
-        rows: A split, with a column target or label.
+        rows: A split, with a column label, or a column target: numbers, or whole ones whose bits
+            stand for labels.
     """
     if "target" not in rows:
         return {str(c): int(n) for c, n in rows.label.value_counts().sort_index().items()}
     if not len(rows):
         return {}
     t = rows.target
+    if t.dtype.kind == "i":
+        counts = membership(t, most_labels).sum(0)
+        return {str(i): int(n) for i, n in enumerate(counts) if n}
     return {
         "mean": float(t.mean()),
         "std": float(t.std(ddof=0)),
@@ -117,6 +123,8 @@ def merge_rare(found: Material, config: CorpusConfig) -> dict[str, int]:
         found: Changed: its tables, labels, schema and notes.
         config: With rare and the sizes of the splits.
     """
+    if "target" in found.train:  # a target is no class
+        return {}
     asked = {"validation": config.validation_size, "test": config.test_size}
     needed = 1 + sum(size > 0 and s not in found.official for s, size in asked.items())
     rows = found.train.groupby("label")
@@ -324,7 +332,8 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         0 if s in found.official else size
         for s, size in (("validation", config.validation_size), ("test", config.test_size))
     )
-    args = (validation, test, config.seed, found.labels)
+    classes = [] if "target" in found.train else found.labels
+    args = (validation, test, config.seed, classes)
     try:
         parts = split_rows(table, *args)
     except DataError:
@@ -355,9 +364,9 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         sizes = config.validation_size, config.test_size
         parts = subsample_splits(parts, config.max_rows, *sizes)
     found.notes += notes
-    thin = thin_classes(parts, len(found.labels))
+    thin = thin_classes(parts, len(classes))
     found.notes += [
-        f"{n} of {len(found.labels)} classes have fewer than 5 {s} rows: what is right for one of "
+        f"{n} of {len(classes)} classes have fewer than 5 {s} rows: what is right for one of "
         "them cannot be told from so few."
         for s, n in thin.items()
     ]

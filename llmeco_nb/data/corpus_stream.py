@@ -42,6 +42,7 @@ from .text_spool import TextSpool, id_column
 from .unpacking import packing_of
 from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.limits import max_label_chars
+from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import find_task
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #1bf10acc
@@ -59,7 +60,7 @@ def is_streamed(config: CorpusConfig) -> bool:
         config: With the source.
     """
     source = source_name(config.source)
-    if source_kind(source) != "file":
+    if source_kind(source) != "file" or config.task == MultiLabel.name:
         return False
     ending, _ = file_ending(source)
     if ending not in (".csv", ".tsv", ".parquet") and "json" not in ending:

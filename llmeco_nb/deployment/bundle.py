@@ -40,7 +40,8 @@ from llmeco_nb.deployment.packing import (
     parity,
     reference_scores,
 )
-from ..evaluation.comparison_table import ComparisonTable, ModelRow, best_first
+from ..evaluation.comparison_table import ComparisonTable, best_first
+from ..evaluation.model_rows import ModelRow
 from ..evaluation.stacking import Stack, StackMember
 from ..finetuning.linear import LinearText
 from ..tasks.contract import Schema

@@ -103,7 +103,9 @@ def file_texts(file: str, schema: Schema, most: int) -> TrialTexts:
         raise DataError(f"{file} holds {len(rows)} texts; an export is compared on two or more.")
     chosen, target = rows[::2], task_of(schema).target
     known: np.ndarray | None = None
-    if target in frame.columns:
+    if target in frame.columns and (
+        task_of(schema).single_label() or not hasattr(schema, "labels")
+    ):
         told = [frame[target].iloc[i] for i in chosen]
         labels = getattr(schema, "labels", None)
         found: list[Any] = class_numbers(told, labels) if labels else told

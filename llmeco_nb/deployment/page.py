@@ -45,9 +45,9 @@ $("ask").onsubmit = async e => {
   if (got.error) return say(at, got.error.message)
   const answer = got.answers[0]
   const percent = ([l, p]) => `${l} ${(100 * p).toFixed(1)} %`
-  const tell = async right => {
+  const tell = async (right, key = Object.values(right)[0]) => {
     const told = {request_id: got.request_id, item: 0, ...right, author: "page"}
-    const kept = await post("v1/feedback", {...told, key: "page " + Object.values(right)[0]})
+    const kept = await post("v1/feedback", {...told, key: "page " + key})
     say(at, kept.error ? kept.error.message : "Thank you, noted.")
   }
   const button = (text, act) => {
@@ -63,6 +63,23 @@ $("ask").onsubmit = async e => {
     n.step = "any"
     n.ariaLabel = "What is right"
     ask.append(n, button("Correct it", () => n.value && tell({value: Number(n.value)})))
+    return
+  }
+  if ("scores" in answer) {
+    say(at, Object.entries(answer.scores).map(percent).join(" · "))
+    const ask = say(at, `${answer.labels.join(", ") || "No label applies"}. What is right? `)
+    const boxes = Object.keys(answer.scores).map(name => {
+      const [label, box] = ["label", "input"].map(kind => document.createElement(kind))
+      box.type = "checkbox"
+      box.checked = answer.labels.includes(name)
+      label.append(box, `${name} `)
+      ask.append(label)
+      return [name, box]
+    })
+    ask.append(button("Correct it", () => {
+      const bits = boxes.map(([, box]) => Number(box.checked)).join("")
+      tell({labels: boxes.filter(([, box]) => box.checked).map(([name]) => name)}, bits)
+    }))
     return
   }
   say(at, Object.entries(answer.probabilities).map(percent).join(" · "))

@@ -33,7 +33,7 @@ def _precision(target: Target, most: int = 7) -> Outcome:
         return not_applicable("A decoder's answers hold no probabilities; see logprobs.")
     one = target.ask(target.words())
     answer = one.get("answers", 0) or {}
-    probabilities = answer.get("probabilities") or {}
+    probabilities = answer.get("probabilities") or answer.get("scores") or {}
     numbers = [*probabilities.values(), *([answer["value"]] if "value" in answer else [])]
     if not numbers:
         return not_checked(f"The answer holds no numbers: {one.response}")

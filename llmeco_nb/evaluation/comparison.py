@@ -24,12 +24,12 @@ from llmeco_nb.evaluation.comparison_table import (
     ComparisonTable,
     ModelFacts,
     ModelKey,
-    ModelRow,
     all_recipes,
     read_predictions,
     summary_text,
     table_rows,
 )
+from .model_rows import ModelRow
 from .split_shift import shift_text, split_shift
 from .stack_row import add_stack, stack_name
 from .verdicts import chosen_row, judge_rows
@@ -140,7 +140,18 @@ class EvaluationConfig(StageConfig):
         default_factory=lambda: [25, 50]
     )  # further numbers of labels, for the learning curve alone
     models: list[
-        Literal["majority", "tfidf_lr", "nbsvm", "wordchar_svc", "mean", "median", "tfidf_ridge"]
+        Literal[
+            "majority",
+            "tfidf_lr",
+            "nbsvm",
+            "wordchar_svc",
+            "mean",
+            "median",
+            "tfidf_ridge",
+            "frequent_set",
+            "ovr_tfidf_lr",
+            "ovr_nbsvm",
+        ]
     ] = Field(default_factory=list)  # baselines to fit; empty: all of the task
     seed: int = 0  # decides the labelled subset and the solvers' order
 

@@ -26,7 +26,7 @@ class SplitShift:
     """The score of one model on validation and on test.
 
     Attributes:
-        validation: Share of right answers, or mean absolute error.
+        validation: Share of right answers, mean absolute error, or mean F1 of the texts.
         test: Likewise.
         difference: `validation` minus `test`.
         low: Lower end of the 95 % interval of the difference.
@@ -35,6 +35,7 @@ class SplitShift:
         choices: Rows among which the model was chosen on validation.
         items: Validation texts and test texts.
         shares: Whether the scores are shares of right answers.
+        score: What the scores are called where they are none.
     """
 
     validation: float
@@ -46,6 +47,7 @@ class SplitShift:
     choices: int
     items: tuple[int, int]
     shares: bool
+    score: str = "mean absolute error"
 
     @property
     def supported(self) -> bool:
@@ -67,7 +69,7 @@ class SplitShift:
             apart = f"{100 * self.difference:+.1f} points, 95 % interval {100 * self.low:+.1f} to "
             apart += f"{100 * self.high:+.1f}"
         else:
-            did = f"has a mean absolute error of {self.validation:.3g} on {self.items[0]:,} "
+            did = f"has a {self.score} of {self.validation:.3g} on {self.items[0]:,} "
             did += f"validation texts and of {self.test:.3g} on {self.items[1]:,} test texts"
             apart = f"{self.difference:+.3g}, 95 % interval {self.low:+.3g} to {self.high:+.3g}"
         chosen = f", adjusted for the choice among {self.choices} rows" if self.choices > 1 else ""
@@ -93,7 +95,7 @@ def split_shift(answers: "pd.DataFrame", schema: Schema, choices: int = 1) -> Sp
     from scipy.stats import ttest_ind
 
     task = task_of(schema)
-    shares = task.selection.higher_is_better
+    shares = task.single_label()
     scores = []
     for split in ("validation", "test"):
         part = answers[answers.split == split]
@@ -122,6 +124,7 @@ def split_shift(answers: "pd.DataFrame", schema: Schema, choices: int = 1) -> Sp
         choices,
         (len(first), len(second)),
         shares,
+        "mean F1 of the texts" if task.selection.higher_is_better else "mean absolute error",
     )
 
 

@@ -115,6 +115,8 @@ def stack_answers(
     import pandas as pd
 
     task = task_of(schema)
+    if task.stores_scores() and not task.single_label():
+        raise NoStack("No stack: it adds up classes or numbers, and a target here is a set.")
     rows = splits["validation"]
     linear, encoder = (best_member(answers, candidates, k, schema) for k in ("linear", "onnx"))
     if encoder is None:

@@ -9,7 +9,8 @@ __all__ = ['chosen_row', 'primary_pair', 'reference_comparison', 'judge_rows']
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .comparison_table import ModelRow, ReferenceComparison, best_first
+from .comparison_table import best_first
+from .model_rows import ModelRow, ReferenceComparison
 from ..stats.claims import Claim, adjust_pvalues, claim
 from ..stats.significance import compare
 from ..tasks.contract import Schema

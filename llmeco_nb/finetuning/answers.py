@@ -103,8 +103,8 @@ def agreement(
 def mistakes(
     task: Task, table: "pd.DataFrame", texts: dict[str, str], count: int = 6
 ) -> list[dict]:
-    """The worst test predictions: wrong classes of which the model was surest, or the numbers that
-    were furthest off.
+    """The worst test predictions: wrong classes of which the model was surest, numbers that were
+    furthest off, or sets of labels with the smallest F1.
 
     Args:
         task: Of the model.
@@ -114,9 +114,11 @@ def mistakes(
     """
     test = table[table.split == "test"]
     wrong = test[test.target != test.prediction]
-    by_class = task.stores_scores()
+    by_class, by_set = task.single_label(), task.stores_scores() and not task.single_label()
     off = scores_of(wrong).max(axis=1) if by_class and len(wrong) else np.zeros(len(wrong))
-    if not by_class:
+    if by_set:
+        off = 1 - task.item_scores(wrong.target.to_numpy(), wrong.prediction.to_numpy())
+    elif not by_class:
         off = (wrong.target - wrong.prediction).abs().to_numpy()
     worst = np.argsort(-off, kind="stable")[:count]
     found = []
@@ -126,6 +128,8 @@ def mistakes(
         if by_class:
             said |= dict(label=int(row.target), predicted=int(row.prediction))
             said |= dict(sure=round(float(off[at]), 4))
+        elif by_set:
+            said |= dict(set=int(row.target), predicted=int(row.prediction))
         else:
             said |= dict(target=float(row.target), predicted=round(float(row.prediction), 4))
         found.append(said)
@@ -136,13 +140,19 @@ def mistakes_text(shown: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The mistakes as Markdown: truth, prediction, and the end of the text; or why there are none.
 
     Args:
-        shown: `names` of the classes, empty for numbers, and `mistakes` of `mistakes`.
+        shown: `names` of the classes or labels, empty for numbers, and `mistakes` of `mistakes`.
         metrics: Of the record.
     """
 
+    def named(target: int) -> str:
+        inside = [name for i, name in enumerate(shown["names"]) if target >> i & 1]
+        return markdown_text(", ".join(inside) or "no label")
+
     def said(w: Mapping[str, Any]) -> str:
         told = f"**{w.get('target')}**, predicted {w['predicted']}"
-        if shown["names"]:
+        if "set" in w:
+            told = f"**{named(w['set'])}**, predicted {named(w['predicted'])}"
+        elif shown["names"]:
             truth, called = (markdown_text(shown["names"][w[k]]) for k in ("label", "predicted"))
             told = f"**{truth}**, called {called} with {w['sure']:.0%}"
         return f"{told} · `{w['id']}`\n\n> …{markdown_text(w['text'])}"
@@ -166,6 +176,14 @@ def reached_text(m: Mapping[str, Any]) -> str:
         )
     if "accuracy_validation" in m:
         return f" and has **{m['accuracy_validation']:.2%}** of the validation texts right"
+    if "micro_f1_test" in m:
+        return (
+            f"; on the test texts its micro F1 is **{m['micro_f1_test']:.4f}** "
+            f"({m['micro_f1_validation']:.4f} on the validation texts; macro F1 "
+            f"{m['macro_f1']:.4f}, {m['exact_match']:.2%} of the sets are right)"
+        )
+    if "micro_f1_validation" in m:
+        return f"; on the validation texts its micro F1 is **{m['micro_f1_validation']:.4f}**"
     if "mae_test" not in m:
         return f"; on the validation texts it is off by **{m['mae_validation']:.3g}** on average"
     return (

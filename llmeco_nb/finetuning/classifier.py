@@ -68,6 +68,7 @@ from .engine_trial import engine_speed, try_engine
 from .engines import calibration_texts, engine_outputs, has_openvino
 from .head_and_tail import HeadChoice, choose_head, given_head
 from .lora import merge_adapter, save_adapter
+from .multi_label import MultiLabelTraining
 from .regression import RegressionTraining
 from .text_classification import ClassificationTraining
 from .trainable import layerwise_lr_scales
@@ -160,7 +161,8 @@ def save_classifier(
 
 
 halves: dict[str, TrainingHalf] = {
-    half.task.name: half for half in (ClassificationTraining(), RegressionTraining())
+    half.task.name: half
+    for half in (ClassificationTraining(), RegressionTraining(), MultiLabelTraining())
 }
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220
@@ -257,7 +259,7 @@ def fine_tune(
         ),
         precision=decided_precision(record, model),
     )
-    step = training_step(half, config, half.targets(splits["train"], schema), len(names))
+    step = training_step(half, config, half.targets(splits["train"], schema), schema)
     asked |= dict(
         corpus=sha256_of(corpus), encoder=sha256_of(folder) if Path(folder).is_dir() else folder
     )
@@ -449,7 +451,7 @@ def fine_tune(
     )
     if enough > config.num_labeled:
         record.save_metrics(labels_asked=config.num_labeled)
-    if half.task.stores_scores():
+    if half.task.single_label():
         record.save_metrics(**chance_metrics(record, table, target, config.name))
     shutil.rmtree(record.resume)
     return record.artifact("classifier")

@@ -41,11 +41,11 @@ class EngineTrial:
 
     Attributes:
         items: Validation texts.
-        agreement: Share of them on which both predict the same class; of numbers 1 minus the mean
-            difference in standard deviations.
-        loss: What the engine is expected to lose, of accuracy; of numbers the mean difference in
-            standard deviations, by which the error can grow at most. At least 0; NaN where a score
-            is no number.
+        agreement: Share of them on which both predict the same class or set of labels; of numbers
+            1 minus the mean difference in standard deviations.
+        loss: What the engine is expected to lose, of accuracy; of sets the expected share of labels
+            that become wrong; of numbers the mean difference in standard deviations, by which the
+            error can grow at most. At least 0; NaN where a score is no number.
     """
 
     items: int
@@ -72,9 +72,13 @@ class EngineTrial:
         if not task.stores_scores():
             off = float(np.abs(exact - rounded).mean()) / getattr(schema, "scale", 1.0)
             return cls(len(exact), 1 - off, off)
-        first, second = exact.argmax(1), rounded.argmax(1)
         if not np.isfinite(rounded).all():
             return cls(len(exact), 0.0, float("nan"))
+        if not task.single_label():
+            other = (exact > 0.5) != (rounded > 0.5)
+            lost = np.where(other, np.abs(2 * exact - 1), 0.0)
+            return cls(len(exact), float((~other).all(1).mean()), float(lost.mean()))
+        first, second = exact.argmax(1), rounded.argmax(1)
         rows = np.arange(len(exact))
         lost = exact[rows, first] - exact[rows, second]
         return cls(len(exact), float((first == second).mean()), float(lost.mean()))

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-from ..core import DataError, Record, seed_everything, sha256_of, write_json
+from ..core import DataError, Record, UsageError, seed_everything, sha256_of, write_json
 from ..data.corpus import read_split, small_corpus
 from llmeco_nb.finetuning.answers import (
     agreement,
@@ -43,7 +43,7 @@ from llmeco_nb.tasks.predictions import (
     exclude_model,
     write_predictions,
 )
-from ..tasks.registry import load_schema, save_schema
+from ..tasks.registry import load_schema, save_schema, task_of
 from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/22_frozen.ipynb #2200f006
@@ -161,7 +161,12 @@ def labelled_splits(
         seed: Of the order.
     """
     schema = load_schema(corpus)
-    names = getattr(schema, "labels", None)
+    names, task = getattr(schema, "labels", None), task_of(schema)
+    if names is not None and not task.single_label():
+        raise UsageError(
+            f"{corpus} is for {schema.task}, and a frozen encoder gets one layer for a class or "
+            "a number. Take the stage finetune; trainable=head leaves the encoder as it is there."
+        )
     if names is not None and len(names) < 2:
         raise DataError(
             f"{corpus} has {len(names)} classes; a classifier needs two or more. Build the corpus "

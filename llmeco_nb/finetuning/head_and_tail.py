@@ -203,7 +203,9 @@ def choose_head(
         max_length: Tokens that the model reads of a text.
         minutes: Of the stage; it takes a tenth of them at most, or what the fewest texts need.
     """
-    by_class = half.task.stores_scores()
+    by_class = half.task.single_label()
+    if half.task.stores_scores() and not by_class:  # the comparison is of classes or numbers
+        return HeadChoice()
     seconds = 60 * minutes * CHOOSING_SHARE / 2
 
     def tokenize(rows: "pd.DataFrame") -> tuple[list[list[int]], list[int]]:

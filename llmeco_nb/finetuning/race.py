@@ -132,8 +132,8 @@ class Entrant:
         pad: Id of the padding token.
         tokenizer: Of its encoder.
         max_length: Tokens it reads of a text, at most.
+        schema: Of the task, after `fit_schema`.
         left_out: Why it may not take part; empty: it may.
-        classes: How many there are; 0: targets are numbers.
     """
 
     config: ClassifierConfig
@@ -145,8 +145,8 @@ class Entrant:
     pad: int
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
+    schema: Schema
     left_out: str = ""
-    classes: int = 0
 
 
 def enter(
@@ -191,8 +191,8 @@ def enter(
         tokenizer.pad_token_id,
         tokenizer,
         cut.max_length,
+        schema,
         unreadable(unknown_share(tokenizer, splits["train"].text), config.max_unknown_share),
-        len(getattr(schema, "labels", [])),
     )
 
 
@@ -205,7 +205,7 @@ def entrant_speed(half: TrainingHalf, one: Entrant) -> tuple[float, float]:
     """
     chosen = average_rows(one.train, one.config.batch_size)
     rows, targets = [one.train[i] for i in chosen], [one.targets[i] for i in chosen]
-    step = training_step(half, one.config, one.targets, one.classes)
+    step = training_step(half, one.config, one.targets, one.schema)
     taken = step_seconds(one.model, one.optimiser, step, rows, targets, one.pad)
     return taken, forward_seconds(one.model, rows, one.pad)
 
@@ -233,7 +233,7 @@ def run_entrant(
     task = TrainTask(
         model=one.model,
         optimizer=one.optimiser,
-        loss_step=training_step(half, config, one.targets, one.classes),
+        loss_step=training_step(half, config, one.targets, one.schema),
         make_batch=lambda batch_size, index, *share: batches(index),
         count_tokens=lambda batch: batch["input_ids"].numel(),
         name=f"race-{config.name}",
@@ -275,6 +275,11 @@ def race(
             "texts to score on. Build it with a label column and validation_size=0.1."
         )
     half = halves[schema.task]
+    if half.task.stores_scores() and not half.task.single_label():
+        raise UsageError(
+            f"{corpus} is for {schema.task}, and a race compares classifiers of one class a text, "
+            "or models of numbers. Leave the race out, and give each finetune its minutes."
+        )
     asked = config.fingerprint() | dict(corpus=sha256_of(corpus), encoder="")
     if encoder:
         asked["encoder"] = sha256_of(encoder)

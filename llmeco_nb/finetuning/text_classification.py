@@ -64,6 +64,18 @@ class ClassificationTraining(TrainingHalf[ClassificationSchema]):
         """
         return rows.label.tolist()
 
+    def balanced_weights(self, targets: list, schema: ClassificationSchema) -> tuple[float, ...]:
+        """n / (classes * n_c) for each class; 0 for a class without a text.
+
+        Args:
+            targets: Class indices of the training texts.
+            schema: Of the corpus.
+        """
+        classes = len(schema.labels)
+        counts = np.bincount(targets, minlength=classes)
+        found = len(targets) / (classes * np.maximum(counts, 1)) * (counts > 0)
+        return tuple(float(weight) for weight in found)
+
     def model(
         self,
         checkpoint: str,

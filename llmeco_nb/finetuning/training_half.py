@@ -60,7 +60,8 @@ class LossOptions:
 
     Attributes:
         label_smoothing: Share of the probability spread over all classes, 0 to 1.
-        class_weights: Of each class, above 0; None: all weigh the same.
+        class_weights: Of each class, at least 0, or of the texts with each label where several
+            apply; None: all weigh the same.
     """
 
     label_smoothing: float = 0.0
@@ -93,6 +94,16 @@ class TrainingHalf(ABC, Generic[SchemaT]):
             rows: Of a corpus.
             schema: After `fit_schema`.
         """
+
+    def balanced_weights(self, targets: list, schema: SchemaT) -> tuple[float, ...] | None:
+        """Class weights for `LossOptions` under which rare classes weigh more; None: the task has
+        no classes.
+
+        Args:
+            targets: Of `targets`, one a training text.
+            schema: After `fit_schema`.
+        """
+        return None
 
     def encode(
         self,

@@ -40,7 +40,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["text", "label", "number"]
+    kind: Literal["text", "label", "number", "labels"]
     about: str
 
 
@@ -326,6 +326,10 @@ class Task(Correctable, ABC, Generic[SchemaT]):
 
     def stores_scores(self) -> bool:
         "Whether a table of predictions holds scores beside the prediction."
+        return True
+
+    def single_label(self) -> bool:
+        "Whether a target is the index of one of the schema's labels."
         return True
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from ..core import DataError, MissingError, UsageError, read_json, write_json
 from .contract import Cleaning, Prediction, Schema, Task
+from .multi_label import MultiLabel
 from .regression import Regression
 from .text_classification import ClassificationSchema, TextClassification
 
 # %% ../../nbs/2_finetuning/20d_task_registry.ipynb #878af4be
-tasks: dict[str, Task] = {one.name: one for one in (TextClassification(), Regression())}
+tasks: dict[str, Task] = {
+    one.name: one for one in (TextClassification(), Regression(), MultiLabel())
+}
 
 
 def find_task(name: str) -> Task:

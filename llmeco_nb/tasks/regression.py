@@ -199,6 +199,10 @@ class Regression(Task[RegressionSchema]):
         "The prediction is the score."
         return False
 
+    def single_label(self) -> bool:
+        "A target is a number."
+        return False
+
     def check_correction(self, prediction: NumberPrediction, given: Any) -> float:
         """The number that is right. Raises `UsageError` for what is no finite number.
 
