@@ -275,7 +275,7 @@ class AugmentConfig(StageConfig):
 
     kinds: list[Literal["translation", "synonyms", "eda"]] = Field(
         default_factory=lambda: []
-    )  # translation, synonyms, eda; empty: the first two, as far as engines are here
+    )  # translation, synonyms, eda; empty: the first two, if engines are here
     added_ratio: NonNegativeFloat = 0.5  # new texts for each training text
     pivot: str = "en-eo eo-en"  # Apertium's two modes, or two Marian models, there and back
     replaced_fraction: Fraction = 0.15  # fraction of a text's words to change, by synonyms or eda
