@@ -9,8 +9,6 @@ __all__ = ['separators', 'cell_labels', 'separator_hint', 'target_name', 'read_l
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import DataError
 from .class_names import Found
 from .sources import did_you_mean

@@ -22,7 +22,7 @@ from ..stats.claims import marks
 from ..stats.significance import bootstrap, wilson
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, read_predictions_file, scores_of
-from ..tasks.registry import find_task, task_of
+from ..tasks.registry import task_of
 
 # %% ../../nbs/3_evaluation/30a_comparison_table.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
