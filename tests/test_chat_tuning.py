@@ -283,11 +283,12 @@ def test_the_loss_is_that_of_trl(opened, tmp_path):
     peer = Path(os.environ.get("LLMECO_PEERS", "")) / "trl"
     if os.environ.get("LLMECO_PEERS") and peer.is_dir():
         sys.path.append(str(peer))
-    pytest.importorskip(
+    trl = pytest.importorskip(
         "trl", reason="needs trl: pip install trl, or LLMECO_PEERS=the folder that holds it"
     )
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+
+    DPOConfig, DPOTrainer = trl.DPOConfig, trl.DPOTrainer
 
     rows = read_preferences(small_preferences())[:6]
     pairs, _ = encode_pairs(rows, opened.words, 128)
