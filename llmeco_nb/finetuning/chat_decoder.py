@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ChatDecoder', 'decoder_place', 'decoder_revision', 'open_chat_decoder', 'small_random_decoder', 'TuningConfig',
-           'tuning_optimiser', 'finish_tuning', 'bucketed_rows', 'collate_dialogues', 'answer_log_probs', 'end_tokens',
-           'save_chat_decoder', 'write_answer']
+           'tuning_optimiser', 'finish_tuning', 'bucketed_rows', 'longest_rows', 'collate_dialogues',
+           'answer_log_probs', 'end_tokens', 'save_chat_decoder', 'write_answer']
 
 # %% ../../nbs/2_finetuning/26c_chat_decoder.ipynb #810f4af6
 import math
@@ -256,6 +256,18 @@ def bucketed_rows(lengths: tuple[int, ...], batch: int, index: int, seed: int) -
 
     epoch, place = divmod(index, math.ceil(len(lengths) / batch))
     return length_bucketed_batches(lengths, batch, seed, epoch)[place]
+
+
+def longest_rows(lengths: Sequence[int], batch: int) -> np.ndarray:
+    """So many rows that take as much memory as any: the longest ones, again and again where there
+    are too few, and the shortest, so that there is padding.
+
+    Args:
+        lengths: Tokens of every row.
+        batch: Rows.
+    """
+    order = np.argsort(lengths, kind="stable")
+    return np.append(np.resize(order[::-1], batch - 1), order[0])
 
 
 def collate_dialogues(examples: Sequence[TokenizedDialogue], pad: int) -> dict[str, "torch.Tensor"]:

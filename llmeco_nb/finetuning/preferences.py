@@ -32,6 +32,7 @@ from llmeco_nb.finetuning.chat_decoder import (
     bucketed_rows,
     end_tokens,
     finish_tuning,
+    longest_rows,
     save_chat_decoder,
     tuning_optimiser,
 )
@@ -140,7 +141,11 @@ def stored_reference(record: Record, key: str, make: Callable[[], np.ndarray]) -
 
 
 def pair_batches(
-    pairs: Sequence[TokenizedPair], reference: np.ndarray, pad: int, seed: int
+    pairs: Sequence[TokenizedPair],
+    reference: np.ndarray,
+    pad: int,
+    seed: int,
+    longest: bool = False,
 ) -> "MakeBatch":
     """(pairs, index) -> batch of pairs of similar length.
 
@@ -149,13 +154,18 @@ def pair_batches(
         reference: Of `log_likelihoods`, in the same order.
         pad: Id that fills rows.
         seed: Of the order.
+        longest: Make the batch that takes most memory, whatever its index.
     """
     lengths = tuple(max(len(p.chosen.input_ids), len(p.rejected.input_ids)) for p in pairs)
 
     def make(
         batch_size: int, index: int, world_size: int = 1, rank: int = 0
     ) -> "dict[str, Tensor]":
-        which = bucketed_rows(lengths, batch_size, index, seed)
+        which = (
+            longest_rows(lengths, batch_size)
+            if longest
+            else bucketed_rows(lengths, batch_size, index, seed)
+        )
         return collate_pairs([pairs[i] for i in which], pad, reference[which])
 
     return make
@@ -301,11 +311,13 @@ def tune_preferences(
         rest = measured.evaluation_seconds * len(pairs["test"]) / len(few)
         return time.monotonic() - begun + rest
 
+    learned = pairs["train"], reference[:here], pad, config.seed
     task = TrainTask(
         model=opened.model,
         optimizer=optimiser,
         loss_step=preference_step(config.beta),
-        make_batch=pair_batches(pairs["train"], reference[:here], pad, config.seed),
+        make_batch=pair_batches(*learned, longest=False),
+        memory_batch=pair_batches(*learned, longest=True),
         count_tokens=lambda batch: int(batch["attention_mask"].sum()),
         evaluate=evaluate,
         name="tune_preferences",

@@ -29,6 +29,7 @@ from llmeco_nb.finetuning.chat_decoder import (
     collate_dialogues,
     end_tokens,
     finish_tuning,
+    longest_rows,
     save_chat_decoder,
     tuning_optimiser,
     write_answer,
@@ -64,13 +65,16 @@ def answer_loss_step(
     return loss.detach(), int((batch["targets"] != -100).sum())
 
 
-def dialogue_batches(examples: Sequence[TokenizedDialogue], pad: int, seed: int) -> "MakeBatch":
+def dialogue_batches(
+    examples: Sequence[TokenizedDialogue], pad: int, seed: int, longest: bool = False
+) -> "MakeBatch":
     """(rows, index, processes, rank) -> batch of dialogues of similar length.
 
     Args:
         examples: All that are learned from.
         pad: Id that fills rows.
         seed: Of the order.
+        longest: Make the batch that takes most memory, whatever its index.
     """
     from llmeco_nb.training.sharding import rank_rows
 
@@ -79,7 +83,11 @@ def dialogue_batches(examples: Sequence[TokenizedDialogue], pad: int, seed: int)
     def make(
         batch_size: int, index: int, world_size: int = 1, rank: int = 0
     ) -> "dict[str, Tensor]":
-        which = bucketed_rows(lengths, batch_size, index, seed)
+        which = (
+            longest_rows(lengths, batch_size)
+            if longest
+            else bucketed_rows(lengths, batch_size, index, seed)
+        )
         whole = collate_dialogues([examples[i] for i in which], pad)
         return rank_rows(whole, world_size, rank)
 
@@ -238,6 +246,7 @@ def tune_chat(
         optimizer=optimiser,
         loss_step=answer_loss_step,
         make_batch=dialogue_batches(examples["train"], opened.pad, config.seed),
+        memory_batch=dialogue_batches(examples["train"], opened.pad, config.seed, longest=True),
         count_tokens=lambda batch: int(batch["attention_mask"].sum()),
         evaluate=lambda model: dict(validation_loss=answer_loss(model, few, opened.pad)),
         name="tune_chat",

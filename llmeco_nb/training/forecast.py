@@ -12,7 +12,7 @@ __all__ = ['MemoryModel', 'preserve_training_state', 'saved_bytes', 'resident_by
 # %% ../../nbs/1_pretraining/17a_forecast.ipynb #b1a3dcdb
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -422,8 +422,8 @@ def memory_model_of(task: TrainTask) -> Callable[[int], list[tuple[float, float]
     Args:
         task: Afterwards as it was.
     """
-    model, optimizer, make = task.model, task.optimizer, make_device_batch(task)
-    chunks = task.chunked_loss
+    model, optimizer, chunks = task.model, task.optimizer, task.chunked_loss
+    make = make_device_batch(replace(task, make_batch=task.memory_batch or task.make_batch))
     if chunks is None:
         lines = lru_cache(lambda: fit_memory_model(model, task.loss_step, make, optimizer))
         return lambda rows: lines()

@@ -79,6 +79,8 @@ class TrainTask:
         optimizer: Of this model.
         loss_step: (model, batch, backward) -> (summed loss, weight).
         make_batch: (rows, index, processes, rank) -> batch.
+        memory_batch: The same, as large as any of so many rows: its memory is measured; None: those
+            of `make_batch` are all alike.
         count_tokens: Tokens read; None: the loss's weight.
         evaluate: Holds `monitor`.
         name: Of the folder of its checkpoints.
@@ -101,6 +103,7 @@ class TrainTask:
     mode: Literal["min", "max"] = "min"
     identity: dict[str, Any] = field(default_factory=dict)
     chunked_loss: ChunkedLoss | None = None
+    memory_batch: MakeBatch | None = None
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
 
