@@ -2,6 +2,7 @@
 law, refusals against what then fits."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from llmeco_nb.training.forecast import (
     fit_memory_model,
     fit_power_law,
     forecast,
+    memory_model_of,
     peak_step_bytes,
     predict_peak_bytes,
     saved_bytes,
@@ -130,6 +132,18 @@ def test_clipping_one_of_the_small_batches_alone_spoils_nothing(pair):
         )
         and optimiser.clip == 1.0
     )
+
+
+def test_memory_is_measured_with_the_largest_rows(pair):
+    """The batches of a task whose rows differ in length say little of the largest one: those of 2
+    and of 4 rows need not even do the same operations."""
+    model, optimiser = pair
+    task = replace(task_of(model, make, optimiser), memory_batch=lambda n, i, *share: wide(n, i))
+    law = memory_model_of(task)
+    assert predict_peak_bytes(law, 64) == pytest.approx(
+        peak_step_bytes(model, step, wide(64), optimiser), rel=0.02
+    )
+    assert predict_peak_bytes(law, 64) > 2 * peak_step_bytes(model, step, make(64), optimiser)
 
 
 @pytest.mark.parametrize("batch,accumulation", [(64, 1), (48, 2), (37, 1)])
