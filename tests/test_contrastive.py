@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmeco_nb.core import DataError, UsageError, create_record, sha256_of
-from llmeco_nb.data.corpus import small_corpus, write_corpus
+from llmeco_nb.data.corpus import write_corpus
 from llmeco_nb.finetuning.checkpoints import small_random_encoder
 from llmeco_nb.finetuning.contrastive import (
     contrastive_step,
@@ -57,11 +57,6 @@ def corpus_at(folder, train, validation=(), test=()):
 
 
 @pytest.fixture(scope="module")
-def encoder() -> str:
-    return str(small_random_encoder(small_corpus()))
-
-
-@pytest.fixture(scope="module")
 def cards(tmp_path_factory) -> str:
     "Texts that one word tells apart, and many that do not."
     rng = np.random.default_rng(0)
@@ -79,6 +74,11 @@ def cards(tmp_path_factory) -> str:
         ]
 
     return corpus_at(tmp_path_factory.mktemp("cards") / "corpus", texts(40), texts(24), texts(40))
+
+
+@pytest.fixture(scope="module")
+def encoder(cards) -> str:
+    return str(small_random_encoder(cards))
 
 
 # -- losses
@@ -167,6 +167,8 @@ def test_pairs_of_a_batch_are_of_one_class_and_none_twice(sizes, data):
     assert (drawn == pairs.positive(batch, step, 3)).all()
     classes = labels[drawn[:, 0]]
     assert len(set(classes.tolist())) == min(batch, len(sizes))
+    more = pairs.positive(batch + there_are, step, 3)
+    assert len(more) == batch + there_are and (labels[more[:, 0]] == labels[more[:, 1]]).all()
     apart = pairs.negative(batch, step, 3)
     assert (labels[apart[:, 0]] != labels[apart[:, 1]]).all()
 

@@ -53,14 +53,18 @@ class TextPairs:
         return [len(m) * (len(m) - 1) // 2 for m in self.members]
 
     def positive(self, batch: int, step: int, seed: int) -> np.ndarray:
-        """Pairs of one class, none twice, int64 (batch, 2). As many classes as can be are in it,
-        and none has two pairs more than another that has pairs left.
+        """Pairs of one class, int64 (batch, 2); none twice before all were taken. As many classes
+        as can be are in it, and none has two pairs more than another that has pairs left.
 
         Args:
-            batch: How many, at most as many as there are.
+            batch: How many.
             step: From 0.
             seed: Not negative.
         """
+        there_are = sum(self.pairs)
+        if batch > there_are:  # a probe of memory, that asks for more than a training does
+            more = self.positive(batch - there_are, step, seed)
+            return np.concatenate([self.positive(there_are, step, seed), more])
         rng = np.random.default_rng([seed, step])
         drawn = np.zeros(len(self.members), np.int64)
         left = np.array(self.pairs)

@@ -43,7 +43,6 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from torch.nn import Module
 
     from llmeco_nb.finetuning.embeddings import TextEncoder
-    from llmeco_nb.training.optim import Optimiser
     from llmeco_nb.training.plan import Measured, PlanConfig
 
 # %% ../../nbs/2_finetuning/28b_embedding_tuning.ipynb #7e5d6251
@@ -115,7 +114,7 @@ class EmbeddingTuningConfig(StageConfig):
 
     weights: str = ""  # instead of `encoder`: minilm (packaged), a folder, or a hub name
     loss: ContrastiveLoss = "ranking"  # ranking: in-batch negatives; pair: cosines to 1 and 0
-    temperature: PositiveFloat = 0.05  # of the ranking loss; small: only the nearest negatives count
+    temperature: PositiveFloat = 0.05  # of the ranking loss; small: only near negatives count
     max_length: Annotated[int, Field(ge=3)] = 32  # tokens the encoder reads of a text
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
     steps: PositiveInt = 20  # optimiser steps, where minutes is 0
