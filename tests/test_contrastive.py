@@ -301,7 +301,7 @@ def test_numbers_are_no_classes(encoder, tmp_path):
     from llmeco_nb.tasks.regression import RegressionSchema
 
     table = pd.DataFrame(dict(id=["a", "b"], text=["x", "y"], target=[0.5, 1.5]))
-    write_corpus(tmp_path / "c", dict(train=table), [], {}, RegressionSchema())
+    write_corpus(tmp_path / "c", dict(train=table), [], {}, RegressionSchema(low=0.5, high=1.5))
     record = create_record(tmp_path / "tuned", "tune_embeddings")
     with pytest.raises(UsageError, match="texts with one class each"):
         tune_embeddings(record, str(tmp_path / "c"), encoder, FEW)
