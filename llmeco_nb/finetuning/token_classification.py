@@ -7,7 +7,7 @@ __all__ = ['build_tagger', 'window_texts', 'TaggedWindows', 'tagged_windows', 'c
            'balanced_tag_weights', 'tag_loss_step', 'tag_texts', 'decode_texts', 'evaluate_tags', 'save_tagger',
            'open_tagger']
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #ab0988c6
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #1c036119
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from llmeco_nb.tasks.token_classification import (
     TokenSchema,
 )
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #7e6525bf
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #03c11f6b
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # read by type checkers alone: they are heavy
 
     from llmeco_nb.training.task import LossStep, MakeBatch
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #dd843cc9
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #dd562119
 def build_tagger(
     folder: str | Path, schema: TokenSchema, seed: int = 0, device: str = "auto"
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -86,7 +86,7 @@ def build_tagger(
         use_fast_attention(model)
     return model.to(on), tokenizer
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #c7fb5b16
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #4b30fc60
 def window_texts(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], tokens: int, overlap: int
 ) -> list[WindowedText]:
@@ -143,7 +143,10 @@ def tagged_windows(
 
 
 def collate_windows(
-    windows: Sequence[Window], pad: int, targets: Sequence[list[int]] | None = None
+    windows: Sequence[Window],
+    pad: int,
+    targets: Sequence[list[int]] | None = None,
+    spare: int = 0,
 ) -> dict[str, "Tensor"]:
     """input_ids, attention_mask and, if given, targets, each int64 of shape (windows, tokens);
     targets are -100 where there is no loss.
@@ -152,10 +155,11 @@ def collate_windows(
         windows: At least one.
         pad: Id of the padding token.
         targets: For each window the tag of each of its places.
+        spare: Places of padding behind the longest window.
     """
     import torch
 
-    shape = len(windows), max(len(one.input_ids) for one in windows)
+    shape = len(windows), max(len(one.input_ids) for one in windows) + spare
     found = dict(
         input_ids=torch.full(shape, pad), attention_mask=torch.zeros(shape, dtype=torch.int64)
     )
@@ -189,11 +193,13 @@ def window_batches(examples: TaggedWindows, pad: int, seed: int) -> "MakeBatch":
         epoch, place = divmod(index, math.ceil(len(lengths) / batch_size))
         which = length_bucketed_batches(lengths, batch_size, seed, epoch)[place]
         windows, targets = ([part[i] for i in which] for part in (examples.windows, examples.targets))
-        return rank_rows(collate_windows(windows, pad, targets), world_size, rank)
+        # without padding a model skips its mask; steps that do the same can be foretold
+        whole = collate_windows(windows, pad, targets, spare=1)
+        return rank_rows(whole, world_size, rank)
 
     return make
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #94611a55
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #8c30bac5
 def balanced_tag_weights(targets: Sequence[Sequence[int]], schema: TokenSchema) -> tuple[float, ...]:
     """n / (tags * n_k) for each tag; 0 for a tag that no word has.
 
@@ -232,7 +238,7 @@ def tag_loss_step(weights: Sequence[float] | None = None) -> "LossStep":
 
     return step
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #7e747476
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #c5c3f1c2
 def tag_texts(
     model: "PreTrainedModel",
     coded: Sequence[WindowedText],
@@ -300,7 +306,7 @@ def evaluate_tags(
     f1 = task.report(targets, said, schema)["f1"]
     return dict(validation_loss=nats / max(1, words), validation_f1=f1)
 
-# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #0fad6196
+# %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #4b747d10
 def save_tagger(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
