@@ -7,7 +7,7 @@ __all__ = ['made_names', 'made_frames', 'fill_frame', 'small_span_table', 'SpanC
            'checked_schema', 'build_span_corpus', 'write_span_corpus', 'small_span_corpus', 'draw_spans',
            'plain_letter']
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #b890e4a0
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #ac12d674
 import itertools
 import json
 from collections import Counter
@@ -41,12 +41,12 @@ from ..tasks.contract import Rows
 from ..tasks.text_spans import TextSpan, spans_from_json, spans_json
 from ..tasks.token_classification import TokenClassification, TokenSchema
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #19ed19d1
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #581f1187
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
     from matplotlib.figure import Figure
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #044c8688
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #4f161c81
 made_names = {
     "PER": ["Ada", "Bo Lind", "Jordan", "Austin", "Florence", "Ida van Dyk", "Lincoln", "Sam"],
     "LOC": ["Rome", "Jordan", "Austin", "Florence", "New York", "Lincoln", "Cape Town", "Oslo"],
@@ -95,9 +95,11 @@ def small_span_table() -> Path:
         folder.mkdir(parents=True)
         write_bytes(folder / "spans.jsonl", "".join(lines).encode())
 
-    return cached_fixture("span-sentences", make, made_names, made_frames, fill_frame) / "spans.jsonl"
+    return (
+        cached_fixture("span-sentences", make, made_names, made_frames, fill_frame) / "spans.jsonl"
+    )
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #581c732b
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #2e5719ab
 @stage_config
 class SpanCorpusConfig(StageConfig):
     "How a table of spans becomes a corpus of three splits."
@@ -171,7 +173,7 @@ def checked_schema(tables: dict[str, SpanTable], types: list[str]) -> TokenSchem
         found.append(TokenClassification().check(Rows(table.source, values, lines, types)))
     return found[0]
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #14eadbd9
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #0fb3b6ce
 def build_span_corpus(record: Record, config: SpanCorpusConfig = SpanCorpusConfig()) -> Path:
     """Build a corpus of spans and return its folder; metrics and datasheet account for every row.
     Raises `DataError`, `MissingError`, `UsageError`.
@@ -240,9 +242,7 @@ def build_span_corpus(record: Record, config: SpanCorpusConfig = SpanCorpusConfi
     return folder
 
 
-def write_span_corpus(
-    folder: Path, parts: dict[str, "pd.DataFrame"], schema: TokenSchema
-) -> None:
+def write_span_corpus(folder: Path, parts: dict[str, "pd.DataFrame"], schema: TokenSchema) -> None:
     """Write the splits and the schema; equal rows give equal bytes.
 
     Args:
@@ -267,9 +267,11 @@ def small_span_corpus() -> Path:
 
         build_span_corpus(create_record(folder, "spans"))
 
-    return cached_fixture("span-corpus", make, build_span_corpus, small_span_table()) / "span_corpus"
+    return (
+        cached_fixture("span-corpus", make, build_span_corpus, small_span_table()) / "span_corpus"
+    )
 
-# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #7084ff03
+# %% ../../nbs/1_pretraining/11h_span_corpus.ipynb #31642f74
 def draw_spans(
     cases: Sequence[tuple[str, str, Sequence[TextSpan]]], colours: dict[str, str], width: int = 88
 ) -> "Figure":

@@ -6,7 +6,7 @@
 __all__ = ['baseline_predictions', 'matched_predictions', 'f1_of', 'f1_difference', 'SpanModelRow', 'SpanComparisonConfig',
            'span_totals', 'model_row', 'compare_spans', 'judged', 'worst_texts']
 
-# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #4ec124ba
+# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #0024b43b
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,18 +28,16 @@ from ..tasks.text_spans import spans_from_json, spans_json
 from llmeco_nb.tasks.token_classification import (
     TokenClassification,
     TokenSchema,
-    fit_word_baseline,
     text_span_counts,
 )
+from ..tasks.word_baseline import fit_word_baseline
 
-# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #5b58820f
+# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #c5456a4b
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #51d10864
-def baseline_predictions(
-    name: str, splits: "dict[str, pd.DataFrame]"
-) -> "pd.DataFrame":
+# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #28cf9460
+def baseline_predictions(name: str, splits: "dict[str, pd.DataFrame]") -> "pd.DataFrame":
     """What a baseline says of validation and test texts, in the format of predictions.
 
     Args:
@@ -69,9 +67,7 @@ def baseline_predictions(
     return pd.concat(parts, ignore_index=True)
 
 
-def matched_predictions(
-    file: str | Path, splits: "dict[str, pd.DataFrame]"
-) -> "pd.DataFrame":
+def matched_predictions(file: str | Path, splits: "dict[str, pd.DataFrame]") -> "pd.DataFrame":
     """The predictions of a file in the order of the corpus. Raises `DataError` for those of another
     corpus, or of several models.
 
@@ -95,7 +91,7 @@ def matched_predictions(
         parts.append(own)
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #6e9f8a2a
+# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #bd22aba4
 def f1_of(weights: ArrayLike, right: ArrayLike, said: ArrayLike, true: ArrayLike) -> np.ndarray:
     """F1 when each sentence counts so many times, shape (draws,).
 
@@ -156,7 +152,7 @@ class SpanModelRow:
     difference_high: float | None = None
     p: float | None = None
 
-# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #6bac3a5f
+# %% ../../nbs/3_evaluation/31_span_comparison.ipynb #be9f1368
 @stage_config
 class SpanComparisonConfig(StageConfig):
     "Parameters of the stage `compare_spans`."

@@ -31,7 +31,6 @@ from llmeco_nb.tasks.token_classification import (
 
 # %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #03c11f6b
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
-    import pandas as pd
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -192,7 +191,9 @@ def window_batches(examples: TaggedWindows, pad: int, seed: int) -> "MakeBatch":
     ) -> "dict[str, Tensor]":
         epoch, place = divmod(index, math.ceil(len(lengths) / batch_size))
         which = length_bucketed_batches(lengths, batch_size, seed, epoch)[place]
-        windows, targets = ([part[i] for i in which] for part in (examples.windows, examples.targets))
+        windows, targets = (
+            [part[i] for i in which] for part in (examples.windows, examples.targets)
+        )
         # without padding a model skips its mask; steps that do the same can be foretold
         whole = collate_windows(windows, pad, targets, spare=1)
         return rank_rows(whole, world_size, rank)
@@ -200,7 +201,9 @@ def window_batches(examples: TaggedWindows, pad: int, seed: int) -> "MakeBatch":
     return make
 
 # %% ../../nbs/2_finetuning/21c_token_classification_training.ipynb #8c30bac5
-def balanced_tag_weights(targets: Sequence[Sequence[int]], schema: TokenSchema) -> tuple[float, ...]:
+def balanced_tag_weights(
+    targets: Sequence[Sequence[int]], schema: TokenSchema
+) -> tuple[float, ...]:
     """n / (tags * n_k) for each tag; 0 for a tag that no word has.
 
     Args:

@@ -161,7 +161,9 @@ def window_text(text: str, output: TokenizerOutput, tokens: int, overlap: int) -
     )
 
 # %% ../../nbs/2_finetuning/20v_word_windows.ipynb #0ff22561
-def word_scores(one: WindowedText, outputs: Sequence[np.ndarray], schema: TokenSchema) -> TaggedText:
+def word_scores(
+    one: WindowedText, outputs: Sequence[np.ndarray], schema: TokenSchema
+) -> TaggedText:
     """The scores of a text's words.
 
     Args:
