@@ -308,5 +308,5 @@ def draw_spans(
 
 
 def plain_letter(one: str) -> str:
-    "What matplotlib draws as it stands; a sign beyond its font becomes a box."
+    "The text `one` as matplotlib draws it; a sign beyond its font becomes a box."
     return "".join("□" if ord(c) > 0xFFFF else r"\$" if c == "$" else c for c in one)

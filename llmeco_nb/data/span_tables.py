@@ -279,7 +279,7 @@ def raw_rows(
         )
 
     def read(line: int, raw: str) -> tuple[str, list[TextSpan]]:
-        row, at = parse_json(raw, line, source), f"{source}, row {line}"
+        row, at = parse_json(raw.rstrip("\r\n"), line, source), f"{source}, row {line}"
         if not isinstance(row, dict):
             raise DataError(f"{at}: each line must be an object; found {raw.strip()[:60]}")
         return object_row(row, reading, at)

@@ -89,7 +89,7 @@ class TaggerModel:
         return self.coded(text).cost
 
     def scores(self, texts: list[str]) -> list[TaggedText]:
-        "The words of each text with the probabilities of their tags."
+        "The words of the texts with the probabilities of their tags."
         coded = [self.coded(text) for text in texts]
         where = [(t, w) for t, one in enumerate(coded) for w in range(len(one.windows))]
         where.sort(key=lambda at: len(coded[at[0]].windows[at[1]].input_ids))

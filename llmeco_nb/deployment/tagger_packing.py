@@ -22,6 +22,7 @@ from .packing import export_onnx, padding_id
 from ..finetuning.tagger import read_span_splits
 from llmeco_nb.finetuning.token_classification import (
     build_tagger,
+    encoder_of_spans,
     open_tagger,
     save_tagger,
     tag_texts,
@@ -61,13 +62,11 @@ def tag_parity(
 
 def small_tagger() -> Path:
     "The folder of a small untrained tagger under runs/scratch, made at the first call."
-    from llmeco_nb.finetuning.checkpoints import small_random_encoder
-
     corpus = small_span_corpus()
     schema, _ = read_span_splits(corpus)
 
     def make(folder: Path) -> None:
-        encoder = small_random_encoder(corpus)
+        encoder = encoder_of_spans(corpus)
         save_tagger(*build_tagger(encoder, schema, device="cpu"), folder, 32, 8, schema)
 
     return cached_fixture("tagger-small", make, build_tagger, save_tagger, corpus)

@@ -28,11 +28,12 @@ from llmeco_nb.core import (
 )
 from ..data.corpus import read_split
 from ..data.span_corpus import small_span_corpus
-from .checkpoints import encoder_folder, quiet_transformers
+from .checkpoints import quiet_transformers
 from llmeco_nb.finetuning.token_classification import (
     balanced_tag_weights,
     build_tagger,
     decode_texts,
+    encoder_of_spans,
     evaluate_tags,
     save_tagger,
     tag_loss_step,
@@ -166,7 +167,7 @@ def tune_tagger(
     begun = time.monotonic()
     corpus = str(span_corpus or small_span_corpus())
     schema, splits = read_span_splits(corpus)
-    folder = encoder_folder(corpus, encoder, config.weights, config.seed)
+    folder = encoder_of_spans(corpus, encoder, config.weights, config.seed)
     seed_everything(config.seed)
     model, tokenizer = build_tagger(folder, schema, config.seed, config.device)
     longest = getattr(model.config, "max_position_embeddings", config.max_length)
