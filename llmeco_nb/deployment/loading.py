@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_texts', 'loaders', 'TextModel', 'EncoderModel', 'LinearModel', 'seconds_per_unit', 'StackModel', 'open_member',
-           'PreparedModel', 'open_model', 'newest_bundle']
+           'PreparedModel', 'answer_widths', 'open_model', 'newest_bundle']
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #a20e1006
 import math
@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..core import DataError, LlmecoError, MissingError
 from .manifest import BundleFiles, Manifest
 from .patterns import check_tokenizer
+from .tagger_model import TaggerModel
 from ..evaluation.stacking import Stack
 from ..finetuning.encoding import truncate_middle
 from llmeco_nb.finetuning.engines import (
@@ -33,6 +34,7 @@ from llmeco_nb.finetuning.engines import (
 )
 from ..finetuning.linear import LinearText
 from ..runner.store import Run
+from ..tasks.registry import word_tasks
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #6f8e4e34
 class TextModel(Protocol):
@@ -258,7 +260,21 @@ loaders: dict[str, Callable[[BundleFiles, Manifest, int, str], TextModel]] = {
     "onnx": EncoderModel,
     "linear": lambda files, manifest, threads, engine: LinearModel(files),
     "stack": StackModel,
+    "tagger": TaggerModel,
 }
+
+
+def answer_widths(manifest: Manifest, scores: Any) -> tuple[int, int]:
+    """How many scores an answer should have, and how many the answer to one text has; those of a
+    word where a task answers for words.
+
+    Args:
+        manifest: Of the bundle.
+        scores: What its model says of one text.
+    """
+    if manifest.kind == "tagger":
+        return len(manifest.schema.tags), scores[0].scores.shape[1]
+    return len(manifest.labels) or 1, scores.shape[-1] if len(scores) == 1 else 0
 
 
 def open_model(
@@ -278,14 +294,19 @@ def open_model(
         raise DataError(
             f"{folder} holds a model of the kind {manifest.kind!r}; known are {', '.join(loaders)}."
         )
+    if (manifest.kind == "tagger") != (manifest.task.name in word_tasks):
+        raise DataError(
+            f"{folder} is for {manifest.task.name}, which a model of the kind {manifest.kind} does "
+            "not answer. Make the bundle again with `llmeco run`."
+        )
     files = BundleFiles(Path(folder), manifest.files if manifest.digest else None)
     try:
         model = PreparedModel(loaders[manifest.kind](files, manifest, threads, engine), manifest)
-        wanted, found = (1, len(manifest.labels) or 1), model.scores(["A first text."]).shape
+        wanted, found = answer_widths(manifest, model.scores(["A first text."]))
         if found != wanted:
             raise DataError(
-                f"{folder} is refused: an answer of the model has {found[-1]} scores, and the "
-                f"manifest states {wanted[-1]}. Make the bundle again with `llmeco run`."
+                f"{folder} is refused: an answer of the model has {found} scores, and the "
+                f"manifest states {wanted}. Make the bundle again with `llmeco run`."
             )
         return model
     except ModuleNotFoundError as e:
@@ -309,13 +330,18 @@ def newest_bundle(runs: Path) -> Path:
     Args:
         runs: Folder of runs.
     """
-    decoders: list[Path] = []  # named, and never taken for a classifier
+    others: dict[str, list[Path]] = {"decoder": [], "tagger": []}  # named, and never taken
     for run in [runs / "latest", *(r.path for r in reversed(Run.all(runs)))]:
         for place in ("improve/champion", "bundle/bundle"):
             if (run / place / "manifest.json").is_file():
                 return (run / place).resolve()
-        decoders += sorted(run.glob("pack_decoder*/bundle"))
-    more = f" A decoder's is there: llmeco serve --bundle {decoders[0]}" if decoders else ""
+        for kind, found in others.items():
+            found += sorted(run.glob(f"pack_{kind}*/bundle"))
+    more = "".join(
+        f" A {kind}'s is there: llmeco serve --bundle {found[0]}"
+        for kind, found in others.items()
+        if found
+    )
     raise MissingError(
         f"There is no bundle of a classifier in {runs}. Make one with `llmeco run`, or name one "
         f"with --bundle.{more}"

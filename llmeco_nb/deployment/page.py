@@ -65,6 +65,13 @@ $("ask").onsubmit = async e => {
     ask.append(n, button("Correct it", () => n.value && tell({value: Number(n.value)})))
     return
   }
+  if ("spans" in answer) {
+    const named = s => `${s.text} (${s.label}, ${(100 * s.score).toFixed(1)} %)`
+    const ask = say(at, `${answer.spans.map(named).join(" · ") || "No span"}. `)
+    ask.append(button("All right", () => tell({correct: true}, "right")))
+    ask.append(button("Not right", () => tell({correct: false}, "wrong")))
+    return
+  }
   if ("scores" in answer) {
     say(at, Object.entries(answer.scores).map(percent).join(" · "))
     const ask = say(at, `${answer.labels.join(", ") || "No label applies"}. What is right? `)

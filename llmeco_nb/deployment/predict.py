@@ -30,6 +30,7 @@ from ..data.sources import revision
 from ..data.tables import as_text, column_values, is_blank
 from .predictor import Predictor
 from ..tasks.contract import Prediction
+from ..tasks.registry import word_tasks
 
 # %% ../../nbs/4_deployment/43_predict.ipynb #dc062f45
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -284,6 +285,11 @@ def predict_table(
     """
     import pandas as pd
 
+    if predictor.task.name in word_tasks:
+        raise UsageError(
+            f"{predictor.manifest.name} finds spans, which have no one cell in a table. Ask a "
+            "server (llmeco serve), or Predictor.predict_batch in Python."
+        )
     output = Path(output)
     check_output(output, options.replace)
     if options.chunk < 1:

@@ -40,7 +40,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["text", "label", "number", "labels"]
+    kind: Literal["text", "label", "number", "labels", "spans"]
     about: str
 
 
@@ -327,6 +327,16 @@ class Task(Correctable, ABC, Generic[SchemaT]):
     def stores_scores(self) -> bool:
         "Whether a table of predictions holds scores beside the prediction."
         return True
+
+    def stored_scores(self, scores: np.ndarray) -> list:
+        """What a table of predictions holds beside each prediction: float32 numbers, or None.
+
+        Args:
+            scores: Of `activate`, shape (items, scores).
+        """
+        if not self.stores_scores():
+            return [None] * len(scores)
+        return list(np.asarray(scores, np.float32))
 
     def single_label(self) -> bool:
         "Whether a target is the index of one of the schema's labels."

@@ -39,7 +39,6 @@ def predictions_table(
     """
     import pandas as pd
 
-    held = list(np.asarray(scores, np.float32)) if task.stores_scores() else [None] * len(rows)
     return pd.DataFrame(
         {
             "model": model,
@@ -48,7 +47,7 @@ def predictions_table(
             "id": rows.id.astype(str).to_numpy(),
             "target": rows[task.target].to_numpy(),
             "prediction": task.predict(scores),
-            "scores": pd.Series(held, dtype=object),
+            "scores": pd.Series(task.stored_scores(scores), dtype=object),
         }
     )
 
@@ -74,15 +73,16 @@ def write_predictions(table: "pd.DataFrame", file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = pa.int64() if table.target.dtype.kind in "iu" else pa.float64()
+    types = {"i": pa.int64(), "u": pa.int64(), "f": pa.float64()}
+    value = types.get(table.target.dtype.kind, pa.string())
     schema = pa.schema(
         {
             "model": pa.string(),
             "num_labeled": pa.int64(),
             "split": pa.string(),
             "id": pa.string(),
-            "target": number,
-            "prediction": number,
+            "target": value,
+            "prediction": value,
             "scores": pa.list_(pa.float32()),
         }
     )
