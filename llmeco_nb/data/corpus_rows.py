@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from .text_pairs import compared_pairs, pair_parts
+from ..tasks.text_pairs import PairSchema
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
@@ -49,7 +51,9 @@ def public_name(source: str) -> str:
     return local_path(source).name if local else source
 
 
-TaskName = Literal["text-classification", "regression", "multi-label-classification"]
+TaskName = Literal[
+    "text-classification", "regression", "multi-label-classification", "text-pair-classification"
+]
 
 
 @stage_config
@@ -59,7 +63,11 @@ class CorpusConfig(StageConfig):
     source: str = "imdb"  # short name, hf:org/name, path, URL or folder
     text_column: str = "text"  # column that holds the text
     label_column: str = "label"  # column that holds the class or the labels; empty: texts without
-    task: TaskName = "text-classification"  # or regression, or multi-label-classification
+    pair_column: str = "text_pair"  # for pairs: column that holds the second text
+    symmetric: bool = False  # for pairs: (b, a) is the same pair as (a, b), as of paraphrases
+    task: TaskName = (
+        "text-classification"  # or regression, multi-label- or text-pair-classification
+    )
     target_column: str = "target"  # for regression: column that holds the number
     label_separator: Literal["|", ";", ","] = "|"  # of several labels in one cell
     max_rows: PositiveInt | None = 400  # rows in all three splits together; none for all there are
@@ -84,11 +92,12 @@ class CorpusConfig(StageConfig):
         "What is said of the sources. Raises `UsageError` for what no source can have."
         said = {"separator": self.separator, "encoding": self.encoding, "nulls": self.nulls}
         column = self.target_column if self.task == "regression" else self.label_column
-        return ReadOptions(**said).wanting(self.text_column, column)
+        second = self.pair_column if self.task == PairSchema.task else ""
+        return ReadOptions(**said).wanting(self.text_column, second, column)
 
-    def used_columns(self) -> tuple[str, str, str]:
+    def used_columns(self) -> tuple[str, ...]:
         "Columns that cannot be that of the splits."
-        return self.text_column, self.label_column, self.target_column
+        return self.text_column, self.pair_column, self.label_column, self.target_column
 
 # %% ../../nbs/1_pretraining/10m_corpus_rows.ipynb #1ef0d9df
 def no_numbers(source: str) -> DataError:
@@ -248,6 +257,15 @@ class Material:
             return rows.text.tolist()
         return SpooledTexts(self.spool, rows.place.to_numpy())
 
+    def compared(self, rows: "pd.DataFrame") -> Sequence[str]:
+        """The same, of a pair without regard to its order: as splits are compared.
+
+        Args:
+            rows: As for `texts`.
+        """
+        texts = self.texts(rows)
+        return compared_pairs(texts) if isinstance(self.schema, PairSchema) else texts
+
 
 def split_notes(rows: dict[str, int], column: str, config: CorpusConfig) -> list[str]:
     """What a column of splits says, as a sentence. Raises `UsageError` where it marks a set that
@@ -358,10 +376,12 @@ def read_material(config: CorpusConfig) -> Material:
         config: Parameters of the stage.
     """
     parts, notes = read_parts(config)
+    if config.task == PairSchema.task:
+        parts = pair_parts(parts, config.text_column, config.pair_column, config.label_column)
     found, name = parts["train"]
     columns = {s: config.label_column if one[2] else "label" for s, (one, _) in parts.items()}
     counted = {}
-    if config.task == "text-classification" and config.label_column:
+    if config.task in ("text-classification", PairSchema.task) and config.label_column:
         named = {s: one for s, (one, _) in parts.items() if s != "unlabelled"}
         counted = {s: count_names(one, columns[s]) for s, one in named.items()}
     names, said, hints = match_names(counted.pop("train", Counter()), counted, config.join_names)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from ..tasks.text_pairs import PairSchema
 
 from ..core import DataError, Record
 from .class_names import joined_value, match_names, told_name
@@ -60,7 +61,7 @@ def is_streamed(config: CorpusConfig) -> bool:
         config: With the source.
     """
     source = source_name(config.source)
-    if source_kind(source) != "file" or config.task == MultiLabel.name:
+    if source_kind(source) != "file" or config.task in (MultiLabel.name, PairSchema.task):
         return False
     ending, _ = file_ending(source)
     if ending not in (".csv", ".tsv", ".parquet") and "json" not in ending:

@@ -9,6 +9,8 @@ __all__ = ['tasks', 'find_task', 'task_of', 'schema_from_json', 'save_schema', '
 from pathlib import Path
 from typing import Any
 
+from .text_pairs import TextPairClassification
+
 from ..core import DataError, MissingError, UsageError, read_json, write_json
 from .contract import Cleaning, Prediction, Schema, Task
 from .multi_label import MultiLabel
@@ -17,7 +19,8 @@ from .text_classification import ClassificationSchema, TextClassification
 
 # %% ../../nbs/2_finetuning/20d_task_registry.ipynb #878af4be
 tasks: dict[str, Task] = {
-    one.name: one for one in (TextClassification(), Regression(), MultiLabel())
+    one.name: one
+    for one in (TextClassification(), Regression(), MultiLabel(), TextPairClassification())
 }
 
 
