@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .text_pairs import with_pairs
-from ..tasks.text_pairs import PairSchema, join_pair, map_pair
 
 from llmeco_nb.core import (
     DataError,
@@ -33,6 +31,7 @@ from .label_sets import target_name
 from .sources import citations, revision
 from .splits import sort_by_split_hash, split_names
 from .tables import is_blank, read_table
+from .text_pairs import with_pairs
 from llmeco_nb.data.text_spool import (
     CleaningReport,
     TextSpool,
@@ -48,6 +47,7 @@ from .unpacking import parquet_batches
 from ..tasks.contract import Schema
 from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import save_schema
+from ..tasks.text_pairs import PairSchema, join_pair, map_pair
 from ..tasks.words import split_words
 
 # %% ../../nbs/1_pretraining/10_corpus.ipynb #8eb6e856

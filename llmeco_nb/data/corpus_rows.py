@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from .text_pairs import compared_pairs, pair_parts
-from ..tasks.text_pairs import PairSchema
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..config import StageConfig, stage_config
@@ -33,12 +31,14 @@ from llmeco_nb.data.tables import (
     table_of,
     text_ids,
 )
+from .text_pairs import compared_pairs, pair_parts
 from .text_spool import SpooledTexts, TextSpool
 from ..tasks.cleaning import clean_text
 from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import find_task
 from ..tasks.regression import as_number
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/10m_corpus_rows.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

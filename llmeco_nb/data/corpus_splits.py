@@ -12,8 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .text_pairs import group_pairs, shared_text_note
-from ..tasks.text_pairs import PairSchema
 
 from ..core import DataError
 from .corpus_rows import CorpusConfig, Material
@@ -22,7 +20,9 @@ from .minhash import near_sets
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
 from .tables import listed, read_within
+from .text_pairs import group_pairs, shared_text_note
 from ..stats.multi_label import membership, most_labels
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ..tasks.text_pairs import PairSchema
 
 from ..core import DataError, Record
 from .class_names import joined_value, match_names, told_name
@@ -45,6 +44,7 @@ from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.limits import max_label_chars
 from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import find_task
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #1bf10acc
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

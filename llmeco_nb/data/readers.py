@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .headline_pairs import headline_frame, headline_source
+
 from ..core import DataError, UsageError
 from .delimited import ReadOptions, read_csv
 from .encodings import decode
@@ -366,7 +368,9 @@ def read_frame(
     """
     source = source_name(source)
     kind = source_kind(source)
-    if kind == "short":
+    if source == headline_source:
+        found = headline_frame(), {}, True
+    elif kind == "short":
         where = str(packaged_reviews())
         frame = read_csv(decode(packaged_reviews().read_bytes(), where), where)
         frame = frame[frame.source == source].reset_index(drop=True)

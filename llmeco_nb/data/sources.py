@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from .headline_pairs import article_files, headline_source
+
 from ..core import LlmecoError, MissingError, UsageError, sha256_of, sha256_text
 from llmeco_nb.data.folders import (
     list_folder,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
 short_names = {
     "imdb": ["negative", "positive"],
     "rotten_tomatoes": ["negative", "positive"],
+    headline_source: ["other", "same"],
 }  # name -> its classes
 citations = {
     "imdb": (
@@ -47,6 +50,7 @@ citations = {
     "rotten_tomatoes": (
         "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."
     ),
+    headline_source: "Headlines and passages of BBC news (Greene and Cunningham 2006).",
 }
 file_extensions = (*table_endings, *text_endings)
 
@@ -353,6 +357,8 @@ def revision(source: str | Path) -> str:
         return "commit:" + hub_commit(hub.name, hub.revision)
     with translate_read_errors(source):
         if kind == "short":
+            if source == headline_source:
+                return "sha256:" + sha256_text("".join(map(sha256_of, article_files())))
             return "sha256:" + sha256_of(packaged_reviews())
         path = local_path(source)
         if kind == "file":

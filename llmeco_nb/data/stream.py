@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from .headline_pairs import headline_source
+
 from ..core import DataError, UsageError
 from llmeco_nb.data.delimited import (
     Dialect,
@@ -377,6 +379,10 @@ def stream_texts(
         return hub_texts(source, column, options)
     if kind == "folder":
         return folder_texts(local_path(source), column, options)
+    if source == headline_source:
+        raise UsageError(
+            f"{source} holds pairs to be classified, and no prose. Name another source of texts."
+        )
     if kind == "short":
         rows = csv_rows(str(packaged_reviews()))
         return column_texts(rows, source, "text", {"source": source})

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ..tasks.text_pairs import join_pair, order_free, pair_mark, split_pair
 
 from ..core import DataError, UsageError
 from .class_names import Found
 from .groups import connect
 from .tables import as_text, column_values, is_blank
 from .text_spool import normalized_key
+from ..tasks.text_pairs import join_pair, order_free, pair_mark, split_pair
 
 # %% ../../nbs/1_pretraining/11h_text_pairs.ipynb #fe6ce4a3
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

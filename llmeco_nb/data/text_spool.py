@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
-from ..tasks.text_pairs import order_free, shown_pair, split_pair
 
 from .named_groups import share_groups
 from ..tasks.cleaning import clean_text
+from ..tasks.text_pairs import order_free, shown_pair, split_pair
 
 # %% ../../nbs/1_pretraining/10x_text_spool.ipynb #b00697f0
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

@@ -151,6 +151,8 @@ class EvaluationConfig(StageConfig):
             "frequent_set",
             "ovr_tfidf_lr",
             "ovr_nbsvm",
+            "pair_words_lr",
+            "pair_overlap_lr",
         ]
     ] = Field(default_factory=list)  # baselines to fit; empty: all of the task
     seed: int = 0  # decides the labelled subset and the solvers' order

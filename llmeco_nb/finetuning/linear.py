@@ -359,7 +359,7 @@ def fit_binary(
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import LinearSVC
 
-    if name == "tfidf_lr":
+    if name.endswith("_lr"):
         model = LogisticRegression(
             C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=seed
         )
@@ -387,7 +387,13 @@ class Candidate:
 
 
 def candidates(
-    name: str, x: "csr_matrix", y: np.ndarray, classes: int, seed: int, settings: dict | None = None
+    name: str,
+    x: "csr_matrix",
+    y: np.ndarray,
+    classes: int,
+    seed: int,
+    settings: dict | None = None,
+    recipe: Recipe | None = None,
 ) -> Iterator[Candidate]:
     """Yield a fitted model for every point of the recipe's grid, or for `settings` alone.
 
@@ -398,8 +404,9 @@ def candidates(
         classes: How many classes there are.
         seed: Of the solver.
         settings: Hyperparameters to fit with; None: the whole grid.
+        recipe: What the name means; None: as in `recipes`.
     """
-    recipe = recipes[name]
+    recipe = recipe or recipes[name]
     Cs = [settings["C"]] if settings else recipe.Cs
     betas = [settings.get("beta", 1.0)] if settings else recipe.betas
     if not recipe.bags:
@@ -541,6 +548,7 @@ def fit(
     classes: list[str],
     seed: int = 0,
     settings: dict | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[LinearText, np.ndarray]:
     """The recipe's best model on the validation rows, and its scores for `rows.scored`.
 
@@ -555,20 +563,22 @@ def fit(
         classes: Class names.
         seed: Of the solver.
         settings: Hyperparameters to fit with; None: the best of the grid.
+        recipe: What the name means; None: as in `recipes`.
     """
     train = rows.train
     validation = rows.validation
-    if name not in recipes:
+    recipe = recipe or recipes.get(name)
+    if recipe is None:
         raise UsageError(f"There is no recipe {name!r}; there are {', '.join(recipes)}.")
     if len(set(y[train].tolist())) < 2 or not len(validation):
         raise DataError(
             f"{name} needs texts of two classes to train on, and validation texts to choose by."
         )
-    fitted = FittedBags.of(recipes[name].bags, counted, train)
+    fitted = FittedBags.of(recipe.bags, counted, train)
     x = fitted.features(counted, train)
     x_validation = fitted.features(counted, validation)
     best, least = None, np.inf
-    for tried in candidates(name, x, y[train], len(classes), seed, settings):
+    for tried in candidates(name, x, y[train], len(classes), seed, settings, recipe):
         scores = as_columns(x_validation @ tried.weights + tried.bias, len(classes))
         factor, loss = fit_temperature(scores, y[validation])
         if best is None or loss < least:

@@ -9,13 +9,12 @@ __all__ = ['tasks', 'find_task', 'task_of', 'schema_from_json', 'save_schema', '
 from pathlib import Path
 from typing import Any
 
-from .text_pairs import TextPairClassification
-
 from ..core import DataError, MissingError, UsageError, read_json, write_json
 from .contract import Cleaning, Prediction, Schema, Task
 from .multi_label import MultiLabel
 from .regression import Regression
 from .text_classification import ClassificationSchema, TextClassification
+from .text_pairs import TextPairClassification
 
 # %% ../../nbs/2_finetuning/20d_task_registry.ipynb #878af4be
 tasks: dict[str, Task] = {
