@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import DataError, Record
-from .class_names import joined_value, match_names, told_name
+from llmeco_nb.data.class_names import (
+    joined_value,
+    match_names,
+    no_labels,
+    no_numbers,
+    no_usable_number,
+    told_name,
+)
 from llmeco_nb.data.corpus_rows import (
     CorpusConfig,
     Material,
     choose_split,
-    no_labels,
-    no_numbers,
-    no_usable_number,
     split_notes,
 )
 from .named_groups import group_notes

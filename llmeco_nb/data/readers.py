@@ -17,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .headline_pairs import headline_frame, headline_source
-
 from ..core import DataError, UsageError
 from .delimited import ReadOptions, read_csv
 from .encodings import decode
@@ -30,6 +28,7 @@ from llmeco_nb.data.folders import (
     split_ending,
     text_endings,
 )
+from .headline_pairs import headline_frame, headline_source
 from .hub import frame_of, read_hub
 from llmeco_nb.data.sources import (
     fetch,

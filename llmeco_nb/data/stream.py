@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from .headline_pairs import headline_source
-
 from ..core import DataError, UsageError
 from llmeco_nb.data.delimited import (
     Dialect,
@@ -379,12 +377,8 @@ def stream_texts(
         return hub_texts(source, column, options)
     if kind == "folder":
         return folder_texts(local_path(source), column, options)
-    if source == headline_source:
-        raise UsageError(
-            f"{source} holds pairs to be classified, and no prose. Name another source of texts."
-        )
     if kind == "short":
-        rows = csv_rows(str(packaged_reviews()))
+        rows = csv_rows(str(packaged_reviews(source)))
         return column_texts(rows, source, "text", {"source": source})
     ending, _ = file_ending(source)
     if "json" in ending:

@@ -167,11 +167,7 @@ def recorded_facts(path: str | Path) -> ModelFacts:
     """
     file = Path(path).parent / "metrics.json"
     stated = read_json(file) if file.is_file() else {}
-    return ModelFacts(
-        parameters=stated.get("parameters"),
-        seconds=stated.get("seconds"),
-        title=stated.get("title"),
-    )
+    return ModelFacts(**{name: stated.get(name) for name in ("parameters", "seconds", "title")})
 
 
 def read_other_models(

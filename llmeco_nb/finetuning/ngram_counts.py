@@ -203,8 +203,8 @@ def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:
     ):
         raise UsageError(
             f"A bag with {bag.analyzer!r}, {bag.low} to {bag.high}, cannot be counted; take word "
-            f"or char_wb, 1 <= low <= high, and low <= 3 for characters; {' or '.join(pair_analyzers)} "
-            "with 1 and 1 for pairs."
+            "or char_wb, 1 <= low <= high, and low <= 3 for characters; for pairs "
+            f"{' or '.join(pair_analyzers)} with 1 and 1."
         )
     flat, owner, items = index_items(
         t.lower().split() if bag.analyzer == "char_wb" else bag.sequences(t)[0] for t in texts
