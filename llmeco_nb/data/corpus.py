@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .corpus_counts import kept_text, word_counts
 
 from llmeco_nb.core import (
     DataError,
@@ -25,6 +24,7 @@ from llmeco_nb.core import (
     read_json,
     write_json,
 )
+from .corpus_counts import kept_text, word_counts
 from .corpus_rows import CorpusConfig, Material, public_name, read_material
 from .corpus_splits import leave_official, merge_rare, split_material, target_summary
 from .corpus_stream import is_streamed, stream_material

@@ -73,9 +73,7 @@ class CorpusConfig(StageConfig):
     label_column: str = "label"  # column that holds the class or the labels; empty: texts without
     pair_column: str = "text_pair"  # for pairs: column that holds the second text
     symmetric: bool = False  # for pairs: (b, a) is the same pair as (a, b), as of paraphrases
-    task: TaskName = (
-        "text-classification"  # or regression, multi-label- or text-pair-classification
-    )
+    task: TaskName = "text-classification"  # or regression, multi-label-/text-pair-classification
     target_column: str = "target"  # for regression: column that holds the number
     label_separator: Literal["|", ";", ","] = "|"  # of several labels in one cell
     max_rows: PositiveInt | None = 400  # rows in all three splits together; none for all there are
