@@ -226,6 +226,26 @@ def test_the_trained_folder_opens_in_plain_transformers(made):
     assert np.allclose(found, expected, atol=1e-6) and not np.allclose(found, blind, atol=1e-6)
 
 
+def test_a_packed_encoder_answers_as_the_folder_does(made, tmp_path):
+    from llmeco_nb.deployment.manifest import write_manifest
+    from llmeco_nb.deployment.packing import pack_encoder, reference_scores
+    from llmeco_nb.deployment.predictor import Predictor
+
+    folder, schema = made["finetune@minilm"] / "classifier", load_schema(made["data"] / "corpus")
+    (tmp_path / "bundle").mkdir()
+    with warnings.catch_warnings(action="ignore"):
+        facts = pack_encoder(folder, tmp_path / "bundle", "minilm", schema)
+    write_manifest(tmp_path / "bundle", facts)
+    asked = read_split(made["data"] / "corpus", "test").text.tolist()[:20]
+    asked.append(join_pair(" ".join(WORDS), "It&#x27;s  short"))
+    predictor = Predictor.load(tmp_path / "bundle")
+    expected = reference_scores(folder, asked, schema)
+    assert np.allclose(predictor.model.scores(asked), expected, atol=1e-5)
+    turned = [join_pair(*split_pair(text)[::-1]) for text in asked]
+    assert not np.allclose(predictor.model.scores(turned), expected, atol=1e-5)
+    assert 5 < predictor.prepare(asked[0]).cost <= 32 == predictor.prepare(asked[-1]).cost
+
+
 def test_a_killed_training_ends_with_the_same_bytes(made, tmp_path, killed_at):
     import torch
 
@@ -233,12 +253,12 @@ def test_a_killed_training_ends_with_the_same_bytes(made, tmp_path, killed_at):
     from llmeco_nb.finetuning.classifier_config import ClassifierConfig
 
     torch.set_num_threads(1)
-    config = ClassifierConfig(**QUICK | dict(epochs=1, num_labeled=60))
+    config = ClassifierConfig(**QUICK | dict(epochs=3, num_labeled=60))
     tuned = lambda name: fine_tune(
         create_record(tmp_path / name, "finetune"), str(made["data"] / "corpus"), config=config
     )
     tuned("calm")
-    killed_at(5, lambda: tuned("hit"))
+    killed_at(7, lambda: tuned("hit"))
     assert not (tmp_path / "hit" / "classifier").exists()
     tuned("hit")
     for part in ("classifier", "predictions"):
@@ -276,7 +296,7 @@ def test_a_bundle_is_served_and_corrected(made, client):
     assert manifest.task.name == client.model()["task"] == TASK
     reply = client.predict([split_pair(text) for text in rows.text])
     right = np.mean([manifest.labels.index(a.label) for a in reply.answers] == rows.label)
-    assert right == pytest.approx(manifest.metrics["test"]["accuracy"], abs=1e-6)
+    assert right == pytest.approx(manifest.accuracy["test"], abs=1e-6)
     [alone] = client.predict(split_pair(rows.text[0])).answers
     assert alone.probabilities == pytest.approx(reply.answers[0].probabilities, abs=1e-4)
     told = client.feedback(reply, correct=False)
