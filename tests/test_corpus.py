@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from live import live
 
 from llmeco_nb.core import DataError, UsageError, create_record, open_record, read_json
-from llmeco_nb.data.corpus import build_corpus, kept_text, label_names, read_split
+from llmeco_nb.data.corpus import build_corpus, label_names, read_split
+from llmeco_nb.data.corpus_counts import kept_text
 from llmeco_nb.data.corpus_rows import CorpusConfig
 from llmeco_nb.data.corpus_splits import thin_classes
 from llmeco_nb.data.domains import read_domains

@@ -456,7 +456,8 @@ def test_a_folder_with_another_decoder_than_was_registered_is_not_opened(
 def test_canary_and_shadow_of_a_decoder_are_refused_by_name(registry, tmp_path):
     said = (
         r"small@2 is for text-generation and cannot be a {}: answers are compared for "
-        r"text-classification and regression and multi-label-classification only\. "
+        r"text-classification and regression and multi-label-classification and "
+        r"text-pair-classification only\. "
         r"Promote it \(llmeco models promote small@2\)"
     )
     with pytest.raises(UsageError, match=said.format("canary")):

@@ -89,6 +89,11 @@ def sample(name: str) -> Rows:
             "text": ["a", "b", "c"],
             "target": [["no"], [], ["yes", "no"]],
         },
+        "text-pair-classification": {
+            "text": ["a", "b", "c"],
+            "text_pair": ["d", "e", "f"],
+            "label": [0, 1, 1],
+        },
     }
     return Rows("t.csv", values[name], [2, 3, 5], ["no", "yes"], Cleaning(keep_newlines=True))
 

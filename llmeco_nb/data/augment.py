@@ -33,6 +33,7 @@ from llmeco_nb.data.synonyms import (
 )
 from .text_spool import normalized_key
 from ..tasks.registry import load_schema
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/11_augment.ipynb #8eb6e856
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -322,6 +323,11 @@ def build_augmented(
         raise UsageError(
             f"pivot is {config.pivot!r}; it names two translators with a space between, "
             "there and back."
+        )
+    if (Path(corpus) / "schema.json").is_file() and load_schema(corpus).task == PairSchema.task:
+        raise UsageError(
+            f"{corpus} is for {PairSchema.task}, and a text that is varied may no longer belong to "
+            "the other one. Train on the corpus as it is."
         )
     parts = {s: read_split(corpus, s) for s in split_names}
     train, new, total, seconds = parts["train"], {}, 0, {}

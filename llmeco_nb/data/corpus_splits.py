@@ -20,7 +20,9 @@ from .minhash import near_sets
 from .named_groups import column_groups, leave_groups
 from .splits import sort_by_split_hash, split_rows, subsample_splits
 from .tables import listed, read_within
+from .text_pairs import group_pairs, shared_text_note
 from ..stats.multi_label import membership, most_labels
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/10n_corpus_splits.ipynb #eaf00111
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -215,8 +217,10 @@ def leave_official(found: Material, config: CorpusConfig) -> dict[str, int]:
         found.notes += notes
     if not found.official:
         return gone
-    official = (text for rows in found.official.values() for text in found.texts(rows))
-    near = near_official(found.texts(found.train), official)
+    official = lambda: (t for rows in found.official.values() for t in found.compared(rows))
+    near = near_official(found.compared(found.train), official())
+    if isinstance(found.schema, PairSchema):
+        found.notes += shared_text_note(found.texts(found.train), official())
     if near is None:
         found.notes.append(
             "Training and the official sets are too large to be searched for rows that are nearly "
@@ -326,8 +330,11 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         found: Of all sources; gets notes.
         config: With the sizes of the splits.
     """
-    by_column = bool(config.group_column)
-    table, facts, notes = add_groups(found.train, found.texts(found.train), by_column)
+    pairs = isinstance(found.schema, PairSchema) and not config.group_column
+    rows, said = group_pairs(found.train) if pairs else (found.train, [])
+    by_column = "group" in rows
+    table, facts, notes = add_groups(rows, found.compared(rows), by_column)
+    notes = said + notes
     validation, test = (
         0 if s in found.official else size
         for s, size in (("validation", config.validation_size), ("test", config.test_size))
@@ -338,7 +345,7 @@ def split_material(found: Material, config: CorpusConfig) -> tuple[dict[str, "pd
         parts = split_rows(table, *args)
     except DataError:
         needed = 1 + sum(map(bool, args[:2]))
-        for times in () if by_column or "group" not in table else (1, 2, 4, 8):
+        for times in () if config.group_column or "group" not in table else (1, 2, 4, 8):
             try:
                 kept = free_thin_classes(table, times * needed)
                 parts = split_rows(kept, *args)

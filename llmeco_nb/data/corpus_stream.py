@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import DataError, Record
-from .class_names import joined_value, match_names, told_name
+from llmeco_nb.data.class_names import (
+    joined_value,
+    match_names,
+    no_labels,
+    no_numbers,
+    no_usable_number,
+    told_name,
+)
 from llmeco_nb.data.corpus_rows import (
     CorpusConfig,
     Material,
     choose_split,
-    no_labels,
-    no_numbers,
-    no_usable_number,
     split_notes,
 )
 from .named_groups import group_notes
@@ -44,6 +48,7 @@ from ..tasks.contract import Cleaning, Rows, Schema
 from ..tasks.limits import max_label_chars
 from ..tasks.multi_label import MultiLabel
 from ..tasks.registry import find_task
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/1_pretraining/11a_streamed_corpus.ipynb #1bf10acc
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -60,7 +65,7 @@ def is_streamed(config: CorpusConfig) -> bool:
         config: With the source.
     """
     source = source_name(config.source)
-    if source_kind(source) != "file" or config.task == MultiLabel.name:
+    if source_kind(source) != "file" or config.task in (MultiLabel.name, PairSchema.task):
         return False
     ending, _ = file_ending(source)
     if ending not in (".csv", ".tsv", ".parquet") and "json" not in ending:

@@ -28,6 +28,7 @@ from llmeco_nb.data.folders import (
     split_ending,
     text_endings,
 )
+from .headline_pairs import headline_frame, headline_source
 from .hub import frame_of, read_hub
 from llmeco_nb.data.sources import (
     fetch,
@@ -366,7 +367,9 @@ def read_frame(
     """
     source = source_name(source)
     kind = source_kind(source)
-    if kind == "short":
+    if source == headline_source:
+        found = headline_frame(), {}, True
+    elif kind == "short":
         where = str(packaged_reviews())
         frame = read_csv(decode(packaged_reviews().read_bytes(), where), where)
         frame = frame[frame.source == source].reset_index(drop=True)

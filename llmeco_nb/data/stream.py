@@ -378,7 +378,7 @@ def stream_texts(
     if kind == "folder":
         return folder_texts(local_path(source), column, options)
     if kind == "short":
-        rows = csv_rows(str(packaged_reviews()))
+        rows = csv_rows(str(packaged_reviews(source)))
         return column_texts(rows, source, "text", {"source": source})
     ending, _ = file_ending(source)
     if "json" in ending:

@@ -19,6 +19,7 @@ import numpy as np
 
 from .named_groups import share_groups
 from ..tasks.cleaning import clean_text
+from ..tasks.text_pairs import order_free, shown_pair, split_pair
 
 # %% ../../nbs/1_pretraining/10x_text_spool.ipynb #b00697f0
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -45,17 +46,24 @@ def key_hash(text: str) -> bytes:
     return hashlib.blake2b(key, digest_size=16).digest()
 
 # %% ../../nbs/1_pretraining/10x_text_spool.ipynb #36f6e205
-def text_keys(rows: "pd.DataFrame") -> "pd.Series":
-    """What tells equal texts of a table: its column `key`, or else the `normalized_key` of each.
+def text_keys(rows: "pd.DataFrame", ordered: bool = False) -> "pd.Series":
+    """What tells equal texts of a table: its column `key`, or else the `normalized_key` of each. A
+    pair the other way round is equal unless the order counts.
 
     Args:
         rows: With a column key or text.
+        ordered: Whether the order of a pair counts.
     """
-    return rows.key if "key" in rows else rows.text.map(normalized_key)
+    if "key" in rows:
+        return rows.key
+    keys = rows.text.map(normalized_key)
+    return keys if ordered else keys.map(order_free)
 
 
 def drop_duplicates(
-    rows: "pd.DataFrame", texts: Callable[["pd.DataFrame"], Sequence[str]] | None = None
+    rows: "pd.DataFrame",
+    texts: Callable[["pd.DataFrame"], Sequence[str]] | None = None,
+    symmetric: bool = False,
 ) -> tuple["pd.DataFrame", dict]:
     """One row for each text, none where equal texts carry different labels; ordered by id.
 
@@ -66,13 +74,14 @@ def drop_duplicates(
     Args:
         rows: Columns id, text, label; a target goes before the label.
         texts: Gives the texts of some of the rows; None: they have a column text.
+        symmetric: Whether a pair the other way round is a copy.
     """
     import pandas as pd
 
     texts = texts or (lambda part: part.text.tolist())
     said = "target" if "target" in rows else "label"
     rows = rows.sort_values("id", ignore_index=True)
-    key = rows.key.to_numpy() if "key" in rows else pd.factorize(text_keys(rows))[0]
+    key = rows.key.to_numpy() if "key" in rows else pd.factorize(text_keys(rows, not symmetric))[0]
     if "group" in rows:
         shared = share_groups(rows[["id", "group"]].assign(key=key))
         rows = rows.assign(group=shared.group, groups=shared.groups)
@@ -97,11 +106,14 @@ def drop_duplicates(
         "conflicts": int(conflicting.sum()),
         "groups": len(several),
         "samples": [
-            {"rows": len(g), "texts": [t[:120] for t in ts], "ids": list(g.id[:5])}
+            {"rows": len(g), "texts": [shown_pair(t)[:120] for t in ts], "ids": list(g.id[:5])}
             for g, ts in twins
         ],
         "contradictions": [
-            {"text": ts[0][:200], "labels": g[said].value_counts().sort_index().to_dict()}
+            {
+                "text": shown_pair(ts[0])[:200],
+                "labels": g[said].value_counts().sort_index().to_dict(),
+            }
             for g, ts in examples
         ],
     }
@@ -355,7 +367,7 @@ def write_rows(file: Path, rows: "pd.DataFrame", texts: Iterable[str], schema: "
 
     Args:
         file: To write.
-        rows: The columns of the schema but for `text`.
+        rows: The columns of the schema but for `text` and `text_pair`.
         texts: One a row.
         schema: Of the file; its columns are in this order.
     """
@@ -365,7 +377,11 @@ def write_rows(file: Path, rows: "pd.DataFrame", texts: Iterable[str], schema: "
     def table(begin: int, held: list[str]) -> "pa.Table":
         part = rows.iloc[begin : begin + len(held)]
         cells = {"text": held} if "text" in schema.names else {}
-        cells |= {c: part[c].tolist() for c in schema.names if c != "text"}
+        if "text_pair" in schema.names:
+            cells = {
+                c: [split_pair(t)[i] for t in held] for i, c in enumerate(("text", "text_pair"))
+            }
+        cells |= {c: part[c].tolist() for c in schema.names if c not in cells}
         return pa.table([cells[c] for c in schema.names], schema=schema)
 
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:

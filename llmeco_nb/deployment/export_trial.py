@@ -28,6 +28,7 @@ from ..finetuning.engines import Engine, TorchEngine, calibration_texts
 from ..runner.store import fsync_tree
 from ..tasks.contract import Schema
 from ..tasks.registry import task_of
+from ..tasks.text_pairs import PairSchema, join_pair
 
 # %% ../../nbs/4_deployment/40i_export_trial.ipynb #3b84a61e
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def file_texts(file: str, schema: Schema, most: int) -> TrialTexts:
     """
     frame, _, _ = read_frame(file)
     texts = column_values(frame, file, "text", "text")
+    if isinstance(schema, PairSchema):
+        others = column_values(frame, file, "pair", "text_pair")
+        texts = [
+            None if is_blank(a) or is_blank(b) else join_pair(as_text(a), as_text(b))
+            for a, b in zip(texts, others)
+        ]
     rows = [i for i, text in enumerate(texts) if not is_blank(text)][: 2 * most]
     if len(rows) < 2:
         raise DataError(f"{file} holds {len(rows)} texts; an export is compared on two or more.")

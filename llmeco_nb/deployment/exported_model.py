@@ -20,8 +20,10 @@ from .exports import ExportSource, find_format, most_texts, noted_warnings
 from .packing import padding_id
 from ..finetuning.encoding import truncate_middle
 from ..finetuning.engines import engine_outputs
+from ..finetuning.pair_encoding import PairEncoder
 from ..tasks.contract import Schema
 from ..tasks.registry import save_schema, schema_from_json, task_of
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/4_deployment/40h_exported_model.ipynb #b120d734
 export_version = 1  # of the manifest of an export
@@ -164,6 +166,9 @@ class ExportedModel:
         self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        told = self.manifest
+        paired = isinstance(told.schema, PairSchema)
+        self.pairs = PairEncoder(self.tokenizer, told.max_length) if paired else None
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, prepared and shortened as the manifest says.
@@ -173,7 +178,11 @@ class ExportedModel:
         """
         told, found = self.manifest, []
         for text in texts:
-            ids = self.tokenizer.encode(told.schema.prepare(text)).ids
+            prepared = told.schema.prepare(text)
+            if self.pairs is not None:
+                found.append(self.pairs(prepared)[0])
+                continue
+            ids = self.tokenizer.encode(prepared).ids
             found.append(truncate_middle(ids, told.max_length, round(100 * told.head_fraction)))
         return found
 

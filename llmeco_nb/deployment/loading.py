@@ -33,8 +33,10 @@ from llmeco_nb.finetuning.engines import (
     openvino_engine,
 )
 from ..finetuning.linear import LinearText
+from ..finetuning.pair_encoding import PairEncoder
 from ..runner.store import Run
 from ..tasks.registry import word_tasks
+from ..tasks.text_pairs import PairSchema
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #6f8e4e34
 class TextModel(Protocol):
@@ -104,10 +106,13 @@ class EncoderModel:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         encode = self.tokenizer.encode
+        pairs = isinstance(self.schema, PairSchema) and PairEncoder(self.tokenizer, length)
 
         @lru_cache(256)  # asked for the cost first, for the answer a moment later
         def input_ids(text: str) -> list[int]:
             # names no `self`: a model in a cycle would keep its memory after it is exchanged
+            if pairs:
+                return pairs(text)[0]
             return truncate_middle(encode(text).ids, length, round(100 * head))
 
         self.input_ids = input_ids

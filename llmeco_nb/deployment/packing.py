@@ -55,6 +55,7 @@ def open_classifier(
     from transformers.utils import logging as chatter
 
     from llmeco_nb.finetuning.frozen_classifier import is_frozen, open_frozen
+    from llmeco_nb.finetuning.pair_encoding import add_token_types
 
     if is_frozen(folder):
         model, encoder, _ = open_frozen(folder)
@@ -63,7 +64,7 @@ def open_classifier(
     chatter.disable_progress_bar()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+        return add_token_types(model.eval()), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as e:
         raise DataError(
             f"{folder} does not hold a classifier that transformers can open: "

@@ -21,6 +21,8 @@ button{font:inherit;margin:.4rem .4rem 0 0}
 <h1>Ask</h1>
 <p id="model"></p>
 <form id="ask"><label for="text">A text</label><textarea id="text" rows="6" required></textarea>
+<div id="second" hidden><label for="text_pair">A second text</label>
+<textarea id="text_pair" rows="6"></textarea></div>
 <button>Predict</button></form>
 <div id="answer" role="status"></div>
 <script>
@@ -36,12 +38,15 @@ const post = (path, body) => fetch(path, {
 }).then(r => r.json())
 fetch("v1/model").then(r => r.json()).then(m => {
   $("model").textContent = `${m.name}, ${m.digest.slice(0, 12)}`
+  $("text_pair").required = m.task === "text-pair-classification"
+  $("second").hidden = !$("text_pair").required
 })
 $("ask").onsubmit = async e => {
   e.preventDefault()
   const at = $("answer")
   at.replaceChildren()
-  const got = await post("v1/predict", {text: $("text").value})
+  const second = $("second").hidden ? {} : {text_pair: $("text_pair").value}
+  const got = await post("v1/predict", {text: $("text").value, ...second})
   if (got.error) return say(at, got.error.message)
   const answer = got.answers[0]
   const percent = ([l, p]) => `${l} ${(100 * p).toFixed(1)} %`

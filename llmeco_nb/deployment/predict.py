@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['output_endings', 'PredictOptions', 'PredictSummary', 'answer_columns', 'has_sets', 'new_columns', 'check_columns',
-           'check_output', 'kept_answers', 'answers_of', 'json_value', 'write_table', 'predict_table']
+           'check_output', 'kept_answers', 'answers_of', 'json_value', 'write_table', 'cell_texts', 'predict_table']
 
 # %% ../../nbs/4_deployment/43_predict.ipynb #d819e0a7
 import json
@@ -31,6 +31,7 @@ from ..data.tables import as_text, column_values, is_blank
 from .predictor import Predictor
 from ..tasks.contract import Prediction
 from ..tasks.registry import word_tasks
+from ..tasks.text_pairs import PairSchema, join_pair
 
 # %% ../../nbs/4_deployment/43_predict.ipynb #dc062f45
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -46,6 +47,7 @@ class PredictOptions:
 
     Attributes:
         text_column: Column that holds the texts.
+        pair_column: Column of the second texts, for a bundle that answers for pairs.
         prediction_column: Column that gets the predictions; for classes a second one with
             `_probability` behind gets how likely they are, in [0, 1]. Of several labels it
             gets those that apply in one cell.
@@ -57,6 +59,7 @@ class PredictOptions:
     """
 
     text_column: str = "text"
+    pair_column: str = "text_pair"
     prediction_column: str = "prediction"
     all_scores: bool = False
     chunk: int = 1000
@@ -71,7 +74,7 @@ class PredictSummary:
     Attributes:
         output: The file that was written.
         rows: Rows of the table.
-        blank: Rows without a text, which have no prediction.
+        blank: Rows without a text, or with one of a pair alone, which have no prediction.
         resumed: Rows whose answers an interrupted attempt had left.
     """
 
@@ -264,6 +267,17 @@ def write_table(frame: "pd.DataFrame", output: Path) -> None:
     fsync_folder(output.absolute().parent)
 
 
+def cell_texts(cells: list, reading: ReadOptions) -> list[str | None]:
+    """The texts of a column; None for a cell without one.
+
+    Args:
+        cells: Of the column.
+        reading: Which words mean a missing text.
+    """
+    blank = [is_blank(v) or reading.is_null(v) for v in cells]
+    return [None if b or not as_text(v).strip() else as_text(v) for b, v in zip(blank, cells)]
+
+
 def predict_table(
     predictor: Predictor,
     source: str | Path,
@@ -295,12 +309,18 @@ def predict_table(
     if options.chunk < 1:
         raise UsageError(f"chunk is {options.chunk}; a chunk has at least one row.")
     # words for a missing text are no missing values in the columns that only pass through
-    reading = replace(options.reading, nulls=()).wanting(options.text_column)
+    pair_column = options.pair_column if isinstance(predictor.schema, PairSchema) else ""
+    reading = replace(options.reading, nulls=()).wanting(options.text_column, pair_column)
     frame, _, tabular = read_frame(source, options=reading)
-    column = options.text_column if tabular else "text"
-    values = column_values(frame, str(source), "text", column)
-    blank = [is_blank(v) or options.reading.is_null(v) for v in values]
-    texts = [None if b or not as_text(v).strip() else as_text(v) for b, v in zip(blank, values)]
+    texts = cell_texts(
+        column_values(frame, str(source), "text", options.text_column if tabular else "text"),
+        options.reading,
+    )
+    if pair_column:
+        seconds = cell_texts(
+            column_values(frame, str(source), "pair", pair_column), options.reading
+        )
+        texts = [join_pair(a, b) if a and b else None for a, b in zip(texts, seconds)]
     added = new_columns(frame, predictor, options)
     check_columns(frame, output)
     settings = {k: v for k, v in asdict(options).items() if k not in ("replace", "reading")}

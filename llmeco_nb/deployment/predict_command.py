@@ -26,6 +26,7 @@ class PredictChoice:
         source: The table.
         output: The file to write.
         text: Column of the texts.
+        pair: Column of the second texts, where a bundle answers for pairs.
         bundle: A bundle's folder; None: the newest in runs.
         column: The column that gets the predictions.
         all_scores: Whether every class gets a column with its probability.
@@ -41,6 +42,7 @@ class PredictChoice:
         Path(), "--output -o", "The file to write: .parquet, .csv or .jsonl.", "FILE"
     )
     text: str = option("text", "--text", "The texts' column.", "COLUMN")
+    pair: str = option("text_pair", "--pair", "For pairs: the second texts' column.", "COLUMN")
     bundle: Optional[Path] = option(
         None, "--bundle", "A bundle (default: the newest champion or bundle in runs).", "FOLDER"
     )
@@ -74,6 +76,7 @@ def predict(o: PredictChoice) -> None:
     nulls = tuple(filter(None, o.nulls.split(",")))
     options = PredictOptions(
         text_column=o.text,
+        pair_column=o.pair,
         prediction_column=o.column,
         all_scores=o.all_scores,
         replace=o.replace,

@@ -177,10 +177,9 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
 
     async def answer(state: State, tenant: str, body: Any) -> Response:
         texts = body.items()
-        names = ["text"] if body.texts is None else [f"texts.{i}" for i in range(len(texts))]
         who, request_id = state.principal, state.request_id
         noted = partial(setattr, state, "guard")
-        asked = PredictRequest(texts, names, request_id, who, who.id or tenant, noted)
+        asked = PredictRequest(texts, body.names(), request_id, who, who.id or tenant, noted)
         found = await app.state.service.predict(asked)
         state.model, metrics = found.model.digest, app.state.metrics
         version = found.model.name, found.model.digest[:12]

@@ -151,6 +151,8 @@ class EvaluationConfig(StageConfig):
             "frequent_set",
             "ovr_tfidf_lr",
             "ovr_nbsvm",
+            "pair_words_lr",
+            "pair_overlap_lr",
         ]
     ] = Field(default_factory=list)  # baselines to fit; empty: all of the task
     seed: int = 0  # decides the labelled subset and the solvers' order
@@ -165,11 +167,7 @@ def recorded_facts(path: str | Path) -> ModelFacts:
     """
     file = Path(path).parent / "metrics.json"
     stated = read_json(file) if file.is_file() else {}
-    return ModelFacts(
-        parameters=stated.get("parameters"),
-        seconds=stated.get("seconds"),
-        title=stated.get("title"),
-    )
+    return ModelFacts(**{name: stated.get(name) for name in ("parameters", "seconds", "title")})
 
 
 def read_other_models(

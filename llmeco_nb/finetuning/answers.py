@@ -15,6 +15,7 @@ from ..core import markdown_text
 from .training_half import TrainingHalf
 from ..tasks.contract import Schema, Task
 from ..tasks.predictions import predictions_table, scores_of
+from ..tasks.text_pairs import shown_pair
 
 # %% ../../nbs/2_finetuning/20l_answers.ipynb #30dbb350
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -124,7 +125,7 @@ def mistakes(
     found = []
     for at in worst:
         row = wrong.iloc[at]
-        said = dict(id=row.id, text=texts[row.id][-400:])
+        said = dict(id=row.id, text=shown_pair(texts[row.id])[-400:])
         if by_class:
             said |= dict(label=int(row.target), predicted=int(row.prediction))
             said |= dict(sure=round(float(off[at]), 4))

@@ -71,6 +71,7 @@ from .lora import merge_adapter, save_adapter
 from .multi_label import MultiLabelTraining
 from .regression import RegressionTraining
 from .text_classification import ClassificationTraining
+from .text_pairs import PairTraining
 from .trainable import layerwise_lr_scales
 from .training_half import TrainingHalf, Truncation
 from ..stats.chance import ChanceTest
@@ -162,7 +163,12 @@ def save_classifier(
 
 halves: dict[str, TrainingHalf] = {
     half.task.name: half
-    for half in (ClassificationTraining(), RegressionTraining(), MultiLabelTraining())
+    for half in (
+        ClassificationTraining(),
+        RegressionTraining(),
+        MultiLabelTraining(),
+        PairTraining(),
+    )
 }
 
 # %% ../../nbs/2_finetuning/20_classifier.ipynb #5be69220

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import Record
+from .pair_encoding import PairEncoder
+from ..tasks.text_pairs import pair_mark
 
 # %% ../../nbs/2_finetuning/20f_encoding.ipynb #8f0ca7c9
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
@@ -37,7 +39,8 @@ def truncate_middle(ids: list[int], tokens: int, head: int = 25) -> list[int]:
 def tokenize_texts(
     tokenizer, texts: list[str], tokens: int, head: int = 25
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of each text, shortened; and the lengths before that.
+    """Token ids of each text, shortened; and the lengths before that. Pairs are shortened as
+    `PairEncoder` does it.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -47,6 +50,9 @@ def tokenize_texts(
     """
     if not texts:
         return [], []  # the tokenizer refuses an empty list
+    if any(pair_mark in text for text in texts):
+        found = [*map(PairEncoder(tokenizer.backend_tokenizer, tokens), texts)]
+        return [ids for ids, _ in found], [length for _, length in found]
     full = tokenizer(
         texts, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]

@@ -44,6 +44,7 @@ from llmeco_nb.tasks.predictions import (
     write_predictions,
 )
 from ..tasks.registry import load_schema, save_schema, task_of
+from ..tasks.text_pairs import PairSchema
 from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/22_frozen.ipynb #2200f006
@@ -162,10 +163,11 @@ def labelled_splits(
     """
     schema = load_schema(corpus)
     names, task = getattr(schema, "labels", None), task_of(schema)
-    if names is not None and not task.single_label():
+    if names is not None and not task.single_label() or isinstance(schema, PairSchema):
         raise UsageError(
             f"{corpus} is for {schema.task}, and a frozen encoder gets one layer for a class or "
-            "a number. Take the stage finetune; trainable=head leaves the encoder as it is there."
+            "a number of one text. Take the stage finetune; trainable=head leaves the encoder as "
+            "it is there."
         )
     if names is not None and len(names) < 2:
         raise DataError(

@@ -204,7 +204,8 @@ def choose_head(
         minutes: Of the stage; it takes a tenth of them at most, or what the fewest texts need.
     """
     by_class = half.task.single_label()
-    if half.task.stores_scores() and not by_class:  # the comparison is of classes or numbers
+    by_set = half.task.stores_scores() and not by_class  # the comparison is of classes or numbers
+    if by_set or not half.cuts_middle:
         return HeadChoice()
     seconds = 60 * minutes * CHOOSING_SHARE / 2
 

@@ -12,7 +12,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -359,7 +359,7 @@ def fit_binary(
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import LinearSVC
 
-    if name == "tfidf_lr":
+    if name.endswith("_lr"):
         model = LogisticRegression(
             C=C, solver="liblinear", dual=True, tol=1e-2, max_iter=1000, random_state=seed
         )
@@ -387,9 +387,9 @@ class Candidate:
 
 
 def candidates(
-    name: str, x: "csr_matrix", y: np.ndarray, classes: int, seed: int, settings: dict | None = None
+    name: str, x: "csr_matrix", y: np.ndarray, classes: int, seed: int, recipe: Recipe
 ) -> Iterator[Candidate]:
-    """Yield a fitted model for every point of the recipe's grid, or for `settings` alone.
+    """Yield a fitted model for every point of the recipe's grid.
 
     Args:
         name: A recipe's name.
@@ -397,11 +397,8 @@ def candidates(
         y: Their classes, shape (texts,).
         classes: How many classes there are.
         seed: Of the solver.
-        settings: Hyperparameters to fit with; None: the whole grid.
+        recipe: What the name means.
     """
-    recipe = recipes[name]
-    Cs = [settings["C"]] if settings else recipe.Cs
-    betas = [settings.get("beta", 1.0)] if settings else recipe.betas
     if not recipe.bags:
         shares = np.maximum(np.bincount(y, minlength=classes), 0.5) / len(y)
         yield Candidate({}, np.zeros((0, classes)), np.log(shares))
@@ -415,9 +412,9 @@ def candidates(
             return x
         return type(x)((x.data * r[x.indices], x.indices, x.indptr), shape=x.shape)
 
-    for C in Cs:
+    for C in recipe.Cs:
         solved = [fit_binary(name, scaled(r), side, C, seed) for r, side in zip(ratios, sides)]
-        for beta in betas:
+        for beta in recipe.betas:
             weights = np.stack([r * interpolate(w, beta) for r, (w, _) in zip(ratios, solved)], 1)
             bias = np.array([b for _, b in solved])
             # A class that no text has gets the lowest score that any other got.
@@ -541,6 +538,7 @@ def fit(
     classes: list[str],
     seed: int = 0,
     settings: dict | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[LinearText, np.ndarray]:
     """The recipe's best model on the validation rows, and its scores for `rows.scored`.
 
@@ -555,34 +553,32 @@ def fit(
         classes: Class names.
         seed: Of the solver.
         settings: Hyperparameters to fit with; None: the best of the grid.
+        recipe: What the name means; None: as in `recipes`.
     """
     train = rows.train
     validation = rows.validation
-    if name not in recipes:
+    recipe = recipe or recipes.get(name)
+    if recipe is None:
         raise UsageError(f"There is no recipe {name!r}; there are {', '.join(recipes)}.")
+    if settings:  # this point of the grid alone
+        recipe = replace(recipe, Cs=[settings["C"]], betas=[settings.get("beta", 1.0)])
     if len(set(y[train].tolist())) < 2 or not len(validation):
         raise DataError(
             f"{name} needs texts of two classes to train on, and validation texts to choose by."
         )
-    fitted = FittedBags.of(recipes[name].bags, counted, train)
+    fitted = FittedBags.of(recipe.bags, counted, train)
     x = fitted.features(counted, train)
     x_validation = fitted.features(counted, validation)
     best, least = None, np.inf
-    for tried in candidates(name, x, y[train], len(classes), seed, settings):
+    for tried in candidates(name, x, y[train], len(classes), seed, recipe):
         scores = as_columns(x_validation @ tried.weights + tried.bias, len(classes))
         factor, loss = fit_temperature(scores, y[validation])
         if best is None or loss < least:
             best, least, scale = tried, loss, factor
             accuracy = float((scores.argmax(1) == y[validation]).mean())
     del x, x_validation  # they are large, and the rows to score come next
-    about = dict(
-        settings=best.settings,
-        labels=len(train),
-        validation_accuracy=accuracy,
-        validation_loss=least,
-        validation_items=len(validation),
-        seed=seed,
-    )
+    about = dict(settings=best.settings, labels=len(train), validation_accuracy=accuracy)
+    about |= dict(validation_loss=least, validation_items=len(validation), seed=seed)
     model = LinearText(
         name=name,
         classes=list(classes),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import UsageError, sha256_text
+from .pair_words import pair_analyzers
 from ..tasks.words import token_pattern
 
 # %% ../../nbs/2_finetuning/29b_ngram_counts.ipynb #2d32a8e1
@@ -49,7 +50,8 @@ class BagOfNgrams:
     Texts are always lower-cased.
 
     Attributes:
-        analyzer: "word", or "char_wb": characters within words.
+        analyzer: "word", or "char_wb": characters within words; of pairs a name in
+            `pair_analyzers`, whose tokens stand alone.
         low: Length of the shortest n-gram; at most 3 for characters.
         high: Length of the longest.
         pattern: What a word is; not used for characters. A saved model keeps its own, if it is one
@@ -73,11 +75,13 @@ class BagOfNgrams:
         "Where n-grams of `text` are sought: one list of tokens, or one string for every word."
         if self.analyzer == "word":
             return [re.findall(self.pattern, text.lower())]
+        if self.analyzer in pair_analyzers:
+            return [pair_analyzers[self.analyzer](text, self.pattern)]
         return [f" {w} " for w in text.lower().split()]
 
     def ngrams(self, text: str) -> list[str]:
         "The n-grams of `text`, each as often as it occurs."
-        glue = " ".join if self.analyzer == "word" else str
+        glue = str if self.analyzer == "char_wb" else " ".join
         return [
             glue(p[i : i + n])
             for p in self.sequences(text)
@@ -192,17 +196,18 @@ def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:
         bag: Of which only analyzer, lengths and pattern matter.
     """
     if (
-        bag.analyzer not in ("word", "char_wb")
+        bag.analyzer not in ("word", "char_wb", *pair_analyzers)
         or not 1 <= bag.low <= bag.high
         or (bag.analyzer == "char_wb" and bag.low > 3)
+        or (bag.analyzer in pair_analyzers and bag.high > 1)
     ):
         raise UsageError(
             f"A bag with {bag.analyzer!r}, {bag.low} to {bag.high}, cannot be counted; take word "
-            "or char_wb, 1 <= low <= high, and low <= 3 for characters."
+            "or char_wb, 1 <= low <= high, and low <= 3 for characters; for pairs "
+            f"{' or '.join(pair_analyzers)} with 1 and 1."
         )
     flat, owner, items = index_items(
-        re.findall(bag.pattern, t.lower()) if bag.analyzer == "word" else t.lower().split()
-        for t in texts
+        t.lower().split() if bag.analyzer == "char_wb" else bag.sequences(t)[0] for t in texts
     )
     per_text = None
     if bag.analyzer == "char_wb":
@@ -211,7 +216,7 @@ def count_ngrams(texts: list[str], bag: BagOfNgrams) -> NgramCounts:
     index = index_ngrams(flat, owner, len(items), bag.low, bag.high)
     sequences = len(texts) if per_text is None else per_text.shape[1]
     matrix = count_matrix(index.owners, index.numbers, (sequences, len(index.first)))
-    glue = (" " if bag.analyzer == "word" else "").join
+    glue = ("" if bag.analyzer == "char_wb" else " ").join
 
     def spell(columns: np.ndarray) -> list[str]:
         runs = zip(index.first[columns], index.length[columns])

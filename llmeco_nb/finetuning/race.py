@@ -45,6 +45,7 @@ from .training_half import TrainingHalf, Truncation
 from ..stats.significance import wilson
 from ..tasks.contract import Schema
 from ..tasks.registry import load_schema
+from ..tasks.text_pairs import PairSchema
 from ..tokenization.coverage import unknown_share, unreadable
 
 # %% ../../nbs/2_finetuning/23_race.ipynb #575d5725
@@ -275,7 +276,8 @@ def race(
             "texts to score on. Build it with a label column and validation_size=0.1."
         )
     half = halves[schema.task]
-    if half.task.stores_scores() and not half.task.single_label():
+    by_set = half.task.stores_scores() and not half.task.single_label()
+    if by_set or isinstance(schema, PairSchema):
         raise UsageError(
             f"{corpus} is for {schema.task}, and a race compares classifiers of one class a text, "
             "or models of numbers. Leave the race out, and give each finetune its minutes."

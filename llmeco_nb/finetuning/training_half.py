@@ -76,6 +76,7 @@ class TrainingHalf(ABC, Generic[SchemaT]):
     mode: ClassVar[Literal["max", "min"]]  # Whether more of it is better, or less
     further_metrics: ClassVar[tuple[str, ...]] = ()  # Of `Task.report`, that a record states, too
     recipes: ClassVar[dict[str, Recipe]]  # Linear baselines by name, those of `Task.baselines`
+    cuts_middle: ClassVar[bool] = True  # Whether a text that is too long may lose its middle
 
     def fit_schema(self, schema: SchemaT, train: "pd.DataFrame") -> SchemaT:
         """The schema with what is learned from the training rows alone; usually nothing.

@@ -150,6 +150,10 @@ class TextRequest(BaseModel):
         assert self.text is not None  # `one_of_two` has seen to it
         return [self.text]
 
+    def names(self) -> list[str]:
+        "What each text is called in messages."
+        return ["text"] if self.texts is None else [f"texts.{i}" for i in range(len(self.texts))]
+
 
 class Prediction(BaseModel):
     "What a model says of one item; each task has a subclass, which names it as `task`."

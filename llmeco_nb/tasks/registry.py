@@ -14,11 +14,13 @@ from .contract import Cleaning, Prediction, Schema, Task
 from .multi_label import MultiLabel
 from .regression import Regression
 from .text_classification import ClassificationSchema, TextClassification
+from .text_pairs import TextPairClassification
 from .token_classification import TokenClassification
 
 # %% ../../nbs/2_finetuning/20d_task_registry.ipynb #878af4be
 tasks: dict[str, Task] = {
-    one.name: one for one in (TextClassification(), Regression(), MultiLabel())
+    one.name: one
+    for one in (TextClassification(), Regression(), MultiLabel(), TextPairClassification())
 }
 
 # A row of scores for each word, and not for each text: stages of their own train and compare them

@@ -78,10 +78,10 @@ class TextClassification(Task[ClassificationSchema]):
         Column("label", "label", "the name of its class"),
     )
     target = "label"
-    schema = ClassificationSchema
+    schema: ClassVar[type[ClassificationSchema]] = ClassificationSchema
     selection = Selection("accuracy", True, "accuracy")
     baselines = ("majority", "tfidf_lr", "nbsvm", "wordchar_svc")
-    Prediction = ClassPrediction
+    Prediction: ClassVar[type[ClassPrediction]] = ClassPrediction
     Response = ClassResponse
     answer_field = "label"
     Feedback = LabelFeedback
@@ -112,7 +112,7 @@ class TextClassification(Task[ClassificationSchema]):
                 "a shorter name."
             )
         check_text_lengths(rows.values["text"], rows.source)
-        return ClassificationSchema(labels=labels, cleaning=rows.cleaning)
+        return self.schema(labels=labels, cleaning=rows.cleaning)
 
     def activate(self, outputs: np.ndarray, schema: ClassificationSchema) -> np.ndarray:
         """Probabilities, float32 of shape (texts, classes), from logits.
@@ -142,7 +142,7 @@ class TextClassification(Task[ClassificationSchema]):
         """
         best = self.predict(scores)
         return [
-            ClassPrediction(
+            self.Prediction(
                 label=schema.labels[i],
                 probabilities={n: round(float(v), 6) for n, v in zip(schema.labels, row)},
             )
