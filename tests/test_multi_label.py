@@ -310,14 +310,14 @@ def test_stages_that_know_no_sets_say_so(made, tmp_path):
     from llmeco_nb.interaction.improve import improve
 
     corpus, bundle = str(made["data"] / "corpus"), str(made["bundle"] / "bundle")
-    for name, stage, given in (
+    for name, stage, inputs in (
         ("interact", interact, (corpus, bundle)),
         ("improve", improve, (corpus, bundle)),
         ("frozen", fit_frozen, (corpus,)),
         ("race", race, (corpus, "", RaceConfig())),
     ):
         with pytest.raises(UsageError, match=TASK):
-            stage(create_record(tmp_path / name, name), *given)
+            stage(create_record(tmp_path / name, name), *inputs)
 
 
 @quiet
