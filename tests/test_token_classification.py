@@ -366,8 +366,8 @@ def made(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("spans")
     given = dict(
         spans=dict(source=str(small_span_table())),
-        tune_tagger=dict(steps=100, num_evals=2, eval_examples=60),
-        compare_spans=dict(resamples=300),
+        tune_tagger=dict(steps=70, num_evals=1, eval_examples=40),
+        compare_spans=dict(resamples=200),
     )
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
         patch.setenv("LLMECO_RUNS", str(place))
@@ -406,9 +406,9 @@ def test_a_bundle_answers_spans_and_takes_corrections(made, tmp_path):
     with running_server(bundle, tmp_path / "feedback.sqlite") as address:
         client = Client(address, author="ann")
         assert client.model()["task"] == TASK.name
-        reply = client.predict(rows.text.tolist()[:60])
+        reply = client.predict(rows.text.tolist()[:40])
         said = TASK.predict(reply.answers)
-        found = TASK.report(rows.target.tolist()[:60], said, manifest.schema)
+        found = TASK.report(rows.target.tolist()[:40], said, manifest.schema)
         assert found["f1"] > 0.5
         odd = "👍🏽\r\nAda lives in New York.  " * 30  # several windows
         [answer] = client.predict([odd]).answers

@@ -28,6 +28,7 @@ from llmeco_nb.core import (
 )
 from ..data.corpus import read_split
 from ..data.span_corpus import small_span_corpus
+from ..data.splits import split_order
 from .checkpoints import quiet_transformers
 from llmeco_nb.finetuning.token_classification import (
     balanced_tag_weights,
@@ -71,7 +72,7 @@ class TaggerConfig(StageConfig):
     weight_decay: NonNegativeFloat = 0.01  # of the matrices
     warmup_ratio: Fraction = 0.1  # share of the steps until the peak
     decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
-    eval_examples: PositiveInt = 200  # validation texts that choose the weights
+    eval_examples: PositiveInt = 200  # validation texts, drawn, that choose the weights
     num_evals: PositiveInt = 4  # how often they are asked
     patience: NonNegativeInt = 0  # evaluations without progress before it stops early; 0: never
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 with fp32 masters, fp32, or auto
@@ -186,8 +187,10 @@ def tune_tagger(
     if config.class_weights == "balanced":
         weights = balanced_tag_weights(examples.targets, schema)
     pad = tokenizer.pad_token_id or 0
-    few = coded["validation"][: config.eval_examples]
-    few_targets = splits["validation"].target.tolist()[: config.eval_examples]
+    # an official set stands in the order of its documents, whose first ones are not like the rest
+    drawn = split_order(splits["validation"].id, config.seed)[: config.eval_examples]
+    few = [coded["validation"][k] for k in drawn]
+    few_targets = splits["validation"].target.iloc[drawn].tolist()
     optimiser = Optimiser(
         model,
         config.lr or 5e-5,
