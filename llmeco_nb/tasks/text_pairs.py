@@ -13,8 +13,7 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .cleaning import clean_text
-from .contract import Cleaning, Column, ItemResponse, Rows
+from .contract import Column, ItemResponse, Rows
 from .limits import max_request_texts, max_text_chars
 from llmeco_nb.tasks.text_classification import (
     ClassificationSchema,
