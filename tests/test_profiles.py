@@ -121,6 +121,20 @@ def test_chat(tmp_path, monkeypatch):
     assert facts.schema.chat_format == "chatml"
 
 
+@quiet
+def test_embeddings(tmp_path, monkeypatch):
+    "From labelled texts to a sentence encoder that opens in plain transformers."
+    from transformers import AutoModel
+
+    monkeypatch.setenv("LLMECO_RUNS", str(tmp_path))
+    few = dict(weights="", steps=6, batch_size=8, max_length=24, num_evals=2, lr=1e-3)
+    made = live("embeddings", tmp_path / "store", dict(data=dict(max_rows=300), tune_embeddings=few))
+    found = read_json(made["tune_embeddings"] / "metrics.json")
+    assert found["steps"] == 6 and 0 < found["retrieval_map"] != found["retrieval_map_before"]
+    opened = AutoModel.from_pretrained(made["tune_embeddings"] / "encoder")
+    assert opened.num_parameters() == found["parameters"]
+
+
 def test_blimp_arriving_makes_another_key(tmp_path, monkeypatch):
     "A stage that scored nothing runs again when the data is there; a named folder must be there."
     monkeypatch.setenv("LLMECO_DATA", str(tmp_path))
