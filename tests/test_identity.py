@@ -480,7 +480,8 @@ def test_packaged_weights_that_were_edited(stages, tmp_path, monkeypatch):
         edit_a_byte(file)
         seen.append(weights_revision("minilm"))
     assert len(set(seen)) == 3
-    assert reading(stages, "finetuning.checkpoints.weights_revision") == {"finetune", "frozen"}
+    known = {"finetune", "frozen", "tune_embeddings", "tune_tagger"}
+    assert reading(stages, "finetuning.checkpoints.weights_revision") == known
 
 
 def test_a_hub_name_stands_for_a_commit_which_is_the_one_that_is_opened(tmp_path, monkeypatch):
