@@ -331,15 +331,6 @@ def test_readme_opens_with_two_plain_commands():
     ], "a prompt cannot be pasted"
 
 
-def test_readme_is_the_index():
-    from llmeco_nb.runner.stages import StageRegistry
-    from llmeco_nb.site.docs import render_readme
-
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == render_readme(
-        StageRegistry.find()
-    ), "README.md is not what nbs/index.ipynb gives; run `llmeco docs --readme`"
-
-
 # -- machines elsewhere
 
 workflows = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
