@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..core import DataError, LlmecoError, MissingError
+from .adapter_model import open_adapter
 from .manifest import BundleFiles, Manifest
 from .patterns import check_tokenizer
 from .tagger_model import TaggerModel
@@ -266,6 +267,7 @@ loaders: dict[str, Callable[[BundleFiles, Manifest, int, str], TextModel]] = {
     "linear": lambda files, manifest, threads, engine: LinearModel(files),
     "stack": StackModel,
     "tagger": TaggerModel,
+    "adapter": open_adapter,
 }
 
 
