@@ -23,13 +23,6 @@ for library in ("onnx", "onnxscript", "transformers", "peft"):
     pytest.importorskip(library, reason="packing a base needs it")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmeco_nb.deployment.adapter_export import pack_base
-from llmeco_nb.deployment.adapter_packing import (
-    AdapterPackOptions,
-    pack_adapter,
-    random_adapter,
-    small_adapters,
-)
 from safetensors.numpy import load_file, save_file
 from served import ServeCommand
 from test_finetune import SMALL, made
@@ -44,7 +37,14 @@ from llmeco_nb.deployment.adapter_base import (
     stated_digest,
     verify_base,
 )
+from llmeco_nb.deployment.adapter_export import pack_base
 from llmeco_nb.deployment.adapter_model import AdapterModel, adapter_files
+from llmeco_nb.deployment.adapter_packing import (
+    AdapterPackOptions,
+    pack_adapter,
+    random_adapter,
+    small_adapters,
+)
 from llmeco_nb.deployment.executor import ExecutorOptions
 from llmeco_nb.deployment.ledger import Ledger, read_feedback
 from llmeco_nb.deployment.loading import open_model

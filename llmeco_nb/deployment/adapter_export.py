@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import DataError, MissingError, UsageError, sha256_of, write_bytes
 from .adapter_base import BaseManifest, open_base, write_base_manifest
 from .manifest import Origin
-from .packing import GraphInputs, export_graph, padding_id
+from .packing import padding_id, quiet_exporter
 from ..runner.store import fsync_tree
 
 # %% ../../nbs/4_deployment/40o_adapter_export.ipynb #5c511f4b
@@ -138,9 +138,22 @@ def export_base(model: "PreTrainedModel", at: Path) -> dict[str, tuple[int, int]
             open_ended.append({0: rank})
         else:
             open_ended.append({i: outputs for i, n in enumerate(shapes[name]) if n == 0})
-    more = GraphInputs(names, tensors, open_ended)
-    longest = model.config.max_position_embeddings
-    export_graph(WithAdapter(model, names).eval(), at, longest, more=more)
+    texts = torch.export.Dim("texts", max=4096)
+    tokens = {0: texts, 1: torch.export.Dim("tokens", max=model.config.max_position_embeddings)}
+    # two tensors: one object given twice becomes one input
+    example = [torch.ones(2, 16, dtype=torch.long) for _ in range(2)]
+    with quiet_exporter():
+        torch.onnx.export(
+            WithAdapter(model, names).eval(),
+            (*example, tensors),
+            str(at),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=["input_ids", "attention_mask", *names],
+            output_names=["logits"],
+            dynamic_shapes=(tokens, tokens, open_ended),
+        )
     return sizes
 
 # %% ../../nbs/4_deployment/40o_adapter_export.ipynb #79c4573f

@@ -13,12 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from llmeco_nb.deployment.adapter_export import (
-    frozen_digest,
-    head_parameters,
-    new_folder,
-    pack_base,
-)
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmeco_nb.core import (
@@ -31,6 +25,12 @@ from llmeco_nb.core import (
     write_json,
 )
 from .adapter_base import AdapterBase, BaseManifest, open_base
+from llmeco_nb.deployment.adapter_export import (
+    frozen_digest,
+    head_parameters,
+    new_folder,
+    pack_base,
+)
 from llmeco_nb.deployment.adapter_model import (
     AdapterFacts,
     AdapterModel,

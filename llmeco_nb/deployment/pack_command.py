@@ -98,10 +98,9 @@ def pack_adapted(o: PackChoice) -> None:
     """
     from pathlib import Path
 
+    from llmeco_nb.core import UsageError
     from llmeco_nb.deployment.adapter_export import pack_base
     from llmeco_nb.deployment.adapter_packing import AdapterPackOptions, pack_adapter
-
-    from llmeco_nb.core import UsageError
     from llmeco_nb.deployment.embedding_packing import packing_texts
 
     if o.weights:
