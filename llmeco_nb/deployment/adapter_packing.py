@@ -121,7 +121,7 @@ def convert_adapter(
     if not file.is_file():
         raise MissingError(f"{folder} is incomplete: adapter_model.safetensors is missing.")
     ends = {".lora_A.weight": "down", ".lora_B.weight": "up"}
-    found, modules = {}, {}
+    found, modules = {}, set()
     for name, tensor in read_tensors(file.read_bytes(), f"{file}").items():
         plain = name.removeprefix("base_model.model.")
         end = next((end for end in ends if plain.endswith(end)), None)
@@ -129,14 +129,15 @@ def convert_adapter(
             found[plain] = tensor
             continue
         module = plain.removesuffix(end)
-        modules[module] = True
+        modules.add(module)
         scale = config.lora_alpha / config.r if ends[end] == "up" else 1.0
         found[f"{module}.{ends[end]}"] = np.ascontiguousarray(tensor.T * np.float32(scale))
     wide = next((name for name, shape in base.head.items() if 0 in shape), "")
     if wide not in found:
         raise DataError(f"{file} is incomplete: {wide or 'the head'} is missing.")
     outputs = found[wide].shape[base.head[wide].index(0)]
-    facts = AdapterFacts(rank=config.r, outputs=outputs, modules=tuple(modules))
+    # in order: tensors come out of the file in another one each time
+    facts = AdapterFacts(rank=config.r, outputs=outputs, modules=tuple(sorted(modules)))
     check_adapter(found, facts, base, f"{file}")
     return facts, found
 
