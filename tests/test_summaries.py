@@ -14,6 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import live
+
+from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
+from llmeco_nb.data.corpus import read_split
+from llmeco_nb.data.splits import split_names
 from llmeco_nb.data.summary_corpus import (
     SummaryCorpusConfig,
     build_summary_corpus,
@@ -27,10 +31,6 @@ from llmeco_nb.data.summary_tables import (
     read_summaries,
     summary_revision,
 )
-
-from llmeco_nb.core import DataError, MissingError, UsageError, create_record, read_json, sha256_of
-from llmeco_nb.data.corpus import read_split
-from llmeco_nb.data.splits import split_names
 from llmeco_nb.tasks.predictions import read_predictions_file
 
 quiet = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
@@ -301,9 +301,9 @@ def test_a_killed_stage_ends_with_the_same_bytes(tmp_path, killed_at, lr):
 def stock_folders(tmp_path_factory):
     "Folders of encoder-decoders: BART with random weights, and our own after a few steps."
     pytest.importorskip("torch")
-    from llmeco_nb.finetuning.seq2seq_models import small_random_seq2seq
     from transformers import BartConfig, BartForConditionalGeneration
 
+    from llmeco_nb.finetuning.seq2seq_models import small_random_seq2seq
     from llmeco_nb.pretraining.denoising import DenoisingConfig, denoise
     from llmeco_nb.tokenization.wordpiece import open_tokenizer
 
@@ -350,9 +350,10 @@ def stock_folders(tmp_path_factory):
 def test_any_encoder_decoder_is_tuned_and_opens_in_plain_transformers(
     stock_folders, tmp_path, name
 ):
+    from transformers import AutoModelForSeq2SeqLM
+
     from llmeco_nb.finetuning.seq2seq_models import open_seq2seq
     from llmeco_nb.finetuning.summarizer import SummarizerConfig, tune_summarizer
-    from transformers import AutoModelForSeq2SeqLM
 
     record = create_record(tmp_path / "r", "tune_summarizer")
     config = SummarizerConfig(**FEW, num_beams=2, lr=3e-3)
@@ -377,6 +378,7 @@ def test_any_encoder_decoder_is_tuned_and_opens_in_plain_transformers(
 
 def test_padding_carries_no_loss(stock_folders):
     import torch
+
     from llmeco_nb.finetuning.seq2seq_models import open_seq2seq
     from llmeco_nb.finetuning.seq2seq_training import (
         collate_written,

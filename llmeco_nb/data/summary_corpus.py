@@ -14,15 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from llmeco_nb.data.summary_tables import (
-    SummaryColumns,
-    SummaryRow,
-    SummaryTable,
-    aclsum_source,
-    read_summaries,
-    small_summary_table,
-    summary_revision,
-)
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from ..config import StageConfig, stage_config
@@ -39,6 +30,15 @@ from .corpus_rows import public_name
 from .corpus_splits import near_official
 from .groups import content_groups
 from .splits import deal_groups, split_hashes, split_names, split_order, split_sizes
+from llmeco_nb.data.summary_tables import (
+    SummaryColumns,
+    SummaryRow,
+    SummaryTable,
+    aclsum_source,
+    read_summaries,
+    small_summary_table,
+    summary_revision,
+)
 from .tables import text_ids
 from .text_spool import normalized_key
 

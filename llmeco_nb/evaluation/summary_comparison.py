@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from ..config import StageConfig, stage_config
+from ..core import DataError, Record, UsageError, write_json
 from ..data.summary_corpus import read_summary_splits, small_summary_corpus
 from llmeco_nb.finetuning.extracts import (
     best_counts,
@@ -25,12 +29,8 @@ from llmeco_nb.finetuning.extracts import (
     summary_predictions,
     textrank_scores,
 )
-from ..stats.rouge import RougeScores, RougeWords, rouge_scores
-from pydantic import Field, NonNegativeInt, PositiveInt
-
-from ..config import StageConfig, stage_config
-from ..core import DataError, Record, UsageError, write_json
 from ..stats.claims import Claim, adjust_pvalues, claim, write_claims
+from ..stats.rouge import RougeScores, RougeWords, rouge_scores
 from ..stats.significance import Comparison, average, bootstrap, compare
 from ..tasks.predictions import read_predictions_file, write_predictions
 

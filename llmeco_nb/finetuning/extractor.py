@@ -16,16 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from ..data.summary_corpus import read_summary_splits, small_summary_corpus
-from llmeco_nb.finetuning.extracts import (
-    best_counts,
-    document_sentences,
-    extracts,
-    oracle_sentences,
-    summary_predictions,
-    textrank_scores,
-)
-from ..stats.rouge import RougeWords, rouge_scores
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..config import ExecutionOnly, StageConfig, stage_config
@@ -39,7 +29,17 @@ from llmeco_nb.core import (
     write_bytes,
     write_json,
 )
+from ..data.summary_corpus import read_summary_splits, small_summary_corpus
 from .checkpoints import encoder_folder
+from llmeco_nb.finetuning.extracts import (
+    best_counts,
+    document_sentences,
+    extracts,
+    oracle_sentences,
+    summary_predictions,
+    textrank_scores,
+)
+from ..stats.rouge import RougeWords, rouge_scores
 from ..tasks.predictions import write_predictions
 
 # %% ../../nbs/2_finetuning/21s_extractor.ipynb #e5ebce7d

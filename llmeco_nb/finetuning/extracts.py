@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ..core import DataError, UsageError
+from ..pretraining.sentence_pairs import split_sentences
 from llmeco_nb.stats.rouge import (
     RougeWords,
     mean_overlap,
@@ -19,9 +22,6 @@ from llmeco_nb.stats.rouge import (
     rouge_scores,
     rouge_words,
 )
-
-from ..core import DataError, UsageError
-from ..pretraining.sentence_pairs import split_sentences
 
 # %% ../../nbs/2_finetuning/29s_extracts.ipynb #ed16aaf2
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from .seq2seq_models import Seq2SeqModel, padded_rows
 
 from ..core import DataError, UsageError
+from .seq2seq_models import Seq2SeqModel, padded_rows
 
 # %% ../../nbs/2_finetuning/21u_seq2seq_training.ipynb #f22133ae
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy

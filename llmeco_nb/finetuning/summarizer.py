@@ -14,7 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
+from llmeco_nb.core import (
+    DataError,
+    Record,
+    read_json,
+    seed_everything,
+    sha256_of,
+    sha256_text,
+    write_json,
+)
+from ..data.splits import split_order
 from ..data.summary_corpus import read_summary_splits, small_summary_corpus
+from .checkpoints import quiet_transformers
 from .extracts import summary_predictions
 from llmeco_nb.finetuning.seq2seq_models import (
     Decoding,
@@ -35,20 +49,6 @@ from llmeco_nb.finetuning.seq2seq_training import (
     written_loss_step,
 )
 from ..stats.rouge import RougeWords, rouge_scores
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
-from llmeco_nb.core import (
-    DataError,
-    Record,
-    read_json,
-    seed_everything,
-    sha256_of,
-    sha256_text,
-    write_json,
-)
-from ..data.splits import split_order
-from .checkpoints import quiet_transformers
 from ..tasks.predictions import write_predictions
 from ..tokenization.coverage import unknown_share, unreadable
 
@@ -325,7 +325,6 @@ def tune_summarizer(
     )
     record.save_metrics(
         **means,
-        lr=optimiser.lr,
         num_beams=beams,
         loss_test=written_loss(opened, final, pairs["test"]),
         labels=len(splits["train"]),
