@@ -1,5 +1,5 @@
-"""Summaries from a table to a comparison: damaged rows by name, splits that share no document, scores
-by hand and by the library, any encoder-decoder, bytes after a kill."""
+"""Summaries from a table to a comparison: damaged rows by name, splits that share no document,
+scores by hand and by the library, any encoder-decoder, bytes after a kill."""
 
 import contextlib
 import importlib.util
@@ -71,7 +71,7 @@ def longest_common(a: list, b: list) -> int:
 
 
 @given(sentence, sentence)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_rouge_l_is_that_of_its_definition(one, other):
     cut = rouge_words()
     a, b = cut(one), cut(other)
@@ -189,7 +189,7 @@ def test_a_corpus_accounts_for_its_rows(tmp_path):
     corpus = build_summary_corpus(record, config)
     n = record.metrics
     wanted = dict(
-        read=25, damaged=1, joined=1, copies=1, longer=1, near_leaks=1, test=1, validation=4
+        read=26, damaged=1, joined=1, copies=1, longer=1, near_leaks=1, test=1, validation=4
     )
     assert {name: n[name] for name in wanted} == wanted
     assert n["train"] == 17
