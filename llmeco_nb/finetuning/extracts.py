@@ -104,8 +104,8 @@ def textrank_scores(
         vectors.fit([one for document in train for one in document])
     except ValueError:
         raise DataError(
-            f"The training documents have no word by the rules of {words!r}. Set `words` to unicode "
-            "for other scripts than a to z."
+            f"The training documents have no word by the rules of {words!r}. Set `words` to "
+            "unicode for other scripts than a to z."
         ) from None
     found = []
     for document in sentences:
