@@ -289,6 +289,12 @@ def bench(
     keep: bool = typer.Option(
         False, "--keep", help="Keep the result as nbs/records/NAME.json, to be quoted."
     ),
+    keep_parts: bool = typer.Option(
+        False,
+        "--keep-parts",
+        help="Run nothing: copy the finished parts of an unfinished record to nbs/records/parts, "
+        "where another machine goes on.",
+    ),
 ):
     """List the benchmarks, or run one into runs/bench/NAME.
 
@@ -297,16 +303,21 @@ def bench(
         level: check or record: how much is measured.
         given: Each `name=value`; one for each -p.
         keep: Whether the result becomes the kept record.
+        keep_parts: Whether nothing is run, and finished parts are copied.
     """
     from llmeco_nb.core import read_json
-    from llmeco_nb.runner.benchmarks import benchmarks, keep_record, run_benchmark
+    from llmeco_nb.runner import benchmarks as runner
 
     registry = StageRegistry.find()
     if name is None:
-        for each, path in benchmarks(registry).items():
+        for each, path in runner.benchmarks(registry).items():
             typer.echo(f"{each:20} {first_line(path)}")
         return
-    result = run_benchmark(
+    if keep_parts:
+        folder, count = runner.keep_parts(registry, name)
+        typer.echo(f"Kept: {count} finished parts, in {os.path.relpath(folder)}")
+        return
+    result = runner.run_benchmark(
         registry,
         name,
         {"level": level, **{k: v for _, k, v in parse_settings(given, [], single=True)}},
@@ -315,7 +326,7 @@ def bench(
         typer.echo(f"{k} {v}")
     typer.echo(f"\nResult: {os.path.relpath(result)}")
     if keep:
-        typer.echo(f"Kept: {os.path.relpath(keep_record(registry, result))}")
+        typer.echo(f"Kept: {os.path.relpath(runner.keep_record(registry, result))}")
 
 
 def first_line(notebook: Path) -> str:

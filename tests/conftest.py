@@ -53,6 +53,11 @@ sys.path.insert(0, str(ROOT))  # the checkout, whatever is installed
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def cores() -> int:
+    "Processors that these tests may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def available(what: str) -> bool:
     "Whether this machine has a `gpu`, a `docker` daemon, or leave to ask the `hub`."
@@ -100,6 +105,13 @@ def pytest_collection_modifyitems(items):
     if "PYTEST_XDIST_WORKER" in os.environ:
         names = [slow.short(item.nodeid) for item in items]
         items[:] = [items[k] for k in slow.longest_first(names, listed)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Half as many workers again as there are processors: a third of its time a test waits, for a
+    server or for a process that it has started."""
+    return cores() + cores() // 2
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,4 @@
-"""Which tests are slow, from the list `slow.tsv`: their mark, and in what order two workers take
+"""Which tests are slow, from the list `slow.tsv`: their mark, and in what order the workers take
 them.
 
 A test whose call took more than `LIMIT` seconds stands in the list with its seconds and carries the

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FINISHING_S', 'SPARE', 'planned_length', 'planned_batch_size', 'Workload', 'finishing_seconds', 'enough_minutes',
-           'affordable_steps', 'TooFewMinutes', 'round_down', 'finetune_plan', 'average_rows', 'step_seconds',
-           'forward_seconds', 'shortened_length', 'plan_workload', 'race_minutes', 'read_title', 'take_extras']
+           'affordable_steps', 'TooFewMinutes', 'round_down', 'finetune_plan', 'settings_of_plan', 'average_rows',
+           'step_seconds', 'forward_seconds', 'shortened_length', 'plan_workload', 'race_minutes', 'read_title',
+           'take_extras']
 
 # %% ../../nbs/2_finetuning/20i_finetuning_plan.ipynb #960971cb
 import math
@@ -196,6 +197,22 @@ def finetune_plan(config: StageConfig, work: Workload) -> dict:
         max_length=work.max_length,
         truncated_percent=round(100 * work.truncated),
         exact=int(exact),
+    )
+
+# %% ../../nbs/2_finetuning/20i_finetuning_plan.ipynb #5976a5e0
+def settings_of_plan(plan: dict) -> dict[str, Any]:
+    """Fields of a `ClassifierConfig` without minutes that make the steps of this plan again.
+
+    Args:
+        plan: Of a finished fine-tuning, as its record keeps it.
+    """
+    return dict(
+        epochs=1,
+        min_steps=plan["steps"],
+        batch_size=plan["batch"],
+        max_length=plan["max_length"],
+        num_labeled=plan["labels"],
+        head_fraction=plan["head_choice"]["head_fraction"],
     )
 
 # %% ../../nbs/2_finetuning/20i_finetuning_plan.ipynb #bf99fded

@@ -79,6 +79,9 @@ def label_log_likelihoods(
 
     encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     words = [encode(f" {label}") for label in prompt.labels]
+    # a label's last token is asked for and never read: labels of one token share a pass
+    read = list({tuple(label[:-1]): label[:-1] for label in words}.values())
+    longest_read = max(map(len, read))
     longest = getattr(model.config, "max_position_embeddings", None) or 2**31
     begin = [t for t in [tokenizer.bos_token_id] if t is not None]
     found = np.zeros((len(texts), len(words)))
@@ -91,17 +94,19 @@ def label_log_likelihoods(
                 f"Text {row + 1} needs {needed:,} tokens with its prompt, and the decoder reads "
                 f"{longest:,}. Shorten the texts, or show fewer examples."
             )
-        ids = torch.zeros((len(words), needed), dtype=torch.int64)
+        ids = torch.zeros((len(read), len(asked) + longest_read), dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for k, label in enumerate(words):
+        for k, label in enumerate(read):
             whole = torch.tensor([*asked, *label])
             ids[k, : len(whole)], mask[k, : len(whole)] = whole, 1
         with torch.inference_mode():
             given = dict(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-            logits = model(**given, use_cache=False).logits[:, len(asked) - 1 : -1]
+            more = dict(use_cache=False, logits_to_keep=longest_read + 1)
+            logits = model(**given, **more).logits
         log_p = logits.float().log_softmax(-1).cpu()
         for k, label in enumerate(words):
-            nats = log_p[k, torch.arange(len(label)), torch.tensor(label)].double()
+            at = read.index(label[:-1])
+            nats = log_p[at, torch.arange(len(label)), torch.tensor(label)].double()
             found[row, k] = float(nats.mean() if per_token else nats.sum())
     return found
 
