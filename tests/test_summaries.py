@@ -216,6 +216,20 @@ def test_near_equal_documents_share_a_split(tmp_path):
     assert len(sides) == 40 and set(sides.values()) == set(split_names)
 
 
+def test_stages_that_know_no_summaries_say_so(tmp_path):
+    pytest.importorskip("torch")
+    from llmeco_nb.evaluation.comparison import evaluate_models
+    from llmeco_nb.finetuning.classifier import fine_tune
+    from llmeco_nb.finetuning.frozen import fit_frozen
+
+    corpus = str(small_summary_corpus())
+    for stage in (fine_tune, fit_frozen, evaluate_models):
+        with pytest.raises(
+            DataError, match="summarization, which has stages of its own: summaries"
+        ):
+            stage(create_record(tmp_path / stage.__name__, "any"), corpus)
+
+
 # -- extracts
 
 
