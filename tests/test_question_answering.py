@@ -225,8 +225,14 @@ def squad(file: Path, *qas, context: str = BASE["context"], **more) -> str:
 @pytest.mark.parametrize(
     "row,said",
     [
-        (BASE | dict(answers=[OSLO | dict(answer_start=15)]), "at character 15.*' Osl' stands there.*at 16"),
-        (BASE | dict(answers=[dict(text="Rome", answer_start=16)]), "'Oslo' stands there.*does not hold it"),
+        (
+            BASE | dict(answers=[OSLO | dict(answer_start=15)]),
+            "at character 15.*' Osl' stands there.*at 16",
+        ),
+        (
+            BASE | dict(answers=[dict(text="Rome", answer_start=16)]),
+            "'Oslo' stands there.*does not hold it",
+        ),
         (BASE | dict(answers=[OSLO | dict(answer_start=19)]), "beyond the context, which has 21"),
         (BASE | dict(answers=[OSLO | dict(answer_start=-4)]), "beyond the context"),
         (BASE | dict(answers=[dict(text=" ", answer_start=3)]), "is blank"),
@@ -246,14 +252,18 @@ def squad(file: Path, *qas, context: str = BASE["context"], **more) -> str:
 )
 def test_a_damaged_row_is_named_and_skipped_only_if_asked(tmp_path, row, said):
     file = jsonl(tmp_path / "t.jsonl", GOOD, row)
-    with pytest.raises(DataError, match=f"(?s)t.jsonl, (row|line) 2.*{said.removeprefix('line 2')}"):
+    with pytest.raises(
+        DataError, match=f"(?s)t.jsonl, (row|line) 2.*{said.removeprefix('line 2')}"
+    ):
         read_questions(file)
     table = read_questions(file, QuestionReading(damaged="skip"))
     assert [r.question for r in table.rows] == ["Who?"] and len(table.skipped) == 1
 
 
 def test_a_question_of_squad_is_named_by_its_place(tmp_path):
-    good = dict(id="a", question="Where?", answers=[OSLO, OSLO, dict(text="in Oslo", answer_start=13)])
+    good = dict(
+        id="a", question="Where?", answers=[OSLO, OSLO, dict(text="in Oslo", answer_start=13)]
+    )
     none = dict(id="b", question="When?", answers=[], is_impossible=True)
     [row] = read_questions(squad(tmp_path / "t.json", good, version="1.1")).rows
     assert row.answers == ((16, "Oslo"), (13, "in Oslo")) and row.title == "Ada"
@@ -284,18 +294,34 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path):
     told = [("Where?", "Oslo"), ("Which?", "“the 1st”"), ("What is far?", "東京 👍🏽")]
     rows = [dict(question=q, context=context, text=t, start=context.index(t)) for q, t in told]
     listed = [
-        dict(id=str(k), question=r["question"], context=context, answers=[dict(text=r["text"], answer_start=r["start"])])
+        dict(
+            id=str(k),
+            question=r["question"],
+            context=context,
+            answers=[dict(text=r["text"], answer_start=r["start"])],
+        )
         for k, r in enumerate(rows)
     ]
     files = [jsonl(tmp_path / "t.jsonl", *listed)]
     frame = pd.DataFrame(listed)
     frame.to_parquet(tmp_path / "t.parquet")
     pd.DataFrame(
-        [row | dict(answers={k: [a[k] for a in row["answers"]] for k in ("text", "answer_start")}) for row in listed]
+        [
+            row
+            | dict(answers={k: [a[k] for a in row["answers"]] for k in ("text", "answer_start")})
+            for row in listed
+        ]
     ).to_parquet(tmp_path / "d.parquet")
-    flat = [dict(id=k, question=r["question"], context=context, answer=r["text"], answer_start=r["start"]) for k, r in enumerate(rows)]
+    flat = [
+        dict(
+            id=k, question=r["question"], context=context, answer=r["text"], answer_start=r["start"]
+        )
+        for k, r in enumerate(rows)
+    ]
     pd.DataFrame(flat).to_csv(tmp_path / "t.csv", index=False)
-    frame.assign(answers=frame.answers.map(json.dumps)).to_csv(tmp_path / "t.tsv", index=False, sep="\t")
+    frame.assign(answers=frame.answers.map(json.dumps)).to_csv(
+        tmp_path / "t.tsv", index=False, sep="\t"
+    )
     qas = [{k: v for k, v in row.items() if k != "context"} for row in listed]
     files += [str(tmp_path / name) for name in ("t.parquet", "d.parquet", "t.csv", "t.tsv")]
     files.append(squad(tmp_path / "t.json", *qas, context=context))
@@ -393,7 +419,9 @@ def test_a_stored_answer_is_read_as_it_was(start, length, score, none, unanswera
     else:
         assert length == 0 or unanswerable and none > score
         assert TASK.correct(said, [], None).correct
-    assert TASK.predict([said])[0] == answers_json([Answer(start, said.answer)] if said.answer else [])
+    assert TASK.predict([said])[0] == answers_json(
+        [Answer(start, said.answer)] if said.answer else []
+    )
 
 
 # -- training
@@ -593,7 +621,9 @@ def test_a_table_gets_its_answers(made, tmp_path):
     options = PredictOptions(text_column="q", pair_column="c", prediction_column="said")
     predict_table(predictor, tmp_path / "r.jsonl", tmp_path / "o.jsonl", options)
     last = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])
-    assert last["said"] == (None if pd.isna(found.prediction.iloc[-1]) else found.prediction.iloc[-1])
+    assert last["said"] == (
+        None if pd.isna(found.prediction.iloc[-1]) else found.prediction.iloc[-1]
+    )
     with pytest.raises(DataError, match="question"):
         predict_table(predictor, tmp_path / "r.jsonl", tmp_path / "p.jsonl")
 
