@@ -484,7 +484,7 @@ def made(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("questions")
     given = dict(
         questions=dict(source=str(small_question_table())),
-        tune_reader=dict(steps=150, num_evals=1, eval_examples=40),
+        tune_reader=dict(steps=250, num_evals=2, eval_examples=100),
         compare_readers=dict(resamples=200),
     )
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):

@@ -48,7 +48,7 @@ made_frames = (
 made_fillers = ("It rained all night.", "The train was late again.", "Nobody was surprised.")
 
 
-def made_articles(count: int = 120, seed: int = 0) -> dict:
+def made_articles(count: int = 300, seed: int = 0) -> dict:
     """Made questions in the JSON of SQuAD 2.0: an article a context, three questions each.
 
     Args:

@@ -91,11 +91,11 @@ class ReaderModel:
         self.coded = coded
 
     def cost(self, text: str) -> int:
-        "Tokens that the encoder reads: the question once for each window of its context."
+        "Tokens that the encoder reads of a text: the question once for each window."
         return self.coded(text).cost
 
     def scores(self, texts: list[str]) -> list[ReadContext]:
-        "The best answer to each question with its context, of `join_question`."
+        "The best answer of each of the texts, which `join_question` made."
         coded = [self.coded(text) for text in texts]
         where = [(q, w) for q, one in enumerate(coded) for w in range(len(one.windows))]
         where.sort(key=lambda at: len(coded[at[0]].windows[at[1]].input_ids))

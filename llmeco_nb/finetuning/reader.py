@@ -61,10 +61,10 @@ class ReaderConfig(StageConfig):
     question_tokens: PositiveInt = 24  # pieces of a question that are read
     answer_tokens: PositiveInt = 12  # pieces of an answer at most
     minutes: NonNegativeFloat = 0.0  # for the whole stage; 0: steps decide
-    steps: PositiveInt = 200  # optimiser steps, where minutes is 0
-    batch_size: PositiveInt | None = 16  # windows a batch; none: by probes of their speed
+    steps: PositiveInt = 250  # optimiser steps, where minutes is 0
+    batch_size: PositiveInt | None = 32  # windows a batch; none: by probes of their speed
     grad_accum_steps: PositiveInt = 1  # batches a step
-    lr: PositiveFloat | None = 3e-3  # learning rate at its peak; none: by probes
+    lr: PositiveFloat | None = 2e-3  # learning rate at its peak; none: by probes
     weight_decay: NonNegativeFloat = 0.01  # of the matrices
     warmup_ratio: Fraction = 0.1  # share of the steps until the peak
     decay_ratio: Fraction = 0.5  # share of the steps from the peak to zero, at the end
