@@ -373,26 +373,24 @@ def test_a_corpus_that_cannot_be_split_says_so(tmp_path):
         build_question_corpus(record, QuestionCorpusConfig(source=none))
 
 
-def squad_file(shared_data: Path) -> Path:
-    "The development set of SQuAD 1.1, or a skip with the reason."
-    file = shared_data / "dev-v1.1.json"
+REAL = {"dev-v1.1.json": 10_570, "xquad.en.json": 1_190}  # files in the JSON of SQuAD 1.1
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_set_is_read_whole(name, shared_data, tmp_path):
+    file = shared_data / name
     if not file.is_file():
-        pytest.skip(f"needs dev-v1.1.json of SQuAD in {shared_data}; name a folder in LLMECO_DATA")
-    return file
-
-
-def test_the_real_set_is_read_whole(shared_data, tmp_path):
-    file = squad_file(shared_data)
+        pytest.skip(f"needs {name} in {shared_data}; name a folder that holds it in LLMECO_DATA")
     record = create_record(tmp_path / "r", "questions")
     corpus = build_question_corpus(record, QuestionCorpusConfig(source=str(file)))
     n = record.metrics
-    assert (n["read"], n["damaged"]) == (10_570, 0)
+    assert (n["read"], n["damaged"], n["conflicts"]) == (REAL[name], 0, 0)
     schema, splits = read_question_splits(corpus)
     assert not schema.unanswerable
     assert not set(splits["train"].context) & set(splits["test"].context)
     one = splits["test"]
-    perfect = [answers_json(answers_from_json(target)[-1:]) for target in one.target]
-    assert TASK.report(one.target.tolist(), perfect, schema)["f1"] > 0.999
+    last = [answers_json(answers_from_json(target)[-1:]) for target in one.target]
+    assert TASK.report(one.target.tolist(), last, schema)["f1"] > 0.999
 
 
 # -- answers
