@@ -30,7 +30,7 @@ from .tables import text_ids
 from .text_spool import normalized_key, write_rows
 from ..tasks.contract import Rows
 from ..tasks.question_answering import QuestionAnswering, QuestionSchema
-from ..tasks.text_answers import answers_json, join_question
+from ..tasks.text_answers import answers_from_json, answers_json, join_question
 
 # %% ../../nbs/1_pretraining/11l_question_corpus.ipynb #1f499644
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
@@ -140,18 +140,29 @@ def question_frame(table: QuestionTable) -> "pd.DataFrame":
     return frame
 
 
-def unique_questions(frame: "pd.DataFrame") -> tuple["pd.DataFrame", int, int]:
-    """Each question about a context once, how many copies went, and how many rows whose answers are
-    others elsewhere.
+def unique_questions(frame: "pd.DataFrame") -> tuple["pd.DataFrame", dict[str, int]]:
+    """Each question about a context once, with all answers that its rows accept; and how many rows
+    were `duplicates`, which add nothing, `joined`, which add an answer, or `conflicts`, of
+    questions that have an answer in one row and none in another, which are left out.
 
     Args:
         frame: Of `question_frame`.
     """
-    keys = ["question", "context"]
-    different = frame.groupby(keys).target.transform("nunique") > 1
-    rest = frame[~different]
-    kept = rest.drop_duplicates(keys).reset_index(drop=True)
-    return kept, len(rest) - len(kept), int(different.sum())
+    keys, counts = ["question", "context"], dict(duplicates=0, joined=0, conflicts=0)
+    found, gone = frame.copy(), []
+    for _, rows in frame[frame.duplicated(keys, keep=False)].groupby(keys, sort=False):
+        told = [answers_from_json(target) for target in rows.target]
+        if any(told) and not all(told):
+            counts["conflicts"] += len(rows)
+            gone += rows.index.tolist()
+            continue
+        answers = dict.fromkeys(told[0])
+        for more in told[1:]:
+            counts["duplicates" if answers.keys() >= set(more) else "joined"] += 1
+            answers |= dict.fromkeys(more)
+        found.loc[rows.index[0], "target"] = answers_json(list(answers))
+        gone += rows.index[1:].tolist()
+    return found.drop(index=gone).reset_index(drop=True), counts
 
 
 def deal_contexts(groups: Sequence[str], wanted: dict[str, int], seed: int) -> list[str]:
@@ -189,8 +200,8 @@ def build_question_corpus(
     tables = {split: read_questions(source, config.reading()) for split, source in sources.items()}
     schema = checked_question_schema(tables)
     frames = {split: question_frame(table) for split, table in tables.items()}
-    rows, duplicates, conflicts = unique_questions(frames.pop("train"))
-    counts = dict(duplicates=duplicates, conflicts=conflicts, leaks=0)
+    rows, counts = unique_questions(frames.pop("train"))
+    counts["leaks"] = 0
     for frame in frames.values():
         rows, gone = without_contexts(rows, frame)
         counts["leaks"] += gone
