@@ -85,10 +85,11 @@ def load_schema(folder: str | Path) -> Schema:
     folder = Path(folder)
     if (folder / "schema.json").is_file():
         told = read_json(folder / "schema.json")
-        if isinstance(told, dict) and told.get("task") in text_tasks:
+        name = str(told.get("task")) if isinstance(told, dict) else ""
+        if name in text_tasks:
             raise DataError(
-                f"{folder} is for {told['task']}, which has stages of its own: "
-                f"{text_tasks[told['task']]}. This stage reads a corpus of the stage data."
+                f"{folder} is for {name}, which has stages of its own: {text_tasks[name]}. This "
+                "stage reads a corpus of the stage data."
             )
         try:
             found = schema_from_json(told)
