@@ -480,7 +480,7 @@ def test_packaged_weights_that_were_edited(stages, tmp_path, monkeypatch):
         edit_a_byte(file)
         seen.append(weights_revision("minilm"))
     assert len(set(seen)) == 3
-    known = {"finetune", "frozen", "tune_embeddings", "tune_tagger"}
+    known = {"finetune", "frozen", "tune_embeddings", "tune_reader", "tune_tagger"}
     known |= {"fit_extractor", "tune_summarizer"}
     assert reading(stages, "finetuning.checkpoints.weights_revision") == known
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ..core import DataError, MissingError, read_json, sha256_of, write_json
+from .adapter_base import base_kind, verify_base
 from .embeddings import EncoderManifest, encoder_kind, verify_encoder
 from llmeco_nb.deployment.manifest import (
     BundleFiles,
@@ -141,8 +142,8 @@ def write_decoder_manifest(folder: Path, facts: DecoderManifest) -> DecoderManif
 
 
 def bundle_kind(folder: str | Path) -> str:
-    """What opens a bundle, by its own word and unchecked: decoder, linear, onnx,
-    sentence-encoder or stack; empty where nothing says so.
+    """What opens a bundle, by its own word and unchecked: adapter, adapter-base, decoder, linear,
+    onnx, sentence-encoder, stack or tagger; empty where nothing says so.
 
     Args:
         folder: Of a bundle.
@@ -204,11 +205,14 @@ def verify_bundle(folder: str | Path) -> Manifest | DecoderManifest | EncoderMan
 
 
 def verified_digest(folder: str | Path) -> str:
-    """The digest of an unharmed bundle of any kind. Raises `MissingError`, `DataError`.
+    """The digest of an unharmed bundle of any kind, or of a base of adapters. Raises
+    `MissingError`, `DataError`.
 
     Args:
         folder: Of a bundle.
     """
+    if bundle_kind(folder) == base_kind:
+        return verify_base(folder).digest
     return verify_bundle(folder).digest
 
 

@@ -105,6 +105,7 @@ class Manifest:
         pad_token_id: Encoder: id that fills up shorter texts.
         engine: Encoder: the engine that its scores were measured with, whose files lie in a folder
             of this name; None: onnx.
+        base_model: Adapter: digest of the base that it is for, which lies in a folder of its own.
         accuracy: Split -> accuracy, 0 to 1.
         metrics: Other tasks than classification: split -> metric -> value.
         parity: None: not compared with an original.
@@ -122,6 +123,7 @@ class Manifest:
     head_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     pad_token_id: NonNegativeInt | None = None
     engine: Name | None = None
+    base_model: Digest | None = None
     accuracy: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     parity: Parity | None = None

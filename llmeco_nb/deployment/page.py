@@ -27,6 +27,7 @@ button{font:inherit;margin:.4rem .4rem 0 0}
 <div id="answer" role="status"></div>
 <script>
 const $ = id => document.getElementById(id)
+let asks = false  // a question about a text
 const say = (at, text) => {
   const p = document.createElement("p")
   p.textContent = text
@@ -38,15 +39,20 @@ const post = (path, body) => fetch(path, {
 }).then(r => r.json())
 fetch("v1/model").then(r => r.json()).then(m => {
   $("model").textContent = `${m.name}, ${m.digest.slice(0, 12)}`
-  $("text_pair").required = m.task === "text-pair-classification"
+  asks = m.task === "question-answering"
+  $("text_pair").required = asks || m.task === "text-pair-classification"
   $("second").hidden = !$("text_pair").required
+  if (!asks) return
+  $("text").labels[0].textContent = "A question"
+  $("text_pair").labels[0].textContent = "A text that may hold the answer"
 })
 $("ask").onsubmit = async e => {
   e.preventDefault()
   const at = $("answer")
   at.replaceChildren()
-  const second = $("second").hidden ? {} : {text_pair: $("text_pair").value}
-  const got = await post("v1/predict", {text: $("text").value, ...second})
+  const [one, other] = asks ? ["question", "context"] : ["text", "text_pair"]
+  const second = $("second").hidden ? {} : {[other]: $("text_pair").value}
+  const got = await post("v1/predict", {[one]: $("text").value, ...second})
   if (got.error) return say(at, got.error.message)
   const answer = got.answers[0]
   const percent = ([l, p]) => `${l} ${(100 * p).toFixed(1)} %`
@@ -75,6 +81,15 @@ $("ask").onsubmit = async e => {
     const ask = say(at, `${answer.spans.map(named).join(" · ") || "No span"}. `)
     ask.append(button("All right", () => tell({correct: true}, "right")))
     ask.append(button("Not right", () => tell({correct: false}, "wrong")))
+    return
+  }
+  if ("no_answer" in answer) {
+    const found = `${answer.answer} (${(100 * answer.score).toFixed(1)} %). `
+    const none = answer.answer === null
+    const ask = say(at, none ? "The text does not say it. " : found)
+    ask.append(button("Right", () => tell({correct: true}, "right")))
+    ask.append(button("Not right", () => tell({correct: false}, "wrong")))
+    if (!none) ask.append(button("The text does not say it", () => tell({answers: []}, "none")))
     return
   }
   if ("scores" in answer) {

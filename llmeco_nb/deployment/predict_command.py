@@ -25,8 +25,9 @@ class PredictChoice:
     Attributes:
         source: The table.
         output: The file to write.
-        text: Column of the texts.
-        pair: Column of the second texts, where a bundle answers for pairs.
+        text: Column of the texts, or of the questions.
+        pair: Column of the second texts, where a bundle answers for pairs; of the contexts, where
+            it answers questions.
         bundle: A bundle's folder; None: the newest in runs.
         column: The column that gets the predictions.
         all_scores: Whether every class gets a column with its probability.
@@ -42,7 +43,12 @@ class PredictChoice:
         Path(), "--output -o", "The file to write: .parquet, .csv or .jsonl.", "FILE"
     )
     text: str = option("text", "--text", "The texts' column.", "COLUMN")
-    pair: str = option("text_pair", "--pair", "For pairs: the second texts' column.", "COLUMN")
+    pair: str = option(
+        "text_pair",
+        "--pair",
+        "For pairs: the second texts' column; for questions: contexts.",
+        "COLUMN",
+    )
     bundle: Optional[Path] = option(
         None, "--bundle", "A bundle (default: the newest champion or bundle in runs).", "FOLDER"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core import UsageError
+from .adapter_base import base_kind
 from .decoder_manifest import bundle_kind
 from .embeddings import encoder_kind
 from .fair_queue import Work
@@ -92,6 +93,12 @@ class Predictor:
             raise UsageError(
                 f"{bundle} holds a sentence encoder, which gives vectors: llmeco serve --bundle "
                 f"{bundle}."
+            )
+        if bundle_kind(bundle) == base_kind:
+            raise UsageError(
+                f"{bundle} holds a base of adapters, which answers nothing by itself. Name an "
+                "adapter over it: llmeco pack CLASSIFIER --to FOLDER --base "
+                f"{bundle}, and llmeco serve --bundle FOLDER."
             )
         manifest = verify(bundle)
         if trusted is not None:

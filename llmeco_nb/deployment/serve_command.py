@@ -46,6 +46,7 @@ class ServeChoice:
         kv_cache_tokens: Whose keys and values a decoder keeps, of all answers together.
         max_num_batched_tokens: That a decoder computes in a step.
         threads: Of a decoder's step.
+        also: Folders of further bundles, each answered under its own name.
     """
 
     bundle: str = option(
@@ -133,6 +134,13 @@ class ServeChoice:
         "--threads",
         "Threads of a decoder's step; beside a server more than one may be slower; 0: 1.",
     )
+    also: list[str] = option(
+        [],
+        "--also",
+        "A further bundle of a classifier or a regression, such as another adapter over the same "
+        "base; each is then asked at /v1/models/NAME/predict. May be repeated.",
+        "FOLDER",
+    )
 
 
 def serve(o: ServeChoice) -> None:
@@ -170,5 +178,6 @@ def serve(o: ServeChoice) -> None:
         guard=cast(Any, o.guard or None),  # GuardOptions says what is wrong with it
         guard_model=o.guard_model or None,
         engine=engine,
+        also=tuple(o.also),
     )
     run_server(options, say=typer.echo)

@@ -64,7 +64,7 @@ def model_facts(predictor: Predictor) -> dict[str, Any]:
         predictor: The one that answers.
     """
     manifest = predictor.manifest
-    names = ("name", "kind", "digest", "labels", "accuracy", "metrics", "max_length")
+    names = ("name", "kind", "digest", "base_model", "labels", "accuracy", "metrics", "max_length")
     found = {name: getattr(manifest, name) for name in names}
     known = {name: value for name, value in found.items() if value not in (None, [], {})}
     if manifest.task.name == "text-classification":
@@ -167,20 +167,27 @@ def make_app(
     return make_application(plan, database, hosts, log, retention)
 
 
-def add_model_routes(app: FastAPI, task: Task) -> None:
-    """The routes that people ask: the page, `/v1/predict`, `/v1/feedback`.
+def add_model_routes(app: FastAPI, task: Task, name: str = "") -> None:
+    """The routes that people ask: `/v1/predict`, `/v1/feedback` and a page; of one model of
+    several, `/v1/models/NAME/predict` and `/v1/models/NAME/feedback`.
 
     Args:
         app: Its state holds `service` when it is asked.
         task: Of the bundle; its models describe requests and answers.
+        name: Of the model among several, whose services `app.state.service.services` holds; empty:
+            there is one, and `app.state.service` is its service.
     """
+    at = f"/v1/models/{name}" if name else "/v1"
+
+    def served() -> Service:
+        return app.state.service.services[name] if name else app.state.service
 
     async def answer(state: State, tenant: str, body: Any) -> Response:
         texts = body.items()
         who, request_id = state.principal, state.request_id
         noted = partial(setattr, state, "guard")
         asked = PredictRequest(texts, body.names(), request_id, who, who.id or tenant, noted)
-        found = await app.state.service.predict(asked)
+        found = await served().predict(asked)
         state.model, metrics = found.model.digest, app.state.metrics
         version = found.model.name, found.model.digest[:12]
         metrics.items.labels(*version).inc(len(texts))
@@ -198,7 +205,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
     replies: Any = PredictReply.__class_getitem__(task.Response)
     predict.__annotations__["body"] = task.Request
     app.router.add_api_route(
-        "/v1/predict",
+        f"{at}/predict",
         predict,
         methods=["POST"],
         summary="Ask about one text or several",
@@ -219,7 +226,7 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
             raise UsageError(f'Send "{field}" (what is right) or "correct" (true or false).')
         for name, value in body.model_dump().items():
             check_plain(value if isinstance(value, str) else None, name)
-        service, who = app.state.service, request.state.principal
+        service, who = served(), request.state.principal
         service.quotas.take_request(who)  # else a key could flood what is learned from
         # a key speaks for itself, and may name for whom it does
         author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
@@ -239,14 +246,16 @@ def add_model_routes(app: FastAPI, task: Task) -> None:
         reply: FeedbackReply = await stored(kept, deadline)
         told = dict(request_id=body.request_id, item=body.item, stored=reply.stored)
         told |= {field: reply.given, "predicted": reply.predicted, "correct": reply.correct}
-        return result_model.model_validate(told)
+        # among several models the id may name an answer of another task, whose value is not of ours
+        return told if name else result_model.model_validate(told)
 
     feedback.__annotations__["body"] = task.Feedback
     about = "Say whether an answer was right, or what is right"
     refusals = documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 503)
-    app.post("/v1/feedback", summary=about, response_model=result_model, responses=refusals)(
-        feedback
-    )
+    shape: Any = dict(response_model=None if name else result_model, responses=refusals)
+    app.post(f"{at}/feedback", summary=about, **shape)(feedback)
+    if name:
+        return
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page():

@@ -58,6 +58,7 @@ class ServerOptions:
             None: log for a decoder, off for others.
         guard_model: File of the guard's classifier; None: the one of the package.
         engine: Fields of a decoder's `EngineOptions` that are not to be the defaults.
+        also: Folders of further bundles, each answered under its own name.
     """
 
     bundle: str | Path | None = None
@@ -76,6 +77,7 @@ class ServerOptions:
     guard: GuardMode | None = None
     guard_model: str | None = None
     engine: Mapping[str, int] = field(default_factory=dict)
+    also: Sequence[str] = ()
 
 
 def tls_context(o: ServerOptions) -> ssl.SSLContext | None:

@@ -14,26 +14,26 @@ from ..core import DataError
 from .manifest import BundleFiles, Manifest
 from .patterns import check_tokenizer
 from ..finetuning.engines import OnnxEngine
-from ..finetuning.word_windows import Window, WindowedText, window_text, word_scores
+from ..finetuning.word_windows import WindowedText, window_text, word_scores
 from ..tasks.token_classification import TaggedText, TokenSchema
 
 # %% ../../nbs/4_deployment/40k_tagger_model.ipynb #e25d60e7
 window_batch = 16  # windows of a forward pass; on a processor more at a time are not faster
 
 
-def padded_batch(windows: list[Window], pad: int) -> dict[str, np.ndarray]:
+def padded_batch(rows: list[list[int]], pad: int) -> dict[str, np.ndarray]:
     """input_ids and attention_mask, int64 of shape (windows, tokens).
 
     Args:
-        windows: At least one.
+        rows: Token ids of each window; at least one.
         pad: Id of the padding token.
     """
-    longest = max(len(one.input_ids) for one in windows)
-    ids = np.full((len(windows), longest), pad, np.int64)
-    mask = np.zeros((len(windows), longest), np.int64)
-    for row, one in enumerate(windows):
-        ids[row, : len(one.input_ids)] = one.input_ids
-        mask[row, : len(one.input_ids)] = 1
+    longest = max(map(len, rows))
+    ids = np.full((len(rows), longest), pad, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for k, one in enumerate(rows):
+        ids[k, : len(one)] = one
+        mask[k, : len(one)] = 1
     return dict(input_ids=ids, attention_mask=mask)
 
 
@@ -96,7 +96,8 @@ class TaggerModel:
         outputs: list[list] = [[None] * len(one.windows) for one in coded]
         for start in range(0, len(where), window_batch):
             chosen = where[start : start + window_batch]
-            batch = padded_batch([coded[t].windows[w] for t, w in chosen], self.pad_token_id)
+            rows = [coded[t].windows[w].input_ids for t, w in chosen]
+            batch = padded_batch(rows, self.pad_token_id)
             for (t, w), found in zip(chosen, self.session.logits(**batch)):
                 outputs[t][w] = found
         return [word_scores(one, found, self.schema) for one, found in zip(coded, outputs)]

@@ -27,6 +27,7 @@ from ..deployment.ledger import FeedbackReply
 from ..deployment.predictor import ModelName, PredictReply
 from ..runner.kernel import die_with_parent
 from ..tasks.registry import find_task
+from ..tasks.text_answers import Question
 
 # %% ../../nbs/5_interaction/50a_client.ipynb #73db89f7
 class Client:
@@ -101,8 +102,8 @@ class Client:
         """The answers to a text or a pair, or to a list of them.
 
         Args:
-            text: One text or a list of texts; of a model of pairs a tuple of two texts, or a list
-                of such tuples.
+            text: One text or a list of texts; of a model of pairs a tuple of two texts, of one that
+                answers questions a `Question`; or a list of such.
         """
         return predict_reply(self.ask("POST", "/v1/predict", request_body(text)))
 
@@ -146,14 +147,18 @@ def request_body(asked: str | tuple[str, str] | list) -> dict:
     """What `POST /v1/predict` reads.
 
     Args:
-        asked: A text, or a tuple of the two texts of a pair; or a list of either.
+        asked: A text, a `Question`, or a tuple of the two texts of a pair; or a list of either.
     """
     if isinstance(asked, str):
         return {"text": asked}
+    if isinstance(asked, Question):
+        return asked._asdict()
     pair = lambda texts: dict(zip(("text", "text_pair"), texts, strict=True))
     if isinstance(asked, tuple):
         return pair(asked)
     several = list(asked)
+    if several and all(isinstance(one, Question) for one in several):
+        return {"questions": [one._asdict() for one in several]}
     if several and all(isinstance(one, tuple) for one in several):
         return {"pairs": [pair(one) for one in several]}
     return {"texts": several}
