@@ -150,8 +150,11 @@ class SummaryCorpusConfig(StageConfig):
         )
 
 
-def deal_documents(rows: Sequence[SummaryRow], config: SummaryCorpusConfig) -> list[str]:
-    """For each row the split it goes to. Raises `DataError` for too few documents.
+def deal_documents(
+    rows: Sequence[SummaryRow], config: SummaryCorpusConfig
+) -> tuple[list[str], bool]:
+    """For each row the split it goes to, and whether nearly equal documents were looked for. Raises
+    `DataError` for too few documents.
 
     Args:
         rows: Of a table that says nothing of splits.
@@ -159,7 +162,8 @@ def deal_documents(rows: Sequence[SummaryRow], config: SummaryCorpusConfig) -> l
     """
     documents = list({document_key(row): row.document for row in rows}.values())
     place = {normalized_key(one): k for k, one in enumerate(documents)}
-    group = content_groups(documents).group
+    found = content_groups(documents)
+    group = found.group
     sizes = split_sizes(len(documents), config.validation_size, config.test_size, 1)
     names = text_ids(documents)
     firsts = np.unique(group)
@@ -172,11 +176,12 @@ def deal_documents(rows: Sequence[SummaryRow], config: SummaryCorpusConfig) -> l
             f"that is too few for {len(wanted) + 1} splits. Take more documents."
         )
     sides = deal_groups(np.zeros(len(documents), int), groups, wanted)
-    return [str(sides[place[document_key(row)]]) for row in rows]
+    return [str(sides[place[document_key(row)]]) for row in rows], found.searched
 
 
-def leave_near(parts: dict[str, list[SummaryRow]]) -> int:
-    """Take training rows out whose document is nearly one of validation or test; how many.
+def leave_near(parts: dict[str, list[SummaryRow]]) -> int | None:
+    """Take training rows out whose document is nearly one of validation or test; how many, None
+    where there are too many documents to look.
 
     Args:
         parts: Split -> its rows; that of train is changed.
@@ -185,17 +190,18 @@ def leave_near(parts: dict[str, list[SummaryRow]]) -> int:
     if not official:
         return 0
     near = near_official([row.document for row in parts["train"]], official)
-    if near is None or not near.any():
-        return 0
+    if near is None:
+        return None
     parts["train"] = [row for row, close in zip(parts["train"], near) if not close]
     return int(near.sum())
 
 
 def arranged_rows(
     tables: dict[str, SummaryTable], config: SummaryCorpusConfig
-) -> tuple[dict[str, list[SummaryRow]], int]:
-    """The rows of each split, by what the tables say or by hash; and how many left training as
-    nearly official ones. Raises `DataError` for a document in two splits.
+) -> tuple[dict[str, list[SummaryRow]], int, bool]:
+    """The rows of each split, by what the tables say or by hash; how many left training as nearly
+    official ones; and whether all nearly equal documents were looked for. Raises `DataError` for a
+    document in two splits.
 
     Args:
         tables: Split -> its table; that of train holds all rows where others are absent.
@@ -210,16 +216,17 @@ def arranged_rows(
     refuse_shared(parts, {s: tables.get(s, tables["train"]).source for s in split_names})
     near = leave_near(parts)
     if told:
-        return parts, near
+        return parts, near or 0, near is not None
     # an official set is there as a whole: nothing more is dealt to it
     sizes = {
         f"{split}_size": 0.0 if split in tables else getattr(config, f"{split}_size")
         for split in ("validation", "test")
     }
     rows = parts["train"]
-    sides = deal_documents(rows, config.replace(**sizes))
+    sides, searched = deal_documents(rows, config.replace(**sizes))
     dealt = {s: [row for row, side in zip(rows, sides) if side == s] for s in split_names}
-    return dealt | {s: parts[s] for s in tables if s != "train"}, near
+    dealt |= {s: parts[s] for s in tables if s != "train"}
+    return dealt, near or 0, searched and near is not None
 
 # %% ../../nbs/1_pretraining/11s_summary_corpus.ipynb #94710cb5
 def summary_frame(rows: Sequence[SummaryRow]) -> "pd.DataFrame":
@@ -307,7 +314,7 @@ def build_summary_corpus(
     official = {"validation": config.validation_source, "test": config.test_source}
     sources |= {split: source for split, source in official.items() if source}
     tables = {split: read_summaries(one, config.columns()) for split, one in sources.items()}
-    given, near = arranged_rows(tables, config)
+    given, near, searched = arranged_rows(tables, config)
     parts, joined = {}, []
     for split in split_names:
         joined.append(join_rows(given[split]))
@@ -336,6 +343,7 @@ def build_summary_corpus(
         "joined": sum(one.joined for one in joined),
         "copies": sum(one.copies for one in joined),
         "near_leaks": near,
+        "near_searched": searched,
         **{split: len(frame) for split, frame in frames.items()},
         **{f"documents_{split}": frame.group.nunique() for split, frame in frames.items()},
     }

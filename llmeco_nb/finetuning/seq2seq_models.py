@@ -7,6 +7,7 @@ __all__ = ['seq2seq_dropout', 'Seq2SeqModel', 'seq2seq_folder', 'small_random_se
            'write_texts', 'save_seq2seq_folder']
 
 # %% ../../nbs/2_finetuning/21t_seq2seq_models.ipynb #288b3f40
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def small_random_seq2seq(corpus: str | Path, seed: int = 0) -> Path:
     from llmeco_nb.tokenization.wordpiece import save_tokenizer, train_wordpiece, wordpiece
 
     texts = read_split(corpus, "train").text.tolist()[:300]
-    pieces = train_wordpiece(texts, 400, limit_alphabet=100)
+    with warnings.catch_warnings():  # few texts give fewer pieces than were asked for
+        warnings.simplefilter("ignore")
+        pieces = train_wordpiece(texts, 400, limit_alphabet=100)
 
     def build(folder: Path) -> None:
         save_tokenizer(wordpiece(pieces), folder)
