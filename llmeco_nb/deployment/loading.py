@@ -55,8 +55,9 @@ class TextModel(Protocol):
         "Size of a text in the model's own units, tokens or words, at least 0."
         ...
 
-    def scores(self, texts: list[str]) -> np.ndarray:
-        "What the task's `activate` makes of the model's outputs, float32, shape (texts, scores)."
+    def scores(self, texts: list[str]) -> Any:
+        """What the task's `activate` makes of the model's outputs, float32, shape (texts, scores);
+        of a task that answers for parts of a text, its own rows."""
         ...
 
 
@@ -259,8 +260,9 @@ class PreparedModel:
         "What answering a text costs, as the task counts it, in tokens or words, at least 1."
         return self.manifest.task.cost(self.prepare(text), self.model.cost)
 
-    def scores(self, texts: list[str]) -> np.ndarray:
-        "The task's scores of texts as they were sent, float32 of shape (texts, scores)."
+    def scores(self, texts: list[str]) -> Any:
+        """The task's scores of texts as they were sent, float32 of shape (texts, scores); of a task
+        that answers for parts of a text, its own rows."""
         return self.model.scores([self.prepare(text) for text in texts])
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #1b3f859d
@@ -296,7 +298,7 @@ def answer_widths(manifest: Manifest, scores: Any) -> tuple[int, int]:
         manifest: Of the bundle.
         scores: What its model says of one text.
     """
-    if manifest.kind == "tagger":
+    if isinstance(manifest.schema, TokenSchema):
         return len(manifest.schema.tags), scores[0].scores.shape[1]
     if manifest.kind == "reader":  # it looks at its outputs itself
         return 1, len(scores)

@@ -42,7 +42,7 @@ def window_settings(told: Any, tokens: int, where: str) -> WindowSettings:
                 f"{where}: {name} is {value!r:.40}; it is a whole number from {least} to below "
                 f"{tokens}. Make the bundle again."
             )
-    return WindowSettings(tokens=tokens, **{name: int(found[name]) for name in names})
+    return WindowSettings(tokens=tokens, **{name: int(found[name] or 0) for name in names})
 
 
 class ReaderModel:

@@ -127,7 +127,8 @@ def pack_tagger(
         for split in ("validation", "test"):
             rows = splits[split]
             said = task.predict(task.decode(packed.scores(rows.text.tolist()), schema))
-            measured[split] = {"f1": task.report(rows.target.tolist(), said, schema)["f1"]}
+            told = task.report(rows.target.tolist(), said.tolist(), schema)
+            measured[split] = {"f1": told["f1"]}
     except BaseException:
         shutil.rmtree(bundle)
         raise

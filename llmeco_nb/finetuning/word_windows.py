@@ -22,9 +22,20 @@ from ..tasks.token_classification import TaggedText, TokenClassification, TokenS
 class TokenizerOutput(Protocol):
     "What `tokenizers` returns for a text."
 
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    special_tokens_mask: list[int]
+    @property
+    def ids(self) -> list[int]:
+        "Token ids, special ones included."
+        ...
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        "Of each token in the text, in characters."
+        ...
+
+    @property
+    def special_tokens_mask(self) -> list[int]:
+        "1 for tokens that are no part of the text."
+        ...
 
 
 def first_pieces(
