@@ -709,7 +709,7 @@ def test_also_needs_a_bundle(place, tmp_path):
     from llmeco_nb.deployment.serving import open_served
 
     told = ServerOptions(also=(str(place / "rating"),))
-    with pytest.raises((UsageError, MissingError), match="give --bundle|no bundle"):
+    with pytest.raises(UsageError, match="give --bundle"):
         open_served(told, None, tmp_path / "f.sqlite", None)
 
 

@@ -212,6 +212,12 @@ def arranged_rows(
     parts = {split: [row for row in train if row.split == split] for split in split_names}
     if not told:
         parts["train"] = list(train)
+    for split, table in tables.items():
+        if split != "train" and parts[split]:
+            raise DataError(
+                f"{tables['train'].source} has {len(parts[split])} rows for {split}, and "
+                f"{split}_source names {table.source}. Give one of the two."
+            )
     parts |= {split: list(table.rows) for split, table in tables.items() if split != "train"}
     refuse_shared(parts, {s: tables.get(s, tables["train"]).source for s in split_names})
     near = leave_near(parts)

@@ -198,6 +198,13 @@ def pack_base(encoder: str | Path, folder: str | Path, name: str = "") -> BaseMa
                 told: Any = dict(num_labels=3, dtype=torch.float32)
                 model = AutoModelForSequenceClassification.from_pretrained(source, **told)
                 tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except RuntimeError as e:
+            if "mismatch" not in str(e):
+                raise
+            raise DataError(
+                f"{source} is a classifier with classes of its own. Name the encoder that it was "
+                "trained from."
+            ) from None
         except (OSError, ValueError) as e:
             raise DataError(
                 f"{source} does not hold an encoder and a tokenizer that transformers can open: "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schema', 'predictions', 'feedback', 'unmatched_feedback', 'secrets_kept', 'database_url', 'shown', 'sqlite_file',
            'connect', 'UnknownRequest', 'Conflict', 'Ledger', 'FeedbackReply', 'keep_predictions', 'store_feedback',
-           'is_lost', 'keep_feedback', 'FeedbackRow', 'read_feedback']
+           'is_lost', 'check_answered', 'keep_feedback', 'FeedbackRow', 'read_feedback']
 
 # %% ../../nbs/4_deployment/41a_ledger.ipynb #3fdd8d34
 import json
@@ -376,6 +376,31 @@ def is_lost(c: Connection, ledger: Ledger, request_id: str) -> bool:
     """
     rows = select(predictions.c.item).where(predictions.c.request_id == request_id)
     return ledger.request_ids.made(request_id) and c.execute(rows.limit(1)).first() is None
+
+
+def check_answered(
+    ledger: Ledger, request_id: str, task: str, others: frozenset[str] = frozenset()
+) -> Future:
+    """Look whether a request was for one of several models; the future's `result` raises
+    `UnknownRequest` where another one answered it. A request of which no row is left passes.
+
+    Args:
+        ledger: With the answers.
+        request_id: The one that came with the answer.
+        task: Of the model.
+        others: Digests of the models that are served beside it.
+    """
+
+    def job(c: Connection) -> None:
+        p = predictions.c
+        row = c.execute(select(p.task, p.model).where(p.request_id == request_id).limit(1)).first()
+        if row is not None and (row.task != task or row.model in others):
+            raise UnknownRequest(
+                f"The request {request_id} was answered by another model. Send feedback to the "
+                "path of the model that answered."
+            )
+
+    return ledger.write(job)
 
 
 def keep_feedback(

@@ -7,13 +7,12 @@ __all__ = ['window_settings', 'ReaderModel']
 
 # %% ../../nbs/4_deployment/40q_reader_model.ipynb #c4c21201
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any
 
 from ..core import DataError, UsageError
 from .manifest import BundleFiles, Manifest
 from .patterns import check_tokenizer
-from .tagger_model import padded_batch, window_batch
+from .tagger_model import padded_batch, remembered, window_batch
 from llmeco_nb.finetuning.context_windows import (
     ContextEncoder,
     WindowedContext,
@@ -84,11 +83,10 @@ class ReaderModel:
             raise DataError(f"{place}: {e}") from None
         self.session = OnnxEngine(files.read("model.onnx"), threads)
 
-        @lru_cache(256)  # asked for the cost first, for the answer a moment later
         def coded(text: str) -> WindowedContext:
             return encode(*split_question(text))
 
-        self.coded = coded
+        self.coded = remembered(coded)
 
     def cost(self, text: str) -> int:
         "Tokens that the encoder reads of a text: the question once for each window."

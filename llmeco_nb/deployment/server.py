@@ -227,12 +227,15 @@ def add_model_routes(app: FastAPI, task: Task, name: str = "") -> None:
         for name, value in body.model_dump().items():
             check_plain(value if isinstance(value, str) else None, name)
         service, who = served(), request.state.principal
+        who.check_model(service.predictor.manifest.name)
         service.quotas.take_request(who)  # else a key could flood what is learned from
         # a key speaks for itself, and may name for whom it does
         author = "/".join(filter(None, [who.name, body.author])) if who.id else body.author
         deadline = asyncio.get_running_loop().time() + service.options.deadline
         noted = partial(setattr, request.state, "guard")
         await service.guard.check([body.note], deadline, noted=noted)
+        if name:
+            await stored(app.state.service.check_answered(name, body.request_id), deadline)
         kept = keep_feedback(
             service.ledger,
             body.request_id,
@@ -246,13 +249,12 @@ def add_model_routes(app: FastAPI, task: Task, name: str = "") -> None:
         reply: FeedbackReply = await stored(kept, deadline)
         told = dict(request_id=body.request_id, item=body.item, stored=reply.stored)
         told |= {field: reply.given, "predicted": reply.predicted, "correct": reply.correct}
-        # among several models the id may name an answer of another task, whose value is not of ours
-        return told if name else result_model.model_validate(told)
+        return result_model.model_validate(told)
 
     feedback.__annotations__["body"] = task.Feedback
     about = "Say whether an answer was right, or what is right"
     refusals = documented(400, 401, 403, 404, 408, 409, 413, 422, 429, 503)
-    shape: Any = dict(response_model=None if name else result_model, responses=refusals)
+    shape: Any = dict(response_model=result_model, responses=refusals)
     app.post(f"{at}/feedback", summary=about, **shape)(feedback)
     if name:
         return

@@ -6,8 +6,11 @@
 __all__ = ['name_in_path', 'TaskServices', 'check_names', 'task_facts', 'make_task_app']
 
 # %% ../../nbs/4_deployment/42h_task_server.ipynb #7cdacc13
+import asyncio
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from ..core import UsageError
 from .adapter_base import open_bases
 from .application import ApplicationPlan, common_actions, make_application
 from .executor import ExecutorOptions, LocalExecutor
-from .ledger import Ledger
+from .ledger import Ledger, check_answered
 from .predictor import Predictor
 from .quotas import Quotas
 from .retention import Retention
@@ -51,9 +54,13 @@ class TaskServices:
     ):
         check_names(predictors)
         self.ledger = ledger
+        # one machine holds them all, so each may have its share waiting
+        waiting = max(1, options.max_waiting_chars // len(predictors))
+        options = replace(options, max_waiting_chars=waiting)
         self.services = {
             one.manifest.name: Service(one, ledger, quotas, options) for one in predictors
         }
+        self.digests = {one.manifest.name: {one.manifest.digest} for one in predictors}
 
     @property
     def executor(self) -> LocalExecutor:
@@ -83,15 +90,30 @@ class TaskServices:
                 f"No model {name!r:.100} is served here; there are {', '.join(self.services)}."
             )
         await self.services[name].swap(predictor)
+        self.digests[name].add(predictor.manifest.digest)
+
+    def check_answered(self, name: str, request_id: str) -> Future:
+        """Look whether this model answered a request; the future's `result` raises
+        `UnknownRequest` where another one did.
+
+        Args:
+            name: Of the model.
+            request_id: The one that came with the answer.
+        """
+        others = set().union(*(found for one, found in self.digests.items() if one != name))
+        task = self.services[name].task_name
+        return check_answered(self.ledger, request_id, task, frozenset(others - self.digests[name]))
 
     async def close(self, within: float = 2.0) -> None:
         """Stop.
 
         Args:
-            within: Seconds for those who still wait, of each model.
+            within: Seconds for those who still wait.
         """
-        for one in self.services.values():
-            await one.close(within)
+        closing = [one.close(within) for one in self.services.values()]
+        ended = await asyncio.gather(*closing, return_exceptions=True)
+        for error in filter(None, ended):
+            raise error
 
 
 def check_names(predictors: Sequence[Predictor]) -> None:

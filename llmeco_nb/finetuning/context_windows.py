@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import UsageError
+from ..core import DataError, UsageError
 from .word_windows import window_ranges
 from ..tasks.question_answering import QuestionAnswering, QuestionSchema, ReadContext
 
@@ -164,7 +164,8 @@ def window_target(window: ContextWindow, answer: tuple[int, int] | None) -> tupl
 def best_answer(
     one: WindowedContext, outputs: Sequence[np.ndarray], answer_tokens: int, schema: QuestionSchema
 ) -> ReadContext:
-    """What all windows of a context say together.
+    """What all windows of a context say together. Raises `DataError` for numbers that are not
+    finite.
 
     Args:
         one: The context in windows.
@@ -176,6 +177,8 @@ def best_answer(
     best, found, none = -1.0, (0, 0), 1.0
     for window, logits in zip(one.windows, outputs):
         chances = task.activate(logits[: len(window.input_ids)], schema).astype(float)
+        if not np.isfinite(chances).all():
+            raise DataError("The reader gives numbers that are not finite: it is damaged.")
         none = min(none, float(chances[0, 0] * chances[0, 1]))
         first, last = chances[window.first : window.first + window.pieces].T
         for more in range(min(answer_tokens, window.pieces)):

@@ -258,6 +258,7 @@ def read_sentences(
     reader: "TextEncoder",
     splits: "dict[str, pd.DataFrame]",
     words: RougeWords,
+    source: str,
 ) -> dict[str, ReadSplit]:
     """Split -> its sentences with what is known of them.
 
@@ -266,6 +267,7 @@ def read_sentences(
         reader: Of the encoder.
         splits: Split -> its rows.
         words: How texts are cut into words.
+        source: What identifies the encoder.
     """
     from llmeco_nb.finetuning.embeddings import embed_texts
 
@@ -273,7 +275,7 @@ def read_sentences(
     every = list(dict.fromkeys(s for some in cut.values() for one in some for s in one))
     number = {one: k for k, one in enumerate(every)}
     # a folder used by hand may hold vectors of another corpus or encoder
-    key = sha256_text("\n".join([str(reader.max_length), *every]))[:12]
+    key = sha256_text("\n".join([source, str(reader.max_length), *every]))[:12]
     told = lambda done: record.progress(done, len(every), "sentences")
     vectors = embed_texts(reader, every, record.resume / f"vectors-{key}", told).vectors
     once = splits["train"].group.drop_duplicates().index

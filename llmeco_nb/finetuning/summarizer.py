@@ -20,6 +20,7 @@ from ..config import ExecutionOnly, Fraction, StageConfig, stage_config
 from llmeco_nb.core import (
     DataError,
     Record,
+    UsageError,
     read_json,
     seed_everything,
     sha256_of,
@@ -262,6 +263,15 @@ def tune_summarizer(
     folder = seq2seq_folder(writer, config.weights, corpus, config.seed)
     seed_everything(config.seed)
     opened = open_seq2seq(folder, config.device, config.dropout)
+    if opened.longest and config.max_new_tokens > opened.longest:
+        raise UsageError(
+            f"max_new_tokens is {config.max_new_tokens}, and {folder} has places for "
+            f"{opened.longest} tokens."
+        )
+    if config.min_new_tokens > config.max_new_tokens:
+        raise UsageError(
+            f"min_new_tokens is {config.min_new_tokens} and max_new_tokens {config.max_new_tokens}."
+        )
     unknown = unknown_share(opened.tokenizer, splits["train"].text)
     if reason := unreadable(unknown, 0.2):
         raise DataError(f"{config.name} cannot read the documents of {corpus}: {reason}")
@@ -285,7 +295,8 @@ def tune_summarizer(
         evaluate=lambda model: dict(validation_loss=written_loss(opened, model, held)),
         name="tune_summarizer",
     )
-    key = sha256_text(f"{config.fingerprint()} {sha256_of(corpus)} {folder}")[:16]
+    source = sha256_of(folder) if Path(folder).is_dir() else folder
+    key = sha256_text(f"{config.fingerprint()} {sha256_of(corpus)} {source}")[:16]
     choice = chosen_rate(record, task, config, key)
 
     def spent(measured: "Measured") -> float:
