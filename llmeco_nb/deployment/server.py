@@ -224,8 +224,8 @@ def add_model_routes(app: FastAPI, task: Task, name: str = "") -> None:
         right = getattr(body, field)
         if right is None and body.correct is None:
             raise UsageError(f'Send "{field}" (what is right) or "correct" (true or false).')
-        for name, value in body.model_dump().items():
-            check_plain(value if isinstance(value, str) else None, name)
+        for part, value in body.model_dump().items():
+            check_plain(value if isinstance(value, str) else None, part)
         service, who = served(), request.state.principal
         who.check_model(service.predictor.manifest.name)
         service.quotas.take_request(who)  # else a key could flood what is learned from

@@ -318,7 +318,7 @@ def fit_extractor(
         folder = encoder_folder(corpus, encoder, config.weights, config.seed)
     source = sha256_of(folder) if Path(folder).is_dir() else folder
     reader = open_encoder(folder, config.max_length, 100, config.device)
-    read = read_sentences(record, reader, splits, config.words)
+    read = read_sentences(record, reader, splits, config.words, source)
     most, train = config.most_sentences, read["train"]
     scorer, penalties = fit_scorer(train, read["validation"], most, config.words)
     place = record.artifact("extractor")
