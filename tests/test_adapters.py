@@ -610,15 +610,40 @@ def test_tasks_are_served_side_by_side(place, tmp_path):
         number = client.post("/v1/models/rating/predict", json=dict(text="x")).json()
         crossed = dict(request_id=number["request_id"], correct=True)
         reply = client.post("/v1/models/topics/feedback", json=crossed)
-        assert reply.status_code == 200 and reply.json()["correct"]
-        wrong = dict(request_id=number["request_id"], label="food", author="ann")
-        assert client.post("/v1/models/topics/feedback", json=wrong).status_code == 422
+        assert reply.status_code == 404 and "another model" in reply.text
+        assert client.post("/v1/models/rating/feedback", json=crossed).json()["correct"]
+        wrong = dict(request_id=number["request_id"], value="food", author="ann")
+        assert client.post("/v1/models/rating/feedback", json=wrong).status_code == 422
         document = client.get("/openapi.json").json()
         assert {f"/v1/models/{name}/predict" for name in NAMES} <= document["paths"].keys()
     assert [row.task for row in read_feedback(tmp_path / "f.sqlite")] == [
         "text-classification",
         "regression",
     ]
+
+
+def test_a_key_for_one_task_neither_asks_nor_judges_another(place, tmp_path):
+    from llmeco_nb.deployment.key_admin import KeyAdmin
+    from llmeco_nb.deployment.keys import KeyOptions
+
+    database = tmp_path / "f.sqlite"
+    admin = KeyAdmin(database, "a test")
+    whole, _ = admin.add(KeyOptions(name="whole"))
+    one, _ = admin.add(KeyOptions(name="one", models=("topics",)))
+    admin.close()
+    head = {name: {"Authorization": f"Bearer {key}"} for name, key in dict(w=whole, o=one).items()}
+    app = make_task_app(list(shared(place).values()), database)
+    with TestClient(app) as client:
+        ask = lambda name, who: client.post(
+            f"/v1/models/{name}/predict", json=dict(text="x"), headers=head[who]
+        )
+        rated = ask("rating", "w").json()["request_id"]
+        judged = dict(request_id=rated, correct=False)
+        assert ask("topics", "o").status_code == 200 and ask("rating", "o").status_code == 403
+        for name, status in (("rating", 403), ("topics", 404)):
+            at = f"/v1/models/{name}/feedback"
+            assert client.post(at, json=judged, headers=head["o"]).status_code == status
+    assert not list(read_feedback(database))
 
 
 def test_exchanging_one_adapter_leaves_the_others_alone(moved, sessions, tmp_path):
