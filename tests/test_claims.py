@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmeco_nb.stats.power import minimum_detectable_difference
 
 from llmeco_nb.core import DataError, MissingError, UsageError, markdown_text
 from llmeco_nb.stats.claims import (
@@ -19,7 +20,13 @@ from llmeco_nb.stats.claims import (
     read_claims,
     write_claims,
 )
-from llmeco_nb.stats.significance import average, bootstrap, compare, holm, wilson
+from llmeco_nb.stats.significance import (
+    average,
+    bootstrap,
+    compare,
+    holm,
+    wilson,
+)
 
 fast = settings(max_examples=80, deadline=None)
 probability = st.floats(0, 1)
@@ -30,6 +37,7 @@ made = st.builds(
     p=probability,
     margin=st.floats(-0.5, 0.5),
     alpha=st.sampled_from([0.01, 0.05]),
+    detectable=st.none() | st.floats(0.001, 0.5),
 )
 
 
@@ -79,14 +87,19 @@ def test_an_interval_supports_refutes_or_holds_the_margin(difference, half, marg
 @given(st.lists(made, max_size=8))
 def test_a_family_is_never_less_careful_and_judging_twice_is_judging_once(claims):
     judged = adjust_pvalues(claims)
-    assert (
-        np.allclose([c.p_adjusted for c in judged], holm([c.p for c in claims]))
-        and adjust_pvalues(judged) == judged
-    )
+    assert np.allclose([c.p_adjusted for c in judged], holm([c.p for c in claims])) and [
+        c.verdict for c in adjust_pvalues(judged)
+    ] == [c.verdict for c in judged]
     for before, after in zip(claims, judged):
         assert after.family == len(claims) and (
             after.verdict == before.verdict or after.verdict == "not shown"
         )
+        if before.detectable is not None:
+            # the level that Holm grants the smallest p-value of the family
+            share = minimum_detectable_difference(900, 0.2, before.alpha / len(claims)) / (
+                minimum_detectable_difference(900, 0.2, before.alpha)
+            )
+            assert after.detectable == pytest.approx(before.detectable * share, rel=0.03)
     bigger = adjust_pvalues(judged + [claim("one more", 0.0, p=1.0)])
     assert all(b.p_adjusted >= a.p_adjusted - 1e-12 for a, b in zip(judged, bigger))
 

@@ -1,14 +1,17 @@
 """Statistics against scipy and statsmodels, their symmetries and their error rates."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.stats as ss
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from llmeco_nb.stats.power import minimum_detectable_accuracy, minimum_detectable_difference
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import normal_sample_size_one_tail
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import proportion_confint, proportions_ztest
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.stats.metrics import confusion_matrix, score
@@ -22,7 +25,6 @@ from llmeco_nb.stats.significance import (
     difference,
     holm,
     mcnemar,
-    minimum_detectable_difference,
     paired_difference,
     permutation_test,
     tango_z,
@@ -66,6 +68,13 @@ def test_wilson_is_statsmodels_and_mirrors(counts, level):
         and -1e-12 <= w.low <= w.estimate <= w.high <= 1 + 1e-12
     )
     assert w.p_value(w.estimate) == pytest.approx(1)
+    for end in (w.low, w.high):
+        assert w.p_value(end) == pytest.approx(1 - level) or end in (0, 1)
+    if 0 < right < items:
+        for truth in (0.1, 0.5, 0.77):
+            assert w.p_value(truth) == pytest.approx(
+                proportions_ztest(right, items, truth, prop_var=truth)[1]
+            )
 
 
 @pytest.mark.parametrize("right, items", [(1, 0), (-1, 5), (6, 5)])
@@ -386,6 +395,37 @@ def test_detectable_of_well_known_test_sets():
     assert 0.72 < np.mean([mcnemar(*models(*c)) < 0.05 for c in drawn]) < 0.84
 
 
+@pytest.mark.parametrize("alpha, needed", [(0.05, 6), (0.01, 8), (0.5, 2), (0.0625, 5)])
+@pytest.mark.parametrize("items", [1, 5, 6, 7, 50, 970, 3080])
+def test_models_that_hardly_differ_show_what_the_exact_test_can_show(items, alpha, needed):
+    d = minimum_detectable_accuracy(items, 0.0, alpha)
+    if items < needed:
+        assert d is None
+        return
+    # every way in which one-sided discordance of share d can fall, by enumeration
+    b = np.arange(items + 1)
+    rejects = np.array([ss.binomtest(int(k), int(k)).pvalue <= alpha if k else False for k in b])
+    assert ss.binom.pmf(b, items, d)[rejects].sum() == pytest.approx(0.8)
+
+
+@fast
+@given(st.integers(6, 5000), st.floats(0, 1))
+def test_no_detectable_accuracy_is_below_the_floor_or_beyond_the_discordance(items, psi):
+    d, normal = minimum_detectable_accuracy(items, psi), minimum_detectable_difference(items, psi)
+    floor = minimum_detectable_accuracy(items, 0.0)
+    assert 0 < floor <= d <= 1
+    assert d == (floor if normal > psi else max(normal, floor))
+
+
+def test_few_clusters_warn():
+    scores = np.random.default_rng(1).normal(size=400)
+    with pytest.warns(UserWarning, match="over 19 clusters covers less than the 95%"):
+        bootstrap(average, scores, clusters=np.arange(400) % 19, resamples=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bootstrap(average, scores, clusters=np.arange(400) % 20, resamples=50)
+
+
 @fast
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_its_definition_and_between_naive_and_bonferroni(p):
@@ -425,7 +465,7 @@ def test_compare_of_right_and_wrong_is_mcnemar_and_tango(c):
         and one.p == other.p
     )
     assert one.detectable == pytest.approx(
-        minimum_detectable_difference(sum(c), (c[1] + c[2]) / sum(c))
+        minimum_detectable_accuracy(sum(c), (c[1] + c[2]) / sum(c))
     ) and one.items == sum(c)
     assert one.p_value(0) == one.p and one.p_value(one.difference) > 0.99
 

@@ -54,7 +54,7 @@ class GateResult:
         low: Lower end of the interval of the difference.
         high: Upper end.
         p: Two-sided, adjusted for the number of comparisons.
-        detectable: Difference that would have been found with 80 % probability.
+        detectable: Difference that would have been found with 80 % probability; None: none.
         no_worse: Whether the interval lies above -margin.
         promoted: Whether the candidate is proven better.
     """
@@ -66,7 +66,7 @@ class GateResult:
     low: float
     high: float
     p: float
-    detectable: float
+    detectable: float | None
     no_worse: bool
     promoted: bool
 
