@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmeco_nb.stats.power import minimum_detectable_difference
 
 from llmeco_nb.core import DataError, MissingError, UsageError, markdown_text
 from llmeco_nb.stats.claims import (
@@ -20,6 +19,7 @@ from llmeco_nb.stats.claims import (
     read_claims,
     write_claims,
 )
+from llmeco_nb.stats.power import minimum_detectable_difference
 from llmeco_nb.stats.significance import (
     average,
     bootstrap,

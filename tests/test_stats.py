@@ -7,7 +7,6 @@ import pytest
 import scipy.stats as ss
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from llmeco_nb.stats.power import minimum_detectable_accuracy, minimum_detectable_difference
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import normal_sample_size_one_tail
@@ -15,6 +14,7 @@ from statsmodels.stats.proportion import proportion_confint, proportions_ztest
 
 from llmeco_nb.core import DataError, UsageError
 from llmeco_nb.stats.metrics import confusion_matrix, score
+from llmeco_nb.stats.power import minimum_detectable_accuracy, minimum_detectable_difference
 from llmeco_nb.stats.significance import (
     Interval,
     average,

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..stats.power import minimum_detectable_difference
-
 from ..core import DataError
 from .corpus import CorpusConfig
 from .delimited import ReadOptions
@@ -48,6 +46,7 @@ from llmeco_nb.data.text_sketch import (
     near_duplicates,
     script_shares,
 )
+from ..stats.power import minimum_detectable_difference
 
 # %% ../../nbs/1_pretraining/10t_inspect.ipynb #a8fc0136
 @dataclass(frozen=True, kw_only=True)

@@ -109,11 +109,13 @@ def _imported(
 # %% ../../nbs/0_ground/00a_identity.ipynb #024ff928
 @dataclass
 class Cell:
-    "A code cell (`id`, `source`) that is executed; `role`: parameters, imports, run or show."
+    """A code cell (`id`, `source`) that is executed; `role`: parameters, imports, run or show;
+    `judges`: whether a run cell only judges what others made, tagged judge."""
 
     id: str
     role: str
     source: str
+    judges: bool = False
 
     @property
     def directives(self) -> list[str]:
@@ -181,6 +183,7 @@ class Notebook:
                 (t for t in ("parameters", "run", "show") if t in tags),
                 "imports" if imports_only else "run",
             )
+            cell.judges = "judge" in tags
             cells.append(cell)
         return cls(path, cells, nb["metadata"].get("llmeco", {}))
 

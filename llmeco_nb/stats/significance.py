@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from .power import minimum_detectable_accuracy, minimum_detectable_difference
 from numpy.typing import ArrayLike
 
 from ..core import DataError, UsageError
 from .metrics import check_labels, confusion_matrix, score
+from .power import minimum_detectable_accuracy, minimum_detectable_difference
 
 # %% ../../nbs/0_ground/03_significance.ipynb #dbc4d335
 @dataclass(frozen=True)
