@@ -42,12 +42,16 @@ def corpus(folder, moved=()):
     return folder
 
 
+def found_in(record, folder, config):
+    return find_label_errors(record, folder, config) / "candidates.jsonl"
+
+
 def test_planted_errors_are_found_and_the_test_split_is_not_read(tmp_path):
     moved = (4, 17, 51)
     folder = corpus(tmp_path / "c", moved)
     (folder / "test.parquet").write_bytes(b"nobody reads this")
     record = create_record(tmp_path / "r", "find_label_errors")
-    file = find_label_errors(record, folder, LabelErrorConfig(folds=4, most=10))
+    file = found_in(record, folder, LabelErrorConfig(folds=4, most=10))
     found = [json.loads(line) for line in file.open()]
     assert {f"r{i}" for i in moved} <= {one["id"] for one in found}
     first = found[0]
@@ -58,7 +62,7 @@ def test_planted_errors_are_found_and_the_test_split_is_not_read(tmp_path):
 
 def test_no_candidate_is_an_empty_file(tmp_path):
     record = create_record(tmp_path / "r", "find_label_errors")
-    file = find_label_errors(record, corpus(tmp_path / "c"), LabelErrorConfig(most=1))
+    file = found_in(record, corpus(tmp_path / "c"), LabelErrorConfig(most=1))
     assert len(file.read_text().splitlines()) == min(1, record.metrics["candidates"])
 
 

@@ -152,13 +152,13 @@ class LabelErrorConfig(StageConfig):
 def find_label_errors(
     record: Record, corpus: str | Path = "", config: LabelErrorConfig = LabelErrorConfig()
 ) -> Path:
-    """List the labels of a corpus that are probably wrong; the file `label_errors.jsonl`.
+    """List the labels of a corpus that are probably wrong in candidates.jsonl; its folder.
 
     Raises `UsageError` for a task without one class a text, `DataError` for a class with fewer
     texts than folds.
 
     Args:
-        record: Gets the artifact `label_errors.jsonl` and the metrics.
+        record: Gets the artifact `label_errors` and the metrics.
         corpus: Folder; empty: a small one is made.
         config: Of the search.
     """
@@ -185,9 +185,10 @@ def find_label_errors(
         dict(id=rows.id.iloc[c.row], split=rows.split.iloc[c.row], text=texts[c.row]) | asdict(c)
         for c in found[: config.most]
     ]
-    file = record.artifact("label_errors.jsonl")
+    folder = record.artifact("label_errors")
+    folder.mkdir(parents=True, exist_ok=True)
     lines = pd.DataFrame(told).to_json(orient="records", lines=True, force_ascii=False)
-    write_bytes(file, (lines if told else "").encode())
+    write_bytes(folder / "candidates.jsonl", (lines if told else "").encode())
     record.rewind(0)
     for (given, likely), count in Counter((c.given, c.likely) for c in found).most_common():
         record.log(kind="pair", given=given, likely=likely, candidates=count)
@@ -197,4 +198,4 @@ def find_label_errors(
         share=len(found) / len(rows),
         accuracy_out_of_fold=float((p.argmax(1) == labels).mean()),
     )
-    return file
+    return folder
