@@ -7,7 +7,7 @@ __all__ = ['check_scores', 'auroc_statistic', 'auroc', 'placements', 'pair_varia
            'check_probabilities', 'one_vs_rest', 'multiclass_auroc', 'RankingCurve', 'ranking_curve',
            'average_precision_statistic', 'average_precision', 'curve_figure']
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #8153eb06
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #1d4505b8
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,11 +19,11 @@ from ..core import DataError, UsageError
 from .regression import weighted_ranks
 from .significance import Interval, check_level
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #730e03e3
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #7c744594
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     from matplotlib.figure import Figure
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #58e6d04d
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #e8637d01
 def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Whether each item is positive, bool, and its score, float64; both of shape (items,).
 
@@ -61,7 +61,7 @@ def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.n
         )
     return y, s
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #a739a57b
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #694b88db
 def auroc_statistic(w: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """AUROC in every resample, shape (resamples,); 0.5 where all drawn items are of one class.
 
@@ -88,7 +88,7 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     y, s = check_scores(labels, scores)
     return float(auroc_statistic(np.ones((1, len(y))), y, s)[0])
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #4445f400
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #26feedaa
 def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """DeLong's placement values: of each positive item the share of negatives below it, of each
     negative one the share of positives above it; a tie counts half. Shapes (m,) and (n,).
@@ -139,31 +139,23 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) ->
     variance = 0.0  # a single item has no spread
     if min(len(above), len(below)) > 1:
         variance = sum(np.var(v, ddof=1) / len(v) for v in (above, below))
-    if 0 < estimate < 1 and variance > 0:
+    normal = 0 < estimate < 1 and variance > 0
+    if normal:
         error = np.sqrt(variance) / (estimate * (1 - estimate))
         low, high = expit(logit(estimate) + np.array([-z, z]) * error)
-
-        def test(value: float) -> float:
-            if not 0 < value < 1:
-                return 0.0
-            return float(2 * ndtr(-abs(logit(estimate) - logit(value)) / error))
-
-        return Interval(estimate, float(low), float(high), level, "DeLong, log-odds", test)
-
-    def score(value: float) -> float:
-        return (estimate - value) / np.sqrt(pair_variance(value, len(above), len(below)))
-
-    edge = 1e-12
-    inner = float(np.clip(estimate, edge, 1 - edge))
-    low = brentq(lambda v: score(v) - z, edge, inner) if estimate > edge else 0.0
-    high = brentq(lambda v: score(v) + z, inner, 1 - edge) if estimate < 1 - edge else 1.0
+        off = lambda v: (logit(estimate) - logit(v)) / error
+    else:
+        off = lambda v: (estimate - v) / np.sqrt(pair_variance(v, len(above), len(below)))
+        edge = 1e-12
+        inner = float(np.clip(estimate, edge, 1 - edge))
+        low = brentq(lambda v: off(v) - z, edge, inner) if estimate > edge else 0.0
+        high = brentq(lambda v: off(v) + z, inner, 1 - edge) if estimate < 1 - edge else 1.0
 
     def test(value: float) -> float:
-        if not 0 < value < 1:
-            return float(value == estimate)
-        return float(2 * ndtr(-abs(score(value))))
+        return float(2 * ndtr(-abs(off(value)))) if 0 < value < 1 else float(value == estimate)
 
-    return Interval(estimate, float(low), float(high), level, "Newcombe's score method", test)
+    method = "DeLong, log-odds" if normal else "Newcombe's score method"
+    return Interval(estimate, float(low), float(high), level, method, test)
 
 
 def auroc_difference(
@@ -201,7 +193,7 @@ def auroc_difference(
 
     return Interval(estimate, estimate - margin, estimate + margin, level, "DeLong, paired", test)
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #90e97539
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #ba3ed720
 def check_probabilities(
     labels: ArrayLike, probabilities: ArrayLike, tolerance: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -247,8 +239,6 @@ def check_probabilities(
             f"No item has class {absent[0]}; how well it is ranked cannot be known. Leave its "
             "column out, and say so."
         )
-    if classes < 2:
-        raise DataError("There is one class alone; an order needs two.")
     return y, p
 
 
@@ -290,7 +280,7 @@ def multiclass_auroc(
     """
     return one_vs_rest(labels, probabilities, auroc, average)
 
-# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #3edf76b1
+# %% ../../nbs/0_ground/02e_ranking_metrics.ipynb #d43af9a8
 @dataclass(frozen=True)
 class RankingCurve:
     """Counts at each threshold, from the highest score downwards.
