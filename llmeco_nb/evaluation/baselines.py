@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['floors', 'floor_scores', 'place_of', 'title_of', 'BaselineRow', 'baseline_table', 'baseline_markdown']
 
-# %% ../../nbs/3_evaluation/33c_baselines.ipynb #90a04ba0
+# %% ../../nbs/3_evaluation/33c_baselines.ipynb #28a18ebf
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..stats.significance import Interval, bootstrap
 from ..tasks.contract import Schema
 from ..tasks.text_classification import ClassificationSchema
 
-# %% ../../nbs/3_evaluation/33c_baselines.ipynb #8b878d1f
+# %% ../../nbs/3_evaluation/33c_baselines.ipynb #46d0a758
 floors = {
     "text-classification": {
         "majority": "Majority class",
@@ -130,9 +130,8 @@ def baseline_table(
     """
     own = floors.get(schema.task)
     if own is None:
-        raise UsageError(
-            f"{schema.task} has no floors here; there are those of {', '.join(floors)}."
-        )
+        known = ", ".join(floors)
+        raise UsageError(f"{schema.task} has no floors here; there are those of {known}.")
     taken = next((name for name in answers if name in own), None)
     if taken is not None:
         raise UsageError(f"{taken} is a floor, which is fitted here. Give the answer another name.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fold', 'group_numbers', 'check_folds', 'make_folds']
 
-# %% ../../nbs/3_evaluation/33a_folds.ipynb #a7f3c021
+# %% ../../nbs/3_evaluation/33a_folds.ipynb #97581997
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import DataError, UsageError
 from ..data.tables import is_blank
 
-# %% ../../nbs/3_evaluation/33a_folds.ipynb #491f1fc6
+# %% ../../nbs/3_evaluation/33a_folds.ipynb #824fae80
 @dataclass(frozen=True)
 class Fold:
     """A fold of a repeat.
@@ -51,8 +51,8 @@ def group_numbers(values: Sequence[object], source: str, column: str) -> np.ndar
     names, numbers = np.unique([str(value) for value in values], return_inverse=True)
     if len(names) < 2:
         raise DataError(
-            f"The column `{column}` of {source} names one group alone, {str(names[0])!r}. Grouped folds "
-            "need at least two; set `group_by` to none to cut between rows."
+            f"The column `{column}` of {source} names one group alone, {str(names[0])!r}. Grouped "
+            "folds need at least two; set `group_by` to none to cut between rows."
         )
     return numbers.astype(np.int64)
 
