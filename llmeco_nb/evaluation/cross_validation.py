@@ -6,7 +6,7 @@
 __all__ = ['Recipes', 'CrossValidationConfig', 'table_revision', 'kept_scores', 'fold_predictions', 'FoldRow', 'by_repeat',
            'fold_row', 'fold_accuracies', 'pair_claims', 'cross_validate']
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #1f6e9060
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #88ce975e
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -40,11 +40,11 @@ from ..stats.significance import confusion_statistic
 from ..tasks.predictions import predictions_table, write_predictions
 from ..tasks.text_classification import TextClassification
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #146abb2c
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #1c36315d
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #c6577dca
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #1e0ba347
 Recipes = Literal["tfidf_lr", "nbsvm", "wordchar_svc"]
 
 
@@ -80,7 +80,7 @@ def table_revision(source: str) -> str:
         return "sha256:" + sha256_text("".join(map(sha256_of, article_files())))
     return revision(source)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #c923bb1d
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #0f65447c
 def kept_scores(file: Path, fit: Callable[[], np.ndarray]) -> np.ndarray:
     """What `fit()` returns, from the file if it was there before.
 
@@ -125,7 +125,7 @@ def fold_predictions(
         parts.append(predictions_table(task, split, rows, scores, model.name, len(fold.train)))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #b0d88ecd
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #b07bf225
 @dataclass(frozen=True, kw_only=True)
 class FoldRow:
     """A model under a scheme; shares in [0, 1], intervals of 95 %.
@@ -242,7 +242,7 @@ def pair_claims(answers: "pd.DataFrame", data: FoldRows, folds: Sequence[Fold]) 
         claims.append(claim(f"{title_of(first, task)} beats {title_of(second, task)}", interval))
     return adjust_pvalues(claims)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #2d56fee1
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #f677a5aa
 def cross_validate(
     record: Record,
     corpus: str | Path = "",

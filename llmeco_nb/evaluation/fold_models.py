@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GroupBy', 'FoldRows', 'content_units', 'read_table_rows', 'read_corpus_rows', 'draw_units', 'FoldModel', 'FloorModel',
-           'LinearModel', 'fold_models']
+           'LinearModel', 'inner_split', 'fold_models']
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #e507d47e
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #365d05f7
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,11 @@ from ..tasks.contract import Rows
 from ..tasks.registry import load_schema
 from ..tasks.text_classification import ClassificationSchema, TextClassification
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #6aecf5f0
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #a266b6c7
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #a7cda098
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #54125e9f
 GroupBy = Literal["column", "content", "none"]
 
 
@@ -158,7 +158,7 @@ def draw_units(data: FoldRows, count: int, seed: int) -> np.ndarray:
     chosen = units[order[np.argsort(turn, kind="stable")[:count]]]
     return np.isin(data.units, chosen)
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #9613b2e5
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #99b73ae1
 class FoldModel(Protocol):
     "What can be cross-validated."
 
@@ -213,15 +213,37 @@ class LinearModel:
     ) -> np.ndarray:
         "As `FoldModel` says, of arguments `train`, `test`, `units` and `seed`."
         y, schema = self.data.y, self.data.schema
-        present = np.unique(y[train])
-        names = [schema.labels[c] for c in present]
-        known = np.searchsorted(present, y[train])
-        own = None if units is None else units[train]
-        most = min(5, int(np.bincount(known).min()), len(np.unique(own)) if own is not None else 5)
-        inner = make_folds(known, max(most, 2), 1, seed, own, names=names)[0]
-        rows = RowSplit(train[inner.train], train[inner.test], test)
+        fitted, chosen_by = inner_split(train, y, units, seed)
+        rows = RowSplit(fitted, chosen_by, test)
         half = halves[schema.task]
         return half.fit_baseline(self.name, self.counted, y, rows, schema, seed)[1]
+
+
+def inner_split(
+    train: np.ndarray, y: np.ndarray, units: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The training rows in two: to fit on, and about a fifth to choose hyperparameters by.
+
+    Groups stay whole; but where a class stands in one group alone, single rows are cut. A class of
+    one row is fitted on. Raises `DataError` where nothing is left to choose by.
+
+    Args:
+        train: Numbers of rows.
+        y: Class of each row of the table.
+        units: Group of each row of the table; None: groups are to be ignored.
+        seed: Of the cut.
+    """
+    classes, known = np.unique(y[train], return_inverse=True)
+    alone = np.bincount(known)[known] < 2
+    some = train[~alone]
+    left, code = np.unique(y[some], return_inverse=True)
+    names = [str(c) for c in left]
+    own = None if units is None else units[some]
+    if own is not None and min(len(np.unique(own[code == c])) for c in range(len(left))) < 2:
+        own = None
+    most = min(5, *np.bincount(code).tolist(), *([] if own is None else [len(np.unique(own))]))
+    inner = make_folds(code, most, 1, seed, own, names=names)[0]
+    return np.concatenate([some[inner.train], train[alone]]), some[inner.test]
 
 
 def fold_models(data: FoldRows, names: Sequence[str]) -> list[FoldModel]:

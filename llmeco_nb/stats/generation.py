@@ -6,7 +6,7 @@
 __all__ = ['check_generated', 'sacrebleu_metrics', 'GenerationScores', 'generation_scores', 'bleu_statistic', 'bleu_difference',
            'byte_counts', 'check_losses', 'perplexity_of', 'bits_per_byte_of', 'language_model_report']
 
-# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #4c2b408f
+# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #44ad80e4
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike
 from ..core import DataError, MissingError
 from .significance import Interval, bootstrap
 
-# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #cf34b1f1
+# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #950af8ac
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     from sacrebleu.metrics import BLEU, CHRF
 
-# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #5c3f0b41
+# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #d46be361
 def check_generated(
     generated: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[list[str | None]]:
@@ -66,7 +66,7 @@ def sacrebleu_metrics() -> "tuple[BLEU, CHRF]":
         ) from None
     return BLEU(), CHRF()
 
-# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #3238a84c
+# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #a5f0b191
 @dataclass(frozen=True)
 class GenerationScores:
     """BLEU and chrF of some texts, as sacrebleu gives them.
@@ -171,7 +171,7 @@ def bleu_difference(
     both = [*first.counts.T, *second.counts.T]
     return bootstrap(difference, *both, resamples=resamples, seed=seed)
 
-# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #004b532d
+# %% ../../nbs/0_ground/02f_generation_metrics.ipynb #cc87b18c
 def byte_counts(texts: Sequence[str]) -> np.ndarray:
     """Bytes of each text in UTF-8, int64 of shape (texts,).
 
@@ -243,8 +243,14 @@ def language_model_report(
     nats, counted = check_losses(losses, tokens, "tokens")
     _, size = check_losses(losses, sizes, "bytes")
     once = np.ones((1, len(nats)))
+    loss = float(nats.sum() / counted.sum())
+    if loss > 700:
+        raise DataError(
+            f"The loss is {loss:.0f} nats per token, whose exponential no number holds. Do losses "
+            "and tokens belong to the same texts?"
+        )
     return dict(
-        loss=float(nats.sum() / counted.sum()),
+        loss=loss,
         perplexity=float(perplexity_of(once, nats, counted)[0]),
         bits_per_byte=float(bits_per_byte_of(once, nats, size)[0]),
         items=len(nats),
