@@ -78,7 +78,7 @@ def test_curves_are_scikit_learns(data):
     assert curve.recall == pytest.approx(recall[:-1][::-1])
 
 
-@fast
+@settings(max_examples=25, deadline=None)
 @given(scored(), st.integers(0, 2**32 - 1))
 def test_a_resample_is_its_rows_written_out(data, seed):
     y, s = data
@@ -347,10 +347,8 @@ def test_perplexity_and_bits_per_byte_by_their_definition(items):
     assert bits_per_byte_of(twice, losses, sizes)[0] == pytest.approx(mean / math.log(2))
 
 
-@fast
-@given(st.lists(st.text()))
-def test_bytes_are_those_of_utf8(texts):
-    assert byte_counts(texts).tolist() == [len(t.encode("utf-8")) for t in texts]
+def test_bytes_are_those_of_utf8():
+    assert byte_counts(["", "a", "é", "ß€", "𝄞"]).tolist() == [0, 1, 2, 5, 4]
 
 
 def test_losses_that_are_none_are_refused():
@@ -400,7 +398,7 @@ tags = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(tags, max_size=10))
 def test_spans_follow_the_table_of_conlls_scorer(sentence):
     assert spans_of(sentence) == spans_by_the_table(sentence)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sentence_source', 'sentence_end', 'split_sentences', 'sentence_frame']
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #a9761f56
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #d0081943
 import re
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ import numpy as np
 from ..core import UsageError
 from .headline_pairs import article_files, read_article
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #121c4bcf
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #8ba85428
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #dc69f94f
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #16275d4a
 sentence_source = "bbc_sentences"
 sentence_end = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
 

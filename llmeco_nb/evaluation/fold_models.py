@@ -6,7 +6,7 @@
 __all__ = ['GroupBy', 'FoldRows', 'content_units', 'read_table_rows', 'read_corpus_rows', 'draw_units', 'FoldModel', 'FloorModel',
            'LinearModel', 'inner_split', 'fold_models']
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #365d05f7
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #3ea64816
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,11 @@ from ..tasks.contract import Rows
 from ..tasks.registry import load_schema
 from ..tasks.text_classification import ClassificationSchema, TextClassification
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #a266b6c7
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #9b34702a
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #54125e9f
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #198a4f2b
 GroupBy = Literal["column", "content", "none"]
 
 
@@ -158,7 +158,7 @@ def draw_units(data: FoldRows, count: int, seed: int) -> np.ndarray:
     chosen = units[order[np.argsort(turn, kind="stable")[:count]]]
     return np.isin(data.units, chosen)
 
-# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #99b73ae1
+# %% ../../nbs/3_evaluation/33d_fold_models.ipynb #6f724235
 class FoldModel(Protocol):
     "What can be cross-validated."
 

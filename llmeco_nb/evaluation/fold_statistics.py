@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['corrected_interval', 'repeated', 'out_of_fold_interval']
 
-# %% ../../nbs/3_evaluation/33b_fold_statistics.ipynb #7b0df5be
+# %% ../../nbs/3_evaluation/33b_fold_statistics.ipynb #2c4f3a8a
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from ..core import DataError
 from ..stats.significance import Interval, bootstrap, check_level
 
-# %% ../../nbs/3_evaluation/33b_fold_statistics.ipynb #2938d1fb
+# %% ../../nbs/3_evaluation/33b_fold_statistics.ipynb #41f36a14
 def corrected_interval(differences: ArrayLike, test_share: float, level: float = 0.95) -> Interval:
     """Mean of the folds' differences with the interval of the corrected resampled t-test (Nadeau
     and Bengio 2003); `p_value` is that of the test.
