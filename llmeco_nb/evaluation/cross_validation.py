@@ -6,7 +6,7 @@
 __all__ = ['Recipes', 'CrossValidationConfig', 'table_revision', 'kept_scores', 'fold_predictions', 'FoldRow', 'by_repeat',
            'fold_row', 'fold_accuracies', 'pair_claims', 'cross_validate']
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #c5c741aa
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #da7e2a70
 import io
 import json
 import shutil
@@ -41,11 +41,11 @@ from ..stats.significance import confusion_statistic
 from ..tasks.predictions import predictions_table, write_predictions
 from ..tasks.text_classification import TextClassification
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #e505ccf4
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #82d1f978
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #e4212d76
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #d4a9be82
 Recipes = Literal["tfidf_lr", "nbsvm", "wordchar_svc"]
 
 
@@ -81,7 +81,7 @@ def table_revision(source: str) -> str:
         return "sha256:" + sha256_text("".join(map(sha256_of, article_files())))
     return revision(source)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #e2baf32f
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #30015821
 def kept_scores(file: Path, fit: Callable[[], np.ndarray]) -> np.ndarray:
     """What `fit()` returns, from the file if it was there before.
 
@@ -126,7 +126,7 @@ def fold_predictions(
         parts.append(predictions_table(task, split, rows, scores, model.name, len(fold.train)))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #756d9a9e
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #bc1e58ed
 @dataclass(frozen=True, kw_only=True)
 class FoldRow:
     """A model under a scheme; shares in [0, 1], intervals of 95 %.
@@ -243,7 +243,7 @@ def pair_claims(answers: "pd.DataFrame", data: FoldRows, folds: Sequence[Fold]) 
         claims.append(claim(f"{title_of(first, task)} beats {title_of(second, task)}", interval))
     return adjust_pvalues(claims)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #98f3ec73
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #1697baaa
 def cross_validate(
     record: Record,
     corpus: str | Path = "",
