@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sentence_source', 'sentence_end', 'split_sentences', 'sentence_frame']
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #d0081943
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #e98c7b0b
 import re
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ import numpy as np
 from ..core import UsageError
 from .headline_pairs import article_files, read_article
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #8ba85428
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #e0d0bbb0
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/0_ground/04r_article_sentences.ipynb #16275d4a
+# %% ../../nbs/0_ground/04r_article_sentences.ipynb #0e1b2592
 sentence_source = "bbc_sentences"
 sentence_end = re.compile(r"(?<=[.!?])\s+(?=[\"A-Z])")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['floors', 'floor_scores', 'place_of', 'title_of', 'BaselineRow', 'baseline_table', 'baseline_markdown']
 
-# %% ../../nbs/3_evaluation/33c_baselines.ipynb #d97d7326
+# %% ../../nbs/3_evaluation/33c_baselines.ipynb #131bcf54
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..stats.significance import Interval, bootstrap
 from ..tasks.contract import Schema
 from ..tasks.text_classification import ClassificationSchema
 
-# %% ../../nbs/3_evaluation/33c_baselines.ipynb #60102569
+# %% ../../nbs/3_evaluation/33c_baselines.ipynb #21b8ffb0
 floors = {
     "text-classification": {
         "majority": "Majority class",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipes', 'CrossValidationConfig', 'table_revision', 'kept_scores', 'fold_predictions', 'FoldRow', 'by_repeat',
-           'fold_row', 'fold_accuracies', 'pair_claims', 'cross_validate']
+           'fold_row', 'test_share', 'fold_accuracies', 'pair_claims', 'cross_validate']
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #da7e2a70
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #8b8bd989
 import io
 import json
 import shutil
@@ -41,11 +41,11 @@ from ..stats.significance import confusion_statistic
 from ..tasks.predictions import predictions_table, write_predictions
 from ..tasks.text_classification import TextClassification
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #82d1f978
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #02a69484
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #d4a9be82
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #6adbd040
 Recipes = Literal["tfidf_lr", "nbsvm", "wordchar_svc"]
 
 
@@ -81,7 +81,7 @@ def table_revision(source: str) -> str:
         return "sha256:" + sha256_text("".join(map(sha256_of, article_files())))
     return revision(source)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #30015821
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #682d12c0
 def kept_scores(file: Path, fit: Callable[[], np.ndarray]) -> np.ndarray:
     """What `fit()` returns, from the file if it was there before.
 
@@ -126,7 +126,7 @@ def fold_predictions(
         parts.append(predictions_table(task, split, rows, scores, model.name, len(fold.train)))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #bc1e58ed
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #f60ca6c0
 @dataclass(frozen=True, kw_only=True)
 class FoldRow:
     """A model under a scheme; shares in [0, 1], intervals of 95 %.
@@ -136,11 +136,11 @@ class FoldRow:
         model: Its name.
         title: For people.
         place: 0 for a floor, 1 for a linear recipe, 2 for any other model.
-        accuracy: Mean over the repeats.
-        accuracy_low: Lower end of its interval.
+        accuracy: Of all out-of-fold predictions.
+        accuracy_low: Lower end of its interval: corrected t over folds; over groups of "new".
         accuracy_high: Upper end.
         macro_f1: Mean over the repeats.
-        macro_f1_low: Lower end of its interval.
+        macro_f1_low: Lower end of its interval over groups, the fitted models held fixed.
         macro_f1_high: Upper end.
         fold_deviation: Standard deviation of the folds' accuracies; None: there are no folds.
         rows: Rows that were answered.
@@ -196,6 +196,11 @@ def fold_row(
         one = out_of_fold_interval(statistic, data.y, said, clusters, resamples)
         found |= {name: one.estimate, f"{name}_low": one.low, f"{name}_high": one.high}
     scores = fold_accuracies(said, data.y, folds)
+    if len(scores) > 1:
+        over = corrected_interval(scores, test_share(folds))
+        off = (over.high - over.low) / 2
+        found["accuracy_low"] = max(0.0, found["accuracy"] - off)
+        found["accuracy_high"] = min(1.0, found["accuracy"] + off)
     model = answers.model.iloc[0]
     return FoldRow(
         scheme=scheme,
@@ -207,6 +212,15 @@ def fold_row(
         rows=len(data.rows),
         groups=len(np.unique(data.units)),
     )
+
+
+def test_share(folds: Sequence[Fold]) -> float:
+    """Test rows for each training row, the mean over folds.
+
+    Args:
+        folds: At least one.
+    """
+    return float(np.mean([len(f.test) / len(f.train) for f in folds]))
 
 
 def fold_accuracies(said: np.ndarray, y: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
@@ -232,18 +246,17 @@ def pair_claims(answers: "pd.DataFrame", data: FoldRows, folds: Sequence[Fold]) 
     scores = {}
     for model, part in answers.groupby("model", sort=False):
         scores[model] = fold_accuracies(by_repeat(part, data), data.y, folds)
-    share = float(np.mean([len(f.test) / len(f.train) for f in folds]))
     task, claims = data.schema.task, []
     for first, second in combinations(scores, 2):
         if place_of(first, task) == place_of(second, task) == 0:
             continue  # two floors
         if scores[first].mean() < scores[second].mean():
             first, second = second, first
-        interval = corrected_interval(scores[first] - scores[second], share)
+        interval = corrected_interval(scores[first] - scores[second], test_share(folds))
         claims.append(claim(f"{title_of(first, task)} beats {title_of(second, task)}", interval))
     return adjust_pvalues(claims)
 
-# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #1697baaa
+# %% ../../nbs/3_evaluation/33_cross_validation.ipynb #bd806910
 def cross_validate(
     record: Record,
     corpus: str | Path = "",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fold', 'group_numbers', 'check_folds', 'make_folds']
 
-# %% ../../nbs/3_evaluation/33a_folds.ipynb #b1327265
+# %% ../../nbs/3_evaluation/33a_folds.ipynb #2aa9aa88
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import DataError, UsageError
 from ..data.tables import is_blank
 
-# %% ../../nbs/3_evaluation/33a_folds.ipynb #466ea74e
+# %% ../../nbs/3_evaluation/33a_folds.ipynb #fa540ceb
 @dataclass(frozen=True)
 class Fold:
     """A fold of a repeat.
