@@ -57,7 +57,7 @@ class CrossValidationConfig(StageConfig):
     text_column: str = "text"  # column that holds the text
     label_column: str = "label"  # column that holds the class
     group_by: GroupBy = "column"  # what is not torn: column, content (near-duplicates), none
-    group_column: str = "article"  # column of what belongs together, for group_by=column
+    group_column: str = "article"  # column of what belongs together, where group_by is column
     max_groups: PositiveInt | None = 60  # groups to take, or rows without groups; none for all
     holdout: Annotated[float, Field(ge=0, le=0.9)] = 0.4  # share of them that no fold sees
     folds: Annotated[int, Field(ge=2, le=50)] = 5  # parts of the rows
