@@ -337,8 +337,8 @@ def test_a_killed_stage_goes_on_and_ends_in_the_same_bytes(topics, tmp_path, mon
     config = config_for(topics, holdout=0.25)
     again = create_record(tmp_path / "killed", "cross_validate")
     one = cross_validate(again, config=config)
-    # two schemes of three folds and one of new groups, three models each
-    assert fits == [True] * 7 + [False] * 14 and not (again.path / "resume").exists()
+    # two schemes of three folds, and new groups by the models of three, three models each
+    assert fits == [True] * 7 + [False] * 20 and not (again.path / "resume").exists()
     other = cross_validate(create_record(tmp_path / "whole", "cross_validate"), config=config)
     for name in ("grouped.parquet", "plain.parquet", "new.parquet", "table.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes()

@@ -303,12 +303,15 @@ def cross_validate(
     folder = record.artifact("cross_validation")
     folder.mkdir(parents=True, exist_ok=True)
     if held.any():
-        new, train, test = data.take(held), np.flatnonzero(~held), np.flatnonzero(held)
+        new, before, test = data.take(held), np.flatnonzero(~held), np.flatnonzero(held)
         every = [*fold_models(data, config.models), *more(data)]
-        once = fold_predictions(record, data, {"new": [Fold(0, 0, train, test)]}, every, key)
-        parts["new"] = once
+        first = [f for f in plans[main] if f.repeat == 0]
+        # each is fitted as in its fold, so that the training sets are as large
+        again = {"new": [Fold(f.number, 0, before[f.train], test) for f in first]}
+        parts["new"] = fold_predictions(record, data, again, every, key)
         for model in every:
-            rows.append(fold_row("new", once[once.model == model.name], new, (), config.resamples))
+            own = parts["new"][parts["new"].model == model.name]
+            rows.append(fold_row("new", own, new, (), config.resamples))
     for name, part in parts.items():
         write_predictions(part, folder / f"{name}.parquet")
     write_json(folder / "table.json", dict(task=data.schema.task, rows=[asdict(r) for r in rows]))
