@@ -58,8 +58,8 @@ class CrossValidationConfig(StageConfig):
     label_column: str = "label"  # column that holds the class
     group_by: GroupBy = "column"  # what is not torn: column, content (near-duplicates), none
     group_column: str = "article"  # column of what belongs together, where group_by is column
-    max_groups: PositiveInt | None = 60  # groups to take, or rows without groups; none for all
-    holdout: Annotated[float, Field(ge=0, le=0.9)] = 0.4  # share of them that no fold sees
+    max_groups: PositiveInt | None = None  # groups to take, or rows without groups; none for all
+    holdout: Annotated[float, Field(ge=0, le=0.9)] = 0.2  # share of them that no fold sees
     folds: Annotated[int, Field(ge=2, le=50)] = 5  # parts of the rows
     repeats: Annotated[int, Field(ge=1, le=100)] = 2  # times that the rows are cut anew
     stratified: bool = True  # whether each fold has each class in its proportion

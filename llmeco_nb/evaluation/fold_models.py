@@ -96,7 +96,7 @@ def read_table_rows(
         group_column: What belongs together; looked at for "column" alone.
     """
     own = source == sentence_source
-    found = (sentence_frame(), {}, True) if own else read_frame(source)
+    found = (sentence_frame(60), {}, True) if own else read_frame(source)
     keep = {"group": group_column} if group_by == "column" else {}
     if keep:
         values = column_values(found[0], source, "group", group_column)
