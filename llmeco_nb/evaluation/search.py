@@ -6,7 +6,7 @@
 __all__ = ['NOT_DERIVED', 'FORMS', 'rounded', 'Range', 'Choices', 'FieldType', 'derived_part', 'read_part', 'SearchSpace',
            'search_space']
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #6ba381b0
+# %% ../../nbs/3_evaluation/36_search.ipynb #dfabf0a6
 import json
 import math
 import re
@@ -20,11 +20,11 @@ from ..config import StageConfig, default_of, read_value
 from ..core import UsageError
 from ..runner.identity import unknown_name_hint
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #5a63ba76
+# %% ../../nbs/3_evaluation/36_search.ipynb #2bb28924
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     from optuna.distributions import BaseDistribution
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #539b5b73
+# %% ../../nbs/3_evaluation/36_search.ipynb #d6bd4057
 def rounded(value: float) -> float:
     """To four significant digits.
 
@@ -140,7 +140,7 @@ class Choices:
         shown = ("none" if one is None else str(one) for one in self.values)
         return f"[{', '.join(json.dumps(one) if ',' in one or not one else one for one in shown)}]"
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #52ce7c59
+# %% ../../nbs/3_evaluation/36_search.ipynb #962008f8
 NOT_DERIVED = {
     "num_labeled": "decides how much is learned from",
     "min_steps": "decides how long a trial takes",
@@ -229,7 +229,7 @@ def derived_part(kind: FieldType, default: object) -> Range | Choices | str:
     least = rounded(default / 10) if low is None else max(rounded(default / 10), low)
     return Range(least, rounded(default * 10), log=True)
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #50e25b49
+# %% ../../nbs/3_evaluation/36_search.ipynb #d48f2b03
 FORMS = "`low..high`, `low..high log`, `low..high step s`, or `[a, b, c]`"
 
 
@@ -296,7 +296,7 @@ def _checked(name: str, written: str, part: Range, step: str | None) -> Range:
         )
     return Range(part.low, part.high, False, int(distance) if part.whole else distance, part.whole)
 
-# %% ../../nbs/3_evaluation/36_search.ipynb #1edb92f8
+# %% ../../nbs/3_evaluation/36_search.ipynb #adc213dd
 @dataclass(frozen=True)
 class SearchSpace:
     """What a search may change.

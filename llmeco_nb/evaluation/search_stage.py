@@ -7,7 +7,7 @@ __all__ = ['FIRST_RANDOM', 'RANDOM_EVERY', 'REDRAWS', 'How', 'Arm', 'SearchOptio
            'import_optuna', 'make_pruner', 'open_study', 'trial_rows', 'Runs', 'Verdict', 'finished', 'best_row',
            'judge_search', 'run_search', 'progress_line']
 
-# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #0be043ab
+# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #5bd4c345
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from .search import SearchSpace
 from .search_target import ReachBound, SearchBudget, Target, reach_bound
 from .search_trials import Outcome
 
-# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #a6d13b16
+# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #fb566628
 if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     from optuna import Study
     from optuna.pruners import BasePruner
 
-# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #f12520fb
+# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #b8d57532
 FIRST_RANDOM = 8  # places before the sampler's first proposal; the first is the profile's config
 RANDOM_EVERY = 4  # afterwards
 REDRAWS = 10  # tries to find a config that was not tried yet
@@ -77,7 +77,7 @@ def seed_of(seed: int, place: int, redraw: int) -> int:
     """
     return int(sha256_text(f"search {seed} {place} {redraw}")[:8], 16)
 
-# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #5d155760
+# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #193bbda8
 @dataclass(frozen=True)
 class TrialRow:
     """A trial of a search.
@@ -180,7 +180,7 @@ def trial_rows(study: "Study") -> list[TrialRow]:
             found.append(TrialRow(told["place"], told["drawn"], told["parameters"], outcome))
     return found
 
-# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #aca58831
+# %% ../../nbs/3_evaluation/36a_search_stage.ipynb #9c793aeb
 class Runs(Protocol):
     "What runs a trial: `TrialRunner`, or a function of the same shape in a lesson."
 

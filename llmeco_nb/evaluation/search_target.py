@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GUIDED_DRAWS', 'FEWEST_RANDOM', 'Target', 'SearchBudget', 'ReachBound', 'reach_bound', 'corrected_best']
 
-# %% ../../nbs/3_evaluation/36b_search_target.ipynb #09787631
+# %% ../../nbs/3_evaluation/36b_search_target.ipynb #20848159
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from ..core import DataError, UsageError
 from ..stats.significance import Interval
 
-# %% ../../nbs/3_evaluation/36b_search_target.ipynb #49d42300
+# %% ../../nbs/3_evaluation/36b_search_target.ipynb #75fb5261
 @dataclass(frozen=True)
 class Target:
     """What a search is to reach.
@@ -154,7 +154,7 @@ class SearchBudget:
         minutes = f"{self.seconds / 60:g} minutes" if self.seconds else ""
         return " or ".join(filter(None, [trials, minutes]))
 
-# %% ../../nbs/3_evaluation/36b_search_target.ipynb #bbbfb1ab
+# %% ../../nbs/3_evaluation/36b_search_target.ipynb #ede8b415
 GUIDED_DRAWS = 10  # random trials that one of the sampler's is counted as
 FEWEST_RANDOM = 8  # random trials, below which nothing is said
 
@@ -210,7 +210,7 @@ def reach_bound(
     chance = -math.expm1(draws * math.log1p(-one_draw))
     return ReachBound(total, float(target.sign * threshold), scale, one_draw, draws, chance)
 
-# %% ../../nbs/3_evaluation/36b_search_target.ipynb #3aa3961f
+# %% ../../nbs/3_evaluation/36b_search_target.ipynb #babba7ae
 def corrected_best(
     scores: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURABLE', 'has_test_split', 'withhold_test', 'Outcome', 'without_pages', 'new_values', 'TrialRunner']
 
-# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #f11c5b44
+# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #ef3eaafb
 import re
 import shutil
 import time
@@ -31,7 +31,7 @@ from ..runner.kernel import KernelGroup, json_or
 from ..runner.pipeline import Pipeline, StageStatus
 from ..runner.stages import Instance
 
-# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #cd84637d
+# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #540bf19d
 def has_test_split(folder: Path) -> bool:
     """Whether an artifact is a corpus with a test split.
 
@@ -42,7 +42,7 @@ def has_test_split(folder: Path) -> bool:
 
 
 def withhold_test(corpus: Path, copy: Path) -> Path:
-    """A copy of a corpus with a test split of no rows; returns its folder, which is whole or absent.
+    """A copy of a corpus with a test split of no rows; returns its folder, whole or absent.
     The test split of the original is not opened.
 
     Args:
@@ -65,7 +65,7 @@ def withhold_test(corpus: Path, copy: Path) -> Path:
     partial.rename(copy)
     return copy
 
-# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #c10cbe00
+# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #09fb383a
 @dataclass(frozen=True)
 class Outcome:
     """What became of a trial.
@@ -126,7 +126,7 @@ def new_values(log: Path, names: tuple[str, ...], known: int) -> list[float]:
     found = [float(row[name]) for row in rows for name in names if name in row]
     return found[known:]
 
-# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #2548d533
+# %% ../../nbs/3_evaluation/36c_search_trials.ipynb #cb196a1a
 CURABLE = (UsageError, DataError, CellError)  # what another config may not meet
 
 
