@@ -264,7 +264,7 @@ class TuneOptions(Settings):
 
 @command(TuneOptions)
 def tune(o: TuneOptions):
-    """Search the hyperparameters of a stage until a target is met, then judge the best ones on test.
+    """Search a stage's hyperparameters until a target is met; judge the best ones on test.
 
     Args:
         o: What was typed: stage, target, budget, space, run.

@@ -388,9 +388,10 @@ def progress_line(
         best = best_row(rows, options.target)
         line += f", best {best.outcome.value:.4f} (trial {best.place + 1})"
     line += ", from the store" if outcome.reused else f", {format_duration(outcome.seconds)}"
-    seconds = [row.outcome.seconds for row in rows if not row.outcome.reused] or [0.0]
+    seconds = [row.outcome.seconds for row in rows if not row.outcome.reused]
     if left is None:
         left = options.budget.trials_left([row.outcome.seconds for row in rows])
     if left:
-        line += f"; at most {left} more, about {format_duration(left * float(np.median(seconds)))}"
+        line += f"; at most {left} more"
+        line += f", about {format_duration(left * float(np.median(seconds)))}" if seconds else ""
     return line

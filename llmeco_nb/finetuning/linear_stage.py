@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from ..config import StageConfig, stage_config
-from ..core import DataError, Record, UsageError
+from ..core import DataError, Record
 from ..data.corpus import read_split, small_corpus, split_names
 from .answers import answer_splits
 from .classifier import enough_labels, labelled_subset
@@ -31,7 +31,7 @@ class LinearConfig(StageConfig):
 
     name: str = "linear"  # what the model is called in tables
     num_labeled: NonNegativeInt = 0  # training labels, at least one a class; 0 for all
-    word_ngrams: Annotated[int, Field(ge=0, le=3)] = 1  # longest run of words; 0: none
+    word_ngrams: Annotated[int, Field(ge=1, le=3)] = 1  # longest run of words that is counted
     char_ngrams: Annotated[int, Field(ge=0, le=6)] = 0  # longest run of letters, from 2; 0: none
     sublinear: bool = False  # 1 + log(count) instead of the count
     idf: bool = True  # rare n-grams weigh more
@@ -40,15 +40,11 @@ class LinearConfig(StageConfig):
     seed: NonNegativeInt = 0  # decides the labelled subset, and the solver's order
 
     def bags(self) -> list[BagOfNgrams]:
-        "What is counted, and how counts are weighted. Raises `UsageError` where nothing is."
+        "What is counted, and how counts are weighted: words, and perhaps letters."
         weighted = dict(sublinear=self.sublinear, idf=self.idf, norm=True)
-        found = []
-        if self.word_ngrams:
-            found.append(BagOfNgrams("word", 1, self.word_ngrams, **weighted))
+        found = [BagOfNgrams("word", 1, self.word_ngrams, **weighted)]
         if self.char_ngrams > 1:
             found.append(BagOfNgrams("char_wb", 2, self.char_ngrams, **weighted))
-        if not found:
-            raise UsageError("word_ngrams and char_ngrams are 0, so nothing is counted; set one.")
         return found
 
     def recipe(self) -> Recipe:
