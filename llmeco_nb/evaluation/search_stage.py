@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # read by type checkers alone: it is heavy
     from optuna.pruners import BasePruner
 
 # %% ../../nbs/3_evaluation/36a_search_stage.ipynb #b8d57532
-FIRST_RANDOM = 8  # places before the sampler's first proposal; the first is the profile's config
+FIRST_RANDOM = 9  # places before the sampler's first proposal; the first is the profile's config
 RANDOM_EVERY = 4  # afterwards
 REDRAWS = 10  # tries to find a config that was not tried yet
 
