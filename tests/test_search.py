@@ -67,6 +67,7 @@ def test_choices_are_read_back_and_one_alone_is_refused(values):
     assert read("trainable", str(part)) == read("trainable", values) == part
 
 
+@settings(max_examples=50)
 @given(st.sampled_from(sorted(known)), st.text(max_size=20))
 def test_any_other_line_is_refused_by_name_and_nothing_else_happens(name, text):
     try:
@@ -305,7 +306,7 @@ def prepared(pipe, target: str = "accuracy_validation>=0.8", **changed):
     from llmeco_nb.evaluation.search_stage import SearchOptions
     from llmeco_nb.evaluation.tune import Search
 
-    told = dict(budget=SearchBudget(3), pruner="none", seed=0) | changed
+    told = dict(budget=SearchBudget(2), pruner="none", seed=0) | changed
     space = SearchSpace({"x": Range(0.0, 0.7, step=0.1)})
     options = SearchOptions(Target.parse(target), **told)
     return Search.prepare(pipe, pipe.by_name["learn"], space, options)
@@ -319,7 +320,7 @@ def test_no_trial_reads_the_test_split_and_the_chosen_config_does(pipe):
     whole = (corpus / "test.parquet").read_bytes()
     (corpus / "test.parquet").write_bytes(b"poison")
     rows, verdict = search.arm(None, quiet)
-    assert [row.outcome.state for row in rows] == ["complete"] * 3
+    assert [row.outcome.state for row in rows] == ["complete"] * 2
     assert rows[0].parameters == {"x": 0.1} and verdict.ended == "spent"
     assert not any("accuracy_test" in row.outcome.metrics for row in rows)
     refused = search.runner.run({"x": 0.5}, with_test=True)
@@ -343,7 +344,7 @@ def test_equal_trials_cost_nothing_in_this_search_and_in_another(pipe, monkeypat
     found, _ = other.arm(None, quiet)
     assert [row.parameters for row in found] == [row.parameters for row in rows]
     assert all(row.outcome.reused for row in found)
-    random, _ = search.arm(3, quiet)  # its random trials are those of the guided search
+    random, _ = search.arm(2, quiet)  # its random trials are those of the guided search
     assert [row.outcome.value for row in random] == [row.outcome.value for row in rows]
     # a later target goes on with the same trials
     assert prepared(pipe, "accuracy_validation>=0.05").folder == search.folder

@@ -259,6 +259,8 @@ def value_text(
         corrected: The value on items that did not choose it.
     """
     ends = f" [{interval.low:.4f}, {interval.high:.4f}]" if interval else ""
+    if trials == 1:
+        return f"The one trial has {best.outcome.value:.4f}{ends} on validation."
     said = f"The best of {trials} trials, number {best.place + 1}, has "
     said += f"{best.outcome.value:.4f}{ends}"
     said += " on validation. These texts chose it, so that is optimistic"
