@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['renamed_options', 'parse_settings', 'RunChoice', 'ReportOptions', 'Settings', 'RunOptions', 'prepare_run', 'run',
-           'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'docs', 'outputs', 'main']
+           'TuneOptions', 'tune', 'stages', 'first_reasons', 'bench', 'first_line', 'doctor', 'prune', 'report', 'docs',
+           'outputs', 'main']
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6f5aa646
 import errno
@@ -45,6 +46,7 @@ from .runner.store import link
 from llmeco_nb.terminal import (
     Command,
     app,
+    argument,
     command,
     exit_with,
     option,
@@ -230,6 +232,59 @@ def run(o: RunOptions):
     if made and pipe.minutes is not None:
         spent += f" of {pipe.minutes:g} minutes"
     display.say(f"\n{counts}, in {spent}. Records: {os.path.relpath(info.path)}")
+
+# %% ../nbs/0_ground/01c_cli.ipynb #39cb039e
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Settings):
+    "What `llmeco tune` is told."
+
+    stage: str = argument("STAGE", "The stage to tune, such as finetune@minilm.")
+    target: str = option(
+        "", "--target -t", "What is to be reached, such as 'accuracy_validation>=0.92'."
+    )
+    budget: str = option(
+        "20trials", "--budget -b", "30min, 20trials, or both with a comma between."
+    )
+    search: list[str] = option(
+        [],
+        "--search -s",
+        "A parameter to search, NAME alone or with a range, such as 'lr=1e-5..1e-3 log'; may be "
+        "repeated (default: all whose types say how).",
+        "NAME=RANGE",
+    )
+    space: str = option("", "--space", "A flat YAML file of such ranges.", "FILE")
+    pruner: str = option(
+        "median", "--pruner", "Which trials are stopped early: median, hyperband or none."
+    )
+    seed: int = option(0, "--seed", "Of the draws.")
+    no_random: bool = option(
+        False, "--no-random", "Leave out the random search of as many trials beside it."
+    )
+
+
+@command(TuneOptions)
+def tune(o: TuneOptions):
+    """Search a stage's hyperparameters until a target is met; judge the best ones on test.
+
+    Args:
+        o: What was typed: stage, target, budget, space, run.
+    """
+    from llmeco_nb.evaluation.search_stage import SearchOptions, import_optuna, make_pruner
+    from llmeco_nb.evaluation.search_target import SearchBudget, Target
+    from llmeco_nb.evaluation.tune import one_instance, tune_instance, tuned_space
+
+    target, budget = Target.parse(o.target), SearchBudget.parse(o.budget)
+    import_optuna()
+    make_pruner(o.pruner)
+    instances, _ = read_profile(StageRegistry.find(), o.profile)
+    tuned_space(one_instance(instances, o.stage), o.space, o.search)
+    pipe, _ = prepare_run(RunOptions(profile=o.profile, run=o.run, given=o.given, files=o.files))
+    one = one_instance(pipe.instances, o.stage)
+    say = lambda told: typer.echo(told)
+    options = SearchOptions(target, budget, o.pruner, o.seed)  # type: ignore[arg-type]
+    space = tuned_space(one, o.space, o.search)
+    _, folder = tune_instance(pipe, one, space, options, not o.no_random, say)
+    typer.echo(f"Result: {os.path.relpath(folder)}")
 
 # %% ../nbs/0_ground/01c_cli.ipynb #7a692052
 @command(Settings)
