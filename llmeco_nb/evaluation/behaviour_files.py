@@ -56,10 +56,8 @@ class TestSource:
             name: Of the field.
             wanted: What it should be.
         """
-        found = self.given.get(name)
-        return DataError(
-            f"{self.file}: test {self.name!r}, field {name}: found {found!r}; {wanted}."
-        )
+        place = f"{self.file}: test {self.name!r}, field {name}"
+        return DataError(f"{place}: found {self.given.get(name)!r}; {wanted}.")
 
     def text(self, name: str) -> str:
         """A text; empty where the field is absent. Raises `DataError`.
@@ -138,7 +136,8 @@ class TestSource:
         """
         for name in self.given:
             if name not in test_fields:
-                raise self.refuse(name, f"no such field. {unknown_name_hint(name, test_fields)}")
+                hint = unknown_name_hint(name, test_fields).removesuffix(".")
+                raise self.refuse(name, f"there is no such field. {hint}")
         seed = int(self.number("seed", seed, 0, 2**32))
         pairs, label = self.pairs(lexicon, seed), self.text("label")
         if change := self.text("perturbation"):
@@ -178,9 +177,7 @@ def read_test_file(
         raise DataError(f"{file}: found {unknown[0]!r}; the file holds `lexicon` and `tests`.")
     lexicon, entries = told.get("lexicon") or {}, told.get("tests")
     if not isinstance(lexicon, dict):
-        raise DataError(
-            f"{file}: lexicon: found {lexicon!r}; lines `name: [word, word]` are wanted."
-        )
+        raise DataError(f"{file}: lexicon: found {lexicon!r}; lines `name: [word]` are wanted.")
     for name, words in lexicon.items():
         if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
             raise DataError(f"{file}: lexicon, {name}: found {words!r}; a list of words is wanted.")
@@ -189,9 +186,7 @@ def read_test_file(
     found = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
-            raise DataError(
-                f"{file}: test {number}: found {entry!r}; lines `field: value` are wanted."
-            )
+            raise DataError(f"{file}: test {number}: found {entry!r}; it has lines `field: value`.")
         name = entry.get("name") if isinstance(entry.get("name"), str) else str(number)
         found.append(TestSource(f"{file}", name, entry, own_texts).build(lexicon, seed))
     return unique_names(found, f"{file}")
@@ -206,9 +201,7 @@ def unique_names(tests: list[BehaviourTest], file: str) -> list[BehaviourTest]:
     """
     names = [t.name for t in tests]
     if twice := next((n for n in names if names.count(n) > 1), None):
-        raise DataError(
-            f"{file}: test {twice!r}, field name: two tests have it; give each its own."
-        )
+        raise DataError(f"{file}: test {twice!r}, field name: two tests have this name.")
     return tests
 
 # %% ../../nbs/3_evaluation/35e_behaviour_files.ipynb #a246a49b
@@ -230,8 +223,8 @@ def rows_test(file: str, name: str, rows: "pd.DataFrame") -> BehaviourTest:
         said = list(dict.fromkeys(rows[column]))
         if len(said) > 1:
             raise DataError(
-                f"{file}: test {name!r}, field {column}: found {said[0]!r} and {said[1]!r}; the rows "
-                "of one test have one value."
+                f"{file}: test {name!r}, field {column}: found {said[0]!r} and {said[1]!r}; the "
+                "rows of one test have one value."
             )
     given = {c: rows[c].iloc[0] or None for c in shared_columns}
     one = TestSource(file, name, {**given, "name": name, "texts": rows.text.tolist()})
