@@ -24,7 +24,7 @@ Lexicon = Mapping[str, Sequence[str]]  # name of a place -> the words that may s
 
 
 def with_article(word: str) -> str:
-    """The word with `a` or `an` in front; by its first letter, in which a few English words deceive.
+    """The word with `a` or `an` in front, by its first letter, which deceives in a few words.
 
     Args:
         word: In English.

@@ -161,8 +161,8 @@ def find_slices(
     least: int = 10,
     seed: int = 0,
 ) -> list[ErrorSlice]:
-    """The groups that were chosen on the first half of the texts, tested on the second, the smallest
-    p-value first; none where no group looked remarkable. Raises `DataError`, `UsageError`.
+    """The groups that were chosen on the first half of the texts, tested on the second, the
+    smallest p-value first; none where no group looked remarkable. Raises `DataError`, `UsageError`.
 
     Args:
         texts: Any.
