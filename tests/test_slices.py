@@ -1,4 +1,4 @@
-"Slices of errors: the test against an enumeration, a planted slice, and silence where there is none."
+"Slices of errors: the test against an enumeration, a planted slice, and silence without one."
 
 import itertools
 
