@@ -37,6 +37,7 @@ def failed_rows(
     results: Sequence[BehaviourResult],
     labels: Sequence[str],
     bound: float = 0.05,
+    balanced: bool = True,
 ) -> tuple[list[str], np.ndarray]:
     """Texts of the minimum functionality tests that failed too often, each once, and the indices of
     their classes, shape (texts,). Raises `DataError` for results of other tests.
@@ -46,13 +47,22 @@ def failed_rows(
         results: Of these tests, in their order.
         labels: Names of the classes.
         bound: Failure rate above which a test is trained on, 0 to 1.
+        balanced: Fill up the classes with examples of tests that were passed, as far as they go,
+            until each has as many texts as the largest.
     """
     if [t.name for t in tests] != [r.name for r in results]:
         raise DataError("These are not the results of these tests.")
-    found = {}
+    found, spare = {}, {}
     for test, result in zip(tests, results):
-        if test.kind == "MFT" and result.rate > bound:
-            found |= {e.text: list(labels).index(e.label) for e in test.examples}
+        if test.kind == "MFT":
+            rows = {e.text: list(labels).index(e.label) for e in test.examples}
+            (found if result.rate > bound else spare).update(rows)
+    counts = np.bincount(np.array(list(found.values()), int), minlength=len(labels))
+    wanted = counts.max() - counts if balanced else 0 * counts
+    for text, label in spare.items():
+        if text not in found and wanted[label] > 0:
+            found[text] = label
+            wanted[label] -= 1
     return list(found), np.array(list(found.values()), int)
 
 
