@@ -8,6 +8,7 @@ __all__ = ['MatrixCell', 'failure_matrix', 'failure_figure']
 # %% ../../nbs/3_evaluation/35f_failure_matrix.ipynb #8147c7c0
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,7 +75,7 @@ def failure_figure(cells: Sequence[MatrixCell]) -> "Figure":
         if np.isfinite(rate):
             colour = "white" if rate > 60 else "#222222"
             ax.text(k, i, f"{rate:.0f}", ha="center", va="center", color=colour, fontsize=9)
-    ax.set_xticks(range(len(models)), [plain_text(m) for m in models])
+    ax.set_xticks(range(len(models)), ["\n".join(wrap(plain_text(m), 14)) for m in models])
     ax.set_yticks(
         range(len(rows)), [plain_text(f"{name} · {kind} (n = {n:,})") for name, kind, n in rows]
     )
