@@ -29,6 +29,7 @@ from llmeco_nb.core import (
 )
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.assess_command import AssessChoice, assess
+from .deployment.behave_command import BehaveChoice, behave
 from .deployment.chat_command import ChatChoice, chat
 from .deployment.export_command import ExportChoice, export
 from .deployment.guard_command import GuardChoice, guard
@@ -466,6 +467,7 @@ command(PackChoice)(pack)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
 command(AssessChoice)(assess)
+command(BehaveChoice)(behave)
 command(GuardChoice)(guard)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
