@@ -7,7 +7,7 @@ __all__ = ['equal_mass_bins', 'CalibrationError', 'signed_root', 'calibration_er
            'BrierParts', 'brier_parts', 'nats', 'classwise_errors', 'ReliabilityBin', 'reliability_bins',
            'draw_reliability']
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #c47b488b
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #19132723
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +18,11 @@ from ..core import DataError, UsageError
 from .scored_texts import smallest_probability
 from ..stats.significance import Interval, bootstrap, wilson
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #8c45edab
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #5bbd5c4a
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     from matplotlib.axes import Axes
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #e57c1dfd
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #3624b042
 def equal_mass_bins(values: ArrayLike, bins: int) -> np.ndarray:
     """The bin of each value, integers from 0, shape (items,). Bins hold about equally many; equal
     values share a bin, so there may be fewer than asked for. Raises `UsageError`, `DataError`.
@@ -96,7 +96,7 @@ def calibration_error(confidence: ArrayLike, right: ArrayLike, bins: int = 15) -
         bins=len(n),
     )
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #40bcef61
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #95e023cc
 def squared_gap(w: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Mean squared gap of bins in every resample, less twice its noise, shape (resamples,).
 
@@ -132,7 +132,7 @@ def debiased_interval(
     ends = signed_root(found.low), signed_root(found.high)
     return Interval(calibration_error(c, hit, bins).debiased, *ends, found.level, found.method)
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #76dda7ea
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #525aecc6
 @dataclass(frozen=True)
 class BrierParts:
     """The Brier score, which is reliability - resolution + uncertainty + within.
@@ -202,7 +202,7 @@ def classwise_errors(
     columns = enumerate(probabilities.T)
     return [calibration_error(p, targets == k, bins) for k, p in columns]
 
-# %% ../../nbs/3_evaluation/34_calibration.ipynb #9b89adfe
+# %% ../../nbs/3_evaluation/34_calibration.ipynb #92048ae2
 @dataclass(frozen=True)
 class ReliabilityBin:
     """A point of the diagram.

@@ -6,7 +6,7 @@
 __all__ = ['Method', 'methods', 'nonconformity', 'needed_texts', 'conformal_rank', 'even_draws', 'ConformalSets', 'fit_conformal',
            'exact_interval', 'coverage_band', 'Coverage', 'SetReport', 'report_sets']
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #3b6955d2
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #d2f8346a
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..core import DataError, UsageError
 from ..stats.significance import Interval
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #ce79b21e
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #f5de6ba7
 Method = Literal["lac", "aps", "raps"]
 methods: tuple[Method, ...] = get_args(Method)
 
@@ -47,7 +47,7 @@ def nonconformity(
     np.put_along_axis(found, order, score, 1)
     return found
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #ffb830c0
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #3a8653f3
 def needed_texts(alpha: float) -> int:
     """Calibration texts without which no set holds the true class with probability 1 - alpha.
     Raises `UsageError` unless alpha lies between 0 and 1.
@@ -169,7 +169,7 @@ def fit_conformal(
         counts = np.full(classes, len(y))
     return ConformalSets(method, alpha, by_class, thresholds, counts, seed=seed)
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #4919f14e
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #d7b39ca5
 def exact_interval(hits: int, items: int, level: float = 0.95) -> Interval:
     """Clopper and Pearson's interval of a share. Raises `DataError` without items.
 
@@ -178,12 +178,14 @@ def exact_interval(hits: int, items: int, level: float = 0.95) -> Interval:
         items: At least 1.
         level: In (0, 1).
     """
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv
 
     if not 0 <= hits <= items or items < 1:
         raise DataError(f"{hits} of {items} is no share.")
-    found = binomtest(int(hits), int(items)).proportion_ci(level, method="exact")
-    return Interval(hits / items, float(found.low), float(found.high), level, "exact")
+    tail = 0.5 - level / 2
+    low = float(betaincinv(hits, items - hits + 1, tail)) if hits else 0.0
+    high = float(betaincinv(hits + 1, items - hits, 1 - tail)) if hits < items else 1.0
+    return Interval(hits / items, low, high, level, "exact")
 
 
 def coverage_band(n: int, m: int, alpha: float, level: float = 0.95) -> tuple[float, float]:

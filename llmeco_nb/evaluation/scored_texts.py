@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sum_tolerance', 'smallest_probability', 'ScoredTexts', 'checked_probabilities', 'checked_targets', 'scored_texts']
 
-# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #ab77958c
+# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #1e54ec44
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike
 
 from ..core import DataError
 
-# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #e00c176f
+# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #b71551c7
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #c13965c9
+# %% ../../nbs/3_evaluation/34e_scored_texts.ipynb #c02a3743
 sum_tolerance = 1e-3  # of the probabilities of a text; a thousand float32 numbers stay within it
 smallest_probability = float(np.finfo(np.float32).tiny)  # a probability of 0 is read as this
 

@@ -6,7 +6,7 @@
 __all__ = ['RiskCoverage', 'risk_coverage', 'error_bound', 'RiskThreshold', 'guaranteed_threshold', 'Selection',
            'judge_threshold']
 
-# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #4bb4f731
+# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #afe8f8c5
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..core import DataError, UsageError
 from ..stats.significance import Interval, wilson
 
-# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #b8c55fd1
+# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #12c0ebb1
 @dataclass(frozen=True)
 class RiskCoverage:
     """The curve, from the surest answers on.
@@ -63,7 +63,7 @@ def risk_coverage(confidence: ArrayLike, right: ArrayLike) -> RiskCoverage:
         excess=max(0.0, float((mean_risk - best).mean())),
     )
 
-# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #321f4f28
+# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #055eaf9f
 def error_bound(errors: int, answered: int, delta: float) -> float:
     """Clopper and Pearson's upper bound of a risk, which the true risk exceeds with a probability
     of at most `delta`; 1 where nothing was answered.
@@ -73,9 +73,11 @@ def error_bound(errors: int, answered: int, delta: float) -> float:
         answered: Answers.
         delta: In (0, 1).
     """
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
-    return 1.0 if errors >= answered else float(beta.ppf(1 - delta, errors + 1, answered - errors))
+    if errors >= answered:
+        return 1.0
+    return float(betaincinv(errors + 1, answered - errors, 1 - delta))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def guaranteed_threshold(
     coverage = float(curve.coverage[best]) if best >= 0 else 0.0
     return RiskThreshold(threshold, risk, delta, bound, coverage, n)
 
-# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #0f68465d
+# %% ../../nbs/3_evaluation/34b_selective_prediction.ipynb #8a7c31e5
 @dataclass(frozen=True)
 class Selection:
     """What a threshold does to test texts.
