@@ -6,7 +6,7 @@
 __all__ = ['temperature_bounds', 'check_temperature', 'apply_temperature', 'FittedTemperature', 'likeliest_temperature',
            'temperature_texts']
 
-# %% ../../nbs/3_evaluation/34a_temperature.ipynb #a0abab64
+# %% ../../nbs/3_evaluation/34a_temperature.ipynb #d0af2c62
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .scored_texts import smallest_probability
 from ..finetuning.linear import softmax
 from ..stats.multi_label import sigmoid
 
-# %% ../../nbs/3_evaluation/34a_temperature.ipynb #68f46339
+# %% ../../nbs/3_evaluation/34a_temperature.ipynb #3733ebed
 temperature_bounds = (0.01, 100.0)  # beyond them nothing is calibrated: all classes equal, or one
 
 
@@ -62,7 +62,7 @@ def apply_temperature(
     lost = (np.asarray(scores) > 0.5) & (found <= 0.5)
     return np.where(lost, np.nextafter(np.float32(0.5), np.float32(1)), found)
 
-# %% ../../nbs/3_evaluation/34a_temperature.ipynb #0057a879
+# %% ../../nbs/3_evaluation/34a_temperature.ipynb #207a1ee8
 @dataclass(frozen=True)
 class FittedTemperature:
     """A temperature, and what it did to the texts that it was fitted on.
@@ -116,7 +116,7 @@ def likeliest_temperature(probabilities: np.ndarray, targets: np.ndarray) -> Fit
     temperature = float(np.clip(np.exp(-best), *temperature_bounds))
     return FittedTemperature(temperature, len(z), loss(1.0), loss(1 / temperature), at_bound)
 
-# %% ../../nbs/3_evaluation/34a_temperature.ipynb #db14d856
+# %% ../../nbs/3_evaluation/34a_temperature.ipynb #6ef8c415
 def temperature_texts(ids: list[str], share: float) -> np.ndarray:
     """Which texts fit the temperature, boolean of shape (texts,); the same for any order. Raises
     `DataError` where either part is empty.
