@@ -6,7 +6,7 @@
 __all__ = ['Share', 'made_up_predictions', 'wanted_ids', 'split_texts', 'CalibrationConfig', 'measures', 'measured_sets',
            'calm_texts', 'measure_model', 'calibrate']
 
-# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #0a785300
+# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #83151b14
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +38,7 @@ from llmeco_nb.evaluation.temperature import (
     likeliest_temperature,
     temperature_texts,
 )
+from ..finetuning.linear import softmax
 from llmeco_nb.tasks.predictions import (
     predictions_table,
     read_predictions_file,
@@ -45,12 +46,12 @@ from llmeco_nb.tasks.predictions import (
 )
 from ..tasks.registry import find_task
 
-# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #7b98517a
+# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #03630ae6
 if TYPE_CHECKING:  # read by type checkers alone: they are heavy
     import pandas as pd
 
-# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #8eeb5fdf
-def made_up_predictions(file: Path, seed: int = 0, texts: int = 1500) -> Path:
+# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #715790e5
+def made_up_predictions(file: Path, seed: int = 0, texts: int = 3000) -> Path:
     """Write made-up predictions, half of them for validation; the file.
 
     Args:
@@ -61,12 +62,11 @@ def made_up_predictions(file: Path, seed: int = 0, texts: int = 1500) -> Path:
     import pandas as pd
 
     draw = np.random.default_rng(seed)
-    logits = 1.8 * draw.normal(size=(texts, 4)) - np.array([0, 0, 0, 1.2])
-    truth = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    y = np.minimum((truth.cumsum(1) > draw.random((texts, 1))).argmax(1), 3)
+    logits = 4 * draw.normal(size=(texts, 4)) - np.array([0, 0, 0, 3])
+    y = np.minimum((softmax(logits).cumsum(1) > draw.random((texts, 1))).argmax(1), 3)
+    noisy = 0.25 * (logits + 6 * draw.normal(size=(texts, 4)))
     task, tables = find_task("text-classification"), []
-    for name, sharper in (("too_sure", 2.0), ("honest", 1.0)):
-        p = truth**sharper / (truth**sharper).sum(1, keepdims=True)
+    for name, p in (("too_sure", softmax(2 * logits)), ("knows_less", softmax(noisy))):
         parts = dict(validation=slice(0, texts // 2), test=slice(texts // 2, texts))
         for split, rows in parts.items():
             ids = [f"{split}-{k}" for k in range(len(y[rows]))]
@@ -113,7 +113,7 @@ def split_texts(
         raise DataError(f"{where}: validation and test have different numbers of classes.")
     return found
 
-# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #7bc590c0
+# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #aec92549
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -121,7 +121,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class CalibrationConfig(StageConfig):
     "Parameters of the stage `calibrate`."
 
-    model: str = ""  # the model in the figures; empty: the one that validation finds likeliest
+    model: str = ""  # the model in the figures; empty: the likeliest one, calibrated
     bins: Annotated[int, Field(ge=1, le=200)] = 15  # bins of equal mass
     temperature_share: Share = 0.25  # of the validation texts that fit it
     risk: Share = 0.05  # share of errors among the answers that is not to be exceeded
@@ -243,10 +243,9 @@ def measure_model(both: dict[str, ScoredTexts], config: CalibrationConfig) -> di
         risk=said.risk.estimate if said.risk else None,
         sentence=said.sentence(),
         sets=measured_sets(rest, calm, config),
-        validation_nats=float(nats(held.probabilities, held.targets).mean()),
     )
 
-# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #55323e83
+# %% ../../nbs/3_evaluation/34d_calibration_report.ipynb #d7b11a4a
 def calibrate(
     record: Record,
     corpus: str | Path = "",
@@ -284,7 +283,7 @@ def calibrate(
     named = [key for key in found if config.model in (key, found[key]["model"])]
     if config.model and not named:
         raise UsageError(f"There is no model {config.model!r}; there are {', '.join(found)}.")
-    shown = min(named or found, key=lambda key: found[key]["validation_nats"])
+    shown = min(named or found, key=lambda key: found[key]["temperature"]["nats_after"])
     settings = dict(risk=config.risk, delta=config.delta, alpha=config.alpha, bins=config.bins)
     write_json(folder / "report.json", dict(shown=shown, models=found, **settings))
     write_predictions(tables[shown], folder / "predictions.parquet")

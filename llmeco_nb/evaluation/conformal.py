@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Method', 'methods', 'nonconformity', 'needed_texts', 'conformal_rank', 'even_draws', 'ConformalSets', 'fit_conformal',
-           'exact_interval', 'coverage_band', 'Coverage', 'SetReport', 'report_sets']
+           'exact_interval', 'covered_law', 'coverage_band', 'Coverage', 'SetReport', 'report_sets']
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #d2f8346a
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #89615358
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ..core import DataError, UsageError
 from ..stats.significance import Interval
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #f5de6ba7
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #54d8f957
 Method = Literal["lac", "aps", "raps"]
 methods: tuple[Method, ...] = get_args(Method)
 
@@ -47,7 +48,7 @@ def nonconformity(
     np.put_along_axis(found, order, score, 1)
     return found
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #3a8653f3
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #b351b045
 def needed_texts(alpha: float) -> int:
     """Calibration texts without which no set holds the true class with probability 1 - alpha.
     Raises `UsageError` unless alpha lies between 0 and 1.
@@ -169,7 +170,7 @@ def fit_conformal(
         counts = np.full(classes, len(y))
     return ConformalSets(method, alpha, by_class, thresholds, counts, seed=seed)
 
-# %% ../../nbs/3_evaluation/34c_conformal.ipynb #d7b39ca5
+# %% ../../nbs/3_evaluation/34c_conformal.ipynb #b5789e86
 def exact_interval(hits: int, items: int, level: float = 0.95) -> Interval:
     """Clopper and Pearson's interval of a share. Raises `DataError` without items.
 
@@ -188,26 +189,33 @@ def exact_interval(hits: int, items: int, level: float = 0.95) -> Interval:
     return Interval(hits / items, low, high, level, "exact")
 
 
-def coverage_band(n: int, m: int, alpha: float, level: float = 0.95) -> tuple[float, float]:
-    """Between which shares the coverage of m test texts lies with probability `level`, drawn
-    together with n calibration texts.
+def covered_law(n: int, m: int, alpha: float) -> np.ndarray:
+    """The probability that 0, 1, ..., m of m test texts are covered, drawn together with n
+    calibration texts; shape (m + 1,).
 
     Args:
-        n: Calibration texts; too few give (1, 1).
-        m: Test texts, at least 1.
+        n: Calibration texts of a threshold; with too few all are covered.
+        m: Test texts.
         alpha: Share of sets that may miss the true class.
-        level: In (0, 1).
     """
     from scipy.special import betaln, gammaln
 
-    k = conformal_rank(n, alpha)
+    k, hits = conformal_rank(n, alpha), np.arange(m + 1)
     if k > n:
-        return 1.0, 1.0
-    hits = np.arange(m + 1)
+        return (hits == m).astype(float)
     ways = gammaln(m + 1) - gammaln(hits + 1) - gammaln(m - hits + 1)
-    logs = ways + betaln(hits + k, m - hits + n + 1 - k) - betaln(k, n + 1 - k)
-    below = np.exp(logs).cumsum()
-    low, high = np.searchsorted(below, [0.5 - level / 2, 0.5 + level / 2])
+    return np.exp(ways + betaln(hits + k, m - hits + n + 1 - k) - betaln(k, n + 1 - k))
+
+
+def coverage_band(law: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Between which shares the coverage lies with probability `level`.
+
+    Args:
+        law: Of `covered_law`; of several thresholds, their laws convolved.
+        level: In (0, 1).
+    """
+    m = len(law) - 1
+    low, high = np.searchsorted(law.cumsum(), [0.5 - level / 2, 0.5 + level / 2])
     return float(low / m), float(min(high, m) / m)
 
 
@@ -267,6 +275,9 @@ def report_sets(
     """What sets are worth on test texts. Classes are judged together: each of their bands has the
     level 1 - (1 - level) / classes, so that all hold with probability `level` (Bonferroni).
 
+    Of one threshold the bands of single classes are those of exchangeable classes, which they need
+    not be.
+
     Args:
         fitted: Of `fit_conformal`.
         probabilities: Of the test texts, shape (texts, classes).
@@ -278,16 +289,21 @@ def report_sets(
     classes = sets.shape[1]
     held = sets[np.arange(len(y)), y]
 
-    def coverage(rows: np.ndarray, n: int, level: float) -> Coverage:
-        m = int(rows.sum())
-        share = exact_interval(int(held[rows].sum()), m, level)
-        return Coverage(share, coverage_band(n, m, fitted.alpha, level), m)
-
     each = 1 - (1 - level) / classes
-    own = [
-        coverage(y == k, int(fitted.counts[k]), each) if (y == k).any() else None
-        for k in range(classes)
+
+    def coverage(rows: np.ndarray, law: np.ndarray, level: float) -> Coverage:
+        share = exact_interval(int(held[rows].sum()), int(rows.sum()), level)
+        return Coverage(share, coverage_band(law, level), int(rows.sum()))
+
+    of = [y == k for k in range(classes)]
+    laws = [
+        covered_law(int(n), int(rows.sum()), fitted.alpha) for n, rows in zip(fitted.counts, of)
     ]
-    n = int(fitted.counts.sum()) if fitted.by_class else int(fitted.counts[0])
-    whole = coverage(np.ones(len(y), bool), n, level)
+    own = [coverage(rows, law, each) if rows.any() else None for rows, law in zip(of, laws)]
+    whole_law = (
+        reduce(np.convolve, laws)
+        if fitted.by_class
+        else covered_law(int(fitted.counts[0]), len(y), fitted.alpha)
+    )
+    whole = coverage(np.ones(len(y), bool), whole_law, level)
     return SetReport(whole, own, np.bincount(sets.sum(1), minlength=classes + 1))
