@@ -30,6 +30,7 @@ from llmeco_nb.core import (
 from .data.inspect_command import InspectOptions, inspect
 from .deployment.assess_command import AssessChoice, assess
 from .deployment.behave_command import BehaveChoice, behave
+from .deployment.calibrate_command import CalibrateChoice, calibrate
 from .deployment.chat_command import ChatChoice, chat
 from .deployment.export_command import ExportChoice, export
 from .deployment.guard_command import GuardChoice, guard
@@ -464,6 +465,7 @@ command(ModelsChoice)(models)
 command(SignChoice)(sign)
 command(ExportChoice)(export)
 command(PackChoice)(pack)
+command(CalibrateChoice)(calibrate)
 command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
 command(AssessChoice)(assess)

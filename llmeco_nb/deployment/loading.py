@@ -24,6 +24,7 @@ from .patterns import check_tokenizer
 from .reader_model import ReaderModel
 from .tagger_model import TaggerModel
 from ..evaluation.stacking import Stack
+from ..evaluation.temperature import apply_temperature
 from ..finetuning.encoding import truncate_middle
 from llmeco_nb.finetuning.engines import (
     Engine,
@@ -263,7 +264,18 @@ class PreparedModel:
     def scores(self, texts: list[str]) -> Any:
         """The task's scores of texts as they were sent, float32 of shape (texts, scores); of a task
         that answers for parts of a text, its own rows."""
-        return self.model.scores([self.prepare(text) for text in texts])
+        return self.prepared_scores([self.prepare(text) for text in texts])
+
+    def prepared_scores(self, prepared: list[str]) -> Any:
+        """The same of texts that are prepared already, under the temperature of the manifest.
+
+        Args:
+            prepared: Of `prepare`.
+        """
+        found, temperature = self.model.scores(prepared), self.manifest.temperature
+        if temperature is None:
+            return found
+        return apply_temperature(found, temperature, self.manifest.task.single_label())
 
 # %% ../../nbs/4_deployment/40b_loading.ipynb #1b3f859d
 loaders: dict[str, Callable[[BundleFiles, Manifest, int, str], TextModel]] = {
@@ -326,6 +338,11 @@ def open_model(
         raise DataError(
             f"{folder} is for {manifest.task.name}, which a model of the kind {manifest.kind} does "
             "not answer. Make the bundle again with `llmeco run`."
+        )
+    if manifest.temperature is not None and not manifest.labels:
+        raise DataError(
+            f"{folder} states a temperature, and {manifest.task.name} has no probabilities of "
+            "classes that it could change. Make the bundle again with `llmeco run`."
         )
     files = BundleFiles(Path(folder), manifest.files if manifest.digest else None)
     try:

@@ -106,6 +106,8 @@ class Manifest:
         engine: Encoder: the engine that its scores were measured with, whose files lie in a folder
             of this name; None: onnx.
         base_model: Adapter: digest of the base that it is for, which lies in a folder of its own.
+        temperature: What the logits behind its probabilities are divided by; None: nothing was
+            fitted, and the probabilities are the model's own.
         accuracy: Split -> accuracy, 0 to 1.
         metrics: Other tasks than classification: split -> metric -> value.
         parity: None: not compared with an original.
@@ -124,6 +126,7 @@ class Manifest:
     pad_token_id: NonNegativeInt | None = None
     engine: Name | None = None
     base_model: Digest | None = None
+    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
     accuracy: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     parity: Parity | None = None

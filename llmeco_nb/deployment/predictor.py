@@ -126,7 +126,7 @@ class Predictor:
         Args:
             works: From `prepare`.
         """
-        scores = self.model.model.scores([work.inputs for work in works])
+        scores = self.model.prepared_scores([work.inputs for work in works])
         return self.task.decode(scores, self.schema)
 
     def predict_batch(self, texts: Sequence[str]) -> Sequence[Prediction]:
