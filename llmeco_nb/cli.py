@@ -38,6 +38,7 @@ from .deployment.pack_command import PackChoice, pack
 from .deployment.predict_command import PredictChoice, predict
 from .deployment.serve_command import ServeChoice, serve
 from .deployment.sign_command import SignChoice, sign
+from .interaction.gate_command import GateChoice, gate
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml
@@ -412,6 +413,7 @@ command(ChatChoice)(chat)
 command(MonitoringChoice)(monitoring)
 command(AssessChoice)(assess)
 command(GuardChoice)(guard)
+command(GateChoice)(gate)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)
