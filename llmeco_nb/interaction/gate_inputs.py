@@ -33,15 +33,16 @@ from llmeco_nb.evaluation.paired_predictions import (
     check_predicted_labels,
     pair_predictions,
 )
-from .gate_command import GateChoice
 from .rounds import gate_account, model_digest, read_history, text_slices
 from ..tasks.contract import Schema
 from ..tasks.predictions import predictions_table, read_predictions_file
 from ..tasks.registry import load_schema, task_of
 
 # %% ../../nbs/5_interaction/51d_gate_inputs.ipynb #bfc346fa
-if TYPE_CHECKING:  # read by type checkers alone: it is heavy
+if TYPE_CHECKING:  # read by type checkers alone: pandas is heavy, the command asks this module
     import pandas as pd
+
+    from llmeco_nb.interaction.gate_command import GateChoice
 
 # %% ../../nbs/5_interaction/51d_gate_inputs.ipynb #ab31db78
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_slices(file: str | Path, ids: list[str]) -> dict[str, np.ndarray]:
     return {name: table.loc[ids, name].to_numpy() for name in names}
 
 
-def inputs_of_files(o: GateChoice) -> GateInputs:
+def inputs_of_files(o: "GateChoice") -> GateInputs:
     """What two files of predictions say. Raises `MissingError`, `DataError`, `UsageError`.
 
     Args:
@@ -142,7 +143,7 @@ def bundle_predictions(
     return found, model_digest(manifest)
 
 
-def inputs_of_bundles(o: GateChoice) -> GateInputs:
+def inputs_of_bundles(o: "GateChoice") -> GateInputs:
     """What two bundles answer to the test texts of a corpus. Raises `MissingError`, `DataError`,
     `UsageError`.
 
@@ -168,7 +169,7 @@ def inputs_of_bundles(o: GateChoice) -> GateInputs:
     return GateInputs(task_of(schema).name, pairs, items, champion, candidate, slices)
 
 # %% ../../nbs/5_interaction/51d_gate_inputs.ipynb #22fab8d5
-def pay(o: GateChoice, found: GateInputs) -> Look:
+def pay(o: "GateChoice", found: GateInputs) -> Look:
     """The look, paid for before its answer is computed. Raises `UsageError` for a test set of
     which no item is known to an account that is not empty, unless it is said to be fresh.
 
