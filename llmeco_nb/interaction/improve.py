@@ -146,9 +146,7 @@ class ImproveConfig(StageConfig):
     eval_examples: NonNegativeInt = 0  # test texts to judge by; 0 for all
     alpha: Alpha = 0.05  # how often this test set may ever promote what is no better, 0 to 0.5
     margin: Fraction = 0.01  # largest loss of accuracy that still counts as no worse, 0 to 1
-    slices: str = (
-        ""  # columns of the test texts, commas between: worse on none of their values; label
-    )
+    slices: str = ""  # columns of the test texts, commas between, such as label: worse on none
     agreement: Agreement = 0.66  # share of those who corrected a text that must agree, 0.5 to 1
     replay_examples: NonNegativeInt = 320  # for an encoder: training texts beside the corrections
     correction_repeats: PositiveInt = 2  # for an encoder: how often an epoch shows each correction
