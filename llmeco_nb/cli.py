@@ -41,6 +41,7 @@ from .deployment.pack_command import PackChoice, pack
 from .deployment.predict_command import PredictChoice, predict
 from .deployment.serve_command import ServeChoice, serve
 from .deployment.sign_command import SignChoice, sign
+from .interaction.gate_command import GateChoice, gate
 from .runner.display import Display
 from .runner.identity import unknown_name_hint
 from .runner.stages import StageRegistry, current_overrides, read_profile, read_yaml
@@ -471,6 +472,7 @@ command(MonitoringChoice)(monitoring)
 command(AssessChoice)(assess)
 command(BehaveChoice)(behave)
 command(GuardChoice)(guard)
+command(GateChoice)(gate)
 
 # %% ../nbs/0_ground/01c_cli.ipynb #6ab557f7
 @app.command(cls=Command)

@@ -1,8 +1,10 @@
 """Feedback is kept once, frozen the same for the same rows, and promotes only what is better."""
 
 import json
+import os
 import random
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -38,9 +40,11 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.deployment.ledger import feedback as feedback_table
 from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
+from llmeco_nb.evaluation.gate_account import read_looks
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
 from llmeco_nb.finetuning.ngram_counts import count_ngrams
+from llmeco_nb.interaction import improve as improve_module
 from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
 from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve, refit_encoder, refit_linear, usable_corrections
@@ -468,6 +472,48 @@ def test_true_corrections_promote_and_lies_do_not(world, tmp_path):
     )
 
 
+@pytest.mark.parametrize("moment", ["judge_candidate", "write_changes", "round_metrics"])
+def test_a_round_that_is_killed_pays_for_its_look_once(world, tmp_path, moment):
+    "Before the answers, after them, and once the history is written."
+    place, more = world
+    some = more.head(60)
+    feedback = str(snapshot(tmp_path / "said", some.text, some.label))
+    given = str(place / "corpus"), str(place / "bundle"), [], feedback
+
+    def attempt() -> Path:
+        record = create_record(tmp_path / "r", "improve")
+        improve(record, *given)
+        return record.artifact("history.json")
+
+    if not (pid := os.fork()):
+        setattr(improve_module, moment, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+        attempt()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    paid = read_looks(tmp_path / "r" / "resume" / "looks.json")
+    assert [look.number for look in paid] == [1], "paid before the answers"
+    [once] = read_history(attempt())
+    assert once.looks == paid and once.candidates[0].look == 1
+    assert once.candidates[0].level == pytest.approx(0.05 * 6 / np.pi**2)
+    assert not (tmp_path / "r" / "resume").exists()
+
+
+def test_rounds_of_an_earlier_version_count_as_looks(world, tmp_path):
+    place, more = world
+    feedback = str(snapshot(tmp_path / "said", more.text[:60], more.label[:60]))
+    before = dict(round=1, champion="c", name="n", accuracy=0.7, before="b", feedback={})
+    old = dict(items=600, champion=0.7, candidate=0.7, difference=0.0, low=-0.1, high=0.1, p=1.0)
+    old |= dict(detectable=0.1, no_worse=False, promoted=False, name="learned", digest="d")
+    history = [before | dict(candidates=[old, old], promoted=None)]
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    record = create_record(tmp_path / "r", "improve")
+    given = str(place / "corpus"), str(place / "bundle"), [], feedback
+    improve(record, *given, history=str(tmp_path / "history.json"))
+    first, second = read_history(record.artifact("history.json"))
+    assert first.looks == [] and second.looks[0].number == 3
+    assert "3 looks at this test set" in (record.path / "summary.txt").read_text()
+
+
 def test_a_champion_that_numbers_its_classes_otherwise_is_judged_by_their_names(world, tmp_path):
     "The classes of a later corpus may stand in another order; its equal bundle is no better."
     place, _ = world
@@ -505,12 +551,15 @@ def test_what_is_not_learned(world, tmp_path):
             "<b>new</b> two",
             "disputed",
             "disputed",
+            test + ".",
+            " ".join(test.split()[::-1]),
+            train.title() + "!",
         ],
-        [0, 0, 0, 1, 1, 1, 0, 1],
+        [0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1],
     )
     rows, counts = usable_corrections(frozen, place / "corpus")
     assert rows.text.tolist() == ["new one", "new two"] and counts == CorrectionCounts(
-        rows=8, unknown_label=0, in_test=2, in_train=1, contradicted=1, texts=2
+        rows=11, unknown_label=0, in_test=4, in_train=2, contradicted=1, texts=2
     )
 
 
