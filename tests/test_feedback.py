@@ -40,6 +40,7 @@ from llmeco_nb.deployment.ledger import (
 )
 from llmeco_nb.deployment.ledger import feedback as feedback_table
 from llmeco_nb.deployment.manifest import Manifest, Origin, verify, write_manifest
+from llmeco_nb.evaluation.gate import gate
 from llmeco_nb.evaluation.gate_account import read_looks
 from llmeco_nb.finetuning.classifier import labelled_subset
 from llmeco_nb.finetuning.linear import LinearText, RowSplit, fit, recipes
@@ -48,7 +49,7 @@ from llmeco_nb.interaction import improve as improve_module
 from llmeco_nb.interaction.client import Client, ask_by_curl, running_server
 from llmeco_nb.interaction.feedback import InteractConfig, freeze, interact, read_frozen
 from llmeco_nb.interaction.improve import improve, refit_encoder, refit_linear, usable_corrections
-from llmeco_nb.interaction.rounds import CorrectionCounts, gate, read_history
+from llmeco_nb.interaction.rounds import CorrectionCounts, read_history
 from llmeco_nb.runner.stages import StageRegistry, read_profile
 from llmeco_nb.runner.store import Run, feedback_database
 from llmeco_nb.tasks.registry import load_schema

@@ -18,7 +18,7 @@ from llmeco_nb.deployment.ledger import read_feedback
 from llmeco_nb.deployment.predictor import Predictor
 from llmeco_nb.deployment.retention import Retention
 from llmeco_nb.deployment.server import make_app
-from llmeco_nb.interaction.improve import stored_keys
+from llmeco_nb.interaction.corrections import stored_keys
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the test client about its HTTP library

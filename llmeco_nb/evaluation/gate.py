@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..core import DataError, UsageError
-from .gate_metrics import GateMetric, gate_metric
+from .gate_metrics import GateMetric
 from ..stats.power import minimum_detectable_accuracy
 from llmeco_nb.stats.significance import (
     Interval,

@@ -9,7 +9,7 @@ __all__ = ['look_level', 'ItemSet', 'short_hash', 'item_set', 'Look', 'GateAccou
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self

@@ -25,7 +25,6 @@ from llmeco_nb.evaluation.search_stage import (
     SearchOptions,
     TrialRow,
     Verdict,
-    best_row,
 )
 from .search_target import GUIDED_DRAWS
 from .search_trials import Outcome, TrialRunner

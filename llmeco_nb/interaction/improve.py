@@ -47,20 +47,19 @@ from llmeco_nb.deployment.packing import (
     reference_scores,
     truncation_of,
 )
+from ..evaluation.gate import gate
 from ..evaluation.gate_account import Look, item_set, read_looks, spend_look
 from ..evaluation.paired_predictions import ItemChange, write_changes
 from ..evaluation.stacking import Stack
 from ..finetuning.classifier import labelled_subset
 from ..finetuning.engines import has_openvino
 from ..finetuning.linear import LinearText
-from .corrections import stored_keys, usable_corrections
+from .corrections import usable_corrections
 from .feedback import freeze
 from llmeco_nb.interaction.rounds import (
-    CorrectionCounts,
     Round,
     Verdict,
     changed_answers,
-    gate,
     gate_account,
     model_digest,
     read_history,

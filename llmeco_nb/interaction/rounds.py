@@ -21,8 +21,8 @@ import numpy as np
 from ..core import UsageError, read_json, sha256_text
 from ..deployment.loading import open_model
 from ..deployment.manifest import Manifest, verify
-from ..evaluation.gate import GateResult, SliceResult, gate
-from ..evaluation.gate_account import GateAccount, Look, item_set, look_level
+from ..evaluation.gate import GateResult, SliceResult
+from ..evaluation.gate_account import GateAccount, Look
 from ..evaluation.paired_predictions import ItemChange
 
 # %% ../../nbs/5_interaction/51a_rounds.ipynb #6df55236
