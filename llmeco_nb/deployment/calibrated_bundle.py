@@ -39,11 +39,14 @@ def fitted_for(
         share: Of the validation texts, above 0 and below 1; the others are left to thresholds and
             sets.
     """
+    import pandas as pd
+
     wanted = model or manifest.origin.model or manifest.name
     table = read_predictions_file(predictions, split="validation")
-    own = table[table.model == wanted]
+    mine = table.model == wanted
     if manifest.origin.num_labeled is not None and not model:
-        own = own[own.num_labeled == manifest.origin.num_labeled]
+        mine &= table.num_labeled == manifest.origin.num_labeled
+    own: pd.DataFrame = table.loc[mine].reset_index(drop=True)
     if not len(own):
         there = sorted({f"{m} ({n:,} labels)" for m, n in zip(table.model, table.num_labeled)})
         raise DataError(
@@ -52,7 +55,6 @@ def fitted_for(
         )
     if own.num_labeled.nunique() > 1:
         raise DataError(f"{predictions} has {wanted} at several numbers of labels; keep one.")
-    own = own.reset_index(drop=True)
     names, where, classes = own.id.astype(str).tolist(), str(predictions), len(manifest.labels)
     widths = [0 if one is None else np.size(one) for one in own.scores]
     odd = next((i for i, n in enumerate(widths) if n != classes), None)
@@ -126,7 +128,7 @@ def calibrate_bundle(
     shutil.copytree(bundle, partial)
     try:
         made = write_manifest(partial, replace(manifest, temperature=fitted.temperature))
-        texts = list(sample_texts)
+        texts: list[str] = list(sample_texts)
         both = [open_model(bundle, manifest), open_model(partial, made)]
         before, after = (made.task.predict(one.scores(texts)) for one in both)
         if (before != after).any():
